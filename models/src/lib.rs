@@ -1,0 +1,32 @@
+//! Stable Diffusion v1.x and v2.x, from the files of a model to the pixels of a picture.
+//!
+//! The road: a [`Spec`] goes into [`Pipeline::begin`], which encodes the prompt ([`tokenizer`],
+//! [`text_encoder`]) and draws the noise ([`noise`]); the [`Trajectory`] that comes out is taken
+//! step by step through [`Pipeline::step`] (the [`unet`] for many trajectories at once, then each
+//! one's [`denoiser`] and [`sampler`]) and ends in [`Pipeline::decode`] (the [`vae`]).
+//!
+//! This crate does not know that a server exists: no runtime, no environment, no clock.
+
+pub mod config;
+pub mod demo;
+pub mod denoiser;
+pub mod device;
+mod error;
+pub mod noise;
+mod ops;
+pub mod pipeline;
+pub mod sampler;
+pub mod schedule;
+mod spec;
+pub mod text_encoder;
+pub mod tokenizer;
+pub mod unet;
+pub mod vae;
+pub mod weights;
+
+pub use device::{DeviceName, Precision};
+pub use error::{Error, Result};
+pub use ops::keep_freed_memory;
+pub use pipeline::{Defaults, LoadOptions, ModelInfo, Pipeline, Rgb, Trajectory};
+pub use spec::{MAX_STEPS, Scheduler, Size, Spec};
+pub use weights::Source;

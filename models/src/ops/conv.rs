@@ -1,0 +1,248 @@
+//! Convolution over channels-last pictures, as a matrix product whose left rows are receptive
+//! fields gathered while they are packed (implicit GEMM). Nearest upsampling by two is folded into
+//! the gather, so the enlarged picture never exists.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::gemm::{Epilogue, MR, Packed, Rows, gemm, scatter};
+use super::{host, to_host};
+
+/// How a kernel moves over a picture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Geometry {
+    /// Kernel side: 3 or 1.
+    pub(crate) kernel: usize,
+    /// Pixels from one output to the next.
+    pub(crate) stride: usize,
+    /// Zeros before the first row and column.
+    pub(crate) before: usize,
+    /// Zeros after the last row and column.
+    pub(crate) after: usize,
+}
+
+impl Geometry {
+    /// Kernel 3 with one zero around: the size stays.
+    pub(crate) const SAME: Self = Self { kernel: 3, stride: 1, before: 1, after: 1 };
+    /// Kernel 1.
+    pub(crate) const POINT: Self = Self { kernel: 1, stride: 1, before: 0, after: 0 };
+
+    fn output(&self, side: usize) -> usize {
+        (side + self.before + self.after - self.kernel) / self.stride + 1
+    }
+}
+
+/// A convolution; its weights are packed for the CPU, or lie on another device.
+pub(crate) struct Conv2d {
+    weights: Weights,
+    geometry: Geometry,
+    inputs: usize,
+    outputs: usize,
+}
+
+enum Weights {
+    Cpu { packed: Packed, bias: Vec<f32> },
+    Device { weight: Tensor, bias: Tensor },
+}
+
+impl Conv2d {
+    /// From a weight (out, in, k, k) and a bias (out), for a device and its type.
+    pub(crate) fn new(
+        weight: &Tensor,
+        bias: &Tensor,
+        geometry: Geometry,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
+        let (outputs, inputs, kernel, _) = weight.dims4()?;
+        let weights = if device.is_cpu() {
+            let values = to_host(weight)?;
+            let taps = kernel * kernel;
+            // k runs over taps, then channels: the order in which pixels lie in memory.
+            let value = |i: usize, j: usize| values[(j * inputs + i % inputs) * taps + i / inputs];
+            let packed = Packed::new(taps * inputs, outputs, dtype, value);
+            Weights::Cpu { packed, bias: to_host(bias)? }
+        } else {
+            let place = |t: &Tensor| t.to_dtype(dtype)?.to_device(device);
+            Weights::Device { weight: place(weight)?, bias: place(bias)? }
+        };
+        Ok(Self { weights, geometry, inputs, outputs })
+    }
+
+    /// (B, H, W, in) -> (B, H', W', out)
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (_, h, w, _) = x.dims4()?;
+        self.run(x, (h, w), Added::default())
+    }
+
+    /// As `forward` on `x` resized to `size` (height, width) by nearest neighbours.
+    pub(crate) fn forward_resized(&self, x: &Tensor, size: (usize, usize)) -> Result<Tensor> {
+        self.run(x, size, Added::default())
+    }
+
+    /// As `forward`, plus `per_sample` (B, out) on every pixel.
+    pub(crate) fn forward_shift(&self, x: &Tensor, per_sample: &Tensor) -> Result<Tensor> {
+        let (_, h, w, _) = x.dims4()?;
+        self.run(x, (h, w), Added { per_sample: Some(per_sample), residual: None })
+    }
+
+    /// As `forward`, plus `residual` (B, H', W', out).
+    pub(crate) fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let (_, h, w, _) = x.dims4()?;
+        self.run(x, (h, w), Added { per_sample: None, residual: Some(residual) })
+    }
+
+    fn run(&self, x: &Tensor, size: (usize, usize), added: Added<'_>) -> Result<Tensor> {
+        let (batch, h, w, c) = x.dims4()?;
+        if c != self.inputs {
+            candle_core::bail!("a convolution of {} channels was given {c}", self.inputs);
+        }
+        let (rows, columns) = (self.geometry.output(size.0), self.geometry.output(size.1));
+        let shape = (batch, rows, columns, self.outputs);
+        match &self.weights {
+            Weights::Cpu { packed, bias } => {
+                let source = host(x)?;
+                let (shift, residual) = (added.per_sample.map(host), added.residual.map(host));
+                let (shift, residual) = (shift.transpose()?, residual.transpose()?);
+                let shift = shift.as_ref().map(|s| s.data()).transpose()?;
+                let epilogue = Epilogue {
+                    bias: Some(bias),
+                    row_bias: shift.map(|s| (s, rows * columns)),
+                    residual: residual.as_ref().map(|r| r.data()).transpose()?,
+                };
+                let fields = Fields {
+                    data: source.data()?,
+                    picture: (h, w, c),
+                    resized: size,
+                    output: (rows, columns),
+                    geometry: self.geometry,
+                    count: batch * rows * columns,
+                };
+                let mut out = vec![0f32; fields.count * self.outputs];
+                gemm(fields.count, &fields, packed, epilogue, &mut out);
+                Tensor::from_vec(out, shape, x.device())
+            }
+            Weights::Device { weight, bias } => {
+                let y = reference(x, size, weight, self.geometry)?.broadcast_add(bias)?;
+                let y = match added.per_sample {
+                    Some(shift) => y.broadcast_add(&shift.reshape((batch, 1, 1, ()))?)?,
+                    None => y,
+                };
+                added.residual.map_or(Ok(y.clone()), |r| y + r)
+            }
+        }
+    }
+}
+
+/// What is added to a convolution's result.
+#[derive(Default, Clone, Copy)]
+struct Added<'a> {
+    per_sample: Option<&'a Tensor>,
+    residual: Option<&'a Tensor>,
+}
+
+/// The same from candle's operations, which want channels first.
+fn reference(
+    x: &Tensor,
+    size: (usize, usize),
+    weight: &Tensor,
+    geometry: Geometry,
+) -> Result<Tensor> {
+    let (_, h, w, _) = x.dims4()?;
+    let mut x = x.permute((0, 3, 1, 2))?.contiguous()?;
+    if size != (h, w) {
+        x = x.upsample_nearest2d(size.0, size.1)?;
+    }
+    let Geometry { stride, before, after, .. } = geometry;
+    let padding = if before == after {
+        before
+    } else {
+        x = x.pad_with_zeros(2, before, after)?.pad_with_zeros(3, before, after)?;
+        0
+    };
+    x.conv2d(weight, padding, stride, 1, 1)?.permute((0, 2, 3, 1))?.contiguous()
+}
+
+/// The receptive fields of a convolution, one row for each output pixel.
+struct Fields<'a> {
+    data: &'a [f32],
+    /// Height, width, channels of the picture in memory.
+    picture: (usize, usize, usize),
+    /// Height and width that the kernel sees.
+    resized: (usize, usize),
+    output: (usize, usize),
+    geometry: Geometry,
+    /// Output pixels of the whole batch.
+    count: usize,
+}
+
+impl Fields<'_> {
+    /// The channels of the pixel that a tap of an output pixel reads; none in the padding.
+    fn pixel(&self, row: usize, tap: usize) -> Option<&[f32]> {
+        let (h, w, c) = self.picture;
+        let (rows, columns) = self.output;
+        let Geometry { kernel, stride, before, .. } = self.geometry;
+        let (sample, place) = (row / (rows * columns), row % (rows * columns));
+        let y = (place / columns * stride + tap / kernel).checked_sub(before)?;
+        let x = (place % columns * stride + tap % kernel).checked_sub(before)?;
+        if y >= self.resized.0 || x >= self.resized.1 {
+            return None;
+        }
+        let (y, x) = (y * h / self.resized.0, x * w / self.resized.1);
+        Some(&self.data[((sample * h + y) * w + x) * c..][..c])
+    }
+}
+
+impl Rows for Fields<'_> {
+    fn pack(&self, row0: usize, k0: usize, tile: &mut [f32]) {
+        let channels = self.picture.2;
+        let kc = tile.len() / MR;
+        for i in 0..MR.min(self.count - row0) {
+            let mut k = k0;
+            while k < k0 + kc {
+                let (tap, first) = (k / channels, k % channels);
+                let len = (channels - first).min(k0 + kc - k);
+                let part = &mut tile[(k - k0) * MR..][..len * MR];
+                match self.pixel(row0 + i, tap) {
+                    Some(pixel) => scatter(&pixel[first..first + len], i, part),
+                    None => part.iter_mut().skip(i).step_by(MR).for_each(|v| *v = 0.0),
+                }
+                k += len;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::tests::{difference, tensor};
+
+    #[test]
+    fn convolutions_agree_with_candle() {
+        let down = Geometry { kernel: 3, stride: 2, before: 1, after: 1 };
+        let vae_down = Geometry { kernel: 3, stride: 2, before: 0, after: 1 };
+        for geometry in [Geometry::SAME, Geometry::POINT, down, vae_down] {
+            for (h, w, inputs, outputs) in [(8, 8, 16, 32), (5, 7, 3, 4), (1, 1, 40, 33)] {
+                if h + geometry.before + geometry.after < geometry.kernel {
+                    continue;
+                }
+                let x = tensor(&[2, h, w, inputs], 1);
+                let weight = tensor(&[outputs, inputs, geometry.kernel, geometry.kernel], 2);
+                let bias = tensor(&[outputs], 3);
+                let conv = Conv2d::new(&weight, &bias, geometry, &Device::Cpu, DType::F32).unwrap();
+                for size in [(h, w), (2 * h, 2 * w), (2 * h - 1, 2 * w - 1)] {
+                    let want = reference(&x, size, &weight, geometry).unwrap();
+                    let want = want.broadcast_add(&bias).unwrap();
+                    let got = conv.forward_resized(&x, size).unwrap();
+                    assert!(difference(&got, &want) < 1e-5, "{geometry:?} {h}x{w} to {size:?}");
+                }
+                let y = conv.forward(&x).unwrap();
+                let (shift, residual) = (tensor(&[2, outputs], 4), tensor(y.dims(), 5));
+                let want = y.broadcast_add(&shift.reshape((2, 1, 1, outputs)).unwrap()).unwrap();
+                assert!(difference(&conv.forward_shift(&x, &shift).unwrap(), &want) < 1e-6);
+                let want = (&y + &residual).unwrap();
+                assert!(difference(&conv.forward_add(&x, &residual).unwrap(), &want) < 1e-6);
+            }
+        }
+    }
+}

@@ -1,0 +1,579 @@
+//! The product that everything else is made of: rows of activations times packed weights.
+//!
+//! Weights are packed once, at load, into panels of [`NR`] columns; activations are packed block
+//! by block into tiles of [`MR`] rows by whoever knows where they lie ([`Rows`]: a matrix, or the
+//! receptive fields of a convolution). A register-blocked kernel multiplies a tile by a panel.
+//! Every output element is summed over k in the same order whatever its neighbours, so a row's
+//! result does not depend on the batch that it is in.
+
+use candle_core::DType;
+use half::bf16;
+use rayon::prelude::*;
+
+use super::simd::{Isa, vectorized};
+
+/// Rows of a tile: 12 x 2 accumulators of 16 lanes leave 8 of AVX-512's 32 registers free.
+pub(crate) const MR: usize = 12;
+/// Columns of a panel.
+pub(crate) const NR: usize = 32;
+/// Depth of a block: a panel block (KC x NR f32) fills two thirds of the first-level cache.
+const KC: usize = 256;
+/// Rows of a block: MC x KC f32 stay in the second-level cache while all panels pass.
+const MC: usize = 384;
+
+/// Sixteen floats on a cache line of their own.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+/// Floats that start on a cache line.
+pub(crate) struct Aligned {
+    lines: Vec<Line>,
+}
+
+impl Aligned {
+    /// `len` zeros, rounded up to whole lines.
+    pub(crate) fn zeros(len: usize) -> Self {
+        Self { lines: vec![Line([0.0; 16]); len.div_ceil(16)] }
+    }
+
+    pub(crate) fn as_slice(&self) -> &[f32] {
+        // SAFETY: Line is repr(C) and holds nothing but sixteen f32.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.lines.len() * 16) }
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
+        let len = self.lines.len() * 16;
+        // SAFETY: as above, and the borrow is unique.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), len) }
+    }
+}
+
+/// A (k, n) matrix in panels: panel p holds columns p * NR .. as [k][NR], the last one padded.
+pub(crate) struct Packed {
+    panels: Panels,
+    pub(crate) k: usize,
+    pub(crate) n: usize,
+}
+
+enum Panels {
+    F32(Aligned),
+    /// Half the memory; widened block by block on the way to the kernel.
+    Bf16(Vec<bf16>),
+}
+
+impl Packed {
+    /// Packs the matrix whose element in row i and column j is `weight(i, j)`, as bf16 or f32.
+    pub(crate) fn new(
+        k: usize,
+        n: usize,
+        dtype: DType,
+        weight: impl Fn(usize, usize) -> f32 + Sync,
+    ) -> Self {
+        let len = k * n.next_multiple_of(NR);
+        let panels = if dtype == DType::BF16 {
+            let mut panels = vec![bf16::ZERO; len];
+            pack(&mut panels, k, n, |i, j| bf16::from_f32(weight(i, j)));
+            Panels::Bf16(panels)
+        } else {
+            let mut panels = Aligned::zeros(len);
+            pack(panels.as_mut_slice(), k, n, weight);
+            Panels::F32(panels)
+        };
+        Self { panels, k, n }
+    }
+
+    /// Rows `k0 .. k0 + kc` of a panel, in `wide` if they have to be widened.
+    fn panel<'a>(&'a self, p: usize, k0: usize, kc: usize, wide: &'a mut Aligned) -> &'a [f32] {
+        let range = (p * self.k + k0) * NR..(p * self.k + k0 + kc) * NR;
+        match &self.panels {
+            Panels::F32(panels) => &panels.as_slice()[range],
+            Panels::Bf16(panels) => {
+                let wide = &mut wide.as_mut_slice()[..kc * NR];
+                widen(&panels[range], wide);
+                wide
+            }
+        }
+    }
+}
+
+fn pack<T: Copy + Send>(
+    panels: &mut [T],
+    k: usize,
+    n: usize,
+    weight: impl Fn(usize, usize) -> T + Sync,
+) {
+    panels.par_chunks_mut((k * NR).max(1)).enumerate().for_each(|(p, panel)| {
+        let columns = p * NR..n.min((p + 1) * NR);
+        for (i, row) in panel.chunks_exact_mut(NR).enumerate() {
+            for (value, j) in row.iter_mut().zip(columns.clone()) {
+                *value = weight(i, j);
+            }
+        }
+    });
+}
+
+vectorized! {
+    fn widen(narrow: &[bf16], wide: &mut [f32]) {
+        for (wide, narrow) in wide.iter_mut().zip(narrow) {
+            *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
+        }
+    }
+}
+
+/// Where the rows of the left matrix come from.
+pub(crate) trait Rows: Sync {
+    /// Writes rows `row0 ..` and columns `k0 .. k0 + tile.len() / MR` as [k][MR]; rows at or past
+    /// `rows` (the count of the whole matrix) may hold anything finite.
+    fn pack(&self, row0: usize, k0: usize, tile: &mut [f32]);
+}
+
+/// What is done to the result before it is stored.
+#[derive(Default, Clone, Copy)]
+pub(crate) struct Epilogue<'a> {
+    /// Added to every row, (n).
+    pub(crate) bias: Option<&'a [f32]>,
+    /// Added to every row of the sample that it belongs to, (samples, n) and rows per sample.
+    pub(crate) row_bias: Option<(&'a [f32], usize)>,
+    /// Added elementwise, (rows, n).
+    pub(crate) residual: Option<&'a [f32]>,
+}
+
+/// The output, written by several threads at once: each task owns a rectangle of it.
+#[derive(Clone, Copy)]
+struct Out(*mut f32);
+// SAFETY: tasks write disjoint rectangles; `gemm` hands each rectangle to one task.
+unsafe impl Send for Out {}
+// SAFETY: as above.
+unsafe impl Sync for Out {}
+
+impl Out {
+    /// A method, so that closures capture the whole (Sync) value and not its field.
+    fn at(self, index: usize) -> *mut f32 {
+        // SAFETY: callers pass indices inside the output, whose length `gemm` asserts.
+        unsafe { self.0.add(index) }
+    }
+}
+
+/// out (rows, n) = a (rows, k) x weights (k, n), then the epilogue.
+pub(crate) fn gemm(
+    rows: usize,
+    a: &impl Rows,
+    weights: &Packed,
+    epilogue: Epilogue<'_>,
+    out: &mut [f32],
+) {
+    assert_eq!(out.len(), rows * weights.n, "gemm output");
+    if out.is_empty() {
+        return;
+    }
+    let kernel = Kernel::detect();
+    let panels = weights.n.div_ceil(NR);
+    let blocks = rows.div_ceil(MC);
+    let block_rows = rows.div_ceil(blocks).next_multiple_of(MR);
+    let tasks = 4 * rayon::current_num_threads();
+    let chunk = panels.div_ceil(tasks.div_ceil(blocks).min(panels));
+    let chunks = panels.div_ceil(chunk);
+    let out = Out(out.as_mut_ptr());
+    (0..blocks * chunks).into_par_iter().for_each(|task| {
+        let (block, part) = (task / chunks, task % chunks);
+        let first = block * block_rows;
+        let area = Area {
+            rows: first..rows.min(first + block_rows),
+            panels: part * chunk..panels.min((part + 1) * chunk),
+        };
+        if !area.rows.is_empty() {
+            multiply(&area, a, weights, kernel, out);
+            finish(&area, weights.n, epilogue, out);
+        }
+    });
+}
+
+/// One task's rectangle of the output.
+struct Area {
+    rows: std::ops::Range<usize>,
+    panels: std::ops::Range<usize>,
+}
+
+fn multiply(area: &Area, a: &impl Rows, weights: &Packed, kernel: Kernel, out: Out) {
+    let n = weights.n;
+    let tiles = area.rows.len().div_ceil(MR);
+    let mut packed = Aligned::zeros(tiles * MR * KC.min(weights.k));
+    let mut edge = Aligned::zeros(MR * NR);
+    let mut wide = Aligned::zeros(KC * NR);
+    for k0 in (0..weights.k).step_by(KC) {
+        let kc = KC.min(weights.k - k0);
+        let packed = &mut packed.as_mut_slice()[..tiles * MR * kc];
+        for (t, tile) in packed.chunks_exact_mut(MR * kc).enumerate() {
+            a.pack(area.rows.start + t * MR, k0, tile);
+        }
+        for p in area.panels.clone() {
+            let panel = weights.panel(p, k0, kc, &mut wide);
+            let columns = NR.min(n - p * NR);
+            for (t, tile) in packed.chunks_exact(MR * kc).enumerate() {
+                let row = area.rows.start + t * MR;
+                let rows = MR.min(area.rows.end - row);
+                let c = out.at(row * n + p * NR);
+                if columns == NR {
+                    // SAFETY: the rectangle of `rows` x NR at `c` lies inside this task's area.
+                    unsafe { kernel.run(tile, panel, kc, rows, c, n, k0 > 0) };
+                } else {
+                    let tile_c = edge.as_mut_slice().as_mut_ptr();
+                    // SAFETY: `edge` has MR x NR floats.
+                    unsafe { kernel.run(tile, panel, kc, rows, tile_c, NR, false) };
+                    // SAFETY: `rows` x `columns` at `c` lie inside this task's area.
+                    unsafe { add_edge(edge.as_slice(), rows, columns, c, n, k0 > 0) };
+                }
+            }
+        }
+    }
+}
+
+/// Copies or adds the valid part of an edge tile.
+///
+/// # Safety
+/// `rows` x `columns` floats at `c` with row stride `ldc` are the caller's to write.
+unsafe fn add_edge(
+    edge: &[f32],
+    rows: usize,
+    columns: usize,
+    c: *mut f32,
+    ldc: usize,
+    accumulate: bool,
+) {
+    for i in 0..rows {
+        // SAFETY: the caller owns this rectangle.
+        let row = unsafe { std::slice::from_raw_parts_mut(c.add(i * ldc), columns) };
+        for (c, e) in row.iter_mut().zip(&edge[i * NR..]) {
+            *c = if accumulate { *c + e } else { *e };
+        }
+    }
+}
+
+fn finish(area: &Area, n: usize, epilogue: Epilogue<'_>, out: Out) {
+    let columns = area.panels.start * NR..n.min(area.panels.end * NR);
+    for row in area.rows.clone() {
+        let c = out.at(row * n + columns.start);
+        // SAFETY: this part of the row lies inside this task's area.
+        let c = unsafe { std::slice::from_raw_parts_mut(c, columns.len()) };
+        if let Some(bias) = epilogue.bias {
+            add(c, &bias[columns.clone()]);
+        }
+        if let Some((bias, rows)) = epilogue.row_bias {
+            add(c, &bias[row / rows * n..][columns.clone()]);
+        }
+        if let Some(residual) = epilogue.residual {
+            add(c, &residual[row * n..][columns.clone()]);
+        }
+    }
+}
+
+fn add(c: &mut [f32], d: &[f32]) {
+    for (c, d) in c.iter_mut().zip(d) {
+        *c += d;
+    }
+}
+
+/// A row-major matrix, or columns of a wider one.
+pub(crate) struct Matrix<'a> {
+    /// From the first element of the first row on.
+    pub(crate) data: &'a [f32],
+    /// Elements from row to row.
+    pub(crate) stride: usize,
+    /// Rows that there are.
+    pub(crate) rows: usize,
+}
+
+impl Rows for Matrix<'_> {
+    fn pack(&self, row0: usize, k0: usize, tile: &mut [f32]) {
+        let kc = tile.len() / MR;
+        for i in 0..MR.min(self.rows - row0) {
+            let row = &self.data[(row0 + i) * self.stride + k0..][..kc];
+            scatter(row, i, tile);
+        }
+    }
+}
+
+/// Writes `row` as column i of a tile.
+#[inline]
+pub(crate) fn scatter(row: &[f32], i: usize, tile: &mut [f32]) {
+    for (value, slot) in row.iter().zip(tile.chunks_exact_mut(MR)) {
+        slot[i] = *value;
+    }
+}
+
+/// The register-blocked kernel of the processor at hand.
+#[derive(Clone, Copy)]
+pub(crate) struct Kernel(Isa);
+
+impl Kernel {
+    pub(crate) fn detect() -> Self {
+        Self(Isa::detect())
+    }
+
+    /// c (rows, NR) (+)= a tile ([kc][MR]) x b panel ([kc][NR]); row i of c starts at c + i * ldc.
+    ///
+    /// # Safety
+    /// `rows` x NR floats at `c` with row stride `ldc` are the caller's to write.
+    #[expect(clippy::too_many_arguments, reason = "the signature of every GEMM kernel")]
+    pub(crate) unsafe fn run(
+        self,
+        a: &[f32],
+        b: &[f32],
+        kc: usize,
+        rows: usize,
+        c: *mut f32,
+        ldc: usize,
+        accumulate: bool,
+    ) {
+        assert!(a.len() >= kc * MR && b.len() >= kc * NR && rows <= MR, "gemm tile");
+        let tile = Tile { a: a.as_ptr(), b: b.as_ptr(), kc, c, ldc, accumulate };
+        // SAFETY: lengths are asserted above, `c` is the caller's promise, and the instructions
+        // of each arm were found on this processor.
+        unsafe {
+            match self.0 {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx512 => x86::avx512(&tile, rows),
+                #[cfg(target_arch = "x86_64")]
+                Isa::Avx2 => x86::avx2(&tile, rows),
+                Isa::Portable => portable(&tile, rows),
+            }
+        }
+    }
+}
+
+struct Tile {
+    a: *const f32,
+    b: *const f32,
+    kc: usize,
+    c: *mut f32,
+    ldc: usize,
+    accumulate: bool,
+}
+
+/// The reference kernel, for every processor.
+///
+/// # Safety
+/// The pointers of `tile` are valid for `kc` steps and `rows` rows.
+unsafe fn portable(tile: &Tile, rows: usize) {
+    for i in 0..rows {
+        let mut sum = [0f32; NR];
+        for k in 0..tile.kc {
+            // SAFETY: k < kc and i < MR.
+            let a = unsafe { *tile.a.add(k * MR + i) };
+            // SAFETY: k < kc.
+            let b = unsafe { std::slice::from_raw_parts(tile.b.add(k * NR), NR) };
+            for (s, b) in sum.iter_mut().zip(b) {
+                *s += a * b;
+            }
+        }
+        // SAFETY: row i of c is the caller's to write.
+        let c = unsafe { std::slice::from_raw_parts_mut(tile.c.add(i * tile.ldc), NR) };
+        for (c, s) in c.iter_mut().zip(&sum) {
+            *c = if tile.accumulate { *c + s } else { *s };
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{MR, NR, Tile};
+
+    /// # Safety
+    /// As `portable`, on a processor with AVX-512F.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn avx512(tile: &Tile, rows: usize) {
+        // SAFETY: the caller's promise, passed on with the row count as a constant.
+        unsafe {
+            match rows {
+                1 => rows512::<1>(tile),
+                2 => rows512::<2>(tile),
+                3 => rows512::<3>(tile),
+                4 => rows512::<4>(tile),
+                5 => rows512::<5>(tile),
+                6 => rows512::<6>(tile),
+                7 => rows512::<7>(tile),
+                8 => rows512::<8>(tile),
+                9 => rows512::<9>(tile),
+                10 => rows512::<10>(tile),
+                11 => rows512::<11>(tile),
+                _ => rows512::<MR>(tile),
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f")]
+    unsafe fn rows512<const R: usize>(tile: &Tile) {
+        let mut sum = [[_mm512_setzero_ps(); 2]; R];
+        let (mut a, mut b) = (tile.a, tile.b);
+        for _ in 0..tile.kc {
+            // SAFETY: a and b advance kc times by one step of the tile and the panel.
+            unsafe {
+                let b0 = _mm512_loadu_ps(b);
+                let b1 = _mm512_loadu_ps(b.add(16));
+                for (i, sum) in sum.iter_mut().enumerate() {
+                    let a = _mm512_set1_ps(*a.add(i));
+                    sum[0] = _mm512_fmadd_ps(a, b0, sum[0]);
+                    sum[1] = _mm512_fmadd_ps(a, b1, sum[1]);
+                }
+                a = a.add(MR);
+                b = b.add(NR);
+            }
+        }
+        for (i, sum) in sum.iter().enumerate() {
+            for (j, sum) in sum.iter().enumerate() {
+                // SAFETY: row i of c is the caller's to write.
+                unsafe {
+                    let c = tile.c.add(i * tile.ldc + j * 16);
+                    let old =
+                        if tile.accumulate { _mm512_loadu_ps(c) } else { _mm512_setzero_ps() };
+                    _mm512_storeu_ps(c, _mm512_add_ps(old, *sum));
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As `portable`, on a processor with AVX2 and FMA.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn avx2(tile: &Tile, rows: usize) {
+        // Sixteen registers hold three rows of four vectors.
+        for i in (0..rows).step_by(3) {
+            // SAFETY: the caller's promise, for at most three rows from row i on.
+            unsafe {
+                let part = Tile { a: tile.a.add(i), c: tile.c.add(i * tile.ldc), ..*tile };
+                match rows - i {
+                    1 => rows256::<1>(&part),
+                    2 => rows256::<2>(&part),
+                    _ => rows256::<3>(&part),
+                }
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn rows256<const R: usize>(tile: &Tile) {
+        let mut sum = [[_mm256_setzero_ps(); 4]; R];
+        let (mut a, mut b) = (tile.a, tile.b);
+        for _ in 0..tile.kc {
+            // SAFETY: a and b advance kc times by one step of the tile and the panel.
+            unsafe {
+                for (i, sum) in sum.iter_mut().enumerate() {
+                    let a = _mm256_set1_ps(*a.add(i));
+                    for (j, sum) in sum.iter_mut().enumerate() {
+                        *sum = _mm256_fmadd_ps(a, _mm256_loadu_ps(b.add(j * 8)), *sum);
+                    }
+                }
+                a = a.add(MR);
+                b = b.add(NR);
+            }
+        }
+        for (i, sum) in sum.iter().enumerate() {
+            for (j, sum) in sum.iter().enumerate() {
+                // SAFETY: row i of c is the caller's to write.
+                unsafe {
+                    let c = tile.c.add(i * tile.ldc + j * 8);
+                    let old =
+                        if tile.accumulate { _mm256_loadu_ps(c) } else { _mm256_setzero_ps() };
+                    _mm256_storeu_ps(c, _mm256_add_ps(old, *sum));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::tests::random;
+
+    /// Every instruction set of this processor.
+    fn kernels() -> Vec<Kernel> {
+        let mut all = vec![Kernel(Isa::Portable)];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                all.push(Kernel(Isa::Avx2));
+            }
+            if is_x86_feature_detected!("avx512f") {
+                all.push(Kernel(Isa::Avx512));
+            }
+        }
+        all
+    }
+
+    #[test]
+    fn every_kernel_agrees_with_the_sum_in_f64() {
+        for kernel in kernels() {
+            for rows in 1..=MR {
+                for kc in [1, 2, 7, 64, 255] {
+                    let (a, b) = (random(kc * MR, 1), random(kc * NR, 2));
+                    for accumulate in [false, true] {
+                        let ldc = NR + 5;
+                        let mut c = random(MR * ldc, 3);
+                        let old = c.clone();
+                        // SAFETY: c holds MR rows of ldc >= NR floats.
+                        unsafe { kernel.run(&a, &b, kc, rows, c.as_mut_ptr(), ldc, accumulate) };
+                        for i in 0..MR {
+                            for j in 0..ldc {
+                                let want = if i < rows && j < NR {
+                                    let sum: f64 = (0..kc)
+                                        .map(|k| {
+                                            f64::from(a[k * MR + i]) * f64::from(b[k * NR + j])
+                                        })
+                                        .sum();
+                                    sum + if accumulate { f64::from(old[i * ldc + j]) } else { 0.0 }
+                                } else {
+                                    f64::from(old[i * ldc + j])
+                                };
+                                let got = f64::from(c[i * ldc + j]);
+                                assert!((got - want).abs() < 1e-4, "{rows} {kc} {i} {j}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn any_shape_and_any_batch_give_the_same_rows() {
+        for (rows, k, n) in [(1, 1, 1), (13, 300, 33), (500, 17, 70), (40, 600, 4), (3, 5, 257)] {
+            let (a, w, bias) = (random(rows * k, 4), random(k * n, 5), random(n, 6));
+            let packed = Packed::new(k, n, DType::F32, |i, j| w[i * n + j]);
+            let matrix = Matrix { data: &a, stride: k, rows };
+            let epilogue = Epilogue { bias: Some(&bias), ..Epilogue::default() };
+            let mut out = vec![0.0; rows * n];
+            gemm(rows, &matrix, &packed, epilogue, &mut out);
+            for i in 0..rows {
+                for j in 0..n {
+                    let sum: f64 =
+                        (0..k).map(|x| f64::from(a[i * k + x]) * f64::from(w[x * n + j])).sum();
+                    let want = sum + f64::from(bias[j]);
+                    assert!((f64::from(out[i * n + j]) - want).abs() < 2e-4, "{i} {j}");
+                }
+            }
+            let last = Matrix { data: &a[(rows - 1) * k..], stride: k, rows: 1 };
+            let mut alone = vec![0.0; n];
+            gemm(1, &last, &packed, epilogue, &mut alone);
+            assert_eq!(alone, out[(rows - 1) * n..], "a row depends on its batch");
+        }
+    }
+
+    #[test]
+    fn bf16_weights_are_rounded_and_nothing_else_is() {
+        let (rows, k, n) = (7, 300, 40);
+        let (a, w) = (random(rows * k, 7), random(k * n, 8));
+        let matrix = Matrix { data: &a, stride: k, rows };
+        let product = |packed: &Packed| {
+            let mut out = vec![0.0; rows * n];
+            gemm(rows, &matrix, packed, Epilogue::default(), &mut out);
+            out
+        };
+        let narrow = product(&Packed::new(k, n, DType::BF16, |i, j| w[i * n + j]));
+        let rounded = |i: usize, j: usize| bf16::from_f32(w[i * n + j]).to_f32();
+        assert_eq!(narrow, product(&Packed::new(k, n, DType::F32, rounded)));
+    }
+}

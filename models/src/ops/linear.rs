@@ -1,0 +1,95 @@
+//! y = x W^T + b, with what follows it.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::gemm::{Epilogue, Matrix, Packed, gemm};
+use super::{host, to_host};
+
+/// A linear layer; its weights are packed for the CPU, or lie on another device.
+pub(crate) struct Linear {
+    weights: Weights,
+    out: usize,
+}
+
+enum Weights {
+    Cpu { packed: Packed, bias: Option<Vec<f32>> },
+    Device { weight: Tensor, bias: Option<Tensor> },
+}
+
+impl Linear {
+    /// From a weight (out, in) and a bias (out), for a device and its type.
+    pub(crate) fn new(
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
+        let (out, k) = weight.dims2()?;
+        let weights = if device.is_cpu() {
+            let values = to_host(weight)?;
+            let packed = Packed::new(k, out, dtype, |i, j| values[j * k + i]);
+            Weights::Cpu { packed, bias: bias.map(to_host).transpose()? }
+        } else {
+            let place = |t: &Tensor| t.to_dtype(dtype)?.to_device(device);
+            Weights::Device { weight: place(weight)?, bias: bias.map(place).transpose()? }
+        };
+        Ok(Self { weights, out })
+    }
+
+    /// (.., in) -> (.., out)
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.run(x, None)
+    }
+
+    /// (.., in) -> (.., out), plus `residual` (.., out)
+    pub(crate) fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        self.run(x, Some(residual))
+    }
+
+    fn run(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+        let mut shape = x.dims().to_vec();
+        let k = shape.pop().unwrap_or_default();
+        let rows = shape.iter().product::<usize>();
+        shape.push(self.out);
+        match &self.weights {
+            Weights::Cpu { packed, bias } => {
+                let source = host(x)?;
+                let residual = residual.map(host).transpose()?;
+                let mut out = vec![0f32; rows * self.out];
+                let epilogue = Epilogue {
+                    bias: bias.as_deref(),
+                    residual: residual.as_ref().map(|r| r.data()).transpose()?,
+                    ..Epilogue::default()
+                };
+                let a = Matrix { data: source.data()?, stride: k, rows };
+                gemm(rows, &a, packed, epilogue, &mut out);
+                Tensor::from_vec(out, shape, x.device())
+            }
+            Weights::Device { weight, bias } => {
+                let mut y = x.reshape((rows, k))?.matmul(&weight.t()?)?;
+                if let Some(bias) = bias {
+                    y = y.broadcast_add(bias)?;
+                }
+                let y = y.reshape(shape)?;
+                residual.map_or(Ok(y.clone()), |r| y + r)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::tests::{difference, tensor};
+
+    #[test]
+    fn linear_agrees_with_candle() {
+        let (x, w, b) = (tensor(&[2, 9, 70], 1), tensor(&[45, 70], 2), tensor(&[45], 3));
+        let r = tensor(&[2, 9, 45], 4);
+        let layer = Linear::new(&w, Some(&b), &Device::Cpu, DType::F32).unwrap();
+        let want = x.broadcast_matmul(&w.t().unwrap()).unwrap().broadcast_add(&b).unwrap();
+        assert!(difference(&layer.forward(&x).unwrap(), &want) < 1e-5);
+        let want = (want + &r).unwrap();
+        assert!(difference(&layer.forward_add(&x, &r).unwrap(), &want) < 1e-5);
+    }
+}

@@ -1,0 +1,94 @@
+//! The operations of the networks, each with one small file.
+//!
+//! Activations are channels-last throughout: pictures are (B, H, W, C), tokens (B, L, C), both
+//! contiguous. On the CPU they are f32 and every operation here runs our own kernel; on other
+//! devices the operation is composed from candle's, in the tensor's own type, with norms and
+//! softmax accumulated in f32. That composition is also the reference that the kernels are tested
+//! against.
+
+#![expect(unsafe_code, reason = "vector instructions and disjoint writes from several threads")]
+
+mod activation;
+mod attention;
+mod conv;
+mod gemm;
+mod linear;
+mod memory;
+mod norm;
+mod simd;
+
+use candle_core::{CpuStorage, DType, Device, Result, Storage, StorageRef, Tensor, bail};
+
+pub(crate) use activation::{Activation, activate, geglu};
+pub(crate) use attention::{Attention, attention, self_attention};
+pub(crate) use conv::{Conv2d, Geometry};
+pub(crate) use linear::Linear;
+pub use memory::keep_freed_memory;
+pub(crate) use norm::{GroupNorm, LayerNorm};
+
+/// A contiguous or row-strided f32 tensor in host memory, held while its data is read.
+struct Host<'a> {
+    storage: StorageRef<'a>,
+    start: usize,
+    len: usize,
+}
+
+impl Host<'_> {
+    fn data(&self) -> Result<&[f32]> {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(data)) => Ok(&data[self.start..self.start + self.len]),
+            _ => bail!("a kernel of the CPU was given a tensor that is not f32 in host memory"),
+        }
+    }
+}
+
+/// All elements of a contiguous tensor.
+fn host(tensor: &Tensor) -> Result<Host<'_>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(Host { storage, start, len: end - start }),
+        None => bail!("expected a contiguous tensor, got strides {:?}", layout.stride()),
+    }
+}
+
+fn on_cpu(tensor: &Tensor) -> bool {
+    matches!(tensor.device(), Device::Cpu)
+}
+
+/// Parameters as plain f32 in host memory.
+fn to_host(tensor: &Tensor) -> Result<Vec<f32>> {
+    tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use candle_core::Tensor;
+
+    /// Deterministic numbers in (-1, 1) by a linear congruence: good enough to tell kernels apart.
+    pub(crate) fn random(len: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        (0..len)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+            })
+            .collect()
+    }
+
+    /// A random tensor on the CPU.
+    pub(crate) fn tensor(shape: &[usize], seed: u64) -> Tensor {
+        let data = random(shape.iter().product(), seed);
+        Tensor::from_vec(data, shape, &candle_core::Device::Cpu).unwrap()
+    }
+
+    /// max |a - b| / max |b|
+    pub(crate) fn difference(a: &Tensor, b: &Tensor) -> f32 {
+        assert_eq!(a.dims(), b.dims());
+        let max = |t: &Tensor| {
+            let values = t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert!(values.iter().all(|v| v.is_finite()));
+            values.iter().fold(0f32, |m, v| m.max(v.abs()))
+        };
+        max(&(a - b).unwrap()) / max(b)
+    }
+}

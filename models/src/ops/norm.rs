@@ -1,0 +1,265 @@
+//! Group and layer normalisation, with statistics in f32 sums of short runs joined in f64.
+
+use candle_core::{D, DType, Device, Result, Tensor};
+use rayon::prelude::*;
+
+use super::activation::silu;
+use super::simd::vectorized;
+use super::{host, to_host};
+
+/// Pixels whose sums are taken in f32 before they are joined in f64. Fixed, so that the result
+/// does not depend on the number of threads.
+const RUN: usize = 64;
+
+/// Scale and shift of a normalisation.
+enum Affine {
+    Cpu {
+        weight: Vec<f32>,
+        bias: Vec<f32>,
+    },
+    /// In f32: norms accumulate in f32 on every device.
+    Device {
+        weight: Tensor,
+        bias: Tensor,
+    },
+}
+
+impl Affine {
+    fn new(weight: &Tensor, bias: &Tensor, device: &Device) -> Result<Self> {
+        if device.is_cpu() {
+            return Ok(Self::Cpu { weight: to_host(weight)?, bias: to_host(bias)? });
+        }
+        let place = |t: &Tensor| t.to_dtype(DType::F32)?.to_device(device);
+        Ok(Self::Device { weight: place(weight)?, bias: place(bias)? })
+    }
+}
+
+/// Group normalisation (Wu and He 2018) over (B, H, W, C), with or without SiLU behind it.
+pub(crate) struct GroupNorm {
+    affine: Affine,
+    groups: usize,
+    eps: f64,
+}
+
+impl GroupNorm {
+    /// From a weight (C) and a bias (C).
+    pub(crate) fn new(
+        weight: &Tensor,
+        bias: &Tensor,
+        groups: usize,
+        eps: f64,
+        device: &Device,
+    ) -> Result<Self> {
+        Ok(Self { affine: Affine::new(weight, bias, device)?, groups, eps })
+    }
+
+    /// (B, H, W, C) -> (B, H, W, C)
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.run(x, false)
+    }
+
+    /// (B, H, W, C) -> (B, H, W, C), through SiLU
+    pub(crate) fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
+        self.run(x, true)
+    }
+
+    fn run(&self, x: &Tensor, with_silu: bool) -> Result<Tensor> {
+        let (batch, h, w, channels) = x.dims4()?;
+        let (weight, bias) = match &self.affine {
+            Affine::Cpu { weight, bias } => (weight, bias),
+            Affine::Device { weight, bias } => {
+                let y = group_norm_reference(x, weight, bias, self.groups, self.eps)?;
+                return if with_silu { y.silu() } else { Ok(y) };
+            }
+        };
+        let source = host(x)?;
+        let data = source.data()?;
+        let sample = h * w * channels;
+        let mut out = vec![0f32; batch * sample];
+        for (out, data) in out.chunks_exact_mut(sample).zip(data.chunks_exact(sample)) {
+            let (mean, scale) = self.coefficients(data, weight);
+            out.par_chunks_mut(RUN * channels).zip(data.par_chunks(RUN * channels)).for_each(
+                |(out, data)| {
+                    normalize(data, (&mean, &scale, bias), out);
+                    if with_silu {
+                        silu(out);
+                    }
+                },
+            );
+        }
+        Tensor::from_vec(out, (batch, h, w, channels), x.device())
+    }
+
+    /// Mean and scale of every channel of one sample: y = (x - mean) * scale + bias.
+    fn coefficients(&self, data: &[f32], weight: &[f32]) -> (Vec<f32>, Vec<f32>) {
+        let channels = weight.len();
+        let runs: Vec<(Vec<f32>, Vec<f32>)> = data
+            .par_chunks(RUN * channels)
+            .map(|run| {
+                let (mut sum, mut squares) = (vec![0f32; channels], vec![0f32; channels]);
+                sums(run, &mut sum, &mut squares);
+                (sum, squares)
+            })
+            .collect();
+        let per_group = channels / self.groups;
+        let count = (data.len() / self.groups) as f64;
+        let (mut means, mut scale) = (vec![0f32; channels], vec![0f32; channels]);
+        for group in 0..self.groups {
+            let own = group * per_group..(group + 1) * per_group;
+            let total = |runs: &mut dyn Iterator<Item = &Vec<f32>>| -> f64 {
+                runs.flat_map(|run| &run[own.clone()]).map(|v| f64::from(*v)).sum()
+            };
+            let mean = total(&mut runs.iter().map(|run| &run.0)) / count;
+            let variance =
+                (total(&mut runs.iter().map(|run| &run.1)) / count - mean * mean).max(0.0);
+            let inverse = 1.0 / (variance + self.eps).sqrt();
+            for c in own.clone() {
+                means[c] = mean as f32;
+                scale[c] = (f64::from(weight[c]) * inverse) as f32;
+            }
+        }
+        (means, scale)
+    }
+}
+
+vectorized! {
+    fn sums(data: &[f32], sum: &mut [f32], squares: &mut [f32]) {
+        for pixel in data.chunks_exact(sum.len()) {
+            for ((sum, squares), x) in sum.iter_mut().zip(squares.iter_mut()).zip(pixel) {
+                *sum += x;
+                *squares += x * x;
+            }
+        }
+    }
+}
+
+vectorized! {
+    /// out = (data - mean) * scale + bias, the three (C) each
+    fn normalize(data: &[f32], affine: (&[f32], &[f32], &[f32]), out: &mut [f32]) {
+        let (mean, scale, bias) = affine;
+        let channels = mean.len();
+        for (out, data) in out.chunks_exact_mut(channels).zip(data.chunks_exact(channels)) {
+            let affine = mean.iter().zip(scale).zip(bias);
+            for ((out, x), ((mean, scale), bias)) in out.iter_mut().zip(data).zip(affine) {
+                *out = (x - mean) * scale + bias;
+            }
+        }
+    }
+}
+
+/// The same from candle's operations, in f32 whatever the type of `x`.
+fn group_norm_reference(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    groups: usize,
+    eps: f64,
+) -> Result<Tensor> {
+    let (batch, h, w, channels) = x.dims4()?;
+    let y = x.to_dtype(DType::F32)?.reshape((batch, h * w, groups, channels / groups))?;
+    let y = y.transpose(1, 2)?.flatten_from(2)?; // (B, groups, H * W * C / groups)
+    let y = y.broadcast_sub(&y.mean_keepdim(D::Minus1)?)?;
+    let variance = y.sqr()?.mean_keepdim(D::Minus1)?;
+    let y = y.broadcast_div(&(variance + eps)?.sqrt()?)?;
+    let y = y.reshape((batch, groups, h * w, channels / groups))?.transpose(1, 2)?;
+    let y = y.contiguous()?.reshape((batch, h, w, channels))?;
+    y.broadcast_mul(weight)?.broadcast_add(bias)?.to_dtype(x.dtype())
+}
+
+/// Layer normalisation (Ba et al. 2016) over the last dimension.
+pub(crate) struct LayerNorm {
+    affine: Affine,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// From a weight (C) and a bias (C).
+    pub(crate) fn new(weight: &Tensor, bias: &Tensor, eps: f64, device: &Device) -> Result<Self> {
+        Ok(Self { affine: Affine::new(weight, bias, device)?, eps })
+    }
+
+    /// (.., C) -> (.., C)
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (weight, bias) = match &self.affine {
+            Affine::Cpu { weight, bias } => (weight, bias),
+            Affine::Device { weight, bias } => {
+                return layer_norm_reference(x, weight, bias, self.eps);
+            }
+        };
+        let source = host(x)?;
+        let data = source.data()?;
+        let width = weight.len();
+        let mut out = vec![0f32; data.len()];
+        out.par_chunks_mut(RUN * width).zip(data.par_chunks(RUN * width)).for_each(
+            |(out, data)| {
+                normalize_rows(data, weight, bias, self.eps as f32, out);
+            },
+        );
+        Tensor::from_vec(out, x.shape(), x.device())
+    }
+}
+
+vectorized! {
+    fn normalize_rows(data: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+        const LANES: usize = 16;
+        let width = weight.len();
+        for (out, row) in out.chunks_exact_mut(width).zip(data.chunks_exact(width)) {
+            // Sixteen partial sums vectorise; a single one would be summed in sequence.
+            let reduce = |value: &dyn Fn(f32) -> f32| {
+                let mut lanes = [0f32; LANES];
+                let chunks = row.chunks_exact(LANES);
+                let rest: f32 = chunks.remainder().iter().map(|x| value(*x)).sum();
+                for chunk in chunks {
+                    for (lane, x) in lanes.iter_mut().zip(chunk) {
+                        *lane += value(*x);
+                    }
+                }
+                (lanes.iter().sum::<f32>() + rest) / width as f32
+            };
+            let mean = reduce(&|x| x);
+            let inverse = 1.0 / (reduce(&|x| (x - mean) * (x - mean)) + eps).sqrt();
+            for (((out, x), weight), bias) in out.iter_mut().zip(row).zip(weight).zip(bias) {
+                *out = (x - mean) * inverse * weight + bias;
+            }
+        }
+    }
+}
+
+/// The same from candle's operations, in f32 whatever the type of `x`.
+fn layer_norm_reference(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    let y = x.to_dtype(DType::F32)?;
+    let y = y.broadcast_sub(&y.mean_keepdim(D::Minus1)?)?;
+    let variance = y.sqr()?.mean_keepdim(D::Minus1)?;
+    let y = y.broadcast_div(&(variance + eps)?.sqrt()?)?;
+    y.broadcast_mul(weight)?.broadcast_add(bias)?.to_dtype(x.dtype())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::tests::{difference, tensor};
+
+    #[test]
+    fn group_norm_agrees_with_the_reference() {
+        for (h, w, channels, groups) in [(8, 8, 64, 32), (5, 13, 48, 16), (1, 1, 32, 32)] {
+            let x = tensor(&[2, h, w, channels], 1).affine(3.0, 0.7).unwrap();
+            let (weight, bias) = (tensor(&[channels], 2), tensor(&[channels], 3));
+            let norm = GroupNorm::new(&weight, &bias, groups, 1e-5, &Device::Cpu).unwrap();
+            let want = group_norm_reference(&x, &weight, &bias, groups, 1e-5).unwrap();
+            assert!(difference(&norm.forward(&x).unwrap(), &want) < 1e-5);
+            let want = want.silu().unwrap();
+            assert!(difference(&norm.forward_silu(&x).unwrap(), &want) < 1e-5);
+        }
+    }
+
+    #[test]
+    fn layer_norm_agrees_with_the_reference() {
+        for width in [5, 64, 77] {
+            let x = tensor(&[2, 70, width], 1).affine(3.0, -0.2).unwrap();
+            let (weight, bias) = (tensor(&[width], 2), tensor(&[width], 3));
+            let norm = LayerNorm::new(&weight, &bias, 1e-5, &Device::Cpu).unwrap();
+            let want = layer_norm_reference(&x, &weight, &bias, 1e-5).unwrap();
+            assert!(difference(&norm.forward(&x).unwrap(), &want) < 1e-5);
+        }
+    }
+}

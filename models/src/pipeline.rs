@@ -1,0 +1,342 @@
+//! A model, and the pictures under way in it.
+//!
+//! The sampler's loop is the caller's: [`Pipeline::step`] takes one evaluation of any number of
+//! trajectories, each at its own step of its own schedule, in a single call of the UNet. A
+//! trajectory with guidance takes two rows of that call, one without takes one.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::config::{self, ClipTextConfig, UNetConfig, VaeConfig};
+use crate::denoiser::guide;
+use crate::device::{DeviceName, Precision};
+use crate::error::{Error, Result};
+use crate::noise::Noise;
+use crate::ops::keep_freed_memory;
+use crate::sampler::Sampler;
+use crate::schedule::SchedulerConfig;
+use crate::spec::{MAX_STEPS, Scheduler, Size, Spec};
+use crate::text_encoder::ClipTextModel;
+use crate::tokenizer::ClipTokenizer;
+use crate::unet::UNet2DConditionModel;
+use crate::vae::Decoder;
+use crate::weights::{Source, Weights};
+
+/// What to load, and onto what.
+#[derive(Debug, Clone)]
+pub struct LoadOptions {
+    /// The model's files.
+    pub source: Source,
+    /// Where it runs.
+    pub device: DeviceName,
+    /// In which numbers.
+    pub precision: Precision,
+    /// Threads of the CPU's kernels; all processors if `None`. Only the first model loaded in a
+    /// process sets it.
+    pub threads: Option<usize>,
+}
+
+/// What a request that leaves things out gets.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Defaults {
+    /// The size that the UNet was trained on.
+    pub size: Size,
+    /// Sampler steps, as diffusers.
+    pub steps: usize,
+    /// Classifier-free guidance, as diffusers.
+    pub guidance_scale: f64,
+    /// The sampler of the model's scheduler configuration.
+    pub scheduler: Scheduler,
+}
+
+/// What is known of a loaded model without touching it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelInfo {
+    /// `demo`, or the name of the directory.
+    pub name: String,
+    /// `cpu` or `cuda:N`.
+    pub device: String,
+    /// `f32`, `bf16` or `f16`.
+    pub precision: String,
+    /// What a request that leaves things out gets.
+    pub defaults: Defaults,
+    /// Sides must be multiples of this many pixels.
+    pub multiple: usize,
+}
+
+impl ModelInfo {
+    /// Whether the model can draw this.
+    pub fn check(&self, spec: &Spec) -> Result<()> {
+        let refuse = |field, reason: String| Err(Error::Spec { field, reason });
+        let size = spec.size;
+        let fits = |side: usize| side.is_multiple_of(self.multiple);
+        if !fits(size.width()) || !fits(size.height()) {
+            let reason = format!("{size} must have sides that are multiples of {}", self.multiple);
+            return refuse("width", reason);
+        }
+        if spec.steps == 0 || spec.steps > MAX_STEPS {
+            return refuse("num_inference_steps", format!("must be 1 to {MAX_STEPS}"));
+        }
+        if !spec.guidance_scale.is_finite() {
+            return refuse("guidance_scale", "must be a finite number".into());
+        }
+        Ok(())
+    }
+}
+
+/// Pixels of a picture, row by row, three bytes each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rgb {
+    /// Pixels of a row.
+    pub width: usize,
+    /// Rows.
+    pub height: usize,
+    /// `3 * width * height` bytes.
+    pub data: Vec<u8>,
+}
+
+/// One picture under way.
+pub struct Trajectory {
+    size: Size,
+    guidance_scale: f64,
+    /// (1, C, h, w) f32
+    latents: Tensor,
+    /// (1, L, D), and the same of the negative prompt where there is guidance.
+    context: Tensor,
+    negative: Option<Tensor>,
+    sampler: Sampler,
+    noise: Noise,
+    warnings: Vec<String>,
+}
+
+impl Trajectory {
+    /// Whether nothing but decoding is left to do.
+    pub fn done(&self) -> bool {
+        self.sampler.next().is_none()
+    }
+
+    /// Evaluations of the UNet behind it, and in all. Heun takes two a step, PNDM one more than
+    /// steps.
+    pub fn progress(&self) -> (usize, usize) {
+        (self.sampler.completed(), self.sampler.evaluations())
+    }
+
+    /// Rows that it takes in a call of the UNet.
+    pub fn rows(&self) -> usize {
+        1 + usize::from(self.negative.is_some())
+    }
+
+    /// The picture's size.
+    pub fn size(&self) -> Size {
+        self.size
+    }
+
+    /// What the user should know although the picture is drawn.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// The latents as they are now, (1, C, h, w) f32.
+    pub fn latents(&self) -> &Tensor {
+        &self.latents
+    }
+}
+
+/// A loaded model.
+pub struct Pipeline {
+    info: ModelInfo,
+    device: Device,
+    tokenizer: ClipTokenizer,
+    text_encoder: ClipTextModel,
+    unet: UNet2DConditionModel,
+    decoder: Decoder,
+    scheduler: SchedulerConfig,
+}
+
+impl Pipeline {
+    /// Reads a model from its files. Takes seconds.
+    pub fn load(options: &LoadOptions) -> Result<Self> {
+        if let Some(threads) = options.threads {
+            // An error says that the pool exists already: the first model has set its size.
+            let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+        }
+        keep_freed_memory();
+        let source = &options.source;
+        let device = options.device.open()?;
+        let dtype = options.precision.resolve(&device)?;
+        config::check_pipeline(source)?;
+        let half = dtype == DType::F16;
+        let open = |folder, stem| Weights::open(source, folder, stem, half);
+        let text = ClipTextConfig::read(source)?;
+        let tokenizer = ClipTokenizer::load(source, text.max_position_embeddings)?;
+        let weights = open("text_encoder", "model")?;
+        let text_encoder = ClipTextModel::load(text, &weights, &device, dtype)?;
+        let weights = open("unet", "diffusion_pytorch_model")?;
+        let unet = UNetConfig::read(source)?;
+        let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype)?;
+        let weights = open("vae", "diffusion_pytorch_model")?;
+        let decoder = Decoder::load(VaeConfig::read(source)?, &weights, &device, dtype)?;
+        agree(&text_encoder, &unet, &decoder)?;
+        let scheduler = source.require("scheduler/scheduler_config.json")?;
+        let scheduler = SchedulerConfig::from_json(&String::from_utf8_lossy(&scheduler))?;
+        let scale = decoder.config().scale();
+        let side = unet.config().sample_size * scale;
+        let size = Size::new(side, side).ok_or_else(|| {
+            Error::config("unet/config.json", format!("sample_size: {side} pixels a side"))
+        })?;
+        let defaults = Defaults {
+            size,
+            steps: 50,
+            guidance_scale: 7.5,
+            scheduler: scheduler.default_scheduler()?,
+        };
+        let info = ModelInfo {
+            name: name(source),
+            device: match device.location() {
+                candle_core::DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
+                _ => "cpu".into(),
+            },
+            precision: dtype.as_str().into(),
+            defaults,
+            multiple: scale.max(8),
+        };
+        Ok(Self { info, device, tokenizer, text_encoder, unet, decoder, scheduler })
+    }
+
+    /// What is known of the model.
+    pub fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    /// Whether the model can draw this.
+    pub fn check(&self, spec: &Spec) -> Result<()> {
+        self.info.check(spec)
+    }
+
+    /// Encodes the prompts and draws the noise.
+    pub fn begin(&self, spec: &Spec) -> Result<Trajectory> {
+        self.check(spec)?;
+        let sampler = Sampler::new(spec.scheduler, &self.scheduler, spec.steps)?;
+        let mut warnings = Vec::new();
+        let context = self.encode("prompt", &spec.prompt, &mut warnings)?;
+        let negative = (spec.rows() == 2)
+            .then(|| self.encode("negative_prompt", &spec.negative_prompt, &mut warnings))
+            .transpose()?;
+        let scale = self.decoder.config().scale();
+        let shape = (
+            1,
+            self.unet.config().in_channels,
+            spec.size.height() / scale,
+            spec.size.width() / scale,
+        );
+        let mut noise = Noise::new(spec.seed);
+        let latents = noise.normal(shape.1 * shape.2 * shape.3);
+        let latents = Tensor::from_vec(latents, shape, &self.device)?;
+        let latents = (latents * sampler.init_noise_sigma())?;
+        let (size, guidance_scale) = (spec.size, spec.guidance_scale);
+        Ok(Trajectory {
+            size,
+            guidance_scale,
+            latents,
+            context,
+            negative,
+            sampler,
+            noise,
+            warnings,
+        })
+    }
+
+    fn encode(&self, field: &str, prompt: &str, warnings: &mut Vec<String>) -> Result<Tensor> {
+        let tokens = self.tokenizer.encode(prompt)?;
+        if let Some(cut) = tokens.cut {
+            let window = tokens.ids.len();
+            warnings.push(format!("{field} is longer than {window} tokens; ignored: {cut:?}"));
+        }
+        self.text_encoder.forward(&[tokens.ids])
+    }
+
+    /// One evaluation of the UNet for each trajectory that is not done; all of one size.
+    pub fn step(&self, batch: &mut [&mut Trajectory]) -> Result<()> {
+        let (mut latents, mut contexts, mut timesteps) = (Vec::new(), Vec::new(), Vec::new());
+        let mut active: Vec<&mut Trajectory> = Vec::new();
+        for trajectory in batch.iter_mut() {
+            let Some(evaluation) = trajectory.sampler.next() else { continue };
+            let input = (&trajectory.latents * evaluation.input_scale)?;
+            // diffusers' order: the unconditional row first.
+            for context in trajectory.negative.iter().chain([&trajectory.context]) {
+                latents.push(input.clone());
+                contexts.push(context.clone());
+                timesteps.push(evaluation.timestep);
+            }
+            active.push(trajectory);
+        }
+        if active.is_empty() {
+            return Ok(());
+        }
+        let output = self.unet.forward(
+            &Tensor::cat(&latents, 0)?,
+            &timesteps,
+            &Tensor::cat(&contexts, 0)?,
+        )?;
+        let mut row = 0;
+        for trajectory in active {
+            let rows = trajectory.rows();
+            let output = output.narrow(0, row, rows)?;
+            row += rows;
+            let output = match rows {
+                1 => output,
+                _ => guide(
+                    &output.narrow(0, 0, 1)?,
+                    &output.narrow(0, 1, 1)?,
+                    trajectory.guidance_scale,
+                )?,
+            };
+            trajectory.latents =
+                trajectory.sampler.advance(&trajectory.latents, &output, &mut trajectory.noise)?;
+        }
+        Ok(())
+    }
+
+    /// The picture of a trajectory as it is now.
+    pub fn decode(&self, trajectory: &Trajectory) -> Result<Rgb> {
+        let latents = (&trajectory.latents / self.decoder.config().scaling_factor)?;
+        let picture = self.decoder.forward(&latents)?; // (1, H, W, 3)
+        let (_, height, width, _) = picture.dims4()?;
+        let values = picture.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+        if values.iter().any(|v| v.is_nan()) {
+            return Err(Error::Compute(candle_core::Error::Msg(
+                "the picture holds values that are not numbers".into(),
+            )));
+        }
+        // Halves to even, as numpy rounds.
+        let byte = |v: f32| ((v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
+        Ok(Rgb { width, height, data: values.into_iter().map(byte).collect() })
+    }
+}
+
+/// What one network hands to the next must fit.
+fn agree(text: &ClipTextModel, unet: &UNet2DConditionModel, vae: &Decoder) -> Result<()> {
+    let (unet, text, vae) = (unet.config(), text.config(), vae.config());
+    let refuse = |key: &str, found: usize, other: &str, wanted: usize| {
+        let reason = format!("{key}: {found}, but {other} is {wanted}");
+        Err(Error::config("unet/config.json", reason))
+    };
+    if unet.cross_attention_dim != text.hidden_size {
+        let (found, wanted) = (unet.cross_attention_dim, text.hidden_size);
+        return refuse("cross_attention_dim", found, "the text encoder's hidden_size", wanted);
+    }
+    for (key, found) in [("in_channels", unet.in_channels), ("out_channels", unet.out_channels)] {
+        if found != vae.latent_channels {
+            return refuse(key, found, "the VAE's latent_channels", vae.latent_channels);
+        }
+    }
+    Ok(())
+}
+
+fn name(source: &Source) -> String {
+    match source {
+        Source::Demo => "demo".into(),
+        Source::Directory(path) => path
+            .file_name()
+            .map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned()),
+    }
+}

@@ -1,0 +1,181 @@
+//! What to draw. One [`Spec`] is one picture; a request for n pictures is n specs whose seeds
+//! count up. Valid by construction as far as that can be known without a model: what depends on
+//! the model (is the size within its limits?) is checked by [`crate::Pipeline::check`].
+
+use std::fmt;
+use std::str::FromStr;
+
+/// Steps of a training schedule: no sampler can take more.
+pub const MAX_STEPS: usize = 1000;
+
+/// One picture to draw.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Spec {
+    /// What the picture shows.
+    pub prompt: String,
+    /// What it should not show; only read when the guidance scale is above 1.
+    pub negative_prompt: String,
+    /// Width and height in pixels.
+    pub size: Size,
+    /// Sampler steps, 1 to [`MAX_STEPS`].
+    pub steps: usize,
+    /// Classifier-free guidance; at 1 or below the unconditional row is not computed.
+    pub guidance_scale: f64,
+    /// Seed of the torch CPU generator that draws the noise.
+    pub seed: u64,
+    /// The sampler.
+    pub scheduler: Scheduler,
+}
+
+impl Spec {
+    /// UNet rows that one evaluation of this picture takes: two with guidance, one without.
+    pub fn rows(&self) -> usize {
+        if self.guidance_scale > 1.0 { 2 } else { 1 }
+    }
+}
+
+/// Width and height of a picture in pixels, both multiples of 8 and at least 8.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Size {
+    width: usize,
+    height: usize,
+}
+
+impl Size {
+    /// A size, if both sides are positive multiples of 8.
+    pub fn new(width: usize, height: usize) -> Option<Self> {
+        let valid = |side: usize| side >= 8 && side.is_multiple_of(8);
+        (valid(width) && valid(height)).then_some(Self { width, height })
+    }
+
+    /// Width in pixels.
+    pub fn width(self) -> usize {
+        self.width
+    }
+
+    /// Height in pixels.
+    pub fn height(self) -> usize {
+        self.height
+    }
+
+    /// Width times height.
+    pub fn pixels(self) -> usize {
+        self.width * self.height
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}", self.width, self.height)
+    }
+}
+
+/// The samplers, under the names that requests use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Scheduler {
+    /// Pseudo numerical methods (PLMS), the default of Stable Diffusion v1.4.
+    Pndm,
+    /// Denoising diffusion implicit models.
+    Ddim,
+    /// Denoising diffusion probabilistic models.
+    Ddpm,
+    /// Euler's method.
+    Euler,
+    /// Euler's method with ancestral noise.
+    EulerAncestral,
+    /// Heun's method, two evaluations a step.
+    Heun,
+    /// DPM-Solver++ of second order, multistep.
+    Dpmpp2m,
+    /// The same on Karras' sigmas.
+    Dpmpp2mKarras,
+    /// Unified predictor-corrector.
+    UniPc,
+    /// Latent consistency models.
+    Lcm,
+}
+
+/// One row a sampler: the name in requests, AUTOMATIC1111's name, diffusers' class.
+const NAMES: [(Scheduler, &str, &str, &str); 10] = [
+    (Scheduler::Pndm, "pndm", "PLMS", "PNDMScheduler"),
+    (Scheduler::Ddim, "ddim", "DDIM", "DDIMScheduler"),
+    (Scheduler::Ddpm, "ddpm", "DDPM", "DDPMScheduler"),
+    (Scheduler::Euler, "euler", "Euler", "EulerDiscreteScheduler"),
+    (Scheduler::EulerAncestral, "euler_a", "Euler a", "EulerAncestralDiscreteScheduler"),
+    (Scheduler::Heun, "heun", "Heun", "HeunDiscreteScheduler"),
+    (Scheduler::Dpmpp2m, "dpmpp_2m", "DPM++ 2M", "DPMSolverMultistepScheduler"),
+    (Scheduler::Dpmpp2mKarras, "dpmpp_2m_karras", "DPM++ 2M Karras", ""),
+    (Scheduler::UniPc, "unipc", "UniPC", "UniPCMultistepScheduler"),
+    (Scheduler::Lcm, "lcm", "LCM", "LCMScheduler"),
+];
+
+impl Scheduler {
+    /// Every sampler, in the order of the documentation.
+    pub fn all() -> impl Iterator<Item = Self> {
+        NAMES.iter().map(|row| row.0)
+    }
+
+    fn row(self) -> &'static (Self, &'static str, &'static str, &'static str) {
+        NAMES.iter().find(|row| row.0 == self).expect("every variant has a row; a test walks them")
+    }
+
+    /// The name in requests: `euler_a`.
+    pub fn name(self) -> &'static str {
+        self.row().1
+    }
+
+    /// The name that AUTOMATIC1111's infotext uses: `Euler a`.
+    pub fn title(self) -> &'static str {
+        self.row().2
+    }
+}
+
+impl fmt::Display for Scheduler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Scheduler {
+    type Err = String;
+
+    /// Any of a sampler's three names, in any case.
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        NAMES
+            .iter()
+            .find(|(_, short, title, class)| {
+                [short, title, class].iter().any(|n| !n.is_empty() && n.eq_ignore_ascii_case(name))
+            })
+            .map(|row| row.0)
+            .ok_or_else(|| {
+                let known: Vec<_> = NAMES.iter().map(|row| row.1).collect();
+                format!("unknown scheduler {name:?}; known are {}", known.join(", "))
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_of_a_sampler_finds_it() {
+        for (scheduler, short, title, class) in NAMES {
+            assert_eq!(short.parse(), Ok(scheduler));
+            assert_eq!(title.to_uppercase().parse(), Ok(scheduler));
+            if !class.is_empty() {
+                assert_eq!(class.parse(), Ok(scheduler));
+            }
+            assert_eq!(scheduler.name(), short);
+        }
+        assert!("dpm_fast".parse::<Scheduler>().unwrap_err().contains("euler_a"));
+        assert!("".parse::<Scheduler>().is_err());
+    }
+
+    #[test]
+    fn sides_are_multiples_of_eight() {
+        assert!(Size::new(512, 512).is_some());
+        assert!(Size::new(0, 512).is_none());
+        assert!(Size::new(511, 512).is_none());
+    }
+}

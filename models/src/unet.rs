@@ -1,0 +1,411 @@
+//! UNet2DConditionModel of Stable Diffusion 1.x and 2.x, all of it in this file.
+//!
+//! Reference: diffusers 0.42 `models/unets/unet_2d_condition.py`, `unet_2d_blocks.py`,
+//! `transformers/transformer_2d.py` and `attention.py`, of which it computes what
+//! [`UNetConfig`] can say. Activations are channels-last; every row has a timestep of its own.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::config::UNetConfig;
+use crate::error::Result;
+use crate::ops::{
+    Activation, Attention, Conv2d, Geometry, GroupNorm, LayerNorm, Linear, activate, attention,
+    geglu, self_attention,
+};
+use crate::weights::{Params, Weights, activation_dtype};
+
+/// Kernel 3, every second pixel.
+const DOWN: Geometry = Geometry { kernel: 3, stride: 2, before: 1, after: 1 };
+
+/// The denoising network.
+pub struct UNet2DConditionModel {
+    config: UNetConfig,
+    device: Device,
+    dtype: DType,
+    time: [Linear; 2],
+    conv_in: Conv2d,
+    down: Vec<DownBlock>,
+    mid: (Resnet, Transformer, Resnet),
+    up: Vec<UpBlock>,
+    norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+struct DownBlock {
+    layers: Vec<(Resnet, Option<Transformer>)>,
+    downsample: Option<Conv2d>,
+}
+
+struct UpBlock {
+    layers: Vec<(Resnet, Option<Transformer>)>,
+    upsample: Option<Conv2d>,
+}
+
+impl UNet2DConditionModel {
+    /// Builds the network from its weights; every tensor must have the shape that `config` says.
+    pub fn load(
+        config: UNetConfig,
+        weights: &Weights,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
+        let p = Params::new(weights, device, dtype);
+        let channels = &config.block_out_channels;
+        let (first, last) = (channels[0], channels[channels.len() - 1]);
+        let temb = 4 * first;
+        let shape = Shape { config: &config, temb };
+        let time = p.pp("time_embedding");
+        let middle = p.pp("mid_block");
+        let model = Self {
+            time: [
+                time.pp("linear_1").linear(first, temb)?,
+                time.pp("linear_2").linear(temb, temb)?,
+            ],
+            conv_in: p.pp("conv_in").conv(config.in_channels, first, Geometry::SAME)?,
+            down: shape.down_blocks(&p.pp("down_blocks"))?,
+            mid: (
+                shape.resnet(&middle.pp("resnets").pp(0), last, last)?,
+                shape.transformer(&middle.pp("attentions").pp(0), channels.len() - 1)?,
+                shape.resnet(&middle.pp("resnets").pp(1), last, last)?,
+            ),
+            up: shape.up_blocks(&p.pp("up_blocks"))?,
+            norm_out: p.pp("conv_norm_out").group_norm(
+                first,
+                config.norm_num_groups,
+                config.norm_eps,
+            )?,
+            conv_out: p.pp("conv_out").conv(first, config.out_channels, Geometry::SAME)?,
+            device: device.clone(),
+            dtype: activation_dtype(device, dtype),
+            config,
+        };
+        weights.finish(|_| false)?;
+        Ok(model)
+    }
+
+    /// What the network was built from.
+    pub fn config(&self) -> &UNetConfig {
+        &self.config
+    }
+
+    /// latents (B, C, H, W) f32, a timestep for each row, context (B, L, D) f32 ->
+    /// the prediction (B, C, H, W) f32.
+    pub fn forward(&self, latents: &Tensor, timesteps: &[f64], context: &Tensor) -> Result<Tensor> {
+        let context = context.to_dtype(self.dtype)?.contiguous()?;
+        // 1. Time
+        let temb = self.time_embedding(timesteps)?; // (B, 4 * first)
+        // 2. In
+        let x = latents.permute((0, 2, 3, 1))?.contiguous()?.to_dtype(self.dtype)?;
+        let mut x = self.conv_in.forward(&x)?; // (B, H, W, first)
+        // 3. Down
+        let mut skips = vec![x.clone()];
+        for block in &self.down {
+            for (resnet, transformer) in &block.layers {
+                x = resnet.forward(&x, &temb)?;
+                if let Some(transformer) = transformer {
+                    x = transformer.forward(&x, &context)?;
+                }
+                skips.push(x.clone());
+            }
+            if let Some(downsample) = &block.downsample {
+                x = downsample.forward(&x)?;
+                skips.push(x.clone());
+            }
+        }
+        // 4. Middle
+        x = self.mid.0.forward(&x, &temb)?;
+        x = self.mid.1.forward(&x, &context)?;
+        x = self.mid.2.forward(&x, &temb)?;
+        // 5. Up
+        for block in &self.up {
+            for (resnet, transformer) in &block.layers {
+                // There is a skip for every layer: load() built both ends from one config.
+                let skip = skips.pop().ok_or_else(|| candle_core::Error::msg("no skip left"))?;
+                x = resnet.forward(&Tensor::cat(&[&x, &skip], 3)?, &temb)?;
+                if let Some(transformer) = transformer {
+                    x = transformer.forward(&x, &context)?;
+                }
+            }
+            if let (Some(upsample), Some(next)) = (&block.upsample, skips.last()) {
+                let (_, h, w, _) = next.dims4()?;
+                x = upsample.forward_resized(&x, (h, w))?;
+            }
+        }
+        // 6. Out
+        let x = self.conv_out.forward(&self.norm_out.forward_silu(&x)?)?;
+        Ok(x.permute((0, 3, 1, 2))?.contiguous()?.to_dtype(DType::F32)?)
+    }
+
+    /// Sinusoidal embedding, two linear layers and the SiLU that every residual block begins with:
+    /// (B) -> (B, 4 * first). The angles are computed in f32 as the reference does.
+    fn time_embedding(&self, timesteps: &[f64]) -> Result<Tensor> {
+        let width = self.config.block_out_channels[0];
+        let half = width / 2;
+        let scale = -(10_000f64.ln()) / (half as f64 - self.config.freq_shift);
+        let frequencies: Vec<f32> = (0..half).map(|i| (i as f64 * scale).exp() as f32).collect();
+        let mut values = Vec::with_capacity(timesteps.len() * width);
+        for t in timesteps {
+            let angles = frequencies.iter().map(|f| *t as f32 * f);
+            let (sines, cosines) = (angles.clone().map(f32::sin), angles.map(f32::cos));
+            if self.config.flip_sin_to_cos {
+                values.extend(cosines.chain(sines));
+            } else {
+                values.extend(sines.chain(cosines));
+            }
+        }
+        let x = Tensor::from_vec(values, (timesteps.len(), width), &self.device)?;
+        let x = self.time[0].forward(&x.to_dtype(self.dtype)?)?;
+        let x = self.time[1].forward(&activate(&x, Activation::Silu)?)?;
+        Ok(activate(&x, Activation::Silu)?)
+    }
+}
+
+/// What the blocks are built from.
+struct Shape<'a> {
+    config: &'a UNetConfig,
+    /// Width of the time embedding.
+    temb: usize,
+}
+
+impl Shape<'_> {
+    fn down_blocks(&self, p: &Params<'_>) -> Result<Vec<DownBlock>> {
+        let channels = &self.config.block_out_channels;
+        let mut inputs = channels[0];
+        let mut blocks = Vec::new();
+        for (level, outputs) in channels.iter().copied().enumerate() {
+            let p = p.pp(level);
+            let mut layers = Vec::new();
+            for i in 0..self.config.layers_per_block {
+                let resnet = self.resnet(&p.pp("resnets").pp(i), inputs, outputs)?;
+                let cross = self.config.down_cross_attention[level];
+                layers.push((resnet, self.maybe_transformer(&p, i, level, cross)?));
+                inputs = outputs;
+            }
+            let last = level + 1 == channels.len();
+            let p = p.pp("downsamplers").pp(0).pp("conv");
+            let downsample = (!last).then(|| p.conv(outputs, outputs, DOWN)).transpose()?;
+            blocks.push(DownBlock { layers, downsample });
+        }
+        Ok(blocks)
+    }
+
+    fn up_blocks(&self, p: &Params<'_>) -> Result<Vec<UpBlock>> {
+        let channels = &self.config.block_out_channels;
+        let levels = channels.len();
+        // What each layer's skip holds, in the order in which they are taken.
+        let mut skips = vec![channels[0]];
+        for (level, c) in channels.iter().enumerate() {
+            let downsample = usize::from(level + 1 < levels);
+            skips.extend(std::iter::repeat_n(*c, self.config.layers_per_block + downsample));
+        }
+        let mut inputs = channels[levels - 1];
+        let mut blocks = Vec::new();
+        for i in 0..levels {
+            let level = levels - 1 - i;
+            let (p, outputs) = (p.pp(i), channels[level]);
+            let mut layers = Vec::new();
+            for j in 0..=self.config.layers_per_block {
+                let skip = skips.pop().unwrap_or_default();
+                let resnet = self.resnet(&p.pp("resnets").pp(j), inputs + skip, outputs)?;
+                let cross = self.config.up_cross_attention[i];
+                layers.push((resnet, self.maybe_transformer(&p, j, level, cross)?));
+                inputs = outputs;
+            }
+            let p = p.pp("upsamplers").pp(0).pp("conv");
+            let upsample =
+                (level > 0).then(|| p.conv(outputs, outputs, Geometry::SAME)).transpose()?;
+            blocks.push(UpBlock { layers, upsample });
+        }
+        Ok(blocks)
+    }
+
+    fn resnet(&self, p: &Params<'_>, inputs: usize, outputs: usize) -> Result<Resnet> {
+        let norm = Norm { groups: self.config.norm_num_groups, eps: self.config.norm_eps };
+        Resnet::load(p, inputs, outputs, Some(self.temb), norm)
+    }
+
+    fn maybe_transformer(
+        &self,
+        p: &Params<'_>,
+        index: usize,
+        level: usize,
+        cross: bool,
+    ) -> Result<Option<Transformer>> {
+        let p = p.pp("attentions").pp(index);
+        cross.then(|| self.transformer(&p, level)).transpose()
+    }
+
+    fn transformer(&self, p: &Params<'_>, level: usize) -> Result<Transformer> {
+        let config = self.config;
+        let channels = config.block_out_channels[level];
+        let conv = !config.use_linear_projection;
+        let block = p.pp("transformer_blocks").pp(0);
+        let heads = config.heads[level];
+        let feed_forward = block.pp("ff").pp("net");
+        Ok(Transformer {
+            norm: p.pp("norm").group_norm(channels, config.norm_num_groups, 1e-6)?,
+            proj_in: p.pp("proj_in").linear_or_conv(channels, channels, conv)?,
+            norm1: block.pp("norm1").layer_norm(channels, 1e-5)?,
+            attn1: SelfAttention::load(&block.pp("attn1"), channels, heads)?,
+            norm2: block.pp("norm2").layer_norm(channels, 1e-5)?,
+            attn2: CrossAttention::load(
+                &block.pp("attn2"),
+                channels,
+                config.cross_attention_dim,
+                heads,
+            )?,
+            norm3: block.pp("norm3").layer_norm(channels, 1e-5)?,
+            ff_in: feed_forward.pp(0).pp("proj").linear(channels, 8 * channels)?,
+            ff_out: feed_forward.pp(2).linear(4 * channels, channels)?,
+            proj_out: p.pp("proj_out").linear_or_conv(channels, channels, conv)?,
+        })
+    }
+}
+
+/// Groups and epsilon of a group norm.
+#[derive(Clone, Copy)]
+pub(crate) struct Norm {
+    pub(crate) groups: usize,
+    pub(crate) eps: f64,
+}
+
+/// ResnetBlock2D: norm, SiLU, convolution; time; norm, SiLU, convolution; shortcut. The VAE's have
+/// no time.
+pub(crate) struct Resnet {
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    time_emb_proj: Option<Linear>,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    conv_shortcut: Option<Conv2d>,
+}
+
+impl Resnet {
+    pub(crate) fn load(
+        p: &Params<'_>,
+        inputs: usize,
+        outputs: usize,
+        temb: Option<usize>,
+        norm: Norm,
+    ) -> Result<Self> {
+        let shortcut = p.pp("conv_shortcut");
+        Ok(Self {
+            norm1: p.pp("norm1").group_norm(inputs, norm.groups, norm.eps)?,
+            conv1: p.pp("conv1").conv(inputs, outputs, Geometry::SAME)?,
+            time_emb_proj: temb
+                .map(|width| p.pp("time_emb_proj").linear(width, outputs))
+                .transpose()?,
+            norm2: p.pp("norm2").group_norm(outputs, norm.groups, norm.eps)?,
+            conv2: p.pp("conv2").conv(outputs, outputs, Geometry::SAME)?,
+            conv_shortcut: (inputs != outputs)
+                .then(|| shortcut.conv(inputs, outputs, Geometry::POINT))
+                .transpose()?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, temb: &Tensor) -> Result<Tensor> {
+        let y = self.norm1.forward_silu(x)?;
+        let y = match &self.time_emb_proj {
+            Some(time) => self.conv1.forward_shift(&y, &time.forward(temb)?)?,
+            None => self.conv1.forward(&y)?,
+        };
+        self.second_half(x, &y)
+    }
+
+    /// The block of a VAE: (B, H, W, in) -> (B, H, W, out)
+    pub(crate) fn forward_timeless(&self, x: &Tensor) -> Result<Tensor> {
+        let y = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
+        self.second_half(x, &y)
+    }
+
+    fn second_half(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+        let y = self.norm2.forward_silu(y)?;
+        Ok(match &self.conv_shortcut {
+            Some(shortcut) => self.conv2.forward_add(&y, &shortcut.forward(x)?)?,
+            None => self.conv2.forward_add(&y, x)?,
+        })
+    }
+}
+
+/// Transformer2DModel with one BasicTransformerBlock.
+struct Transformer {
+    norm: GroupNorm,
+    proj_in: Linear,
+    norm1: LayerNorm,
+    attn1: SelfAttention,
+    norm2: LayerNorm,
+    attn2: CrossAttention,
+    norm3: LayerNorm,
+    ff_in: Linear,
+    ff_out: Linear,
+    proj_out: Linear,
+}
+
+impl Transformer {
+    /// (B, H, W, C) and context (B, L, D) -> (B, H, W, C)
+    fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+        let (batch, h, w, channels) = x.dims4()?;
+        let tokens = (batch, h * w, channels);
+        let mut y = self.proj_in.forward(&self.norm.forward(x)?.reshape(tokens)?)?;
+        // 1. Self attention
+        y = self.attn1.forward_add(&self.norm1.forward(&y)?, &y)?;
+        // 2. Cross attention
+        y = self.attn2.forward_add(&self.norm2.forward(&y)?, context, &y)?;
+        // 3. Feed forward
+        let n = geglu(&self.ff_in.forward(&self.norm3.forward(&y)?)?)?;
+        y = self.ff_out.forward_add(&n, &y)?;
+        let y = self.proj_out.forward_add(&y, &x.reshape(tokens)?)?;
+        Ok(y.reshape((batch, h, w, channels))?)
+    }
+}
+
+struct SelfAttention {
+    to_qkv: Linear,
+    to_out: Linear,
+    heads: usize,
+}
+
+impl SelfAttention {
+    fn load(p: &Params<'_>, channels: usize, heads: usize) -> Result<Self> {
+        Ok(Self {
+            to_qkv: p.linears(&["to_q", "to_k", "to_v"], channels, channels, false)?,
+            to_out: p.pp("to_out").pp(0).linear(channels, channels)?,
+            heads,
+        })
+    }
+
+    /// x (B, L, C), residual (B, L, C) -> (B, L, C)
+    fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let kind = Attention { heads: self.heads, causal: false };
+        let y = self_attention(&self.to_qkv.forward(x)?, kind)?;
+        Ok(self.to_out.forward_add(&y, residual)?)
+    }
+}
+
+struct CrossAttention {
+    to_q: Linear,
+    to_kv: Linear,
+    to_out: Linear,
+    heads: usize,
+}
+
+impl CrossAttention {
+    fn load(p: &Params<'_>, channels: usize, context: usize, heads: usize) -> Result<Self> {
+        Ok(Self {
+            to_q: p.linears(&["to_q"], channels, channels, false)?,
+            to_kv: p.linears(&["to_k", "to_v"], context, channels, false)?,
+            to_out: p.pp("to_out").pp(0).linear(channels, channels)?,
+            heads,
+        })
+    }
+
+    /// x (B, L, C), context (B, M, D), residual (B, L, C) -> (B, L, C)
+    fn forward_add(&self, x: &Tensor, context: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let kv = self.to_kv.forward(context)?; // (B, M, 2C)
+        let channels = kv.dim(2)? / 2;
+        let (k, v) = (kv.narrow(2, 0, channels)?, kv.narrow(2, channels, channels)?);
+        let kind = Attention { heads: self.heads, causal: false };
+        let y = attention(&self.to_q.forward(x)?, &k, &v, kind)?;
+        Ok(self.to_out.forward_add(&y, residual)?)
+    }
+}

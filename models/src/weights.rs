@@ -1,0 +1,343 @@
+//! The files of a model: where they are, and tensors out of safetensors by name and shape.
+//!
+//! A model is a directory in diffusers' layout, or the built-in one. Tensors are read from memory
+//! maps and handed over as f32 on the CPU, one at a time: each layer packs what it was given and
+//! lets it go, so that a model is never in memory twice.
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+
+use crate::demo;
+use crate::error::{Error, Result};
+use crate::ops::{Conv2d, Geometry, GroupNorm, LayerNorm, Linear};
+
+/// Where a model's files come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// The model that is part of the binary.
+    Demo,
+    /// A directory in diffusers' layout.
+    Directory(PathBuf),
+}
+
+impl Source {
+    /// Reads a small file whole; `None` if the model has no such file.
+    pub fn read(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
+        match self {
+            Self::Demo => Ok(demo::file(name).map(Cow::Borrowed)),
+            Self::Directory(root) => {
+                let path = root.join(name);
+                match std::fs::read(&path) {
+                    Ok(bytes) => Ok(Some(Cow::Owned(bytes))),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+                    Err(source) => Err(Error::File { path, source }),
+                }
+            }
+        }
+    }
+
+    /// Reads a small file that every model must have.
+    pub fn require(&self, name: &str) -> Result<Cow<'static, [u8]>> {
+        self.read(name)?.ok_or_else(|| Error::File {
+            path: self.path(name),
+            source: io::Error::from(io::ErrorKind::NotFound),
+        })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        match self {
+            Self::Demo => Path::new("demo").join(name),
+            Self::Directory(root) => root.join(name),
+        }
+    }
+
+    fn open(&self, name: &str) -> Result<Option<Bytes>> {
+        let Self::Directory(root) = self else {
+            return Ok(demo::file(name).map(Bytes::Static));
+        };
+        let path = root.join(name);
+        match map(&path) {
+            Ok(map) => Ok(Some(Bytes::Mapped(map))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(Error::File { path, source }),
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "the one memory map")]
+fn map(path: &Path) -> io::Result<Mmap> {
+    let file = File::open(path)?;
+    // SAFETY: the map is read only. Truncating the file while it is mapped would be a bus error;
+    // model directories are immutable in every deployment that we describe.
+    unsafe { Mmap::map(&file) }
+}
+
+enum Bytes {
+    Mapped(Mmap),
+    Static(&'static [u8]),
+}
+
+impl Bytes {
+    fn all(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Static(bytes) => bytes,
+        }
+    }
+}
+
+struct TensorFile {
+    name: String,
+    bytes: Bytes,
+    /// Where the tensors' data begins.
+    data: usize,
+}
+
+struct Entry {
+    file: usize,
+    dtype: DType,
+    shape: Vec<usize>,
+    /// Relative to the file's data.
+    range: (usize, usize),
+}
+
+/// The tensors of one network.
+pub struct Weights {
+    files: Vec<TensorFile>,
+    entries: BTreeMap<String, Entry>,
+    /// What has been asked for: the rest is reported by [`Weights::finish`].
+    read: RefCell<BTreeSet<String>>,
+}
+
+impl Weights {
+    /// Opens `folder`'s safetensors: `stem.safetensors`, its `.fp16` variant, or shards named by
+    /// an index. The variant comes first if `half` says that f16 is enough.
+    pub fn open(source: &Source, folder: &str, stem: &str, half: bool) -> Result<Self> {
+        let plain = [format!("{stem}.safetensors"), format!("{stem}.safetensors.index.json")];
+        let variant =
+            [format!("{stem}.fp16.safetensors"), format!("{stem}.safetensors.index.fp16.json")];
+        let names = if half { [variant, plain] } else { [plain, variant] }.concat();
+        for name in &names {
+            let name = format!("{folder}/{name}");
+            if name.ends_with(".json") {
+                if let Some(index) = source.read(&name)? {
+                    return Self::load(source, shards(&name, &index, folder)?);
+                }
+            } else if source.open(&name)?.is_some() {
+                return Self::load(source, vec![name]);
+            }
+        }
+        Err(Error::File {
+            path: source.path(&format!("{folder}/{}", names[0])),
+            source: io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("no such file, nor any of {}", names[1..].join(", ")),
+            ),
+        })
+    }
+
+    fn load(source: &Source, names: Vec<String>) -> Result<Self> {
+        let mut weights =
+            Self { files: Vec::new(), entries: BTreeMap::new(), read: RefCell::default() };
+        for name in names {
+            let bytes = source.open(&name)?.ok_or_else(|| Error::File {
+                path: source.path(&name),
+                source: io::Error::from(io::ErrorKind::NotFound),
+            })?;
+            weights.add(name, bytes)?;
+        }
+        Ok(weights)
+    }
+
+    fn add(&mut self, name: String, bytes: Bytes) -> Result<()> {
+        let (header, metadata) = SafeTensors::read_metadata(bytes.all())
+            .map_err(|e| Error::config(&name, format!("not a safetensors file: {e}")))?;
+        for (tensor, info) in metadata.tensors() {
+            let dtype = match info.dtype {
+                Dtype::F32 => DType::F32,
+                Dtype::F16 => DType::F16,
+                Dtype::BF16 => DType::BF16,
+                Dtype::I64 => DType::I64,
+                other => {
+                    let reason = format!("type {other:?}, expected F32, F16 or BF16");
+                    return Err(Error::Tensor { file: name, tensor, reason });
+                }
+            };
+            let (file, shape, range) = (self.files.len(), info.shape.clone(), info.data_offsets);
+            self.entries.insert(tensor, Entry { file, dtype, shape, range });
+        }
+        // read_metadata has checked that the header and all data lie inside the file.
+        let data = header + size_of::<u64>();
+        self.files.push(TensorFile { name, bytes, data });
+        Ok(())
+    }
+
+    fn file_names(&self) -> String {
+        self.files.iter().map(|f| f.name.as_str()).collect::<Vec<_>>().join(", ")
+    }
+
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let error = |file: &str, reason: String| Error::Tensor {
+            file: file.to_owned(),
+            tensor: name.to_owned(),
+            reason,
+        };
+        let entry = self.entries.get(name).ok_or_else(|| {
+            error(&self.file_names(), format!("missing; expected shape {shape:?}"))
+        })?;
+        let file = &self.files[entry.file];
+        if entry.shape != shape {
+            let reason = format!("expected shape {shape:?}, found {:?}", entry.shape);
+            return Err(error(&file.name, reason));
+        }
+        self.read.borrow_mut().insert(name.to_owned());
+        let bytes = &file.bytes.all()[file.data + entry.range.0..file.data + entry.range.1];
+        let tensor = Tensor::from_raw_buffer(bytes, entry.dtype, shape, &Device::Cpu)?;
+        Ok(tensor.to_dtype(DType::F32)?)
+    }
+
+    /// Checks that every tensor was asked for; `unused` says which ones are known to be idle.
+    pub fn finish(&self, unused: impl Fn(&str) -> bool) -> Result<()> {
+        let read = self.read.borrow();
+        match self.entries.iter().find(|(name, _)| !read.contains(*name) && !unused(name)) {
+            None => Ok(()),
+            Some((name, entry)) => Err(Error::Tensor {
+                file: self.files[entry.file].name.clone(),
+                tensor: name.clone(),
+                reason: "no part of the network that the configuration describes".into(),
+            }),
+        }
+    }
+}
+
+fn shards(name: &str, index: &[u8], folder: &str) -> Result<Vec<String>> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let index: Index =
+        serde_json::from_slice(index).map_err(|e| Error::config(name, e.to_string()))?;
+    let files: BTreeSet<String> = index.weight_map.into_values().collect();
+    if let Some(file) = files.iter().find(|f| f.contains('/') || f.contains("..")) {
+        return Err(Error::config(name, format!("weight_map: {file:?} is not a file name")));
+    }
+    Ok(files.into_iter().map(|file| format!("{folder}/{file}")).collect())
+}
+
+/// A place in a network's tree of names, from which layers are built for a device.
+#[derive(Clone)]
+pub struct Params<'a> {
+    weights: &'a Weights,
+    prefix: String,
+    device: &'a Device,
+    dtype: DType,
+}
+
+impl<'a> Params<'a> {
+    /// The root of the tree.
+    pub fn new(weights: &'a Weights, device: &'a Device, dtype: DType) -> Self {
+        Self { weights, prefix: String::new(), device, dtype }
+    }
+
+    /// A child: `pp("down_blocks").pp(0)` is `down_blocks.0`.
+    pub fn pp(&self, name: impl std::fmt::Display) -> Self {
+        let prefix = match self.prefix.as_str() {
+            "" => name.to_string(),
+            prefix => format!("{prefix}.{name}"),
+        };
+        Self { prefix, ..self.clone() }
+    }
+
+    /// Whether the file has this tensor.
+    pub fn has(&self, name: &str) -> bool {
+        self.weights.entries.contains_key(&self.pp(name).prefix)
+    }
+
+    /// The first of the names under which the file has a weight: old files use other words.
+    pub fn either<'n>(&self, names: [&'n str; 2]) -> &'n str {
+        if self.pp(names[1]).has("weight") { names[1] } else { names[0] }
+    }
+
+    /// A tensor as f32 on the CPU.
+    pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.weights.tensor(&self.pp(name).prefix, shape)
+    }
+
+    /// A tensor on the device, in the type of the network.
+    pub(crate) fn placed(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let dtype = activation_dtype(self.device, self.dtype);
+        Ok(self.tensor(name, shape)?.to_dtype(dtype)?.to_device(self.device)?)
+    }
+
+    pub(crate) fn linear(&self, inputs: usize, outputs: usize) -> Result<Linear> {
+        let weight = self.tensor("weight", &[outputs, inputs])?;
+        let bias = self.tensor("bias", &[outputs])?;
+        Ok(Linear::new(&weight, Some(&bias), self.device, self.dtype)?)
+    }
+
+    /// Several linear layers over one input as one, their outputs side by side.
+    pub(crate) fn linears(
+        &self,
+        names: &[&str],
+        inputs: usize,
+        outputs: usize,
+        bias: bool,
+    ) -> Result<Linear> {
+        let each = |name, shape: &[usize]| {
+            names.iter().map(|n| self.pp(n).tensor(name, shape)).collect::<Result<Vec<_>>>()
+        };
+        let weight = Tensor::cat(&each("weight", &[outputs, inputs])?, 0)?;
+        let bias = bias.then(|| each("bias", &[outputs])).transpose()?;
+        let bias = bias.map(|parts| Tensor::cat(&parts, 0)).transpose()?;
+        Ok(Linear::new(&weight, bias.as_ref(), self.device, self.dtype)?)
+    }
+
+    /// A linear layer that the file may hold as a convolution of kernel 1.
+    pub(crate) fn linear_or_conv(
+        &self,
+        inputs: usize,
+        outputs: usize,
+        conv: bool,
+    ) -> Result<Linear> {
+        if !conv {
+            return self.linear(inputs, outputs);
+        }
+        let weight = self.tensor("weight", &[outputs, inputs, 1, 1])?.reshape((outputs, inputs))?;
+        let bias = self.tensor("bias", &[outputs])?;
+        Ok(Linear::new(&weight, Some(&bias), self.device, self.dtype)?)
+    }
+
+    pub(crate) fn conv(&self, inputs: usize, outputs: usize, geometry: Geometry) -> Result<Conv2d> {
+        let kernel = geometry.kernel;
+        let weight = self.tensor("weight", &[outputs, inputs, kernel, kernel])?;
+        let bias = self.tensor("bias", &[outputs])?;
+        Ok(Conv2d::new(&weight, &bias, geometry, self.device, self.dtype)?)
+    }
+
+    pub(crate) fn group_norm(&self, channels: usize, groups: usize, eps: f64) -> Result<GroupNorm> {
+        let (weight, bias) = self.affine(channels)?;
+        Ok(GroupNorm::new(&weight, &bias, groups, eps, self.device)?)
+    }
+
+    pub(crate) fn layer_norm(&self, channels: usize, eps: f64) -> Result<LayerNorm> {
+        let (weight, bias) = self.affine(channels)?;
+        Ok(LayerNorm::new(&weight, &bias, eps, self.device)?)
+    }
+
+    fn affine(&self, channels: usize) -> Result<(Tensor, Tensor)> {
+        Ok((self.tensor("weight", &[channels])?, self.tensor("bias", &[channels])?))
+    }
+}
+
+/// The type of activations: f32 on the CPU, that of the weights elsewhere.
+pub fn activation_dtype(device: &Device, dtype: DType) -> DType {
+    if device.is_cpu() { DType::F32 } else { dtype }
+}

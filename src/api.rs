@@ -1,0 +1,316 @@
+//! Wire types: the fields of a request and their translation into specs. This is the only
+//! validation; past it everything is a [`Spec`]. How the fields came over the wire (JSON, a form,
+//! a bare prompt) is the business of `http`.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+
+use sd_models::{ModelInfo, Scheduler, Size, Spec};
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde_json::Value;
+
+use crate::image::Format;
+
+/// Sides above this are refused before they are multiplied.
+const MAX_SIDE: u64 = 65_536;
+/// Guidance beyond this only burns the picture.
+const MAX_GUIDANCE: f64 = 100.0;
+
+/// What a request may ask for; the operator's limits.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Width times height.
+    pub max_pixels: usize,
+    /// Sampler steps.
+    pub max_steps: usize,
+    /// Pictures of one request.
+    pub max_images: usize,
+    /// Length of each prompt in bytes.
+    pub max_prompt_bytes: usize,
+}
+
+/// A request that cannot be honoured as it is.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Invalid {
+    /// It does not say what it should: a missing, unknown, repeated or wrongly typed field.
+    #[error("{message}")]
+    Malformed {
+        /// The field, as the client spelt it.
+        param: Option<String>,
+        /// One sentence.
+        message: String,
+    },
+    /// It says something that is out of range.
+    #[error("{message}")]
+    OutOfRange {
+        /// The field, as the client spelt it.
+        param: String,
+        /// One sentence.
+        message: String,
+    },
+}
+
+impl Invalid {
+    /// A body that is not even a list of fields.
+    pub fn body(message: impl Into<String>) -> Self {
+        Self::Malformed { param: None, message: message.into() }
+    }
+
+    fn malformed(param: &str, reason: impl fmt::Display) -> Self {
+        Self::Malformed { param: Some(param.into()), message: format!("{param} {reason}") }
+    }
+
+    fn range(param: &str, reason: impl fmt::Display) -> Self {
+        Self::OutOfRange { param: param.into(), message: format!("{param} {reason}") }
+    }
+}
+
+/// A valid request.
+#[derive(Debug)]
+pub struct Draw {
+    /// The first picture; the others differ in their seed.
+    spec: Spec,
+    count: usize,
+    /// The image format that the body asked for.
+    pub format: Option<Format>,
+}
+
+impl Draw {
+    /// Reads the native fields. What is absent comes from the model, the seed from `dice`.
+    pub fn read(
+        mut fields: Fields,
+        limits: &Limits,
+        model: &ModelInfo,
+        dice: impl FnOnce() -> u64,
+    ) -> Result<Self, Invalid> {
+        let defaults = &model.defaults;
+        let max_prompt = limits.max_prompt_bytes;
+        let Some(prompt) = fields.text(&["prompt"], max_prompt)? else {
+            return Err(Invalid::malformed("prompt", "is required"));
+        };
+        let negative_prompt = fields.text(&["negative_prompt"], max_prompt)?.unwrap_or_default();
+        let size = fields.size(defaults.size, limits.max_pixels)?;
+        let steps = ["num_inference_steps", "steps"];
+        let steps = fields.whole(&steps, 1..=limits.max_steps as u64)?;
+        let guidance = fields.number(&["guidance_scale", "cfg_scale"], 0.0..=MAX_GUIDANCE)?;
+        let count = ["num_images_per_prompt", "n"];
+        let count = fields.whole(&count, 1..=limits.max_images as u64)?.unwrap_or(1);
+        let seed = fields.whole(&["seed"], 0..=u64::MAX)?;
+        let scheduler = fields.choice::<Scheduler>(&["scheduler", "sampler"])?;
+        let format = fields.choice::<Format>(&["output_format"])?;
+        fields.finish()?;
+        let spec = Spec {
+            prompt,
+            negative_prompt,
+            size,
+            steps: steps.map_or(defaults.steps, |steps| steps as usize),
+            guidance_scale: guidance.unwrap_or(defaults.guidance_scale),
+            seed: seed.unwrap_or_else(dice),
+            scheduler: scheduler.unwrap_or(defaults.scheduler),
+        };
+        if let Err(error) = model.check(&spec) {
+            return Err(match error {
+                sd_models::Error::Spec { field, reason } => Invalid::range(field, reason),
+                other => Invalid::body(other.to_string()),
+            });
+        }
+        Ok(Self { spec, count: count as usize, format })
+    }
+
+    /// How many pictures.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// One spec for each picture: the seeds count up.
+    pub fn specs(&self) -> Vec<Spec> {
+        let seed = |k: u64| self.spec.seed.wrapping_add(k);
+        (0..self.count as u64).map(|k| Spec { seed: seed(k), ..self.spec.clone() }).collect()
+    }
+}
+
+/// The fields of a request as they came, in order and with repetitions.
+#[derive(Debug)]
+pub struct Fields {
+    values: Vec<(String, Value)>,
+    /// Whether values carry their type (JSON) or are all text (a form).
+    typed: bool,
+}
+
+impl Fields {
+    /// A bare prompt.
+    pub fn prompt(prompt: impl Into<String>) -> Self {
+        Self { values: vec![("prompt".into(), Value::String(prompt.into()))], typed: true }
+    }
+
+    /// The fields of a form. An empty one was left blank, except that a prompt may be empty.
+    pub fn form(pairs: impl IntoIterator<Item = (String, String)>) -> Self {
+        let filled = |(name, value): &(String, String)| !value.is_empty() || name == "prompt";
+        let values = pairs.into_iter().filter(filled);
+        Self { values: values.map(|(k, v)| (k, Value::String(v))).collect(), typed: false }
+    }
+
+    /// A JSON object.
+    pub fn json(text: &str) -> Result<Self, Invalid> {
+        let mut reader = serde_json::Deserializer::from_str(text);
+        let values = reader.deserialize_map(Pairs).and_then(|values| {
+            reader.end()?;
+            Ok(values)
+        });
+        match values {
+            Ok(values) => Ok(Self { values, typed: true }),
+            Err(error) => Err(Invalid::body(format!("the body is not a JSON object: {error}"))),
+        }
+    }
+
+    /// Takes a field out under the name that the client used. JSON's null means absent.
+    fn take(&mut self, names: &[&'static str]) -> Result<Option<(&'static str, Value)>, Invalid> {
+        let mut taken = None;
+        for name in names {
+            for (_, value) in self.values.extract_if(.., |(key, _)| key == name) {
+                if taken.is_some() {
+                    return Err(Invalid::malformed(name, "is given twice"));
+                }
+                taken = Some((*name, value));
+            }
+        }
+        Ok(taken.filter(|(_, value)| !value.is_null()))
+    }
+
+    fn text(&mut self, names: &[&'static str], max: usize) -> Result<Option<String>, Invalid> {
+        match self.take(names)? {
+            None => Ok(None),
+            Some((name, Value::String(text))) if text.len() > max => {
+                let bytes = text.len();
+                Err(Invalid::range(name, format!("has {bytes} bytes; at most {max} are allowed")))
+            }
+            Some((_, Value::String(text))) => Ok(Some(text)),
+            Some((name, other)) => {
+                Err(Invalid::malformed(name, format!("must be a string, not {}", kind(&other))))
+            }
+        }
+    }
+
+    fn whole(
+        &mut self,
+        names: &[&'static str],
+        range: RangeInclusive<u64>,
+    ) -> Result<Option<u64>, Invalid> {
+        let Some((name, value)) = self.take(names)? else { return Ok(None) };
+        let value = self.numeral(name, value, "a whole number")?;
+        let in_range = value.as_u64().filter(|whole| range.contains(whole));
+        if value.as_f64().is_some_and(|value| value.fract() != 0.0) {
+            return Err(Invalid::malformed(name, format!("must be a whole number, not {value}")));
+        }
+        in_range.map(Some).ok_or_else(|| {
+            let (low, high) = range.into_inner();
+            Invalid::range(name, format!("must be from {low} to {high}, not {value}"))
+        })
+    }
+
+    fn number(
+        &mut self,
+        names: &[&'static str],
+        range: RangeInclusive<f64>,
+    ) -> Result<Option<f64>, Invalid> {
+        let Some((name, value)) = self.take(names)? else { return Ok(None) };
+        let value = self.numeral(name, value, "a number")?;
+        value.as_f64().filter(|number| range.contains(number)).map(Some).ok_or_else(|| {
+            let (low, high) = range.into_inner();
+            Invalid::range(name, format!("must be from {low} to {high}, not {value}"))
+        })
+    }
+
+    /// A JSON number, or the text of one in a form.
+    fn numeral(
+        &self,
+        name: &str,
+        value: Value,
+        wanted: &str,
+    ) -> Result<serde_json::Number, Invalid> {
+        match value {
+            Value::Number(number) => Ok(number),
+            Value::String(text) if !self.typed => serde_json::from_str(text.trim())
+                .map_err(|_| Invalid::malformed(name, format!("must be {wanted}, not {text:?}"))),
+            other => {
+                Err(Invalid::malformed(name, format!("must be {wanted}, not {}", kind(&other))))
+            }
+        }
+    }
+
+    fn size(&mut self, default: Size, max_pixels: usize) -> Result<Size, Invalid> {
+        let width = self.whole(&["width"], 8..=MAX_SIDE)?.unwrap_or(default.width() as u64);
+        let height = self.whole(&["height"], 8..=MAX_SIDE)?.unwrap_or(default.height() as u64);
+        for (name, side) in [("width", width), ("height", height)] {
+            if side % 8 != 0 {
+                let reason = format!("must be a multiple of 8, not {side}");
+                return Err(Invalid::range(name, reason));
+            }
+        }
+        let param = if width >= height { "width" } else { "height" };
+        Size::new(width as usize, height as usize)
+            .filter(|size| size.pixels() <= max_pixels)
+            .ok_or_else(|| {
+                let size = format!("{width}x{height}");
+                Invalid::range(param, format!("is too large: {size} exceeds {max_pixels} pixels"))
+            })
+    }
+
+    fn choice<T: std::str::FromStr<Err = String>>(
+        &mut self,
+        names: &[&'static str],
+    ) -> Result<Option<T>, Invalid> {
+        match self.take(names)? {
+            None => Ok(None),
+            Some((name, Value::String(text))) => text
+                .parse()
+                .map(Some)
+                .map_err(|reason| Invalid::range(name, format!("is an {reason}"))),
+            Some((name, other)) => {
+                Err(Invalid::malformed(name, format!("must be a string, not {}", kind(&other))))
+            }
+        }
+    }
+
+    /// What nobody took is a mistake that the client should hear of.
+    fn finish(self) -> Result<(), Invalid> {
+        match self.values.into_iter().next() {
+            None => Ok(()),
+            Some((name, _)) => {
+                let name: String = name.chars().take(64).collect();
+                let message = format!("unknown field {name:?}");
+                Err(Invalid::Malformed { param: Some(name), message })
+            }
+        }
+    }
+}
+
+fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}
+
+/// Reads a JSON object without losing repeated keys, as a map would.
+struct Pairs;
+
+impl<'de> Visitor<'de> for Pairs {
+    type Value = Vec<(String, Value)>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut pairs = Vec::new();
+        while let Some(pair) = map.next_entry()? {
+            pairs.push(pair);
+        }
+        Ok(pairs)
+    }
+}

@@ -1,0 +1,26 @@
+//! `sd-server healthcheck`: asks a running server's `/ping`. It is there for Docker's
+//! HEALTHCHECK, in images that hold neither a shell nor curl.
+
+use std::io::{Read as _, Write as _};
+use std::net::{TcpStream, ToSocketAddrs as _};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+
+/// SageMaker's own patience with `/ping`.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// An error unless the server is ready.
+pub(crate) fn run(address: &str) -> Result<()> {
+    let resolved = address.to_socket_addrs().ok().and_then(|mut found| found.next());
+    let resolved = resolved.with_context(|| format!("{address} is not an address"))?;
+    let mut stream = TcpStream::connect_timeout(&resolved, PATIENCE)
+        .with_context(|| format!("nothing listens on {address}"))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(b"GET /ping HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+    let mut head = [0; 12];
+    stream.read_exact(&mut head).context("no answer")?;
+    let status = String::from_utf8_lossy(&head[9..]);
+    ensure!(status == "200", "not ready: /ping answers {status}");
+    Ok(())
+}

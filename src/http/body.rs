@@ -1,0 +1,98 @@
+//! The forms in which a prompt may arrive. JSON when it looks like JSON; a form when it has a
+//! `prompt` key; otherwise the body itself is the prompt, as `curl -d 'a cat'` sends it.
+
+use std::borrow::Cow;
+
+use axum::http::HeaderMap;
+use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
+
+use super::error::ApiError;
+use crate::api::{Fields, Invalid};
+
+/// What the client speaks, and so expects to hear when it does not say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Speech {
+    Json,
+    Text,
+}
+
+/// The kinds of body that the declared type allows.
+enum Declared {
+    Json,
+    Form,
+    /// `application/x-text` of SageMaker JumpStart may be a JSON string.
+    Text {
+        quoted: bool,
+    },
+}
+
+/// Reads the fields out of a body.
+pub(super) fn read(headers: &HeaderMap, body: &[u8]) -> Result<(Fields, Speech), ApiError> {
+    if let Some(coding) = headers.get(CONTENT_ENCODING).filter(|coding| *coding != "identity") {
+        let message = format!("the content encoding {coding:?} is not supported; send it plain");
+        return Err(ApiError::MediaType(message));
+    }
+    let declared = declared(headers);
+    let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
+    let text = std::str::from_utf8(body)
+        .map_err(|error| Invalid::body(format!("the body is not UTF-8: {error}")))?;
+    let trimmed = text.trim();
+    if trimmed.is_empty() {
+        return Err(Invalid::body("the body is empty; send a prompt").into());
+    }
+    if trimmed.starts_with('{') {
+        return Ok((Fields::json(text)?, Speech::Json));
+    }
+    match declared? {
+        Declared::Json => Err(Invalid::body("the body is not a JSON object").into()),
+        Declared::Form => Ok((form(trimmed)?, Speech::Text)),
+        Declared::Text { quoted } => {
+            let unquoted = quoted.then(|| serde_json::from_str::<String>(trimmed).ok()).flatten();
+            Ok((Fields::prompt(unquoted.unwrap_or_else(|| trimmed.into())), Speech::Text))
+        }
+    }
+}
+
+/// Only looked at when the body is not a JSON object, so a wrong type does no harm to JSON.
+fn declared(headers: &HeaderMap) -> Result<Declared, ApiError> {
+    let Some(value) = headers.get(CONTENT_TYPE) else {
+        return Ok(Declared::Text { quoted: false });
+    };
+    let value = String::from_utf8_lossy(value.as_bytes());
+    let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    match essence.as_str() {
+        "application/json" => Ok(Declared::Json),
+        "application/x-www-form-urlencoded" => Ok(Declared::Form),
+        "application/x-text" => Ok(Declared::Text { quoted: true }),
+        "text/plain" => Ok(Declared::Text { quoted: false }),
+        _ => Err(ApiError::MediaType(format!(
+            "the type {essence:?} is not supported; send application/json or text/plain"
+        ))),
+    }
+}
+
+/// A form with a `prompt` key, or else a bare prompt under the type that curl gives it.
+fn form(text: &str) -> Result<Fields, Invalid> {
+    let pairs: Vec<(String, String)> =
+        form_urlencoded::parse(text.as_bytes()).into_owned().collect();
+    if !pairs.iter().any(|(name, _)| name == "prompt") {
+        return Ok(Fields::prompt(bare(text)));
+    }
+    let broken = |(name, value): &(String, String)| {
+        (name.contains('\u{fffd}') || value.contains('\u{fffd}')) && !text.contains('\u{fffd}')
+    };
+    if pairs.iter().any(broken) {
+        return Err(Invalid::body("the form holds escapes that are not UTF-8"));
+    }
+    Ok(Fields::form(pairs))
+}
+
+/// `curl --data-urlencode 'a cat'` sends `a%20cat`; a body with spaces in it was not encoded.
+fn bare(text: &str) -> String {
+    if text.contains(char::is_whitespace) || !text.contains('%') {
+        return text.into();
+    }
+    let (decoded, rest) = form_urlencoded::parse(text.as_bytes()).next().unwrap_or_default();
+    let whole = rest.is_empty() && !text.contains(['=', '&']);
+    if whole { Cow::into_owned(decoded) } else { text.into() }
+}

@@ -1,0 +1,312 @@
+//! Where a model's files come from: this binary, a directory, the local cache of the hub, or the
+//! hub itself. Only what the pipeline reads is fetched, and never a pickle.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
+use hf_hub::api::tokio::{Api, ApiBuilder, ApiError};
+use hf_hub::{Cache, Repo, RepoType};
+use indicatif::{ProgressBar, ProgressStyle};
+use sd_models::{LoadOptions, Source};
+use tokio::time::timeout;
+use tracing::info;
+
+use crate::config::{Model, Place};
+
+/// Patience with the hub's first answer; files may take as long as they take.
+const FIRST_ANSWER: Duration = Duration::from_secs(30);
+
+/// The directories that hold weights, and what the weights are called there.
+const NETWORKS: [(&str, &str); 3] = [
+    ("text_encoder", "model"),
+    ("unet", "diffusion_pytorch_model"),
+    ("vae", "diffusion_pytorch_model"),
+];
+
+/// The other files that the pipeline reads if they exist.
+const SMALL_FILES: [&str; 10] = [
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "unet/config.json",
+    "vae/config.json",
+];
+
+/// The hub and its local cache.
+#[derive(Debug, Clone)]
+pub struct Hub {
+    /// The directory of `models--owner--name` directories.
+    pub cache: PathBuf,
+    /// The hub's address, without a slash at the end.
+    pub endpoint: String,
+    /// For gated and private models; else the token file beside the cache is used.
+    pub token: Option<String>,
+    /// Whether asking the hub is forbidden.
+    pub offline: bool,
+}
+
+/// A model to fetch.
+#[derive(Debug)]
+pub struct Download {
+    /// The hub and its cache.
+    pub hub: Hub,
+    /// `owner/name`.
+    pub id: String,
+    /// Branch, tag or commit.
+    pub revision: String,
+    /// Whether f16 weights are preferred.
+    pub half: bool,
+}
+
+/// Finds the files of the configured model, fetching them if need be. Not for async threads.
+pub(crate) fn locate(model: Model) -> Result<LoadOptions> {
+    let half = model.half();
+    let source = match model.place {
+        Place::Demo => Source::Demo,
+        Place::Directory(path) => Source::Directory(unwrapped(path)?),
+        Place::Hub { id, revision } => {
+            let download = Download { hub: model.hub, id, revision, half };
+            let cached = download.cached();
+            Source::Directory(match cached {
+                Some(path) => path,
+                None => download.run()?,
+            })
+        }
+    };
+    let Model { device, precision, threads, .. } = model;
+    Ok(LoadOptions { source, device, precision, threads })
+}
+
+/// A tarball often holds one directory that holds the model.
+fn unwrapped(path: PathBuf) -> Result<PathBuf> {
+    let is_model = |path: &Path| path.join("model_index.json").is_file();
+    if is_model(&path) {
+        return Ok(path);
+    }
+    let entries = path.read_dir().with_context(|| format!("cannot read {}", path.display()))?;
+    let mut models = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|p| is_model(p));
+    match (models.next(), models.next()) {
+        (Some(inner), None) => Ok(inner),
+        _ => bail!(
+            "{} holds no model: model_index.json is missing (a model in the diffusers layout is \
+             needed, not a single checkpoint file)",
+            path.display()
+        ),
+    }
+}
+
+impl Download {
+    /// Fetches the model, tells where it is. hf-hub goes on after the unbroken beginning of a
+    /// file, so its parts should come in order, which a runtime of one thread makes them do.
+    pub(crate) fn run(&self) -> Result<PathBuf> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(self.fetch())
+    }
+
+    fn repo(&self) -> Repo {
+        Repo::with_revision(self.id.clone(), RepoType::Model, self.revision.clone())
+    }
+
+    /// The model's directory in the cache, if everything is there. Asks nobody.
+    fn cached(&self) -> Option<PathBuf> {
+        let cache = Cache::new(self.hub.cache.clone()).repo(self.repo());
+        let by_ref = cache.get("model_index.json").and_then(|path| Some(path.parent()?.into()));
+        let path: PathBuf = by_ref.unwrap_or_else(|| cache.pointer_path(&self.revision));
+        is_complete(&path).then_some(path)
+    }
+
+    /// Brings what is missing into the cache. An interrupted file goes on where it stopped.
+    async fn fetch(&self) -> Result<PathBuf> {
+        let Hub { endpoint, offline, .. } = &self.hub;
+        let name = format!("{} ({})", self.id, self.revision);
+        ensure!(!offline, "{name} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it");
+        let repo = self.api()?.repo(self.repo());
+        let listing = timeout(FIRST_ANSWER, repo.info())
+            .await
+            .map_err(|_| anyhow!("{endpoint} does not answer"))
+            .and_then(|listing| listing.map_err(|error| self.explain(error)))
+            .with_context(|| format!("cannot fetch {name}"))?;
+        let files: Vec<String> = listing.siblings.into_iter().map(|file| file.rfilename).collect();
+        let files = needed(&files, self.half).with_context(|| name.clone())?;
+
+        let present = Cache::new(self.hub.cache.clone()).repo(self.repo());
+        let snapshot = present.pointer_path(&listing.sha);
+        for (k, file) in files.iter().enumerate() {
+            if snapshot.join(file).exists() {
+                continue;
+            }
+            info!(file, "fetching {} of {}", k + 1, files.len());
+            repo.download_with_progress(file, Meter(ProgressBar::new(0)))
+                .await
+                .map_err(|error| self.explain(error))
+                .with_context(|| format!("cannot fetch {file} of {name}"))?;
+        }
+        present.create_ref(&listing.sha).context("cannot write to the cache")?;
+        Ok(snapshot)
+    }
+
+    fn api(&self) -> Result<Api> {
+        let cache = Cache::new(self.hub.cache.clone());
+        let token = self.hub.token.clone().or_else(|| cache.token());
+        let builder = ApiBuilder::from_cache(cache).with_endpoint(self.hub.endpoint.clone());
+        Ok(builder.with_token(token).with_progress(false).build()?)
+    }
+
+    /// What a person can do about an error of the hub.
+    fn explain(&self, error: ApiError) -> anyhow::Error {
+        let Hub { endpoint, cache, .. } = &self.hub;
+        let advice = match &error {
+            ApiError::RequestError(request) => match request.status().map(|s| s.as_u16()) {
+                Some(401 | 403) => {
+                    "the model needs permission: accept its licence on the hub and set HF_TOKEN \
+                     (the hub says the same of models that do not exist)"
+                        .to_owned()
+                }
+                Some(404) => "the hub has no such model or revision".to_owned(),
+                Some(status) => format!("{endpoint} answers {status}"),
+                None => format!(
+                    "{endpoint} cannot be reached; without a network, give a directory with \
+                     --model, use --model demo, or fill the cache elsewhere with `sd-server download`"
+                ),
+            },
+            ApiError::LockAcquisition(path) => {
+                format!("another process is fetching it: {} is locked", path.display())
+            }
+            ApiError::IoError(_) => format!("cannot write to {}", cache.display()),
+            _ => format!("{endpoint} answers in an unexpected way"),
+        };
+        anyhow::Error::new(error).context(advice)
+    }
+}
+
+/// The progress of one file, on a terminal only.
+#[derive(Clone)]
+struct Meter(ProgressBar);
+
+impl hf_hub::api::tokio::Progress for Meter {
+    async fn init(&mut self, size: usize, file: &str) {
+        let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+        if let Ok(style) = ProgressStyle::with_template(style) {
+            self.0.set_style(style);
+        }
+        self.0.set_length(size as u64);
+        self.0.set_message(file.to_owned());
+    }
+
+    async fn update(&mut self, size: usize) {
+        self.0.inc(size as u64);
+    }
+
+    async fn finish(&mut self) {
+        self.0.finish();
+    }
+}
+
+/// A cache can hold half a model: a download may have been interrupted.
+fn is_complete(model: &Path) -> bool {
+    let weights = |folder: &str| -> Option<bool> {
+        let names = model.join(folder).read_dir().ok()?;
+        let names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let names: Vec<String> = names.filter(|name| name.ends_with(".safetensors")).collect();
+        Some(!names.is_empty() && names.iter().all(|name| has_all_shards(name, &names)))
+    };
+    model.join("model_index.json").is_file()
+        && model.join("scheduler/scheduler_config.json").is_file()
+        && NETWORKS.iter().all(|(folder, _)| {
+            model.join(folder).join("config.json").is_file() && weights(folder) == Some(true)
+        })
+}
+
+/// `x-00001-of-00003.safetensors` is one of three.
+fn has_all_shards(name: &str, names: &[String]) -> bool {
+    let Some((head, count)) = name.trim_end_matches(".safetensors").rsplit_once("-of-") else {
+        return true;
+    };
+    let Some((stem, _)) = head.rsplit_once('-') else { return true };
+    let siblings = names.iter().filter(|n| n.starts_with(stem) && n.contains("-of-")).count();
+    count.parse().is_ok_and(|count: usize| siblings >= count)
+}
+
+/// The files to fetch out of those that a repository has: safetensors only, one variant each.
+fn needed(files: &[String], half: bool) -> Result<Vec<String>> {
+    let has = |name: &str| files.iter().any(|file| file == name);
+    ensure!(has("model_index.json"), "not a diffusers model: it has no model_index.json");
+    let mut needed: Vec<String> = SMALL_FILES.map(String::from).into();
+    needed.retain(|file| has(file));
+    for (folder, stem) in NETWORKS {
+        let plain = [format!("{stem}.safetensors"), format!("{stem}-")];
+        let variant = [format!("{stem}.fp16.safetensors"), format!("{stem}.fp16-")];
+        let choice = if half { [variant, plain] } else { [plain, variant] };
+        let of = |names: &[String; 2]| -> Vec<String> {
+            let ours = |name: &str| {
+                let safe = name.ends_with(".safetensors") || name.ends_with(".json");
+                safe && (name.starts_with(&names[0]) || name.starts_with(&names[1]))
+            };
+            let in_folder = |file: &&String| {
+                file.split_once('/').is_some_and(|(place, name)| place == folder && ours(name))
+            };
+            files.iter().filter(in_folder).cloned().collect()
+        };
+        let weights = choice
+            .iter()
+            .map(of)
+            .find(|found| found.iter().any(|file| file.ends_with(".safetensors")));
+        needed.extend(weights.with_context(|| format!("{folder} has no safetensors weights"))?);
+    }
+    Ok(needed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listing(lines: &str) -> Vec<String> {
+        lines.split_whitespace().map(Into::into).collect()
+    }
+
+    #[test]
+    fn one_variant_of_safe_weights_is_needed() {
+        let files = listing(
+            "README.md model_index.json v1-5-pruned.ckpt v1-5-pruned.safetensors
+             safety_checker/model.safetensors scheduler/scheduler_config.json
+             text_encoder/config.json text_encoder/model.safetensors
+             text_encoder/model.fp16.safetensors text_encoder/pytorch_model.bin
+             tokenizer/vocab.json tokenizer/merges.txt unet/config.json
+             unet/diffusion_pytorch_model.bin unet/diffusion_pytorch_model.safetensors
+             unet/diffusion_pytorch_model.fp16.safetensors
+             unet/diffusion_pytorch_model.non_ema.safetensors
+             vae/config.json vae/diffusion_pytorch_model.safetensors",
+        );
+        let full = needed(&files, false).expect("complete");
+        assert!(full.contains(&"unet/diffusion_pytorch_model.safetensors".into()));
+        assert_eq!(full.iter().filter(|f| f.ends_with(".safetensors")).count(), 3);
+        assert!(!full.iter().any(|f| f.ends_with(".bin") || f.contains("safety")));
+        let half = needed(&files, true).expect("complete");
+        assert!(half.contains(&"unet/diffusion_pytorch_model.fp16.safetensors".into()));
+        assert!(half.contains(&"vae/diffusion_pytorch_model.safetensors".into()));
+        assert_eq!(half.iter().filter(|f| f.ends_with(".safetensors")).count(), 3);
+    }
+
+    #[test]
+    fn shards_come_with_their_index() {
+        let files = listing(
+            "model_index.json text_encoder/model.safetensors vae/diffusion_pytorch_model.safetensors
+             unet/diffusion_pytorch_model-00001-of-00002.safetensors
+             unet/diffusion_pytorch_model-00002-of-00002.safetensors
+             unet/diffusion_pytorch_model.safetensors.index.json",
+        );
+        let unet = needed(&files, true).expect("complete");
+        assert_eq!(unet.iter().filter(|f| f.starts_with("unet/")).count(), 3);
+        assert!(needed(&files[..2], false).is_err());
+        let names: Vec<String> =
+            files.iter().filter_map(|f| f.strip_prefix("unet/")).map(Into::into).collect();
+        assert!(has_all_shards(&names[0], &names));
+        assert!(!has_all_shards(&names[0], &names[..1]));
+    }
+}

@@ -1,0 +1,28 @@
+//! The doorway: arguments in, exit code out.
+
+use std::process::ExitCode;
+
+use sd_server::api::Invalid;
+use sd_server::config;
+
+/// `EX_USAGE` of sysexits.h: what was typed cannot be done, and trying again will not help.
+const USAGE: u8 = 64;
+
+fn main() -> ExitCode {
+    let config = match config::read(std::env::args_os()) {
+        Ok(config) => config,
+        Err(error) => {
+            // Nothing is left to do when not even this can be printed.
+            let _ = error.print();
+            return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
+        }
+    };
+    match sd_server::run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            let usage = error.downcast_ref::<Invalid>().is_some();
+            ExitCode::from(if usage { USAGE } else { 1 })
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! The command line: `generate`, `healthcheck`, help, exit codes, signals.
+
+use std::process::Output;
+
+use crate::harness::{Server, sd_server};
+use crate::invocations::infotext;
+
+fn run(args: &[&str]) -> Output {
+    sd_server(args).output().expect("the binary starts")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn generate_writes_a_picture_with_its_parameters() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let path = folder.path().join("house.png");
+    let path = path.to_str().expect("UTF-8");
+    let model = ["--model", "demo", "--device", "cpu"];
+    let args = ["generate", "a red house", "-o", path, "--steps", "2", "--seed", "9"];
+    let done = run(&[&args[..], &model].concat());
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    let png = std::fs::read(path).expect("a file");
+    assert!(infotext(&png).starts_with("a red house\nSteps: 2, Sampler: "), "{}", infotext(&png));
+    assert!(text(&done.stdout).contains(&format!("{path} (seed 9)")));
+
+    let again = folder.path().join("again.jpg");
+    let again = again.to_str().expect("UTF-8");
+    let args = ["generate", "x", "-n", "2", "-o", again, "--steps", "1", "-W", "64", "-H", "72"];
+    assert!(run(&[&args[..], &model].concat()).status.success());
+    for k in 0..2 {
+        let picture = image::open(folder.path().join(format!("again-{k}.jpg"))).expect("a JPEG");
+        assert_eq!((picture.width(), picture.height()), (64, 72));
+    }
+}
+
+#[test]
+fn the_command_line_draws_what_the_server_draws() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let path = folder.path().join("out.png");
+    let server = Server::ready(&[]);
+    let body = r#"{"prompt":"a cat","steps":2,"seed":3,"scheduler":"euler"}"#;
+    let served = server.post(&["accept: image/png"], body).body;
+    let args = ["generate", "a cat", "--steps", "2", "--seed", "3", "--scheduler", "Euler"];
+    let done =
+        sd_server(&args).args(["--model", "demo", "--device", "cpu", "-o"]).arg(&path).output();
+    assert!(done.expect("it starts").status.success());
+    assert!(std::fs::read(path).expect("a file") == served);
+}
+
+#[test]
+fn usage_errors_exit_with_64() {
+    let table: [&[&str]; 14] = [
+        &["train"],
+        &["--port", "70000"],
+        &["--nonsense"],
+        &["serve", "serve"],
+        &["--device", "gpu"],
+        &["--dtype", "int4"],
+        &["--max-batch-rows", "1"],
+        &["--model", "/no/such/directory"],
+        &["generate"],
+        &["generate", "x", "-o", "out.gif", "--model", "demo"],
+        &["generate", "x", "-o", "/no/such/directory/x.png", "--model", "demo"],
+        &["generate", "x", "--steps", "many", "--model", "demo"],
+        &["generate", "x", "--scheduler", "dpm_fast", "--model", "demo"],
+        &["generate", "x", "--width", "7", "--model", "demo"],
+    ];
+    for args in table {
+        let done = run(args);
+        assert_eq!(done.status.code(), Some(64), "{args:?}: {}", text(&done.stderr));
+        assert!(!done.stderr.is_empty(), "{args:?}");
+    }
+    let ports = [("SAGEMAKER_BIND_TO_PORT", "port"), ("SD_PORT", "-1"), ("SD_MAX_STEPS", "0")];
+    for (name, value) in ports {
+        let done = sd_server(&["--model", "demo"]).env(name, value).output().expect("it starts");
+        assert_eq!(done.status.code(), Some(64), "{name}={value}");
+        assert!(text(&done.stderr).contains(name) || text(&done.stderr).contains("--max-steps"));
+    }
+}
+
+#[test]
+fn other_failures_exit_with_1() {
+    let empty = tempfile::tempdir().expect("a directory");
+    let empty = empty.path().to_str().expect("UTF-8");
+    let done = run(&["--port", "0", "--model", empty]);
+    assert_eq!(done.status.code(), Some(1));
+    assert!(text(&done.stderr).contains("model_index.json"), "{}", text(&done.stderr));
+    assert_eq!(run(&["healthcheck", "--port", "1"]).status.code(), Some(1));
+}
+
+#[test]
+fn help_is_for_people() {
+    let help = run(&["--help"]);
+    assert!(help.status.success());
+    for word in ["serve", "generate", "download", "healthcheck"] {
+        assert!(text(&help.stdout).contains(word));
+    }
+    assert!(text(&run(&["serve", "--help"]).stdout).contains("SageMaker"));
+    assert!(text(&run(&["--version"]).stdout).starts_with("sd-server "));
+}
+
+#[test]
+fn healthcheck_asks_the_server() {
+    let server = Server::ready(&[]);
+    let port = server.address.rsplit(':').next().expect("a port");
+    assert!(run(&["healthcheck", "--port", port]).status.success());
+    let from_environment = sd_server(&["healthcheck"]).env("SAGEMAKER_BIND_TO_PORT", port).status();
+    assert!(from_environment.expect("it starts").success());
+}
+
+#[test]
+fn signals_end_the_server_with_0() {
+    for signal in ["TERM", "INT"] {
+        let server = Server::ready(&[]);
+        server.signal(signal);
+        assert_eq!(server.wait().code(), Some(0), "SIG{signal}");
+    }
+}
+
+#[test]
+fn sagemakers_word_and_port_are_understood() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = free.local_addr().expect("an address").port().to_string();
+    drop(free);
+    let mut command = sd_server(&["serve"]);
+    command.env("SAGEMAKER_BIND_TO_PORT", &port).env("SD_PORT", "1").env("SD_MODEL", "demo");
+    let server = Server::spawn_as_is(command.env("SD_HOST", "127.0.0.1"));
+    assert_eq!(server.address, format!("127.0.0.1:{port}"));
+}

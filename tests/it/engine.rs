@@ -1,0 +1,223 @@
+//! The engine, and a server around it, with a fake model: what no real model does on command.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use sd_models::{Size, Spec};
+use sd_server::engine::{Engine, Failure, Phase};
+use sd_server::http;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+use crate::fake::{ENGINE, Fake, HTTP, Strings, spec, wait_until};
+
+async fn ready() -> (Engine, Strings) {
+    let (fake, strings) = Fake::new();
+    let engine = Engine::start(ENGINE, || Ok(fake)).expect("a thread");
+    engine.ready().await.expect("it loads");
+    (engine, strings)
+}
+
+/// A server in this process.
+struct Server {
+    url: String,
+    shutdown: oneshot::Sender<()>,
+    ended: JoinHandle<Result<()>>,
+}
+
+impl Server {
+    async fn start(engine: Engine, settings: http::Settings, drain: Duration) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let url = format!("http://{}", listener.local_addr().expect("an address"));
+        let (shutdown, stop) = oneshot::channel::<()>();
+        let stop = async move { drop(stop.await) };
+        let ended = tokio::spawn(sd_server::serve(engine, settings, listener, drain, stop));
+        Self { url, shutdown, ended }
+    }
+
+    async fn ping(&self) -> u16 {
+        let reply = reqwest::get(format!("{}/ping", self.url)).await;
+        reply.map_or(0, |reply| reply.status().as_u16())
+    }
+
+    /// Status and error code of a request for a picture.
+    fn draw(&self, prompt: &str, rest: &str) -> JoinHandle<(u16, String)> {
+        let body = format!(r#"{{"prompt":"{prompt}"{rest}}}"#);
+        let request = reqwest::Client::new().post(format!("{}/invocations", self.url)).body(body);
+        tokio::spawn(async move {
+            let reply = request.send().await.expect("an answer");
+            let status = reply.status().as_u16();
+            let json: serde_json::Value = reply.json().await.expect("JSON");
+            (status, json["error"]["code"].as_str().unwrap_or("").to_owned())
+        })
+    }
+}
+
+const LONG: Duration = Duration::from_secs(20);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_loading_everything_is_503() -> Result<()> {
+    let (fake, strings) = Fake::new();
+    let (loaded, wait) = std::sync::mpsc::channel::<()>();
+    let load = move || {
+        let _ = wait.recv();
+        Ok(fake)
+    };
+    let engine = Engine::start(ENGINE, load)?;
+    let server = Server::start(engine.clone(), HTTP, LONG).await;
+    assert_eq!(server.ping().await, 503);
+    assert_eq!(server.draw("a cat", "").await?, (503, "loading".into()));
+    loaded.send(())?;
+    engine.ready().await?;
+    assert_eq!(server.ping().await, 200);
+    drop(strings.permits);
+    assert_eq!(server.draw("a cat", "").await?.0, 200);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_does_not_load_ends_the_server() -> Result<()> {
+    let load = || -> Result<Fake> { anyhow::bail!("unet/config.json is missing") };
+    let server = Server::start(Engine::start(ENGINE, load)?, HTTP, LONG).await;
+    let error = server.ended.await?.expect_err("it cannot serve");
+    assert!(error.to_string().contains("unet/config.json"), "{error:#}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_panic_of_the_model_is_answered_and_ends_the_server() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let server = Server::start(engine.clone(), HTTP, LONG).await;
+    let drawing = server.draw("panic", "");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let waiting = server.draw("a dog", r#","n":2"#);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    strings.permits.send(())?;
+    for request in [drawing, waiting] {
+        assert_eq!(request.await?, (500, "model_failed".into()));
+    }
+    assert!(matches!(engine.phase(), Phase::Dead(_)));
+    assert_eq!(engine.submit(vec![spec(1, 1)], None).err(), Some(Failure::Model));
+    assert!(server.ended.await?.expect_err("it is dead").to_string().contains("panicked"));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_device_turns_ping_red() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let server = Server::start(engine, HTTP, LONG).await;
+    let requests = [server.draw("device lost", ""), server.draw("a cat", "")];
+    drop(strings.permits);
+    for request in requests {
+        assert_eq!(request.await?, (500, "device_lost".into()));
+    }
+    assert_eq!(server.ping().await, 503);
+    assert_eq!(server.draw("a cat", "").await?, (500, "device_lost".into()));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn out_of_memory_is_507_and_the_next_picture_works() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let server = Server::start(engine, HTTP, LONG).await;
+    drop(strings.permits);
+    assert_eq!(server.draw("out of memory", "").await?, (507, "out_of_memory".into()));
+    assert_eq!(server.draw("a cat", "").await?.0, 200);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn shutdown_finishes_what_was_accepted() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let server = Server::start(engine.clone(), HTTP, LONG).await;
+    let accepted = server.draw("a cat", "");
+    wait_until(|| strings.permits.send(()).is_ok() && strings.count() > 0);
+    server.shutdown.send(()).expect("it serves");
+    wait_until(|| matches!(engine.phase(), Phase::Draining));
+    assert_eq!(engine.submit(vec![spec(1, 1)], None).err(), Some(Failure::Stopping));
+    drop(strings.permits);
+    assert_eq!(accepted.await?.0, 200);
+    server.ended.await?
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_in_the_drain_timeout_is_503() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let server = Server::start(engine, HTTP, Duration::from_millis(50)).await;
+    let accepted = server.draw("a cat", "");
+    wait_until(|| strings.permits.send(()).is_ok() && strings.count() > 0);
+    server.shutdown.send(()).expect("it serves");
+    assert_eq!(accepted.await?, (503, "shutting_down".into()));
+    server.ended.await?
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_late_picture_is_504_and_its_rows_are_freed() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let settings = http::Settings { request_timeout: Duration::from_millis(100), ..HTTP };
+    let server = Server::start(engine.clone(), settings, LONG).await;
+    assert_eq!(server.draw("a cat", r#","seed":1"#).await?, (504, "deadline".into()));
+    let next = engine.submit(vec![spec(2, 2)], None)?;
+    strings.step(); // The step that the late picture was waiting for.
+    strings.step();
+    assert_eq!(strings.last(), [2]);
+    drop(strings.permits);
+    assert_eq!(next.wait().await?.len(), 1);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pictures_join_and_leave_between_steps() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let long = engine.submit(vec![spec(1, 5)], None)?;
+    strings.step();
+    assert_eq!(strings.last(), [1]);
+    let short = engine.submit(vec![spec(2, 1)], None)?;
+    let gone = engine.submit(vec![spec(3, 100)], None)?;
+    strings.step(); // Was already waiting for its permit when the others came.
+    strings.step();
+    assert_eq!(strings.last(), [1, 2], "four rows hold two pictures with guidance");
+    assert_eq!(short.wait().await?.len(), 1);
+    wait_until(|| gone.progress().borrow().total > 0);
+    drop(gone);
+    strings.step();
+    assert_eq!(strings.last(), [1, 3], "this step had begun");
+    strings.step();
+    assert_eq!(strings.last(), [1]);
+    assert_eq!(long.wait().await?.len(), 1);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_equal_sizes_share_a_step() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let wide = Spec { size: Size::new(128, 64).expect("multiples"), ..spec(9, 3) };
+    let tickets = [vec![spec(1, 3)], vec![wide], vec![spec(2, 3)]];
+    let tickets = tickets.map(|specs| engine.submit(specs, None).expect("room"));
+    drop(strings.permits);
+    for ticket in tickets {
+        ticket.wait().await?;
+    }
+    let steps = strings.steps.lock().expect("unpoisoned");
+    assert!(steps.iter().all(|seeds| seeds == &[9] || !seeds.contains(&9)), "{steps:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_queue_is_429_and_takes_jobs_whole() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let server = Server::start(engine.clone(), HTTP, LONG).await;
+    let drawing = engine.submit(vec![spec(1, 1), spec(2, 1)], None)?;
+    wait_until(|| drawing.progress().borrow().total == 2);
+    let waiting = engine.submit((3..6).map(|seed| spec(seed, 1)).collect(), None)?;
+    assert_eq!(server.draw("a cat", r#","n":2"#).await?, (429, "overloaded".into()));
+    let last = server.draw("a cat", r#","n":1"#);
+    drop(strings.permits);
+    assert_eq!(last.await?.0, 200);
+    assert_eq!(drawing.wait().await?.len(), 2);
+    let pictures = waiting.wait().await?;
+    let seeds: Vec<_> = pictures.iter().map(|picture| picture.rgb.data[0]).collect();
+    assert_eq!(seeds, [3, 4, 5], "in the order of the specs");
+    Ok(())
+}

@@ -1,0 +1,164 @@
+//! A model that draws nothing: it waits, remembers who shared a step, and fails on command. The
+//! prompts `panic`, `out of memory` and `device lost` say how.
+
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use sd_models::{Defaults, Error, ModelInfo, Result, Rgb, Scheduler, Size, Spec};
+use sd_server::api::Limits;
+use sd_server::engine::{Model, Trajectory};
+use sd_server::{engine, http};
+
+/// Seeds of the pictures in each step, in the order of the steps.
+pub(crate) type Steps = Arc<Mutex<Vec<Vec<u64>>>>;
+
+pub(crate) struct Fake {
+    info: ModelInfo,
+    steps: Steps,
+    /// A step waits for one of these; when the sender is gone steps are free.
+    permits: Receiver<()>,
+}
+
+pub(crate) struct FakeTrajectory {
+    spec: Spec,
+    made: usize,
+}
+
+/// The hands that hold a fake.
+pub(crate) struct Strings {
+    pub(crate) steps: Steps,
+    pub(crate) permits: Sender<()>,
+}
+
+impl Strings {
+    /// Lets one step happen and waits until it has.
+    pub(crate) fn step(&self) {
+        let before = self.count();
+        self.permits.send(()).expect("the model lives");
+        wait_until(|| self.count() > before);
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.steps.lock().expect("unpoisoned").len()
+    }
+
+    pub(crate) fn last(&self) -> Vec<u64> {
+        self.steps.lock().expect("unpoisoned").last().cloned().unwrap_or_default()
+    }
+}
+
+pub(crate) fn wait_until(mut condition: impl FnMut() -> bool) {
+    for _ in 0..5000 {
+        if condition() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    panic!("this should have happened by now");
+}
+
+impl Fake {
+    pub(crate) fn new() -> (Self, Strings) {
+        let (permits, permitted) = mpsc::channel();
+        let steps = Steps::default();
+        let defaults = Defaults {
+            size: Size::new(64, 64).expect("multiples of 8"),
+            steps: 4,
+            guidance_scale: 7.5,
+            scheduler: Scheduler::Euler,
+        };
+        let info = ModelInfo {
+            name: "fake".into(),
+            device: "none".into(),
+            precision: "none".into(),
+            defaults,
+            multiple: 8,
+        };
+        let fake = Self { info, steps: Arc::clone(&steps), permits: permitted };
+        (fake, Strings { steps, permits })
+    }
+}
+
+impl Model for Fake {
+    type Trajectory = FakeTrajectory;
+
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn begin(&self, spec: &Spec) -> Result<FakeTrajectory> {
+        Ok(FakeTrajectory { spec: spec.clone(), made: 0 })
+    }
+
+    fn step(&self, batch: &mut [&mut FakeTrajectory]) -> Result<()> {
+        let warming = batch.iter().all(|member| member.spec.prompt.is_empty());
+        if !warming {
+            let _ = self.permits.recv();
+            let seeds = batch.iter().map(|member| member.spec.seed).collect();
+            self.steps.lock().expect("unpoisoned").push(seeds);
+        }
+        assert!(batch.windows(2).all(|pair| pair[0].spec.size == pair[1].spec.size));
+        for member in batch {
+            member.made += 1;
+            match member.spec.prompt.as_str() {
+                "panic" => panic!("as the prompt asked"),
+                "out of memory" => return Err(Error::OutOfMemory("1 GiB".into())),
+                "device lost" => return Err(Error::DeviceLost("it fell down".into())),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn decode(&self, trajectory: &FakeTrajectory) -> Result<Rgb> {
+        let size = trajectory.spec.size;
+        let data = vec![trajectory.spec.seed as u8; size.pixels() * 3];
+        Ok(Rgb { width: size.width(), height: size.height(), data })
+    }
+}
+
+impl Trajectory for FakeTrajectory {
+    fn done(&self) -> bool {
+        self.made >= self.spec.steps
+    }
+
+    fn progress(&self) -> (usize, usize) {
+        (self.made, self.spec.steps)
+    }
+
+    fn rows(&self) -> usize {
+        self.spec.rows()
+    }
+
+    fn size(&self) -> Size {
+        self.spec.size
+    }
+
+    fn warnings(&self) -> &[String] {
+        &[]
+    }
+}
+
+/// A picture to order: its seed tells it apart from others.
+pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
+    Spec {
+        prompt: "a cat".into(),
+        negative_prompt: String::new(),
+        size: Size::new(64, 64).expect("multiples of 8"),
+        steps,
+        guidance_scale: 7.5,
+        seed,
+        scheduler: Scheduler::Euler,
+    }
+}
+
+pub(crate) const ENGINE: engine::Settings = engine::Settings { max_queue: 4, max_batch_rows: 4 };
+
+pub(crate) const HTTP: http::Settings = http::Settings {
+    limits: Limits { max_pixels: 1 << 20, max_steps: 150, max_images: 8, max_prompt_bytes: 1000 },
+    max_body_bytes: 100_000,
+    max_requests: 16,
+    request_timeout: Duration::from_secs(30),
+    log_prompts: false,
+};

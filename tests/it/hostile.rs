@@ -1,0 +1,205 @@
+//! Malformed and hostile requests. Each gets a clear 4xx in the one JSON shape, and after each
+//! the server works.
+
+use std::io::Write as _;
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use crate::harness::Server;
+
+const JSON: &str = "content-type: application/json";
+const FORM: &str = "content-type: application/x-www-form-urlencoded";
+const TEXT: &str = "content-type: text/plain";
+
+/// Header, body, status, and the parameter that the error names.
+const TABLE: [(&str, &[u8], u16, &str); 62] = [
+    // Bodies that are nothing.
+    (JSON, b"", 400, ""),
+    (TEXT, b"", 400, ""),
+    (FORM, b"", 400, ""),
+    (TEXT, b" \r\n\t ", 400, ""),
+    // JSON that is none, or no object.
+    (JSON, b"{", 400, ""),
+    (JSON, b"{}", 400, "prompt"),
+    (JSON, b"[]", 400, ""),
+    (JSON, b"null", 400, ""),
+    (JSON, b"\"a cat\"", 400, ""),
+    (JSON, b"a cat", 400, ""),
+    (JSON, b"{\"prompt\":\"a\"} x", 400, ""),
+    (JSON, b"{\"prompt\":\"a\"", 400, ""),
+    (JSON, b"{prompt:\"a\"}", 400, ""),
+    (JSON, b"{'prompt':'a'}", 400, ""),
+    (JSON, b"{\"prompt\":\"a\",}", 400, ""),
+    (JSON, b"{\"prompt\":\"a\",\"seed\":NaN}", 400, ""),
+    (JSON, b"{\"prompt\":\"a\",\"guidance_scale\":Infinity}", 400, ""),
+    (JSON, b"{\"prompt\":\"a\",\"guidance_scale\":1e999}", 400, ""),
+    (JSON, b"{\"prompt\":\"\\ud800\"}", 400, ""),
+    // Text that is not UTF-8.
+    (JSON, b"{\"prompt\":\"\xff\xfe\"}", 400, ""),
+    (TEXT, b"caf\xe9", 400, ""),
+    (FORM, b"prompt=caf%E9", 400, ""),
+    // Types.
+    (JSON, b"{\"prompt\":1}", 400, "prompt"),
+    (JSON, b"{\"prompt\":null}", 400, "prompt"),
+    (JSON, b"{\"prompt\":[\"a\"]}", 400, "prompt"),
+    (JSON, b"{\"prompt\":\"a\",\"negative_prompt\":{}}", 400, "negative_prompt"),
+    (JSON, b"{\"prompt\":\"a\",\"steps\":\"20\"}", 400, "steps"),
+    (JSON, b"{\"prompt\":\"a\",\"steps\":true}", 400, "steps"),
+    (JSON, b"{\"prompt\":\"a\",\"steps\":2.5}", 400, "steps"),
+    (JSON, b"{\"prompt\":\"a\",\"seed\":1.5}", 400, "seed"),
+    (JSON, b"{\"prompt\":\"a\",\"cfg_scale\":false}", 400, "cfg_scale"),
+    (JSON, b"{\"prompt\":\"a\",\"scheduler\":3}", 400, "scheduler"),
+    (JSON, b"{\"prompt\":\"a\",\"width\":[512]}", 400, "width"),
+    (FORM, b"prompt=a&steps=twenty", 400, "steps"),
+    (FORM, b"prompt=a&guidance_scale=NaN", 400, "guidance_scale"),
+    (FORM, b"prompt=a&guidance_scale=inf", 400, "guidance_scale"),
+    // Names.
+    (JSON, b"{\"prompt\":\"a\",\"stepz\":3}", 400, "stepz"),
+    (JSON, b"{\"prompt\":\"a\",\"stepz\":null}", 400, "stepz"),
+    (JSON, b"{\"prompt\":\"a\",\"prompt\":\"b\"}", 400, "prompt"),
+    (JSON, b"{\"prompt\":\"a\",\"steps\":3,\"num_inference_steps\":4}", 400, "steps"),
+    (FORM, b"prompt=a&colour=red", 400, "colour"),
+    (FORM, b"prompt=a&prompt=b", 400, "prompt"),
+    // Ranges.
+    (JSON, b"{\"prompt\":\"a\",\"steps\":0}", 422, "steps"),
+    (JSON, b"{\"prompt\":\"a\",\"steps\":-1}", 422, "steps"),
+    (JSON, b"{\"prompt\":\"a\",\"steps\":1000000000}", 422, "steps"),
+    (JSON, b"{\"prompt\":\"a\",\"steps\":1e9}", 422, "steps"),
+    (JSON, b"{\"prompt\":\"a\",\"seed\":-1}", 422, "seed"),
+    (JSON, b"{\"prompt\":\"a\",\"seed\":18446744073709551616}", 422, "seed"),
+    (JSON, b"{\"prompt\":\"a\",\"guidance_scale\":-1}", 422, "guidance_scale"),
+    (JSON, b"{\"prompt\":\"a\",\"guidance_scale\":1e300}", 422, "guidance_scale"),
+    (JSON, b"{\"prompt\":\"a\",\"width\":7}", 422, "width"),
+    (JSON, b"{\"prompt\":\"a\",\"width\":0}", 422, "width"),
+    (JSON, b"{\"prompt\":\"a\",\"height\":100}", 422, "height"),
+    (JSON, b"{\"prompt\":\"a\",\"height\":16384}", 422, "height"),
+    (JSON, b"{\"prompt\":\"a\",\"width\":4294967296}", 422, "width"),
+    (JSON, b"{\"prompt\":\"a\",\"n\":0}", 422, "n"),
+    (JSON, b"{\"prompt\":\"a\",\"n\":1000}", 422, "n"),
+    (JSON, b"{\"prompt\":\"a\",\"scheduler\":\"dpm_fast\"}", 422, "scheduler"),
+    (JSON, b"{\"prompt\":\"a\",\"output_format\":\"gif\"}", 422, "output_format"),
+    // Types of bodies.
+    ("content-type: image/png", b"\x01\x02", 415, ""),
+    ("content-type: nonsense", b"a cat", 415, ""),
+    ("content-encoding: gzip", b"a cat", 415, ""),
+];
+
+#[test]
+fn malformed_requests_get_clear_errors() {
+    let server = Server::ready(&["--request-timeout-ms", "10000"]);
+    for (header, body, status, param) in TABLE {
+        let shown = String::from_utf8_lossy(body);
+        let reply = server.post(&[header], body);
+        assert_eq!(
+            reply.status,
+            status,
+            "{header} {shown} {:?}",
+            String::from_utf8_lossy(&reply.body)
+        );
+        let (code, named) = reply.error();
+        assert_eq!(named, param, "{header} {shown}");
+        let codes = match status {
+            400 => "malformed",
+            415 => "unsupported_media_type",
+            _ => "out_of_range",
+        };
+        assert_eq!(code, codes, "{header} {shown}");
+        assert_eq!(server.ping(), 200);
+    }
+    assert_still_draws(&server);
+}
+
+fn assert_still_draws(server: &Server) {
+    let reply = server.post(&[FORM], "prompt=a cat&steps=1");
+    assert_eq!((reply.status, reply.header("content-type")), (200, "image/png"));
+}
+
+#[test]
+fn deep_and_long_bodies_are_refused() {
+    let server = Server::ready(&["--max-body-bytes", "2000000"]);
+    let deep = format!("{{\"prompt\":{}", "[".repeat(100_000));
+    let many_fields: String = (0..20_000).map(|k| format!(",\"f{k}\":1")).collect();
+    let table = [
+        (deep, 400),
+        (format!("{{\"prompt\":\"a\"{many_fields}}}"), 400),
+        (format!("{{\"prompt\":\"{}\"}}", "a".repeat(1 << 20)), 422),
+        (format!("{{\"prompt\":\"a\",\"negative_prompt\":\"{}\"}}", "b ".repeat(9000)), 422),
+        ("x ".repeat(20_000), 422),
+        ("y".repeat(2_000_001), 413),
+    ];
+    for (body, status) in table {
+        let reply = server.post(&[TEXT], body.as_str());
+        assert_eq!(reply.status, status, "{}", &body[..40]);
+        let _ = reply.error();
+        assert!(reply.body.len() < 2048, "SageMaker cuts longer messages");
+    }
+    let long = format!("{{\"prompt\":\"{}\",\"steps\":1}}", "cat ".repeat(4000));
+    let cut = server.post(&[JSON], long);
+    assert_eq!(cut.status, 200);
+    assert!(cut.json()["warnings"][0].as_str().expect("a warning").contains("77"));
+}
+
+#[test]
+fn prompts_may_hold_anything() {
+    let server = Server::ready(&[]);
+    let prompts =
+        ["", "   ", "\u{0}\u{1}\u{fffd}", "🏠🌊", "عربي", "a\nb\r\n\tc", "\\\"<script>{{}}%s"];
+    for prompt in prompts {
+        let body = serde_json::json!({ "prompt": prompt, "steps": 1 });
+        let headers = [JSON, "accept: image/png"];
+        assert_eq!(server.post(&headers, body.to_string()).status, 200, "{prompt:?}");
+        assert_eq!(server.json(&body).json()["prompt"], prompt);
+    }
+}
+
+#[test]
+fn broken_http_is_survived() {
+    let server = Server::ready(&[]);
+    let head = "POST /invocations HTTP/1.1\r\nHost: x\r\n";
+    let table = [
+        (format!("{head}Content-Length: 100\r\n\r\n{{\"prompt\":"), "400"),
+        (format!("{head}Transfer-Encoding: chunked\r\n\r\nff\r\n{{\"pro"), "400"),
+        (format!("{head}Transfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n0\r\n\r\n"), "400"),
+        (format!("{head}Content-Length: -1\r\n\r\n"), "400"),
+        (format!("{head}Content-Length: 99999999999\r\n\r\nabc"), "413"),
+        ("GET /invocations HTTP/1.1\r\nHost: x\r\n\r\n".into(), "405"),
+        ("PUT /ping HTTP/1.1\r\nHost: x\r\n\r\n".into(), "405"),
+        ("GET /../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n".into(), "404"),
+        ("POST /invocations/x HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".into(), "404"),
+        ("\u{0}\u{1}\u{2}\r\n\r\n".into(), ""),
+        (format!("GET /{} HTTP/1.1\r\nHost: x\r\n\r\n", "a".repeat(70_000)), "414"),
+        (format!("GET /ping HTTP/1.1\r\nX: {}\r\n\r\n", "a".repeat(700_000)), "431"),
+    ];
+    for (bytes, status) in table {
+        let reply = server.raw(bytes.as_bytes());
+        let expected = format!("HTTP/1.1 {status}");
+        let shown: String = bytes.chars().take(90).collect();
+        assert!(status.is_empty() || reply.starts_with(&expected), "{shown:?}: {reply:?}");
+        assert_eq!(server.ping(), 200, "{shown:?}");
+    }
+    let chunked = format!("{head}Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n");
+    let body = "3\r\na c\r\n2\r\nat\r\n0\r\n\r\n";
+    assert!(server.raw(format!("{chunked}{body}").as_bytes()).starts_with("HTTP/1.1 200"));
+    assert_still_draws(&server);
+}
+
+#[test]
+fn clients_that_leave_do_no_harm() {
+    let server = Server::ready(&["--max-queue", "4"]);
+    for k in 0..30 {
+        let mut stream = TcpStream::connect(&server.address).expect("it listens");
+        let body = "prompt=a cat&steps=150&width=128&height=128";
+        let length = body.len() + usize::from(k % 3 == 0);
+        let head = format!(
+            "POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\
+             Content-Type: application/x-www-form-urlencoded\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).expect("it reads");
+        stream.write_all(body.as_bytes()).expect("it reads");
+    }
+    // A queue of four would be full for long if pictures that nobody waits for stayed in it.
+    let began = Instant::now();
+    while server.post(&[FORM], "prompt=a cat&steps=1").status != 200 {
+        assert!(began.elapsed() < Duration::from_secs(10), "the queue is still full");
+    }
+}

@@ -1,0 +1,11 @@
+//! The contract of the server and of the command line, tested from outside: one binary, so that
+//! it links once.
+
+mod batching; // a picture does not depend on its neighbours
+mod cli; // generate, healthcheck, exit codes
+mod engine; // the engine and its server around a fake model: loading, draining, dying
+mod fake; // the fake model
+mod harness; // starts the real binary
+mod hostile; // malformed requests: a clear answer, and the next one works
+mod hub; // a hub on this host: what is fetched, what is cached
+mod invocations; // every form of body and reply

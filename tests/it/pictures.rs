@@ -1,0 +1,87 @@
+//! Pictures of the built-in model: against diffusers' for every sampler, and against their prompts.
+
+use std::path::Path;
+
+use image::RgbImage;
+use sd_models::Scheduler;
+use serde_json::Value;
+
+use crate::harness::{Server, sd_server};
+
+/// The picture of `tests/pictures/`: what `models/tests/make_pictures.py` asks diffusers for.
+const REFERENCE: [&str; 6] = ["a red house by the sea at night", "--seed", "7", "--steps", "20", "--dtype"];
+
+fn repository(path: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+#[test]
+fn every_sampler_draws_the_picture_of_diffusers() {
+    let folder = tempfile::tempdir().expect("a directory");
+    for scheduler in Scheduler::all() {
+        let path = folder.path().join("out.png");
+        let mut command = sd_server(&["generate", "--model", "demo", "--device", "cpu"]);
+        command.args(REFERENCE).arg("f32").args(["--scheduler", scheduler.name(), "-o"]).arg(&path);
+        let done = command.output().expect("the binary starts");
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        let ours = image::open(&path).expect("a picture").to_rgb8();
+        let reference = repository(&format!("tests/pictures/{scheduler}.png"));
+        let reference = image::open(reference).expect("a reference").to_rgb8();
+        assert_eq!(ours.dimensions(), reference.dimensions());
+        let differences = || ours.iter().zip(reference.iter()).map(|(a, b)| a.abs_diff(*b));
+        let max = differences().max().unwrap_or_default();
+        let mean = differences().map(f64::from).sum::<f64>() / differences().count() as f64;
+        println!("{scheduler}: mean {mean:.4}/255, max {max}/255");
+        assert!(mean <= 0.5 && max <= 4, "{scheduler}: mean {mean:.4}/255, max {max}/255");
+    }
+}
+
+/// The share of a box's pixels that are close to one of the check's colours.
+fn share(picture: &RgbImage, check: &Value) -> f64 {
+    let number = |value: &Value| value.as_f64().expect("a number");
+    let edge = |i: usize, side: u32| (number(&check["box"][i]) * f64::from(side) + 0.5) as u32;
+    let (width, height) = picture.dimensions();
+    let colours = check["colours"].as_array().expect("colours");
+    let close = |pixel: &image::Rgb<u8>| {
+        colours.iter().any(|colour| {
+            let square = |i: usize| (f64::from(pixel.0[i]) - number(&colour[i])).powi(2);
+            (0..3).map(square).sum::<f64>() <= number(&check["tolerance"]).powi(2)
+        })
+    };
+    let places = (edge(1, height)..edge(3, height))
+        .flat_map(|y| (edge(0, width)..edge(2, width)).map(move |x| (x, y)));
+    let (mut hits, mut all) = (0.0, 0.0);
+    for (x, y) in places {
+        all += 1.0;
+        hits += f64::from(u8::from(close(picture.get_pixel(x, y))));
+    }
+    hits / all
+}
+
+/// A small part of `models/train/evaluate.py`, through HTTP: the held-out prompts marked `ci`.
+#[test]
+fn pictures_show_what_their_prompts_say() {
+    let rules = std::fs::read(repository("models/train/rules.json")).expect("the rules");
+    let cases: Vec<Value> = serde_json::from_slice(&rules).expect("JSON");
+    let cases: Vec<_> = cases.iter().filter(|case| case["ci"] == true).collect();
+    let server = Server::ready(&[]);
+    let mut wrong = Vec::new();
+    for case in &cases {
+        let body = serde_json::json!({
+            "prompt": case["prompt"], "seed": case["seed"], "steps": 20, "output_format": "png",
+        });
+        let reply = server.post(&["accept: image/png"], body.to_string());
+        let picture = image::load_from_memory(&reply.body).expect("a picture").to_rgb8();
+        let checks = case["checks"].as_array().expect("checks");
+        let fails = |check: &&Value| {
+            let range = check["min_share"].as_f64().unwrap_or(0.0)
+                ..=check["max_share"].as_f64().unwrap_or(1.0);
+            !range.contains(&share(&picture, check))
+        };
+        if let Some(check) = checks.iter().find(fails) {
+            wrong.push(format!("{}: {}", case["prompt"], check["what"]));
+        }
+    }
+    println!("{} of {} right", cases.len() - wrong.len(), cases.len());
+    assert!(wrong.len() * 10 <= cases.len() * 2, "{wrong:#?}");
+}
