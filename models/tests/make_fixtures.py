@@ -1,0 +1,405 @@
+"""Writes tests/fixtures/: what diffusers and transformers compute, for tests/parity.rs.
+
+    python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers tokenizer text unet vae]
+
+The committed files were made with torch 2.15.0, diffusers 0.42.1 and transformers 5.23.0 on a
+CPU. Everything is seeded: the same versions write the same numbers.
+"""
+
+import argparse
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+
+import diffusers
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+HERE = Path(__file__).parent / "fixtures"
+
+
+def generator(seed):
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def save(tensors, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: x.detach().contiguous() for name, x in tensors.items()}, path)
+
+
+# Noise ---------------------------------------------------------------------------------------
+
+SEEDS = [0, 1, 42, 2**32 - 1, 2**32 + 5, 2**64 - 1]
+SIZES = [*range(1, 41), 63, 64, 65, 1000, 4 * 16 * 16, 4 * 63 * 65]
+MIXED = [3, 16, 5, 17, 1, 64, 15, 1, 40, 2, 1, 1000, 7, 7]
+
+
+def noise():
+    """Single draws by size, and draws of mixed sizes that continue one stream."""
+    tensors = {}
+    for seed in SEEDS:
+        for n in SIZES if seed == 42 else [5, 16, 17]:
+            values = torch.randn(n, generator=generator(seed))
+            # Of the large ones the head, and the tail that is drawn anew.
+            values = values if n <= 65 else torch.cat([values[:40], values[-40:]])
+            tensors[f"single.{seed}.{n}"] = values
+        stream = generator(seed)
+        tensors[f"mixed.{seed}"] = torch.cat([torch.randn(n, generator=stream) for n in MIXED])
+    tensors["mixed.sizes"] = torch.tensor(MIXED)
+    save(tensors, HERE / "noise.safetensors")
+
+
+# Samplers ------------------------------------------------------------------------------------
+
+CLASSES = {
+    "pndm": "PNDMScheduler",
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpmpp_2m_karras": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
+
+# CompVis/stable-diffusion-v1-4, scheduler/scheduler_config.json.
+V1_4 = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.7.0.dev0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
+
+ALL = list(CLASSES)
+SIGMAS = ["euler", "heun", "dpmpp_2m", "dpmpp_2m_karras", "unipc"]
+SNR = [s for s in ALL if s not in ("pndm", "heun")]
+
+# What a variant changes in the file above, and the samplers that read it.
+VARIANTS = {
+    "v_prediction": ({"prediction_type": "v_prediction"}, ALL),
+    "sample": ({"prediction_type": "sample"}, [s for s in ALL if s not in ("pndm", "euler_a")]),
+    "linspace": ({"timestep_spacing": "linspace"}, ALL[:-1]),
+    "leading": ({"timestep_spacing": "leading"}, ALL[:-1]),
+    "trailing": ({"timestep_spacing": "trailing"}, ALL[:-1]),
+    "offset_0": ({"timestep_spacing": "leading", "steps_offset": 0}, ALL[:-1]),
+    "linear": ({"beta_schedule": "linear"}, ALL),
+    "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, ALL),
+    "alpha_to_one": ({"set_alpha_to_one": True}, ["pndm", "ddim"]),
+    "clip": ({"clip_sample": True, "clip_sample_range": 0.7}, ["ddim", "ddpm", "heun", "lcm"]),
+    "zero_snr": (
+        {
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+            "prediction_type": "v_prediction",
+        },
+        SNR,
+    ),
+    "karras": ({"use_karras_sigmas": True}, ["euler", "heun", "unipc"]),
+    "sigma_min": ({"final_sigmas_type": "sigma_min"}, ["euler", "dpmpp_2m", "unipc"]),
+    "trained": (
+        {"num_train_timesteps": 40, "trained_betas": [0.002 * (i + 1) for i in range(40)]},
+        [s for s in ALL if s != "lcm"],
+    ),
+    # A file of another class leaves out what its own class does not have.
+    "defaults": ({key: ... for key in V1_4 if key != "skip_prk_steps"}, ALL),
+}
+
+
+def scheduler_of(name, config):
+    """The class of a sampler, as a pipeline with this file would switch to it."""
+    written = diffusers.PNDMScheduler.from_config(config).config
+    extra = {"use_karras_sigmas": True} if name == "dpmpp_2m_karras" else {}
+    return getattr(diffusers, CLASSES[name]).from_config(written, **extra)
+
+
+def trajectory(name, config, steps):
+    """All latents of a run, with a fake UNet."""
+    scheduler = scheduler_of(name, config)
+    scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "set_begin_index"):
+        # Without it a class begins at the second of two equal timesteps and runs off the end.
+        scheduler.set_begin_index(0)
+    stream = generator(7)
+    latents = torch.randn((1, 4, 3, 5), generator=stream) * scheduler.init_noise_sigma
+    seen = [latents]
+    draws = {"generator": stream} if name in ("ddpm", "euler_a", "lcm") else {}
+    for t in scheduler.timesteps:
+        x = scheduler.scale_model_input(latents, t)
+        output = torch.tanh(0.5 * x + t / 1000)
+        latents = scheduler.step(output, t, latents, **draws).prev_sample
+        seen.append(latents)
+    assert torch.isfinite(latents).all(), (name, steps, config)
+    return scheduler.timesteps.to(torch.float32), torch.cat(seen)
+
+
+def samplers():
+    """Trajectories of every sampler, and of the variants; timesteps for odd numbers of steps."""
+    configs, cases, tensors = {"v1-4": V1_4}, [], {}
+    runs = [("v1-4", name, steps) for name in ALL for steps in (1, 4, 20, 50)]
+    for variant, (changes, names) in VARIANTS.items():
+        changed = {**V1_4, **changes}
+        configs[variant] = {key: x for key, x in changed.items() if x is not ...}
+        runs += [(variant, name, 20) for name in names]
+    for variant, name, steps in runs:
+        case = f"{variant}.{name}.{steps}"
+        times, latents = trajectory(name, configs[variant], steps)
+        tensors[f"{case}.timesteps"], tensors[f"{case}.latents"] = times, latents
+        cases.append({"case": case, "config": variant, "scheduler": name, "steps": steps})
+    for variant in ("linspace", "leading", "trailing"):
+        for name in ALL:
+            for steps in (2, 3, 7, 15, 31, 48, 99):
+                if name == "lcm" and steps > 50:
+                    continue
+                scheduler = scheduler_of(name, configs[variant])
+                scheduler.set_timesteps(steps)
+                key = f"timesteps.{variant}.{name}.{steps}"
+                tensors[key] = scheduler.timesteps.to(torch.float32)
+    save(tensors, HERE / "samplers.safetensors")
+    (HERE / "samplers.json").write_text(json.dumps({"configs": configs, "cases": cases}))
+
+
+# Tokenizer -----------------------------------------------------------------------------------
+
+PLAIN = [
+    "", " ", "   ", "\n", "\t\n\r ", "a", "A", "a red house by the sea at night", "A RED HOUSE",
+    "A Red   House\tby\nthe  sea", " leading and trailing ", "don't", "DON'T", "it's we're I've",
+    "I'll they'd I'm can't", "don’t it’s", "'s", "''s 'll'", "o'clock rock'n'roll",
+    "house, sea; night: moon.", "house,sea", "(house:1.2) [sea] {night}", "house/sea\\night",
+    "!", "!!!", "?!?!", "...", "…", "--", "—", "a-b_c", "50%", "$5 & #7 @me", "x^2 + y^2 = z^2",
+    "1", "12", "123 4567", "2024-01-31", "3.14159", "1,000,000", "½ ² ₃ Ⅷ", "٣٤٥", "１２３",
+    "<|endoftext|>", "<|startoftext|>", "a <|endoftext|> b", "a<|endoftext|>b",
+    "<|startoftext|>a house<|endoftext|>", "<|ENDOFTEXT|>", "<|StartOfText|>", "<|endoftext|",
+    "<|endoftext|><|endoftext|>", "< |endoftext| >", "</w>", "a</w> b", "<unk>", "[PAD]",
+    "héllo wörld", "naïve café", "Ångström", "ÀÉÎÕÜ ß ẞ", "ŁÓDŹ", "İstanbul ıI", "ΑΒΓ ς σ Σ",
+    "Привет, мир", "ЁЛКА", "مرحبا بالعالم", "שלום עולם", "नमस्ते दुनिया", "สวัสดีชาวโลก", "გამარჯობა",
+    "你好世界", "一座红色的房子", "日本語のテスト", "カタカナ ｶﾀｶﾅ", "한국어 테스트", "夜の海。赤い家、", "a 红 house",
+    "𠀀𠀁", "🙂", "🙂🙃", "a 🏠 by the 🌊", "👩‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "🇩🇪🇫🇷", "☀️ ☀", "❤️",
+    "\u0000", "a\u0000b", "a\u0001b\u001fc", "\u007f", "\u0080\u009f", "a\u00a0b", "a\u2003b",
+    "a\u2028b\u2029c", "a\u200bb", "a\u200db", "\ufeffhouse", "a\u00adb", "\u202eabc\u202c",
+    "\ufffd", "\ue000", "\U0010ffff", "\u3000house\u3000", "a\u0085b", "a\u001cb", "a\u180eb",
+    "e\u0301", "\u00e9", "A\u030angstro\u0308m", "\u1112\u1161\u11ab", "\ud55c", "ﬁne ﬂow",
+    "Ω Ω", "K K", "\u0344", "q\u0323\u0307 q\u0307\u0323", "ǆ ǅ Ǆ", "ⅷ ⓐ", "ﷺ",
+    "http://example.com/a?b=c&d=e", "user@example.com", "C:\\Windows", "a  b   c    d",
+    "masterpiece, best quality, 8k, ultra-detailed", "by greg rutkowski, trending on artstation",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "supercalifragilisticexpialidocious",
+    "HoUsE", "hOUSE", "tHe SeA", "house's", "house 's", "houses'", "'house'", "\"house\"",
+    "“house”", "‘house’", "`house`", "*house*", "~house~", "house…sea", "house—sea", "№5", "™®©",
+    "¿qué?", "¡hola!", "«guillemets»", "€£¥", "°C", "±1", "→←", "∑∏√∞", "♠♣", "░▒▓", "ａｂｃ",
+]
+
+
+def prompts():
+    words = ["a", "red", "house", "by", "the", "sea", "at", "night", ",", "moon", "blue", "tree"]
+    long = [" ".join(words[i % len(words)] for i in range(n)) for n in (20, 73, 74, 75, 76, 77)]
+    long += ["house " * 75, "house " * 76, "!" * 75, "!" * 300, "红" * 40, "🙂" * 30, "x" * 500]
+    long += ["a red house " * 30 + "<|endoftext|>", "word, " * 60, ". " * 74, ". " * 75 + "end"]
+    mixed = [f"{a} {b}" for a, b in zip(PLAIN[60:90], reversed(PLAIN[8:38]))]
+    forms = [unicodedata.normalize(f, "Ḋö ｗｉｄｅ ﬃ é") for f in ("NFC", "NFD", "NFKC", "NFKD")]
+    found = list(dict.fromkeys(PLAIN + long + mixed + forms))
+    assert len(found) >= 200, len(found)
+    return found
+
+
+def tokenizer(source):
+    """Ids of awkward prompts, padded and cut to 77, from each way to write a tokenizer down."""
+    layouts = {
+        # As SD 1.x is published; as transformers 5 writes it; with SD 2.x's padding.
+        "tokenizer": ["vocab.json", "merges.txt", "tokenizer_config.json"],
+        "v1/tokenizer": ["tokenizer.json", "tokenizer_config.json"],
+        "v2/tokenizer": ["vocab.json", "merges.txt", "tokenizer_config.json"],
+    }
+    for layout, names in layouts.items():
+        (HERE / layout).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            shutil.copyfile(source / name, HERE / layout / name)
+    path = HERE / "v2/tokenizer/tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token": "!"}, indent=2))
+    for layout, found in {"tokenizer": prompts(), "v2/tokenizer": prompts()[:40]}.items():
+        clip = CLIPTokenizer.from_pretrained(source if layout == "tokenizer" else HERE / layout)
+        rows = []
+        for prompt in found:
+            padded = clip(prompt, padding="max_length", max_length=77, truncation=True).input_ids
+            whole = clip(prompt).input_ids
+            rows.append({"prompt": prompt, "ids": padded, "cut": len(whole) > 77})
+        (HERE / f"{layout}.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
+# Networks ------------------------------------------------------------------------------------
+
+
+def randomise(model, seed):
+    """Weights of a size that makes every layer count, those that start as zeros too."""
+    stream = generator(seed)
+    for name, p in sorted(model.named_parameters()):
+        values = torch.randn(p.shape, generator=stream)
+        if p.ndim > 1:
+            fan = 1 if "embedding.weight" in name else p[0].numel()
+            values *= 1.4 / fan**0.5
+        else:
+            norm = "norm" in name and name.endswith("weight")
+            values = values * 0.2 + (1.0 if norm else 0.0)
+        p.data.copy_(values)
+    return model.eval()
+
+
+def rename(path, change):
+    save_file({change(name): x for name, x in load_file(path).items()}, path)
+
+
+@torch.no_grad()
+def text(_):
+    """Two text encoders: SD 1.x (quick_gelu, the names of published files) and 2.x (gelu)."""
+    shapes = {
+        "v1": dict(vocab_size=639, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                   num_attention_heads=4, hidden_act="quick_gelu", pad_token_id=638),
+        "v2": dict(vocab_size=300, hidden_size=48, intermediate_size=96, num_hidden_layers=3,
+                   num_attention_heads=3, hidden_act="gelu", pad_token_id=0),
+    }
+    for seed, (name, shape) in enumerate(shapes.items()):
+        last = shape["vocab_size"] - 1
+        config = CLIPTextConfig(bos_token_id=last - 1, eos_token_id=last, **shape)
+        model = randomise(CLIPTextModel(config), 100 + seed)
+        target = HERE / name / "text_encoder"
+        model.save_pretrained(target)
+        if name == "v1":
+            # transformers 4 wrote a prefix and a buffer, and so the published files have them.
+            path = target / "model.safetensors"
+            rename(path, lambda key: f"text_model.{key}")
+            positions = torch.arange(77).unsqueeze(0)
+            tensors = {**load_file(path), "text_model.embeddings.position_ids": positions}
+            save_file(tensors, path)
+        ids = torch.randint(0, last - 1, (3, 77), generator=generator(seed))
+        ids[:, 0] = last - 1
+        for row, end in enumerate((76, 9, 1)):
+            ids[row, end] = last
+            ids[row, end + 1 :] = shape["pad_token_id"]
+        output = model(ids).last_hidden_state
+        save({"ids": ids, "last_hidden_state": output}, target / "expected.safetensors")
+
+
+UNETS = {
+    # SD 1.x: a number of heads, convolutions as projections, three levels with attention.
+    "v1": dict(block_out_channels=(8, 16, 24, 24), layers_per_block=2, norm_num_groups=8,
+               attention_head_dim=4, cross_attention_dim=32, sample_size=8),
+    # SD 2.x: heads by level, linear projections.
+    "v2": dict(block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=8,
+               attention_head_dim=[1, 2, 4, 8], cross_attention_dim=48, sample_size=8,
+               use_linear_projection=True),
+    # Three levels of unequal width, of which the outermost has no attention.
+    "narrow": dict(block_out_channels=(8, 12, 20), layers_per_block=1, norm_num_groups=4,
+                   attention_head_dim=2, cross_attention_dim=20, sample_size=8, in_channels=4,
+                   down_block_types=("DownBlock2D", "CrossAttnDownBlock2D",
+                                     "CrossAttnDownBlock2D"),
+                   up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")),
+}
+LATENTS = [(8, 8), (16, 8), (9, 13), (2, 3), (6, 20), (15, 7)]
+
+
+@torch.no_grad()
+def unet(_):
+    """Three UNets; each row of a batch has its own timestep and context."""
+    for seed, (name, shape) in enumerate(UNETS.items()):
+        model = randomise(diffusers.UNet2DConditionModel(**shape), 200 + seed)
+        target = HERE / name / "unet"
+        # The second is saved in shards, the third also in half precision.
+        model.save_pretrained(target, max_shard_size="400KB" if name == "v2" else "10GB")
+        stream = generator(seed)
+        width = shape["cross_attention_dim"]
+        context = torch.randn((3, 77, width), generator=stream)
+        timesteps = torch.tensor([999.0, 1.0, 417.34])
+        tensors = {"context": context, "timesteps": timesteps}
+        for h, w in LATENTS:
+            latents = torch.randn((3, 4, h, w), generator=stream)
+            tensors[f"{h}x{w}.latents"] = latents
+            tensors[f"{h}x{w}.output"] = model(latents, timesteps, context).sample
+        if name == "narrow":
+            model.half().save_pretrained(target, variant="fp16")
+            latents = tensors["8x8.latents"]
+            tensors["8x8.half.output"] = model.float()(latents, timesteps, context).sample
+        save(tensors, target / "expected.safetensors")
+
+
+VAES = {
+    "v1": dict(block_out_channels=(8, 16, 16, 16), layers_per_block=2, norm_num_groups=8,
+               sample_size=64, scaling_factor=0.18215),
+    "narrow": dict(block_out_channels=(8, 12), layers_per_block=1, norm_num_groups=4,
+                   sample_size=16, scaling_factor=0.5, use_quant_conv=False,
+                   use_post_quant_conv=False, mid_block_add_attention=False),
+}
+
+OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def old_names(key):
+    """The names of a VAE's attention in the published files of SD 1.x."""
+    for new, old in OLD_ATTENTION.items():
+        key = key.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+    return key
+
+
+@torch.no_grad()
+def vae(_):
+    """Two VAEs: decode, and the mean and the logarithm of the variance of encode."""
+    for seed, (name, shape) in enumerate(VAES.items()):
+        levels = len(shape["block_out_channels"])
+        model = diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            latent_channels=4,
+            **shape,
+        )
+        randomise(model, 300 + seed)
+        target = HERE / name / "vae"
+        model.save_pretrained(target)
+        if name == "v1":
+            rename(target / "diffusion_pytorch_model.safetensors", old_names)
+        stream = generator(seed)
+        tensors = {}
+        scale = 2 ** (levels - 1)
+        for h, w in [(4, 4), (3, 5)]:
+            latents = torch.randn((2, 4, h, w), generator=stream)
+            picture = torch.rand((1, 3, h * scale, w * scale), generator=stream) * 2 - 1
+            posterior = model.encode(picture).latent_dist
+            tensors |= {
+                f"{h}x{w}.latents": latents,
+                f"{h}x{w}.decoded": model.decode(latents).sample,
+                f"{h}x{w}.picture": picture,
+                f"{h}x{w}.mean": posterior.mean,
+                f"{h}x{w}.logvar": posterior.logvar,
+            }
+        save(tensors, target / "expected.safetensors")
+
+
+def main():
+    parts = {
+        "noise": lambda _: noise(),
+        "samplers": lambda _: samplers(),
+        "tokenizer": tokenizer,
+        "text": text,
+        "unet": unet,
+        "vae": vae,
+    }
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokenizer", type=Path, required=True, help="a directory")
+    parser.add_argument("parts", nargs="*", default=list(parts), help=", ".join(parts))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for part in arguments.parts:
+        parts[part](arguments.tokenizer)
+    for path in HERE.rglob("*.safetensors"):
+        path.chmod(0o644)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+//! Each part of the mathematics against what diffusers and transformers compute, on the files
+//! that `make_fixtures.py` wrote.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests fail by it and report")]
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use candle_core::{DType, Device, Tensor};
+
+#[path = "parity/networks.rs"]
+mod networks;
+#[path = "parity/noise.rs"]
+mod noise;
+#[path = "parity/sampler.rs"]
+mod sampler;
+#[path = "parity/tokenizer.rs"]
+mod tokenizer;
+
+/// The path of a fixture.
+fn path(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+fn read(name: &str) -> Vec<u8> {
+    std::fs::read(path(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+/// The tensors of a fixture by name.
+fn fixture(name: &str) -> HashMap<String, Tensor> {
+    candle_core::safetensors::load_buffer(&read(name), &Device::Cpu).unwrap()
+}
+
+fn floats(x: &Tensor) -> Vec<f32> {
+    x.flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap()
+}
+
+/// The largest difference over the largest magnitude of the reference.
+fn relative_error(ours: &Tensor, reference: &Tensor) -> f32 {
+    assert_eq!(ours.dims(), reference.dims());
+    let largest = |x: &Tensor| {
+        let values = floats(x);
+        if values.iter().any(|x| x.is_nan()) {
+            return f32::NAN;
+        }
+        values.iter().fold(0_f32, |max, x| max.max(x.abs()))
+    };
+    largest(&(ours - reference).unwrap()) / largest(reference)
+}

@@ -1,0 +1,121 @@
+//! Text encoders, UNets and VAEs with small random weights against transformers and diffusers.
+
+use candle_core::{DType, Device, Tensor};
+use sd_models::Source;
+use sd_models::config::{ClipTextConfig, UNetConfig, VaeConfig};
+use sd_models::text_encoder::ClipTextModel;
+use sd_models::unet::UNet2DConditionModel;
+use sd_models::vae::{Decoder, Encoder};
+use sd_models::weights::Weights;
+
+use crate::{fixture, floats, path, relative_error};
+
+const TOLERANCE: f32 = 1e-4;
+const CPU: &Device = &Device::Cpu;
+
+fn assert_close(what: &str, ours: &Tensor, reference: &Tensor) {
+    let error = relative_error(ours, reference);
+    println!("{what}: {error:.1e}");
+    assert!(error <= TOLERANCE, "{what}: {error:.1e}");
+}
+
+fn text_encoder(name: &str) {
+    let source = Source::Directory(path(name));
+    let weights = Weights::open(&source, "text_encoder", "model", false).unwrap();
+    let config = ClipTextConfig::read(&source).unwrap();
+    let model = ClipTextModel::load(config, &weights, CPU, DType::F32).unwrap();
+    let expected = fixture(&format!("{name}/text_encoder/expected.safetensors"));
+    let ids = expected["ids"].to_dtype(DType::U32).unwrap().to_vec2::<u32>().unwrap();
+    let ours = model.forward(&ids).unwrap();
+    assert_close(&format!("text encoder {name}"), &ours, &expected["last_hidden_state"]);
+}
+
+#[test]
+fn text_encoder_of_sd_1() {
+    text_encoder("v1");
+}
+
+#[test]
+fn text_encoder_of_sd_2() {
+    text_encoder("v2");
+}
+
+/// The UNet's error for each size of latents, three rows with their own timesteps and contexts.
+fn unet(name: &str, half: bool) {
+    let source = Source::Directory(path(name));
+    let weights = Weights::open(&source, "unet", "diffusion_pytorch_model", half).unwrap();
+    let config = UNetConfig::read(&source).unwrap();
+    let model = UNet2DConditionModel::load(config, &weights, CPU, DType::F32).unwrap();
+    let expected = fixture(&format!("{name}/unet/expected.safetensors"));
+    let timesteps: Vec<f64> = floats(&expected["timesteps"]).into_iter().map(f64::from).collect();
+    let mut cases: Vec<_> = expected
+        .keys()
+        .filter_map(|key| key.strip_suffix(".output"))
+        .filter(|case| case.ends_with(".half") == half)
+        .collect();
+    cases.sort_unstable();
+    assert!(!cases.is_empty());
+    for case in cases {
+        let latents = &expected[&format!("{}.latents", case.trim_end_matches(".half"))];
+        let ours = model.forward(latents, &timesteps, &expected["context"]).unwrap();
+        let reference = &expected[&format!("{case}.output")];
+        assert_close(&format!("unet {name} {case}"), &ours, reference);
+        for (row, &timestep) in timesteps.iter().enumerate() {
+            let one = |x: &Tensor| x.narrow(0, row, 1).unwrap();
+            let (latents, context) = (one(latents), one(&expected["context"]));
+            let alone = model.forward(&latents, &[timestep], &context).unwrap();
+            assert_close(&format!("unet {name} {case} row {row}"), &alone, &one(reference));
+        }
+    }
+}
+
+#[test]
+fn unet_of_sd_1() {
+    unet("v1", false);
+}
+
+#[test]
+fn unet_of_sd_2_in_shards() {
+    unet("v2", false);
+}
+
+#[test]
+fn unet_of_three_unequal_levels() {
+    unet("narrow", false);
+}
+
+#[test]
+fn unet_from_its_half_precision_file() {
+    unet("narrow", true);
+}
+
+fn vae(name: &str) {
+    let source = Source::Directory(path(name));
+    let weights = Weights::open(&source, "vae", "diffusion_pytorch_model", false).unwrap();
+    let config = || VaeConfig::read(&source).unwrap();
+    let decoder = Decoder::load(config(), &weights, CPU, DType::F32).unwrap();
+    let weights = Weights::open(&source, "vae", "diffusion_pytorch_model", false).unwrap();
+    let encoder = Encoder::load(config(), &weights, CPU, DType::F32).unwrap();
+    let expected = fixture(&format!("{name}/vae/expected.safetensors"));
+    for case in ["4x4", "3x5"] {
+        let of = |what: &str| &expected[&format!("{case}.{what}")];
+        let decoded = decoder.forward(of("latents")).unwrap().permute((0, 3, 1, 2)).unwrap();
+        assert_close(&format!("vae {name} {case} decoded"), &decoded, of("decoded"));
+        let picture = of("picture").permute((0, 2, 3, 1)).unwrap();
+        let (mean, log_variance) = encoder.forward(&picture).unwrap();
+        assert_close(&format!("vae {name} {case} mean"), &mean, of("mean"));
+        // diffusers clamps its logvar.
+        let log_variance = log_variance.clamp(-30_f32, 20_f32).unwrap();
+        assert_close(&format!("vae {name} {case} logvar"), &log_variance, of("logvar"));
+    }
+}
+
+#[test]
+fn vae_with_the_names_of_sd_1() {
+    vae("v1");
+}
+
+#[test]
+fn vae_without_quantising_convolutions_and_attention() {
+    vae("narrow");
+}
