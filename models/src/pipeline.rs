@@ -177,7 +177,10 @@ impl Pipeline {
         let decoder = Decoder::load(VaeConfig::read(source)?, &weights, &device, dtype)?;
         agree(&text_encoder, &unet, &decoder)?;
         let scheduler = source.require("scheduler/scheduler_config.json")?;
-        let scheduler = SchedulerConfig::from_json(&String::from_utf8_lossy(&scheduler))?;
+        let mut scheduler = SchedulerConfig::from_json(&String::from_utf8_lossy(&scheduler))?;
+        // What diffusers' StableDiffusionPipeline sets whatever the scheduler's class says.
+        scheduler.steps_offset.get_or_insert(1);
+        scheduler.clip_sample.get_or_insert(false);
         let scale = decoder.config().scale();
         let side = unet.config().sample_size * scale;
         let size = Size::new(side, side).ok_or_else(|| {

@@ -8,7 +8,7 @@
 use candle_core::{D, DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::gemm::{Aligned, Kernel, MR, NR, scatter};
+use super::gemm::{Aligned, Kernel, MR, NR, interleave};
 use super::on_cpu;
 use super::simd::{exp, vectorized};
 
@@ -160,10 +160,10 @@ impl Problem {
     fn pack(&self, k: &View<'_>, v: &View<'_>, sample: usize, first: usize) -> Head {
         let width = self.width;
         let mut keys = Aligned::zeros(self.keys.next_multiple_of(MR) * width);
-        for (g, tile) in keys.as_mut_slice().chunks_mut(MR * width).enumerate() {
-            for i in 0..MR.min(self.keys.saturating_sub(g * MR)) {
-                scatter(k.row(sample, g * MR + i, first, width), i, tile);
-            }
+        for (g, tile) in keys.as_mut_slice().chunks_exact_mut(MR * width).enumerate() {
+            // Places past the last key repeat it; their scores are never read.
+            let key = |i: usize| (g * MR + i).min(self.keys - 1);
+            interleave(&std::array::from_fn(|i| k.row(sample, key(i), first, width)), tile);
         }
         let mut values = Aligned::zeros(width.next_multiple_of(MR) * self.keys);
         for (g, tile) in values.as_mut_slice().chunks_mut(MR * self.keys).enumerate() {

@@ -4,7 +4,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::gemm::{Epilogue, MR, Packed, Rows, gemm, scatter};
+use super::gemm::{Epilogue, Packed, Rows, gemm};
 use super::{host, to_host};
 
 /// How a kernel moves over a picture.
@@ -115,10 +115,11 @@ impl Conv2d {
                     resized: size,
                     output: (rows, columns),
                     geometry: self.geometry,
-                    count: batch * rows * columns,
+                    zeros: vec![0.0; c],
                 };
-                let mut out = vec![0f32; fields.count * self.outputs];
-                gemm(fields.count, &fields, packed, epilogue, &mut out);
+                let count = batch * rows * columns;
+                let mut out = vec![0f32; count * self.outputs];
+                gemm(count, &fields, packed, epilogue, &mut out);
                 Tensor::from_vec(out, shape, x.device())
             }
             Weights::Device { weight, bias } => {
@@ -171,8 +172,8 @@ struct Fields<'a> {
     resized: (usize, usize),
     output: (usize, usize),
     geometry: Geometry,
-    /// Output pixels of the whole batch.
-    count: usize,
+    /// What a pixel of the padding holds.
+    zeros: Vec<f32>,
 }
 
 impl Fields<'_> {
@@ -193,22 +194,10 @@ impl Fields<'_> {
 }
 
 impl Rows for Fields<'_> {
-    fn pack(&self, row0: usize, k0: usize, tile: &mut [f32]) {
+    fn run(&self, row: usize, k: usize) -> &[f32] {
         let channels = self.picture.2;
-        let kc = tile.len() / MR;
-        for i in 0..MR.min(self.count - row0) {
-            let mut k = k0;
-            while k < k0 + kc {
-                let (tap, first) = (k / channels, k % channels);
-                let len = (channels - first).min(k0 + kc - k);
-                let part = &mut tile[(k - k0) * MR..][..len * MR];
-                match self.pixel(row0 + i, tap) {
-                    Some(pixel) => scatter(&pixel[first..first + len], i, part),
-                    None => part.iter_mut().skip(i).step_by(MR).for_each(|v| *v = 0.0),
-                }
-                k += len;
-            }
-        }
+        let pixel = self.pixel(row, k / channels).unwrap_or(&self.zeros);
+        &pixel[k % channels..]
     }
 }
 

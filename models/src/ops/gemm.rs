@@ -123,9 +123,46 @@ vectorized! {
 
 /// Where the rows of the left matrix come from.
 pub(crate) trait Rows: Sync {
-    /// Writes rows `row0 ..` and columns `k0 .. k0 + tile.len() / MR` as [k][MR]; rows at or past
-    /// `rows` (the count of the whole matrix) may hold anything finite.
-    fn pack(&self, row0: usize, k0: usize, tile: &mut [f32]);
+    /// A row from column `k` to the end of the run of memory that the column is in. Runs end at
+    /// the same columns in all rows.
+    fn run(&self, row: usize, k: usize) -> &[f32];
+}
+
+/// Packs rows `row0 ..` and columns `k0 .. k0 + tile.len() / MR` as [k][MR]. Places past the last
+/// of `rows` repeat it.
+fn pack_tile(a: &impl Rows, rows: usize, row0: usize, k0: usize, tile: &mut [f32]) {
+    let mut k = k0;
+    let mut rest = tile;
+    while !rest.is_empty() {
+        let runs: [&[f32]; MR] = std::array::from_fn(|i| a.run((row0 + i).min(rows - 1), k));
+        let len = runs[0].len().min(rest.len() / MR);
+        let (part, tail) = rest.split_at_mut(len * MR);
+        interleave(&runs.map(|run| &run[..len]), part);
+        k += len;
+        rest = tail;
+    }
+}
+
+/// Writes MR slices of one length n as the columns of `tile`, [n][MR].
+pub(crate) fn interleave(rows: &[&[f32]; MR], tile: &mut [f32]) {
+    let len = rows[0].len();
+    assert!(tile.len() == len * MR && rows.iter().all(|row| row.len() == len), "interleave");
+    #[cfg(target_arch = "x86_64")]
+    let done = len / 4 * 4;
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = 0;
+    for k in (0..done).step_by(4) {
+        // SAFETY: four columns from k on lie inside every row, and the tile holds them.
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            x86::interleave4(rows, k, tile);
+        }
+    }
+    for (k, column) in tile.chunks_exact_mut(MR).enumerate().skip(done) {
+        for (value, row) in column.iter_mut().zip(rows) {
+            *value = row[k];
+        }
+    }
 }
 
 /// What is done to the result before it is stored.
@@ -205,7 +242,7 @@ fn multiply(area: &Area, a: &impl Rows, weights: &Packed, kernel: Kernel, out: O
         let kc = KC.min(weights.k - k0);
         let packed = &mut packed.as_mut_slice()[..tiles * MR * kc];
         for (t, tile) in packed.chunks_exact_mut(MR * kc).enumerate() {
-            a.pack(area.rows.start + t * MR, k0, tile);
+            pack_tile(a, area.rows.end, area.rows.start + t * MR, k0, tile);
         }
         for p in area.panels.clone() {
             let panel = weights.panel(p, k0, kc, &mut wide);
@@ -274,31 +311,17 @@ fn add(c: &mut [f32], d: &[f32]) {
     }
 }
 
-/// A row-major matrix, or columns of a wider one.
+/// A row-major matrix.
 pub(crate) struct Matrix<'a> {
-    /// From the first element of the first row on.
+    /// All rows, one behind the other.
     pub(crate) data: &'a [f32],
-    /// Elements from row to row.
+    /// Elements of a row.
     pub(crate) stride: usize,
-    /// Rows that there are.
-    pub(crate) rows: usize,
 }
 
 impl Rows for Matrix<'_> {
-    fn pack(&self, row0: usize, k0: usize, tile: &mut [f32]) {
-        let kc = tile.len() / MR;
-        for i in 0..MR.min(self.rows - row0) {
-            let row = &self.data[(row0 + i) * self.stride + k0..][..kc];
-            scatter(row, i, tile);
-        }
-    }
-}
-
-/// Writes `row` as column i of a tile.
-#[inline]
-pub(crate) fn scatter(row: &[f32], i: usize, tile: &mut [f32]) {
-    for (value, slot) in row.iter().zip(tile.chunks_exact_mut(MR)) {
-        slot[i] = *value;
+    fn run(&self, row: usize, k: usize) -> &[f32] {
+        &self.data[row * self.stride..][k..self.stride]
     }
 }
 
@@ -380,6 +403,24 @@ mod x86 {
     use std::arch::x86_64::*;
 
     use super::{MR, NR, Tile};
+
+    /// Transposes columns k .. k + 4 of the rows into the tile, in squares of four.
+    ///
+    /// # Safety
+    /// Every row has k + 4 elements and the tile (k + 4) * MR.
+    pub(super) unsafe fn interleave4(rows: &[&[f32]; MR], k: usize, tile: &mut [f32]) {
+        for i in (0..MR).step_by(4) {
+            // SAFETY: the caller's promise; SSE is part of the architecture.
+            unsafe {
+                let load = |j: usize| _mm_loadu_ps(rows[i + j].as_ptr().add(k));
+                let (mut a, mut b, mut c, mut d) = (load(0), load(1), load(2), load(3));
+                _MM_TRANSPOSE4_PS(&mut a, &mut b, &mut c, &mut d);
+                for (j, column) in [a, b, c, d].into_iter().enumerate() {
+                    _mm_storeu_ps(tile.as_mut_ptr().add((k + j) * MR + i), column);
+                }
+            }
+        }
+    }
 
     /// # Safety
     /// As `portable`, on a processor with AVX-512F.
@@ -543,7 +584,7 @@ mod tests {
         for (rows, k, n) in [(1, 1, 1), (13, 300, 33), (500, 17, 70), (40, 600, 4), (3, 5, 257)] {
             let (a, w, bias) = (random(rows * k, 4), random(k * n, 5), random(n, 6));
             let packed = Packed::new(k, n, DType::F32, |i, j| w[i * n + j]);
-            let matrix = Matrix { data: &a, stride: k, rows };
+            let matrix = Matrix { data: &a, stride: k };
             let epilogue = Epilogue { bias: Some(&bias), ..Epilogue::default() };
             let mut out = vec![0.0; rows * n];
             gemm(rows, &matrix, &packed, epilogue, &mut out);
@@ -555,7 +596,7 @@ mod tests {
                     assert!((f64::from(out[i * n + j]) - want).abs() < 2e-4, "{i} {j}");
                 }
             }
-            let last = Matrix { data: &a[(rows - 1) * k..], stride: k, rows: 1 };
+            let last = Matrix { data: &a[(rows - 1) * k..], stride: k };
             let mut alone = vec![0.0; n];
             gemm(1, &last, &packed, epilogue, &mut alone);
             assert_eq!(alone, out[(rows - 1) * n..], "a row depends on its batch");
@@ -566,7 +607,7 @@ mod tests {
     fn bf16_weights_are_rounded_and_nothing_else_is() {
         let (rows, k, n) = (7, 300, 40);
         let (a, w) = (random(rows * k, 7), random(k * n, 8));
-        let matrix = Matrix { data: &a, stride: k, rows };
+        let matrix = Matrix { data: &a, stride: k };
         let product = |packed: &Packed| {
             let mut out = vec![0.0; rows * n];
             gemm(rows, &matrix, packed, Epilogue::default(), &mut out);

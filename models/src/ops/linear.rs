@@ -61,7 +61,7 @@ impl Linear {
                     residual: residual.as_ref().map(|r| r.data()).transpose()?,
                     ..Epilogue::default()
                 };
-                let a = Matrix { data: source.data()?, stride: k, rows };
+                let a = Matrix { data: source.data()?, stride: k };
                 gemm(rows, &a, packed, epilogue, &mut out);
                 Tensor::from_vec(out, shape, x.device())
             }
