@@ -1,11 +1,12 @@
 //! Convolution over channels-last pictures, as a matrix product whose left rows are receptive
 //! fields gathered while they are packed (implicit GEMM). Nearest upsampling by two is folded into
-//! the gather, so the enlarged picture never exists.
+//! the gather, so the enlarged picture never exists. Kernels of 3 over pictures that are large
+//! enough go another way: [`winograd`].
 
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::gemm::{Epilogue, Packed, Rows, gemm};
-use super::{host, to_host};
+use super::{host, to_host, winograd};
 
 /// How a kernel moves over a picture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,7 +120,12 @@ impl Conv2d {
                 };
                 let count = batch * rows * columns;
                 let mut out = vec![0f32; count * self.outputs];
-                gemm(count, &fields, packed, epilogue, &mut out);
+                let fast = self.geometry == Geometry::SAME && winograd::pays(rows, columns, c);
+                if fast {
+                    winograd::convolve(&fields, batch, packed, epilogue, &mut out);
+                } else {
+                    gemm(count, &fields, packed, epilogue, &mut out);
+                }
                 Tensor::from_vec(out, shape, x.device())
             }
             Weights::Device { weight, bias } => {
@@ -164,40 +170,41 @@ fn reference(
 }
 
 /// The receptive fields of a convolution, one row for each output pixel.
-struct Fields<'a> {
+pub(super) struct Fields<'a> {
     data: &'a [f32],
     /// Height, width, channels of the picture in memory.
-    picture: (usize, usize, usize),
+    pub(super) picture: (usize, usize, usize),
     /// Height and width that the kernel sees.
     resized: (usize, usize),
-    output: (usize, usize),
+    pub(super) output: (usize, usize),
     geometry: Geometry,
     /// What a pixel of the padding holds.
     zeros: Vec<f32>,
 }
 
 impl Fields<'_> {
-    /// The channels of the pixel that a tap of an output pixel reads; none in the padding.
-    fn pixel(&self, row: usize, tap: usize) -> Option<&[f32]> {
+    /// The channels of a pixel of the padded and resized picture.
+    pub(super) fn input(&self, sample: usize, y: usize, x: usize) -> &[f32] {
         let (h, w, c) = self.picture;
-        let (rows, columns) = self.output;
-        let Geometry { kernel, stride, before, .. } = self.geometry;
-        let (sample, place) = (row / (rows * columns), row % (rows * columns));
-        let y = (place / columns * stride + tap / kernel).checked_sub(before)?;
-        let x = (place % columns * stride + tap % kernel).checked_sub(before)?;
-        if y >= self.resized.0 || x >= self.resized.1 {
-            return None;
+        let before = self.geometry.before;
+        let inside = |at: usize, side: usize| at >= before && at < before + side;
+        if !inside(y, self.resized.0) || !inside(x, self.resized.1) {
+            return &self.zeros;
         }
-        let (y, x) = (y * h / self.resized.0, x * w / self.resized.1);
-        Some(&self.data[((sample * h + y) * w + x) * c..][..c])
+        let (y, x) = ((y - before) * h / self.resized.0, (x - before) * w / self.resized.1);
+        &self.data[((sample * h + y) * w + x) * c..][..c]
     }
 }
 
 impl Rows for Fields<'_> {
     fn run(&self, row: usize, k: usize) -> &[f32] {
-        let channels = self.picture.2;
-        let pixel = self.pixel(row, k / channels).unwrap_or(&self.zeros);
-        &pixel[k % channels..]
+        let (rows, columns) = self.output;
+        let (sample, place) = (row / (rows * columns), row % (rows * columns));
+        let (tap, channel) = (k / self.picture.2, k % self.picture.2);
+        let Geometry { kernel, stride, .. } = self.geometry;
+        let y = place / columns * stride + tap / kernel;
+        let x = place % columns * stride + tap % kernel;
+        &self.input(sample, y, x)[channel..]
     }
 }
 
@@ -211,7 +218,9 @@ mod tests {
         let down = Geometry { kernel: 3, stride: 2, before: 1, after: 1 };
         let vae_down = Geometry { kernel: 3, stride: 2, before: 0, after: 1 };
         for geometry in [Geometry::SAME, Geometry::POINT, down, vae_down] {
-            for (h, w, inputs, outputs) in [(8, 8, 16, 32), (5, 7, 3, 4), (1, 1, 40, 33)] {
+            for (h, w, inputs, outputs) in
+                [(8, 8, 16, 32), (5, 7, 3, 4), (1, 1, 40, 33), (18, 17, 32, 70)]
+            {
                 if h + geometry.before + geometry.after < geometry.kernel {
                     continue;
                 }

@@ -6,6 +6,8 @@
 //! Every output element is summed over k in the same order whatever its neighbours, so a row's
 //! result does not depend on the batch that it is in.
 
+use std::ops::Range;
+
 use candle_core::DType;
 use half::bf16;
 use rayon::prelude::*;
@@ -84,7 +86,13 @@ impl Packed {
     }
 
     /// Rows `k0 .. k0 + kc` of a panel, in `wide` if they have to be widened.
-    fn panel<'a>(&'a self, p: usize, k0: usize, kc: usize, wide: &'a mut Aligned) -> &'a [f32] {
+    pub(crate) fn panel<'a>(
+        &'a self,
+        p: usize,
+        k0: usize,
+        kc: usize,
+        wide: &'a mut Aligned,
+    ) -> &'a [f32] {
         let range = (p * self.k + k0) * NR..(p * self.k + k0 + kc) * NR;
         match &self.panels {
             Panels::F32(panels) => &panels.as_slice()[range],
@@ -176,19 +184,55 @@ pub(crate) struct Epilogue<'a> {
     pub(crate) residual: Option<&'a [f32]>,
 }
 
-/// The output, written by several threads at once: each task owns a rectangle of it.
+impl Epilogue<'_> {
+    /// Finishes `c`, which holds `columns` of a row of n.
+    pub(crate) fn apply(&self, row: usize, n: usize, columns: &Range<usize>, c: &mut [f32]) {
+        if let Some(bias) = self.bias {
+            add(c, &bias[columns.clone()]);
+        }
+        if let Some((bias, rows)) = self.row_bias {
+            add(c, &bias[row / rows * n..][columns.clone()]);
+        }
+        if let Some(residual) = self.residual {
+            add(c, &residual[row * n..][columns.clone()]);
+        }
+    }
+}
+
+fn add(c: &mut [f32], d: &[f32]) {
+    for (c, d) in c.iter_mut().zip(d) {
+        *c += d;
+    }
+}
+
+/// An output that several threads write at once, each its own part.
 #[derive(Clone, Copy)]
-struct Out(*mut f32);
-// SAFETY: tasks write disjoint rectangles; `gemm` hands each rectangle to one task.
+pub(crate) struct Out {
+    start: *mut f32,
+    len: usize,
+}
+// SAFETY: parts are handed out by the unsafe `slice` and `at`, whose callers own them.
 unsafe impl Send for Out {}
 // SAFETY: as above.
 unsafe impl Sync for Out {}
 
 impl Out {
-    /// A method, so that closures capture the whole (Sync) value and not its field.
-    fn at(self, index: usize) -> *mut f32 {
-        // SAFETY: callers pass indices inside the output, whose length `gemm` asserts.
-        unsafe { self.0.add(index) }
+    pub(crate) fn new(out: &mut [f32]) -> Self {
+        Self { start: out.as_mut_ptr(), len: out.len() }
+    }
+
+    /// # Safety
+    /// No other thread touches these elements while the slice lives.
+    pub(crate) unsafe fn slice<'a>(self, first: usize, len: usize) -> &'a mut [f32] {
+        assert!(first + len <= self.len, "output part");
+        // SAFETY: the part lies inside the output, and the caller owns it.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(first), len) }
+    }
+
+    fn at(self, first: usize) -> *mut f32 {
+        assert!(first < self.len, "output part");
+        // SAFETY: the element lies inside the output.
+        unsafe { self.start.add(first) }
     }
 }
 
@@ -211,7 +255,7 @@ pub(crate) fn gemm(
     let tasks = 4 * rayon::current_num_threads();
     let chunk = panels.div_ceil(tasks.div_ceil(blocks).min(panels));
     let chunks = panels.div_ceil(chunk);
-    let out = Out(out.as_mut_ptr());
+    let out = Out::new(out);
     (0..blocks * chunks).into_par_iter().for_each(|task| {
         let (block, part) = (task / chunks, task % chunks);
         let first = block * block_rows;
@@ -228,8 +272,8 @@ pub(crate) fn gemm(
 
 /// One task's rectangle of the output.
 struct Area {
-    rows: std::ops::Range<usize>,
-    panels: std::ops::Range<usize>,
+    rows: Range<usize>,
+    panels: Range<usize>,
 }
 
 fn multiply(area: &Area, a: &impl Rows, weights: &Packed, kernel: Kernel, out: Out) {
@@ -290,24 +334,9 @@ unsafe fn add_edge(
 fn finish(area: &Area, n: usize, epilogue: Epilogue<'_>, out: Out) {
     let columns = area.panels.start * NR..n.min(area.panels.end * NR);
     for row in area.rows.clone() {
-        let c = out.at(row * n + columns.start);
         // SAFETY: this part of the row lies inside this task's area.
-        let c = unsafe { std::slice::from_raw_parts_mut(c, columns.len()) };
-        if let Some(bias) = epilogue.bias {
-            add(c, &bias[columns.clone()]);
-        }
-        if let Some((bias, rows)) = epilogue.row_bias {
-            add(c, &bias[row / rows * n..][columns.clone()]);
-        }
-        if let Some(residual) = epilogue.residual {
-            add(c, &residual[row * n..][columns.clone()]);
-        }
-    }
-}
-
-fn add(c: &mut [f32], d: &[f32]) {
-    for (c, d) in c.iter_mut().zip(d) {
-        *c += d;
+        let c = unsafe { out.slice(row * n + columns.start, columns.len()) };
+        epilogue.apply(row, n, &columns, c);
     }
 }
 

@@ -16,6 +16,7 @@ mod linear;
 mod memory;
 mod norm;
 mod simd;
+mod winograd;
 
 use candle_core::{CpuStorage, DType, Device, Result, Storage, StorageRef, Tensor, bail};
 

@@ -1,0 +1,329 @@
+//! Convolution of kernel 3 and stride 1 by Winograd's minimal filtering F(4x4, 3x3) (Lavin and
+//! Gray 2016): a tile of 4 x 4 outputs costs 36 products for each pair of channels, not 144.
+//!
+//! The points are 0, +-3/4, +-3/2 and infinity: exact in binary, and a third of the error of the
+//! usual 0, +-1, +-2. Input tiles are transformed and packed once, weights panel by panel as they
+//! are needed, and 36 small matrix products run on the kernel of [`super::gemm`]. A tile's result
+//! does not depend on the tiles beside it.
+
+use std::ops::{Add, Mul, Range, Sub};
+
+use rayon::prelude::*;
+
+use super::conv::Fields;
+use super::gemm::{Aligned, Epilogue, Kernel, MR, NR, Out, Packed, interleave};
+use super::simd::vectorized;
+
+/// Outputs of a tile's side.
+const SIDE: usize = 4;
+/// Inputs of a tile's side.
+const PATCH: usize = SIDE + 2;
+/// Products of a tile.
+const POINTS: usize = PATCH * PATCH;
+/// Channels that are transformed at a time.
+const LANES: usize = 16;
+/// Groups of MR tiles that share a pass over the weights of a point.
+const PASS: usize = 4;
+/// Transformed input in memory at a time, in floats.
+const CHUNK: usize = 8 << 20;
+
+const A: f32 = 0.75;
+const B: f32 = 1.5;
+const A2: f32 = A * A;
+const B2: f32 = B * B;
+
+/// Whether this is the faster way. It depends on the picture alone, never on the batch, so that a
+/// sample's result does not either.
+pub(super) fn pays(height: usize, width: usize, channels: usize) -> bool {
+    channels.is_multiple_of(LANES) && height.div_ceil(SIDE) * width.div_ceil(SIDE) >= 16
+}
+
+/// out (pixels, n) = the convolution of `fields`, then the epilogue.
+pub(super) fn convolve(
+    fields: &Fields<'_>,
+    samples: usize,
+    weights: &Packed,
+    epilogue: Epilogue<'_>,
+    out: &mut [f32],
+) {
+    let (rows, columns) = fields.output;
+    assert_eq!(out.len(), samples * rows * columns * weights.n, "winograd output");
+    let problem = Problem {
+        fields,
+        channels: fields.picture.2,
+        tiles: (rows.div_ceil(SIDE), columns.div_ceil(SIDE)),
+        samples,
+        weights,
+        epilogue,
+        out: Out::new(out),
+    };
+    let groups = problem.count().div_ceil(MR);
+    let size = POINTS * MR * problem.channels;
+    let per_chunk = (CHUNK / size).clamp(1, groups);
+    let mut inputs = Aligned::zeros(per_chunk * size);
+    for first in (0..groups).step_by(per_chunk) {
+        let chunk = first..groups.min(first + per_chunk);
+        let inputs = &mut inputs.as_mut_slice()[..chunk.len() * size];
+        inputs
+            .par_chunks_exact_mut(size)
+            .enumerate()
+            .for_each(|(i, packed)| problem.transform_group(first + i, packed));
+        problem.multiply(&chunk, inputs);
+    }
+}
+
+struct Problem<'a> {
+    fields: &'a Fields<'a>,
+    channels: usize,
+    /// Tiles of a picture: rows, columns.
+    tiles: (usize, usize),
+    samples: usize,
+    weights: &'a Packed,
+    epilogue: Epilogue<'a>,
+    out: Out,
+}
+
+impl Problem<'_> {
+    fn count(&self) -> usize {
+        self.samples * self.tiles.0 * self.tiles.1
+    }
+
+    /// Sample, first row and first column of a tile.
+    fn origin(&self, tile: usize) -> (usize, usize, usize) {
+        let per_sample = self.tiles.0 * self.tiles.1;
+        let place = tile % per_sample;
+        (tile / per_sample, place / self.tiles.1 * SIDE, place % self.tiles.1 * SIDE)
+    }
+
+    /// Transforms MR tiles into `packed`, [point][channel][MR]. Places past the last tile repeat
+    /// it.
+    fn transform_group(&self, group: usize, packed: &mut [f32]) {
+        let patches: Vec<[&[f32]; POINTS]> = (0..MR)
+            .map(|i| {
+                let (sample, y, x) = self.origin((group * MR + i).min(self.count() - 1));
+                std::array::from_fn(|p| self.fields.input(sample, y + p / PATCH, x + p % PATCH))
+            })
+            .collect();
+        // [point][tile][LANES]
+        let mut scratch = Aligned::zeros(POINTS * MR * LANES);
+        for c in (0..self.channels).step_by(LANES) {
+            for (i, patch) in patches.iter().enumerate() {
+                transform_input(patch, c, i, scratch.as_mut_slice());
+            }
+            for (p, rows) in scratch.as_slice().chunks_exact(MR * LANES).enumerate() {
+                let place = &mut packed[(p * self.channels + c) * MR..][..LANES * MR];
+                interleave(&std::array::from_fn(|i| &rows[i * LANES..][..LANES]), place);
+            }
+        }
+    }
+
+    /// The 36 products and the way back, for the groups of a chunk.
+    fn multiply(&self, chunk: &Range<usize>, inputs: &[f32]) {
+        let panels = self.weights.n.div_ceil(NR);
+        let splits = (2 * rayon::current_num_threads()).div_ceil(panels).min(chunk.len());
+        let length = chunk.len().div_ceil(splits);
+        (0..panels * splits).into_par_iter().for_each(|task| {
+            let (panel, part) = (task / splits, task % splits);
+            let mine = part * length..chunk.len().min((part + 1) * length);
+            if mine.is_empty() {
+                return;
+            }
+            let weights = self.transform_panel(panel);
+            let mut products = Aligned::zeros(PASS * POINTS * MR * NR);
+            for first in mine.clone().step_by(PASS) {
+                let pass = first..mine.end.min(first + PASS);
+                self.products(&pass, inputs, weights.as_slice(), products.as_mut_slice());
+                let group = POINTS * MR * NR;
+                for (g, product) in pass.zip(products.as_slice().chunks_exact(group)) {
+                    self.store_group(chunk.start + g, panel, product);
+                }
+            }
+        });
+    }
+
+    /// A panel of weights as [point][channel][NR].
+    fn transform_panel(&self, panel: usize) -> Aligned {
+        let channels = self.channels;
+        let mut wide = Aligned::zeros(9 * channels * NR);
+        let taps = self.weights.panel(panel, 0, 9 * channels, &mut wide); // [tap][channel][NR]
+        let mut out = Aligned::zeros(POINTS * channels * NR);
+        transform_weights(taps, out.as_mut_slice());
+        out
+    }
+
+    /// products: [group of the pass][point][MR][NR]
+    fn products(&self, pass: &Range<usize>, inputs: &[f32], weights: &[f32], products: &mut [f32]) {
+        let kernel = Kernel::detect();
+        let depth = self.channels;
+        for (p, b) in weights.chunks_exact(depth * NR).enumerate() {
+            for (slot, g) in pass.clone().enumerate() {
+                let a = &inputs[(g * POINTS + p) * depth * MR..][..depth * MR];
+                let c = &mut products[(slot * POINTS + p) * MR * NR..][..MR * NR];
+                // SAFETY: `c` has MR rows of NR floats.
+                unsafe { kernel.run(a, b, depth, MR, c.as_mut_ptr(), NR, false) };
+            }
+        }
+    }
+
+    /// Transforms the products of a group back and writes the pixels that exist.
+    fn store_group(&self, group: usize, panel: usize, product: &[f32]) {
+        let n = self.weights.n;
+        let columns = panel * NR..n.min((panel + 1) * NR);
+        let (height, width) = self.fields.output;
+        let mut pixels = [[0f32; NR]; SIDE * SIDE];
+        for i in 0..MR.min(self.count() - group * MR) {
+            transform_output(product, i, &mut pixels);
+            let (sample, y0, x0) = self.origin(group * MR + i);
+            for (p, values) in pixels.iter().enumerate() {
+                let (y, x) = (y0 + p / SIDE, x0 + p % SIDE);
+                if y >= height || x >= width {
+                    continue;
+                }
+                let row = (sample * height + y) * width + x;
+                // SAFETY: these columns of this pixel belong to this tile and panel alone, and
+                // lie inside the output, whose length convolve() has asserted.
+                let c = unsafe { self.out.slice(row * n + columns.start, columns.len()) };
+                c.copy_from_slice(&values[..columns.len()]);
+                self.epilogue.apply(row, n, &columns, c);
+            }
+        }
+    }
+}
+
+/// One value for each of sixteen channels.
+#[derive(Clone, Copy)]
+struct Lanes([f32; LANES]);
+
+impl Lanes {
+    #[inline(always)]
+    fn load(from: &[f32]) -> Self {
+        let mut lanes = [0f32; LANES];
+        lanes.copy_from_slice(&from[..LANES]);
+        Self(lanes)
+    }
+}
+
+impl Add for Lanes {
+    type Output = Self;
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] + other.0[i]))
+    }
+}
+
+impl Sub for Lanes {
+    type Output = Self;
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] - other.0[i]))
+    }
+}
+
+impl Mul<f32> for Lanes {
+    type Output = Self;
+    #[inline(always)]
+    fn mul(self, factor: f32) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] * factor))
+    }
+}
+
+/// One dimension of the input's transform, B^T d.
+#[inline(always)]
+fn input(d: [Lanes; PATCH]) -> [Lanes; PATCH] {
+    let (even1, odd1) = (d[4] - d[2] * B2, (d[3] - d[1] * B2) * A);
+    let (even2, odd2) = (d[4] - d[2] * A2, (d[3] - d[1] * A2) * B);
+    [
+        d[4] - d[2] * (A2 + B2) + d[0] * (A2 * B2),
+        even1 + odd1,
+        even1 - odd1,
+        even2 + odd2,
+        even2 - odd2,
+        d[5] - d[3] * (A2 + B2) + d[1] * (A2 * B2),
+    ]
+}
+
+/// One dimension of the weights' transform, G g.
+#[inline(always)]
+fn weight(g: [Lanes; 3]) -> [Lanes; PATCH] {
+    const FA: f32 = 1.0 / (2.0 * A2 * (A2 - B2));
+    const FB: f32 = 1.0 / (2.0 * B2 * (B2 - A2));
+    let (even1, odd1) = (g[0] * FA + g[2] * (A2 * FA), g[1] * (A * FA));
+    let (even2, odd2) = (g[0] * FB + g[2] * (B2 * FB), g[1] * (B * FB));
+    [g[0] * (1.0 / (A2 * B2)), even1 + odd1, even1 - odd1, even2 + odd2, even2 - odd2, g[2]]
+}
+
+/// One dimension of the way back, A^T m.
+#[inline(always)]
+fn output(m: [Lanes; PATCH]) -> [Lanes; SIDE] {
+    let (sum1, difference1) = (m[1] + m[2], m[1] - m[2]);
+    let (sum2, difference2) = (m[3] + m[4], m[3] - m[4]);
+    [
+        m[0] + sum1 + sum2,
+        difference1 * A + difference2 * B,
+        sum1 * A2 + sum2 * B2,
+        difference1 * (A2 * A) + difference2 * (B2 * B) + m[5],
+    ]
+}
+
+vectorized! {
+    /// Channels c .. c + LANES of a patch to scratch[point][tile][LANES].
+    fn transform_input(patch: &[&[f32]; POINTS], c: usize, tile: usize, scratch: &mut [f32]) {
+        let mut rows = [[Lanes([0.0; LANES]); PATCH]; PATCH];
+        for x in 0..PATCH {
+            let column = std::array::from_fn(|y| Lanes::load(&patch[y * PATCH + x][c..]));
+            for (y, value) in input(column).into_iter().enumerate() {
+                rows[y][x] = value;
+            }
+        }
+        for (y, row) in rows.into_iter().enumerate() {
+            for (x, value) in input(row).into_iter().enumerate() {
+                let place = ((y * PATCH + x) * MR + tile) * LANES;
+                scratch[place..][..LANES].copy_from_slice(&value.0);
+            }
+        }
+    }
+}
+
+vectorized! {
+    /// taps [tap][channel][NR] to out [point][channel][NR].
+    fn transform_weights(taps: &[f32], out: &mut [f32]) {
+        let channels = taps.len() / (9 * NR);
+        for c in 0..channels {
+            for half in (0..NR).step_by(LANES) {
+                let mut rows = [[Lanes([0.0; LANES]); 3]; PATCH];
+                for x in 0..3 {
+                    let tap = |y| Lanes::load(&taps[((y * 3 + x) * channels + c) * NR + half..]);
+                    for (y, value) in weight(std::array::from_fn(tap)).into_iter().enumerate() {
+                        rows[y][x] = value;
+                    }
+                }
+                for (y, row) in rows.into_iter().enumerate() {
+                    for (x, value) in weight(row).into_iter().enumerate() {
+                        let place = ((y * PATCH + x) * channels + c) * NR + half;
+                        out[place..][..LANES].copy_from_slice(&value.0);
+                    }
+                }
+            }
+        }
+    }
+}
+
+vectorized! {
+    /// The products [point][MR][NR] of one tile to its 4 x 4 pixels.
+    fn transform_output(product: &[f32], tile: usize, pixels: &mut [[f32; NR]; SIDE * SIDE]) {
+        for half in (0..NR).step_by(LANES) {
+            let mut rows = [[Lanes([0.0; LANES]); PATCH]; SIDE];
+            for x in 0..PATCH {
+                let point = |y| Lanes::load(&product[((y * PATCH + x) * MR + tile) * NR + half..]);
+                for (y, value) in output(std::array::from_fn(point)).into_iter().enumerate() {
+                    rows[y][x] = value;
+                }
+            }
+            for (y, row) in rows.into_iter().enumerate() {
+                for (x, value) in output(row).into_iter().enumerate() {
+                    pixels[y * SIDE + x][half..][..LANES].copy_from_slice(&value.0);
+                }
+            }
+        }
+    }
+}
