@@ -177,7 +177,12 @@ impl Fields {
         Ok(taken.filter(|(_, value)| !value.is_null()))
     }
 
-    fn text(&mut self, names: &[&'static str], max: usize) -> Result<Option<String>, Invalid> {
+    /// A string of at most `max` bytes.
+    pub(crate) fn text(
+        &mut self,
+        names: &[&'static str],
+        max: usize,
+    ) -> Result<Option<String>, Invalid> {
         match self.take(names)? {
             None => Ok(None),
             Some((name, Value::String(text))) if text.len() > max => {

@@ -1,21 +1,23 @@
-//! What was typed ([`Args`], private) and what is needed ([`Config`]). The only reader of the
-//! environment and of the arguments.
+//! What is needed ([`Config`]) out of what was typed (`args`). The only reader of the environment
+//! and of the arguments.
+
+mod args;
 
 use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::builder::FalseyValueParser;
 use clap::error::ErrorKind;
-use clap::{CommandFactory as _, Parser, Subcommand};
-use sd_models::{DeviceName, MAX_STEPS, Precision, Scheduler};
+use clap::{CommandFactory as _, Parser as _};
+use sd_models::{DeviceName, MAX_STEPS, Precision};
 
 use crate::api::Limits;
 use crate::hub::{Download, Hub};
 use crate::image::Format;
 use crate::telemetry::LogFormat;
 use crate::{engine, http};
+use args::{Args, Command, GenerateArgs, ModelArgs, ServeArgs};
 
 /// The model when nothing else is said.
 const DEFAULT_MODEL: &str = "CompVis/stable-diffusion-v1-4";
@@ -111,190 +113,6 @@ pub enum Place {
     },
 }
 
-/// A native Stable Diffusion server: SageMaker, curl and the command line on one binary.
-#[derive(Debug, Parser)]
-#[command(
-    name = "sd-server",
-    version,
-    max_term_width = 100,
-    after_help = "Without a command, sd-server serves: `sd-server --model demo` is `sd-server \
-                  serve --model demo`.\nEvery option can also be set in the environment: \
-                  --max-steps is SD_MAX_STEPS."
-)]
-struct Args {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Debug, Subcommand)]
-enum Command {
-    /// Answer HTTP requests (the default command)
-    Serve(Box<ServeArgs>),
-    /// Draw a prompt into an image file
-    Generate(Box<GenerateArgs>),
-    /// Fetch a model from the hub into the local cache
-    Download(Box<DownloadArgs>),
-    /// Exit with 0 if a server on this host is ready, for Docker's HEALTHCHECK
-    Healthcheck(Box<HealthcheckArgs>),
-}
-
-#[derive(Debug, clap::Args)]
-struct ServeArgs {
-    #[command(flatten)]
-    model: ModelArgs,
-    #[command(flatten)]
-    network: NetworkArgs,
-    #[command(flatten)]
-    limits: LimitArgs,
-    #[command(flatten)]
-    log: LogArgs,
-    /// Write prompts to the log; without this nothing that a user typed appears there
-    #[arg(long, env = "SD_LOG_PROMPTS", value_parser = FalseyValueParser::new(), help_heading = "Log")]
-    log_prompts: bool,
-}
-
-#[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Model")]
-struct ModelArgs {
-    /// `demo` (built in), a directory in the diffusers layout, or a hub id such as owner/name.
-    /// When absent: /opt/ml/model if it has files, else CompVis/stable-diffusion-v1-4
-    #[arg(long, env = "SD_MODEL")]
-    model: Option<String>,
-    /// Branch, tag or commit of a model on the hub
-    #[arg(long, env = "SD_REVISION", default_value = "main")]
-    revision: String,
-    /// auto, cpu, cuda or cuda:N; auto takes the first GPU if there is one
-    #[arg(long, env = "SD_DEVICE", default_value = "auto", value_parser = parse::<DeviceName>)]
-    device: DeviceName,
-    /// auto, f16, bf16 or f32; auto is f16 on a GPU and f32 on the CPU
-    #[arg(long, env = "SD_DTYPE", default_value = "auto", value_parser = parse::<Precision>)]
-    dtype: Precision,
-    /// CPU threads for the model; all cores when absent
-    #[arg(long, env = "SD_THREADS", value_parser = at_least::<1>)]
-    threads: Option<usize>,
-}
-
-#[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Network")]
-struct NetworkArgs {
-    /// Address to listen on
-    #[arg(long, env = "SD_HOST", default_value = "0.0.0.0")]
-    host: String,
-    /// Port to listen on; 0 picks a free one, which the first line of output names.
-    /// When absent: SAGEMAKER_BIND_TO_PORT, else SD_PORT, else 8080
-    #[arg(long)]
-    port: Option<u16>,
-    /// A request that is not answered after this is given up and answered with 504. SageMaker
-    /// hangs up after 60 s; asynchronous endpoints may wait up to an hour
-    #[arg(long, env = "SD_REQUEST_TIMEOUT_MS", default_value = "58000", value_parser = at_least::<1>)]
-    request_timeout_ms: usize,
-    /// After SIGTERM, what is not finished by then is answered with 503. SageMaker kills the
-    /// process 30 s after SIGTERM
-    #[arg(long, env = "SD_DRAIN_TIMEOUT_MS", default_value = "25000", value_parser = at_least::<0>)]
-    drain_timeout_ms: usize,
-}
-
-#[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Limits")]
-struct LimitArgs {
-    /// Largest width x height of a picture; memory and time grow with it
-    #[arg(long, env = "SD_MAX_PIXELS", default_value = "1048576", value_parser = at_least::<64>)]
-    max_pixels: usize,
-    /// Most sampler steps of a picture
-    #[arg(long, env = "SD_MAX_STEPS", default_value = "150", value_parser = at_least::<1>)]
-    max_steps: usize,
-    /// Most pictures of one request
-    #[arg(long, env = "SD_MAX_IMAGES", default_value = "8", value_parser = at_least::<1>)]
-    max_images: usize,
-    /// Longest prompt; the model reads 77 tokens in any case
-    #[arg(long, env = "SD_MAX_PROMPT_BYTES", default_value = "16384", value_parser = at_least::<1>)]
-    max_prompt_bytes: usize,
-    /// Largest request body
-    #[arg(long, env = "SD_MAX_BODY_BYTES", default_value = "26214400", value_parser = at_least::<1>)]
-    max_body_bytes: usize,
-    /// Pictures that may wait for their turn; beyond it requests are answered with 429
-    #[arg(long, env = "SD_MAX_QUEUE", default_value = "64", value_parser = at_least::<1>)]
-    max_queue: usize,
-    /// Requests in service, waiting ones included; beyond it they are answered with 429 unread
-    #[arg(long, env = "SD_MAX_REQUESTS", default_value = "256", value_parser = at_least::<1>)]
-    max_requests: usize,
-    /// Rows that share one evaluation of the UNet: a picture takes two, or one without guidance.
-    /// More rows mean more pictures a second, later first pictures and more memory
-    #[arg(long, env = "SD_MAX_BATCH_ROWS", default_value = "8", value_parser = at_least::<2>)]
-    max_batch_rows: usize,
-}
-
-#[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Log")]
-struct LogArgs {
-    /// text for people, json for log collectors; both go to standard error
-    #[arg(long, env = "SD_LOG_FORMAT", default_value = "text")]
-    log_format: LogFormat,
-    /// What is logged: error, warn, info, debug, trace, or a filter such as sd_server=debug
-    #[arg(long, env = "SD_LOG", default_value = "info")]
-    log: String,
-}
-
-#[derive(Debug, clap::Args)]
-struct GenerateArgs {
-    /// What the picture shows
-    prompt: String,
-    /// The file: .png, .jpg or .webp; several pictures become out-0.png, out-1.png, ...
-    #[arg(short, long, default_value = "out.png")]
-    output: PathBuf,
-    /// What the picture should not show
-    #[arg(long)]
-    negative_prompt: Option<String>,
-    /// Width in pixels, a multiple of 8; the model's own size when absent
-    #[arg(short = 'W', long)]
-    width: Option<u64>,
-    /// Height in pixels, a multiple of 8; the model's own size when absent
-    #[arg(short = 'H', long)]
-    height: Option<u64>,
-    /// Sampler steps; more are slower and, up to a point, better
-    #[arg(long)]
-    steps: Option<u64>,
-    /// How closely to follow the prompt; 1 or less is twice as fast and ignores --negative-prompt
-    #[arg(long)]
-    guidance_scale: Option<f64>,
-    /// pndm, ddim, ddpm, euler, euler_a, heun, dpmpp_2m, dpmpp_2m_karras, unipc or lcm
-    #[arg(long, value_parser = parse::<Scheduler>)]
-    scheduler: Option<Scheduler>,
-    /// The same seed gives the same picture; random when absent
-    #[arg(long)]
-    seed: Option<u64>,
-    /// How many pictures; picture k uses seed + k
-    #[arg(short = 'n', long)]
-    num_images: Option<u64>,
-    #[command(flatten)]
-    model: ModelArgs,
-}
-
-#[derive(Debug, clap::Args)]
-struct DownloadArgs {
-    /// The hub id: owner/name
-    model: String,
-    /// Branch, tag or commit
-    #[arg(long, env = "SD_REVISION", default_value = "main")]
-    revision: String,
-    /// Fetch the smaller f16 weights for this device if there are any
-    #[arg(long, env = "SD_DEVICE", default_value = "auto", value_parser = parse::<DeviceName>)]
-    device: DeviceName,
-    /// Fetch the smaller f16 weights for f16 if there are any
-    #[arg(long, env = "SD_DTYPE", default_value = "auto", value_parser = parse::<Precision>)]
-    dtype: Precision,
-}
-
-#[derive(Debug, clap::Args)]
-struct HealthcheckArgs {
-    /// Host of the server
-    #[arg(long, default_value = "127.0.0.1")]
-    host: String,
-    /// Port of the server; found as `serve` finds it
-    #[arg(long)]
-    port: Option<u16>,
-}
-
 /// Reads the command line and the environment.
 pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Error> {
     let args = Args::try_parse_from(with_command(args.into_iter().collect()))?;
@@ -370,17 +188,16 @@ impl GenerateArgs {
         if let Some(missing) = directory.filter(|directory| !directory.is_dir()) {
             return Err(usage(format!("{} is not a directory", missing.display())));
         }
-        let text = |value: Option<&dyn fmt::Display>| value.map(ToString::to_string);
         let fields = [
             ("prompt", Some(self.prompt)),
             ("negative_prompt", self.negative_prompt),
-            ("width", text(self.width.as_ref().map(|v| v as _))),
-            ("height", text(self.height.as_ref().map(|v| v as _))),
-            ("steps", text(self.steps.as_ref().map(|v| v as _))),
-            ("guidance_scale", text(self.guidance_scale.as_ref().map(|v| v as _))),
-            ("scheduler", text(self.scheduler.as_ref().map(|v| v as _))),
-            ("seed", text(self.seed.as_ref().map(|v| v as _))),
-            ("n", text(self.num_images.as_ref().map(|v| v as _))),
+            ("width", text(self.width)),
+            ("height", text(self.height)),
+            ("steps", text(self.steps)),
+            ("guidance_scale", text(self.guidance_scale)),
+            ("scheduler", text(self.scheduler)),
+            ("seed", text(self.seed)),
+            ("n", text(self.num_images)),
         ];
         let fields = fields
             .into_iter()
@@ -489,15 +306,8 @@ fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
-fn parse<T: std::str::FromStr<Err = String>>(text: &str) -> Result<T, String> {
-    text.parse()
-}
-
-fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(number) if number >= LEAST => Ok(number),
-        _ => Err(format!("must be a whole number of at least {LEAST}")),
-    }
+fn text<T: ToString>(value: Option<T>) -> Option<String> {
+    value.map(|value| value.to_string())
 }
 
 fn usage(message: impl fmt::Display) -> clap::Error {

@@ -1,11 +1,12 @@
 //! `sd-server generate`: one prompt into files, over the same engine that serves requests.
 
+use std::fmt;
 use std::io::Write as _;
-use std::path::PathBuf;
-use std::time::Instant;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 use sd_models::MAX_STEPS;
 use tokio::sync::watch;
 
@@ -28,7 +29,7 @@ const MAX_BATCH_ROWS: usize = 8;
 pub(crate) async fn run(config: Generate) -> Result<()> {
     let settings = Settings { max_queue: LIMITS.max_images, max_batch_rows: MAX_BATCH_ROWS };
     let spinner = ProgressBar::new_spinner().with_message("loading the model");
-    spinner.enable_steady_tick(std::time::Duration::from_millis(100));
+    spinner.enable_steady_tick(Duration::from_millis(100));
     let engine = crate::start(settings, config.model)?;
     let model = engine.ready().await?;
     spinner.finish_and_clear();
@@ -40,7 +41,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     let ticket = engine.submit(specs.clone(), None)?;
     let bar = tokio::spawn(show(ticket.progress()));
     let pictures = ticket.wait().await;
-    // The ticket took the sender with it, so the bar ends by itself.
+    // The orders are gone, and with them the sender of progress: the bar ends by itself.
     let _ = bar.await;
 
     let mut out = std::io::stdout();
@@ -61,13 +62,12 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
 /// Shows evaluations on a terminal until the job ends.
 async fn show(mut progress: watch::Receiver<Progress>) {
     let bar = ProgressBar::new(0);
-    if let Ok(style) =
-        ProgressStyle::with_template("{wide_bar} step {pos}/{len} {per_sec} {eta} left")
-    {
+    let template = "{wide_bar} step {pos}/{len} {rate} {eta} left";
+    if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style.with_key(
-            "per_sec",
-            |state: &indicatif::ProgressState, w: &mut dyn std::fmt::Write| {
-                let _ = write!(w, "{:.2} it/s", state.per_sec());
+            "rate",
+            |state: &ProgressState, text: &mut dyn fmt::Write| {
+                let _ = write!(text, "{:.2} it/s", state.per_sec());
             },
         ));
     }
@@ -80,7 +80,7 @@ async fn show(mut progress: watch::Receiver<Progress>) {
 }
 
 /// `out.png`, or `out-0.png` and so on when there are several.
-fn numbered(path: &std::path::Path, k: usize, count: usize) -> PathBuf {
+fn numbered(path: &Path, k: usize, count: usize) -> PathBuf {
     if count == 1 {
         return path.into();
     }

@@ -171,8 +171,8 @@ impl Download {
                 Some(404) => "the hub has no such model or revision".to_owned(),
                 Some(status) => format!("{endpoint} answers {status}"),
                 None => format!(
-                    "{endpoint} cannot be reached; without a network, give a directory with \
-                     --model, use --model demo, or fill the cache elsewhere with `sd-server download`"
+                    "{endpoint} cannot be reached; without a network, use --model demo, give a \
+                     directory with --model, or fill the cache elsewhere with `sd-server download`"
                 ),
             },
             ApiError::LockAcquisition(path) => {

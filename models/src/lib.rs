@@ -27,6 +27,6 @@ pub mod weights;
 pub use device::{DeviceName, Precision};
 pub use error::{Error, Result};
 pub use ops::keep_freed_memory;
-pub use pipeline::{Defaults, LoadOptions, ModelInfo, Pipeline, Rgb, Trajectory};
+pub use pipeline::{Defaults, LoadOptions, Memory, ModelInfo, Pipeline, Rgb, Trajectory};
 pub use spec::{MAX_STEPS, Scheduler, Size, Spec};
 pub use weights::Source;

@@ -4,6 +4,9 @@
 //! trajectories, each at its own step of its own schedule, in a single call of the UNet. A
 //! trajectory with guidance takes two rows of that call, one without takes one.
 
+use std::collections::VecDeque;
+use std::sync::{Mutex, PoisonError};
+
 use candle_core::{DType, Device, Tensor};
 
 use crate::config::{self, ClipTextConfig, UNetConfig, VaeConfig};
@@ -61,9 +64,57 @@ pub struct ModelInfo {
     pub defaults: Defaults,
     /// Sides must be multiples of this many pixels.
     pub multiple: usize,
+    /// What a picture takes while it is drawn.
+    pub memory: Memory,
+}
+
+/// An estimate of the memory that activations take, from the networks' shapes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Bytes of one row of a UNet evaluation for each latent pixel.
+    pub row_bytes: u64,
+    /// Bytes of one row for each pair of latent pixels: attention scores, where they are stored.
+    pub score_bytes: u64,
+    /// Bytes of decoding for each pixel of the picture.
+    pub decode_bytes: u64,
+    /// Pixels of a latent's side.
+    pub scale: u64,
+}
+
+impl Memory {
+    /// The skips of all levels, and at the first the widest moment of a transformer block: the
+    /// feed forward's 8 C and 4 C beside input, residual and norm. The decoder is widest where
+    /// its last level begins: the input of two levels' width, normed, beside two outputs.
+    fn of(unet: &UNetConfig, vae: &VaeConfig, device: &Device) -> Self {
+        let bytes = if device.is_cpu() { 4 } else { 2 };
+        let layers = unet.layers_per_block + 1;
+        let levels = unet.block_out_channels.iter().enumerate();
+        let skips: usize = levels.map(|(level, c)| (layers * c) >> (2 * level)).sum();
+        let first = unet.block_out_channels[0];
+        let wide = vae.block_out_channels.get(1).unwrap_or(&vae.block_out_channels[0]);
+        let decode = 2 * wide + 3 * vae.block_out_channels[0];
+        // Our kernels never store scores; candle's composition does, in f32 and in its own type.
+        let scores = if device.is_cpu() { 0 } else { unet.heads[0] * 8 };
+        Self {
+            row_bytes: ((skips + 16 * first) * bytes) as u64,
+            score_bytes: scores as u64,
+            decode_bytes: (decode * bytes) as u64,
+            scale: vae.scale() as u64,
+        }
+    }
 }
 
 impl ModelInfo {
+    /// An estimate of the most that activations take while `rows` rows of this size are stepped
+    /// or one picture is decoded, in bytes.
+    pub fn peak_bytes(&self, size: Size, rows: usize) -> u64 {
+        let memory = self.memory;
+        let pixels = size.pixels() as u64;
+        let latent = pixels / (memory.scale * memory.scale);
+        let step = rows as u64 * latent * (memory.row_bytes + latent * memory.score_bytes);
+        step.max(pixels * memory.decode_bytes)
+    }
+
     /// Whether the model can draw this.
     pub fn check(&self, spec: &Spec) -> Result<()> {
         let refuse = |field, reason: String| Err(Error::Spec { field, reason });
@@ -150,6 +201,19 @@ pub struct Pipeline {
     unet: UNet2DConditionModel,
     decoder: Decoder,
     scheduler: SchedulerConfig,
+    /// The prompts encoded last, the newest at the end.
+    encoded: Mutex<VecDeque<(String, Encoded)>>,
+}
+
+/// Prompts whose encoding is kept: the empty negative prompt, and those that come in series.
+const KEPT_PROMPTS: usize = 32;
+
+/// A prompt as the UNet takes it.
+#[derive(Clone)]
+struct Encoded {
+    /// (1, L, D) f32
+    context: Tensor,
+    warning: Option<String>,
 }
 
 impl Pipeline {
@@ -175,6 +239,7 @@ impl Pipeline {
         let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype)?;
         let weights = open("vae", "diffusion_pytorch_model")?;
         let decoder = Decoder::load(VaeConfig::read(source)?, &weights, &device, dtype)?;
+        let memory = Memory::of(unet.config(), decoder.config(), &device);
         agree(&text_encoder, &unet, &decoder)?;
         let scheduler = source.require("scheduler/scheduler_config.json")?;
         let mut scheduler = SchedulerConfig::from_json(&String::from_utf8_lossy(&scheduler))?;
@@ -201,8 +266,18 @@ impl Pipeline {
             precision: dtype.as_str().into(),
             defaults,
             multiple: scale.max(8),
+            memory,
         };
-        Ok(Self { info, device, tokenizer, text_encoder, unet, decoder, scheduler })
+        Ok(Self {
+            info,
+            device,
+            tokenizer,
+            text_encoder,
+            unet,
+            decoder,
+            scheduler,
+            encoded: Mutex::default(),
+        })
     }
 
     /// What is known of the model.
@@ -219,11 +294,14 @@ impl Pipeline {
     pub fn begin(&self, spec: &Spec) -> Result<Trajectory> {
         self.check(spec)?;
         let sampler = Sampler::new(spec.scheduler, &self.scheduler, spec.steps)?;
-        let mut warnings = Vec::new();
-        let context = self.encode("prompt", &spec.prompt, &mut warnings)?;
-        let negative = (spec.rows() == 2)
-            .then(|| self.encode("negative_prompt", &spec.negative_prompt, &mut warnings))
-            .transpose()?;
+        let prompt = self.encode(&spec.prompt)?;
+        let negative =
+            (spec.rows() == 2).then(|| self.encode(&spec.negative_prompt)).transpose()?;
+        let named = [("prompt", Some(&prompt)), ("negative_prompt", negative.as_ref())];
+        let warnings = named
+            .into_iter()
+            .filter_map(|(field, encoded)| Some(format!("{field} {}", encoded?.warning.as_ref()?)))
+            .collect();
         let scale = self.decoder.config().scale();
         let shape = (
             1,
@@ -240,24 +318,39 @@ impl Pipeline {
             size,
             guidance_scale,
             latents,
-            context,
-            negative,
+            context: prompt.context,
+            negative: negative.map(|encoded| encoded.context),
             sampler,
             noise,
             warnings,
         })
     }
 
-    fn encode(&self, field: &str, prompt: &str, warnings: &mut Vec<String>) -> Result<Tensor> {
-        let tokens = self.tokenizer.encode(prompt)?;
-        if let Some(cut) = tokens.cut {
-            let window = tokens.ids.len();
-            warnings.push(format!("{field} is longer than {window} tokens; ignored: {cut:?}"));
+    fn encode(&self, prompt: &str) -> Result<Encoded> {
+        let mut kept = self.encoded.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = kept.iter().position(|(known, _)| known == prompt);
+        let entry = match found.and_then(|place| kept.remove(place)) {
+            Some(entry) => entry,
+            None => {
+                let tokens = self.tokenizer.encode(prompt)?;
+                let window = tokens.ids.len();
+                let warning = tokens
+                    .cut
+                    .map(|cut| format!("is longer than {window} tokens; ignored: {cut:?}"));
+                let context = self.text_encoder.forward(&[tokens.ids])?;
+                (prompt.to_owned(), Encoded { context, warning })
+            }
+        };
+        let encoded = entry.1.clone();
+        kept.push_back(entry);
+        if kept.len() > KEPT_PROMPTS {
+            kept.pop_front();
         }
-        self.text_encoder.forward(&[tokens.ids])
+        Ok(encoded)
     }
 
-    /// One evaluation of the UNet for each trajectory that is not done; all of one size.
+    /// One evaluation of the UNet for each trajectory that is not done; all of one size. An error
+    /// leaves every trajectory as it was, so that the step can be tried again.
     pub fn step(&self, batch: &mut [&mut Trajectory]) -> Result<()> {
         let (mut latents, mut contexts, mut timesteps) = (Vec::new(), Vec::new(), Vec::new());
         let mut active: Vec<&mut Trajectory> = Vec::new();
@@ -281,7 +374,8 @@ impl Pipeline {
             &Tensor::cat(&contexts, 0)?,
         )?;
         let mut row = 0;
-        for trajectory in active {
+        let mut advanced = Vec::new();
+        for trajectory in &active {
             let rows = trajectory.rows();
             let output = output.narrow(0, row, rows)?;
             row += rows;
@@ -293,8 +387,15 @@ impl Pipeline {
                     trajectory.guidance_scale,
                 )?,
             };
-            trajectory.latents =
-                trajectory.sampler.advance(&trajectory.latents, &output, &mut trajectory.noise)?;
+            let (mut sampler, mut noise) = (trajectory.sampler.clone(), trajectory.noise.clone());
+            let latents = sampler.advance(&trajectory.latents, &output, &mut noise)?;
+            advanced.push((latents, sampler, noise));
+        }
+        // Only now, when nothing can fail any more.
+        for (trajectory, (latents, sampler, noise)) in active.into_iter().zip(advanced) {
+            trajectory.latents = latents;
+            trajectory.sampler = sampler;
+            trajectory.noise = noise;
         }
         Ok(())
     }

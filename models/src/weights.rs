@@ -9,10 +9,13 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use memmap2::Mmap;
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::demo;
@@ -92,6 +95,22 @@ impl Bytes {
             Self::Static(bytes) => bytes,
         }
     }
+
+    /// Lets go of the pages of a range, so that what has been packed is not in memory twice.
+    #[cfg(unix)]
+    #[expect(unsafe_code, reason = "the one memory map")]
+    fn release(&self, range: Range<usize>) {
+        if let Self::Mapped(map) = self {
+            // SAFETY: the map is read only and backed by the file: pages that are asked for again
+            // are read again. An error leaves them where they are.
+            let _ = unsafe {
+                map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len())
+            };
+        }
+    }
+
+    #[cfg(not(unix))]
+    fn release(&self, _: Range<usize>) {}
 }
 
 struct TensorFile {
@@ -199,8 +218,10 @@ impl Weights {
             return Err(error(&file.name, reason));
         }
         self.read.borrow_mut().insert(name.to_owned());
-        let bytes = &file.bytes.all()[file.data + entry.range.0..file.data + entry.range.1];
+        let range = file.data + entry.range.0..file.data + entry.range.1;
+        let bytes = &file.bytes.all()[range.clone()];
         let tensor = Tensor::from_raw_buffer(bytes, entry.dtype, shape, &Device::Cpu)?;
+        file.bytes.release(range);
         Ok(tensor.to_dtype(DType::F32)?)
     }
 

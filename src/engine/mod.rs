@@ -2,8 +2,8 @@
 //!
 //! A handler hands over specs with [`Engine::submit`] and gets a [`Ticket`]; waiting on the ticket
 //! yields the pictures, dropping it withdraws them. Pictures of different requests share UNet
-//! evaluations and come and go between steps ([`worker`]). Nothing here knows HTTP, and nothing
-//! outside [`worker`] touches a model.
+//! evaluations and come and go between steps (`worker`). Nothing here knows HTTP, and nothing
+//! outside `worker` touches a model.
 
 mod batch;
 mod job;
@@ -156,8 +156,9 @@ impl Engine {
 
     /// Gives up what is not finished; every ticket says so at once.
     pub fn stop(&self) {
-        drop(self.shared.queue().clear());
         self.shared.enter(Phase::Stopped);
+        // The worker looks at the phase under this lock: it cannot miss the change.
+        drop(self.shared.queue().clear());
         self.shared.arrived.notify_one();
     }
 

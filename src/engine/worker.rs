@@ -3,6 +3,7 @@
 //! *retire* one finished picture. Between two steps everything may change: pictures join, leave
 //! and are given up when nobody waits for them.
 
+use std::ops::Deref;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fmt, thread};
@@ -23,11 +24,11 @@ const WARM_UP_SIDE: usize = 128;
 
 /// The life of the model thread.
 pub(super) fn main<M: Model>(shared: Arc<Shared>, load: impl FnOnce() -> anyhow::Result<M>) {
-    let _last_words = LastWords(Arc::clone(&shared));
+    let engine = Hold(shared);
     let started = Instant::now();
     let model = match load().and_then(|model| warm(&model).map(|()| model)) {
         Ok(model) => model,
-        Err(error) => return shared.enter(Phase::Dead(format!("{error:#}"))),
+        Err(error) => return engine.enter(Phase::Dead(format!("{error:#}"))),
     };
     let info = model.info().clone();
     info!(
@@ -37,19 +38,28 @@ pub(super) fn main<M: Model>(shared: Arc<Shared>, load: impl FnOnce() -> anyhow:
         load_ms = millis(started.elapsed()),
         "ready"
     );
-    shared.enter(Phase::Ready(Arc::new(info)));
-    Worker::new(model, shared).run();
+    engine.enter(Phase::Ready(Arc::new(info)));
+    Worker::new(model, engine).run();
 }
 
-/// However the thread ends, by a return or by a panic, nobody is left waiting.
-struct LastWords(Arc<Shared>);
+/// The thread's hold on the engine. However the thread ends, by a return or by a panic, the
+/// phase says so and nobody is left in the queue.
+struct Hold(Arc<Shared>);
 
-impl Drop for LastWords {
+impl Deref for Hold {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+impl Drop for Hold {
     fn drop(&mut self) {
-        drop(self.0.queue().clear());
         if thread::panicking() {
-            self.0.enter(Phase::Dead("the model thread panicked".into()));
+            self.enter(Phase::Dead("the model thread panicked".into()));
         }
+        drop(self.queue().clear());
     }
 }
 
@@ -86,9 +96,10 @@ struct Slot<T> {
     begun: Instant,
 }
 
-pub(super) struct Worker<M: Model> {
+struct Worker<M: Model> {
+    /// Dropped first: the phase has changed before the pictures in the making are given up.
+    engine: Hold,
     model: M,
-    shared: Arc<Shared>,
     slots: Vec<Slot<M::Trajectory>>,
     rotation: Rotation,
     /// How long the last step took: the time that one admission round may take.
@@ -98,10 +109,10 @@ pub(super) struct Worker<M: Model> {
 }
 
 impl<M: Model> Worker<M> {
-    pub(super) fn new(model: M, shared: Arc<Shared>) -> Self {
+    fn new(model: M, engine: Hold) -> Self {
         Self {
+            engine,
             model,
-            shared,
             slots: Vec::new(),
             rotation: Rotation::default(),
             last_step: Duration::ZERO,
@@ -120,16 +131,16 @@ impl<M: Model> Worker<M> {
 
     /// Sleeps until there is something to draw; false when the engine has stopped.
     fn wait(&self) -> bool {
-        let stopped = || matches!(*self.shared.phase.borrow(), Phase::Stopped);
-        let mut queue = self.shared.queue();
+        let stopped = || matches!(*self.engine.phase.borrow(), Phase::Stopped);
+        let mut queue = self.engine.queue();
         while self.slots.is_empty() && queue.is_empty() && !stopped() {
-            queue = self.shared.arrived.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            queue = self.engine.arrived.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
         !stopped()
     }
 
     /// One round of the loop.
-    pub(super) fn turn(&mut self) {
+    fn turn(&mut self) {
         self.slots.retain(|slot| slot.order.wanted());
         self.admit();
         self.step();
@@ -159,12 +170,12 @@ impl<M: Model> Worker<M> {
     /// The oldest picture for whose size there are rows. One that has to wait for rows holds
     /// back the younger ones of its size, so that two rows are found before one.
     fn next_order(&self) -> Option<Order> {
-        let max_rows = self.shared.settings.max_batch_rows;
+        let max_rows = self.engine.settings.max_batch_rows;
         let mut free: usize =
             (MAX_BUCKETS * max_rows).saturating_sub(self.slots.iter().map(rows).sum());
         let loads = self.loads();
         let mut held_back: Vec<Size> = Vec::new();
-        self.shared.queue().next(|order| {
+        self.engine.queue().next(|order| {
             let (size, rows) = (order.spec.size, order.spec.rows());
             let load = loads.iter().find(|load| load.0 == size).map_or(0, |load| load.1);
             let fits = rows <= free && (load == 0 || load + rows <= max_rows);
@@ -271,8 +282,8 @@ impl<M: Model> Worker<M> {
 
     /// The device is gone: everyone hears of it, and the phase turns `/ping` red.
     fn give_up(self) {
-        self.shared.enter(Phase::DeviceLost);
-        let waiting = self.shared.queue().clear();
+        self.engine.enter(Phase::DeviceLost);
+        let waiting = self.engine.queue().clear();
         let drawing = self.slots.into_iter().map(|slot| slot.order);
         for order in drawing.chain(waiting) {
             order.settle(Err(Failure::DeviceLost));

@@ -96,3 +96,43 @@ fn bare(text: &str) -> String {
     let whole = rest.is_empty() && !text.contains(['=', '&']);
     if whole { Cow::into_owned(decoded) } else { text.into() }
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::http::HeaderValue;
+
+    use super::*;
+
+    fn prompt(declared: &'static str, body: &str) -> String {
+        let mut headers = HeaderMap::new();
+        if !declared.is_empty() {
+            headers.insert(CONTENT_TYPE, HeaderValue::from_static(declared));
+        }
+        let (mut fields, speech) = read(&headers, body.as_bytes()).expect("a good body");
+        assert_eq!(speech, Speech::Text);
+        fields.text(&["prompt"], usize::MAX).expect("text").expect("a prompt")
+    }
+
+    #[test]
+    fn a_body_that_is_no_object_is_a_prompt() {
+        let form = "application/x-www-form-urlencoded";
+        let table = [
+            ("", "a red house", "a red house"),
+            ("text/plain", "a red house\r\n", "a red house"),
+            ("text/plain", "\"quoted\"", "\"quoted\""),
+            ("Text/Plain; charset=UTF-8", "caf\u{e9}", "caf\u{e9}"),
+            ("application/x-text", "plain", "plain"),
+            ("application/x-text", "\"a \\\"red\\\" house\"", "a \"red\" house"),
+            ("application/x-text", "\"unfinished", "\"unfinished"),
+            (form, "a cat", "a cat"),
+            (form, "a%20cat", "a cat"),
+            (form, "100% cat & dog = friends", "100% cat & dog = friends"),
+            (form, "e%3Dmc2", "e=mc2"),
+            (form, "prompt=a cat", "a cat"),
+            (form, "steps=3&prompt=a+cat", "a cat"),
+        ];
+        for (declared, body, expected) in table {
+            assert_eq!(prompt(declared, body), expected, "{declared:?} {body:?}");
+        }
+    }
+}

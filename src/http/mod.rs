@@ -1,5 +1,5 @@
 //! The HTTP side: the route table, what every handler shares, and the one layer around them.
-//! Each dialect has a file of its own; [`sagemaker`] is the native one.
+//! Each dialect has a file of its own; `sagemaker` is the native one.
 
 mod accept;
 mod body;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, Request};
+use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::Response;
@@ -59,7 +59,6 @@ pub fn router(engine: Engine, settings: Settings) -> Router {
         .route("/invocations", post(sagemaker::invocations))
         .fallback(async || ApiError::NotFound)
         .method_not_allowed_fallback(async || ApiError::Method)
-        .layer(DefaultBodyLimit::max(settings.max_body_bytes))
         .layer(middleware::from_fn(observe))
         .with_state(Arc::new(Shared { engine, settings, gate }))
 }

@@ -1,13 +1,12 @@
 //! The native dialect, which is SageMaker's contract: `/ping` and `/invocations`.
 
-use axum::body::Bytes;
-use axum::extract::rejection::{BytesRejection, FailedToBufferBody};
-use axum::extract::{FromRequest, Request};
+use axum::extract::Request;
 use axum::http::header::{CONTENT_LENGTH, CONTENT_TYPE};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use futures_util::StreamExt as _;
 use sd_models::Spec;
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout_at};
@@ -15,7 +14,7 @@ use tracing::{error, info, info_span};
 
 use super::accept::{self, Reply, Wish};
 use super::error::ApiError;
-use super::{Shared, State, body};
+use super::{State, body};
 use crate::api::{Draw, Invalid};
 use crate::engine::{Drawn, Phase};
 use crate::image::{self, Format};
@@ -24,6 +23,9 @@ use crate::image::{self, Format};
 const SEED: HeaderName = HeaderName::from_static("x-sd-seed");
 /// The seed for those behind SageMaker, which passes on only this header.
 const ATTRIBUTES: HeaderName = HeaderName::from_static("x-amzn-sagemaker-custom-attributes");
+
+/// A body is thrown away up to this many times the limit before the client is cut off.
+const OVERSIZE: usize = 4;
 
 /// 200 when pictures can be drawn, else 503. Looks at one flag and waits for nothing.
 pub(super) async fn ping(state: State) -> StatusCode {
@@ -40,7 +42,7 @@ pub(super) async fn invocations(state: State, request: Request) -> Result<Respon
     let _permit = state.gate.try_acquire().map_err(|_| ApiError::Crowded)?;
     let model = state.engine.model()?;
     let headers = request.headers().clone();
-    let bytes = timeout_at(deadline, receive(&state, request)).await;
+    let bytes = timeout_at(deadline, receive(state.settings.max_body_bytes, request)).await;
     let bytes = bytes.map_err(|_| ApiError::SlowBody)??;
 
     let (fields, speech) = body::read(&headers, &bytes)?;
@@ -59,20 +61,31 @@ pub(super) async fn invocations(state: State, request: Request) -> Result<Respon
     tokio::task::spawn_blocking(answer).await.map_err(|_| ApiError::Encode)?
 }
 
-/// The whole body, within the limit that the router has set. What is declared to be longer is
-/// not read at all.
-async fn receive(shared: &Shared, request: Request) -> Result<Bytes, ApiError> {
+/// The whole body. What is too long is read on for a while and thrown away: many clients do not
+/// look for an answer before they have sent everything.
+async fn receive(limit: usize, request: Request) -> Result<Vec<u8>, ApiError> {
     let declared = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok());
-    let declared: Option<usize> = declared.and_then(|length| length.parse().ok());
-    if declared.is_some_and(|length| length > shared.settings.max_body_bytes) {
-        return Err(ApiError::TooLarge(shared.settings.max_body_bytes));
-    }
-    Bytes::from_request(request, &()).await.map_err(|rejection| match rejection {
-        BytesRejection::FailedToBufferBody(FailedToBufferBody::LengthLimitError(_)) => {
-            ApiError::TooLarge(shared.settings.max_body_bytes)
+    let declared: usize = declared.and_then(|length| length.parse().ok()).unwrap_or(0);
+    let mut parts = request.into_body().into_data_stream();
+    let mut body = Vec::new();
+    let mut length = 0;
+    while let Some(part) = parts.next().await {
+        match part {
+            Ok(part) if declared.max(length + part.len()) <= limit => {
+                body.extend_from_slice(&part);
+                length += part.len();
+            }
+            Ok(part) if length < OVERSIZE * limit => {
+                body = Vec::new();
+                length += part.len();
+            }
+            Err(_) if declared <= limit => {
+                return Err(Invalid::body("the body ended before its declared length").into());
+            }
+            _ => break,
         }
-        _ => Invalid::body("the body ended before its declared length").into(),
-    })
+    }
+    if declared.max(length) > limit { Err(ApiError::TooLarge(limit)) } else { Ok(body) }
 }
 
 /// Thirty-two bits, so that a client that reads numbers as doubles can repeat the picture.
@@ -114,7 +127,10 @@ fn answer(
 
 /// `data` and `seed` for one picture, `images` for several.
 fn json(specs: &[Spec], pictures: &[Drawn], files: &[Vec<u8>], format: Format) -> Value {
-    let image = |(spec, file): (&Spec, &Vec<u8>)| json!({ "seed": spec.seed, "data": BASE64_STANDARD.encode(file) });
+    let image = |(spec, file): (&Spec, &Vec<u8>)| {
+        let data = BASE64_STANDARD.encode(file);
+        json!({ "seed": spec.seed, "data": data })
+    };
     let mut images: Vec<Value> = specs.iter().zip(files).map(image).collect();
     let mut reply = match &mut images[..] {
         [one] => one.take(),

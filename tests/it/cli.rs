@@ -121,6 +121,55 @@ fn signals_end_the_server_with_0() {
 }
 
 #[test]
+fn a_signal_lets_the_picture_under_way_be_finished() {
+    let server = Server::ready(&[]);
+    let body = r#"{"prompt":"a cat","steps":20}"#;
+    let reply = std::thread::scope(|scope| {
+        let drawing = scope.spawn(|| server.post(&["accept: image/png"], body));
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        server.signal("TERM");
+        drawing.join().expect("an answer")
+    });
+    assert_eq!(reply.status, 200);
+    assert_eq!(server.wait().code(), Some(0));
+}
+
+#[test]
+fn a_directory_may_wrap_the_model() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
+    std::os::unix::fs::symlink(demo, folder.path().join("v1")).expect("a link");
+    let path = folder.path().join("out.webp");
+    let mut command = sd_server(&["generate", "x", "--steps", "1", "--device", "cpu", "--model"]);
+    let done = command.arg(folder.path()).arg("-o").arg(&path).output().expect("it starts");
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    assert!(image::open(path).is_ok());
+}
+
+#[test]
+fn a_json_log_is_json_and_keeps_prompts_to_itself() {
+    let logged = |more: &[&str]| {
+        let log = tempfile::NamedTempFile::new().expect("a file");
+        let mut command = sd_server(&["--model", "demo", "--device", "cpu", "--log-format=json"]);
+        command.args(more).stderr(log.reopen().expect("a handle"));
+        let server = Server::spawn(&mut command);
+        while server.ping() != 200 {}
+        let body = r#"{"prompt":"a secret","steps":1}"#;
+        assert_eq!(server.post(&["x-request-id: r-1"], body).status, 200);
+        server.signal("TERM");
+        server.wait();
+        std::fs::read_to_string(log.path()).expect("a log")
+    };
+    let log = logged(&[]);
+    for line in log.lines() {
+        let event: serde_json::Value = serde_json::from_str(line).expect("JSON");
+        assert!(event["level"].is_string() && event["message"] != "");
+    }
+    assert!(log.contains("r-1") && !log.contains("secret"), "{log}");
+    assert!(logged(&["--log-prompts"]).contains("a secret"));
+}
+
+#[test]
 fn sagemakers_word_and_port_are_understood() {
     let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = free.local_addr().expect("an address").port().to_string();

@@ -107,9 +107,12 @@ async fn a_panic_of_the_model_is_answered_and_ends_the_server() -> Result<()> {
 async fn a_lost_device_turns_ping_red() -> Result<()> {
     let (engine, strings) = ready().await;
     let server = Server::start(engine, HTTP, LONG).await;
-    let requests = [server.draw("device lost", ""), server.draw("a cat", "")];
-    drop(strings.permits);
-    for request in requests {
+    let drawing = server.draw("device lost", "");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let waiting = server.draw("a cat", "");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    strings.permits.send(())?;
+    for request in [drawing, waiting] {
         assert_eq!(request.await?, (500, "device_lost".into()));
     }
     assert_eq!(server.ping().await, 503);

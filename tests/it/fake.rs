@@ -74,6 +74,7 @@ impl Fake {
             precision: "none".into(),
             defaults,
             multiple: 8,
+            memory: sd_models::Memory::default(),
         };
         let fake = Self { info, steps: Arc::clone(&steps), permits: permitted };
         (fake, Strings { steps, permits })

@@ -184,6 +184,14 @@ fn broken_http_is_survived() {
 }
 
 #[test]
+fn a_body_that_does_not_come_is_408() {
+    let server = Server::ready(&["--request-timeout-ms", "300"]);
+    let head = "POST /invocations HTTP/1.1\r\nHost: x\r\nConnection: close\r\n";
+    let reply = server.raw(format!("{head}Content-Length: 9\r\n\r\na cat").as_bytes());
+    assert!(reply.starts_with("HTTP/1.1 408") && reply.contains("body_timeout"), "{reply}");
+}
+
+#[test]
 fn clients_that_leave_do_no_harm() {
     let server = Server::ready(&["--max-queue", "4"]);
     for k in 0..30 {

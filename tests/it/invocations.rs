@@ -61,15 +61,11 @@ fn every_form_of_a_prompt_is_understood() {
 #[test]
 fn a_bare_prompt_is_answered_with_a_picture() {
     let server = Server::ready(&[]);
+    // The finer points of bare prompts are tested in src/http/body.rs: these take all the steps.
     let table = [
         (FORM, "a red house", "a red house"),
-        (FORM, "a%20red%20house", "a red house"),
-        (FORM, "salt & pepper = 100% taste", "salt & pepper = 100% taste"),
-        ("content-type: text/plain", "a red house\n", "a red house"),
-        ("content-type: text/plain; charset=utf-8", "ein Häuschen 🏠", "ein Häuschen 🏠"),
-        ("content-type: application/x-text", "a red house", "a red house"),
         ("content-type: application/x-text", r#""a \"red\" house""#, r#"a "red" house"#),
-        ("x-nothing: 1", "a red house", "a red house"),
+        ("content-type: text/plain; charset=utf-8", "ein Häuschen 🏠\n", "ein Häuschen 🏠"),
     ];
     for (header, body, prompt) in table {
         assert_eq!(prompt_of(&server.post(&[header], body)), prompt, "{header} {body}");

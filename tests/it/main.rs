@@ -9,3 +9,4 @@ mod harness; // starts the real binary
 mod hostile; // malformed requests: a clear answer, and the next one works
 mod hub; // a hub on this host: what is fetched, what is cached
 mod invocations; // every form of body and reply
+mod pictures; // against diffusers' pictures, and against their prompts

@@ -9,7 +9,8 @@ use serde_json::Value;
 use crate::harness::{Server, sd_server};
 
 /// The picture of `tests/pictures/`: what `models/tests/make_pictures.py` asks diffusers for.
-const REFERENCE: [&str; 6] = ["a red house by the sea at night", "--seed", "7", "--steps", "20", "--dtype"];
+const REFERENCE: [&str; 6] =
+    ["a red house by the sea at night", "--seed", "7", "--steps", "20", "--dtype"];
 
 fn repository(path: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)

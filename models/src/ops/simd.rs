@@ -109,7 +109,11 @@ mod tests {
             let f = |t: f64| (-t * t).exp();
             let h = x / 1000.0;
             let sum: f64 = (0..1000)
-                .map(|k| f(k as f64 * h) + 4.0 * f((k as f64 + 0.5) * h) + f((k + 1) as f64 * h))
+                .map(|k| {
+                    f(f64::from(k) * h)
+                        + 4.0 * f((f64::from(k) + 0.5) * h)
+                        + f(f64::from(k + 1) * h)
+                })
                 .sum();
             let want = sum * h / 6.0 * std::f64::consts::FRAC_2_SQRT_PI;
             let got = f64::from(erf(x as f32));

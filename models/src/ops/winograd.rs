@@ -23,7 +23,9 @@ const POINTS: usize = PATCH * PATCH;
 /// Channels that are transformed at a time.
 const LANES: usize = 16;
 /// Groups of MR tiles that share a pass over the weights of a point.
-const PASS: usize = 4;
+const PASS: usize = 8;
+/// Depth of a block: its weights (DEPTH x NR) and a tile stay in the first-level cache.
+const DEPTH: usize = 160;
 /// Transformed input in memory at a time, in floats.
 const CHUNK: usize = 8 << 20;
 
@@ -156,11 +158,15 @@ impl Problem<'_> {
         let kernel = Kernel::detect();
         let depth = self.channels;
         for (p, b) in weights.chunks_exact(depth * NR).enumerate() {
-            for (slot, g) in pass.clone().enumerate() {
-                let a = &inputs[(g * POINTS + p) * depth * MR..][..depth * MR];
-                let c = &mut products[(slot * POINTS + p) * MR * NR..][..MR * NR];
-                // SAFETY: `c` has MR rows of NR floats.
-                unsafe { kernel.run(a, b, depth, MR, c.as_mut_ptr(), NR, false) };
+            for k0 in (0..depth).step_by(DEPTH) {
+                let kc = DEPTH.min(depth - k0);
+                let b = &b[k0 * NR..][..kc * NR];
+                for (slot, g) in pass.clone().enumerate() {
+                    let a = &inputs[((g * POINTS + p) * depth + k0) * MR..][..kc * MR];
+                    let c = &mut products[(slot * POINTS + p) * MR * NR..][..MR * NR];
+                    // SAFETY: `c` has MR rows of NR floats.
+                    unsafe { kernel.run(a, b, kc, MR, c.as_mut_ptr(), NR, k0 > 0) };
+                }
             }
         }
     }

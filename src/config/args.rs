@@ -1,0 +1,220 @@
+//! What may be typed: the command line and its help, whose words explain consequences. What is
+//! made of it is in the parent module.
+
+use std::path::PathBuf;
+
+use clap::builder::FalseyValueParser;
+use clap::{Parser, Subcommand};
+use sd_models::{DeviceName, Precision, Scheduler};
+
+use crate::telemetry::LogFormat;
+
+/// A native Stable Diffusion server: SageMaker, curl and the command line on one binary.
+#[derive(Debug, Parser)]
+#[command(
+    name = "sd-server",
+    version,
+    max_term_width = 100,
+    after_help = "Without a command, sd-server serves: `sd-server --model demo` is `sd-server \
+                  serve --model demo`.\nEvery option can also be set in the environment: \
+                  --max-steps is SD_MAX_STEPS."
+)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Command {
+    /// Answer HTTP requests (the default command)
+    Serve(Box<ServeArgs>),
+    /// Draw a prompt into an image file
+    Generate(Box<GenerateArgs>),
+    /// Fetch a model from the hub into the local cache
+    Download(Box<DownloadArgs>),
+    /// Exit with 0 if a server on this host is ready, for Docker's HEALTHCHECK
+    Healthcheck(Box<HealthcheckArgs>),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct ServeArgs {
+    #[command(flatten)]
+    pub(super) model: ModelArgs,
+    #[command(flatten)]
+    pub(super) network: NetworkArgs,
+    #[command(flatten)]
+    pub(super) limits: LimitArgs,
+    #[command(flatten)]
+    pub(super) log: LogArgs,
+    /// Write prompts to the log; without this nothing that a user typed appears there
+    #[arg(
+        long,
+        env = "SD_LOG_PROMPTS",
+        value_parser = FalseyValueParser::new(),
+        help_heading = "Log",
+    )]
+    pub(super) log_prompts: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Model")]
+pub(super) struct ModelArgs {
+    /// `demo` (built in), a directory in the diffusers layout, or a hub id such as owner/name.
+    /// When absent: /opt/ml/model if it has files, else CompVis/stable-diffusion-v1-4
+    #[arg(long, env = "SD_MODEL")]
+    pub(super) model: Option<String>,
+    /// Branch, tag or commit of a model on the hub
+    #[arg(long, env = "SD_REVISION", default_value = "main")]
+    pub(super) revision: String,
+    /// auto, cpu, cuda or cuda:N; auto takes the first GPU if there is one
+    #[arg(long, env = "SD_DEVICE", default_value = "auto", value_parser = parse::<DeviceName>)]
+    pub(super) device: DeviceName,
+    /// auto, f16, bf16 or f32; auto is f16 on a GPU and f32 on the CPU
+    #[arg(long, env = "SD_DTYPE", default_value = "auto", value_parser = parse::<Precision>)]
+    pub(super) dtype: Precision,
+    /// CPU threads for the model; all cores when absent
+    #[arg(long, env = "SD_THREADS", value_parser = at_least::<1>)]
+    pub(super) threads: Option<usize>,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Network")]
+pub(super) struct NetworkArgs {
+    /// Address to listen on
+    #[arg(long, env = "SD_HOST", default_value = "0.0.0.0")]
+    pub(super) host: String,
+    /// Port to listen on; 0 picks a free one, which the first line of output names.
+    /// When absent: SAGEMAKER_BIND_TO_PORT, else SD_PORT, else 8080
+    #[arg(long)]
+    pub(super) port: Option<u16>,
+    /// A request that is not answered after this is given up and answered with 504. SageMaker
+    /// hangs up after 60 s; asynchronous endpoints may wait up to an hour
+    #[arg(
+        long,
+        env = "SD_REQUEST_TIMEOUT_MS",
+        default_value = "58000",
+        value_parser = at_least::<1>,
+    )]
+    pub(super) request_timeout_ms: usize,
+    /// After SIGTERM, what is not finished by then is answered with 503. SageMaker kills the
+    /// process 30 s after SIGTERM
+    #[arg(long, env = "SD_DRAIN_TIMEOUT_MS", default_value = "25000", value_parser = at_least::<0>)]
+    pub(super) drain_timeout_ms: usize,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Limits")]
+pub(super) struct LimitArgs {
+    /// Largest width x height of a picture; memory and time grow with it
+    #[arg(long, env = "SD_MAX_PIXELS", default_value = "1048576", value_parser = at_least::<64>)]
+    pub(super) max_pixels: usize,
+    /// Most sampler steps of a picture
+    #[arg(long, env = "SD_MAX_STEPS", default_value = "150", value_parser = at_least::<1>)]
+    pub(super) max_steps: usize,
+    /// Most pictures of one request
+    #[arg(long, env = "SD_MAX_IMAGES", default_value = "8", value_parser = at_least::<1>)]
+    pub(super) max_images: usize,
+    /// Longest prompt; the model reads 77 tokens in any case
+    #[arg(long, env = "SD_MAX_PROMPT_BYTES", default_value = "16384", value_parser = at_least::<1>)]
+    pub(super) max_prompt_bytes: usize,
+    /// Largest request body
+    #[arg(
+        long,
+        env = "SD_MAX_BODY_BYTES",
+        default_value = "26214400",
+        value_parser = at_least::<1>,
+    )]
+    pub(super) max_body_bytes: usize,
+    /// Pictures that may wait for their turn; beyond it requests are answered with 429
+    #[arg(long, env = "SD_MAX_QUEUE", default_value = "64", value_parser = at_least::<1>)]
+    pub(super) max_queue: usize,
+    /// Requests in service, waiting ones included; beyond it they are answered with 429 unread
+    #[arg(long, env = "SD_MAX_REQUESTS", default_value = "256", value_parser = at_least::<1>)]
+    pub(super) max_requests: usize,
+    /// Rows that share one evaluation of the UNet: a picture takes two, or one without guidance.
+    /// More rows mean more pictures a second, later first pictures and more memory
+    #[arg(long, env = "SD_MAX_BATCH_ROWS", default_value = "8", value_parser = at_least::<2>)]
+    pub(super) max_batch_rows: usize,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Log")]
+pub(super) struct LogArgs {
+    /// text for people, json for log collectors; both go to standard error
+    #[arg(long, env = "SD_LOG_FORMAT", default_value = "text")]
+    pub(super) log_format: LogFormat,
+    /// What is logged: error, warn, info, debug, trace, or a filter such as sd_server=debug
+    #[arg(long, env = "SD_LOG", default_value = "info")]
+    pub(super) log: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct GenerateArgs {
+    /// What the picture shows
+    pub(super) prompt: String,
+    /// The file: .png, .jpg or .webp; several pictures become out-0.png, out-1.png, ...
+    #[arg(short, long, default_value = "out.png")]
+    pub(super) output: PathBuf,
+    /// What the picture should not show
+    #[arg(long)]
+    pub(super) negative_prompt: Option<String>,
+    /// Width in pixels, a multiple of 8; the model's own size when absent
+    #[arg(short = 'W', long)]
+    pub(super) width: Option<u64>,
+    /// Height in pixels, a multiple of 8; the model's own size when absent
+    #[arg(short = 'H', long)]
+    pub(super) height: Option<u64>,
+    /// Sampler steps; more are slower and, up to a point, better
+    #[arg(long)]
+    pub(super) steps: Option<u64>,
+    /// How closely to follow the prompt; 1 or less is twice as fast and ignores --negative-prompt
+    #[arg(long)]
+    pub(super) guidance_scale: Option<f64>,
+    /// pndm, ddim, ddpm, euler, euler_a, heun, dpmpp_2m, dpmpp_2m_karras, unipc or lcm
+    #[arg(long, value_parser = parse::<Scheduler>)]
+    pub(super) scheduler: Option<Scheduler>,
+    /// The same seed gives the same picture; random when absent
+    #[arg(long)]
+    pub(super) seed: Option<u64>,
+    /// How many pictures; picture k uses seed + k
+    #[arg(short = 'n', long)]
+    pub(super) num_images: Option<u64>,
+    #[command(flatten)]
+    pub(super) model: ModelArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct DownloadArgs {
+    /// The hub id: owner/name
+    pub(super) model: String,
+    /// Branch, tag or commit
+    #[arg(long, env = "SD_REVISION", default_value = "main")]
+    pub(super) revision: String,
+    /// Fetch the smaller f16 weights for this device if there are any
+    #[arg(long, env = "SD_DEVICE", default_value = "auto", value_parser = parse::<DeviceName>)]
+    pub(super) device: DeviceName,
+    /// Fetch the smaller f16 weights for f16 if there are any
+    #[arg(long, env = "SD_DTYPE", default_value = "auto", value_parser = parse::<Precision>)]
+    pub(super) dtype: Precision,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct HealthcheckArgs {
+    /// Host of the server
+    #[arg(long, default_value = "127.0.0.1")]
+    pub(super) host: String,
+    /// Port of the server; found as `serve` finds it
+    #[arg(long)]
+    pub(super) port: Option<u16>,
+}
+
+fn parse<T: std::str::FromStr<Err = String>>(text: &str) -> Result<T, String> {
+    text.parse()
+}
+
+fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(number) if number >= LEAST => Ok(number),
+        _ => Err(format!("must be a whole number of at least {LEAST}")),
+    }
+}
