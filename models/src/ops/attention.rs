@@ -251,15 +251,16 @@ vectorized! {
                 *m = if *s > *m { *s } else { *m };
             }
         }
+        let mut sum = [0f32; NR];
+        for row in scores.chunks_exact_mut(NR) {
+            for ((score, max), sum) in row.iter_mut().zip(&new).zip(&mut sum) {
+                *score = exp(*score - max);
+                *sum += *score;
+            }
+        }
         for j in 0..NR {
             factor[j] = exp(max[j] - new[j]);
-            total[j] *= factor[j];
-        }
-        for row in scores.chunks_exact_mut(NR) {
-            for j in 0..NR {
-                row[j] = exp(row[j] - new[j]);
-                total[j] += row[j];
-            }
+            total[j] = total[j] * factor[j] + sum[j];
         }
         *max = new;
     }

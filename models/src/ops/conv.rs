@@ -56,7 +56,9 @@ impl Conv2d {
     ) -> Result<Self> {
         let (outputs, inputs, kernel, _) = weight.dims4()?;
         let weights = if device.is_cpu() {
-            let values = to_host(weight)?;
+            let weight = weight.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
+            let source = host(&weight)?;
+            let values = source.data()?;
             let taps = kernel * kernel;
             // k runs over taps, then channels: the order in which pixels lie in memory.
             let value = |i: usize, j: usize| values[(j * inputs + i % inputs) * taps + i / inputs];

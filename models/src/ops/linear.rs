@@ -26,7 +26,9 @@ impl Linear {
     ) -> Result<Self> {
         let (out, k) = weight.dims2()?;
         let weights = if device.is_cpu() {
-            let values = to_host(weight)?;
+            let weight = weight.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
+            let source = host(&weight)?;
+            let values = source.data()?;
             let packed = Packed::new(k, out, dtype, |i, j| values[j * k + i]);
             Weights::Cpu { packed, bias: bias.map(to_host).transpose()? }
         } else {
