@@ -58,11 +58,11 @@ impl Conv2d {
         let weights = if device.is_cpu() {
             let weight = weight.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
             let source = host(&weight)?;
-            let values = source.data()?;
             let taps = kernel * kernel;
             // k runs over taps, then channels: the order in which pixels lie in memory.
-            let value = |i: usize, j: usize| values[(j * inputs + i % inputs) * taps + i / inputs];
-            let packed = Packed::new(taps * inputs, outputs, dtype, value);
+            let row = |i: usize| i % inputs * taps + i / inputs;
+            let shape = (taps * inputs, outputs);
+            let packed = Packed::new(shape, dtype, source.data()?, row, taps * inputs);
             Weights::Cpu { packed, bias: to_host(bias)? }
         } else {
             let place = |t: &Tensor| t.to_dtype(dtype)?.to_device(device);

@@ -65,21 +65,24 @@ enum Panels {
 }
 
 impl Packed {
-    /// Packs the matrix whose element in row i and column j is `weight(i, j)`, as bf16 or f32.
+    /// Packs the matrix whose element in row i and column j is `values[row(i) + j * stride]`, as
+    /// bf16 or f32.
     pub(crate) fn new(
-        k: usize,
-        n: usize,
+        (k, n): (usize, usize),
         dtype: DType,
-        weight: impl Fn(usize, usize) -> f32 + Sync,
+        values: &[f32],
+        row: impl Fn(usize) -> usize + Sync,
+        stride: usize,
     ) -> Self {
         let len = k * n.next_multiple_of(NR);
         let panels = if dtype == DType::BF16 {
             let mut panels = vec![bf16::ZERO; len];
-            pack(&mut panels, k, n, |i, j| bf16::from_f32(weight(i, j)));
+            let at = |i| bf16::from_f32(values[i]);
+            pack(&mut panels, (k, n), |i, j| at(row(i) + j * stride));
             Panels::Bf16(panels)
         } else {
             let mut panels = Aligned::zeros(len);
-            pack(panels.as_mut_slice(), k, n, weight);
+            pack(panels.as_mut_slice(), (k, n), |i, j| values[row(i) + j * stride]);
             Panels::F32(panels)
         };
         Self { panels, k, n }
@@ -107,15 +110,14 @@ impl Packed {
 
 fn pack<T: Copy + Send>(
     panels: &mut [T],
-    k: usize,
-    n: usize,
-    weight: impl Fn(usize, usize) -> T + Sync,
+    (k, n): (usize, usize),
+    at: impl Fn(usize, usize) -> T + Sync,
 ) {
     panels.par_chunks_mut((k * NR).max(1)).enumerate().for_each(|(p, panel)| {
         let columns = p * NR..n.min((p + 1) * NR);
         for (i, row) in panel.chunks_exact_mut(NR).enumerate() {
             for (value, j) in row.iter_mut().zip(columns.clone()) {
-                *value = weight(i, j);
+                *value = at(i, j);
             }
         }
     });
@@ -612,7 +614,7 @@ mod tests {
     fn any_shape_and_any_batch_give_the_same_rows() {
         for (rows, k, n) in [(1, 1, 1), (13, 300, 33), (500, 17, 70), (40, 600, 4), (3, 5, 257)] {
             let (a, w, bias) = (random(rows * k, 4), random(k * n, 5), random(n, 6));
-            let packed = Packed::new(k, n, DType::F32, |i, j| w[i * n + j]);
+            let packed = Packed::new((k, n), DType::F32, &w, |i| i * n, 1);
             let matrix = Matrix { data: &a, stride: k };
             let epilogue = Epilogue { bias: Some(&bias), ..Epilogue::default() };
             let mut out = vec![0.0; rows * n];
@@ -642,8 +644,8 @@ mod tests {
             gemm(rows, &matrix, packed, Epilogue::default(), &mut out);
             out
         };
-        let narrow = product(&Packed::new(k, n, DType::BF16, |i, j| w[i * n + j]));
-        let rounded = |i: usize, j: usize| bf16::from_f32(w[i * n + j]).to_f32();
-        assert_eq!(narrow, product(&Packed::new(k, n, DType::F32, rounded)));
+        let pack = |dtype, w: &[f32]| Packed::new((k, n), dtype, w, |i| i * n, 1);
+        let rounded: Vec<f32> = w.iter().map(|w| bf16::from_f32(*w).to_f32()).collect();
+        assert_eq!(product(&pack(DType::BF16, &w)), product(&pack(DType::F32, &rounded)));
     }
 }

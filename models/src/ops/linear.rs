@@ -28,8 +28,7 @@ impl Linear {
         let weights = if device.is_cpu() {
             let weight = weight.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
             let source = host(&weight)?;
-            let values = source.data()?;
-            let packed = Packed::new(k, out, dtype, |i, j| values[j * k + i]);
+            let packed = Packed::new((k, out), dtype, source.data()?, |i| i, k);
             Weights::Cpu { packed, bias: bias.map(to_host).transpose()? }
         } else {
             let place = |t: &Tensor| t.to_dtype(dtype)?.to_device(device);
