@@ -12,6 +12,7 @@ use candle_core::DType;
 use half::bf16;
 use rayon::prelude::*;
 
+use super::memory::prefer_huge_pages;
 use super::simd::{Isa, vectorized};
 
 /// Rows of a tile: 12 x 2 accumulators of 16 lanes leave 8 of AVX-512's 32 registers free.
@@ -23,31 +24,29 @@ const KC: usize = 256;
 /// Rows of a block: MC x KC f32 stay in the second-level cache while all panels pass.
 const MC: usize = 384;
 
-/// Sixteen floats on a cache line of their own.
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([f32; 16]);
+/// Floats in a cache line.
+const LINE: usize = 16;
 
 /// Floats that start on a cache line.
 pub(crate) struct Aligned {
-    lines: Vec<Line>,
+    floats: Vec<f32>,
+    first: usize,
+    len: usize,
 }
 
 impl Aligned {
-    /// `len` zeros, rounded up to whole lines.
     pub(crate) fn zeros(len: usize) -> Self {
-        Self { lines: vec![Line([0.0; 16]); len.div_ceil(16)] }
+        let floats = vec![0f32; len + LINE];
+        let first = floats.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
+        Self { floats, first, len }
     }
 
     pub(crate) fn as_slice(&self) -> &[f32] {
-        // SAFETY: Line is repr(C) and holds nothing but sixteen f32.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.lines.len() * 16) }
+        &self.floats[self.first..self.first + self.len]
     }
 
     pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
-        let len = self.lines.len() * 16;
-        // SAFETY: as above, and the borrow is unique.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), len) }
+        &mut self.floats[self.first..self.first + self.len]
     }
 }
 
@@ -77,11 +76,13 @@ impl Packed {
         let len = k * n.next_multiple_of(NR);
         let panels = if dtype == DType::BF16 {
             let mut panels = vec![bf16::ZERO; len];
+            prefer_huge_pages(&mut panels);
             let at = |i| bf16::from_f32(values[i]);
             pack(&mut panels, (k, n), |i, j| at(row(i) + j * stride));
             Panels::Bf16(panels)
         } else {
             let mut panels = Aligned::zeros(len);
+            prefer_huge_pages(panels.as_mut_slice());
             pack(panels.as_mut_slice(), (k, n), |i, j| values[row(i) + j * stride]);
             Panels::F32(panels)
         };

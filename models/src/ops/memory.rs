@@ -1,4 +1,4 @@
-//! The allocator's manners on Linux with glibc.
+//! Memory as the kernels want it: kept by the allocator, in large pages.
 
 /// Tells the allocator to keep what is freed. A step allocates and frees the same few hundred
 /// megabytes of activations in blocks that glibc would otherwise return to the kernel one by one,
@@ -11,6 +11,7 @@ pub fn keep_freed_memory() {
         /// From `malloc.h`.
         const M_TRIM_THRESHOLD: i32 = -1;
         const M_MMAP_THRESHOLD: i32 = -3;
+        const M_ARENA_MAX: i32 = -8;
         const ONE_GIB: i32 = 1 << 30;
         unsafe extern "C" {
             fn mallopt(parameter: i32, value: i32) -> i32;
@@ -19,8 +20,35 @@ pub fn keep_freed_memory() {
         unsafe {
             mallopt(M_MMAP_THRESHOLD, ONE_GIB);
             mallopt(M_TRIM_THRESHOLD, i32::MAX);
+            // Arenas of other threads are made of heaps of 64 MiB, which they return.
+            mallopt(M_ARENA_MAX, 1);
         }
     }
+}
+
+/// Asks for pages of 2 MiB under a large block that is about to be written for the first time:
+/// the weights of a model are a million small pages, each a fault at load and an entry that
+/// address translation must find at every step.
+pub(super) fn prefer_huge_pages<T>(block: &mut [T]) {
+    #[cfg(target_os = "linux")]
+    {
+        /// From `sys/mman.h`.
+        const MADV_HUGEPAGE: i32 = 14;
+        const HUGE: usize = 2 << 20;
+        unsafe extern "C" {
+            fn madvise(address: *mut std::ffi::c_void, length: usize, advice: i32) -> i32;
+        }
+        let range = block.as_mut_ptr_range();
+        let start = (range.start as usize).next_multiple_of(HUGE);
+        let end = range.end as usize / HUGE * HUGE;
+        if start < end {
+            // SAFETY: the range lies inside the block, and this advice changes no contents. An
+            // error means that the pages stay small.
+            unsafe { madvise(start as *mut std::ffi::c_void, end - start, MADV_HUGEPAGE) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = block;
 }
 
 #[cfg(test)]
@@ -32,5 +60,8 @@ mod tests {
             let block = vec![1u8; 64 << 20];
             assert_eq!(block[block.len() - 1], 1);
         }
+        let mut block = vec![7u8; 8 << 20];
+        super::prefer_huge_pages(&mut block);
+        assert!(block.iter().all(|b| *b == 7));
     }
 }
