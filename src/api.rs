@@ -73,6 +73,10 @@ pub struct Draw {
     count: usize,
     /// The image format that the body asked for.
     pub format: Option<Format>,
+    /// Whether the body asked for events.
+    pub stream: bool,
+    /// Whether these should hold previews.
+    pub preview: bool,
 }
 
 impl Draw {
@@ -98,6 +102,8 @@ impl Draw {
         let seed = fields.whole(&["seed"], 0..=u64::MAX)?;
         let scheduler = fields.choice::<Scheduler>(&["scheduler", "sampler"])?;
         let format = fields.choice::<Format>(&["output_format"])?;
+        let stream = fields.flag(&["stream"])?.unwrap_or(false);
+        let preview = fields.flag(&["preview"])?.unwrap_or(false);
         fields.finish()?;
         let spec = Spec {
             prompt,
@@ -114,7 +120,7 @@ impl Draw {
                 other => Invalid::body(other.to_string()),
             });
         }
-        Ok(Self { spec, count: count as usize, format })
+        Ok(Self { spec, count: count as usize, format, stream, preview })
     }
 
     /// How many pictures.
@@ -259,6 +265,23 @@ impl Fields {
                 let size = format!("{width}x{height}");
                 Invalid::range(param, format!("is too large: {size} exceeds {max_pixels} pixels"))
             })
+    }
+
+    fn flag(&mut self, names: &[&'static str]) -> Result<Option<bool>, Invalid> {
+        match self.take(names)? {
+            None => Ok(None),
+            Some((_, Value::Bool(flag))) => Ok(Some(flag)),
+            Some((name, Value::String(text))) if !self.typed => {
+                let flag = text.trim().parse().map_err(|_| {
+                    Invalid::malformed(name, format!("must be true or false, not {text:?}"))
+                })?;
+                Ok(Some(flag))
+            }
+            Some((name, other)) => {
+                let found = kind(&other);
+                Err(Invalid::malformed(name, format!("must be true or false, not {found}")))
+            }
+        }
     }
 
     fn choice<T: std::str::FromStr<Err = String>>(

@@ -13,11 +13,12 @@ use clap::{CommandFactory as _, Parser as _};
 use sd_models::{DeviceName, MAX_STEPS, Precision};
 
 use crate::api::Limits;
+use crate::bench::{Load, Plan};
 use crate::hub::{Download, Hub};
 use crate::image::Format;
 use crate::telemetry::LogFormat;
 use crate::{engine, http};
-use args::{Args, Command, GenerateArgs, ModelArgs, ServeArgs};
+use args::{Args, BenchArgs, Command, GenerateArgs, ModelArgs, ServeArgs};
 
 /// The model when nothing else is said.
 const DEFAULT_MODEL: &str = "CompVis/stable-diffusion-v1-4";
@@ -45,6 +46,8 @@ pub enum Action {
     Generate(Box<Generate>),
     /// Fetch a model from the hub.
     Download(Box<Download>),
+    /// Put load on a running server.
+    Bench(Box<Plan>),
     /// Ask a running server whether it is ready.
     Healthcheck {
         /// Host and port.
@@ -130,6 +133,7 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
             let (id, revision) = (args.model, args.revision);
             Action::Download(Box::new(Download { hub: hub()?, id, revision, half }))
         }
+        Command::Bench(args) => Action::Bench(Box::new(args.resolve()?)),
         Command::Healthcheck(args) => {
             Action::Healthcheck { address: format!("{}:{}", args.host, port(args.port)?) }
         }
@@ -166,11 +170,17 @@ impl ServeArgs {
                 max_body_bytes: limits.max_body_bytes,
                 max_requests: limits.max_requests,
                 request_timeout: Duration::from_millis(network.request_timeout_ms as u64),
+                max_jobs: limits.max_jobs,
+                job_timeout: Duration::from_millis(limits.job_timeout_ms as u64),
+                job_retention: Duration::from_millis(limits.job_retention_ms as u64),
+                idle_timeout: Duration::from_millis(network.idle_timeout_ms as u64),
+                max_connections: network.max_connections,
                 log_prompts: self.log_prompts,
             },
             engine: engine::Settings {
                 max_queue: limits.max_queue,
                 max_batch_rows: limits.max_batch_rows,
+                memory_budget_bytes: limits.memory_budget_bytes.map(|bytes| bytes as u64),
             },
             drain_timeout: Duration::from_millis(network.drain_timeout_ms as u64),
             model: self.model.resolve()?,
@@ -204,6 +214,26 @@ impl GenerateArgs {
             .filter_map(|(name, value)| Some((name.to_owned(), value?)))
             .collect();
         Ok(Generate { model: self.model.resolve()?, fields, output: self.output, format })
+    }
+}
+
+impl BenchArgs {
+    fn resolve(self) -> Result<Plan, clap::Error> {
+        let url = self.url.trim_end_matches('/').to_owned();
+        if !["http://", "https://"].iter().any(|scheme| url.starts_with(scheme)) {
+            return Err(usage(format!("{url}: the URL must start with http:// or https://")));
+        }
+        let body = serde_json::from_str(&self.body)
+            .map_err(|error| usage(format!("--body is not a JSON object: {error}")))?;
+        Ok(Plan {
+            url,
+            load: self.rate.map_or(Load::Clients(self.clients), Load::Rate),
+            duration: Duration::from_secs_f64(self.duration_s),
+            timeout: Duration::from_millis(self.timeout_ms as u64),
+            body,
+            arrivals_seed: self.arrivals_seed,
+            json: self.json,
+        })
     }
 }
 

@@ -27,7 +27,12 @@ const LIMITS: Limits = Limits {
 const MAX_BATCH_ROWS: usize = 8;
 
 pub(crate) async fn run(config: Generate) -> Result<()> {
-    let settings = Settings { max_queue: LIMITS.max_images, max_batch_rows: MAX_BATCH_ROWS };
+    let settings = Settings {
+        max_queue: LIMITS.max_images,
+        max_batch_rows: MAX_BATCH_ROWS,
+        // The user's own machine again: only the device says no.
+        memory_budget_bytes: Some(u64::MAX),
+    };
     let spinner = ProgressBar::new_spinner().with_message("loading the model");
     spinner.enable_steady_tick(Duration::from_millis(100));
     let engine = crate::start(settings, config.model)?;
@@ -38,7 +43,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     let draw = Draw::read(Fields::form(config.fields), &LIMITS, &model, seed)?;
     let specs = draw.specs();
     let began = Instant::now();
-    let ticket = engine.submit(specs.clone(), None)?;
+    let ticket = engine.submit(specs.clone())?;
     let bar = tokio::spawn(show(ticket.progress()));
     let pictures = ticket.wait().await;
     // The orders are gone, and with them the sender of progress: the bar ends by itself.
@@ -72,7 +77,7 @@ async fn show(mut progress: watch::Receiver<Progress>) {
         ));
     }
     while progress.changed().await.is_ok() {
-        let Progress { made, total } = *progress.borrow_and_update();
+        let Progress { made, total, .. } = *progress.borrow_and_update();
         bar.set_length(total as u64);
         bar.set_position(made as u64);
     }

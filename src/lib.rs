@@ -10,9 +10,11 @@ pub mod http;
 pub mod image;
 pub mod telemetry;
 
+mod bench;
 mod generate;
 mod healthcheck;
 mod hub;
+mod memory;
 
 use std::io::Write as _;
 use std::time::Duration;
@@ -20,7 +22,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use sd_models::Pipeline;
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
+use tokio::sync::watch;
 use tokio::time::timeout;
 use tracing::info;
 
@@ -40,6 +42,7 @@ pub fn run(config: Config) -> Result<()> {
             let path = download.run()?;
             Ok(writeln!(std::io::stdout(), "{}", path.display())?)
         }
+        Action::Bench(plan) => block_on(bench::run(*plan)),
         Action::Healthcheck { address } => healthcheck::run(&address),
     }
 }
@@ -78,18 +81,15 @@ pub async fn serve(
     drain_timeout: Duration,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    let (close, closed) = oneshot::channel::<()>();
+    let (close, closed) = watch::channel(false);
     let app = http::router(engine.clone(), settings);
-    let server = axum::serve(listener, app).with_graceful_shutdown(async {
-        let _ = closed.await;
-    });
-    let mut server = tokio::spawn(server.into_future());
+    let mut server = tokio::spawn(http::listen(listener, app, settings, closed));
 
     let reason = tokio::select! {
         () = shutdown => None,
         reason = engine.died() => Some(reason),
     };
-    drop(close);
+    close.send_replace(true);
     if reason.is_none() {
         info!(drain_ms = drain_timeout.as_millis() as u64, "stopping: finishing what was accepted");
         engine.drain();

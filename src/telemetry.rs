@@ -1,8 +1,13 @@
-//! What the server says about itself: the log. One line an event, to standard error.
+//! What the server says about itself: the log, one line an event, to standard error; and every
+//! metric, in one table. A route or a stage that is measured has no name of its own elsewhere.
+
+mod metrics;
 
 use std::io::{self, IsTerminal as _};
 
 use tracing_subscriber::EnvFilter;
+
+pub use metrics::{Kind, Metric, Metrics};
 
 /// The look of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -24,3 +29,153 @@ pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
     std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
     started.map_err(|error| anyhow::anyhow!("the log does not start: {error}"))
 }
+
+/// The metrics, in the order of the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the table says what they are")]
+pub enum Id {
+    Requests,
+    RequestSeconds,
+    RequestsInService,
+    Pictures,
+    PicturesWaiting,
+    PicturesDrawing,
+    QueueSeconds,
+    StageSeconds,
+    PictureSeconds,
+    StepRows,
+    BatchShrinks,
+    Ready,
+    LoadSeconds,
+    Jobs,
+    BudgetBytes,
+    HostBytes,
+    HostAvailableBytes,
+    Build,
+}
+
+/// From an answer to `/ping` to an hour.
+const LONG: Kind = Kind::Histogram(&[
+    0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0,
+]);
+
+/// From a step of a small model on a GPU to one of a large picture on a CPU.
+const SHORT: Kind = Kind::Histogram(&[
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0,
+]);
+
+const ROWS: Kind = Kind::Histogram(&[1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0]);
+
+/// Every metric. Absent: memory and use of a GPU, which need NVML; the platform's own agent (on
+/// SageMaker CloudWatch, elsewhere DCGM) reports them.
+pub const TABLE: [Metric; 18] = {
+    use Id::*;
+    use Kind::{Counter, Gauge};
+    const fn row(
+        id: Id,
+        name: &'static str,
+        kind: Kind,
+        labels: &'static [&'static str],
+        help: &'static str,
+    ) -> Metric {
+        Metric { id, name, help, kind, labels }
+    }
+    [
+        row(
+            Requests,
+            "sd_requests_total",
+            Counter,
+            &["route", "outcome"],
+            "Requests answered; ok, an error's code, or gone when the client left first.",
+        ),
+        row(
+            RequestSeconds,
+            "sd_request_seconds",
+            LONG,
+            &["route"],
+            "From the head of a request to the head of its answer.",
+        ),
+        row(
+            RequestsInService,
+            "sd_requests_in_service",
+            Gauge,
+            &[],
+            "Requests for pictures that are being served, waiting ones included.",
+        ),
+        row(
+            Pictures,
+            "sd_pictures_total",
+            Counter,
+            &["outcome"],
+            "Pictures asked for, by their end: drawn, failed, cancelled or refused.",
+        ),
+        row(PicturesWaiting, "sd_pictures_waiting", Gauge, &[], "Pictures in the queue."),
+        row(PicturesDrawing, "sd_pictures_drawing", Gauge, &[], "Pictures in the making."),
+        row(
+            QueueSeconds,
+            "sd_queue_seconds",
+            LONG,
+            &[],
+            "From the acceptance of a picture to the encoding of its text.",
+        ),
+        row(
+            StageSeconds,
+            "sd_stage_seconds",
+            SHORT,
+            &["stage"],
+            "One text encoding with its noise, one step of a batch, one decoding, one file.",
+        ),
+        row(
+            PictureSeconds,
+            "sd_picture_seconds",
+            LONG,
+            &[],
+            "From the encoding of a picture's text to its pixels.",
+        ),
+        row(
+            StepRows,
+            "sd_step_rows",
+            ROWS,
+            &[],
+            "Rows that shared a step; a picture with guidance has two.",
+        ),
+        row(
+            BatchShrinks,
+            "sd_batch_shrinks_total",
+            Counter,
+            &[],
+            "Steps tried again with fewer rows because the device had no memory for all.",
+        ),
+        row(Ready, "sd_ready", Gauge, &[], "1 when pictures can be drawn."),
+        row(
+            LoadSeconds,
+            "sd_model_load_seconds",
+            Gauge,
+            &[],
+            "From the start to the first picture, fetching the model included.",
+        ),
+        row(Jobs, "sd_jobs", Gauge, &["state"], "Jobs of /v1/jobs that are kept."),
+        row(
+            BudgetBytes,
+            "sd_memory_budget_bytes",
+            Gauge,
+            &[],
+            "What one evaluation may take of the device's memory.",
+        ),
+        row(HostBytes, "sd_host_resident_bytes", Gauge, &[], "Memory of this process."),
+        row(
+            HostAvailableBytes,
+            "sd_host_available_bytes",
+            Gauge,
+            &[],
+            "Memory that the host or the container has left.",
+        ),
+        row(
+            Build,
+            "sd_build_info",
+            Gauge,
+            &["version"],
+            "Always 1; the label says which server this is.",
+        ),
+    ]
+};

@@ -110,7 +110,7 @@ impl ModelInfo {
     pub fn peak_bytes(&self, size: Size, rows: usize) -> u64 {
         let memory = self.memory;
         let pixels = size.pixels() as u64;
-        let latent = pixels / (memory.scale * memory.scale);
+        let latent = pixels / memory.scale.max(1).pow(2);
         let step = rows as u64 * latent * (memory.row_bytes + latent * memory.score_bytes);
         step.max(pixels * memory.decode_bytes)
     }

@@ -32,6 +32,8 @@ pub(super) enum Command {
     Generate(Box<GenerateArgs>),
     /// Fetch a model from the hub into the local cache
     Download(Box<DownloadArgs>),
+    /// Put load on a running server and report latency and throughput
+    Bench(Box<BenchArgs>),
     /// Exit with 0 if a server on this host is ready, for Docker's HEALTHCHECK
     Healthcheck(Box<HealthcheckArgs>),
 }
@@ -87,8 +89,9 @@ pub(super) struct NetworkArgs {
     /// When absent: SAGEMAKER_BIND_TO_PORT, else SD_PORT, else 8080
     #[arg(long)]
     pub(super) port: Option<u16>,
-    /// A request that is not answered after this is given up and answered with 504. SageMaker
-    /// hangs up after 60 s; asynchronous endpoints may wait up to an hour
+    /// A request that is not answered after this is given up and answered with 504; the header
+    /// x-request-timeout-ms can ask for less. SageMaker hangs up after 60 s; asynchronous
+    /// endpoints may wait up to an hour (3600000)
     #[arg(
         long,
         env = "SD_REQUEST_TIMEOUT_MS",
@@ -100,6 +103,12 @@ pub(super) struct NetworkArgs {
     /// process 30 s after SIGTERM
     #[arg(long, env = "SD_DRAIN_TIMEOUT_MS", default_value = "25000", value_parser = at_least::<0>)]
     pub(super) drain_timeout_ms: usize,
+    /// A connection on which the head of a request does not arrive for so long is closed
+    #[arg(long, env = "SD_IDLE_TIMEOUT_MS", default_value = "75000", value_parser = at_least::<1>)]
+    pub(super) idle_timeout_ms: usize,
+    /// Open connections; beyond it new ones wait until one is closed
+    #[arg(long, env = "SD_MAX_CONNECTIONS", default_value = "1024", value_parser = at_least::<1>)]
+    pub(super) max_connections: usize,
 }
 
 #[derive(Debug, clap::Args)]
@@ -125,16 +134,41 @@ pub(super) struct LimitArgs {
         value_parser = at_least::<1>,
     )]
     pub(super) max_body_bytes: usize,
-    /// Pictures that may wait for their turn; beyond it requests are answered with 429
+    /// Pictures that may wait for their turn; beyond it requests are answered with 429. When the
+    /// queue is full, the client with most of it makes room for one with less
     #[arg(long, env = "SD_MAX_QUEUE", default_value = "64", value_parser = at_least::<1>)]
     pub(super) max_queue: usize,
     /// Requests in service, waiting ones included; beyond it they are answered with 429 unread
     #[arg(long, env = "SD_MAX_REQUESTS", default_value = "256", value_parser = at_least::<1>)]
     pub(super) max_requests: usize,
+    /// Jobs of /v1/jobs that are kept; the oldest result makes room for a new job
+    #[arg(long, env = "SD_MAX_JOBS", default_value = "64", value_parser = at_least::<1>)]
+    pub(super) max_jobs: usize,
+    /// A job that has no result after this fails; the header x-request-timeout-ms can ask for less
+    #[arg(
+        long,
+        env = "SD_JOB_TIMEOUT_MS",
+        default_value = "3600000",
+        value_parser = at_least::<1>,
+    )]
+    pub(super) job_timeout_ms: usize,
+    /// How long the result of a job is kept
+    #[arg(
+        long,
+        env = "SD_JOB_RETENTION_MS",
+        default_value = "600000",
+        value_parser = at_least::<1>,
+    )]
+    pub(super) job_retention_ms: usize,
     /// Rows that share one evaluation of the UNet: a picture takes two, or one without guidance.
     /// More rows mean more pictures a second, later first pictures and more memory
     #[arg(long, env = "SD_MAX_BATCH_ROWS", default_value = "8", value_parser = at_least::<2>)]
     pub(super) max_batch_rows: usize,
+    /// Memory that one evaluation or decoding may take; fewer rows share one when they would need
+    /// more, and pictures that can never fit are answered with 507. When absent: four fifths of
+    /// what is free once the model is loaded (on a GPU: no bound but the device's own)
+    #[arg(long, env = "SD_MEMORY_BUDGET_BYTES", value_parser = at_least::<1>)]
+    pub(super) memory_budget_bytes: Option<usize>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -199,6 +233,34 @@ pub(super) struct DownloadArgs {
 }
 
 #[derive(Debug, clap::Args)]
+pub(super) struct BenchArgs {
+    /// The server: http://host:port
+    pub(super) url: String,
+    /// Requests a second, arriving at random (Poisson) whether or not earlier ones are answered.
+    /// This shows what happens under more load than the server can bear
+    #[arg(long, conflicts_with = "clients", value_parser = positive)]
+    pub(super) rate: Option<f64>,
+    /// Clients that each send their next request when the last is answered
+    #[arg(long, default_value = "8", value_parser = at_least::<1>)]
+    pub(super) clients: usize,
+    /// For how long requests are sent
+    #[arg(long, default_value = "30", value_parser = positive)]
+    pub(super) duration_s: f64,
+    /// The request, as JSON; each gets a seed of its own if it has none
+    #[arg(long, default_value = r#"{"prompt":"a red house by the sea","steps":20}"#)]
+    pub(super) body: String,
+    /// A request that is not answered after this counts as unanswered
+    #[arg(long, default_value = "120000", value_parser = at_least::<1>)]
+    pub(super) timeout_ms: usize,
+    /// The same number gives the same arrivals
+    #[arg(long, default_value = "1")]
+    pub(super) arrivals_seed: u64,
+    /// Print JSON in place of the table
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
 pub(super) struct HealthcheckArgs {
     /// Host of the server
     #[arg(long, default_value = "127.0.0.1")]
@@ -210,6 +272,13 @@ pub(super) struct HealthcheckArgs {
 
 fn parse<T: std::str::FromStr<Err = String>>(text: &str) -> Result<T, String> {
     text.parse()
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(number) if number > 0.0 && number <= 1e6 => Ok(number),
+        _ => Err("must be a positive number".into()),
+    }
 }
 
 fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> {

@@ -2,12 +2,15 @@
 //! for each picture, which carries the way back with it. The channel is the only link: when the
 //! ticket is dropped the orders are no longer wanted, and when the worker dies the ticket hears it.
 
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sd_models::{Rgb, Spec};
 use tokio::sync::{mpsc, watch};
 
 use super::Phase;
+use crate::telemetry::{Id, Metrics};
 
 /// Why a picture was not drawn. The causes are in the log; this is what a client may know.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -16,8 +19,11 @@ pub enum Failure {
     #[error("the model is still loading")]
     Loading,
     /// As many pictures wait as may.
-    #[error("too many pictures are waiting")]
-    Full,
+    #[error("too many pictures are waiting; try again in {retry_after_s} s")]
+    Full {
+        /// Seconds until there should be room.
+        retry_after_s: u64,
+    },
     /// The process is about to end.
     #[error("the server is shutting down")]
     Stopping,
@@ -43,6 +49,50 @@ pub enum Failure {
     Model,
 }
 
+/// Whom a job is for. Clients share the device fairly.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub struct Client(Arc<str>);
+
+impl Client {
+    /// A client that has a name.
+    pub fn named(name: &str) -> Self {
+        Self(name.into())
+    }
+
+    /// A client known by its address; one IPv6 subscriber has a network of 64 bits.
+    pub fn at(address: IpAddr) -> Self {
+        match address.to_canonical() {
+            IpAddr::V4(address) => Self(address.to_string().into()),
+            IpAddr::V6(address) => {
+                let [a, b, c, d, ..] = address.segments();
+                Self(format!("{a:x}:{b:x}:{c:x}:{d:x}").into())
+            }
+        }
+    }
+}
+
+/// Pictures that are asked for together.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// One for each picture.
+    pub specs: Vec<Spec>,
+    /// Whose they are.
+    pub client: Client,
+    /// When nobody wants them any more.
+    pub deadline: Option<tokio::time::Instant>,
+    /// Whether to show the pictures in the making.
+    pub preview: bool,
+}
+
+impl From<Vec<Spec>> for Job {
+    fn from(specs: Vec<Spec>) -> Self {
+        Self { specs, client: Client::default(), deadline: None, preview: false }
+    }
+}
+
+/// A job's number; later jobs have greater ones.
+pub(super) type JobId = u64;
+
 /// A finished picture.
 #[derive(Debug, Clone)]
 pub struct Drawn {
@@ -64,50 +114,85 @@ pub struct Progress {
     pub made: usize,
     /// Evaluations of the pictures that have begun.
     pub total: usize,
+    /// Pictures that have begun.
+    pub begun: usize,
 }
 
+/// A small look at a picture in the making.
+#[derive(Debug, Clone)]
+pub struct Preview {
+    /// Which picture of the job.
+    pub index: usize,
+    /// Its pixels, as far as they can be told.
+    pub rgb: Arc<Rgb>,
+}
+
+/// Previews are for eyes: more of one picture in a second would only cost.
+const PREVIEW_PAUSE: Duration = Duration::from_millis(500);
+
+type Previews = watch::Sender<Option<Preview>>;
 type Settled = (usize, Result<Drawn, Failure>);
 
 /// The claim on the pictures of one job. Dropping it withdraws the job.
 #[derive(Debug)]
 pub struct Ticket {
+    pub(super) job: JobId,
     pictures: mpsc::Receiver<Settled>,
     count: usize,
     deadline: Option<tokio::time::Instant>,
     progress: watch::Receiver<Progress>,
+    previews: Option<watch::Receiver<Option<Preview>>>,
     phase: watch::Receiver<Phase>,
 }
 
-/// One picture of a job, as the worker holds it.
+/// One picture of a job, as the worker holds it. It is counted once, when it is dropped.
 #[derive(Debug)]
 pub(super) struct Order {
     pub(super) spec: Spec,
+    pub(super) client: Client,
+    pub(super) job: JobId,
+    /// Pictures of the job, this one included.
+    pub(super) siblings: usize,
     pub(super) submitted: Instant,
     index: usize,
     settled: mpsc::Sender<Settled>,
     progress: watch::Sender<Progress>,
+    /// Of those who asked for previews, and when they were last shown one.
+    previews: Option<(Previews, Option<Instant>)>,
+    outcome: Option<&'static str>,
+    metrics: Arc<Metrics>,
 }
 
 /// Opens a job: the ticket and an order for each spec.
 pub(super) fn open(
-    specs: Vec<Spec>,
-    deadline: Option<tokio::time::Instant>,
+    id: JobId,
+    job: Job,
     phase: watch::Receiver<Phase>,
+    metrics: &Arc<Metrics>,
 ) -> (Ticket, Vec<Order>) {
+    let Job { specs, client, deadline, preview } = job;
     let count = specs.len();
     // Each order settles once, so a place for each means that the worker never waits.
     let (settled, pictures) = mpsc::channel(count.max(1));
     let (made, progress) = watch::channel(Progress::default());
+    let previews = preview.then(|| Previews::new(None));
+    let looks = previews.as_ref().map(watch::Sender::subscribe);
     let submitted = Instant::now();
     let order = |(index, spec)| Order {
         spec,
+        client: client.clone(),
+        job: id,
+        siblings: count,
         submitted,
         index,
         settled: settled.clone(),
         progress: made.clone(),
+        previews: previews.clone().map(|previews| (previews, None)),
+        outcome: None,
+        metrics: Arc::clone(metrics),
     };
     let orders = specs.into_iter().enumerate().map(order).collect();
-    (Ticket { pictures, count, deadline, progress, phase }, orders)
+    (Ticket { job: id, pictures, count, deadline, progress, previews: looks, phase }, orders)
 }
 
 impl Ticket {
@@ -132,6 +217,11 @@ impl Ticket {
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.clone()
     }
+
+    /// The latest preview, where they were asked for.
+    pub fn previews(&self) -> Option<watch::Receiver<Option<Preview>>> {
+        self.previews.clone()
+    }
 }
 
 async fn collect(
@@ -148,9 +238,34 @@ async fn collect(
 }
 
 impl Order {
+    /// Which picture of which job.
+    pub(super) fn key(&self) -> (JobId, usize) {
+        (self.job, self.index)
+    }
+
+    /// What it costs: pixels times rows times evaluations, these counted as steps.
+    pub(super) fn work(&self) -> u64 {
+        let Spec { size, steps, .. } = &self.spec;
+        (size.pixels() * self.spec.rows() * steps) as u64
+    }
+
     /// Whether anyone still holds the ticket.
     pub(super) fn wanted(&self) -> bool {
         !self.settled.is_closed()
+    }
+
+    /// Whether it is time for a preview.
+    pub(super) fn curious(&self) -> bool {
+        let due = |last: &Option<Instant>| last.is_none_or(|last| last.elapsed() > PREVIEW_PAUSE);
+        self.previews.as_ref().is_some_and(|(_, last)| due(last))
+    }
+
+    /// Shows a preview.
+    pub(super) fn show(&mut self, rgb: Rgb) {
+        if let Some((previews, last)) = &mut self.previews {
+            previews.send_replace(Some(Preview { index: self.index, rgb: Arc::new(rgb) }));
+            *last = Some(Instant::now());
+        }
     }
 
     /// Tells the ticket that this many evaluations have been made and promised.
@@ -158,11 +273,27 @@ impl Order {
         self.progress.send_modify(|progress| {
             progress.made += made;
             progress.total += promised;
+            progress.begun += usize::from(promised > 0);
         });
     }
 
     /// The end of this picture. Nobody may be listening any more, which is fine.
-    pub(super) fn settle(self, result: Result<Drawn, Failure>) {
+    pub(super) fn settle(mut self, result: Result<Drawn, Failure>) {
+        self.outcome = Some(if result.is_ok() { "drawn" } else { "failed" });
         let _ = self.settled.try_send((self.index, result));
+    }
+
+    /// The end of a picture that is not even taken on.
+    pub(super) fn refuse(mut self, failure: Failure) {
+        self.outcome = Some("refused");
+        let _ = self.settled.try_send((self.index, Err(failure)));
+    }
+}
+
+/// Dropped without a word: nobody wanted it, or the model thread is gone.
+impl Drop for Order {
+    fn drop(&mut self) {
+        let silent = if self.wanted() { "failed" } else { "cancelled" };
+        self.metrics.count(Id::Pictures, &[self.outcome.unwrap_or(silent)]);
     }
 }

@@ -7,17 +7,22 @@
 
 mod batch;
 mod job;
+mod pace;
 mod queue;
 mod worker;
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 use std::{io, thread};
 
 use sd_models::{ModelInfo, Rgb, Size, Spec};
 use tokio::sync::watch;
-use tokio::time::Instant;
 
-pub use job::{Drawn, Failure, Progress, Ticket};
+use crate::memory;
+use crate::telemetry::{Id, Metrics};
+pub use job::{Client, Drawn, Failure, Job, Preview, Progress, Ticket};
+use pace::Pace;
 use queue::{Queue, Refused};
 
 /// What the worker drives: `sd_models::Pipeline`, or a fake in tests.
@@ -32,6 +37,14 @@ pub trait Model: 'static {
     fn step(&self, batch: &mut [&mut Self::Trajectory]) -> sd_models::Result<()>;
     /// The picture of a finished trajectory.
     fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb>;
+    /// A small look at a picture in the making, from a model that can give one at little cost.
+    fn preview(&self, _trajectory: &Self::Trajectory) -> sd_models::Result<Option<Rgb>> {
+        Ok(None)
+    }
+    /// Memory that the device has left, where that is known.
+    fn free_bytes(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// What the worker must know of a picture in the making.
@@ -55,6 +68,8 @@ pub struct Settings {
     pub max_queue: usize,
     /// Rows of one UNet evaluation; a picture with guidance takes two.
     pub max_batch_rows: usize,
+    /// Memory that one evaluation or decoding may take; a share of what is free when absent.
+    pub memory_budget_bytes: Option<u64>,
 }
 
 /// Where the engine stands. It moves downwards only.
@@ -88,6 +103,28 @@ struct Shared {
     /// Signalled when an order arrives and when the queue closes.
     arrived: Condvar,
     phase: watch::Sender<Phase>,
+    pace: Mutex<Pace>,
+    /// Known when the model is.
+    budget_bytes: OnceLock<u64>,
+    jobs: AtomicU64,
+    metrics: Arc<Metrics>,
+}
+
+/// Where a job stands, for those who wait for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outlook {
+    /// Pictures ahead of it in the queue; `None` when it has begun.
+    pub position: Option<usize>,
+    /// Until it is done, as far as can be told.
+    pub left: Option<Duration>,
+}
+
+/// A view of a job that does not hold it: it may be kept when the ticket is gone.
+#[derive(Debug, Clone)]
+pub struct Watch {
+    job: u64,
+    shared: Arc<Shared>,
+    progress: watch::Receiver<Progress>,
 }
 
 impl Engine {
@@ -101,6 +138,10 @@ impl Engine {
             queue: Mutex::new(Queue::new(settings.max_queue)),
             arrived: Condvar::new(),
             phase: watch::Sender::new(Phase::Loading),
+            pace: Mutex::default(),
+            budget_bytes: OnceLock::new(),
+            jobs: AtomicU64::new(0),
+            metrics: Arc::default(),
         });
         let theirs = Arc::clone(&shared);
         thread::Builder::new().name("model".into()).spawn(move || worker::main(theirs, load))?;
@@ -135,17 +176,73 @@ impl Engine {
     }
 
     /// Queues one job: all of its pictures or none.
-    pub fn submit(&self, specs: Vec<Spec>, deadline: Option<Instant>) -> Result<Ticket, Failure> {
-        self.model()?;
-        let (ticket, orders) = job::open(specs, deadline, self.shared.phase.subscribe());
+    pub fn submit(&self, job: impl Into<Job>) -> Result<Ticket, Failure> {
+        let (model, job) = (self.model()?, job.into());
+        let id = self.shared.jobs.fetch_add(1, Ordering::Relaxed);
+        let (ticket, mut orders) =
+            job::open(id, job, self.shared.phase.subscribe(), &self.shared.metrics);
+        let refuse = |orders: Vec<job::Order>, failure: Failure| {
+            orders.into_iter().for_each(|order| order.refuse(failure.clone()));
+            failure
+        };
+        let budget = self.shared.budget();
+        let too_large =
+            |order: &job::Order| model.peak_bytes(order.spec.size, order.spec.rows()) > budget;
+        if orders.iter().any(too_large) {
+            return Err(refuse(orders, Failure::OutOfMemory));
+        }
+        let mut queue = self.shared.queue();
         // The queue's own word counts: the phase may have changed since.
-        match self.shared.queue().push(orders) {
-            Ok(()) => {}
-            Err(Refused::Full) => return Err(Failure::Full),
-            Err(Refused::Closed) => return Err(Failure::Stopping),
+        let pushed = queue.push(&mut orders);
+        let retry_after_s = self.shared.retry_after(&queue, orders.len());
+        drop(queue);
+        match pushed {
+            Ok(evicted) => drop(refuse(evicted, Failure::Full { retry_after_s })),
+            Err(Refused::Full) => return Err(refuse(orders, Failure::Full { retry_after_s })),
+            Err(Refused::Closed) => return Err(refuse(orders, Failure::Stopping)),
         }
         self.shared.arrived.notify_one();
         Ok(ticket)
+    }
+
+    /// Seconds until there should be room for one more picture.
+    pub fn retry_after(&self) -> u64 {
+        self.shared.retry_after(&self.shared.queue(), 1)
+    }
+
+    /// A view of the job of this ticket.
+    pub fn watch(&self, ticket: &Ticket) -> Watch {
+        let shared = Arc::clone(&self.shared);
+        Watch { job: ticket.job, shared, progress: ticket.progress() }
+    }
+
+    /// Rows of one evaluation.
+    pub fn max_batch_rows(&self) -> usize {
+        self.shared.settings.max_batch_rows
+    }
+
+    /// The measurements of this process.
+    pub fn metrics(&self) -> &Metrics {
+        &self.shared.metrics
+    }
+
+    /// Brings the gauges up to date.
+    pub fn gauge(&self) {
+        let metrics = self.metrics();
+        let set = |id, value: usize| metrics.set(id, &[], value as f64);
+        set(Id::PicturesWaiting, self.shared.queue().len());
+        set(Id::PicturesDrawing, self.shared.pace().pictures);
+        set(Id::Ready, usize::from(matches!(self.phase(), Phase::Ready(_))));
+        let bytes = [
+            (Id::BudgetBytes, self.shared.budget_bytes.get().copied()),
+            (Id::HostBytes, memory::resident()),
+            (Id::HostAvailableBytes, memory::available()),
+        ];
+        for (id, bytes) in bytes {
+            if let Some(bytes) = bytes {
+                metrics.set(id, &[], bytes as f64);
+            }
+        }
     }
 
     /// Takes no more jobs and finishes those it has.
@@ -182,6 +279,21 @@ impl Shared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn pace(&self) -> Pace {
+        *self.pace.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes that one evaluation or decoding may take.
+    fn budget(&self) -> u64 {
+        self.budget_bytes.get().copied().unwrap_or(u64::MAX)
+    }
+
+    /// Seconds until there should be room for so many more pictures.
+    fn retry_after(&self, queue: &Queue, pictures: usize) -> u64 {
+        let missing = (queue.len() + pictures).saturating_sub(self.settings.max_queue).max(1);
+        self.pace().retry_after(missing, queue.len(), queue.work())
+    }
+
     /// Moves to a later phase; an earlier one is ignored.
     fn enter(&self, next: Phase) {
         self.phase.send_if_modified(|phase| {
@@ -191,6 +303,29 @@ impl Shared {
             }
             later
         });
+    }
+}
+
+impl Watch {
+    /// Evaluations made and to make; changes with each.
+    pub fn progress(&mut self) -> &mut watch::Receiver<Progress> {
+        &mut self.progress
+    }
+
+    /// Evaluations made and to make.
+    pub fn made(&self) -> Progress {
+        *self.progress.borrow()
+    }
+
+    /// Where the job stands. An estimate: it does not know who is still to come or to leave.
+    pub fn outlook(&self) -> Outlook {
+        let place = self.shared.queue().place(self.job);
+        let pace = self.shared.pace();
+        if let Some((position, work)) = place {
+            return Outlook { position: Some(position), left: pace.time(pace.drawing + work) };
+        }
+        let Progress { made, total, begun } = *self.progress.borrow();
+        Outlook { position: None, left: pace.time_of((total - made).div_ceil(begun.max(1))) }
     }
 }
 
@@ -224,6 +359,11 @@ impl Model for sd_models::Pipeline {
 
     fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb> {
         self.decode(trajectory)
+    }
+
+    fn free_bytes(&self) -> Option<u64> {
+        // What a GPU has left is not known here; there the device itself says no.
+        (self.info().device == "cpu").then(memory::available).flatten()
     }
 }
 

@@ -1,16 +1,31 @@
-//! Pictures that wait for a place in a batch: bounded, oldest first. Plain data; the engine
-//! puts a lock around it.
+//! Pictures that wait for a place in a batch: bounded, and fair between clients. Plain data; the
+//! engine puts a lock around it.
+//!
+//! The order is start-time fair queueing (Goyal, Vin and Cheng 1996): a picture may start, in
+//! virtual time, when the work that its client has before it is done. So a client with one
+//! picture does not wait for another's hundred, and pictures of one client keep their order.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
-use super::job::Order;
+use super::job::{Client, JobId, Order};
 
 /// The waiting pictures.
 #[derive(Debug)]
 pub(super) struct Queue {
-    orders: VecDeque<Order>,
+    /// By rising start.
+    orders: VecDeque<Waiting>,
     capacity: usize,
     closed: bool,
+    /// Virtual time: the start of the picture that left last.
+    now: u64,
+    /// When the work of each client ends, in virtual time; only of those ahead of `now`.
+    ends: HashMap<Client, u64>,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    order: Order,
+    start: u64,
 }
 
 /// Why a job was not taken.
@@ -22,34 +37,105 @@ pub(super) enum Refused {
 
 impl Queue {
     pub(super) fn new(capacity: usize) -> Self {
-        Self { orders: VecDeque::new(), capacity, closed: false }
+        Self { orders: VecDeque::new(), capacity, closed: false, now: 0, ends: HashMap::new() }
     }
 
     pub(super) fn is_empty(&self) -> bool {
         self.orders.is_empty()
     }
 
-    /// All pictures of a job or none. A job larger than the queue is taken when nobody waits.
-    pub(super) fn push(&mut self, job: Vec<Order>) -> Result<(), Refused> {
+    pub(super) fn len(&self) -> usize {
+        self.orders.len()
+    }
+
+    /// The work of all that wait.
+    pub(super) fn work(&self) -> u64 {
+        self.orders.iter().map(|waiting| waiting.order.work()).sum()
+    }
+
+    /// How many pictures are ahead of the first of a job, and the work up to the last of it.
+    pub(super) fn place(&self, job: JobId) -> Option<(usize, u64)> {
+        let first = self.orders.iter().position(|waiting| waiting.order.job == job)?;
+        let last = self.orders.iter().rposition(|waiting| waiting.order.job == job)?;
+        let ahead = self.orders.iter().take(last + 1);
+        Some((first, ahead.map(|waiting| waiting.order.work()).sum()))
+    }
+
+    /// Takes all pictures of a job or none. A job larger than the queue is taken when nobody
+    /// waits. Gives back the pictures that had to make room: see [`Self::make_room`].
+    pub(super) fn push(&mut self, job: &mut Vec<Order>) -> Result<Vec<Order>, Refused> {
         if self.closed {
             return Err(Refused::Closed);
         }
+        let mut evicted = Vec::new();
         if self.orders.len() + job.len() > self.capacity {
             // Clients who left must not keep others out.
-            self.orders.retain(Order::wanted);
+            self.forget_unwanted();
         }
         if !self.orders.is_empty() && self.orders.len() + job.len() > self.capacity {
-            return Err(Refused::Full);
+            evicted = self.make_room(job).ok_or(Refused::Full)?;
         }
-        self.orders.extend(job);
-        Ok(())
+        for order in job.drain(..) {
+            let end = self.ends.entry(order.client.clone()).or_default();
+            let start = self.now.max(*end);
+            *end = start.saturating_add(order.work());
+            let place = self.orders.partition_point(|waiting| waiting.start <= start);
+            self.orders.insert(place, Waiting { order, start });
+        }
+        Ok(evicted)
     }
 
-    /// Takes out the oldest wanted picture that `fits`.
-    pub(super) fn next(&mut self, fits: impl FnMut(&Order) -> bool) -> Option<Order> {
-        self.orders.retain(Order::wanted);
-        let place = self.orders.iter().position(fits)?;
-        self.orders.remove(place)
+    /// In a full queue the client who has most of it gives up its newest job, none of which has
+    /// begun, for one who will have less. Otherwise whoever came first would keep others out.
+    fn make_room(&mut self, job: &[Order]) -> Option<Vec<Order>> {
+        let newcomer = &job.first()?.client;
+        let mut held: HashMap<&Client, usize> = HashMap::new();
+        for waiting in &self.orders {
+            *held.entry(&waiting.order.client).or_default() += 1;
+        }
+        let theirs = held.get(newcomer).copied().unwrap_or_default() + job.len();
+        let (greedy, most) = held.into_iter().max_by_key(|(_, held)| *held)?;
+        if most <= theirs {
+            return None;
+        }
+        let victim = self.orders.iter().rev().map(|waiting| &waiting.order);
+        let victim = victim.filter(|order| order.client == *greedy).max_by_key(|o| o.job)?;
+        let (victim, pictures) = (victim.job, victim.siblings);
+        let waiting = self.orders.iter().filter(|waiting| waiting.order.job == victim).count();
+        let fits = self.orders.len() - waiting + job.len() <= self.capacity;
+        (waiting == pictures && fits).then(|| self.take_out(|order| order.job == victim))
+    }
+
+    /// Takes out the first wanted picture that `fits`.
+    pub(super) fn next(&mut self, mut fits: impl FnMut(&Order) -> bool) -> Option<Order> {
+        self.forget_unwanted();
+        let place = self.orders.iter().position(|waiting| fits(&waiting.order))?;
+        let Waiting { order, start } = self.orders.remove(place)?;
+        self.now = self.now.max(start);
+        let now = self.now;
+        let idle = self.orders.is_empty();
+        self.ends.retain(|_, end| !idle && *end > now);
+        Some(order)
+    }
+
+    fn forget_unwanted(&mut self) {
+        drop(self.take_out(|order| !order.wanted()));
+    }
+
+    /// Takes pictures out of the queue and off their clients' account.
+    fn take_out(&mut self, mut which: impl FnMut(&Order) -> bool) -> Vec<Order> {
+        let mut taken = Vec::new();
+        for waiting in std::mem::take(&mut self.orders) {
+            if !which(&waiting.order) {
+                self.orders.push_back(waiting);
+                continue;
+            }
+            if let Some(end) = self.ends.get_mut(&waiting.order.client) {
+                *end = end.saturating_sub(waiting.order.work());
+            }
+            taken.push(waiting.order);
+        }
+        taken
     }
 
     /// Takes nothing more.
@@ -58,8 +144,104 @@ impl Queue {
     }
 
     /// Takes nothing more and gives back what waits.
-    pub(super) fn clear(&mut self) -> VecDeque<Order> {
+    pub(super) fn clear(&mut self) -> Vec<Order> {
         self.closed = true;
-        std::mem::take(&mut self.orders)
+        self.take_out(|_| true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sd_models::{Scheduler, Size, Spec};
+    use tokio::sync::watch;
+
+    use super::super::Phase;
+    use super::super::job::{self, Job, Ticket};
+    use super::*;
+
+    /// A job of pictures whose seeds are the client's number.
+    fn job(client: u64, id: JobId, pictures: usize) -> (Ticket, Vec<Order>) {
+        let spec = Spec {
+            prompt: String::new(),
+            negative_prompt: String::new(),
+            size: Size::new(64, 64).expect("multiples of 8"),
+            steps: 10,
+            guidance_scale: 7.5,
+            seed: client,
+            scheduler: Scheduler::Euler,
+        };
+        let client = Client::named(&client.to_string());
+        let phase = watch::Sender::new(Phase::Loading).subscribe();
+        let job = Job { client, ..Job::from(vec![spec; pictures]) };
+        job::open(id, job, phase, &Default::default())
+    }
+
+    fn drain(queue: &mut Queue) -> Vec<u64> {
+        std::iter::from_fn(|| queue.next(|_| true).map(|order| order.spec.seed)).collect()
+    }
+
+    #[test]
+    fn clients_take_turns_and_one_client_is_first_come_first_served() {
+        let mut queue = Queue::new(100);
+        let jobs = [(1, 0, 5), (2, 1, 1), (3, 2, 2), (1, 3, 1)];
+        let mut tickets = Vec::new();
+        for (client, id, pictures) in jobs {
+            let (ticket, mut orders) = job(client, id, pictures);
+            assert!(queue.push(&mut orders).expect("room").is_empty());
+            tickets.push(ticket);
+        }
+        assert_eq!(queue.place(3), Some((8, queue.work())));
+        assert_eq!(drain(&mut queue), [1, 2, 3, 1, 3, 1, 1, 1, 1]);
+        assert!(queue.ends.is_empty());
+    }
+
+    #[test]
+    fn a_client_that_was_served_does_not_overtake_one_that_waits() {
+        let mut queue = Queue::new(100);
+        let (_held, mut many) = job(1, 0, 50);
+        queue.push(&mut many).expect("room");
+        let mut served = [0_u64; 3];
+        let mut tickets = Vec::new();
+        for id in 1..40 {
+            let (ticket, mut orders) = job(2, id, 1);
+            queue.push(&mut orders).expect("room");
+            tickets.push(ticket);
+            let next = queue.next(|_| true).expect("a picture");
+            served[next.spec.seed as usize] += 1;
+        }
+        assert!(served[1].abs_diff(served[2]) <= 1, "{served:?}");
+    }
+
+    #[test]
+    fn withdrawn_pictures_cost_their_client_nothing() {
+        let mut queue = Queue::new(100);
+        let (gone, mut withdrawn) = job(1, 0, 50);
+        queue.push(&mut withdrawn).expect("room");
+        drop(gone);
+        let (_a, mut first) = job(2, 1, 2);
+        queue.push(&mut first).expect("room");
+        assert!(queue.next(|_| false).is_none());
+        let (_b, mut second) = job(1, 2, 2);
+        queue.push(&mut second).expect("room");
+        assert_eq!(drain(&mut queue), [2, 1, 2, 1]);
+    }
+
+    #[test]
+    fn whoever_holds_most_of_a_full_queue_makes_room() {
+        let mut queue = Queue::new(4);
+        let (_a, mut first) = job(1, 0, 2);
+        let (_b, mut second) = job(1, 1, 2);
+        queue.push(&mut first).expect("room");
+        queue.push(&mut second).expect("room");
+        let (_c, mut more) = job(1, 2, 1);
+        assert_eq!(queue.push(&mut more).expect_err("it has all of it"), Refused::Full);
+        let (_d, mut other) = job(2, 3, 1);
+        let evicted = queue.push(&mut other).expect("room is made");
+        assert!(evicted.len() == 2 && evicted.iter().all(|order| order.job == 1));
+        assert_eq!(queue.len(), 3);
+        let (_e, mut large) = job(3, 4, 2);
+        assert_eq!(queue.push(&mut large).expect_err("as much as the others"), Refused::Full);
+        queue.close();
+        assert_eq!(queue.push(&mut large).expect_err("closed"), Refused::Closed);
     }
 }

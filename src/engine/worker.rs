@@ -9,15 +9,19 @@ use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
 use anyhow::Context as _;
-use sd_models::{Error, Size, Spec};
-use tracing::{debug, error, info};
+use sd_models::{Error, ModelInfo, Size, Spec};
+use tracing::{debug, error, info, warn};
 
 use super::batch::Rotation;
 use super::job::{Drawn, Failure, Order};
 use super::{Model, Phase, Shared, Trajectory};
+use crate::telemetry::Id;
 
 /// Sizes that may be drawn at the same time, in full batches of each.
 const MAX_BUCKETS: usize = 4;
+
+/// Of the memory that is free when the model is loaded; the rest is for what comes and goes.
+const BUDGET_PERCENT: u64 = 80;
 
 /// Side of the picture that warms the model; small, since only the first touch matters.
 const WARM_UP_SIDE: usize = 128;
@@ -31,15 +35,34 @@ pub(super) fn main<M: Model>(shared: Arc<Shared>, load: impl FnOnce() -> anyhow:
         Err(error) => return engine.enter(Phase::Dead(format!("{error:#}"))),
     };
     let info = model.info().clone();
+    let budget = budget(&model, &engine);
+    let _ = engine.budget_bytes.set(budget);
+    let size = info.defaults.size;
     info!(
         model = info.name,
         device = info.device,
         precision = info.precision,
         load_ms = millis(started.elapsed()),
+        memory_budget_bytes = budget,
+        rows = max_rows(&info, budget, size, engine.settings.max_batch_rows),
+        %size,
         "ready"
     );
+    engine.metrics.set(Id::LoadSeconds, &[], started.elapsed().as_secs_f64());
     engine.enter(Phase::Ready(Arc::new(info)));
     Worker::new(model, engine).run();
+}
+
+/// The operator's word, or else a share of the memory that is free now that the model is there.
+/// Where nothing is known there is no bound but the device's own.
+fn budget<M: Model>(model: &M, engine: &Shared) -> u64 {
+    let share = |free: u64| free / 100 * BUDGET_PERCENT;
+    engine.settings.memory_budget_bytes.or(model.free_bytes().map(share)).unwrap_or(u64::MAX)
+}
+
+/// Rows of this size that fit into the budget, and no more than may share an evaluation.
+fn max_rows(info: &ModelInfo, budget: u64, size: Size, max: usize) -> usize {
+    (1..=max).rev().find(|rows| info.peak_bytes(size, *rows) <= budget).unwrap_or(0)
 }
 
 /// The thread's hold on the engine. However the thread ends, by a return or by a panic, the
@@ -102,6 +125,9 @@ struct Worker<M: Model> {
     model: M,
     slots: Vec<Slot<M::Trajectory>>,
     rotation: Rotation,
+    /// Rows that a size may have in an evaluation after the device had no memory for more; until
+    /// no picture of that size is left.
+    caps: Vec<(Size, usize)>,
     /// How long the last step took: the time that one admission round may take.
     last_step: Duration,
     /// Set by the failure after which nothing can be drawn.
@@ -115,6 +141,7 @@ impl<M: Model> Worker<M> {
             model,
             slots: Vec::new(),
             rotation: Rotation::default(),
+            caps: Vec::new(),
             last_step: Duration::ZERO,
             lost: false,
         }
@@ -141,10 +168,27 @@ impl<M: Model> Worker<M> {
 
     /// One round of the loop.
     fn turn(&mut self) {
+        let began = Instant::now();
         self.slots.retain(|slot| slot.order.wanted());
         self.admit();
-        self.step();
+        let loads = self.loads();
+        self.caps.retain(|(size, _)| loads.iter().any(|load| load.0 == *size));
+        let work = self.step();
         self.retire();
+        self.report(began.elapsed(), work);
+    }
+
+    /// Tells those who wait how fast it goes and how much is left.
+    fn report(&self, elapsed: Duration, work: u64) {
+        let left = |slot: &Slot<M::Trajectory>| {
+            let (made, all) = slot.trajectory.progress();
+            (slot.trajectory.size().pixels() * rows(slot) * all.saturating_sub(made)) as u64
+        };
+        let mut pace = self.engine.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        pace.measure(elapsed, work);
+        pace.drawing = self.slots.iter().map(left).sum();
+        pace.pictures = self.slots.len();
+        pace.sizes = self.loads().len();
     }
 
     /// Begins waiting pictures while there are rows for them. Text is encoded here, so a round
@@ -154,10 +198,15 @@ impl<M: Model> Worker<M> {
         let busy = !self.slots.is_empty();
         while !self.lost {
             let Some(order) = self.next_order() else { return };
-            match self.model.begin(&order.spec) {
+            let began = Instant::now();
+            let queued = began.saturating_duration_since(order.submitted);
+            self.engine.metrics.time(Id::QueueSeconds, &[], queued);
+            let begun = self.model.begin(&order.spec);
+            self.engine.metrics.time(Id::StageSeconds, &["text"], began.elapsed());
+            match begun {
                 Ok(trajectory) => {
                     order.advance(0, trajectory.progress().1);
-                    self.slots.push(Slot { order, trajectory, begun: Instant::now() });
+                    self.slots.push(Slot { order, trajectory, begun: began });
                 }
                 Err(error) => order.settle(Err(self.failure(&error, "begin"))),
             }
@@ -167,8 +216,8 @@ impl<M: Model> Worker<M> {
         }
     }
 
-    /// The oldest picture for whose size there are rows. One that has to wait for rows holds
-    /// back the younger ones of its size, so that two rows are found before one.
+    /// The first picture for whose size there are rows. One that has to wait for rows holds back
+    /// the later ones of its size, so that two rows are found before one.
     fn next_order(&self) -> Option<Order> {
         let max_rows = self.engine.settings.max_batch_rows;
         let mut free: usize =
@@ -178,7 +227,7 @@ impl<M: Model> Worker<M> {
         self.engine.queue().next(|order| {
             let (size, rows) = (order.spec.size, order.spec.rows());
             let load = loads.iter().find(|load| load.0 == size).map_or(0, |load| load.1);
-            let fits = rows <= free && (load == 0 || load + rows <= max_rows);
+            let fits = rows <= free && (load == 0 || load + rows <= self.max_rows(size));
             if held_back.contains(&size) {
                 return false;
             }
@@ -188,6 +237,13 @@ impl<M: Model> Worker<M> {
             }
             fits
         })
+    }
+
+    /// Rows of one evaluation of this size.
+    fn max_rows(&self, size: Size) -> usize {
+        let Shared { settings, .. } = &*self.engine;
+        let rows = max_rows(self.model.info(), self.engine.budget(), size, settings.max_batch_rows);
+        self.caps.iter().find(|cap| cap.0 == size).map_or(rows, |cap| rows.min(cap.1))
     }
 
     /// Rows in the making for each size.
@@ -203,32 +259,57 @@ impl<M: Model> Worker<M> {
         loads
     }
 
-    /// One evaluation for every picture of the size whose turn it is.
-    fn step(&mut self) {
-        let Some(size) = self.rotation.next(&self.loads()) else { return };
+    /// One evaluation for the pictures of the size whose turn it is: the oldest, if not all fit.
+    /// Returns the work done.
+    fn step(&mut self) -> u64 {
+        let Some(size) = self.rotation.next(&self.loads()) else { return 0 };
+        let max_rows = self.max_rows(size);
+        let mut taken = 0;
         let mut members: Vec<_> = self
             .slots
             .iter_mut()
             .filter(|slot| slot.trajectory.size() == size && !slot.trajectory.done())
+            .take_while(|slot| {
+                let fits = taken == 0 || taken + rows(slot) <= max_rows;
+                taken += rows(slot);
+                fits
+            })
             .collect();
         let began = Instant::now();
         let mut batch: Vec<_> = members.iter_mut().map(|slot| &mut slot.trajectory).collect();
-        let stepped = self.model.step(&mut batch);
+        let (stepped, len) = step_what_fits(&self.model, &mut batch);
         self.last_step = began.elapsed();
+        let shrunk = len < members.len();
+        members.truncate(len);
+        let rows: usize = members.iter().map(|slot| rows(slot)).sum();
+        let metrics = &self.engine.metrics;
+        metrics.time(Id::StageSeconds, &["step"], self.last_step);
+        metrics.observe(Id::StepRows, &[], rows as f64);
         match stepped {
-            Ok(()) => members.iter().for_each(|slot| slot.order.advance(1, 0)),
+            Ok(()) => {
+                for slot in members {
+                    preview(&self.model, slot);
+                    slot.order.advance(1, 0);
+                }
+            }
             Err(error) => {
+                let members = members.iter().map(|slot| slot.order.key()).collect::<Vec<_>>();
                 let failure = self.failure(&error, "step");
-                self.settle_size(size, &failure);
+                self.settle(&members, &failure);
             }
         }
+        if shrunk {
+            warn!(%size, rows, "no memory for a full batch; going on with fewer rows");
+            self.engine.metrics.count(Id::BatchShrinks, &[]);
+            self.caps.retain(|cap| cap.0 != size);
+            self.caps.push((size, rows));
+        }
+        (size.pixels() * rows) as u64
     }
 
-    /// An evaluation that failed leaves its members in an unknown state: all of them end.
-    fn settle_size(&mut self, size: Size, failure: &Failure) {
-        let member = |slot: &mut Slot<M::Trajectory>| {
-            slot.trajectory.size() == size && !slot.trajectory.done()
-        };
+    /// The end of those who took part in an evaluation that failed.
+    fn settle(&mut self, members: &[(u64, usize)], failure: &Failure) {
+        let member = |slot: &mut Slot<M::Trajectory>| members.contains(&slot.order.key());
         for slot in self.slots.extract_if(.., member) {
             slot.order.settle(Err(failure.clone()));
         }
@@ -238,8 +319,12 @@ impl<M: Model> Worker<M> {
     fn retire(&mut self) {
         let Some(place) = self.slots.iter().position(|slot| slot.trajectory.done()) else { return };
         let Slot { order, trajectory, begun } = self.slots.remove(place);
-        match self.model.decode(&trajectory) {
+        let began = Instant::now();
+        let decoded = self.model.decode(&trajectory);
+        self.engine.metrics.time(Id::StageSeconds, &["decode"], began.elapsed());
+        match decoded {
             Ok(rgb) => {
+                self.engine.metrics.time(Id::PictureSeconds, &[], begun.elapsed());
                 let queued = begun.saturating_duration_since(order.submitted);
                 let drawn = Drawn {
                     rgb,
@@ -288,6 +373,33 @@ impl<M: Model> Worker<M> {
         for order in drawing.chain(waiting) {
             order.settle(Err(Failure::DeviceLost));
         }
+    }
+}
+
+/// Steps the batch; when the device has no memory for it, half of it, and so on down to one
+/// picture. A step that fails has changed nothing. Returns how many pictures it was for.
+fn step_what_fits<M: Model>(
+    model: &M,
+    batch: &mut [&mut M::Trajectory],
+) -> (sd_models::Result<()>, usize) {
+    let mut len = batch.len();
+    loop {
+        match model.step(&mut batch[..len]) {
+            Err(Error::OutOfMemory(_)) if len > 1 => len /= 2,
+            stepped => return (stepped, len),
+        }
+    }
+}
+
+/// Shows the picture to those who asked for it. A preview that fails is not worth more than a line.
+fn preview<M: Model>(model: &M, slot: &mut Slot<M::Trajectory>) {
+    if !slot.order.curious() {
+        return;
+    }
+    match model.preview(&slot.trajectory) {
+        Ok(Some(rgb)) => slot.order.show(rgb),
+        Ok(None) => {}
+        Err(error) => debug!("no preview: {}", chain(&error)),
     }
 }
 

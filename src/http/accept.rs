@@ -20,6 +20,16 @@ pub(super) enum Reply {
     Json(Format),
     /// The bytes of one picture.
     Bytes(Format),
+    /// Events, the last of which holds the JSON.
+    Events(Format),
+}
+
+impl Reply {
+    /// The format of the picture.
+    pub(super) fn format(self) -> Format {
+        let (Self::Json(format) | Self::Bytes(format) | Self::Events(format)) = self;
+        format
+    }
 }
 
 /// What bears on the choice besides the header.
@@ -29,10 +39,15 @@ pub(super) struct Wish {
     /// The body's `output_format`.
     pub(super) format: Option<Format>,
     pub(super) count: usize,
+    /// The body's `stream`.
+    pub(super) stream: bool,
 }
 
 /// Chooses the reply that the client likes best among those that can be given.
 pub(super) fn choose(headers: &HeaderMap, wish: Wish) -> Result<Reply, ApiError> {
+    if wish.stream {
+        return Ok(Reply::Events(wish.format.unwrap_or(Format::Jpeg)));
+    }
     let header = |name: &str| -> Vec<String> {
         let values = headers.get_all(name).iter();
         let text: Vec<_> = values.map(|v| String::from_utf8_lossy(v.as_bytes())).collect();
@@ -73,6 +88,7 @@ impl Wish {
             ANYTHING if self.speech == Speech::Text => Some(bytes(free).unwrap_or(json)),
             ANYTHING | "application/*" | "application/json" => Some(json),
             "image/*" => bytes(free),
+            "text/event-stream" => Some(Reply::Events(self.format.unwrap_or(Format::Jpeg))),
             _ => {
                 let format = named(range)?;
                 bytes(format).filter(|_| self.format.is_none_or(|wanted| wanted == format))
@@ -90,8 +106,8 @@ impl Wish {
             Some(format) if image => {
                 format!("output_format asks for {} and Accept does not", format.media_type())
             }
-            _ => "Accept names nothing that can be sent: application/json, image/png, \
-                  image/jpeg or image/webp"
+            _ => "Accept names nothing that can be sent: application/json, \
+                  text/event-stream, image/png, image/jpeg or image/webp"
                 .into(),
         }
     }
@@ -113,12 +129,12 @@ mod tests {
     fn reply(accept: &'static str, speech: Speech, count: usize) -> Option<Reply> {
         let mut headers = HeaderMap::new();
         headers.insert(ACCEPT, HeaderValue::from_static(accept));
-        choose(&headers, Wish { speech, format: None, count }).ok()
+        choose(&headers, Wish { speech, format: None, count, stream: false }).ok()
     }
 
     #[test]
     fn the_best_liked_possible_reply_is_chosen() {
-        use Reply::{Bytes, Json};
+        use Reply::{Bytes, Events, Json};
         use Speech::{Json as J, Text as T};
         let table = [
             ("", J, 1, Some(Json(Format::Jpeg))),
@@ -133,6 +149,7 @@ mod tests {
             ("image/png;q=0, image/jpeg", J, 1, Some(Bytes(Format::Jpeg))),
             ("text/html,*/*;q=0.8", T, 1, Some(Bytes(Format::Png))),
             ("text/html", J, 1, None),
+            ("text/event-stream", J, 2, Some(Events(Format::Jpeg))),
             ("image/*", J, 1, Some(Bytes(Format::Png))),
             ("image/png;q=nonsense", J, 1, Some(Bytes(Format::Png))),
         ];

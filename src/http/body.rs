@@ -55,11 +55,9 @@ pub(super) fn read(headers: &HeaderMap, body: &[u8]) -> Result<(Fields, Speech),
 
 /// Only looked at when the body is not a JSON object, so a wrong type does no harm to JSON.
 fn declared(headers: &HeaderMap) -> Result<Declared, ApiError> {
-    let Some(value) = headers.get(CONTENT_TYPE) else {
+    let Some(essence) = essence(headers) else {
         return Ok(Declared::Text { quoted: false });
     };
-    let value = String::from_utf8_lossy(value.as_bytes());
-    let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
     match essence.as_str() {
         "application/json" => Ok(Declared::Json),
         "application/x-www-form-urlencoded" => Ok(Declared::Form),
@@ -69,6 +67,12 @@ fn declared(headers: &HeaderMap) -> Result<Declared, ApiError> {
             "the type {essence:?} is not supported; send application/json or text/plain"
         ))),
     }
+}
+
+/// The declared type without its parameters, in lower case.
+pub(super) fn essence(headers: &HeaderMap) -> Option<String> {
+    let value = String::from_utf8_lossy(headers.get(CONTENT_TYPE)?.as_bytes());
+    Some(value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase())
 }
 
 /// A form with a `prompt` key, or else a bare prompt under the type that curl gives it.

@@ -6,7 +6,7 @@ use axum::Json;
 use axum::http::header::RETRY_AFTER;
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::api::Invalid;
 use crate::engine::Failure;
@@ -17,6 +17,9 @@ pub(super) enum ApiError {
     /// 404.
     #[error("no such route; POST a prompt to /invocations")]
     NotFound,
+    /// 404: a job that never was, or is no longer kept.
+    #[error("no such job; results are kept for a while only")]
+    NoJob,
     /// 405.
     #[error("this route does not take that method")]
     Method,
@@ -33,8 +36,11 @@ pub(super) enum ApiError {
     #[error("{0}")]
     MediaType(String),
     /// 429: as many requests are being served as may.
-    #[error("too many requests are being served")]
-    Crowded,
+    #[error("too many requests are being served; try again in {retry_after_s} s")]
+    Crowded {
+        /// Seconds until there should be room.
+        retry_after_s: u64,
+    },
     /// 400 and 422.
     #[error(transparent)]
     Invalid(#[from] Invalid),
@@ -49,19 +55,19 @@ pub(super) enum ApiError {
 impl ApiError {
     fn status(&self) -> StatusCode {
         match self {
-            Self::NotFound => StatusCode::NOT_FOUND,
+            Self::NotFound | Self::NoJob => StatusCode::NOT_FOUND,
             Self::Method => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotAcceptable(_) => StatusCode::NOT_ACCEPTABLE,
             Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::MediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::Crowded => StatusCode::TOO_MANY_REQUESTS,
+            Self::Crowded { .. } => StatusCode::TOO_MANY_REQUESTS,
             Self::Invalid(Invalid::Malformed { .. }) => StatusCode::BAD_REQUEST,
             Self::Invalid(Invalid::OutOfRange { .. }) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::Encode => StatusCode::INTERNAL_SERVER_ERROR,
             Self::Failure(failure) => match failure {
                 Failure::Loading | Failure::Stopping => StatusCode::SERVICE_UNAVAILABLE,
-                Failure::Full => StatusCode::TOO_MANY_REQUESTS,
+                Failure::Full { .. } => StatusCode::TOO_MANY_REQUESTS,
                 Failure::Deadline => StatusCode::GATEWAY_TIMEOUT,
                 Failure::OutOfMemory => StatusCode::INSUFFICIENT_STORAGE,
                 Failure::Spec { .. } => StatusCode::UNPROCESSABLE_ENTITY,
@@ -73,26 +79,37 @@ impl ApiError {
     /// A word that programs can rely on.
     fn code(&self) -> &'static str {
         match self {
-            Self::NotFound => "not_found",
+            Self::NotFound | Self::NoJob => "not_found",
             Self::Method => "method_not_allowed",
             Self::NotAcceptable(_) => "not_acceptable",
             Self::SlowBody => "body_timeout",
             Self::TooLarge(_) => "too_large",
             Self::MediaType(_) => "unsupported_media_type",
-            Self::Crowded => "overloaded",
+            Self::Crowded { .. } => "overloaded",
             Self::Invalid(Invalid::Malformed { .. }) => "malformed",
             Self::Invalid(Invalid::OutOfRange { .. }) => "out_of_range",
             Self::Encode => "encode_failed",
             Self::Failure(failure) => match failure {
                 Failure::Loading => "loading",
                 Failure::Stopping => "shutting_down",
-                Failure::Full => "overloaded",
+                Failure::Full { .. } => "overloaded",
                 Failure::Deadline => "deadline",
                 Failure::OutOfMemory => "out_of_memory",
                 Failure::Spec { .. } => "out_of_range",
                 Failure::DeviceLost => "device_lost",
                 Failure::Model => "model_failed",
             },
+        }
+    }
+
+    /// When to come back, for those who may.
+    fn retry_after_s(&self) -> Option<u64> {
+        match self {
+            Self::Crowded { retry_after_s } | Self::Failure(Failure::Full { retry_after_s }) => {
+                Some(*retry_after_s)
+            }
+            Self::Failure(Failure::Loading | Failure::Stopping) => Some(1),
+            _ => None,
         }
     }
 
@@ -106,22 +123,33 @@ impl ApiError {
     }
 }
 
-/// The reason of an error, left in the response for the one log line of the request.
+/// The reason of an error, left in the response for the log and the metrics.
 #[derive(Debug, Clone)]
-pub(super) struct Reason(pub(super) String);
+pub(super) struct Reason {
+    pub(super) code: &'static str,
+    pub(super) message: String,
+}
+
+impl ApiError {
+    /// The error as clients see it.
+    pub(super) fn json(&self) -> Value {
+        let message = self.to_string();
+        json!({ "error": { "code": self.code(), "message": message, "param": self.param() } })
+    }
+
+    pub(super) fn response(&self) -> Response {
+        let mut response = (self.status(), Json(self.json())).into_response();
+        if let Some(seconds) = self.retry_after_s() {
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        let (code, message) = (self.code(), self.to_string());
+        response.extensions_mut().insert(Reason { code, message });
+        response
+    }
+}
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let message = self.to_string();
-        let body = json!({
-            "error": { "code": self.code(), "message": message, "param": self.param() }
-        });
-        let status = self.status();
-        let mut response = (status, Json(body)).into_response();
-        if matches!(status, StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
-        }
-        response.extensions_mut().insert(Reason(message));
-        response
+        self.response()
     }
 }

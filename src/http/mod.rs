@@ -2,15 +2,22 @@
 //! Each dialect has a file of its own; `sagemaker` is the native one.
 
 mod accept;
+mod asked;
 mod body;
 mod error;
+mod events;
+mod intake;
+mod jobs;
+mod lines;
+mod listen;
 mod sagemaker;
+mod status;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::Request;
+use axum::extract::{MatchedPath, Request};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::Response;
@@ -20,10 +27,15 @@ use tracing::{Instrument, debug, error, info, info_span};
 
 use crate::api::Limits;
 use crate::engine::Engine;
+use crate::telemetry::Id;
 use error::{ApiError, Reason};
+pub use listen::listen;
 
 /// SageMaker's name for a request, and everyone else's.
 const REQUEST_IDS: [&str; 2] = ["x-amzn-sagemaker-inference-id", "x-request-id"];
+
+/// Asked every few seconds by machines: not worth a line in the log.
+const WATCHED: [&str; 4] = ["/ping", "/health/live", "/health/ready", "/metrics"];
 
 /// The bounds of the HTTP side.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +48,16 @@ pub struct Settings {
     pub max_requests: usize,
     /// From the head of a request to its answer.
     pub request_timeout: Duration,
+    /// Jobs that are kept, those with a result included.
+    pub max_jobs: usize,
+    /// From the acceptance of a job to its result.
+    pub job_timeout: Duration,
+    /// How long the result of a job is kept.
+    pub job_retention: Duration,
+    /// From the opening of a connection, or the last answer on it, to the head of a request.
+    pub idle_timeout: Duration,
+    /// Open connections.
+    pub max_connections: usize,
     /// Whether prompts may appear in the log.
     pub log_prompts: bool,
 }
@@ -46,43 +68,93 @@ struct Shared {
     engine: Engine,
     settings: Settings,
     /// A permit for each request in service: bodies and pictures take memory.
-    gate: Semaphore,
+    gate: Arc<Semaphore>,
+    jobs: Arc<jobs::Store>,
 }
 
 type State = axum::extract::State<Arc<Shared>>;
 
 /// Every route of the server.
 pub fn router(engine: Engine, settings: Settings) -> Router {
-    let gate = Semaphore::new(settings.max_requests);
+    let gate = Arc::new(Semaphore::new(settings.max_requests));
     Router::new()
         .route("/ping", get(sagemaker::ping).post(sagemaker::ping))
         .route("/invocations", post(sagemaker::invocations))
+        .route("/execution-parameters", get(sagemaker::execution_parameters))
+        .route("/v1/jobs", post(jobs::create))
+        .route("/v1/jobs/{id}", get(jobs::state).delete(jobs::delete))
+        .route("/v1/jobs/{id}/result", get(jobs::result))
+        .route("/health/live", get(async || StatusCode::OK))
+        .route("/health/ready", get(sagemaker::ping))
+        .route("/info", get(status::info))
+        .route("/metrics", get(status::metrics))
         .fallback(async || ApiError::NotFound)
         .method_not_allowed_fallback(async || ApiError::Method)
-        .layer(middleware::from_fn(observe))
-        .with_state(Arc::new(Shared { engine, settings, gate }))
+        .layer(middleware::from_fn_with_state(engine.clone(), observe))
+        .with_state(Arc::new(Shared { engine, settings, gate, jobs: Arc::default() }))
 }
 
-/// Names the request, echoes the name, and writes the one log line of the request.
-async fn observe(request: Request, next: Next) -> Response {
+/// The routes that are measured by their name; others are `other`, since clients make them up.
+const ROUTES: [&str; 10] = [
+    "/ping",
+    "/invocations",
+    "/execution-parameters",
+    "/v1/jobs",
+    "/v1/jobs/{id}",
+    "/v1/jobs/{id}/result",
+    "/health/live",
+    "/health/ready",
+    "/info",
+    "/metrics",
+];
+
+/// Counts a request once: with its outcome, or as gone when the client left before it had one.
+struct Tally {
+    engine: Engine,
+    route: &'static str,
+    outcome: &'static str,
+    began: Instant,
+}
+
+impl Drop for Tally {
+    fn drop(&mut self) {
+        let metrics = self.engine.metrics();
+        metrics.count(Id::Requests, &[self.route, self.outcome]);
+        metrics.time(Id::RequestSeconds, &[self.route], self.began.elapsed());
+    }
+}
+
+/// Names the request, echoes the name, counts the request and writes its one log line.
+async fn observe(
+    axum::extract::State(engine): axum::extract::State<Engine>,
+    request: Request,
+    next: Next,
+) -> Response {
     let id = request_id(request.headers());
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let matched = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
+    let route = ROUTES.into_iter().find(|route| Some(*route) == matched).unwrap_or("other");
     let span = info_span!("request", id = id.to_str().unwrap_or_default());
-    let began = Instant::now();
+    let mut tally = Tally { engine, route, outcome: "gone", began: Instant::now() };
     let mut response = next.run(request).instrument(span.clone()).await;
     response.headers_mut().insert(HeaderName::from_static(REQUEST_IDS[1]), id);
 
     let _inside = span.enter();
     let status = response.status();
+    let reason = response.extensions().get::<Reason>();
+    tally.outcome = match reason {
+        Some(reason) => reason.code,
+        None if status.is_success() => "ok",
+        None => "not_ready",
+    };
     // A failure of ours, as against a state that clients are told to expect.
     let fault = status.is_server_error() && status != StatusCode::SERVICE_UNAVAILABLE;
-    let duration_ms = began.elapsed().as_millis() as u64;
-    let reason = response.extensions().get::<Reason>().map(|reason| reason.0.as_str());
-    let status = status.as_u16();
-    if path == "/ping" {
-        debug!(%method, path, status, duration_ms);
-    } else if fault {
+    let duration_ms = tally.began.elapsed().as_millis() as u64;
+    let (status, reason) = (status.as_u16(), reason.map(|reason| reason.message.as_str()));
+    if fault {
         error!(%method, path, status, duration_ms, reason);
+    } else if WATCHED.contains(&route) {
+        debug!(%method, path, status, duration_ms);
     } else {
         info!(%method, path, status, duration_ms, reason);
     }

@@ -52,7 +52,7 @@ fn the_command_line_draws_what_the_server_draws() {
 
 #[test]
 fn usage_errors_exit_with_64() {
-    let table: [&[&str]; 14] = [
+    let table: [&[&str]; 18] = [
         &["train"],
         &["--port", "70000"],
         &["--nonsense"],
@@ -67,6 +67,10 @@ fn usage_errors_exit_with_64() {
         &["generate", "x", "--steps", "many", "--model", "demo"],
         &["generate", "x", "--scheduler", "dpm_fast", "--model", "demo"],
         &["generate", "x", "--width", "7", "--model", "demo"],
+        &["bench", "localhost:8080"],
+        &["bench", "http://localhost:8080", "--rate", "0"],
+        &["bench", "http://localhost:8080", "--rate", "1", "--clients", "2"],
+        &["bench", "http://localhost:8080", "--body", "a cat"],
     ];
     for args in table {
         let done = run(args);
@@ -115,8 +119,12 @@ fn healthcheck_asks_the_server() {
 fn signals_end_the_server_with_0() {
     for signal in ["TERM", "INT"] {
         let server = Server::ready(&[]);
+        let silent = std::net::TcpStream::connect(&server.address).expect("it listens");
+        let began = std::time::Instant::now();
         server.signal(signal);
         assert_eq!(server.wait().code(), Some(0), "SIG{signal}");
+        assert!(began.elapsed().as_secs() < 20, "a silent connection holds nobody up");
+        drop(silent);
     }
 }
 
@@ -178,4 +186,33 @@ fn sagemakers_word_and_port_are_understood() {
     command.env("SAGEMAKER_BIND_TO_PORT", &port).env("SD_PORT", "1").env("SD_MODEL", "demo");
     let server = Server::spawn_as_is(command.env("SD_HOST", "127.0.0.1"));
     assert_eq!(server.address, format!("127.0.0.1:{port}"));
+}
+
+#[test]
+fn bench_reports_what_became_of_its_load() {
+    let server = Server::ready(&[]);
+    let url = server.url("/");
+    let bench = |more: &[&str]| {
+        let body = r#"{"prompt":"x","steps":1,"width":64,"height":64,"n":2}"#;
+        let args = ["bench", &url, "--duration-s", "1", "--body", body];
+        let done = run(&[&args[..], more].concat());
+        assert!(done.status.success(), "{}", text(&done.stderr));
+        text(&done.stdout)
+    };
+    for load in [["--clients", "3"], ["--rate", "5"]] {
+        let report: serde_json::Value =
+            serde_json::from_str(&bench(&[&load[..], &["--json"]].concat())).expect("JSON");
+        let number = |name: &str| report[name].as_f64().expect("a number");
+        let requests = number("requests");
+        assert!(requests > 0.0 && report["statuses"]["200"] == report["requests"], "{report}");
+        let pictures = number("pictures_per_second") * number("seconds");
+        assert!((pictures - 2.0 * requests).abs() < 0.5, "{report}");
+        assert!(number("rows_per_step") >= 1.0, "{report}");
+        assert!(
+            report["latency_seconds"]["p99"].as_f64() >= report["latency_seconds"]["p50"].as_f64()
+        );
+    }
+    let table = bench(&["--rate", "5"]);
+    assert!(table.contains("throughput") && table.contains("p99"), "{table}");
+    assert_eq!(run(&["bench", "http://127.0.0.1:9"]).status.code(), Some(1));
 }

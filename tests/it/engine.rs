@@ -4,15 +4,16 @@ use std::time::Duration;
 
 use anyhow::Result;
 use sd_models::{Size, Spec};
-use sd_server::engine::{Engine, Failure, Phase};
+use sd_server::engine::{Engine, Failure, Job, Phase};
 use sd_server::http;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::fake::{ENGINE, Fake, HTTP, Strings, spec, wait_until};
+use crate::overload::here;
 
-async fn ready() -> (Engine, Strings) {
+pub(crate) async fn ready() -> (Engine, Strings) {
     let (fake, strings) = Fake::new();
     let engine = Engine::start(ENGINE, || Ok(fake)).expect("a thread");
     engine.ready().await.expect("it loads");
@@ -20,14 +21,14 @@ async fn ready() -> (Engine, Strings) {
 }
 
 /// A server in this process.
-struct Server {
-    url: String,
+pub(crate) struct Server {
+    pub(crate) url: String,
     shutdown: oneshot::Sender<()>,
     ended: JoinHandle<Result<()>>,
 }
 
 impl Server {
-    async fn start(engine: Engine, settings: http::Settings, drain: Duration) -> Self {
+    pub(crate) async fn start(engine: Engine, settings: http::Settings, drain: Duration) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
         let (shutdown, stop) = oneshot::channel::<()>();
@@ -42,7 +43,7 @@ impl Server {
     }
 
     /// Status and error code of a request for a picture.
-    fn draw(&self, prompt: &str, rest: &str) -> JoinHandle<(u16, String)> {
+    pub(crate) fn draw(&self, prompt: &str, rest: &str) -> JoinHandle<(u16, String)> {
         let body = format!(r#"{{"prompt":"{prompt}"{rest}}}"#);
         let request = reqwest::Client::new().post(format!("{}/invocations", self.url)).body(body);
         tokio::spawn(async move {
@@ -54,7 +55,7 @@ impl Server {
     }
 }
 
-const LONG: Duration = Duration::from_secs(20);
+pub(crate) const LONG: Duration = Duration::from_secs(20);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn while_loading_everything_is_503() -> Result<()> {
@@ -98,7 +99,7 @@ async fn a_panic_of_the_model_is_answered_and_ends_the_server() -> Result<()> {
         assert_eq!(request.await?, (500, "model_failed".into()));
     }
     assert!(matches!(engine.phase(), Phase::Dead(_)));
-    assert_eq!(engine.submit(vec![spec(1, 1)], None).err(), Some(Failure::Model));
+    assert_eq!(engine.submit(vec![spec(1, 1)]).err(), Some(Failure::Model));
     assert!(server.ended.await?.expect_err("it is dead").to_string().contains("panicked"));
     Ok(())
 }
@@ -138,7 +139,7 @@ async fn shutdown_finishes_what_was_accepted() -> Result<()> {
     wait_until(|| strings.permits.send(()).is_ok() && strings.count() > 0);
     server.shutdown.send(()).expect("it serves");
     wait_until(|| matches!(engine.phase(), Phase::Draining));
-    assert_eq!(engine.submit(vec![spec(1, 1)], None).err(), Some(Failure::Stopping));
+    assert_eq!(engine.submit(vec![spec(1, 1)]).err(), Some(Failure::Stopping));
     drop(strings.permits);
     assert_eq!(accepted.await?.0, 200);
     server.ended.await?
@@ -161,7 +162,7 @@ async fn a_late_picture_is_504_and_its_rows_are_freed() -> Result<()> {
     let settings = http::Settings { request_timeout: Duration::from_millis(100), ..HTTP };
     let server = Server::start(engine.clone(), settings, LONG).await;
     assert_eq!(server.draw("a cat", r#","seed":1"#).await?, (504, "deadline".into()));
-    let next = engine.submit(vec![spec(2, 2)], None)?;
+    let next = engine.submit(vec![spec(2, 2)])?;
     strings.step(); // The step that the late picture was waiting for.
     strings.step();
     assert_eq!(strings.last(), [2]);
@@ -173,11 +174,11 @@ async fn a_late_picture_is_504_and_its_rows_are_freed() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn pictures_join_and_leave_between_steps() -> Result<()> {
     let (engine, strings) = ready().await;
-    let long = engine.submit(vec![spec(1, 5)], None)?;
+    let long = engine.submit(vec![spec(1, 5)])?;
     strings.step();
     assert_eq!(strings.last(), [1]);
-    let short = engine.submit(vec![spec(2, 1)], None)?;
-    let gone = engine.submit(vec![spec(3, 100)], None)?;
+    let short = engine.submit(vec![spec(2, 1)])?;
+    let gone = engine.submit(vec![spec(3, 100)])?;
     strings.step(); // Was already waiting for its permit when the others came.
     strings.step();
     assert_eq!(strings.last(), [1, 2], "four rows hold two pictures with guidance");
@@ -197,7 +198,7 @@ async fn only_equal_sizes_share_a_step() -> Result<()> {
     let (engine, strings) = ready().await;
     let wide = Spec { size: Size::new(128, 64).expect("multiples"), ..spec(9, 3) };
     let tickets = [vec![spec(1, 3)], vec![wide], vec![spec(2, 3)]];
-    let tickets = tickets.map(|specs| engine.submit(specs, None).expect("room"));
+    let tickets = tickets.map(|specs| engine.submit(specs).expect("room"));
     drop(strings.permits);
     for ticket in tickets {
         ticket.wait().await?;
@@ -211,9 +212,10 @@ async fn only_equal_sizes_share_a_step() -> Result<()> {
 async fn a_full_queue_is_429_and_takes_jobs_whole() -> Result<()> {
     let (engine, strings) = ready().await;
     let server = Server::start(engine.clone(), HTTP, LONG).await;
-    let drawing = engine.submit(vec![spec(1, 1), spec(2, 1)], None)?;
+    let drawing = engine.submit(vec![spec(1, 1), spec(2, 1)])?;
     wait_until(|| drawing.progress().borrow().total == 2);
-    let waiting = engine.submit((3..6).map(|seed| spec(seed, 1)).collect(), None)?;
+    let specs = (3..6).map(|seed| spec(seed, 1)).collect::<Vec<_>>();
+    let waiting = engine.submit(Job { client: here(), ..Job::from(specs) })?;
     assert_eq!(server.draw("a cat", r#","n":2"#).await?, (429, "overloaded".into()));
     let last = server.draw("a cat", r#","n":1"#);
     drop(strings.permits);

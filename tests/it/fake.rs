@@ -5,7 +5,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use sd_models::{Defaults, Error, ModelInfo, Result, Rgb, Scheduler, Size, Spec};
+use sd_models::{Defaults, Error, Memory, ModelInfo, Result, Rgb, Scheduler, Size, Spec};
 use sd_server::api::Limits;
 use sd_server::engine::{Model, Trajectory};
 use sd_server::{engine, http};
@@ -14,7 +14,11 @@ use sd_server::{engine, http};
 pub(crate) type Steps = Arc<Mutex<Vec<Vec<u64>>>>;
 
 pub(crate) struct Fake {
-    info: ModelInfo,
+    pub(crate) info: ModelInfo,
+    /// Rows for which there is memory.
+    pub(crate) capacity: usize,
+    /// How long a step takes.
+    pub(crate) pace: Duration,
     steps: Steps,
     /// A step waits for one of these; when the sender is gone steps are free.
     permits: Receiver<()>,
@@ -74,9 +78,10 @@ impl Fake {
             precision: "none".into(),
             defaults,
             multiple: 8,
-            memory: sd_models::Memory::default(),
+            memory: Memory { scale: 8, ..Memory::default() },
         };
-        let fake = Self { info, steps: Arc::clone(&steps), permits: permitted };
+        let (capacity, pace) = (usize::MAX, Duration::ZERO);
+        let fake = Self { info, capacity, pace, steps: Arc::clone(&steps), permits: permitted };
         (fake, Strings { steps, permits })
     }
 }
@@ -94,14 +99,18 @@ impl Model for Fake {
 
     fn step(&self, batch: &mut [&mut FakeTrajectory]) -> Result<()> {
         let warming = batch.iter().all(|member| member.spec.prompt.is_empty());
+        let rows: usize = batch.iter().map(|member| member.spec.rows()).sum();
+        if rows > self.capacity {
+            return Err(Error::OutOfMemory(format!("{rows} rows")));
+        }
         if !warming {
             let _ = self.permits.recv();
+            std::thread::sleep(self.pace);
             let seeds = batch.iter().map(|member| member.spec.seed).collect();
             self.steps.lock().expect("unpoisoned").push(seeds);
         }
         assert!(batch.windows(2).all(|pair| pair[0].spec.size == pair[1].spec.size));
-        for member in batch {
-            member.made += 1;
+        for member in batch.iter() {
             match member.spec.prompt.as_str() {
                 "panic" => panic!("as the prompt asked"),
                 "out of memory" => return Err(Error::OutOfMemory("1 GiB".into())),
@@ -109,7 +118,12 @@ impl Model for Fake {
                 _ => {}
             }
         }
+        batch.iter_mut().for_each(|member| member.made += 1);
         Ok(())
+    }
+
+    fn preview(&self, _: &FakeTrajectory) -> Result<Option<Rgb>> {
+        Ok(Some(Rgb { width: 8, height: 8, data: vec![9; 8 * 8 * 3] }))
     }
 
     fn decode(&self, trajectory: &FakeTrajectory) -> Result<Rgb> {
@@ -154,12 +168,18 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
     }
 }
 
-pub(crate) const ENGINE: engine::Settings = engine::Settings { max_queue: 4, max_batch_rows: 4 };
+pub(crate) const ENGINE: engine::Settings =
+    engine::Settings { max_queue: 4, max_batch_rows: 4, memory_budget_bytes: None };
 
 pub(crate) const HTTP: http::Settings = http::Settings {
     limits: Limits { max_pixels: 1 << 20, max_steps: 150, max_images: 8, max_prompt_bytes: 1000 },
     max_body_bytes: 100_000,
     max_requests: 16,
     request_timeout: Duration::from_secs(30),
+    max_jobs: 4,
+    job_timeout: Duration::from_secs(60),
+    job_retention: Duration::from_secs(60),
+    idle_timeout: Duration::from_secs(75),
+    max_connections: 64,
     log_prompts: false,
 };

@@ -12,7 +12,7 @@ const FORM: &str = "content-type: application/x-www-form-urlencoded";
 const TEXT: &str = "content-type: text/plain";
 
 /// Header, body, status, and the parameter that the error names.
-const TABLE: [(&str, &[u8], u16, &str); 62] = [
+const TABLE: [(&str, &[u8], u16, &str); 65] = [
     // Bodies that are nothing.
     (JSON, b"", 400, ""),
     (TEXT, b"", 400, ""),
@@ -50,6 +50,9 @@ const TABLE: [(&str, &[u8], u16, &str); 62] = [
     (JSON, b"{\"prompt\":\"a\",\"cfg_scale\":false}", 400, "cfg_scale"),
     (JSON, b"{\"prompt\":\"a\",\"scheduler\":3}", 400, "scheduler"),
     (JSON, b"{\"prompt\":\"a\",\"width\":[512]}", 400, "width"),
+    (JSON, b"{\"prompt\":\"a\",\"stream\":\"yes\"}", 400, "stream"),
+    (JSON, b"{\"prompt\":\"a\",\"preview\":1}", 400, "preview"),
+    (FORM, b"prompt=a&stream=1", 400, "stream"),
     (FORM, b"prompt=a&steps=twenty", 400, "steps"),
     (FORM, b"prompt=a&guidance_scale=NaN", 400, "guidance_scale"),
     (FORM, b"prompt=a&guidance_scale=inf", 400, "guidance_scale"),
@@ -156,16 +159,18 @@ fn prompts_may_hold_anything() {
 fn broken_http_is_survived() {
     let server = Server::ready(&[]);
     let head = "POST /invocations HTTP/1.1\r\nHost: x\r\n";
+    // A client that ends its stream has left, and nobody answers it.
+    let close = "Host: x\r\nConnection: close\r\n";
     let table = [
         (format!("{head}Content-Length: 100\r\n\r\n{{\"prompt\":"), "400"),
         (format!("{head}Transfer-Encoding: chunked\r\n\r\nff\r\n{{\"pro"), "400"),
         (format!("{head}Transfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n0\r\n\r\n"), "400"),
         (format!("{head}Content-Length: -1\r\n\r\n"), "400"),
         (format!("{head}Content-Length: 99999999999\r\n\r\nabc"), "413"),
-        ("GET /invocations HTTP/1.1\r\nHost: x\r\n\r\n".into(), "405"),
-        ("PUT /ping HTTP/1.1\r\nHost: x\r\n\r\n".into(), "405"),
-        ("GET /../etc/passwd HTTP/1.1\r\nHost: x\r\n\r\n".into(), "404"),
-        ("POST /invocations/x HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".into(), "404"),
+        (format!("GET /invocations HTTP/1.1\r\n{close}\r\n"), "405"),
+        (format!("PUT /ping HTTP/1.1\r\n{close}\r\n"), "405"),
+        (format!("GET /../etc/passwd HTTP/1.1\r\n{close}\r\n"), "404"),
+        (format!("POST /invocations/x HTTP/1.1\r\n{close}Content-Length: 0\r\n\r\n"), "404"),
         ("\u{0}\u{1}\u{2}\r\n\r\n".into(), ""),
         (format!("GET /{} HTTP/1.1\r\nHost: x\r\n\r\n", "a".repeat(70_000)), "414"),
         (format!("GET /ping HTTP/1.1\r\nX: {}\r\n\r\n", "a".repeat(700_000)), "431"),

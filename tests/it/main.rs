@@ -9,4 +9,10 @@ mod harness; // starts the real binary
 mod hostile; // malformed requests: a clear answer, and the next one works
 mod hub; // a hub on this host: what is fetched, what is cached
 mod invocations; // every form of body and reply
+mod lines; // JSON lines and batch transform
+mod metrics; // what the server says about itself
+mod overload; // too much, too late, too large: what is refused and how
 mod pictures; // against diffusers' pictures, and against their prompts
+mod progress; // events and jobs
+mod scheduling; // fairness, starvation, conservation, with a fake model
+mod soak; // many mixed requests: nothing is lost, miscounted or leaked

@@ -1,0 +1,284 @@
+//! `sd-server bench`: load on a running server, and what became of it. With a rate the load is
+//! open: requests arrive by a Poisson process and their latency counts from the moment they were
+//! due, so that a slow server cannot slow down the arrivals that would show it. With clients it is
+//! closed: as many requests are under way as there are clients.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use reqwest::Client;
+use reqwest::header::{ACCEPT, CONTENT_TYPE};
+use serde::Serialize;
+use serde_json::{Map, Value};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
+
+/// What to do.
+#[derive(Debug)]
+pub struct Plan {
+    /// The server, without a path.
+    pub url: String,
+    /// How requests arrive.
+    pub load: Load,
+    /// For how long they do.
+    pub duration: Duration,
+    /// How long an answer is waited for.
+    pub timeout: Duration,
+    /// The body of each request.
+    pub body: Map<String, Value>,
+    /// Seed of the arrivals.
+    pub arrivals_seed: u64,
+    /// Whether to print JSON.
+    pub json: bool,
+}
+
+/// How requests arrive.
+#[derive(Debug, Clone, Copy)]
+pub enum Load {
+    /// At random, so many a second.
+    Rate(f64),
+    /// When one of so many clients has its answer.
+    Clients(usize),
+}
+
+/// A request and its answer.
+struct Sample {
+    latency: Duration,
+    /// 0 when there was none.
+    status: u16,
+    pictures: usize,
+}
+
+/// Sends requests, each with a seed of its own.
+struct Sender {
+    client: Client,
+    url: String,
+    body: Map<String, Value>,
+    sent: AtomicU64,
+}
+
+/// What became of the load.
+#[derive(Debug, Serialize)]
+struct Report {
+    requests: usize,
+    /// By status; 0 is no answer.
+    statuses: BTreeMap<u16, usize>,
+    seconds: f64,
+    requests_per_second: f64,
+    pictures_per_second: f64,
+    /// Of the requests that were answered with pictures.
+    latency_seconds: Option<Latency>,
+    /// Mean rows of a step on the server meanwhile, if it says so.
+    rows_per_step: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Latency {
+    mean: f64,
+    p50: f64,
+    p90: f64,
+    p99: f64,
+    max: f64,
+}
+
+pub(crate) async fn run(plan: Plan) -> Result<()> {
+    let client = Client::builder().timeout(plan.timeout).build()?;
+    let ping = client.get(format!("{}/ping", plan.url)).send().await;
+    let ping = ping.with_context(|| format!("{} does not answer", plan.url))?;
+    ensure!(ping.status().is_success(), "{} is not ready: {}", plan.url, ping.status());
+    let steps_before = steps(&client, &plan.url).await;
+    let sender = Arc::new(Sender {
+        client: client.clone(),
+        url: format!("{}/invocations", plan.url),
+        body: plan.body,
+        sent: AtomicU64::new(0),
+    });
+    let began = Instant::now();
+    let samples = match plan.load {
+        Load::Rate(rate) => open(&sender, rate, plan.duration, plan.arrivals_seed).await,
+        Load::Clients(clients) => closed(&sender, clients, plan.duration).await,
+    };
+    let mut report = Report::new(&samples, began.elapsed());
+    if let (Some(before), Some(after)) = (steps_before, steps(&client, &plan.url).await) {
+        let (rows, count) = (after.0 - before.0, after.1 - before.1);
+        report.rows_per_step = (count > 0.0).then_some(rows / count);
+    }
+    let mut out = std::io::stdout();
+    if plan.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
+    } else {
+        write!(out, "{report}")?;
+    }
+    Ok(())
+}
+
+/// Requests at the times of a Poisson process, and their answers.
+async fn open(sender: &Arc<Sender>, rate: f64, duration: Duration, seed: u64) -> Vec<Sample> {
+    let mut arrivals = Arrivals(seed);
+    let mut answers = JoinSet::new();
+    let mut due = Instant::now();
+    let end = due + duration;
+    loop {
+        due += Duration::from_secs_f64(arrivals.gap() / rate);
+        if due >= end {
+            return answers.join_all().await;
+        }
+        sleep_until(due).await;
+        let sender = Arc::clone(sender);
+        answers.spawn(async move { sender.send(due).await });
+    }
+}
+
+/// Clients that wait for their answer before they ask again.
+async fn closed(sender: &Arc<Sender>, clients: usize, duration: Duration) -> Vec<Sample> {
+    let end = Instant::now() + duration;
+    let client = async |sender: Arc<Sender>| {
+        let mut samples = Vec::new();
+        while Instant::now() < end {
+            samples.push(sender.send(Instant::now()).await);
+        }
+        samples
+    };
+    let clients = (0..clients).map(|_| client(Arc::clone(sender)));
+    futures_util::future::join_all(clients).await.into_iter().flatten().collect()
+}
+
+impl Sender {
+    /// One request; its latency counts from `due`.
+    async fn send(&self, due: Instant) -> Sample {
+        let k = self.sent.fetch_add(1, Ordering::Relaxed);
+        let mut body = self.body.clone();
+        body.entry("seed").or_insert(k.into());
+        let pictures = ["n", "num_images_per_prompt"].iter().find_map(|name| body.get(*name));
+        let pictures = pictures.and_then(Value::as_u64).unwrap_or(1) as usize;
+        let request = self.client.post(&self.url).body(Value::Object(body).to_string());
+        let request = request.header(CONTENT_TYPE, "application/json");
+        let answer = async {
+            let answer = request.header(ACCEPT, "application/json").send().await?;
+            let status = answer.status();
+            answer.bytes().await?;
+            Ok::<_, reqwest::Error>(status.as_u16())
+        };
+        let status = answer.await.unwrap_or(0);
+        Sample { latency: due.elapsed(), status, pictures }
+    }
+}
+
+/// Rows and number of all steps, from the server's metrics.
+async fn steps(client: &Client, url: &str) -> Option<(f64, f64)> {
+    let text = client.get(format!("{url}/metrics")).send().await.ok()?.text().await.ok()?;
+    let value = |name: &str| {
+        text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok())
+    };
+    // A server that has made no step yet has no series of them.
+    let value = |name| value(name).unwrap_or(0.0);
+    text.contains("sd_step_rows")
+        .then(|| (value("sd_step_rows_sum "), value("sd_step_rows_count ")))
+}
+
+impl Report {
+    fn new(samples: &[Sample], elapsed: Duration) -> Self {
+        let mut statuses = BTreeMap::new();
+        for sample in samples {
+            *statuses.entry(sample.status).or_insert(0) += 1;
+        }
+        let drawn = || samples.iter().filter(|sample| sample.status == 200);
+        let latencies = drawn().map(|sample| sample.latency.as_secs_f64()).collect();
+        let seconds = elapsed.as_secs_f64();
+        let pictures: usize = drawn().map(|sample| sample.pictures).sum();
+        Self {
+            requests: samples.len(),
+            statuses,
+            seconds,
+            requests_per_second: drawn().count() as f64 / seconds,
+            pictures_per_second: pictures as f64 / seconds,
+            latency_seconds: Latency::of(latencies),
+            rows_per_step: None,
+        }
+    }
+}
+
+impl Latency {
+    fn of(mut seconds: Vec<f64>) -> Option<Self> {
+        seconds.sort_by(f64::total_cmp);
+        // The nearest rank: the smallest value that so many are not above.
+        let rank = |p: f64| {
+            let place = (p * seconds.len() as f64).ceil() as usize;
+            seconds.get(place.saturating_sub(1)).copied()
+        };
+        Some(Self {
+            mean: seconds.iter().sum::<f64>() / seconds.len() as f64,
+            p50: rank(0.5)?,
+            p90: rank(0.9)?,
+            p99: rank(0.99)?,
+            max: rank(1.0)?,
+        })
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "requests      {} in {:.1} s", self.requests, self.seconds)?;
+        for (status, count) in &self.statuses {
+            match status {
+                0 => writeln!(f, "  unanswered  {count}")?,
+                _ => writeln!(f, "  {status}         {count}")?,
+            }
+        }
+        writeln!(f, "throughput    {:.2} requests/s", self.requests_per_second)?;
+        writeln!(f, "              {:.2} pictures/s", self.pictures_per_second)?;
+        if let Some(Latency { mean, p50, p90, p99, max }) = &self.latency_seconds {
+            writeln!(f, "latency       mean {mean:.3} s, p50 {p50:.3}, p90 {p90:.3}")?;
+            writeln!(f, "              p99 {p99:.3}, max {max:.3}")?;
+        }
+        if let Some(rows) = self.rows_per_step {
+            writeln!(f, "rows a step   {rows:.2}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Gaps of a Poisson process of rate one. Not the pictures' noise: any generator will do, and
+/// this is Steele, Lea and Flood's SplitMix64.
+struct Arrivals(u64);
+
+impl Arrivals {
+    fn gap(&mut self) -> f64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^= z >> 31;
+        // Above zero and at most one, so that the logarithm exists.
+        let uniform = ((z >> 11) + 1) as f64 / (1_u64 << 53) as f64;
+        -uniform.ln()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arrivals_are_a_poisson_process() {
+        let mut arrivals = Arrivals(1);
+        let gaps: Vec<f64> = (0..100_000).map(|_| arrivals.gap()).collect();
+        let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
+        let long = gaps.iter().filter(|gap| **gap > 3.0).count() as f64 / gaps.len() as f64;
+        assert!((mean - 1.0).abs() < 0.02, "{mean}");
+        assert!((long - (-3.0_f64).exp()).abs() < 0.005, "{long}");
+    }
+
+    #[test]
+    fn percentiles_are_nearest_ranks() {
+        let latency = Latency::of((1..=200).rev().map(f64::from).collect()).expect("values");
+        assert_eq!((latency.p50, latency.p90, latency.p99), (100.0, 180.0, 198.0));
+        assert_eq!((latency.max, latency.mean), (200.0, 100.5));
+        assert!(Latency::of(Vec::new()).is_none());
+    }
+}

@@ -1,0 +1,92 @@
+//! What every request for pictures passes first: the gate, the clock, and the reading of its body.
+
+use std::time::Duration;
+
+use axum::extract::Request;
+use axum::http::HeaderMap;
+use axum::http::header::CONTENT_LENGTH;
+use futures_util::StreamExt as _;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, timeout_at};
+
+use super::State;
+use super::error::ApiError;
+use super::listen::Peer;
+use crate::api::Invalid;
+use crate::engine::Client;
+
+/// How long the client will wait, in milliseconds; never longer than the operator's limit.
+const TIMEOUT: &str = "x-request-timeout-ms";
+
+/// A body is thrown away up to this many times the limit before the client is cut off.
+const OVERSIZE: usize = 4;
+
+/// A request that has arrived as a whole.
+#[derive(Debug)]
+pub(super) struct Intake {
+    pub(super) headers: HeaderMap,
+    pub(super) body: Vec<u8>,
+    pub(super) client: Client,
+    pub(super) timeout: Duration,
+    pub(super) deadline: Instant,
+    /// Held as long as the request or what it started takes memory.
+    pub(super) permit: OwnedSemaphorePermit,
+}
+
+/// Takes a request in, or refuses it unread.
+pub(super) async fn take(state: &State, request: Request) -> Result<Intake, ApiError> {
+    let arrived = Instant::now();
+    let permit = state.gate.clone().try_acquire_owned();
+    let permit =
+        permit.map_err(|_| ApiError::Crowded { retry_after_s: state.engine.retry_after() })?;
+    state.engine.model()?;
+    let headers = request.headers().clone();
+    let timeout = timeout(&headers, state.settings.request_timeout)?;
+    let deadline = arrived + timeout;
+    let peer = request.extensions().get::<Peer>();
+    let client = peer.map(|peer| Client::at(peer.0.ip())).unwrap_or_default();
+    let body = timeout_at(deadline, receive(state.settings.max_body_bytes, request)).await;
+    let body = body.map_err(|_| ApiError::SlowBody)??;
+    Ok(Intake { headers, body, client, timeout, deadline, permit })
+}
+
+/// The time that the client gives the request, if that is less than the most it may have.
+pub(super) fn timeout(headers: &HeaderMap, most: Duration) -> Result<Duration, ApiError> {
+    let Some(value) = headers.get(TIMEOUT) else { return Ok(most) };
+    let millis = value.to_str().ok().and_then(|value| value.trim().parse().ok());
+    match millis {
+        Some(millis @ 1..) => Ok(Duration::from_millis(millis).min(most)),
+        _ => Err(Invalid::Malformed {
+            param: Some(TIMEOUT.into()),
+            message: format!("{TIMEOUT} must be a whole number of at least 1"),
+        }
+        .into()),
+    }
+}
+
+/// The whole body. What is too long is read on for a while and thrown away: many clients do not
+/// look for an answer before they have sent everything.
+async fn receive(limit: usize, request: Request) -> Result<Vec<u8>, ApiError> {
+    let declared = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok());
+    let declared: usize = declared.and_then(|length| length.parse().ok()).unwrap_or(0);
+    let mut parts = request.into_body().into_data_stream();
+    let mut body = Vec::new();
+    let mut length = 0;
+    while let Some(part) = parts.next().await {
+        match part {
+            Ok(part) if declared.max(length + part.len()) <= limit => {
+                body.extend_from_slice(&part);
+                length += part.len();
+            }
+            Ok(part) if length < OVERSIZE * limit => {
+                body = Vec::new();
+                length += part.len();
+            }
+            Err(_) if declared <= limit => {
+                return Err(Invalid::body("the body ended before its declared length").into());
+            }
+            _ => break,
+        }
+    }
+    if declared.max(length) > limit { Err(ApiError::TooLarge(limit)) } else { Ok(body) }
+}

@@ -1,0 +1,70 @@
+//! What the server says about itself agrees with what its clients saw.
+
+use serde_json::Value;
+
+use crate::harness::Server;
+
+fn get(server: &Server, path: &str) -> (u16, String) {
+    let reply = server.client.get(server.url(path)).send().expect("an answer");
+    (reply.status().as_u16(), reply.text().expect("text"))
+}
+
+#[test]
+fn metrics_count_what_clients_saw() {
+    let server = Server::ready(&["--max-queue", "3"]);
+    let draw = |body: &'static str| server.post(&["content-type: application/json"], body).status;
+    assert_eq!(draw(r#"{"prompt":"a cat","steps":2,"n":2}"#), 200);
+    assert_eq!(draw(r#"{"prompt":"a cat","steps":3,"guidance_scale":1}"#), 200);
+    assert_eq!(draw(r#"{"prompt":"a cat","steps":0}"#), 422);
+    assert_eq!(draw("{"), 400);
+    assert_eq!(get(&server, "/made/up").0, 404);
+    // The last answer goes out a moment before the worker has taken stock.
+    let text = loop {
+        let (status, text) = get(&server, "/metrics");
+        assert_eq!(status, 200);
+        if text.contains("sd_pictures_drawing 0\n") {
+            break text;
+        }
+    };
+    let value = |series: &str| -> f64 {
+        let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("{series} in {text}")).parse().expect("a number")
+    };
+    for (series, expected) in [
+        (r#"sd_requests_total{route="/invocations",outcome="ok"}"#, 2.0),
+        (r#"sd_requests_total{route="/invocations",outcome="out_of_range"}"#, 1.0),
+        (r#"sd_requests_total{route="/invocations",outcome="malformed"}"#, 1.0),
+        (r#"sd_requests_total{route="other",outcome="not_found"}"#, 1.0),
+        (r#"sd_request_seconds_count{route="/invocations"}"#, 4.0),
+        (r#"sd_pictures_total{outcome="drawn"}"#, 3.0),
+        (r#"sd_stage_seconds_count{stage="text"}"#, 3.0),
+        (r#"sd_stage_seconds_count{stage="decode"}"#, 3.0),
+        (r#"sd_stage_seconds_count{stage="encode"}"#, 3.0),
+        ("sd_queue_seconds_count", 3.0),
+        ("sd_picture_seconds_count", 3.0),
+        ("sd_pictures_waiting", 0.0),
+        ("sd_pictures_drawing", 0.0),
+        ("sd_requests_in_service", 0.0),
+        ("sd_ready", 1.0),
+    ] {
+        assert_eq!(value(series), expected, "{series}");
+    }
+    // PNDM: one evaluation more than steps; two pictures of two rows, one of one.
+    assert_eq!(value("sd_step_rows_sum"), 2.0 * 2.0 * 3.0 + 4.0);
+    assert!(value("sd_host_resident_bytes") > 1e6 && value("sd_memory_budget_bytes") > 1e6);
+    for line in text.lines().filter(|line| !line.starts_with('#')) {
+        let (series, number) = line.rsplit_once(' ').expect("a name and a number");
+        assert!(series.starts_with("sd_") && number.parse::<f64>().is_ok(), "{line}");
+    }
+}
+
+#[test]
+fn health_and_info_answer() {
+    let server = Server::ready(&[]);
+    assert_eq!(get(&server, "/health/live").0, 200);
+    assert_eq!(get(&server, "/health/ready").0, 200);
+    let info: Value = serde_json::from_str(&get(&server, "/info").1).expect("JSON");
+    assert_eq!((&info["phase"], &info["model"]["name"]), (&"ready".into(), &"demo".into()));
+    assert_eq!(info["model"]["defaults"]["width"], 128);
+    assert_eq!(info["limits"]["request_timeout_ms"], 58000);
+}
