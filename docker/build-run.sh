@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Builds the image and draws one picture with it into output/:
+#
+#     docker/build-run.sh [PROMPT]
+#
+# TARGET=cuda draws on the GPU. MODEL names another model than the built-in one; its weights are
+# kept in the volume sd-server_weights, which compose.yaml uses too.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+prompt=${1:-a photo of an astronaut riding a horse on mars}
+target=${TARGET:-cpu}
+image=sd-server:$target
+
+options=()
+if [[ $target == cuda ]]; then options+=(--gpus all); fi
+
+docker build --file docker/Dockerfile --target "$target" --tag "$image" .
+mkdir -p output
+docker run --rm "${options[@]}" --env HF_TOKEN \
+    --volume sd-server_weights:/models --volume "$PWD/output:/output" \
+    "$image" generate --model "${MODEL:-demo}" "$prompt" --output /output/picture.png
+echo "$image is built; the picture is output/picture.png"
