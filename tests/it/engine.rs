@@ -136,7 +136,7 @@ async fn shutdown_finishes_what_was_accepted() -> Result<()> {
     let (engine, strings) = ready().await;
     let server = Server::start(engine.clone(), HTTP, LONG).await;
     let accepted = server.draw("a cat", "");
-    wait_until(|| strings.permits.send(()).is_ok() && strings.count() > 0);
+    strings.step();
     server.shutdown.send(()).expect("it serves");
     wait_until(|| matches!(engine.phase(), Phase::Draining));
     assert_eq!(engine.submit(vec![spec(1, 1)]).err(), Some(Failure::Stopping));
@@ -150,7 +150,7 @@ async fn what_does_not_fit_in_the_drain_timeout_is_503() -> Result<()> {
     let (engine, strings) = ready().await;
     let server = Server::start(engine, HTTP, Duration::from_millis(50)).await;
     let accepted = server.draw("a cat", "");
-    wait_until(|| strings.permits.send(()).is_ok() && strings.count() > 0);
+    strings.step();
     server.shutdown.send(()).expect("it serves");
     assert_eq!(accepted.await?, (503, "shutting_down".into()));
     server.ended.await?
