@@ -176,6 +176,8 @@ impl ServeArgs {
                 idle_timeout: Duration::from_millis(network.idle_timeout_ms as u64),
                 max_connections: network.max_connections,
                 log_prompts: self.log_prompts,
+                api_keys: self.access.api_key,
+                cors_origins: self.access.cors_origin,
             },
             engine: engine::Settings {
                 max_queue: limits.max_queue,

@@ -82,7 +82,7 @@ pub async fn serve(
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     let (close, closed) = watch::channel(false);
-    let app = http::router(engine.clone(), settings);
+    let app = http::router(engine.clone(), settings.clone());
     let mut server = tokio::spawn(http::listen(listener, app, settings, closed));
 
     let reason = tokio::select! {

@@ -3,10 +3,12 @@
 
 use std::path::PathBuf;
 
+use axum::http::HeaderValue;
 use clap::builder::FalseyValueParser;
 use clap::{Parser, Subcommand};
 use sd_models::{DeviceName, Precision, Scheduler};
 
+use crate::http::Key;
 use crate::telemetry::LogFormat;
 
 /// A native Stable Diffusion server: SageMaker, curl and the command line on one binary.
@@ -44,6 +46,8 @@ pub(super) struct ServeArgs {
     pub(super) model: ModelArgs,
     #[command(flatten)]
     pub(super) network: NetworkArgs,
+    #[command(flatten)]
+    pub(super) access: AccessArgs,
     #[command(flatten)]
     pub(super) limits: LimitArgs,
     #[command(flatten)]
@@ -109,6 +113,20 @@ pub(super) struct NetworkArgs {
     /// Open connections; beyond it new ones wait until one is closed
     #[arg(long, env = "SD_MAX_CONNECTIONS", default_value = "1024", value_parser = at_least::<1>)]
     pub(super) max_connections: usize,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Access")]
+pub(super) struct AccessArgs {
+    /// A key that opens /v1 and /sdapi; several are separated by commas. With any, these routes and
+    /// the page answer 401 without one; /ping, /invocations and /metrics stay open, since
+    /// SageMaker checks its callers itself: do not show them to the world
+    #[arg(long, env = "SD_API_KEY", value_delimiter = ',', hide_env_values = true)]
+    pub(super) api_key: Vec<Key>,
+    /// A web origin (https://example.org) whose pages may call from a browser, or * for all;
+    /// several are separated by commas. Without any, browsers let only our own page call
+    #[arg(long, env = "SD_CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]
+    pub(super) cors_origin: Vec<HeaderValue>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -272,6 +290,13 @@ pub(super) struct HealthcheckArgs {
 
 fn parse<T: std::str::FromStr<Err = String>>(text: &str) -> Result<T, String> {
     text.parse()
+}
+
+fn origin(text: &str) -> Result<HeaderValue, String> {
+    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+    let whole = host.is_some_and(|host| !host.is_empty() && !host.contains(['/', '*']));
+    let value = HeaderValue::try_from(text).ok().filter(|_| whole || text == "*");
+    value.ok_or_else(|| "an origin is *, or http(s)://host with no path".into())
 }
 
 fn positive(text: &str) -> Result<f64, String> {

@@ -24,7 +24,7 @@ use crate::image::{self, Format};
 use crate::telemetry::Id;
 
 /// The seed for those who see every header.
-const SEED: HeaderName = HeaderName::from_static("x-sd-seed");
+pub(super) const SEED: HeaderName = HeaderName::from_static("x-sd-seed");
 /// The seed for those behind SageMaker, which passes on only this header.
 const ATTRIBUTES: HeaderName = HeaderName::from_static("x-amzn-sagemaker-custom-attributes");
 

@@ -14,6 +14,15 @@ use crate::engine::Failure;
 /// An answer that is not a picture.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum ApiError {
+    /// 401.
+    #[error("{}", match given {
+        true => "the API key is not valid",
+        false => "this route needs an API key: send Authorization: Bearer KEY",
+    })]
+    Key {
+        /// Whether there was one.
+        given: bool,
+    },
     /// 404.
     #[error("no such route; POST a prompt to /invocations")]
     NotFound,
@@ -55,6 +64,7 @@ pub(super) enum ApiError {
 impl ApiError {
     fn status(&self) -> StatusCode {
         match self {
+            Self::Key { .. } => StatusCode::UNAUTHORIZED,
             Self::NotFound | Self::NoJob => StatusCode::NOT_FOUND,
             Self::Method => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotAcceptable(_) => StatusCode::NOT_ACCEPTABLE,
@@ -79,6 +89,7 @@ impl ApiError {
     /// A word that programs can rely on.
     fn code(&self) -> &'static str {
         match self {
+            Self::Key { .. } => "invalid_api_key",
             Self::NotFound | Self::NoJob => "not_found",
             Self::Method => "method_not_allowed",
             Self::NotAcceptable(_) => "not_acceptable",

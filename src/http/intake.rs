@@ -43,11 +43,17 @@ pub(super) async fn take(state: &State, request: Request) -> Result<Intake, ApiE
     let headers = request.headers().clone();
     let timeout = timeout(&headers, state.settings.request_timeout)?;
     let deadline = arrived + timeout;
-    let peer = request.extensions().get::<Peer>();
-    let client = peer.map(|peer| Client::at(peer.0.ip())).unwrap_or_default();
+    let client = client(&request);
     let body = timeout_at(deadline, receive(state.settings.max_body_bytes, request)).await;
     let body = body.map_err(|_| ApiError::SlowBody)??;
     Ok(Intake { headers, body, client, timeout, deadline, permit })
+}
+
+/// The key that a client came in with, or else its address.
+fn client(request: &Request) -> Client {
+    let named = request.extensions().get::<Client>().cloned();
+    let peer = || Some(Client::at(request.extensions().get::<Peer>()?.0.ip()));
+    named.or_else(peer).unwrap_or_default()
 }
 
 /// The time that the client gives the request, if that is less than the most it may have.

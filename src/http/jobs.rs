@@ -4,6 +4,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Path, Request};
@@ -17,7 +18,7 @@ use tokio::time::Instant;
 use super::asked::{Answer, Asked};
 use super::error::ApiError;
 use super::intake::{self, Intake};
-use super::{Settings, State, accept, body, events};
+use super::{State, accept, body, events};
 use crate::api::Invalid;
 use crate::engine::{Failure, Watch};
 
@@ -112,7 +113,8 @@ pub(super) async fn create(state: State, request: Request) -> Result<Response, A
             }
         }
     };
-    let task = tokio::spawn(keep(Arc::clone(&state.jobs), state.settings, id.clone(), work));
+    let task =
+        tokio::spawn(keep(Arc::clone(&state.jobs), state.settings.job_retention, id.clone(), work));
     state.jobs.update(&id, |entry| entry.task = Some(task.abort_handle()));
     let location = [(LOCATION, format!("/v1/jobs/{id}"))];
     Ok((StatusCode::ACCEPTED, location, Json(description)).into_response())
@@ -121,13 +123,13 @@ pub(super) async fn create(state: State, request: Request) -> Result<Response, A
 /// Does the work, keeps the result for its time, and forgets it.
 async fn keep(
     store: Arc<Store>,
-    settings: Settings,
+    retention: Duration,
     id: String,
     work: impl Future<Output = Result<Answer, ApiError>>,
 ) {
     let result = Arc::new(work.await);
     store.update(&id, |entry| entry.end = Some((Instant::now(), result)));
-    tokio::time::sleep(settings.job_retention).await;
+    tokio::time::sleep(retention).await;
     store.jobs().remove(&id);
 }
 

@@ -8,6 +8,7 @@ mod error;
 mod events;
 mod intake;
 mod jobs;
+mod keys;
 mod lines;
 mod listen;
 mod sagemaker;
@@ -18,17 +19,21 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::{MatchedPath, Request};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use axum::http::header::RETRY_AFTER;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::Response;
 use axum::routing::{get, post};
 use tokio::sync::Semaphore;
+use tower::util::option_layer;
+use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 use tracing::{Instrument, debug, error, info, info_span};
 
 use crate::api::Limits;
 use crate::engine::Engine;
 use crate::telemetry::Id;
 use error::{ApiError, Reason};
+pub use keys::Key;
 pub use listen::listen;
 
 /// SageMaker's name for a request, and everyone else's.
@@ -38,7 +43,7 @@ const REQUEST_IDS: [&str; 2] = ["x-amzn-sagemaker-inference-id", "x-request-id"]
 const WATCHED: [&str; 4] = ["/ping", "/health/live", "/health/ready", "/metrics"];
 
 /// The bounds of the HTTP side.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Settings {
     /// What one request may ask for.
     pub limits: Limits,
@@ -60,6 +65,10 @@ pub struct Settings {
     pub max_connections: usize,
     /// Whether prompts may appear in the log.
     pub log_prompts: bool,
+    /// Who may come in; everyone when there are none.
+    pub api_keys: Vec<Key>,
+    /// The web pages that may call from a browser; `*` stands for all.
+    pub cors_origins: Vec<HeaderValue>,
 }
 
 /// What the handlers share.
@@ -74,30 +83,53 @@ struct Shared {
 
 type State = axum::extract::State<Arc<Shared>>;
 
-/// Every route of the server.
+/// Every route of the server. Those behind the lock need a key where keys are configured.
 pub fn router(engine: Engine, settings: Settings) -> Router {
     let gate = Arc::new(Semaphore::new(settings.max_requests));
-    Router::new()
-        .route("/ping", get(sagemaker::ping).post(sagemaker::ping))
-        .route("/invocations", post(sagemaker::invocations))
-        .route("/execution-parameters", get(sagemaker::execution_parameters))
+    let keys: Arc<[Key]> = settings.api_keys.as_slice().into();
+    let locked = Router::new()
+        .route("/v1/invocations", post(sagemaker::invocations))
         .route("/v1/jobs", post(jobs::create))
         .route("/v1/jobs/{id}", get(jobs::state).delete(jobs::delete))
         .route("/v1/jobs/{id}/result", get(jobs::result))
+        .route_layer(middleware::from_fn_with_state(keys, keys::require));
+    let router = Router::new()
+        .route("/ping", get(sagemaker::ping).post(sagemaker::ping))
+        .route("/invocations", post(sagemaker::invocations))
+        .route("/execution-parameters", get(sagemaker::execution_parameters))
         .route("/health/live", get(async || StatusCode::OK))
         .route("/health/ready", get(sagemaker::ping))
         .route("/info", get(status::info))
         .route("/metrics", get(status::metrics))
+        .merge(locked)
         .fallback(async || ApiError::NotFound)
         .method_not_allowed_fallback(async || ApiError::Method)
-        .layer(middleware::from_fn_with_state(engine.clone(), observe))
-        .with_state(Arc::new(Shared { engine, settings, gate, jobs: Arc::default() }))
+        .layer(option_layer(cors(&settings.cors_origins)))
+        .layer(middleware::from_fn_with_state(engine.clone(), observe));
+    router.with_state(Arc::new(Shared { engine, settings, gate, jobs: Arc::default() }))
+}
+
+/// What browsers must hear before a page of another origin may call. Nothing, unless configured.
+fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
+    let origin = match origins {
+        [] => return None,
+        origins if origins.iter().any(|origin| origin == "*") => AllowOrigin::any(),
+        origins => AllowOrigin::list(origins.iter().cloned()),
+    };
+    let layer = CorsLayer::new()
+        .allow_origin(origin)
+        .allow_methods([Method::GET, Method::POST, Method::DELETE])
+        .allow_headers(AllowHeaders::mirror_request())
+        .expose_headers([RETRY_AFTER, asked::SEED, HeaderName::from_static(REQUEST_IDS[1])])
+        .max_age(Duration::from_secs(3600));
+    Some(layer)
 }
 
 /// The routes that are measured by their name; others are `other`, since clients make them up.
-const ROUTES: [&str; 10] = [
+const ROUTES: [&str; 11] = [
     "/ping",
     "/invocations",
+    "/v1/invocations",
     "/execution-parameters",
     "/v1/jobs",
     "/v1/jobs/{id}",

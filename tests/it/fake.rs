@@ -182,4 +182,6 @@ pub(crate) const HTTP: http::Settings = http::Settings {
     idle_timeout: Duration::from_secs(75),
     max_connections: 64,
     log_prompts: false,
+    api_keys: Vec::new(),
+    cors_origins: Vec::new(),
 };

@@ -1,6 +1,7 @@
 //! The contract of the server and of the command line, tested from outside: one binary, so that
 //! it links once.
 
+mod access; // keys and foreign web pages
 mod batching; // a picture does not depend on its neighbours
 mod cli; // generate, healthcheck, exit codes
 mod engine; // the engine and its server around a fake model: loading, draining, dying

@@ -1,0 +1,118 @@
+//! Who may come in. A key comes as `Authorization: Bearer KEY` (OpenAI's clients), as the password
+//! of `Authorization: Basic` (AUTOMATIC1111's clients) or as `X-Api-Key`. It is also the client's
+//! name: whoever shares a key shares a turn. SageMaker's routes have no lock, since its own front
+//! door checks the caller and passes no such header on.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use axum::extract::{Request, State};
+use axum::http::header::{AUTHORIZATION, WWW_AUTHENTICATE};
+use axum::http::{HeaderMap, HeaderValue};
+use axum::middleware::Next;
+use axum::response::Response;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use subtle::ConstantTimeEq as _;
+
+use super::error::ApiError;
+use crate::engine::Client;
+
+/// Where keys go that are not in `Authorization`.
+const API_KEY: &str = "x-api-key";
+
+/// A key that opens the routes of `/v1` and `/sdapi`. It does not show itself.
+#[derive(Clone)]
+pub struct Key(Box<str>);
+
+impl FromStr for Key {
+    type Err = String;
+
+    fn from_str(key: &str) -> Result<Self, String> {
+        if key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err("an API key is one or more visible ASCII characters".into());
+        }
+        Ok(Self(key.into()))
+    }
+}
+
+impl fmt::Debug for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Key(..)")
+    }
+}
+
+/// Lets a request in that has a key. Where none are configured everyone may come in.
+pub(super) async fn require(
+    State(keys): State<Arc<[Key]>>,
+    mut request: Request,
+    next: Next,
+) -> Result<Response, Response> {
+    if keys.is_empty() {
+        return Ok(next.run(request).await);
+    }
+    let given = given(request.headers());
+    let Some(place) = given.as_deref().and_then(|given| find(&keys, given)) else {
+        let mut response = ApiError::Key { given: given.is_some() }.response();
+        response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        return Err(response);
+    };
+    request.extensions_mut().insert(Client::named(&format!("key {place}")));
+    Ok(next.run(request).await)
+}
+
+/// The key that a request carries.
+fn given(headers: &HeaderMap) -> Option<Vec<u8>> {
+    let Some(value) = headers.get(AUTHORIZATION) else {
+        return headers.get(API_KEY).map(|value| value.as_bytes().to_vec());
+    };
+    let (scheme, rest) = value.to_str().ok()?.split_once(' ')?;
+    let rest = rest.trim();
+    match scheme.to_ascii_lowercase().as_str() {
+        "bearer" => Some(rest.into()),
+        "basic" => {
+            let pair = BASE64_STANDARD.decode(rest).ok()?;
+            let colon = pair.iter().position(|byte| *byte == b':')?;
+            Some(pair[colon + 1..].to_vec())
+        }
+        _ => None,
+    }
+}
+
+/// Compares with every key in a time that tells nothing but lengths.
+fn find(keys: &[Key], given: &[u8]) -> Option<usize> {
+    keys.iter().enumerate().fold(None, |found, (place, key)| {
+        if key.0.as_bytes().ct_eq(given).into() { Some(place) } else { found }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_found_wherever_clients_put_it() {
+        let keys: Vec<Key> = ["first", "se:cond"].map(|key| key.parse().expect("a key")).into();
+        let basic = |pair: &str| format!("Basic {}", BASE64_STANDARD.encode(pair));
+        let table = [
+            ("authorization", "Bearer first".to_owned(), Some(0)),
+            ("authorization", "bearer  se:cond".to_owned(), Some(1)),
+            ("authorization", basic("anyone:se:cond"), Some(1)),
+            ("authorization", basic("first"), None),
+            ("authorization", "first".to_owned(), None),
+            ("authorization", "Bearer firs".to_owned(), None),
+            ("authorization", "Bearer ".to_owned(), None),
+            ("x-api-key", "first".to_owned(), Some(0)),
+            ("x-other", "first".to_owned(), None),
+        ];
+        for (name, value, place) in table {
+            let mut headers = HeaderMap::new();
+            headers.insert(name, HeaderValue::try_from(&value).expect("a header"));
+            let found = given(&headers).and_then(|given| find(&keys, &given));
+            assert_eq!(found, place, "{name}: {value}");
+        }
+        assert_eq!(format!("{keys:?}"), "[Key(..), Key(..)]");
+        assert!("".parse::<Key>().is_err() && "a b".parse::<Key>().is_err());
+    }
+}
