@@ -56,11 +56,11 @@ impl Invalid {
         Self::Malformed { param: None, message: message.into() }
     }
 
-    fn malformed(param: &str, reason: impl fmt::Display) -> Self {
+    pub(crate) fn malformed(param: &str, reason: impl fmt::Display) -> Self {
         Self::Malformed { param: Some(param.into()), message: format!("{param} {reason}") }
     }
 
-    fn range(param: &str, reason: impl fmt::Display) -> Self {
+    pub(crate) fn range(param: &str, reason: impl fmt::Display) -> Self {
         Self::OutOfRange { param: param.into(), message: format!("{param} {reason}") }
     }
 }
@@ -169,6 +169,11 @@ impl Fields {
         }
     }
 
+    /// Adds a field.
+    pub(crate) fn put(&mut self, name: &str, value: impl Into<Value>) {
+        self.values.push((name.into(), value.into()));
+    }
+
     /// Takes a field out under the name that the client used. JSON's null means absent.
     fn take(&mut self, names: &[&'static str]) -> Result<Option<(&'static str, Value)>, Invalid> {
         let mut taken = None;
@@ -202,7 +207,7 @@ impl Fields {
         }
     }
 
-    fn whole(
+    pub(crate) fn whole(
         &mut self,
         names: &[&'static str],
         range: RangeInclusive<u64>,
@@ -219,7 +224,7 @@ impl Fields {
         })
     }
 
-    fn number(
+    pub(crate) fn number(
         &mut self,
         names: &[&'static str],
         range: RangeInclusive<f64>,
@@ -267,7 +272,7 @@ impl Fields {
             })
     }
 
-    fn flag(&mut self, names: &[&'static str]) -> Result<Option<bool>, Invalid> {
+    pub(crate) fn flag(&mut self, names: &[&'static str]) -> Result<Option<bool>, Invalid> {
         match self.take(names)? {
             None => Ok(None),
             Some((_, Value::Bool(flag))) => Ok(Some(flag)),
@@ -298,6 +303,18 @@ impl Fields {
                 Err(Invalid::malformed(name, format!("must be a string, not {}", kind(&other))))
             }
         }
+    }
+
+    /// One of a few words.
+    pub(crate) fn one_of(
+        &mut self,
+        names: &[&'static str],
+        words: &[&'static str],
+    ) -> Result<Option<&'static str>, Invalid> {
+        let Some((name, value)) = self.take(names)? else { return Ok(None) };
+        words.iter().find(|word| value == **word).map(|word| Some(*word)).ok_or_else(|| {
+            Invalid::range(name, format!("must be one of {}, not {value}", words.join(", ")))
+        })
     }
 
     /// What nobody took is a mistake that the client should hear of.

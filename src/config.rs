@@ -173,6 +173,8 @@ impl ServeArgs {
                 max_jobs: limits.max_jobs,
                 job_timeout: Duration::from_millis(limits.job_timeout_ms as u64),
                 job_retention: Duration::from_millis(limits.job_retention_ms as u64),
+                url_retention: Duration::from_millis(limits.url_retention_ms as u64),
+                max_url_bytes: limits.max_url_bytes,
                 idle_timeout: Duration::from_millis(network.idle_timeout_ms as u64),
                 max_connections: network.max_connections,
                 log_prompts: self.log_prompts,

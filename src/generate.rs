@@ -53,7 +53,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     for (k, (spec, picture)) in specs.iter().zip(&pictures?).enumerate() {
         let path = numbered(&config.output, k, specs.len());
         let infotext = image::infotext(spec, &model.name);
-        let file = image::encode(&picture.rgb, config.format, &infotext)?;
+        let file = image::encode(&picture.rgb, config.format, image::JPEG_QUALITY, &infotext)?;
         std::fs::write(&path, file).with_context(|| format!("cannot write {}", path.display()))?;
         for warning in &picture.warnings {
             tracing::warn!("{warning}");

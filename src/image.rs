@@ -10,7 +10,7 @@ use image::{ExtendedColorType, ImageEncoder};
 use sd_models::{Rgb, Spec};
 
 /// Visually lossless at a quarter of PNG's size.
-const JPEG_QUALITY: u8 = 92;
+pub const JPEG_QUALITY: u8 = 92;
 
 /// An image file format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +26,15 @@ pub enum Format {
 impl Format {
     /// Every format.
     pub const ALL: [Self; 3] = [Self::Png, Self::Jpeg, Self::Webp];
+
+    /// The name in requests and of files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Png => "png",
+            Self::Jpeg => "jpeg",
+            Self::Webp => "webp",
+        }
+    }
 
     /// The media type.
     pub fn media_type(self) -> &'static str {
@@ -71,15 +80,16 @@ pub fn infotext(spec: &Spec, model: &str) -> String {
     text
 }
 
-/// Encodes a picture with its infotext: a text chunk in PNG, EXIF in JPEG and WebP.
-pub fn encode(rgb: &Rgb, format: Format, infotext: &str) -> anyhow::Result<Vec<u8>> {
+/// Encodes a picture with its infotext: a text chunk in PNG, EXIF in JPEG and WebP. The quality,
+/// up to 100, is JPEG's.
+pub fn encode(rgb: &Rgb, format: Format, quality: u8, infotext: &str) -> anyhow::Result<Vec<u8>> {
     let width = u32::try_from(rgb.width).context("width")?;
     let height = u32::try_from(rgb.height).context("height")?;
     let mut file = Cursor::new(Vec::new());
     match format {
         Format::Png => png(&mut file, rgb, (width, height), infotext)?,
         Format::Jpeg => {
-            let mut encoder = JpegEncoder::new_with_quality(&mut file, JPEG_QUALITY);
+            let mut encoder = JpegEncoder::new_with_quality(&mut file, quality);
             encoder.set_exif_metadata(exif(infotext))?;
             encoder.write_image(&rgb.data, width, height, ExtendedColorType::Rgb8)?;
         }

@@ -178,6 +178,17 @@ pub(super) struct LimitArgs {
         value_parser = at_least::<1>,
     )]
     pub(super) job_retention_ms: usize,
+    /// How long a picture is kept that was answered with a URL
+    #[arg(
+        long,
+        env = "SD_URL_RETENTION_MS",
+        default_value = "3600000",
+        value_parser = at_least::<1>,
+    )]
+    pub(super) url_retention_ms: usize,
+    /// Size of all pictures that are kept for their URL; beyond it the oldest makes room
+    #[arg(long, env = "SD_MAX_URL_BYTES", default_value = "268435456", value_parser = at_least::<0>)]
+    pub(super) max_url_bytes: usize,
     /// Rows that share one evaluation of the UNet: a picture takes two, or one without guidance.
     /// More rows mean more pictures a second, later first pictures and more memory
     #[arg(long, env = "SD_MAX_BATCH_ROWS", default_value = "8", value_parser = at_least::<2>)]

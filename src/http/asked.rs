@@ -20,7 +20,7 @@ use super::body::Speech;
 use super::error::ApiError;
 use crate::api::{Draw, Fields};
 use crate::engine::{Client, Drawn, Engine, Failure, Job, Ticket};
-use crate::image::{self, Format};
+use crate::image::{self, Format, JPEG_QUALITY};
 use crate::telemetry::Id;
 
 /// The seed for those who see every header.
@@ -36,6 +36,8 @@ const PAUSE: Duration = Duration::from_millis(200);
 pub(super) struct Asked {
     pub(super) specs: Vec<Spec>,
     pub(super) reply: Reply,
+    /// Of JPEG, up to 100.
+    pub(super) quality: u8,
     preview: bool,
     model: Arc<ModelInfo>,
     engine: Engine,
@@ -65,7 +67,7 @@ impl Asked {
         if settings.log_prompts {
             info!(prompt = specs[0].prompt, "accepted");
         }
-        Ok(Self { specs, reply, preview, model, engine })
+        Ok(Self { specs, reply, quality: JPEG_QUALITY, preview, model, engine })
     }
 
     /// Hands the pictures to the engine.
@@ -97,26 +99,43 @@ impl Asked {
         }
     }
 
-    /// Puts the pictures into their files and the files into the answer, on a thread for that.
+    /// The native answer.
     pub(super) async fn answer(self, pictures: Vec<Drawn>) -> Result<Answer, ApiError> {
-        let span = info_span!(parent: tracing::Span::current(), "encode");
-        let answer = move || span.in_scope(|| self.encode(&pictures));
-        tokio::task::spawn_blocking(answer).await.map_err(|_| ApiError::Encode)?
+        self.encode(pictures, Self::native).await
     }
 
-    fn encode(&self, pictures: &[Drawn]) -> Result<Answer, ApiError> {
-        let format = self.reply.format();
-        let files = self.specs.iter().zip(pictures).map(|(spec, picture)| {
+    /// Puts the pictures into their files, and with `dress` the files into an answer, on a thread
+    /// for that.
+    pub(super) async fn encode<T: Send + 'static>(
+        self,
+        pictures: Vec<Drawn>,
+        dress: impl FnOnce(&Self, &[Drawn], Vec<Vec<u8>>) -> T + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let span = info_span!(parent: tracing::Span::current(), "encode");
+        let work = move || {
+            let _inside = span.enter();
+            let files = self.files(&pictures)?;
+            Ok(dress(&self, &pictures, files))
+        };
+        tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::Encode)?
+    }
+
+    fn files(&self, pictures: &[Drawn]) -> Result<Vec<Vec<u8>>, ApiError> {
+        let file = |(spec, picture): (&Spec, &Drawn)| {
             let began = Instant::now();
             let infotext = image::infotext(spec, &self.model.name);
-            let file = image::encode(&picture.rgb, format, &infotext);
+            let file = image::encode(&picture.rgb, self.reply.format(), self.quality, &infotext);
             self.engine.metrics().time(Id::StageSeconds, &["encode"], began.elapsed());
             file.map_err(|error| {
                 error!("{error:#}");
                 ApiError::Encode
             })
-        });
-        let mut files = files.collect::<Result<Vec<_>, _>>()?;
+        };
+        self.specs.iter().zip(pictures).map(file).collect()
+    }
+
+    fn native(&self, pictures: &[Drawn], mut files: Vec<Vec<u8>>) -> Answer {
+        let format = self.reply.format();
         let mut headers = HeaderMap::new();
         let seed = self.specs.first().map_or(0, |spec| spec.seed);
         headers.insert(SEED, HeaderValue::from(seed));
@@ -131,7 +150,7 @@ impl Asked {
             }
         };
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(media_type));
-        Ok(Answer { headers, body: body.into() })
+        Answer { headers, body: body.into() }
     }
 }
 

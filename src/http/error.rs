@@ -3,7 +3,7 @@
 //! no more than the first 2048 characters.
 
 use axum::Json;
-use axum::http::header::RETRY_AFTER;
+use axum::http::header::{CONTENT_LENGTH, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
@@ -29,6 +29,12 @@ pub(super) enum ApiError {
     /// 404: a job that never was, or is no longer kept.
     #[error("no such job; results are kept for a while only")]
     NoJob,
+    /// 404: a picture that is no longer kept.
+    #[error("no such picture; URLs are good for a while only")]
+    NoFile,
+    /// 404.
+    #[error("the model {0:?} is not served here; GET /v1/models lists what is")]
+    NoModel(String),
     /// 405.
     #[error("this route does not take that method")]
     Method,
@@ -62,10 +68,10 @@ pub(super) enum ApiError {
 }
 
 impl ApiError {
-    fn status(&self) -> StatusCode {
+    pub(super) fn status(&self) -> StatusCode {
         match self {
             Self::Key { .. } => StatusCode::UNAUTHORIZED,
-            Self::NotFound | Self::NoJob => StatusCode::NOT_FOUND,
+            Self::NotFound | Self::NoJob | Self::NoFile | Self::NoModel(_) => StatusCode::NOT_FOUND,
             Self::Method => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotAcceptable(_) => StatusCode::NOT_ACCEPTABLE,
             Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
@@ -90,7 +96,8 @@ impl ApiError {
     fn code(&self) -> &'static str {
         match self {
             Self::Key { .. } => "invalid_api_key",
-            Self::NotFound | Self::NoJob => "not_found",
+            Self::NotFound | Self::NoJob | Self::NoFile => "not_found",
+            Self::NoModel(_) => "model_not_found",
             Self::Method => "method_not_allowed",
             Self::NotAcceptable(_) => "not_acceptable",
             Self::SlowBody => "body_timeout",
@@ -129,16 +136,18 @@ impl ApiError {
             Self::Invalid(Invalid::Malformed { param, .. }) => param.as_deref(),
             Self::Invalid(Invalid::OutOfRange { param, .. }) => Some(param),
             Self::Failure(Failure::Spec { field, .. }) => Some(field),
+            Self::NoModel(_) => Some("model"),
             _ => None,
         }
     }
 }
 
-/// The reason of an error, left in the response for the log and the metrics.
+/// The reason of an error, left in the response for the log, the metrics and other dialects.
 #[derive(Debug, Clone)]
 pub(super) struct Reason {
     pub(super) code: &'static str,
     pub(super) message: String,
+    pub(super) param: Option<String>,
 }
 
 impl ApiError {
@@ -148,15 +157,31 @@ impl ApiError {
         json!({ "error": { "code": self.code(), "message": message, "param": self.param() } })
     }
 
+    pub(super) fn reason(&self) -> Reason {
+        let (code, param) = (self.code(), self.param().map(Into::into));
+        Reason { code, message: self.to_string(), param }
+    }
+
     pub(super) fn response(&self) -> Response {
         let mut response = (self.status(), Json(self.json())).into_response();
         if let Some(seconds) = self.retry_after_s() {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
-        let (code, message) = (self.code(), self.to_string());
-        response.extensions_mut().insert(Reason { code, message });
+        response.extensions_mut().insert(self.reason());
         response
     }
+}
+
+/// Puts an error into the words of another dialect; other responses pass as they are.
+pub(super) fn rephrase(
+    response: Response,
+    describe: impl FnOnce(StatusCode, &Reason) -> Value,
+) -> Response {
+    let Some(reason) = response.extensions().get::<Reason>() else { return response };
+    let body = describe(response.status(), reason).to_string();
+    let (mut head, _) = response.into_parts();
+    head.headers.remove(CONTENT_LENGTH);
+    Response::from_parts(head, body.into())
 }
 
 impl IntoResponse for ApiError {

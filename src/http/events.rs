@@ -19,10 +19,10 @@ use tokio::time::timeout;
 use super::asked::{Answer, Asked};
 use super::error::ApiError;
 use crate::engine::{Engine, Outlook, Preview, Progress, Ticket, Watch};
-use crate::image::{self, Format};
+use crate::image::{self, Format, JPEG_QUALITY};
 
 /// Proxies close connections on which nothing happens; a comment is sent this often.
-const HEARTBEAT: Duration = Duration::from_secs(5);
+pub(super) const HEARTBEAT: Duration = Duration::from_secs(5);
 
 /// How often those who wait hear of their place, if it has changed.
 const NEWS: Duration = Duration::from_secs(1);
@@ -39,14 +39,14 @@ struct Underway {
     /// The last that was told of the queue.
     told: Option<Outlook>,
     previews: Option<watch::Receiver<Option<Preview>>>,
-    result: Answering,
+    result: Answering<Answer>,
     _permit: OwnedSemaphorePermit,
 }
 
 /// A task that is stopped when nobody waits for it.
-struct Answering(JoinHandle<Result<Answer, ApiError>>);
+pub(super) struct Answering<T>(pub(super) JoinHandle<Result<T, ApiError>>);
 
-impl Drop for Answering {
+impl<T> Drop for Answering<T> {
     fn drop(&mut self) {
         self.0.abort();
     }
@@ -154,7 +154,7 @@ impl Underway {
             return None;
         }
         let Preview { index, rgb } = previews.borrow_and_update().clone()?;
-        let encode = move || image::encode(&rgb, Format::Jpeg, "");
+        let encode = move || image::encode(&rgb, Format::Jpeg, JPEG_QUALITY, "");
         let file = tokio::task::spawn_blocking(encode).await.ok()?.ok()?;
         let data = BASE64_STANDARD.encode(file);
         let media_type = Format::Jpeg.media_type();

@@ -94,7 +94,7 @@ pub(super) async fn create(state: State, request: Request) -> Result<Response, A
     let deadline = Instant::now() + timeout;
     let mut ticket = asked.submit(&client, Some(deadline))?;
     drop(permit);
-    let id = format!("{:032x}", random());
+    let id = format!("{:032x}", super::random());
     let entry = Entry { watch: state.engine.watch(&ticket), end: None, task: None };
     let description = describe(&id, &entry);
     if !state.jobs.insert(id.clone(), entry, state.settings.max_jobs) {
@@ -177,10 +177,4 @@ fn describe(id: &str, job: &Entry) -> Value {
     description["id"] = id.into();
     description["state"] = state.into();
     description
-}
-
-/// Too many to guess one.
-fn random() -> u128 {
-    let half = || u128::from(getrandom::u64().unwrap_or_default());
-    half() << 64 | half()
 }

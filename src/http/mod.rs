@@ -11,7 +11,9 @@ mod jobs;
 mod keys;
 mod lines;
 mod listen;
+mod openai;
 mod sagemaker;
+mod shelf;
 mod status;
 
 use std::sync::Arc;
@@ -59,6 +61,10 @@ pub struct Settings {
     pub job_timeout: Duration,
     /// How long the result of a job is kept.
     pub job_retention: Duration,
+    /// How long a picture that was answered with a URL is kept.
+    pub url_retention: Duration,
+    /// Size of all pictures that are kept for their URL.
+    pub max_url_bytes: usize,
     /// From the opening of a connection, or the last answer on it, to the head of a request.
     pub idle_timeout: Duration,
     /// Open connections.
@@ -79,6 +85,7 @@ struct Shared {
     /// A permit for each request in service: bodies and pictures take memory.
     gate: Arc<Semaphore>,
     jobs: Arc<jobs::Store>,
+    shelf: shelf::Shelf,
 }
 
 type State = axum::extract::State<Arc<Shared>>;
@@ -87,12 +94,19 @@ type State = axum::extract::State<Arc<Shared>>;
 pub fn router(engine: Engine, settings: Settings) -> Router {
     let gate = Arc::new(Semaphore::new(settings.max_requests));
     let keys: Arc<[Key]> = settings.api_keys.as_slice().into();
+    let lock = || middleware::from_fn_with_state(Arc::clone(&keys), keys::require);
+    let openai = Router::new()
+        .route("/v1/images/generations", post(openai::generations))
+        .route("/v1/models", get(openai::models))
+        .route("/v1/models/{*id}", get(openai::model))
+        .route_layer(lock())
+        .route_layer(middleware::map_response(openai::errors));
     let locked = Router::new()
         .route("/v1/invocations", post(sagemaker::invocations))
         .route("/v1/jobs", post(jobs::create))
         .route("/v1/jobs/{id}", get(jobs::state).delete(jobs::delete))
         .route("/v1/jobs/{id}/result", get(jobs::result))
-        .route_layer(middleware::from_fn_with_state(keys, keys::require));
+        .route_layer(lock());
     let router = Router::new()
         .route("/ping", get(sagemaker::ping).post(sagemaker::ping))
         .route("/invocations", post(sagemaker::invocations))
@@ -101,12 +115,15 @@ pub fn router(engine: Engine, settings: Settings) -> Router {
         .route("/health/ready", get(sagemaker::ping))
         .route("/info", get(status::info))
         .route("/metrics", get(status::metrics))
+        .route("/files/{name}", get(shelf::file))
         .merge(locked)
+        .merge(openai)
         .fallback(async || ApiError::NotFound)
         .method_not_allowed_fallback(async || ApiError::Method)
         .layer(option_layer(cors(&settings.cors_origins)))
         .layer(middleware::from_fn_with_state(engine.clone(), observe));
-    router.with_state(Arc::new(Shared { engine, settings, gate, jobs: Arc::default() }))
+    let (jobs, shelf) = (Arc::default(), shelf::Shelf::default());
+    router.with_state(Arc::new(Shared { engine, settings, gate, jobs, shelf }))
 }
 
 /// What browsers must hear before a page of another origin may call. Nothing, unless configured.
@@ -126,11 +143,15 @@ fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
 }
 
 /// The routes that are measured by their name; others are `other`, since clients make them up.
-const ROUTES: [&str; 11] = [
+const ROUTES: [&str; 15] = [
     "/ping",
     "/invocations",
     "/v1/invocations",
     "/execution-parameters",
+    "/v1/images/generations",
+    "/v1/models",
+    "/v1/models/{*id}",
+    "/files/{name}",
     "/v1/jobs",
     "/v1/jobs/{id}",
     "/v1/jobs/{id}/result",
@@ -201,4 +222,10 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
     let theirs = REQUEST_IDS.iter().filter_map(|name| headers.get(*name)).find(fit);
     let random = || format!("{:016x}", getrandom::u64().unwrap_or_default());
     theirs.cloned().or_else(|| random().try_into().ok()).unwrap_or(HeaderValue::from_static("-"))
+}
+
+/// Too many to guess one.
+fn random() -> u128 {
+    let half = || u128::from(getrandom::u64().unwrap_or_default());
+    half() << 64 | half()
 }

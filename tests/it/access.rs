@@ -9,12 +9,15 @@ use crate::engine::{LONG, Server, ready};
 use crate::fake::{HTTP, spec, wait_until};
 use crate::harness::sd_server;
 
-const LOCKED: [(&str, &str); 5] = [
+const LOCKED: [(&str, &str); 8] = [
     ("POST", "/v1/invocations"),
     ("POST", "/v1/jobs"),
     ("GET", "/v1/jobs/1"),
     ("DELETE", "/v1/jobs/1"),
     ("GET", "/v1/jobs/1/result"),
+    ("POST", "/v1/images/generations"),
+    ("GET", "/v1/models"),
+    ("GET", "/v1/models/fake"),
 ];
 
 fn request(server: &Server, method: &str, path: &str) -> Result<RequestBuilder> {

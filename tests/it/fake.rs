@@ -179,6 +179,8 @@ pub(crate) const HTTP: http::Settings = http::Settings {
     max_jobs: 4,
     job_timeout: Duration::from_secs(60),
     job_retention: Duration::from_secs(60),
+    url_retention: Duration::from_secs(60),
+    max_url_bytes: 1 << 20,
     idle_timeout: Duration::from_secs(75),
     max_connections: 64,
     log_prompts: false,

@@ -12,6 +12,7 @@ mod hub; // a hub on this host: what is fetched, what is cached
 mod invocations; // every form of body and reply
 mod lines; // JSON lines and batch transform
 mod metrics; // what the server says about itself
+mod openai; // the Images API
 mod overload; // too much, too late, too large: what is refused and how
 mod pictures; // against diffusers' pictures, and against their prompts
 mod progress; // events and jobs

@@ -30,7 +30,7 @@ async fn delete(server: &Server, path: &str) -> Result<u16> {
 }
 
 /// Names and data of events.
-fn events(text: &str) -> Vec<(String, Value)> {
+pub(crate) fn events(text: &str) -> Vec<(String, Value)> {
     let field = |event: &str, name: &str| {
         let value = event.lines().find_map(|line| line.strip_prefix(name));
         value.map(|value| value.trim().to_owned())

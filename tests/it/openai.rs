@@ -1,0 +1,239 @@
+//! OpenAI's Images API. `tests/clients` drives it with OpenAI's own client; here are the shapes.
+
+use anyhow::{Context as _, Result};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use sd_server::http;
+use serde_json::{Value, json};
+
+use crate::engine::{LONG, Server, ready};
+use crate::fake::HTTP;
+use crate::invocations::infotext;
+use crate::progress::events;
+
+const GENERATIONS: &str = "/v1/images/generations";
+
+async fn post(server: &Server, body: &Value) -> Result<(u16, Value)> {
+    let request = reqwest::Client::new().post(format!("{}{GENERATIONS}", server.url));
+    let reply = request.body(body.to_string()).send().await?;
+    Ok((reply.status().as_u16(), reply.json().await?))
+}
+
+/// A server whose steps are free.
+async fn free(settings: http::Settings) -> Server {
+    let (engine, _) = ready().await;
+    Server::start(engine, settings, LONG).await
+}
+
+fn picture(object: &Value) -> Result<Vec<u8>> {
+    Ok(BASE64_STANDARD.decode(object["b64_json"].as_str().context("base64")?)?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pictures_come_as_base64_with_their_seeds() -> Result<()> {
+    let server = free(HTTP).await;
+    let body = json!({
+        "model": "gpt-image-1", "prompt": "a cat", "n": 2, "size": "64x96", "quality": "high",
+        "style": "vivid", "user": "me", "background": "auto", "moderation": "low",
+        "response_format": null, "seed": 7, "steps": 3, "guidance_scale": 2.5,
+        "negative_prompt": "dogs", "scheduler": "Euler a",
+    });
+    let (status, reply) = post(&server, &body).await?;
+    assert_eq!(status, 200, "{reply}");
+    assert!(reply["created"].as_u64().context("a time")? > 1_700_000_000);
+    assert_eq!((&reply["size"], &reply["output_format"]), (&"64x96".into(), &"png".into()));
+    let data = reply["data"].as_array().context("data")?;
+    let seeds: Vec<_> = data.iter().map(|object| object["seed"].as_u64()).collect();
+    assert_eq!(seeds, [Some(7), Some(8)]);
+    let text = infotext(&picture(&data[1])?);
+    let wanted = "a cat\nNegative prompt: dogs\nSteps: 3, Sampler: Euler a, CFG scale: 2.5, Seed: 8, Size: 64x96";
+    assert!(text.starts_with(wanted), "{text}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn formats_and_their_quality() -> Result<()> {
+    let (engine, strings) = ready().await;
+    drop(strings.permits);
+    let server = Server::start(engine, HTTP, LONG).await;
+    let sized = async |compression: Value| {
+        let body = json!({
+            "prompt": "a cat", "size": "auto", "output_format": "jpeg",
+            "output_compression": compression,
+        });
+        let (status, reply) = post(&server, &body).await?;
+        assert_eq!((status, &reply["output_format"]), (200, &"jpeg".into()), "{reply}");
+        let file = picture(&reply["data"][0])?;
+        // The first quantisation table tells the quality; the fake's pictures have one colour.
+        let table = file.windows(2).position(|bytes| bytes == b"\xff\xdb").context("a table")?;
+        anyhow::Ok(file[table + 5])
+    };
+    let (low, default, high) =
+        (sized(json!(5)).await?, sized(json!(null)).await?, sized(json!(100)).await?);
+    assert!(low > default && default > high, "{low} {default} {high}");
+    let body = json!({ "prompt": "a cat", "output_format": "webp", "output_compression": 50 });
+    let (status, reply) = post(&server, &body).await?;
+    assert_eq!((status, &reply["error"]["param"]), (422, &"output_compression".into()));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_url_is_good_for_a_while() -> Result<()> {
+    // Two of the fake's pictures fit on the shelf, three do not.
+    let server = free(http::Settings { max_url_bytes: 700, ..HTTP }).await;
+    let draw = async |seed: u64| {
+        let body = json!({ "prompt": "a cat", "seed": seed, "response_format": "url" });
+        let (status, reply) = post(&server, &body).await?;
+        assert_eq!(status, 200, "{reply}");
+        assert!(reply["data"][0].get("b64_json").is_none());
+        anyhow::Ok(reply["data"][0]["url"].as_str().context("a URL")?.to_owned())
+    };
+    let first = draw(1).await?;
+    assert!(first.starts_with(&format!("{}/files/", server.url)), "{first}");
+    let reply = reqwest::get(&first).await?;
+    assert_eq!(
+        (reply.status().as_u16(), &reply.headers()["content-type"]),
+        (200, &"image/png".parse()?)
+    );
+    let file = reply.bytes().await?;
+    assert!((234..350).contains(&file.len()), "{}", file.len());
+    assert!(infotext(&file).contains("Seed: 1,"));
+    let last = [draw(2).await?, draw(3).await?, draw(4).await?];
+    assert_eq!(reqwest::get(&first).await?.status(), 404, "it made room");
+    assert_eq!(reqwest::get(&last[2]).await?.status(), 200);
+
+    let short = std::time::Duration::from_millis(1);
+    let server = free(http::Settings { url_retention: short, ..HTTP }).await;
+    let body = json!({ "prompt": "a cat", "response_format": "url" });
+    let url = post(&server, &body).await?.1["data"][0]["url"].as_str().context("a URL")?.to_owned();
+    tokio::time::sleep(2 * short).await;
+    assert_eq!(reqwest::get(&url).await?.status(), 404);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_has_openais_events() -> Result<()> {
+    let server = free(HTTP).await;
+    let body = json!({
+        "prompt": "a cat", "stream": true, "partial_images": 2, "steps": 6, "seed": 5,
+        "output_format": "jpeg",
+    });
+    let request = reqwest::Client::new().post(format!("{}{GENERATIONS}", server.url));
+    let text = request.body(body.to_string()).send().await?.text().await?;
+    let events = events(&text);
+    for (name, data) in &events {
+        assert_eq!(&data["type"], name);
+        assert_eq!((&data["size"], &data["output_format"]), (&"64x64".into(), &"jpeg".into()));
+        assert!(picture(data)?.starts_with(b"\xff\xd8"));
+        assert!(data["created_at"].is_u64());
+    }
+    let (last, partial) = events.split_last().context("events")?;
+    assert_eq!((last.0.as_str(), &last.1["seed"]), ("image_generation.completed", &5.into()));
+    for (index, (name, data)) in partial.iter().enumerate() {
+        assert_eq!(name, "image_generation.partial_image");
+        assert_eq!(data["partial_image_index"], index);
+    }
+    let broken = json!({ "prompt": "out of memory", "stream": true });
+    let request = reqwest::Client::new().post(format!("{}{GENERATIONS}", server.url));
+    let text = request.body(broken.to_string()).send().await?.text().await?;
+    let (name, data) = self::events(&text).pop().context("an end")?;
+    assert_eq!((name.as_str(), &data["error"]["code"]), ("error", &"out_of_memory".into()));
+    assert_eq!(data["error"]["type"], "server_error");
+    Ok(())
+}
+
+/// Previews are at least half a second apart: one step now, one after that.
+#[tokio::test(flavor = "multi_thread")]
+async fn partial_pictures_come_as_the_steps_are_made() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let server = Server::start(engine, HTTP, LONG).await;
+    let body = json!({ "prompt": "a cat", "stream": true, "partial_images": 1, "steps": 3 });
+    let request = reqwest::Client::new().post(format!("{}{GENERATIONS}", server.url));
+    let mut stream = request.body(body.to_string()).send().await?;
+    strings.step();
+    strings.step();
+    tokio::time::sleep(std::time::Duration::from_millis(600)).await;
+    strings.step();
+    let mut text = String::new();
+    while let Some(chunk) = stream.chunk().await? {
+        text += &String::from_utf8_lossy(&chunk);
+    }
+    let names: Vec<_> = events(&text).into_iter().map(|event| event.0).collect();
+    assert_eq!(names, ["image_generation.partial_image", "image_generation.completed"]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn errors_have_openais_shape() -> Result<()> {
+    let server = free(HTTP).await;
+    let table = [
+        (json!({}), 400, "malformed", json!("prompt")),
+        (json!({ "prompt": "x", "colour": "red" }), 400, "malformed", json!("colour")),
+        (json!({ "prompt": "x", "size": "large" }), 400, "malformed", json!("size")),
+        (json!({ "prompt": "x", "size": "100x64" }), 422, "out_of_range", json!("size")),
+        (json!({ "prompt": "x", "size": "64x64", "width": 8 }), 400, "malformed", json!("width")),
+        (json!({ "prompt": "x", "n": 11 }), 422, "out_of_range", json!("n")),
+        (
+            json!({ "prompt": "x", "partial_images": 4 }),
+            422,
+            "out_of_range",
+            json!("partial_images"),
+        ),
+        (
+            json!({ "prompt": "x", "background": "transparent" }),
+            422,
+            "out_of_range",
+            json!("background"),
+        ),
+        (
+            json!({ "prompt": "x", "output_format": "svg" }),
+            422,
+            "out_of_range",
+            json!("output_format"),
+        ),
+        (
+            json!({ "prompt": "x", "response_format": "png" }),
+            422,
+            "out_of_range",
+            json!("response_format"),
+        ),
+        (json!({ "prompt": "x", "model": "sdxl" }), 404, "model_not_found", json!("model")),
+        (json!({ "prompt": "out of memory" }), 507, "out_of_memory", json!(null)),
+    ];
+    for (body, status, code, param) in table {
+        let request = reqwest::Client::new().post(format!("{}{GENERATIONS}", server.url));
+        let reply = request.body(body.to_string()).send().await?;
+        let again = reply.headers().get("x-should-retry").cloned();
+        assert_eq!(reply.status().as_u16(), status, "{body}");
+        assert_eq!(again.is_some(), status == 507, "a client that tries again must have a chance");
+        let error = reply.json::<Value>().await?["error"].clone();
+        assert_eq!((&error["code"], &error["param"]), (&code.into(), &param), "{body}");
+        let kind = if status == 507 { "server_error" } else { "invalid_request_error" };
+        assert_eq!(error["type"], kind);
+        assert!(error["message"].as_str().is_some_and(|message| message.len() > 10));
+    }
+    let key = "sesame".parse().expect("a key");
+    let server = free(http::Settings { api_keys: vec![key], ..HTTP }).await;
+    let (status, reply) = post(&server, &json!({})).await?;
+    assert_eq!((status, &reply["error"]["type"]), (401, &"invalid_request_error".into()));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_model_is_listed_under_its_name() -> Result<()> {
+    let server = free(HTTP).await;
+    let get = async |path: &str| {
+        let reply = reqwest::get(format!("{}{path}", server.url)).await?;
+        anyhow::Ok((reply.status().as_u16(), reply.json::<Value>().await?))
+    };
+    let (_, list) = get("/v1/models").await?;
+    assert_eq!((&list["object"], &list["data"][0]["id"]), (&"list".into(), &"fake".into()));
+    assert_eq!(get("/v1/models/fake").await?, (200, list["data"][0].clone()));
+    for other in ["owner/name", "owner%2Fname"] {
+        let (status, error) = get(&format!("/v1/models/{other}")).await?;
+        assert_eq!((status, &error["error"]["code"]), (404, &"model_not_found".into()));
+        assert!(error["error"]["message"].as_str().is_some_and(|text| text.contains("owner/name")));
+    }
+    assert_eq!(post(&server, &json!({ "prompt": "x", "model": "fake" })).await?.0, 200);
+    Ok(())
+}
