@@ -15,6 +15,7 @@ mod error;
 pub mod noise;
 mod ops;
 pub mod pipeline;
+mod preview;
 pub mod sampler;
 pub mod schedule;
 mod spec;

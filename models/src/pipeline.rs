@@ -5,7 +5,7 @@
 //! trajectory with guidance takes two rows of that call, one without takes one.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
 
@@ -15,6 +15,7 @@ use crate::device::{DeviceName, Precision};
 use crate::error::{Error, Result};
 use crate::noise::Noise;
 use crate::ops::keep_freed_memory;
+use crate::preview::Preview;
 use crate::sampler::Sampler;
 use crate::schedule::SchedulerConfig;
 use crate::spec::{MAX_STEPS, Scheduler, Size, Spec};
@@ -156,6 +157,8 @@ pub struct Trajectory {
     negative: Option<Tensor>,
     sampler: Sampler,
     noise: Noise,
+    /// The latents and the guided output of the last evaluation, both (1, C, h, w) f32.
+    seen: Option<(Tensor, Tensor)>,
     warnings: Vec<String>,
 }
 
@@ -201,6 +204,8 @@ pub struct Pipeline {
     unet: UNet2DConditionModel,
     decoder: Decoder,
     scheduler: SchedulerConfig,
+    /// Fitted when it is first asked for.
+    preview: OnceLock<Preview>,
     /// The prompts encoded last, the newest at the end.
     encoded: Mutex<VecDeque<(String, Encoded)>>,
 }
@@ -276,6 +281,7 @@ impl Pipeline {
             unet,
             decoder,
             scheduler,
+            preview: OnceLock::new(),
             encoded: Mutex::default(),
         })
     }
@@ -322,6 +328,7 @@ impl Pipeline {
             negative: negative.map(|encoded| encoded.context),
             sampler,
             noise,
+            seen: None,
             warnings,
         })
     }
@@ -389,15 +396,35 @@ impl Pipeline {
             };
             let (mut sampler, mut noise) = (trajectory.sampler.clone(), trajectory.noise.clone());
             let latents = sampler.advance(&trajectory.latents, &output, &mut noise)?;
-            advanced.push((latents, sampler, noise));
+            advanced.push((latents, output, sampler, noise));
         }
         // Only now, when nothing can fail any more.
-        for (trajectory, (latents, sampler, noise)) in active.into_iter().zip(advanced) {
-            trajectory.latents = latents;
+        for (trajectory, (latents, output, sampler, noise)) in active.into_iter().zip(advanced) {
+            trajectory.seen = Some((std::mem::replace(&mut trajectory.latents, latents), output));
             trajectory.sampler = sampler;
             trajectory.noise = noise;
         }
         Ok(())
+    }
+
+    /// A small look at a trajectory: one pixel for each latent pixel, from the picture that the
+    /// UNet saw behind the noise at the last evaluation, or from the latents when nothing is left
+    /// to evaluate. The first call decodes a picture of 32 x 32 latent pixels and takes as long;
+    /// later ones take next to nothing.
+    pub fn preview(&self, trajectory: &Trajectory) -> Result<Rgb> {
+        let preview = match self.preview.get() {
+            Some(preview) => preview,
+            None => {
+                let fitted = Preview::fit(&self.decoder, &self.device)?;
+                self.preview.get_or_init(|| fitted)
+            }
+        };
+        match &trajectory.seen {
+            Some((x, output)) if !trajectory.done() => {
+                preview.draw(&trajectory.sampler.denoised(x, output)?)
+            }
+            _ => preview.draw(&trajectory.latents),
+        }
     }
 
     /// The picture of a trajectory as it is now.

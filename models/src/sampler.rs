@@ -64,6 +64,18 @@ impl Sampler {
         self.schedule.steps.get(self.completed).map(|step| step.evaluation)
     }
 
+    /// The picture x0 that the last evaluation saw in the latents `x` given to it, from its
+    /// output after guidance, all (B, C, H, W) in f32. Before the first it is `x` itself.
+    pub fn denoised(&self, x: &Tensor, output: &Tensor) -> Result<Tensor> {
+        let steps = &self.schedule.steps;
+        match self.completed {
+            0 => Ok(x.clone()),
+            1 => self.denoiser.denoised(x, output, steps[0].from),
+            // Where the step before led: PNDM takes one step twice from where it began.
+            k => self.denoiser.denoised(x, output, steps[k - 2].to),
+        }
+    }
+
     /// The latents after an evaluation, from those before it and the UNet's output after
     /// guidance, all (B, C, H, W) in f32.
     ///

@@ -37,7 +37,8 @@ pub trait Model: 'static {
     fn step(&self, batch: &mut [&mut Self::Trajectory]) -> sd_models::Result<()>;
     /// The picture of a finished trajectory.
     fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb>;
-    /// A small look at a picture in the making, from a model that can give one at little cost.
+    /// A small look at a picture in the making, from a model that can give one at little cost
+    /// once it is warm.
     fn preview(&self, _trajectory: &Self::Trajectory) -> sd_models::Result<Option<Rgb>> {
         Ok(None)
     }
@@ -359,6 +360,10 @@ impl Model for sd_models::Pipeline {
 
     fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb> {
         self.decode(trajectory)
+    }
+
+    fn preview(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Option<Rgb>> {
+        self.preview(trajectory).map(Some)
     }
 
     fn free_bytes(&self) -> Option<u64> {

@@ -107,6 +107,7 @@ fn warm<M: Model>(model: &M) -> anyhow::Result<()> {
         while !trajectory.done() {
             model.step(&mut [&mut trajectory])?;
         }
+        model.preview(&trajectory)?;
         model.decode(&trajectory)
     };
     draw().context("the model loads but does not draw").map(drop)

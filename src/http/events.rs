@@ -1,7 +1,7 @@
 //! A request as a stream of server-sent events: `queued` at once and whenever the place in the
-//! queue changes, `step` for each step, `preview` now and then for those who ask for it (where the
-//! model can give one), and at the end `result` or `error`. Closing the
-//! connection drops the stream and with it the ticket, which withdraws the job.
+//! queue changes, `step` for each step, `preview` now and then for those who ask for it, and at the
+//! end `result` or `error`. Closing the connection drops the stream and with it the ticket, which
+//! withdraws the job.
 
 use std::convert::Infallible;
 use std::time::Duration;

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use image::RgbImage;
 use sd_models::Scheduler;
 use serde_json::Value;
@@ -34,6 +36,36 @@ fn every_sampler_draws_the_picture_of_diffusers() {
         let mean = differences().map(f64::from).sum::<f64>() / differences().count() as f64;
         println!("{scheduler}: mean {mean:.4}/255, max {max}/255");
         assert!(mean <= 0.5 && max <= 4, "{scheduler}: mean {mean:.4}/255, max {max}/255");
+    }
+}
+
+#[test]
+fn a_stream_shows_the_picture_in_the_making() {
+    let server = Server::ready(&[]);
+    let body = serde_json::json!({
+        "prompt": "a red house by the sea", "seed": 3, "steps": 12, "width": 128, "height": 96,
+        "stream": true, "preview": true, "output_format": "png",
+    });
+    let reply = server.json(&body);
+    let text = String::from_utf8(reply.body).expect("UTF-8");
+    let pictures = |name: &str| -> Vec<RgbImage> {
+        let events =
+            text.split("\n\n").filter(|event| event.starts_with(&format!("event: {name}")));
+        let data = events.map(|event| event.split_once("data: ").expect("data").1);
+        data.map(|data| {
+            let data: Value = serde_json::from_str(data).expect("JSON");
+            let file = BASE64_STANDARD.decode(data["data"].as_str().expect("a file"));
+            image::load_from_memory(&file.expect("base64")).expect("a picture").to_rgb8()
+        })
+        .collect()
+    };
+    let (previews, result) = (pictures("preview"), pictures("result"));
+    assert_eq!((result.len(), result[0].dimensions()), (1, (128, 96)));
+    assert!(!previews.is_empty(), "{text}");
+    for preview in &previews {
+        assert_eq!(preview.dimensions(), (16, 12), "a pixel for each latent pixel");
+        let (least, most) = (preview.iter().min(), preview.iter().max());
+        assert!(most > least, "not one colour");
     }
 }
 
