@@ -56,10 +56,12 @@ impl Invalid {
         Self::Malformed { param: None, message: message.into() }
     }
 
+    /// A field that is not what it should be.
     pub(crate) fn malformed(param: &str, reason: impl fmt::Display) -> Self {
         Self::Malformed { param: Some(param.into()), message: format!("{param} {reason}") }
     }
 
+    /// A field whose value cannot be had.
     pub(crate) fn range(param: &str, reason: impl fmt::Display) -> Self {
         Self::OutOfRange { param: param.into(), message: format!("{param} {reason}") }
     }
@@ -136,24 +138,41 @@ impl Draw {
 }
 
 /// The fields of a request as they came, in order and with repetitions.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Fields {
-    values: Vec<(String, Value)>,
+    values: Vec<Field>,
     /// Whether values carry their type (JSON) or are all text (a form).
     typed: bool,
+}
+
+#[derive(Debug, Clone)]
+struct Field {
+    /// The native name.
+    key: String,
+    /// The client's name for it, in which errors speak.
+    spelt: String,
+    value: Value,
+}
+
+impl Field {
+    fn new((key, value): (String, Value)) -> Self {
+        Self { spelt: key.clone(), key, value }
+    }
 }
 
 impl Fields {
     /// A bare prompt.
     pub fn prompt(prompt: impl Into<String>) -> Self {
-        Self { values: vec![("prompt".into(), Value::String(prompt.into()))], typed: true }
+        let prompt = Field::new(("prompt".into(), Value::String(prompt.into())));
+        Self { values: vec![prompt], typed: true }
     }
 
     /// The fields of a form. An empty one was left blank, except that a prompt may be empty.
     pub fn form(pairs: impl IntoIterator<Item = (String, String)>) -> Self {
         let filled = |(name, value): &(String, String)| !value.is_empty() || name == "prompt";
         let values = pairs.into_iter().filter(filled);
-        Self { values: values.map(|(k, v)| (k, Value::String(v))).collect(), typed: false }
+        let values = values.map(|(name, value)| Field::new((name, Value::String(value))));
+        Self { values: values.collect(), typed: false }
     }
 
     /// A JSON object.
@@ -164,25 +183,61 @@ impl Fields {
             Ok(values)
         });
         match values {
-            Ok(values) => Ok(Self { values, typed: true }),
+            Ok(values) => {
+                Ok(Self { values: values.into_iter().map(Field::new).collect(), typed: true })
+            }
             Err(error) => Err(Invalid::body(format!("the body is not a JSON object: {error}"))),
         }
     }
 
     /// Adds a field.
     pub(crate) fn put(&mut self, name: &str, value: impl Into<Value>) {
-        self.values.push((name.into(), value.into()));
+        self.add(name, name, value);
+    }
+
+    /// Whether there is a field of this name.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.values.iter().any(|field| field.key == name)
+    }
+
+    /// Whether the field of this name is a list.
+    pub(crate) fn is_list(&self, name: &str) -> bool {
+        self.values.iter().any(|field| field.key == name && field.value.is_array())
+    }
+
+    /// The client's name for a native field.
+    fn spelt(&self, name: &str) -> String {
+        let field = self.values.iter().find(|field| field.key == name);
+        field.map_or(name, |field| &field.spelt).to_owned()
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.values.len()
+    }
+
+    /// Understands a field of another dialect as a native one.
+    pub(crate) fn rename(&mut self, theirs: &str, native: &str) {
+        for field in self.values.iter_mut().filter(|field| field.key == theirs) {
+            native.clone_into(&mut field.key);
+        }
+    }
+
+    /// Adds a native field that the client spelt otherwise.
+    pub(crate) fn add(&mut self, native: &str, spelt: &str, value: impl Into<Value>) {
+        let (key, spelt, value) = (native.to_owned(), spelt.to_owned(), value.into());
+        self.values.push(Field { key, spelt, value });
     }
 
     /// Takes a field out under the name that the client used. JSON's null means absent.
-    fn take(&mut self, names: &[&'static str]) -> Result<Option<(&'static str, Value)>, Invalid> {
+    pub(crate) fn take(&mut self, names: &[&str]) -> Result<Option<(String, Value)>, Invalid> {
         let mut taken = None;
         for name in names {
-            for (_, value) in self.values.extract_if(.., |(key, _)| key == name) {
+            for field in self.values.extract_if(.., |field| field.key == *name) {
                 if taken.is_some() {
-                    return Err(Invalid::malformed(name, "is given twice"));
+                    return Err(Invalid::malformed(&field.spelt, "is given twice"));
                 }
-                taken = Some((*name, value));
+                taken = Some((field.spelt, field.value));
             }
         }
         Ok(taken.filter(|(_, value)| !value.is_null()))
@@ -198,11 +253,11 @@ impl Fields {
             None => Ok(None),
             Some((name, Value::String(text))) if text.len() > max => {
                 let bytes = text.len();
-                Err(Invalid::range(name, format!("has {bytes} bytes; at most {max} are allowed")))
+                Err(Invalid::range(&name, format!("has {bytes} bytes; at most {max} are allowed")))
             }
             Some((_, Value::String(text))) => Ok(Some(text)),
             Some((name, other)) => {
-                Err(Invalid::malformed(name, format!("must be a string, not {}", kind(&other))))
+                Err(Invalid::malformed(&name, format!("must be a string, not {}", kind(&other))))
             }
         }
     }
@@ -213,14 +268,14 @@ impl Fields {
         range: RangeInclusive<u64>,
     ) -> Result<Option<u64>, Invalid> {
         let Some((name, value)) = self.take(names)? else { return Ok(None) };
-        let value = self.numeral(name, value, "a whole number")?;
+        let value = self.numeral(&name, value, "a whole number")?;
         let in_range = value.as_u64().filter(|whole| range.contains(whole));
         if value.as_f64().is_some_and(|value| value.fract() != 0.0) {
-            return Err(Invalid::malformed(name, format!("must be a whole number, not {value}")));
+            return Err(Invalid::malformed(&name, format!("must be a whole number, not {value}")));
         }
         in_range.map(Some).ok_or_else(|| {
             let (low, high) = range.into_inner();
-            Invalid::range(name, format!("must be from {low} to {high}, not {value}"))
+            Invalid::range(&name, format!("must be from {low} to {high}, not {value}"))
         })
     }
 
@@ -230,10 +285,10 @@ impl Fields {
         range: RangeInclusive<f64>,
     ) -> Result<Option<f64>, Invalid> {
         let Some((name, value)) = self.take(names)? else { return Ok(None) };
-        let value = self.numeral(name, value, "a number")?;
+        let value = self.numeral(&name, value, "a number")?;
         value.as_f64().filter(|number| range.contains(number)).map(Some).ok_or_else(|| {
             let (low, high) = range.into_inner();
-            Invalid::range(name, format!("must be from {low} to {high}, not {value}"))
+            Invalid::range(&name, format!("must be from {low} to {high}, not {value}"))
         })
     }
 
@@ -255,15 +310,16 @@ impl Fields {
     }
 
     fn size(&mut self, default: Size, max_pixels: usize) -> Result<Size, Invalid> {
+        let names = ["width", "height"].map(|name| self.spelt(name));
         let width = self.whole(&["width"], 8..=MAX_SIDE)?.unwrap_or(default.width() as u64);
         let height = self.whole(&["height"], 8..=MAX_SIDE)?.unwrap_or(default.height() as u64);
-        for (name, side) in [("width", width), ("height", height)] {
+        for (name, side) in names.iter().zip([width, height]) {
             if side % 8 != 0 {
                 let reason = format!("must be a multiple of 8, not {side}");
                 return Err(Invalid::range(name, reason));
             }
         }
-        let param = if width >= height { "width" } else { "height" };
+        let param = if width >= height { &names[0] } else { &names[1] };
         Size::new(width as usize, height as usize)
             .filter(|size| size.pixels() <= max_pixels)
             .ok_or_else(|| {
@@ -278,13 +334,13 @@ impl Fields {
             Some((_, Value::Bool(flag))) => Ok(Some(flag)),
             Some((name, Value::String(text))) if !self.typed => {
                 let flag = text.trim().parse().map_err(|_| {
-                    Invalid::malformed(name, format!("must be true or false, not {text:?}"))
+                    Invalid::malformed(&name, format!("must be true or false, not {text:?}"))
                 })?;
                 Ok(Some(flag))
             }
             Some((name, other)) => {
                 let found = kind(&other);
-                Err(Invalid::malformed(name, format!("must be true or false, not {found}")))
+                Err(Invalid::malformed(&name, format!("must be true or false, not {found}")))
             }
         }
     }
@@ -298,9 +354,9 @@ impl Fields {
             Some((name, Value::String(text))) => text
                 .parse()
                 .map(Some)
-                .map_err(|reason| Invalid::range(name, format!("is an {reason}"))),
+                .map_err(|reason| Invalid::range(&name, format!("is an {reason}"))),
             Some((name, other)) => {
-                Err(Invalid::malformed(name, format!("must be a string, not {}", kind(&other))))
+                Err(Invalid::malformed(&name, format!("must be a string, not {}", kind(&other))))
             }
         }
     }
@@ -313,7 +369,7 @@ impl Fields {
     ) -> Result<Option<&'static str>, Invalid> {
         let Some((name, value)) = self.take(names)? else { return Ok(None) };
         words.iter().find(|word| value == **word).map(|word| Some(*word)).ok_or_else(|| {
-            Invalid::range(name, format!("must be one of {}, not {value}", words.join(", ")))
+            Invalid::range(&name, format!("must be one of {}, not {value}", words.join(", ")))
         })
     }
 
@@ -321,8 +377,8 @@ impl Fields {
     fn finish(self) -> Result<(), Invalid> {
         match self.values.into_iter().next() {
             None => Ok(()),
-            Some((name, _)) => {
-                let name: String = name.chars().take(64).collect();
+            Some(Field { spelt, .. }) => {
+                let name: String = spelt.chars().take(64).collect();
                 let message = format!("unknown field {name:?}");
                 Err(Invalid::Malformed { param: Some(name), message })
             }
@@ -330,7 +386,8 @@ impl Fields {
     }
 }
 
-fn kind(value: &Value) -> &'static str {
+/// The type of a value, for people.
+pub(crate) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",

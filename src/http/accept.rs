@@ -36,6 +36,8 @@ impl Reply {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Wish {
     pub(super) speech: Speech,
+    /// What JSON holds unless the body asks for something.
+    pub(super) usual: Format,
     /// The body's `output_format`.
     pub(super) format: Option<Format>,
     pub(super) count: usize,
@@ -46,7 +48,7 @@ pub(super) struct Wish {
 /// Chooses the reply that the client likes best among those that can be given.
 pub(super) fn choose(headers: &HeaderMap, wish: Wish) -> Result<Reply, ApiError> {
     if wish.stream {
-        return Ok(Reply::Events(wish.format.unwrap_or(Format::Jpeg)));
+        return Ok(Reply::Events(wish.format.unwrap_or(wish.usual)));
     }
     let header = |name: &str| -> Vec<String> {
         let values = headers.get_all(name).iter();
@@ -81,14 +83,14 @@ fn weighed(range: &str) -> (&str, f32) {
 
 impl Wish {
     fn answer(self, range: &str) -> Option<Reply> {
-        let json = Reply::Json(self.format.unwrap_or(Format::Jpeg));
+        let json = Reply::Json(self.format.unwrap_or(self.usual));
         let bytes = |format| (self.count == 1).then_some(Reply::Bytes(format));
         let free = self.format.unwrap_or(Format::Png);
         match range {
             ANYTHING if self.speech == Speech::Text => Some(bytes(free).unwrap_or(json)),
             ANYTHING | "application/*" | "application/json" => Some(json),
             "image/*" => bytes(free),
-            "text/event-stream" => Some(Reply::Events(self.format.unwrap_or(Format::Jpeg))),
+            "text/event-stream" => Some(Reply::Events(self.format.unwrap_or(self.usual))),
             _ => {
                 let format = named(range)?;
                 bytes(format).filter(|_| self.format.is_none_or(|wanted| wanted == format))
@@ -129,7 +131,8 @@ mod tests {
     fn reply(accept: &'static str, speech: Speech, count: usize) -> Option<Reply> {
         let mut headers = HeaderMap::new();
         headers.insert(ACCEPT, HeaderValue::from_static(accept));
-        choose(&headers, Wish { speech, format: None, count, stream: false }).ok()
+        let usual = Format::Jpeg;
+        choose(&headers, Wish { speech, usual, format: None, count, stream: false }).ok()
     }
 
     #[test]

@@ -8,19 +8,17 @@ use axum::body::Bytes;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
 use sd_models::{ModelInfo, Spec};
-use serde_json::{Value, json};
 use tracing::{error, info, info_span};
 
 use super::State;
 use super::accept::{Reply, Wish};
 use super::body::Speech;
+use super::dialect::{Dialect, Heard, Pictures};
 use super::error::ApiError;
-use crate::api::{Draw, Fields};
+use crate::api::{Draw, Fields, Invalid};
 use crate::engine::{Client, Drawn, Engine, Failure, Job, Ticket};
-use crate::image::{self, Format, JPEG_QUALITY};
+use crate::image::{self, JPEG_QUALITY};
 use crate::telemetry::Id;
 
 /// The seed for those who see every header.
@@ -39,6 +37,7 @@ pub(super) struct Asked {
     /// Of JPEG, up to 100.
     pub(super) quality: u8,
     preview: bool,
+    dialect: Dialect,
     model: Arc<ModelInfo>,
     engine: Engine,
 }
@@ -51,23 +50,48 @@ pub(super) struct Answer {
 }
 
 impl Asked {
-    /// Reads the fields; `choose` says how to answer.
+    /// Reads native fields; `choose` says how to answer.
     pub(super) fn read(
         state: &State,
         fields: Fields,
         speech: Speech,
         choose: impl FnOnce(Wish) -> Result<Reply, ApiError>,
     ) -> Result<Self, ApiError> {
+        Self::understand(state, Heard::native(fields, speech), choose)
+    }
+
+    /// Reads what was heard in any of the dialects of `/invocations`.
+    pub(super) fn understand(
+        state: &State,
+        heard: Heard,
+        choose: impl FnOnce(Wish) -> Result<Reply, ApiError>,
+    ) -> Result<Self, ApiError> {
         let (engine, settings) = (state.engine.clone(), &state.settings);
         let model = engine.model()?;
-        let draw = Draw::read(fields, &settings.limits, &model, random_seed)?;
-        let (format, count, stream) = (draw.format, draw.count(), draw.stream);
-        let reply = choose(Wish { speech, format, count, stream })?;
-        let (specs, preview) = (draw.specs(), draw.preview);
+        let Heard { requests, speech, dialect } = heard;
+        let read = |fields| Draw::read(fields, &settings.limits, &model, random_seed);
+        let draws = requests.into_iter().map(read).collect::<Result<Vec<_>, _>>()?;
+        let mut specs: Vec<Spec> = draws.iter().flat_map(Draw::specs).collect();
+        let count = specs.len();
+        if count > settings.limits.max_images {
+            let most = settings.limits.max_images;
+            let reason = format!("asks for {count} pictures in all; at most {most} are allowed");
+            return Err(Invalid::range("prompt", reason).into());
+        }
+        let Some(Draw { format, stream, preview, .. }) = draws.into_iter().next() else {
+            return Err(Invalid::body("the request asks for nothing").into());
+        };
+        // Several prompts are one request: picture k has seed + k.
+        let first = specs.first().map_or(0, |spec| spec.seed);
+        for (k, spec) in specs.iter_mut().enumerate() {
+            spec.seed = first.wrapping_add(k as u64);
+        }
+        let reply = choose(Wish { speech, usual: dialect.format, format, count, stream })?;
         if settings.log_prompts {
             info!(prompt = specs[0].prompt, "accepted");
         }
-        Ok(Self { specs, reply, quality: JPEG_QUALITY, preview, model, engine })
+        let quality = JPEG_QUALITY;
+        Ok(Self { specs, reply, quality, preview, dialect, model, engine })
     }
 
     /// Hands the pictures to the engine.
@@ -145,8 +169,9 @@ impl Asked {
         let (media_type, body) = match self.reply {
             Reply::Bytes(_) => (format.media_type(), files.pop().unwrap_or_default()),
             Reply::Json(_) | Reply::Events(_) => {
-                let json = json(&self.specs, pictures, &files, format);
-                ("application/json", json.to_string().into())
+                let (specs, files) = (&self.specs, &files);
+                let json = (self.dialect.word)(&Pictures { specs, drawn: pictures, files, format });
+                ("application/json", json.into())
             }
         };
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(media_type));
@@ -163,23 +188,4 @@ impl IntoResponse for Answer {
 /// Thirty-two bits, so that a client that reads numbers as doubles can repeat the picture.
 fn random_seed() -> u64 {
     getrandom::u32().unwrap_or_default().into()
-}
-
-/// `data` and `seed` for one picture, `images` for several.
-fn json(specs: &[Spec], pictures: &[Drawn], files: &[Vec<u8>], format: Format) -> Value {
-    let image = |(spec, file): (&Spec, &Vec<u8>)| {
-        let data = BASE64_STANDARD.encode(file);
-        json!({ "seed": spec.seed, "data": data })
-    };
-    let mut images: Vec<Value> = specs.iter().zip(files).map(image).collect();
-    let mut reply = match &mut images[..] {
-        [one] => one.take(),
-        _ => json!({ "images": images }),
-    };
-    reply["prompt"] = specs.first().map(|spec| spec.prompt.as_str()).into();
-    reply["content_type"] = format.media_type().into();
-    if let Some(first) = pictures.first().filter(|picture| !picture.warnings.is_empty()) {
-        reply["warnings"] = first.warnings.clone().into();
-    }
-    reply
 }

@@ -7,6 +7,7 @@ use axum::http::HeaderMap;
 use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 
 use super::error::ApiError;
+use super::jumpstart;
 use crate::api::{Fields, Invalid};
 
 /// What the client speaks, and so expects to hear when it does not say.
@@ -61,7 +62,7 @@ fn declared(headers: &HeaderMap) -> Result<Declared, ApiError> {
     match essence.as_str() {
         "application/json" => Ok(Declared::Json),
         "application/x-www-form-urlencoded" => Ok(Declared::Form),
-        "application/x-text" => Ok(Declared::Text { quoted: true }),
+        jumpstart::TEXT => Ok(Declared::Text { quoted: true }),
         "text/plain" => Ok(Declared::Text { quoted: false }),
         _ => Err(ApiError::MediaType(format!(
             "the type {essence:?} is not supported; send application/json or text/plain"

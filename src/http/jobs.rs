@@ -18,7 +18,7 @@ use tokio::time::Instant;
 use super::asked::{Answer, Asked};
 use super::error::ApiError;
 use super::intake::{self, Intake};
-use super::{State, accept, body, events};
+use super::{State, accept, body, dialect, events};
 use crate::api::Invalid;
 use crate::engine::{Failure, Watch};
 
@@ -87,7 +87,8 @@ pub(super) async fn create(state: State, request: Request) -> Result<Response, A
     let Intake { headers, body, client, permit, .. } = intake::take(&state, request).await?;
     let timeout = intake::timeout(&headers, state.settings.job_timeout)?;
     let (fields, speech) = body::read(&headers, &body)?;
-    let asked = Asked::read(&state, fields, speech, |wish| accept::choose(&headers, wish))?;
+    let heard = dialect::hear(&headers, fields, speech)?;
+    let asked = Asked::understand(&state, heard, |wish| accept::choose(&headers, wish))?;
     if let accept::Reply::Events(_) = asked.reply {
         return Err(Invalid::body("a job has no events; ask for its state").into());
     }

@@ -12,15 +12,14 @@ use axum::response::{IntoResponse as _, Response};
 use futures_util::stream::{self, StreamExt as _};
 use tokio::time::Instant;
 
-use super::State;
-use super::accept::Reply;
+use super::accept::{Reply, Wish};
 use super::asked::Asked;
 use super::body::{Speech, essence};
 use super::error::ApiError;
 use super::intake::Intake;
+use super::{State, dialect};
 use crate::api::{Fields, Invalid};
 use crate::engine::{Client, Failure};
-use crate::image::Format;
 
 /// The names under which JSON lines go.
 const TYPES: [&str; 5] = [
@@ -78,8 +77,9 @@ async fn draw(
     if !text.trim_start().starts_with('{') {
         return Err(Invalid::body("the line is not a JSON object").into());
     }
-    let json = |format: Option<Format>| Ok(Reply::Json(format.unwrap_or(Format::Jpeg)));
-    let asked = Asked::read(state, Fields::json(text)?, Speech::Json, |wish| json(wish.format))?;
+    let json = |wish: Wish| Ok(Reply::Json(wish.format.unwrap_or(wish.usual)));
+    let heard = dialect::hear(&HeaderMap::new(), Fields::json(text)?, Speech::Json)?;
+    let asked = Asked::understand(state, heard, json)?;
     let pictures = loop {
         // A line is part of a larger work, which a full queue only delays.
         match asked.submit_patiently(client, deadline).await?.wait().await {

@@ -4,16 +4,21 @@
 mod accept;
 mod asked;
 mod body;
+mod dialect;
 mod error;
 mod events;
+mod huggingface;
 mod intake;
 mod jobs;
+mod jumpstart;
 mod keys;
 mod lines;
 mod listen;
 mod openai;
+mod route;
 mod sagemaker;
 mod shelf;
+mod stability;
 mod status;
 
 use std::sync::Arc;
@@ -103,6 +108,7 @@ pub fn router(engine: Engine, settings: Settings) -> Router {
         .route_layer(middleware::map_response(openai::errors));
     let locked = Router::new()
         .route("/v1/invocations", post(sagemaker::invocations))
+        .route("/", post(sagemaker::invocations))
         .route("/v1/jobs", post(jobs::create))
         .route("/v1/jobs/{id}", get(jobs::state).delete(jobs::delete))
         .route("/v1/jobs/{id}/result", get(jobs::result))
@@ -123,7 +129,8 @@ pub fn router(engine: Engine, settings: Settings) -> Router {
         .layer(option_layer(cors(&settings.cors_origins)))
         .layer(middleware::from_fn_with_state(engine.clone(), observe));
     let (jobs, shelf) = (Arc::default(), shelf::Shelf::default());
-    router.with_state(Arc::new(Shared { engine, settings, gate, jobs, shelf }))
+    let state = Arc::new(Shared { engine, settings, gate, jobs, shelf });
+    route::by_attribute(router.with_state(state))
 }
 
 /// What browsers must hear before a page of another origin may call. Nothing, unless configured.
@@ -143,7 +150,8 @@ fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
 }
 
 /// The routes that are measured by their name; others are `other`, since clients make them up.
-const ROUTES: [&str; 15] = [
+const ROUTES: [&str; 16] = [
+    "/",
     "/ping",
     "/invocations",
     "/v1/invocations",

@@ -10,7 +10,7 @@ use super::accept::{self, Reply};
 use super::asked::Asked;
 use super::error::ApiError;
 use super::intake::{self, Intake};
-use super::{State, body, events, lines};
+use super::{State, body, dialect, events, lines};
 use crate::engine::Phase;
 
 /// SageMaker's default, and its bound on concurrent transforms of that size: 100 MB in all.
@@ -35,7 +35,8 @@ pub(super) async fn invocations(state: State, request: Request) -> Result<Respon
     let Intake { headers, body, client, deadline, permit, .. } = intake;
     let (fields, speech) = body::read(&headers, &body)?;
     drop(body);
-    let asked = Asked::read(&state, fields, speech, |wish| accept::choose(&headers, wish))?;
+    let heard = dialect::hear(&headers, fields, speech)?;
+    let asked = Asked::understand(&state, heard, |wish| accept::choose(&headers, wish))?;
     let ticket = asked.submit(&client, Some(deadline))?;
     if let Reply::Events(_) = asked.reply {
         return Ok(events::stream(&state.engine, asked, ticket, permit));
