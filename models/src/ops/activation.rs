@@ -3,6 +3,7 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
+use super::gemm::written_in_chunks;
 use super::simd::{erf, exp, vectorized};
 use super::{host, on_cpu};
 
@@ -44,7 +45,7 @@ vectorized! {
     /// x * sigmoid(x), in place
     pub(super) fn silu(x: &mut [f32]) {
         for x in x {
-            *x /= 1.0 + exp(-*x);
+            *x /= 1.0 + exp::<FMA>(-*x);
         }
     }
 }
@@ -52,7 +53,7 @@ vectorized! {
 vectorized! {
     fn gelu(x: &mut [f32]) {
         for x in x {
-            *x *= 0.5 + 0.5 * erf(*x * std::f32::consts::FRAC_1_SQRT_2);
+            *x *= 0.5 + 0.5 * erf::<FMA>(*x * std::f32::consts::FRAC_1_SQRT_2);
         }
     }
 }
@@ -60,7 +61,7 @@ vectorized! {
 vectorized! {
     fn quick_gelu(x: &mut [f32]) {
         for x in x {
-            *x /= 1.0 + exp(-1.702 * *x);
+            *x /= 1.0 + exp::<FMA>(-1.702 * *x);
         }
     }
 }
@@ -68,7 +69,7 @@ vectorized! {
 vectorized! {
     fn gate(value: &[f32], gate: &[f32], out: &mut [f32]) {
         for ((out, value), gate) in out.iter_mut().zip(value).zip(gate) {
-            *out = value * gate * (0.5 + 0.5 * erf(gate * std::f32::consts::FRAC_1_SQRT_2));
+            *out = value * gate * (0.5 + 0.5 * erf::<FMA>(gate * std::f32::consts::FRAC_1_SQRT_2));
         }
     }
 }
@@ -82,15 +83,15 @@ pub(crate) fn geglu(x: &Tensor) -> Result<Tensor> {
     }
     let source = host(x)?;
     let data = source.data()?;
-    let mut out = vec![0f32; data.len() / 2];
     let rows = (CHUNK / width).max(1);
-    out.par_chunks_mut(rows * width).zip(data.par_chunks(rows * width * 2)).for_each(
-        |(out, data)| {
-            for (out, row) in out.chunks_exact_mut(width).zip(data.chunks_exact(2 * width)) {
-                gate(&row[..width], &row[width..], out);
-            }
-        },
-    );
+    let gated = |i: usize, out: &mut [f32]| {
+        let data = data[2 * i * rows * width..].chunks_exact(2 * width);
+        for (out, row) in out.chunks_exact_mut(width).zip(data) {
+            gate(&row[..width], &row[width..], out);
+        }
+    };
+    // SAFETY: gate() writes all of what it is given, and there is a row for each chunk.
+    let out = unsafe { written_in_chunks(data.len() / 2, rows * width, gated) };
     let mut shape = x.dims().to_vec();
     shape.pop();
     shape.push(width);

@@ -8,7 +8,7 @@
 use candle_core::{D, DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::gemm::{Aligned, Kernel, MR, NR, interleave};
+use super::gemm::{Aligned, Kernel, MR, NR, Scratch, interleave};
 use super::on_cpu;
 use super::simd::{exp, vectorized};
 
@@ -183,25 +183,27 @@ impl Problem {
         let kernel = Kernel::detect();
         let first_query = place.tile * NR;
         let count = NR.min(self.queries - first_query);
-        let mut panel = Aligned::zeros(self.width * NR);
+        // Columns past the last query hold anything: no column sees another.
+        let mut panel = Scratch::new(self.width * NR);
         for j in 0..count {
             let row = q.row(place.sample, first_query + j, place.first, self.width);
-            for (value, slot) in row.iter().zip(panel.as_mut_slice().chunks_exact_mut(NR)) {
+            for (value, slot) in row.iter().zip(panel.chunks_exact_mut(NR)) {
                 slot[j] = value * self.scale;
             }
         }
-        let mut scores = Aligned::zeros(BLOCK * NR);
-        let mut sum = Aligned::zeros(self.width.next_multiple_of(MR) * NR);
+        let mut scores = Scratch::new(BLOCK * NR);
+        let mut sum = Scratch::new(self.width.next_multiple_of(MR) * NR);
+        sum.fill(0.0);
         let (mut max, mut total) = ([f32::NEG_INFINITY; NR], [0f32; NR]);
         let last = if self.kind.causal { first_query + count } else { self.keys };
         for key0 in (0..self.keys.min(last)).step_by(BLOCK) {
             let keys = BLOCK.min(self.keys - key0);
-            let scores = &mut scores.as_mut_slice()[..keys.next_multiple_of(MR) * NR];
+            let scores = &mut scores[..keys.next_multiple_of(MR) * NR];
             for (t, tile) in scores.chunks_exact_mut(MR * NR).enumerate() {
                 let a = &head.keys.as_slice()[(key0 + t * MR) * self.width..];
                 let c = tile.as_mut_ptr();
                 // SAFETY: `tile` holds MR x NR floats.
-                unsafe { kernel.run(a, panel.as_slice(), self.width, MR, c, NR, false) };
+                unsafe { kernel.run(a, &panel, self.width, MR, c, NR, false) };
             }
             let scores = &mut scores[..keys * NR];
             if self.kind.causal {
@@ -209,8 +211,8 @@ impl Problem {
             }
             let mut factor = [0f32; NR];
             softmax_block(scores, &mut max, &mut total, &mut factor);
-            rescale(sum.as_mut_slice(), &factor);
-            for (t, tile) in sum.as_mut_slice().chunks_exact_mut(MR * NR).enumerate() {
+            rescale(&mut sum, &factor);
+            for (t, tile) in sum.chunks_exact_mut(MR * NR).enumerate() {
                 let rows = MR.min(self.width - t * MR);
                 let a = &head.values.as_slice()[(t * self.keys + key0) * MR..];
                 // SAFETY: `tile` holds MR x NR floats.
@@ -220,7 +222,7 @@ impl Problem {
         let mut row = vec![0f32; self.width];
         for j in 0..count {
             let inverse = 1.0 / total[j];
-            for (value, column) in row.iter_mut().zip(sum.as_slice().chunks_exact(NR)) {
+            for (value, column) in row.iter_mut().zip(sum.chunks_exact(NR)) {
                 *value = column[j] * inverse;
             }
             emit(j, &row);
@@ -254,12 +256,12 @@ vectorized! {
         let mut sum = [0f32; NR];
         for row in scores.chunks_exact_mut(NR) {
             for ((score, max), sum) in row.iter_mut().zip(&new).zip(&mut sum) {
-                *score = exp(*score - max);
+                *score = exp::<FMA>(*score - max);
                 *sum += *score;
             }
         }
         for j in 0..NR {
-            factor[j] = exp(max[j] - new[j]);
+            factor[j] = exp::<FMA>(max[j] - new[j]);
             total[j] = total[j] * factor[j] + sum[j];
         }
         *max = new;

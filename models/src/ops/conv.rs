@@ -121,13 +121,12 @@ impl Conv2d {
                     zeros: vec![0.0; c],
                 };
                 let count = batch * rows * columns;
-                let mut out = vec![0f32; count * self.outputs];
                 let fast = self.geometry == Geometry::SAME && winograd::pays(rows, columns, c);
-                if fast {
-                    winograd::convolve(&fields, batch, packed, epilogue, &mut out);
+                let out = if fast {
+                    winograd::convolve(&fields, batch, packed, epilogue)
                 } else {
-                    gemm(count, &fields, packed, epilogue, &mut out);
-                }
+                    gemm(count, &fields, packed, epilogue)
+                };
                 Tensor::from_vec(out, shape, x.device())
             }
             Weights::Device { weight, bias } => {

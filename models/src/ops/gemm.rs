@@ -6,7 +6,8 @@
 //! Every output element is summed over k in the same order whatever its neighbours, so a row's
 //! result does not depend on the batch that it is in.
 
-use std::ops::Range;
+use std::cell::RefCell;
+use std::ops::{Deref, DerefMut, Range};
 
 use candle_core::DType;
 use half::bf16;
@@ -34,9 +35,66 @@ pub(crate) struct Aligned {
     len: usize,
 }
 
+thread_local! {
+    /// What this thread's scratch was made of, the largest last.
+    static KEPT: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Scratch of a thread that is in use at a time: the loops here nest three deep.
+const MAX_KEPT: usize = 4;
+
+/// [`Aligned`] floats that hold whatever this thread left in them: a task's scratch is as large as
+/// its work, and clearing it would take as long as writing it.
+pub(crate) struct Scratch(Aligned);
+
+impl Scratch {
+    pub(crate) fn new(len: usize) -> Self {
+        let mut floats = KEPT.with_borrow_mut(|kept| {
+            let fits = kept.iter().position(|floats| floats.len() >= len + LINE);
+            fits.map(|at| kept.remove(at)).or_else(|| kept.pop()).unwrap_or_default()
+        });
+        if floats.len() < len + LINE {
+            floats = vec![0f32; len + LINE];
+        }
+        Self(Aligned::within(floats, len))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let floats = std::mem::take(&mut self.0.floats);
+        // The thread may be ending, and its store gone.
+        let _ = KEPT.try_with(|kept| {
+            let mut kept = kept.borrow_mut();
+            let at = kept.partition_point(|other| other.len() < floats.len());
+            kept.insert(at, floats);
+            if kept.len() > MAX_KEPT {
+                kept.remove(0);
+            }
+        });
+    }
+}
+
+impl Deref for Scratch {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        self.0.as_slice()
+    }
+}
+
+impl DerefMut for Scratch {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        self.0.as_mut_slice()
+    }
+}
+
 impl Aligned {
     pub(crate) fn zeros(len: usize) -> Self {
-        let floats = vec![0f32; len + LINE];
+        Self::within(vec![0f32; len + LINE], len)
+    }
+
+    fn within(floats: Vec<f32>, len: usize) -> Self {
         let first = floats.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
         Self { floats, first, len }
     }
@@ -95,13 +153,13 @@ impl Packed {
         p: usize,
         k0: usize,
         kc: usize,
-        wide: &'a mut Aligned,
+        wide: &'a mut Scratch,
     ) -> &'a [f32] {
         let range = (p * self.k + k0) * NR..(p * self.k + k0 + kc) * NR;
         match &self.panels {
             Panels::F32(panels) => &panels.as_slice()[range],
             Panels::Bf16(panels) => {
-                let wide = &mut wide.as_mut_slice()[..kc * NR];
+                let wide = &mut wide[..kc * NR];
                 widen(&panels[range], wide);
                 wide
             }
@@ -219,11 +277,38 @@ unsafe impl Send for Out {}
 // SAFETY: as above.
 unsafe impl Sync for Out {}
 
-impl Out {
-    pub(crate) fn new(out: &mut [f32]) -> Self {
-        Self { start: out.as_mut_ptr(), len: out.len() }
-    }
+/// A vector that `write` fills through the [`Out`] it is given: clearing it first would take as
+/// long.
+///
+/// # Safety
+/// `write` writes every element, and reads none before.
+pub(crate) unsafe fn written(len: usize, write: impl FnOnce(Out)) -> Vec<f32> {
+    let mut out: Vec<f32> = Vec::with_capacity(len);
+    write(Out { start: out.as_mut_ptr(), len });
+    // SAFETY: the capacity is `len` or more, and the caller has written all of it.
+    unsafe { out.set_len(len) };
+    out
+}
 
+/// As [`written`], by many threads: `write` gets the number of each chunk and the chunk.
+///
+/// # Safety
+/// `write` writes all of each chunk, and reads nothing before.
+pub(crate) unsafe fn written_in_chunks(
+    len: usize,
+    chunk: usize,
+    write: impl Fn(usize, &mut [f32]) + Sync,
+) -> Vec<f32> {
+    let part = |out: Out, i: usize| {
+        // SAFETY: no two chunks overlap.
+        write(i, unsafe { out.slice(i * chunk, chunk.min(len - i * chunk)) });
+    };
+    let all = |out| (0..len.div_ceil(chunk)).into_par_iter().for_each(|i| part(out, i));
+    // SAFETY: the chunks cover the vector, and the caller writes all of each.
+    unsafe { written(len, all) }
+}
+
+impl Out {
     /// # Safety
     /// No other thread touches these elements while the slice lives.
     pub(crate) unsafe fn slice<'a>(self, first: usize, len: usize) -> &'a mut [f32] {
@@ -239,18 +324,21 @@ impl Out {
     }
 }
 
-/// out (rows, n) = a (rows, k) x weights (k, n), then the epilogue.
+/// a (rows, k) x weights (k, n), then the epilogue: (rows, n).
 pub(crate) fn gemm(
     rows: usize,
     a: &impl Rows,
     weights: &Packed,
     epilogue: Epilogue<'_>,
-    out: &mut [f32],
-) {
-    assert_eq!(out.len(), rows * weights.n, "gemm output");
-    if out.is_empty() {
-        return;
+) -> Vec<f32> {
+    if rows * weights.n == 0 {
+        return Vec::new();
     }
+    // SAFETY: the areas of product() cover the output, and multiply() writes all of its area.
+    unsafe { written(rows * weights.n, |out| product(rows, a, weights, epilogue, out)) }
+}
+
+fn product(rows: usize, a: &impl Rows, weights: &Packed, epilogue: Epilogue<'_>, out: Out) {
     let kernel = Kernel::detect();
     let panels = weights.n.div_ceil(NR);
     let blocks = rows.div_ceil(MC);
@@ -258,7 +346,6 @@ pub(crate) fn gemm(
     let tasks = 4 * rayon::current_num_threads();
     let chunk = panels.div_ceil(tasks.div_ceil(blocks).min(panels));
     let chunks = panels.div_ceil(chunk);
-    let out = Out::new(out);
     (0..blocks * chunks).into_par_iter().for_each(|task| {
         let (block, part) = (task / chunks, task % chunks);
         let first = block * block_rows;
@@ -282,12 +369,12 @@ struct Area {
 fn multiply(area: &Area, a: &impl Rows, weights: &Packed, kernel: Kernel, out: Out) {
     let n = weights.n;
     let tiles = area.rows.len().div_ceil(MR);
-    let mut packed = Aligned::zeros(tiles * MR * KC.min(weights.k));
-    let mut edge = Aligned::zeros(MR * NR);
-    let mut wide = Aligned::zeros(KC * NR);
+    let mut packed = Scratch::new(tiles * MR * KC.min(weights.k));
+    let mut edge = Scratch::new(MR * NR);
+    let mut wide = Scratch::new(KC * NR);
     for k0 in (0..weights.k).step_by(KC) {
         let kc = KC.min(weights.k - k0);
-        let packed = &mut packed.as_mut_slice()[..tiles * MR * kc];
+        let packed = &mut packed[..tiles * MR * kc];
         for (t, tile) in packed.chunks_exact_mut(MR * kc).enumerate() {
             pack_tile(a, area.rows.end, area.rows.start + t * MR, k0, tile);
         }
@@ -302,11 +389,11 @@ fn multiply(area: &Area, a: &impl Rows, weights: &Packed, kernel: Kernel, out: O
                     // SAFETY: the rectangle of `rows` x NR at `c` lies inside this task's area.
                     unsafe { kernel.run(tile, panel, kc, rows, c, n, k0 > 0) };
                 } else {
-                    let tile_c = edge.as_mut_slice().as_mut_ptr();
+                    let tile_c = edge.as_mut_ptr();
                     // SAFETY: `edge` has MR x NR floats.
                     unsafe { kernel.run(tile, panel, kc, rows, tile_c, NR, false) };
                     // SAFETY: `rows` x `columns` at `c` lie inside this task's area.
-                    unsafe { add_edge(edge.as_slice(), rows, columns, c, n, k0 > 0) };
+                    unsafe { add_edge(&edge, rows, columns, c, n, k0 > 0) };
                 }
             }
         }
@@ -618,8 +705,7 @@ mod tests {
             let packed = Packed::new((k, n), DType::F32, &w, |i| i * n, 1);
             let matrix = Matrix { data: &a, stride: k };
             let epilogue = Epilogue { bias: Some(&bias), ..Epilogue::default() };
-            let mut out = vec![0.0; rows * n];
-            gemm(rows, &matrix, &packed, epilogue, &mut out);
+            let out = gemm(rows, &matrix, &packed, epilogue);
             for i in 0..rows {
                 for j in 0..n {
                     let sum: f64 =
@@ -629,8 +715,7 @@ mod tests {
                 }
             }
             let last = Matrix { data: &a[(rows - 1) * k..], stride: k };
-            let mut alone = vec![0.0; n];
-            gemm(1, &last, &packed, epilogue, &mut alone);
+            let alone = gemm(1, &last, &packed, epilogue);
             assert_eq!(alone, out[(rows - 1) * n..], "a row depends on its batch");
         }
     }
@@ -640,11 +725,7 @@ mod tests {
         let (rows, k, n) = (7, 300, 40);
         let (a, w) = (random(rows * k, 7), random(k * n, 8));
         let matrix = Matrix { data: &a, stride: k };
-        let product = |packed: &Packed| {
-            let mut out = vec![0.0; rows * n];
-            gemm(rows, &matrix, packed, Epilogue::default(), &mut out);
-            out
-        };
+        let product = |packed: &Packed| gemm(rows, &matrix, packed, Epilogue::default());
         let pack = |dtype, w: &[f32]| Packed::new((k, n), dtype, w, |i| i * n, 1);
         let rounded: Vec<f32> = w.iter().map(|w| bf16::from_f32(*w).to_f32()).collect();
         assert_eq!(product(&pack(DType::BF16, &w)), product(&pack(DType::F32, &rounded)));

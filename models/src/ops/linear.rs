@@ -56,14 +56,13 @@ impl Linear {
             Weights::Cpu { packed, bias } => {
                 let source = host(x)?;
                 let residual = residual.map(host).transpose()?;
-                let mut out = vec![0f32; rows * self.out];
                 let epilogue = Epilogue {
                     bias: bias.as_deref(),
                     residual: residual.as_ref().map(|r| r.data()).transpose()?,
                     ..Epilogue::default()
                 };
                 let a = Matrix { data: source.data()?, stride: k };
-                gemm(rows, &a, packed, epilogue, &mut out);
+                let out = gemm(rows, &a, packed, epilogue);
                 Tensor::from_vec(out, shape, x.device())
             }
             Weights::Device { weight, bias } => {

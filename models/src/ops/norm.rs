@@ -4,6 +4,7 @@ use candle_core::{D, DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::activation::silu;
+use super::gemm::written_in_chunks;
 use super::simd::vectorized;
 use super::{host, to_host};
 
@@ -75,18 +76,25 @@ impl GroupNorm {
         let source = host(x)?;
         let data = source.data()?;
         let sample = h * w * channels;
-        let mut out = vec![0f32; batch * sample];
-        for (out, data) in out.chunks_exact_mut(sample).zip(data.chunks_exact(sample)) {
-            let (mean, scale) = self.coefficients(data, weight);
-            out.par_chunks_mut(RUN * channels).zip(data.par_chunks(RUN * channels)).for_each(
-                |(out, data)| {
-                    normalize(data, (&mean, &scale, bias), out);
-                    if with_silu {
-                        silu(out);
-                    }
-                },
-            );
-        }
+        let coefficients: Vec<_> =
+            data.chunks_exact(sample).map(|data| self.coefficients(data, weight)).collect();
+        let normalized = |run: usize, mut out: &mut [f32]| {
+            let mut first = run * RUN * channels;
+            // A run may hold the end of one sample and the start of the next.
+            while !out.is_empty() {
+                let (mean, scale) = &coefficients[first / sample];
+                let len = out.len().min(sample - first % sample);
+                let (part, rest) = out.split_at_mut(len);
+                normalize(&data[first..][..len], (mean, scale, bias), part);
+                if with_silu {
+                    silu(part);
+                }
+                first += len;
+                out = rest;
+            }
+        };
+        // SAFETY: normalize() writes all of what it is given.
+        let out = unsafe { written_in_chunks(data.len(), RUN * channels, normalized) };
         Tensor::from_vec(out, (batch, h, w, channels), x.device())
     }
 
@@ -189,40 +197,43 @@ impl LayerNorm {
         let source = host(x)?;
         let data = source.data()?;
         let width = weight.len();
-        let mut out = vec![0f32; data.len()];
-        out.par_chunks_mut(RUN * width).zip(data.par_chunks(RUN * width)).for_each(
-            |(out, data)| {
-                normalize_rows(data, weight, bias, self.eps as f32, out);
-            },
-        );
+        let normalized = |run: usize, out: &mut [f32]| {
+            let data = &data[run * RUN * width..][..out.len()];
+            normalize_rows(data, weight, bias, self.eps as f32, out);
+        };
+        // SAFETY: normalize_rows() writes all of what it is given.
+        let out = unsafe { written_in_chunks(data.len(), RUN * width, normalized) };
         Tensor::from_vec(out, x.shape(), x.device())
     }
 }
 
 vectorized! {
     fn normalize_rows(data: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
-        const LANES: usize = 16;
         let width = weight.len();
         for (out, row) in out.chunks_exact_mut(width).zip(data.chunks_exact(width)) {
-            // Sixteen partial sums vectorise; a single one would be summed in sequence.
-            let reduce = |value: &dyn Fn(f32) -> f32| {
-                let mut lanes = [0f32; LANES];
-                let chunks = row.chunks_exact(LANES);
-                let rest: f32 = chunks.remainder().iter().map(|x| value(*x)).sum();
-                for chunk in chunks {
-                    for (lane, x) in lanes.iter_mut().zip(chunk) {
-                        *lane += value(*x);
-                    }
-                }
-                (lanes.iter().sum::<f32>() + rest) / width as f32
-            };
-            let mean = reduce(&|x| x);
-            let inverse = 1.0 / (reduce(&|x| (x - mean) * (x - mean)) + eps).sqrt();
+            let mean = sum_of(row, |x| x) / width as f32;
+            let variance = sum_of(row, |x| (x - mean) * (x - mean)) / width as f32;
+            let inverse = 1.0 / (variance + eps).sqrt();
             for (((out, x), weight), bias) in out.iter_mut().zip(row).zip(weight).zip(bias) {
                 *out = (x - mean) * inverse * weight + bias;
             }
         }
     }
+}
+
+/// Sixteen partial sums vectorise; a single one would be summed in sequence.
+#[inline(always)]
+fn sum_of(row: &[f32], value: impl Fn(f32) -> f32) -> f32 {
+    const LANES: usize = 16;
+    let mut lanes = [0f32; LANES];
+    let chunks = row.chunks_exact(LANES);
+    let rest: f32 = chunks.remainder().iter().map(|x| value(*x)).sum();
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane += value(*x);
+        }
+    }
+    lanes.iter().sum::<f32>() + rest
 }
 
 /// The same from candle's operations, in f32 whatever the type of `x`.

@@ -11,7 +11,7 @@ use std::ops::{Add, Mul, Range, Sub};
 use rayon::prelude::*;
 
 use super::conv::Fields;
-use super::gemm::{Aligned, Epilogue, Kernel, MR, NR, Out, Packed, interleave};
+use super::gemm::{Epilogue, Kernel, MR, NR, Out, Packed, Scratch, interleave, written};
 use super::simd::vectorized;
 
 /// Outputs of a tile's side.
@@ -27,7 +27,7 @@ const PASS: usize = 8;
 /// Depth of a block: its weights (DEPTH x NR) and a tile stay in the first-level cache.
 const DEPTH: usize = 160;
 /// Transformed input in memory at a time, in floats.
-const CHUNK: usize = 8 << 20;
+const CHUNK: usize = 24 << 20;
 
 const A: f32 = 0.75;
 const B: f32 = 1.5;
@@ -40,38 +40,26 @@ pub(super) fn pays(height: usize, width: usize, channels: usize) -> bool {
     channels.is_multiple_of(LANES) && height.div_ceil(SIDE) * width.div_ceil(SIDE) >= 16
 }
 
-/// out (pixels, n) = the convolution of `fields`, then the epilogue.
+/// The convolution of `fields`, then the epilogue: (pixels, n).
 pub(super) fn convolve(
     fields: &Fields<'_>,
     samples: usize,
     weights: &Packed,
     epilogue: Epilogue<'_>,
-    out: &mut [f32],
-) {
+) -> Vec<f32> {
     let (rows, columns) = fields.output;
-    assert_eq!(out.len(), samples * rows * columns * weights.n, "winograd output");
-    let problem = Problem {
+    let problem = |out| Problem {
         fields,
         channels: fields.picture.2,
         tiles: (rows.div_ceil(SIDE), columns.div_ceil(SIDE)),
         samples,
         weights,
         epilogue,
-        out: Out::new(out),
+        out,
     };
-    let groups = problem.count().div_ceil(MR);
-    let size = POINTS * MR * problem.channels;
-    let per_chunk = (CHUNK / size).clamp(1, groups);
-    let mut inputs = Aligned::zeros(per_chunk * size);
-    for first in (0..groups).step_by(per_chunk) {
-        let chunk = first..groups.min(first + per_chunk);
-        let inputs = &mut inputs.as_mut_slice()[..chunk.len() * size];
-        inputs
-            .par_chunks_exact_mut(size)
-            .enumerate()
-            .for_each(|(i, packed)| problem.transform_group(first + i, packed));
-        problem.multiply(&chunk, inputs);
-    }
+    // SAFETY: the tiles of all groups and the columns of all panels cover the output, and
+    // store_group() writes those of its group and panel.
+    unsafe { written(samples * rows * columns * weights.n, |out| problem(out).run()) }
 }
 
 struct Problem<'a> {
@@ -86,6 +74,22 @@ struct Problem<'a> {
 }
 
 impl Problem<'_> {
+    fn run(&self) {
+        let groups = self.count().div_ceil(MR);
+        let size = POINTS * MR * self.channels;
+        let per_chunk = (CHUNK / size).clamp(1, groups);
+        let mut inputs = Scratch::new(per_chunk * size);
+        for first in (0..groups).step_by(per_chunk) {
+            let chunk = first..groups.min(first + per_chunk);
+            let inputs = &mut inputs[..chunk.len() * size];
+            inputs
+                .par_chunks_exact_mut(size)
+                .enumerate()
+                .for_each(|(i, packed)| self.transform_group(first + i, packed));
+            self.multiply(&chunk, inputs);
+        }
+    }
+
     fn count(&self) -> usize {
         self.samples * self.tiles.0 * self.tiles.1
     }
@@ -107,12 +111,12 @@ impl Problem<'_> {
             })
             .collect();
         // [point][tile][LANES]
-        let mut scratch = Aligned::zeros(POINTS * MR * LANES);
+        let mut scratch = Scratch::new(POINTS * MR * LANES);
         for c in (0..self.channels).step_by(LANES) {
             for (i, patch) in patches.iter().enumerate() {
-                transform_input(patch, c, i, scratch.as_mut_slice());
+                transform_input(patch, c, i, &mut scratch);
             }
-            for (p, rows) in scratch.as_slice().chunks_exact(MR * LANES).enumerate() {
+            for (p, rows) in scratch.chunks_exact(MR * LANES).enumerate() {
                 let place = &mut packed[(p * self.channels + c) * MR..][..LANES * MR];
                 interleave(&std::array::from_fn(|i| &rows[i * LANES..][..LANES]), place);
             }
@@ -131,12 +135,12 @@ impl Problem<'_> {
                 return;
             }
             let weights = self.transform_panel(panel);
-            let mut products = Aligned::zeros(PASS * POINTS * MR * NR);
+            let mut products = Scratch::new(PASS * POINTS * MR * NR);
             for first in mine.clone().step_by(PASS) {
                 let pass = first..mine.end.min(first + PASS);
-                self.products(&pass, inputs, weights.as_slice(), products.as_mut_slice());
+                self.products(&pass, inputs, &weights, &mut products);
                 let group = POINTS * MR * NR;
-                for (g, product) in pass.zip(products.as_slice().chunks_exact(group)) {
+                for (g, product) in pass.zip(products.chunks_exact(group)) {
                     self.store_group(chunk.start + g, panel, product);
                 }
             }
@@ -144,12 +148,12 @@ impl Problem<'_> {
     }
 
     /// A panel of weights as [point][channel][NR].
-    fn transform_panel(&self, panel: usize) -> Aligned {
+    fn transform_panel(&self, panel: usize) -> Scratch {
         let channels = self.channels;
-        let mut wide = Aligned::zeros(9 * channels * NR);
+        let mut wide = Scratch::new(9 * channels * NR);
         let taps = self.weights.panel(panel, 0, 9 * channels, &mut wide); // [tap][channel][NR]
-        let mut out = Aligned::zeros(POINTS * channels * NR);
-        transform_weights(taps, out.as_mut_slice());
+        let mut out = Scratch::new(POINTS * channels * NR);
+        transform_weights(taps, &mut out);
         out
     }
 
@@ -187,7 +191,7 @@ impl Problem<'_> {
                 }
                 let row = (sample * height + y) * width + x;
                 // SAFETY: these columns of this pixel belong to this tile and panel alone, and
-                // lie inside the output, whose length convolve() has asserted.
+                // lie inside the output, whose length convolve() has set.
                 let c = unsafe { self.out.slice(row * n + columns.start, columns.len()) };
                 c.copy_from_slice(&values[..columns.len()]);
                 self.epilogue.apply(row, n, &columns, c);
