@@ -138,7 +138,7 @@ impl Draw {
 }
 
 /// The fields of a request as they came, in order and with repetitions.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Fields {
     values: Vec<Field>,
     /// Whether values carry their type (JSON) or are all text (a form).
@@ -188,11 +188,6 @@ impl Fields {
             }
             Err(error) => Err(Invalid::body(format!("the body is not a JSON object: {error}"))),
         }
-    }
-
-    /// Adds a field.
-    pub(crate) fn put(&mut self, name: &str, value: impl Into<Value>) {
-        self.add(name, name, value);
     }
 
     /// Whether there is a field of this name.

@@ -1,6 +1,8 @@
 //! Pixels to PNG, JPEG or WebP, with the parameters of the picture in the file. Not for the model
 //! thread and not for async threads: encoding takes milliseconds of a whole core.
 
+pub(crate) mod infotext;
+
 use std::io::Cursor;
 
 use anyhow::Context as _;

@@ -36,7 +36,8 @@ pub(super) struct Asked {
     pub(super) reply: Reply,
     /// Of JPEG, up to 100.
     pub(super) quality: u8,
-    preview: bool,
+    /// Whether there is a place for looks at the pictures in the making.
+    pub(super) preview: bool,
     dialect: Dialect,
     model: Arc<ModelInfo>,
     engine: Engine,
@@ -87,6 +88,7 @@ impl Asked {
             spec.seed = first.wrapping_add(k as u64);
         }
         let reply = choose(Wish { speech, usual: dialect.format, format, count, stream })?;
+        let preview = preview && matches!(reply, Reply::Events(_));
         if settings.log_prompts {
             info!(prompt = specs[0].prompt, "accepted");
         }
@@ -101,9 +103,7 @@ impl Asked {
         deadline: Option<tokio::time::Instant>,
     ) -> Result<Ticket, ApiError> {
         let (specs, client) = (self.specs.clone(), client.clone());
-        // Only a stream has a place for previews.
-        let preview = self.preview && matches!(self.reply, Reply::Events(_));
-        Ok(self.engine.submit(Job { specs, client, deadline, preview })?)
+        Ok(self.engine.submit(Job { specs, client, deadline, preview: self.preview })?)
     }
 
     /// Hands the pictures to the engine as soon as there is room for them.

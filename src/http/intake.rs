@@ -50,7 +50,7 @@ pub(super) async fn take(state: &State, request: Request) -> Result<Intake, ApiE
 }
 
 /// The key that a client came in with, or else its address.
-fn client(request: &Request) -> Client {
+pub(super) fn client(request: &Request) -> Client {
     let named = request.extensions().get::<Client>().cloned();
     let peer = || Some(Client::at(request.extensions().get::<Peer>()?.0.ip()));
     named.or_else(peer).unwrap_or_default()

@@ -17,9 +17,11 @@ mod listen;
 mod openai;
 mod route;
 mod sagemaker;
+mod sdapi;
 mod shelf;
 mod stability;
 mod status;
+mod underway;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -91,6 +93,7 @@ struct Shared {
     gate: Arc<Semaphore>,
     jobs: Arc<jobs::Store>,
     shelf: shelf::Shelf,
+    underway: underway::Underway,
 }
 
 type State = axum::extract::State<Arc<Shared>>;
@@ -106,6 +109,24 @@ pub fn router(engine: Engine, settings: Settings) -> Router {
         .route("/v1/models/{*id}", get(openai::model))
         .route_layer(lock())
         .route_layer(middleware::map_response(openai::errors));
+    let sdapi = Router::new()
+        .route("/sdapi/v1/txt2img", post(sdapi::txt2img))
+        .route("/sdapi/v1/progress", get(sdapi::progress))
+        .route("/sdapi/v1/interrupt", post(sdapi::interrupt))
+        .route("/sdapi/v1/options", get(sdapi::get_options).post(sdapi::set_options))
+        .route("/sdapi/v1/samplers", get(sdapi::samplers))
+        .route("/sdapi/v1/schedulers", get(sdapi::schedulers))
+        .route("/sdapi/v1/sd-models", get(sdapi::models))
+        .route("/sdapi/v1/sd-vae", get(sdapi::nothing))
+        .route("/sdapi/v1/upscalers", get(sdapi::nothing))
+        .route("/sdapi/v1/latent-upscale-modes", get(sdapi::nothing))
+        .route("/sdapi/v1/loras", get(sdapi::nothing))
+        .route("/sdapi/v1/embeddings", get(sdapi::embeddings))
+        .route("/sdapi/v1/scripts", get(sdapi::scripts))
+        .route("/sdapi/v1/png-info", post(sdapi::png_info))
+        .route("/internal/progress", post(sdapi::task))
+        .route_layer(lock())
+        .route_layer(middleware::map_response(sdapi::errors));
     let locked = Router::new()
         .route("/v1/invocations", post(sagemaker::invocations))
         .route("/", post(sagemaker::invocations))
@@ -124,12 +145,13 @@ pub fn router(engine: Engine, settings: Settings) -> Router {
         .route("/files/{name}", get(shelf::file))
         .merge(locked)
         .merge(openai)
+        .merge(sdapi)
         .fallback(async || ApiError::NotFound)
         .method_not_allowed_fallback(async || ApiError::Method)
         .layer(option_layer(cors(&settings.cors_origins)))
         .layer(middleware::from_fn_with_state(engine.clone(), observe));
-    let (jobs, shelf) = (Arc::default(), shelf::Shelf::default());
-    let state = Arc::new(Shared { engine, settings, gate, jobs, shelf });
+    let (jobs, shelf, underway) = Default::default();
+    let state = Arc::new(Shared { engine, settings, gate, jobs, shelf, underway });
     route::by_attribute(router.with_state(state))
 }
 
@@ -150,7 +172,7 @@ fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
 }
 
 /// The routes that are measured by their name; others are `other`, since clients make them up.
-const ROUTES: [&str; 16] = [
+const ROUTES: [&str; 31] = [
     "/",
     "/ping",
     "/invocations",
@@ -167,6 +189,21 @@ const ROUTES: [&str; 16] = [
     "/health/ready",
     "/info",
     "/metrics",
+    "/sdapi/v1/txt2img",
+    "/sdapi/v1/progress",
+    "/sdapi/v1/interrupt",
+    "/sdapi/v1/options",
+    "/sdapi/v1/samplers",
+    "/sdapi/v1/schedulers",
+    "/sdapi/v1/sd-models",
+    "/sdapi/v1/sd-vae",
+    "/sdapi/v1/upscalers",
+    "/sdapi/v1/latent-upscale-modes",
+    "/sdapi/v1/loras",
+    "/sdapi/v1/embeddings",
+    "/sdapi/v1/scripts",
+    "/sdapi/v1/png-info",
+    "/internal/progress",
 ];
 
 /// Counts a request once: with its outcome, or as gone when the client left before it had one.

@@ -71,14 +71,14 @@ async fn draw(
     let url = url.filter(|format| *format == "url").map(|_| origin(&headers));
     let partial_images = fields.whole(&["partial_images"], 0..=3)?.unwrap_or(0) as usize;
     if partial_images > 0 {
-        fields.put("preview", true);
+        fields.add("preview", "partial_images", true);
     }
     let wish = Wish { kind, url, partial_images };
     let asked = Asked::read(&state, fields, Speech::Json, |wish| {
         let format = wish.format.unwrap_or(Format::Png);
         Ok(if wish.stream { Reply::Events(format) } else { Reply::Json(format) })
     });
-    let mut asked = asked.map_err(sized)?;
+    let mut asked = asked?;
     asked.quality = quality(compression, asked.reply.format())?.unwrap_or(asked.quality);
     let ticket = asked.submit(&client, Some(deadline))?;
     let common = common(&asked);
@@ -109,22 +109,10 @@ fn translate(fields: &mut Fields) -> Result<Option<u64>, Invalid> {
         let (width, height) = sides.ok_or_else(|| {
             Invalid::malformed("size", format!("must be auto or like 512x512, not {size:?}"))
         })?;
-        fields.put("width", width);
-        fields.put("height", height);
+        fields.add("width", "size", width);
+        fields.add("height", "size", height);
     }
     fields.whole(&["output_compression"], 0..=100)
-}
-
-/// OpenAI's clients know no width and no height.
-fn sized(error: ApiError) -> ApiError {
-    match error {
-        ApiError::Invalid(Invalid::OutOfRange { param, message })
-            if param == "width" || param == "height" =>
-        {
-            Invalid::OutOfRange { param: "size".into(), message: format!("size: {message}") }.into()
-        }
-        other => other,
-    }
 }
 
 /// What `output_compression` means for a format: the quality of JPEG. Our PNG and WebP are lossless.

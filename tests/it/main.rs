@@ -18,4 +18,5 @@ mod overload; // too much, too late, too large: what is refused and how
 mod pictures; // against diffusers' pictures, and against their prompts
 mod progress; // events and jobs
 mod scheduling; // fairness, starvation, conservation, with a fake model
+mod sdapi; // AUTOMATIC1111's API
 mod soak; // many mixed requests: nothing is lost, miscounted or leaked

@@ -171,7 +171,7 @@ async fn errors_have_openais_shape() -> Result<()> {
         (json!({ "prompt": "x", "colour": "red" }), 400, "malformed", json!("colour")),
         (json!({ "prompt": "x", "size": "large" }), 400, "malformed", json!("size")),
         (json!({ "prompt": "x", "size": "100x64" }), 422, "out_of_range", json!("size")),
-        (json!({ "prompt": "x", "size": "64x64", "width": 8 }), 400, "malformed", json!("width")),
+        (json!({ "prompt": "x", "size": "64x64", "width": 8 }), 400, "malformed", json!("size")),
         (json!({ "prompt": "x", "n": 11 }), 422, "out_of_range", json!("n")),
         (
             json!({ "prompt": "x", "partial_images": 4 }),

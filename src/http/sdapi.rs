@@ -1,0 +1,433 @@
+//! AUTOMATIC1111's API, for the clients that were written for it. A request is put into native
+//! words and read like any other. As there, fields that nobody knows are ignored; fields that would
+//! change the picture and cannot be honoured are refused by name. Where AUTOMATIC1111 has one
+//! progress and one interrupt for all, here each client has its own.
+
+use axum::Json;
+use axum::extract::{Query, Request};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse as _, Response};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use sd_models::{Scheduler, Spec};
+use serde_json::{Map, Value, json};
+
+use super::State;
+use super::accept::Reply;
+use super::asked::Asked;
+use super::body::Speech;
+use super::error::{self, ApiError, Reason};
+use super::intake::{self, Intake};
+use super::underway::Begun;
+use crate::api::{Fields, Invalid};
+use crate::engine::Drawn;
+use crate::image::{self, Format, infotext};
+
+/// Fields with the same meaning here; ours are on the right.
+const SAME: [(&str, &str); 6] = [
+    ("prompt", "prompt"),
+    ("negative_prompt", "negative_prompt"),
+    ("width", "width"),
+    ("height", "height"),
+    ("steps", "num_inference_steps"),
+    ("cfg_scale", "guidance_scale"),
+];
+
+/// What would change the picture if it were done. Clients send most of these in their idle state.
+const REFUSED: [&str; 12] = [
+    "enable_hr",
+    "restore_faces",
+    "tiling",
+    "subseed_strength",
+    "seed_resize_from_w",
+    "seed_resize_from_h",
+    "styles",
+    "script_name",
+    "alwayson_scripts",
+    "refiner_checkpoint",
+    "infotext",
+    "s_churn",
+];
+
+/// Samplers that AUTOMATIC1111 runs on Karras' sigmas unless told otherwise, on those, and on the
+/// model's own.
+const KARRAS: [(Scheduler, Scheduler); 1] = [(Scheduler::Dpmpp2m, Scheduler::Dpmpp2mKarras)];
+
+/// What AUTOMATIC1111 calls a schedule: its name and its label.
+const SCHEDULES: [(&str, &str); 3] =
+    [("automatic", "Automatic"), ("uniform", "Uniform"), ("karras", "Karras")];
+
+/// `POST /sdapi/v1/txt2img`.
+pub(super) async fn txt2img(state: State, request: Request) -> Result<Response, ApiError> {
+    let intake = intake::take(&state, request).await?;
+    let text = std::str::from_utf8(&intake.body)
+        .map_err(|error| Invalid::body(format!("the body is not UTF-8: {error}")))?;
+    let theirs = Fields::json(text)?;
+    let echo: Map<String, Value> = serde_json::from_str(text).unwrap_or_default();
+    draw(state, intake, theirs, echo).await
+}
+
+/// Draws, unless it is interrupted, and answers as AUTOMATIC1111 does.
+async fn draw(
+    state: State,
+    intake: Intake,
+    mut theirs: Fields,
+    echo: Map<String, Value>,
+) -> Result<Response, ApiError> {
+    let Intake { client, deadline, permit: _permit, .. } = intake;
+    let send_images = theirs.flag(&["send_images"])?.unwrap_or(true);
+    let task = theirs.text(&["force_task_id"], 256)?;
+    let fields = translate(&state, theirs)?;
+    let mut asked = Asked::read(&state, fields, Speech::Json, |wish| {
+        Ok(Reply::Json(wish.format.unwrap_or(Format::Png)))
+    })?;
+    asked.preview = true;
+    let ticket = asked.submit(&client, Some(deadline))?;
+    let begun = Begun::new(&state.engine, &ticket, client, task, &asked.specs);
+    let begun = state.underway.enter(begun);
+    let pictures = tokio::select! {
+        pictures = ticket.wait() => pictures?,
+        () = begun.interrupted() => return Err(ApiError::Interrupted),
+    };
+    let name = state.engine.model()?.name.clone();
+    let dress = move |asked: &Asked, pictures: &[Drawn], files: Vec<Vec<u8>>| {
+        let images: Vec<String> = files.iter().map(|file| BASE64_STANDARD.encode(file)).collect();
+        json!({
+            "images": if send_images { images } else { Vec::new() },
+            "parameters": echo,
+            "info": info(&asked.specs, pictures, &name).to_string(),
+        })
+    };
+    Ok(Json(asked.encode(pictures, dress).await?).into_response())
+}
+
+/// Their fields in our words.
+fn translate(state: &State, mut theirs: Fields) -> Result<Fields, ApiError> {
+    for name in REFUSED {
+        if let Some((name, value)) = theirs.take(&[name])?
+            && !idle(&value)
+        {
+            return Err(Invalid::range(&name, "asks for what this server does not do").into());
+        }
+    }
+    let mut ours = Fields::default();
+    for (name, native) in SAME {
+        if let Some((name, value)) = theirs.take(&[name])? {
+            ours.add(native, &name, value);
+        }
+    }
+    if !ours.has("prompt") {
+        ours.add("prompt", "prompt", "");
+    }
+    // Any negative number, and a field left blank, mean chance.
+    if let Some((name, seed)) = theirs.take(&["seed"])?
+        && seed != ""
+        && seed.as_f64().is_none_or(|seed| seed >= 0.0)
+    {
+        ours.add("seed", &name, seed);
+    }
+    let most = 1..=state.settings.limits.max_images as u64;
+    let batch = theirs.whole(&["batch_size"], most.clone())?.unwrap_or(1);
+    ours.add("n", "batch_size x n_iter", batch * theirs.whole(&["n_iter"], most)?.unwrap_or(1));
+    if let Some(scheduler) = scheduler(&mut theirs)? {
+        ours.add("scheduler", "sampler_name", scheduler.name());
+    }
+    if let Some((name, settings)) = theirs.take(&["override_settings"])? {
+        let Value::Object(mut settings) = settings else {
+            return Err(Invalid::malformed(&name, "must be an object").into());
+        };
+        if let Some(format) = settings.remove("samples_format") {
+            ours.add("output_format", "override_settings.samples_format", format);
+        }
+        set(state, &settings)?;
+    }
+    Ok(ours)
+}
+
+/// A value that asks for nothing.
+fn idle(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Number(number) => number.as_f64().is_some_and(|number| number <= 0.0),
+        Value::String(text) => ["", "None"].contains(&text.as_str()),
+        Value::Array(values) => values.is_empty(),
+        Value::Object(values) => values.is_empty(),
+        Value::Bool(true) => false,
+    }
+}
+
+/// A sampler and the schedule that it runs on: one word here, two there, and once one there too.
+fn scheduler(theirs: &mut Fields) -> Result<Option<Scheduler>, Invalid> {
+    let name = theirs.text(&["sampler_name"], 64)?.filter(|name| !name.is_empty());
+    let older = theirs.text(&["sampler_index"], 64)?.filter(|name| !name.is_empty());
+    let schedule = theirs.text(&["scheduler"], 64)?.unwrap_or_default().to_lowercase();
+    let schedule = if schedule.is_empty() { "automatic" } else { schedule.as_str() };
+    let Some(name) = name.or(older) else { return Ok(None) };
+    let sampler: Scheduler =
+        name.parse().map_err(|reason| Invalid::range("sampler_name", format!("is an {reason}")))?;
+    let karras = KARRAS.iter().find(|(plain, _)| *plain == sampler).map(|(_, karras)| *karras);
+    let is_karras = KARRAS.iter().any(|(_, karras)| *karras == sampler);
+    match schedule {
+        "automatic" => Ok(Some(karras.unwrap_or(sampler))),
+        "karras" if karras.is_some() || is_karras => Ok(Some(karras.unwrap_or(sampler))),
+        "uniform" | "normal" if !is_karras => Ok(Some(sampler)),
+        other => {
+            let reason = format!("{other:?} is not available for the sampler {name}");
+            Err(Invalid::range("scheduler", reason))
+        }
+    }
+}
+
+/// What AUTOMATIC1111 tells of its pictures.
+fn info(specs: &[Spec], pictures: &[Drawn], model: &str) -> Value {
+    let Some(first) = specs.first() else { return Value::Null };
+    let all = |of: fn(&Spec) -> Value| specs.iter().map(of).collect::<Vec<_>>();
+    let infotexts: Vec<_> = specs.iter().map(|spec| image::infotext(spec, model)).collect();
+    let warnings = pictures.first().map(|picture| picture.warnings.clone()).unwrap_or_default();
+    json!({
+        "prompt": first.prompt,
+        "all_prompts": all(|spec| spec.prompt.as_str().into()),
+        "negative_prompt": first.negative_prompt,
+        "all_negative_prompts": all(|spec| spec.negative_prompt.as_str().into()),
+        "seed": first.seed,
+        "all_seeds": all(|spec| spec.seed.into()),
+        "subseed": 0,
+        "all_subseeds": all(|_| 0.into()),
+        "subseed_strength": 0,
+        "width": first.size.width(),
+        "height": first.size.height(),
+        "sampler_name": first.scheduler.title(),
+        "cfg_scale": first.guidance_scale,
+        "steps": first.steps,
+        "batch_size": specs.len(),
+        "restore_faces": false,
+        "face_restoration_model": null,
+        "sd_model_name": model,
+        "sd_model_hash": null,
+        "sd_vae_name": null,
+        "sd_vae_hash": null,
+        "seed_resize_from_w": -1,
+        "seed_resize_from_h": -1,
+        "denoising_strength": null,
+        "extra_generation_params": {},
+        "index_of_first_image": 0,
+        "infotexts": infotexts,
+        "styles": [],
+        "job_timestamp": "0",
+        "clip_skip": 1,
+        "is_using_inpainting_conditioning": false,
+        "version": concat!("sd-server ", env!("CARGO_PKG_VERSION")),
+        "warnings": warnings,
+    })
+}
+
+/// What may be asked of progress.
+#[derive(Debug, serde::Deserialize)]
+pub(super) struct Look {
+    #[serde(default)]
+    skip_current_image: bool,
+}
+
+/// `GET /sdapi/v1/progress`: of the client's oldest request.
+pub(super) async fn progress(
+    state: State,
+    look: Result<Query<Look>, axum::extract::rejection::QueryRejection>,
+    request: Request,
+) -> Result<Json<Value>, ApiError> {
+    let Query(look) = look.map_err(|error| Invalid::body(error.body_text()))?;
+    let client = intake::client(&request);
+    let begun = state.underway.of(&client);
+    let Some(first) = begun.first() else {
+        return Ok(Json(json!({
+            "progress": 0.0,
+            "eta_relative": 0.0,
+            "state": job(0, 0, 0),
+            "current_image": null,
+            "textinfo": null,
+        })));
+    };
+    let outlook = first.outlook();
+    let preview = if look.skip_current_image { None } else { first.preview().await };
+    let step = (first.share() * first.steps as f64) as usize;
+    Ok(Json(json!({
+        "progress": first.share(),
+        "eta_relative": outlook.left.map_or(0.0, |left| left.as_secs_f64()),
+        "state": job(begun.len(), step, first.steps),
+        "current_image": preview.map(|file| BASE64_STANDARD.encode(file)),
+        "textinfo": outlook.position.map(|ahead| format!("{ahead} pictures ahead")),
+    })))
+}
+
+fn job(count: usize, step: usize, steps: usize) -> Value {
+    json!({
+        "skipped": false,
+        "interrupted": false,
+        "stopping_generation": false,
+        "job": if count == 0 { "" } else { "txt2img" },
+        "job_count": count,
+        "job_timestamp": "0",
+        "job_no": 0,
+        "sampling_step": step,
+        "sampling_steps": steps,
+    })
+}
+
+/// `POST /internal/progress`: of the request with this `force_task_id`.
+pub(super) async fn task(state: State, request: Request) -> Result<Json<Value>, ApiError> {
+    let client = intake::client(&request);
+    let mut fields = read(&state, request).await?;
+    let id = fields.text(&["id_task"], 256)?;
+    let wants_preview = fields.flag(&["live_preview"])?.unwrap_or(true);
+    let begun = state.underway.of(&client);
+    let Some(begun) = begun.iter().find(|begun| begun.task.is_some() && begun.task == id) else {
+        return Ok(Json(json!({ "active": false, "queued": false, "completed": false })));
+    };
+    let outlook = begun.outlook();
+    let preview = if wants_preview { begun.preview().await } else { None };
+    let data = |file| format!("data:image/png;base64,{}", BASE64_STANDARD.encode(file));
+    Ok(Json(json!({
+        "active": outlook.position.is_none(),
+        "queued": outlook.position.is_some(),
+        "completed": false,
+        "progress": begun.share(),
+        "eta": outlook.left.map(|left| left.as_secs_f64()),
+        "live_preview": preview.map(data),
+        "id_live_preview": begun.made(),
+        "textinfo": outlook.position.map(|ahead| format!("{ahead} pictures ahead")),
+    })))
+}
+
+/// `POST /sdapi/v1/interrupt`: gives up all that the client has under way.
+pub(super) async fn interrupt(state: State, request: Request) -> Json<Value> {
+    for begun in state.underway.of(&intake::client(&request)) {
+        begun.interrupt();
+    }
+    Json(json!({}))
+}
+
+/// What there is to set, and what it is set to.
+fn options(state: &State) -> Result<Map<String, Value>, ApiError> {
+    let model = state.engine.model()?;
+    let options = json!({
+        "sd_model_checkpoint": model.name,
+        "sd_checkpoint_hash": "",
+        "sd_vae": "Automatic",
+        "CLIP_stop_at_last_layers": 1,
+        "samples_format": "png",
+        "randn_source": "CPU",
+        "eta_noise_seed_delta": 0,
+    });
+    Ok(options.as_object().cloned().unwrap_or_default())
+}
+
+/// Accepts what is so already; a setting that would change what others get cannot be had.
+fn set(state: &State, wanted: &Map<String, Value>) -> Result<(), ApiError> {
+    for (name, is) in options(state)? {
+        let Some(wanted) = wanted.get(&name).filter(|value| !idle(value)) else { continue };
+        match wanted {
+            wanted if *wanted == is => {}
+            Value::String(model) if name == "sd_model_checkpoint" => {
+                return Err(ApiError::NoModel(model.clone()));
+            }
+            _ => {
+                let reason = format!("cannot be set to {wanted}; it is {is}");
+                return Err(Invalid::range(&name, reason).into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `GET /sdapi/v1/options`.
+pub(super) async fn get_options(state: State) -> Result<Json<Value>, ApiError> {
+    Ok(Json(options(&state)?.into()))
+}
+
+/// `POST /sdapi/v1/options`: clients send back all that they have got, with a change in it.
+pub(super) async fn set_options(state: State, request: Request) -> Result<Json<Value>, ApiError> {
+    let body = intake::take(&state, request).await?.body;
+    let wanted = serde_json::from_slice(&body)
+        .map_err(|error| Invalid::body(format!("the body is not a JSON object: {error}")))?;
+    set(&state, &wanted)?;
+    Ok(Json(Value::Null))
+}
+
+/// `GET /sdapi/v1/samplers`.
+pub(super) async fn samplers() -> Json<Value> {
+    let sampler = |scheduler: Scheduler| {
+        let (title, name) = (scheduler.title(), scheduler.name());
+        json!({ "name": title, "aliases": [name], "options": {} })
+    };
+    Json(Scheduler::all().map(sampler).collect())
+}
+
+/// `GET /sdapi/v1/schedulers`.
+pub(super) async fn schedulers() -> Json<Value> {
+    let schedule = |(name, label): (&str, &str)| {
+        json!({
+            "name": name, "label": label, "aliases": null, "default_rho": -1.0,
+            "need_inner_model": false,
+        })
+    };
+    Json(SCHEDULES.into_iter().map(schedule).collect())
+}
+
+/// `GET /sdapi/v1/sd-models`.
+pub(super) async fn models(state: State) -> Result<Json<Value>, ApiError> {
+    let name = &state.engine.model()?.name;
+    Ok(Json(json!([{
+        "title": name, "model_name": name, "hash": null, "sha256": null, "filename": name,
+        "config": null,
+    }])))
+}
+
+/// The lists of what there is none of, which clients ask for before anything else.
+pub(super) async fn nothing() -> Json<Value> {
+    Json(json!([]))
+}
+
+/// `GET /sdapi/v1/embeddings`.
+pub(super) async fn embeddings() -> Json<Value> {
+    Json(json!({ "loaded": {}, "skipped": {} }))
+}
+
+/// `GET /sdapi/v1/scripts`.
+pub(super) async fn scripts() -> Json<Value> {
+    Json(json!({ "txt2img": [], "img2img": [] }))
+}
+
+/// `POST /sdapi/v1/png-info`: the parameters in a picture's file, as text and one by one.
+pub(super) async fn png_info(state: State, request: Request) -> Result<Json<Value>, ApiError> {
+    let mut fields = read(&state, request).await?;
+    let image = fields.text(&["image"], usize::MAX)?;
+    let image = image.ok_or_else(|| Invalid::malformed("image", "is required"))?;
+    let data = match image.strip_prefix("data:").and_then(|rest| rest.split_once(',')) {
+        Some((_, data)) => data,
+        None => &image,
+    };
+    let file = BASE64_STANDARD
+        .decode(data.trim())
+        .map_err(|error| Invalid::malformed("image", format!("is not base64: {error}")))?;
+    let found = tokio::task::spawn_blocking(move || infotext::find(&file));
+    let found = found.await.map_err(|_| Invalid::malformed("image", "cannot be read"))?;
+    let text = found.map_err(|reason| Invalid::malformed("image", reason))?.unwrap_or_default();
+    let parameters: Map<String, Value> =
+        infotext::parse(&text).into_iter().map(|(name, value)| (name, value.into())).collect();
+    Ok(Json(json!({ "info": text, "items": { "parameters": text }, "parameters": parameters })))
+}
+
+/// The fields of a small request.
+async fn read(state: &State, request: Request) -> Result<Fields, ApiError> {
+    let body = intake::take(state, request).await?.body;
+    let text = std::str::from_utf8(&body)
+        .map_err(|error| Invalid::body(format!("the body is not UTF-8: {error}")))?;
+    Ok(Fields::json(text)?)
+}
+
+/// Puts errors into AUTOMATIC1111's words, whoever made them.
+pub(super) async fn errors(response: Response) -> Response {
+    error::rephrase(
+        response,
+        |_: StatusCode, Reason { code, message, .. }| json!({ "error": code, "detail": message, "body": "", "errors": message }),
+    )
+}

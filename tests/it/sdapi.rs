@@ -1,0 +1,281 @@
+//! AUTOMATIC1111's API. `tests/clients` drives it with a client written for it; here are the shapes.
+
+use anyhow::{Context as _, Result};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use sd_server::http;
+use serde_json::{Value, json};
+
+use crate::engine::{LONG, Server, ready};
+use crate::fake::{HTTP, Strings, wait_until};
+use crate::harness;
+use crate::invocations::infotext;
+
+async fn post(url: &str, path: &str, body: &Value) -> Result<(u16, Value)> {
+    let request = reqwest::Client::new().post(format!("{url}{path}")).body(body.to_string());
+    let reply = request.send().await?;
+    Ok((reply.status().as_u16(), reply.json().await?))
+}
+
+async fn get(url: &str, path: &str) -> Result<Value> {
+    Ok(reqwest::get(format!("{url}{path}")).await?.json().await?)
+}
+
+async fn start(settings: http::Settings) -> (Server, Strings) {
+    let (engine, strings) = ready().await;
+    (Server::start(engine, settings, LONG).await, strings)
+}
+
+/// A server whose steps are free.
+async fn free() -> Server {
+    start(HTTP).await.0
+}
+
+fn file(image: &Value) -> Result<Vec<u8>> {
+    Ok(BASE64_STANDARD.decode(image.as_str().context("base64")?)?)
+}
+
+/// What SillyTavern sends, less its prompt.
+fn sillytavern() -> Value {
+    json!({
+        "prompt": "a cat", "negative_prompt": "dogs", "sampler_name": "Euler a",
+        "scheduler": "automatic", "steps": 2, "cfg_scale": 7, "width": 64, "height": 72,
+        "restore_faces": false, "enable_hr": false, "hr_upscaler": "Latent", "hr_scale": 2,
+        "hr_additional_modules": [], "denoising_strength": 0.7, "hr_second_pass_steps": 0,
+        "seed": -1, "override_settings": { "CLIP_stop_at_last_layers": 1 },
+        "override_settings_restore_afterwards": true, "clip_skip": 1, "save_images": true,
+        "send_images": true, "do_not_save_grid": false, "do_not_save_samples": false,
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_picture_comes_with_its_info() -> Result<()> {
+    let server = free().await;
+    let mut body = sillytavern();
+    (body["batch_size"], body["n_iter"]) = (2.into(), 2.into());
+    let (status, reply) = post(&server.url, "/sdapi/v1/txt2img", &body).await?;
+    assert_eq!(status, 200, "{reply}");
+    assert_eq!(reply["parameters"], body);
+    let info: Value = serde_json::from_str(reply["info"].as_str().context("a string")?)?;
+    let images = reply["images"].as_array().context("images")?;
+    let seeds = info["all_seeds"].as_array().context("seeds")?;
+    assert_eq!((images.len(), seeds.len()), (4, 4));
+    assert_eq!(seeds[1].as_u64(), seeds[0].as_u64().map(|seed| seed + 1));
+    assert_eq!((&info["seed"], &info["sampler_name"]), (&seeds[0], &"Euler a".into()));
+    assert_eq!((&info["width"], &info["height"]), (&64.into(), &72.into()));
+    for (image, text) in images.iter().zip(info["infotexts"].as_array().context("texts")?) {
+        assert_eq!(infotext(&file(image)?), *text);
+    }
+    let chance = post(&server.url, "/sdapi/v1/txt2img", &sillytavern()).await?.1;
+    assert_ne!(chance["info"], reply["info"], "-1 is chance");
+
+    let body = json!({ "send_images": false, "seed": 5, "steps": 1 });
+    let (status, reply) = post(&server.url, "/sdapi/v1/txt2img", &body).await?;
+    assert_eq!((status, &reply["images"]), (200, &json!([])));
+    let body = json!({ "override_settings": { "samples_format": "jpg" }, "colour": "red" });
+    let (_, reply) = post(&server.url, "/sdapi/v1/txt2img", &body).await?;
+    assert!(file(&reply["images"][0])?.starts_with(b"\xff\xd8"));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn samplers_and_schedules_are_one_word_here() -> Result<()> {
+    let server = free().await;
+    let table = [
+        (json!({ "sampler_name": "DPM++ 2M" }), Some("DPM++ 2M Karras")),
+        (json!({ "sampler_name": "DPM++ 2M", "scheduler": "Automatic" }), Some("DPM++ 2M Karras")),
+        (json!({ "sampler_name": "DPM++ 2M", "scheduler": "Karras" }), Some("DPM++ 2M Karras")),
+        (json!({ "sampler_name": "DPM++ 2M", "scheduler": "Uniform" }), Some("DPM++ 2M")),
+        (json!({ "sampler_name": "DPM++ 2M Karras" }), Some("DPM++ 2M Karras")),
+        (json!({ "sampler_index": "Heun" }), Some("Heun")),
+        (json!({ "sampler_name": "", "sampler_index": "DDIM" }), Some("DDIM")),
+        (json!({}), Some("Euler")),
+        (json!({ "sampler_name": "Euler", "scheduler": "Karras" }), None),
+        (json!({ "sampler_name": "DPM++ 2M Karras", "scheduler": "Uniform" }), None),
+        (json!({ "sampler_name": "DPM fast" }), None),
+    ];
+    for (mut body, title) in table {
+        body["steps"] = 2.into();
+        let (status, reply) = post(&server.url, "/sdapi/v1/txt2img", &body).await?;
+        let Some(title) = title else {
+            assert_eq!(status, 422, "{body}");
+            continue;
+        };
+        let info: Value = serde_json::from_str(reply["info"].as_str().context("a string")?)?;
+        assert_eq!(info["sampler_name"], title, "{body}");
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_done_is_refused_by_name() -> Result<()> {
+    let server = free().await;
+    let table = [
+        ("enable_hr", json!(true)),
+        ("restore_faces", json!(true)),
+        ("tiling", json!(true)),
+        ("subseed_strength", json!(0.5)),
+        ("styles", json!(["oil"])),
+        ("script_name", json!("x/y/z plot")),
+        ("alwayson_scripts", json!({ "ADetailer": { "args": [] } })),
+        ("steps", json!("many")),
+        ("width", json!(7)),
+        ("batch_size", json!(100)),
+        ("CLIP_stop_at_last_layers", json!(2)),
+        ("sd_model_checkpoint", json!("sdxl")),
+    ];
+    for (name, value) in table {
+        let setting = name.starts_with("CLIP") || name.starts_with("sd_");
+        let body = match setting {
+            true => json!({ "override_settings": { name: value } }),
+            false => json!({ name: value }),
+        };
+        let (status, error) = post(&server.url, "/sdapi/v1/txt2img", &body).await?;
+        assert!((400..500).contains(&status), "{body}");
+        let detail = error["detail"].as_str().context("a detail")?;
+        let named =
+            detail.contains(name) || name == "sd_model_checkpoint" && detail.contains("sdxl");
+        assert!(named && error["errors"] == detail && error["error"].is_string(), "{error}");
+    }
+    let idle = json!({ "prompt": "x", "steps": 1, "styles": [], "script_name": null,
+                       "alwayson_scripts": {}, "subseed_strength": 0, "seed_resize_from_w": -1 });
+    assert_eq!(post(&server.url, "/sdapi/v1/txt2img", &idle).await?.0, 200);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn progress_is_told_and_an_interrupt_is_heard() -> Result<()> {
+    let (server, strings) = start(HTTP).await;
+    let idle = get(&server.url, "/sdapi/v1/progress").await?;
+    assert_eq!((&idle["progress"], &idle["state"]["job_count"]), (&json!(0.0), &json!(0)));
+    let url = server.url.clone();
+    let body = json!({ "prompt": "a cat", "steps": 4, "force_task_id": "task(1)" });
+    let drawing = tokio::spawn(async move { post(&url, "/sdapi/v1/txt2img", &body).await });
+    strings.step();
+    let mut progress = idle;
+    while progress["progress"] != 0.25 {
+        progress = get(&server.url, "/sdapi/v1/progress").await?;
+    }
+    assert_eq!(progress["state"]["job_count"], 1);
+    assert_eq!(progress["state"]["sampling_step"], 1);
+    assert_eq!(progress["state"]["sampling_steps"], 4);
+    assert!(file(&progress["current_image"])?.starts_with(b"\x89PNG"));
+    let blind = get(&server.url, "/sdapi/v1/progress?skip_current_image=true").await?;
+    assert!(blind["current_image"].is_null());
+    let ask =
+        async |id: &str| post(&server.url, "/internal/progress", &json!({ "id_task": id })).await;
+    let task = ask("task(1)").await?.1;
+    assert_eq!((&task["active"], &task["progress"]), (&true.into(), &json!(0.25)));
+    assert!(
+        task["live_preview"]
+            .as_str()
+            .is_some_and(|data| data.starts_with("data:image/png;base64,iVB"))
+    );
+    assert_eq!(ask("task(2)").await?.1["active"], false);
+
+    assert_eq!(post(&server.url, "/sdapi/v1/interrupt", &json!({})).await?, (200, json!({})));
+    let (status, error) = drawing.await??;
+    assert_eq!((status, &error["error"]), (409, &"interrupted".into()));
+    while progress["state"]["job_count"] != 0 {
+        progress = get(&server.url, "/sdapi/v1/progress").await?;
+    }
+    Ok(())
+}
+
+/// Two clients that are one address: their keys tell them apart.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_neither_sees_nor_ends_what_is_anothers() -> Result<()> {
+    let key = |key: &str| key.parse().expect("a key");
+    let settings = http::Settings { api_keys: vec![key("ann"), key("bob")], ..HTTP };
+    let (server, strings) = start(settings).await;
+    let request = |key: &str, path: &str, body: Value| {
+        let request = reqwest::Client::new().post(format!("{}{path}", server.url));
+        request.basic_auth("user", Some(key)).body(body.to_string()).send()
+    };
+    let drawing =
+        tokio::spawn(request("ann", "/sdapi/v1/txt2img", json!({ "steps": 2, "prompt": "a" })));
+    strings.step();
+    let count = async |key: &str| {
+        let request = reqwest::Client::new().get(format!("{}/sdapi/v1/progress", server.url));
+        let progress: Value = request.bearer_auth(key).send().await?.json().await?;
+        anyhow::Ok(progress["state"]["job_count"].clone())
+    };
+    assert_eq!((count("ann").await?, count("bob").await?), (1.into(), 0.into()));
+    request("bob", "/sdapi/v1/interrupt", json!({})).await?;
+    drop(strings.permits);
+    assert_eq!(drawing.await??.status(), 200);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_is_forgotten() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let server = Server::start(engine.clone(), HTTP, LONG).await;
+    let url = server.url.clone();
+    let body = json!({ "prompt": "a", "steps": 3 });
+    let drawing = tokio::spawn(async move { post(&url, "/sdapi/v1/txt2img", &body).await });
+    strings.step();
+    drawing.abort();
+    while get(&server.url, "/sdapi/v1/progress").await?["state"]["job_count"] != 0 {}
+    wait_until(|| {
+        let _ = strings.permits.send(());
+        engine.metrics().to_string().contains("sd_pictures_total{outcome=\"cancelled\"} 1")
+    });
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_find_what_they_look_for_before_they_draw() -> Result<()> {
+    let server = free().await;
+    let options = get(&server.url, "/sdapi/v1/options").await?;
+    let models = get(&server.url, "/sdapi/v1/sd-models").await?;
+    assert_eq!(
+        (&options["sd_model_checkpoint"], &models[0]["title"]),
+        (&"fake".into(), &"fake".into())
+    );
+    let samplers = get(&server.url, "/sdapi/v1/samplers").await?;
+    let names: Vec<_> = samplers.as_array().context("a list")?.iter().map(|s| &s["name"]).collect();
+    assert!(names.contains(&&"Euler a".into()) && names.contains(&&"DPM++ 2M".into()));
+    let schedulers = get(&server.url, "/sdapi/v1/schedulers").await?;
+    assert_eq!(schedulers[2]["label"], "Karras");
+    for path in ["sd-vae", "upscalers", "latent-upscale-modes", "loras"] {
+        assert!(get(&server.url, &format!("/sdapi/v1/{path}")).await?.is_array(), "{path}");
+    }
+    // Clients send all options back, with one of them changed.
+    let (status, _) = post(&server.url, "/sdapi/v1/options", &options).await?;
+    assert_eq!(status, 200);
+    let other = json!({ "sd_model_checkpoint": "sdxl" });
+    let (status, error) = post(&server.url, "/sdapi/v1/options", &other).await?;
+    assert_eq!((status, &error["error"]), (404, &"model_not_found".into()));
+    Ok(())
+}
+
+#[test]
+fn a_pictures_parameters_are_read_out_of_its_file() {
+    let server = harness::Server::ready(&[]);
+    for (prompt, format) in
+        [("a cat", "png"), ("eine Tür 🚪", "png"), ("a cat", "jpeg"), ("🚪", "webp")]
+    {
+        let body = json!({ "prompt": prompt, "negative_prompt": "dogs: all, of them", "steps": 1,
+                           "seed": 7, "output_format": format, "width": 64, "height": 72 });
+        let data = server.json(&body).json()["data"].clone();
+        for prefix in ["", "data:image/png;base64,"] {
+            let image = format!("{prefix}{}", data.as_str().expect("base64"));
+            let reply = server.client.post(server.url("/sdapi/v1/png-info"));
+            let reply =
+                reply.body(json!({ "image": image }).to_string()).send().expect("an answer");
+            let reply: Value = reply.json().expect("JSON");
+            assert!(reply["info"].as_str().is_some_and(|info| info.starts_with(prompt)), "{reply}");
+            let parameters = &reply["parameters"];
+            assert_eq!(parameters["Prompt"], prompt);
+            assert_eq!(parameters["Negative prompt"], "dogs: all, of them");
+            assert_eq!((&parameters["Seed"], &parameters["Size"]), (&"7".into(), &"64x72".into()));
+        }
+    }
+    let wrong =
+        [json!({}), json!({ "image": "?" }), json!({ "image": "AAAA" }), json!({ "image": 1 })];
+    for body in wrong {
+        let request = server.client.post(server.url("/sdapi/v1/png-info")).body(body.to_string());
+        assert_eq!(request.send().expect("an answer").status(), 400, "{body}");
+    }
+}
