@@ -16,9 +16,10 @@ use crate::api::Limits;
 use crate::bench::{Load, Plan};
 use crate::hub::{Download, Hub};
 use crate::image::Format;
+use crate::package::{Layout, Package};
 use crate::telemetry::LogFormat;
 use crate::{engine, http};
-use args::{Args, BenchArgs, Command, GenerateArgs, ModelArgs, ServeArgs};
+use args::{Args, BenchArgs, Command, GenerateArgs, ModelArgs, PackageArgs, ServeArgs};
 
 /// The model when nothing else is said.
 const DEFAULT_MODEL: &str = "CompVis/stable-diffusion-v1-4";
@@ -46,6 +47,8 @@ pub enum Action {
     Generate(Box<Generate>),
     /// Fetch a model from the hub.
     Download(Box<Download>),
+    /// Make a model.tar.gz.
+    Package(Box<Package>),
     /// Put load on a running server.
     Bench(Box<Plan>),
     /// Ask a running server whether it is ready.
@@ -133,6 +136,7 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
             let (id, revision) = (args.model, args.revision);
             Action::Download(Box::new(Download { hub: hub()?, id, revision, half }))
         }
+        Command::Package(args) => Action::Package(Box::new(args.resolve()?)),
         Command::Bench(args) => Action::Bench(Box::new(args.resolve()?)),
         Command::Healthcheck(args) => {
             Action::Healthcheck { address: format!("{}:{}", args.host, port(args.port)?) }
@@ -218,6 +222,30 @@ impl GenerateArgs {
             .filter_map(|(name, value)| Some((name.to_owned(), value?)))
             .collect();
         Ok(Generate { model: self.model.resolve()?, fields, output: self.output, format })
+    }
+}
+
+impl PackageArgs {
+    fn resolve(self) -> Result<Package, clap::Error> {
+        let output = self.output.unwrap_or_else(|| match self.layout {
+            Layout::Tarball => "model.tar.gz".into(),
+            Layout::Directory => "model".into(),
+        });
+        if let Some(url) = self.upload.as_ref().filter(|url| !url.starts_with("s3://")) {
+            return Err(usage(format!("--upload {url}: must start with s3://")));
+        }
+        Ok(Package {
+            model: Model {
+                place: place(Some(self.model), self.revision)?,
+                device: DeviceName::Cpu,
+                precision: self.dtype,
+                threads: None,
+                hub: hub()?,
+            },
+            output,
+            layout: self.layout,
+            upload: self.upload,
+        })
     }
 }
 

@@ -234,19 +234,22 @@ fn has_all_shards(name: &str, names: &[String]) -> bool {
 }
 
 /// The files to fetch out of those that a repository has: safetensors only, one variant each.
-fn needed(files: &[String], half: bool) -> Result<Vec<String>> {
+pub(crate) fn needed(files: &[String], half: bool) -> Result<Vec<String>> {
     let has = |name: &str| files.iter().any(|file| file == name);
     ensure!(has("model_index.json"), "not a diffusers model: it has no model_index.json");
     let mut needed: Vec<String> = SMALL_FILES.map(String::from).into();
     needed.retain(|file| has(file));
     for (folder, stem) in NETWORKS {
-        let plain = [format!("{stem}.safetensors"), format!("{stem}-")];
-        let variant = [format!("{stem}.fp16.safetensors"), format!("{stem}.fp16-")];
+        let plain = ["safetensors", "safetensors.index.json"].map(|end| format!("{stem}.{end}"));
+        let variant = ["fp16.safetensors", "safetensors.index.fp16.json"];
+        let variant = variant.map(|end| format!("{stem}.{end}"));
+        let shard = |infix: &str| format!("{stem}{infix}-");
+        let (plain, variant) = ((plain, shard("")), (variant, shard(".fp16")));
         let choice = if half { [variant, plain] } else { [plain, variant] };
-        let of = |names: &[String; 2]| -> Vec<String> {
+        let of = |(whole, shard): &([String; 2], String)| -> Vec<String> {
             let ours = |name: &str| {
-                let safe = name.ends_with(".safetensors") || name.ends_with(".json");
-                safe && (name.starts_with(&names[0]) || name.starts_with(&names[1]))
+                let shard = name.starts_with(shard) && name.ends_with(".safetensors");
+                shard || whole.iter().any(|whole| name == whole)
             };
             let in_folder = |file: &&String| {
                 file.split_once('/').is_some_and(|(place, name)| place == folder && ours(name))

@@ -15,6 +15,7 @@ mod generate;
 mod healthcheck;
 mod hub;
 mod memory;
+mod package;
 
 use std::io::Write as _;
 use std::time::Duration;
@@ -40,6 +41,10 @@ pub fn run(config: Config) -> Result<()> {
         Action::Generate(generate) => block_on(generate::run(*generate)),
         Action::Download(download) => {
             let path = download.run()?;
+            Ok(writeln!(std::io::stdout(), "{}", path.display())?)
+        }
+        Action::Package(package) => {
+            let path = package.run()?;
             Ok(writeln!(std::io::stdout(), "{}", path.display())?)
         }
         Action::Bench(plan) => block_on(bench::run(*plan)),

@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 use sd_models::{DeviceName, Precision, Scheduler};
 
 use crate::http::Key;
+use crate::package::Layout;
 use crate::telemetry::LogFormat;
 
 /// A native Stable Diffusion server: SageMaker, curl and the command line on one binary.
@@ -34,6 +35,8 @@ pub(super) enum Command {
     Generate(Box<GenerateArgs>),
     /// Fetch a model from the hub into the local cache
     Download(Box<DownloadArgs>),
+    /// Put a model's files into a model.tar.gz for SageMaker
+    Package(Box<PackageArgs>),
     /// Put load on a running server and report latency and throughput
     Bench(Box<BenchArgs>),
     /// Exit with 0 if a server on this host is ready, for Docker's HEALTHCHECK
@@ -259,6 +262,28 @@ pub(super) struct DownloadArgs {
     /// Fetch the smaller f16 weights for f16 if there are any
     #[arg(long, env = "SD_DTYPE", default_value = "auto", value_parser = parse::<Precision>)]
     pub(super) dtype: Precision,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct PackageArgs {
+    /// A directory in the diffusers layout, or a hub id, which is fetched first
+    pub(super) model: String,
+    /// What to make; model.tar.gz, or model for a directory, when absent
+    #[arg(short, long)]
+    pub(super) output: Option<PathBuf>,
+    /// A tarball serves everywhere; a directory starts faster, but not for batch transform,
+    /// serverless and multi-model endpoints
+    #[arg(long, default_value = "tarball")]
+    pub(super) layout: Layout,
+    /// Which weights where there are several: f16 is half the size and what a GPU computes in
+    #[arg(long, default_value = "f16", value_parser = parse::<Precision>)]
+    pub(super) dtype: Precision,
+    /// Then upload it by the aws command: s3://bucket/model.tar.gz, or s3://bucket/prefix/
+    #[arg(long)]
+    pub(super) upload: Option<String>,
+    /// Branch, tag or commit of a model on the hub
+    #[arg(long, env = "SD_REVISION", default_value = "main")]
+    pub(super) revision: String,
 }
 
 #[derive(Debug, clap::Args)]
