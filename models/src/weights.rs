@@ -20,7 +20,7 @@ use safetensors::{Dtype, SafeTensors};
 
 use crate::demo;
 use crate::error::{Error, Result};
-use crate::ops::{Conv2d, Geometry, GroupNorm, LayerNorm, Linear};
+use crate::ops::{Conv2d, Geometry, GroupNorm, LayerNorm, Linear, floats};
 
 /// Where a model's files come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -219,10 +219,12 @@ impl Weights {
         }
         self.read.borrow_mut().insert(name.to_owned());
         let range = file.data + entry.range.0..file.data + entry.range.1;
-        let bytes = &file.bytes.all()[range.clone()];
-        let tensor = Tensor::from_raw_buffer(bytes, entry.dtype, shape, &Device::Cpu)?;
+        let values = floats(&file.bytes.all()[range.clone()], entry.dtype);
         file.bytes.release(range);
-        Ok(tensor.to_dtype(DType::F32)?)
+        let values = values.ok_or_else(|| {
+            error(&file.name, format!("type {:?}, expected F32, F16 or BF16", entry.dtype))
+        })?;
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
     }
 
     /// Checks that every tensor was asked for; `unused` says which ones are known to be idle.

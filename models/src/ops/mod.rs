@@ -11,6 +11,7 @@
 mod activation;
 mod attention;
 mod conv;
+mod floats;
 mod gemm;
 mod linear;
 mod memory;
@@ -23,6 +24,7 @@ use candle_core::{CpuStorage, DType, Device, Result, Storage, StorageRef, Tensor
 pub(crate) use activation::{Activation, activate, geglu};
 pub(crate) use attention::{Attention, attention, self_attention};
 pub(crate) use conv::{Conv2d, Geometry};
+pub(crate) use floats::floats;
 pub(crate) use linear::Linear;
 pub use memory::keep_freed_memory;
 pub(crate) use norm::{GroupNorm, LayerNorm};
