@@ -15,6 +15,7 @@ mod keys;
 mod lines;
 mod listen;
 mod openai;
+mod page;
 mod route;
 mod sagemaker;
 mod sdapi;
@@ -135,6 +136,9 @@ pub fn router(engine: Engine, settings: Settings) -> Router {
         .route("/v1/jobs/{id}/result", get(jobs::result))
         .route_layer(lock());
     let router = Router::new()
+        .route("/", get(page::index))
+        .route("/page.css", get(page::style))
+        .route("/page.js", get(page::script))
         .route("/ping", get(sagemaker::ping).post(sagemaker::ping))
         .route("/invocations", post(sagemaker::invocations))
         .route("/execution-parameters", get(sagemaker::execution_parameters))
@@ -172,8 +176,10 @@ fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
 }
 
 /// The routes that are measured by their name; others are `other`, since clients make them up.
-const ROUTES: [&str; 31] = [
+const ROUTES: [&str; 33] = [
     "/",
+    "/page.css",
+    "/page.js",
     "/ping",
     "/invocations",
     "/v1/invocations",

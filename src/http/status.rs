@@ -4,6 +4,7 @@
 use axum::Json;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
+use sd_models::Scheduler;
 use serde_json::{Value, json};
 
 use super::State;
@@ -49,6 +50,8 @@ pub(super) async fn info(state: State) -> Json<Value> {
             },
         })
     });
+    let schedulers = Scheduler::all()
+        .map(|scheduler| json!({ "name": scheduler.name(), "title": scheduler.title() }));
     let settings = &state.settings;
     let limits = &settings.limits;
     Json(json!({
@@ -56,6 +59,7 @@ pub(super) async fn info(state: State) -> Json<Value> {
         "version": env!("CARGO_PKG_VERSION"),
         "phase": phase,
         "model": model,
+        "schedulers": schedulers.collect::<Value>(),
         "limits": {
             "max_pixels": limits.max_pixels,
             "max_steps": limits.max_steps,

@@ -16,6 +16,7 @@ mod metrics; // what the server says about itself
 mod openai; // the Images API
 mod overload; // too much, too late, too large: what is refused and how
 mod package; // a model's files for SageMaker
+mod page; // the web page
 mod pictures; // against diffusers' pictures, and against their prompts
 mod progress; // events and jobs
 mod scheduling; // fairness, starvation, conservation, with a fake model
