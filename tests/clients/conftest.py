@@ -1,0 +1,32 @@
+"""Fixtures: the binary and servers around it."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from server import serving
+
+
+@pytest.fixture(scope="session")
+def binary(tmp_path_factory):
+    """A copy of the server's binary, since a build may replace it meanwhile."""
+    given = os.environ.get("SD_SERVER")
+    if not given or not Path(given).is_file():
+        pytest.fail("SD_SERVER must name the sd-server binary", pytrace=False)
+    return shutil.copy(given, tmp_path_factory.mktemp("bin") / "sd-server")
+
+
+@pytest.fixture(scope="session")
+def server(binary, tmp_path_factory):
+    """A server that asks for no key."""
+    with serving(binary, tmp_path_factory.mktemp("log") / "open.log") as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def locked(binary, tmp_path_factory):
+    """A server whose key is `sesame`."""
+    with serving(binary, tmp_path_factory.mktemp("log") / "locked.log", "--api-key", "sesame") as url:
+        yield url

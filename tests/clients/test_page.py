@@ -1,0 +1,155 @@
+"""Chromium before the web page."""
+
+import os
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+# The last four keep Chromium from asking its maker's hosts, which a closed network refuses.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+DESK = {"viewport": {"width": 1200, "height": 860}}
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "color_scheme": "dark"}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """One browser for all tests; each has a profile of its own."""
+    with sync_playwright() as playwright:
+        path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@contextmanager
+def opened(browser, url, **device):
+    """The page, ready to draw. Nothing may go to another host or wrong in its script."""
+    context = browser.new_context(**(device or DESK))
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    expect.set_options(timeout=60_000)
+    troubles, foreign = [], []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("console", lambda said: said.type == "error" and troubles.append(said.text))
+    page.on("request", lambda asked: asked.url.startswith((url, "blob:", "data:")) or foreign.append(asked.url))
+    page.goto(url)
+    expect(page.locator("#model")).to_contain_text("demo")
+    yield page
+    context.close()
+    assert not foreign
+    # The browser itself notes every answer that is an error.
+    assert not [trouble for trouble in troubles if "Failed to load resource" not in trouble]
+
+
+def shoot(page, name):
+    """Leaves a picture of the page where it is wanted."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / f"{name}.png")
+
+
+def ask(page, prompt, steps=2, **fields):
+    """Fills the form in and presses Draw."""
+    page.fill("#prompt", prompt)
+    page.locator("#steps").fill(str(steps))
+    for field, value in fields.items():
+        page.fill(f"#{field}", str(value))
+    page.click("#draw")
+
+
+def drawn(page, count):
+    """Waits for so many pictures in the history."""
+    expect(page.locator("#history li")).to_have_count(count)
+    expect(page.locator("#cancel")).to_be_hidden()
+
+
+def test_a_picture_is_watched_kept_and_repeated(browser, server):
+    with opened(browser, server) as page:
+        shoot(page, "empty")
+        ask(page, "a red house by the sea at night", steps=60)
+        page.wait_for_selector("img.forming")
+        expect(page.locator("#told")).to_contain_text(re.compile(r"step \d+ of \d+, .+ left"))
+        shoot(page, "forming")
+        drawn(page, 1)
+        shoot(page, "drawn")
+        told = page.inner_text("#parameters")
+        assert told.startswith("a red house by the sea at night · 128×128 · 60 steps")
+        seed = told.rsplit(" ", 1)[1]
+        ask(page, "a blue car", steps=2, count=2)
+        drawn(page, 3)
+        assert page.locator("#views img").count() == 2
+        page.reload()
+        expect(page.locator("#history li")).to_have_count(3)
+        expect(page.locator("#prompt")).to_be_empty()
+        expect(page.locator("#model")).to_contain_text("demo")
+        page.locator("#history button").last.click()
+        page.click("#reuse")
+        assert page.input_value("#prompt") == "a red house by the sea at night"
+        assert (page.input_value("#seed"), page.input_value("#steps")) == (seed, "60")
+        page.click("#delete")
+        expect(page.locator("#history li")).to_have_count(2)
+
+
+def test_the_keyboard_draws_and_cancels(browser, server):
+    with opened(browser, server) as page:
+        page.fill("#prompt", "a boat")
+        page.locator("#steps").fill("150")
+        page.press("#prompt", "Control+Enter")
+        expect(page.locator("#cancel")).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(page.locator("#cancel")).to_be_hidden()
+        expect(page.locator("#error")).to_be_hidden()
+        assert page.locator("#history li").count() == 0
+
+
+def test_seeds(browser, server):
+    with opened(browser, server) as page:
+        # Beyond the numbers that JavaScript can count.
+        ask(page, "a cat", seed="18446744073709551615", count=2, width=64, height=64)
+        drawn(page, 2)
+        assert page.inner_text("#parameters").endswith("seed 18446744073709551615")
+        page.locator("#history button").first.click()
+        assert page.inner_text("#parameters").endswith("seed 0")
+        page.click("#dice")
+        kept = page.input_value("#seed")
+        ask(page, "a cat", width=64, height=64, count=1)
+        drawn(page, 3)
+        assert page.input_value("#seed") == kept
+        page.click("#lock")
+        ask(page, "a cat")
+        drawn(page, 4)
+        assert page.input_value("#seed") != kept
+
+
+def test_errors_are_clear(browser, server):
+    with opened(browser, server) as page:
+        page.fill("#width", "100")
+        page.evaluate("document.getElementById('form').noValidate = true")
+        ask(page, "a cat")
+        expect(page.locator("#error")).to_have_text("Width must be a multiple of 8, not 100")
+        shoot(page, "error")
+
+
+def test_a_phone_in_the_dark(browser, server):
+    with opened(browser, server, **PHONE) as page:
+        shoot(page, "phone")
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        assert wide <= PHONE["viewport"]["width"], "nothing is wider than the phone"
+        ask(page, "a red house by the sea", steps=10)
+        drawn(page, 1)
+        page.locator("#stage").scroll_into_view_if_needed()
+        shoot(page, "phone-drawn")
+
+
+def test_a_key_is_asked_for_once(browser, locked):
+    with opened(browser, locked) as page:
+        ask(page, "a cat")
+        expect(page.locator("#key-dialog")).to_be_visible()
+        page.fill("#key", "sesame")
+        shoot(page, "key")
+        page.click("#key-dialog button[value=save]")
+        page.click("#draw")
+        drawn(page, 1)

@@ -1,0 +1,82 @@
+"""A client that was written for AUTOMATIC1111, before the real server."""
+
+import threading
+import time
+
+import pytest
+import webuiapi
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    """The client as its README makes it, with its own defaults: Euler a, 20 steps."""
+    return webuiapi.WebUIApi(baseurl=f"{server}/sdapi/v1")
+
+
+def test_txt2img(client):
+    reply = client.txt2img(
+        prompt="a red house", negative_prompt="dogs", seed=7, steps=2, width=64, height=96, cfg_scale=3,
+        batch_size=2, sampler_name="DPM++ 2M", scheduler="Karras",
+    )
+    assert [image.size for image in reply.images] == [(64, 96)] * 2
+    assert reply.info["all_seeds"] == [7, 8]
+    assert reply.info["infotexts"] == [image.info["parameters"] for image in reply.images]
+    assert reply.image.info["parameters"].startswith("a red house\nNegative prompt: dogs\nSteps: 2")
+    assert reply.parameters["seed"] == 7
+
+
+def test_a_seed_of_minus_one_is_chance(client):
+    seeds = {client.txt2img(prompt="x", steps=1, width=64, height=64).info["seed"] for _ in range(2)}
+    assert len(seeds) == 2 and min(seeds) >= 0
+
+
+def test_what_is_asked_first(client):
+    assert client.util_get_model_names() == ["demo"]
+    assert client.util_get_current_model() == "demo"
+    assert {"Euler a", "DPM++ 2M", "UniPC"} <= set(client.util_get_sampler_names())
+    assert "karras" in [name.lower() for name in client.util_get_scheduler_names()]
+    assert client.get_sd_vae() == client.get_upscalers() == client.get_loras() == []
+    client.util_set_model("demo")
+    client.util_wait_for_ready(check_interval=0.1)
+
+
+def test_png_info(client):
+    image = client.txt2img(prompt="a car", steps=1, seed=5, width=64, height=64).image
+    assert client.png_info(image).info.startswith("a car\nSteps: 1")
+
+
+def test_progress_and_interrupt(client):
+    outcome = []
+
+    def draw():
+        try:
+            outcome.append(client.txt2img(prompt="x", steps=150, width=256, height=256))
+        except RuntimeError as error:
+            outcome.append(error)
+
+    drawing = threading.Thread(target=draw)
+    drawing.start()
+    progress = {"current_image": None}
+    while drawing.is_alive() and not progress["current_image"]:
+        progress = client.get_progress()
+        time.sleep(0.05)
+    assert 0 < progress["progress"] < 1 and progress["state"]["job_count"] == 1
+    assert progress["state"]["sampling_steps"] == 150 and progress["eta_relative"] > 0
+    client.interrupt()
+    drawing.join(30)
+    assert outcome[0].args[0] == 409 and "interrupted" in outcome[0].args[1]
+    assert client.get_progress()["state"]["job_count"] == 0
+
+
+@pytest.mark.parametrize("feature", [{"restore_faces": True}, {"tiling": True}, {"styles": ["oil"]}])
+def test_what_is_not_done_is_refused_by_name(client, feature):
+    with pytest.raises(RuntimeError, match=next(iter(feature))):
+        client.txt2img(prompt="x", steps=1, **feature)
+
+
+def test_keys_are_passwords(locked):
+    client = webuiapi.WebUIApi(baseurl=f"{locked}/sdapi/v1", username="anyone", password="sesame")
+    assert client.txt2img(prompt="x", steps=1, width=64, height=64).images
+    stranger = webuiapi.WebUIApi(baseurl=f"{locked}/sdapi/v1", username="anyone", password="open")
+    with pytest.raises(RuntimeError, match="invalid_api_key"):
+        stranger.txt2img(prompt="x", steps=1)
