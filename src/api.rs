@@ -4,17 +4,29 @@
 
 use std::fmt;
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
-use sd_models::{ModelInfo, Scheduler, Size, Spec};
+use ::image::DynamicImage;
+use base64::Engine as _;
+use base64::alphabet::STANDARD;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use sd_models::{ModelInfo, Scheduler, Size, Spec, Start};
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
-use crate::image::Format;
+use crate::image::{self, Format};
 
 /// Sides above this are refused before they are multiplied.
 const MAX_SIDE: u64 = 65_536;
 /// Guidance beyond this only burns the picture.
 const MAX_GUIDANCE: f64 = 100.0;
+/// How much of a picture that comes in is painted anew, as in diffusers.
+const DEFAULT_STRENGTH: f64 = 0.8;
+/// Clients differ in whether they pad.
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
 
 /// What a request may ask for; the operator's limits.
 #[derive(Debug, Clone, Copy)]
@@ -27,6 +39,8 @@ pub struct Limits {
     pub max_images: usize,
     /// Length of each prompt in bytes.
     pub max_prompt_bytes: usize,
+    /// Width times height of a picture that comes in, before it is resized.
+    pub max_input_pixels: usize,
 }
 
 /// A request that cannot be honoured as it is.
@@ -82,7 +96,8 @@ pub struct Draw {
 }
 
 impl Draw {
-    /// Reads the native fields. What is absent comes from the model, the seed from `dice`.
+    /// Reads the native fields. What is absent comes from the model, the seed from `dice`. Not for
+    /// async threads: pictures that come in are decoded and resized here.
     pub fn read(
         mut fields: Fields,
         limits: &Limits,
@@ -95,7 +110,9 @@ impl Draw {
             return Err(Invalid::malformed("prompt", "is required"));
         };
         let negative_prompt = fields.text(&["negative_prompt"], max_prompt)?.unwrap_or_default();
-        let size = fields.size(defaults.size, limits.max_pixels)?;
+        let pictures = fields.pictures(limits.max_input_pixels)?;
+        let own = pictures.as_ref().map(|pictures| pictures.size(limits.max_pixels, model));
+        let size = fields.size(own.unwrap_or(defaults.size), limits.max_pixels)?;
         let steps = ["num_inference_steps", "steps"];
         let steps = fields.whole(&steps, 1..=limits.max_steps as u64)?;
         let guidance = fields.number(&["guidance_scale", "cfg_scale"], 0.0..=MAX_GUIDANCE)?;
@@ -115,6 +132,7 @@ impl Draw {
             guidance_scale: guidance.unwrap_or(defaults.guidance_scale),
             seed: seed.unwrap_or_else(dice),
             scheduler: scheduler.unwrap_or(defaults.scheduler),
+            start: pictures.map(|pictures| Arc::new(pictures.start(size))),
         };
         if let Err(error) = model.check(&spec) {
             return Err(match error {
@@ -134,6 +152,33 @@ impl Draw {
     pub fn specs(&self) -> Vec<Spec> {
         let seed = |k: u64| self.spec.seed.wrapping_add(k);
         (0..self.count as u64).map(|k| Spec { seed: seed(k), ..self.spec.clone() }).collect()
+    }
+}
+
+/// Pictures that came in with a request.
+#[derive(Debug)]
+struct Pictures {
+    image: DynamicImage,
+    mask: Option<DynamicImage>,
+    strength: f64,
+}
+
+impl Pictures {
+    /// The picture's own size in whole multiples of what the model can draw; what is larger than
+    /// `max_pixels` is made smaller in its shape.
+    fn size(&self, max_pixels: usize, model: &ModelInfo) -> Size {
+        let (width, height) = (f64::from(self.image.width()), f64::from(self.image.height()));
+        let scale = (max_pixels as f64 / (width * height)).sqrt().min(1.0);
+        let side = |side: f64| ((side * scale) as usize / model.multiple).max(1) * model.multiple;
+        Size::new(side(width), side(height)).unwrap_or(model.defaults.size)
+    }
+
+    fn start(&self, size: Size) -> Start {
+        Start {
+            picture: image::fit(&self.image, size),
+            strength: self.strength,
+            mask: self.mask.as_ref().map(|mask| image::fit_mask(mask, size)),
+        }
     }
 }
 
@@ -302,6 +347,44 @@ impl Fields {
                 Err(Invalid::malformed(name, format!("must be {wanted}, not {}", kind(&other))))
             }
         }
+    }
+
+    /// The picture to begin with and what belongs to it.
+    fn pictures(&mut self, max_pixels: usize) -> Result<Option<Pictures>, Invalid> {
+        let image = self.picture(&["image", "init_image"], max_pixels)?;
+        let mask = self.picture(&["mask", "mask_image"], max_pixels)?;
+        let strength = self.number(&["strength"], 0.0..=1.0)?;
+        let Some(image) = image else {
+            let idle = mask.map(|_| "mask").or(strength.map(|_| "strength"));
+            let lonely = |field| Err(Invalid::malformed(field, "is of no use without image"));
+            return idle.map_or(Ok(None), lonely);
+        };
+        Ok(Some(Pictures { image, mask, strength: strength.unwrap_or(DEFAULT_STRENGTH) }))
+    }
+
+    /// A picture file in base64, bare or as a data URL.
+    fn picture(
+        &mut self,
+        names: &[&'static str],
+        max_pixels: usize,
+    ) -> Result<Option<DynamicImage>, Invalid> {
+        let (name, mut text) = match self.take(names)? {
+            None => return Ok(None),
+            Some((name, Value::String(text))) => (name, text),
+            Some((name, other)) => {
+                let reason = format!("must be a string of base64, not {}", kind(&other));
+                return Err(Invalid::malformed(&name, reason));
+            }
+        };
+        if let Some(comma) = text.starts_with("data:").then(|| text.find(',')).flatten() {
+            text.drain(..=comma);
+        }
+        text.retain(|c| !c.is_ascii_whitespace());
+        let file = BASE64.decode(text);
+        let file =
+            file.map_err(|error| Invalid::malformed(&name, format!("is not base64: {error}")));
+        let image = image::decode(&file?, max_pixels);
+        image.map(Some).map_err(|reason| Invalid::range(&name, reason))
     }
 
     fn size(&mut self, default: Size, max_pixels: usize) -> Result<Size, Invalid> {

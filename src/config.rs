@@ -8,6 +8,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use clap::error::ErrorKind;
 use clap::{CommandFactory as _, Parser as _};
 use sd_models::{DeviceName, MAX_STEPS, Precision};
@@ -170,6 +172,7 @@ impl ServeArgs {
                     max_steps: limits.max_steps.min(MAX_STEPS),
                     max_images: limits.max_images,
                     max_prompt_bytes: limits.max_prompt_bytes,
+                    max_input_pixels: limits.max_input_pixels,
                 },
                 max_body_bytes: limits.max_body_bytes,
                 max_requests: limits.max_requests,
@@ -216,6 +219,9 @@ impl GenerateArgs {
             ("scheduler", text(self.scheduler)),
             ("seed", text(self.seed)),
             ("n", text(self.num_images)),
+            ("image", self.image.as_deref().map(base64).transpose()?),
+            ("mask", self.mask.as_deref().map(base64).transpose()?),
+            ("strength", text(self.strength)),
         ];
         let fields = fields
             .into_iter()
@@ -366,6 +372,13 @@ fn hub() -> Result<Hub, clap::Error> {
 /// A variable that is set to something.
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// A file as a request carries it.
+fn base64(path: &Path) -> Result<String, clap::Error> {
+    let file = std::fs::read(path);
+    let file = file.map_err(|error| usage(format!("cannot read {}: {error}", path.display())))?;
+    Ok(BASE64_STANDARD.encode(file))
 }
 
 fn text<T: ToString>(value: Option<T>) -> Option<String> {

@@ -21,6 +21,7 @@ const LIMITS: Limits = Limits {
     max_steps: MAX_STEPS,
     max_images: 1000,
     max_prompt_bytes: usize::MAX,
+    max_input_pixels: 1 << 30,
 };
 
 /// Rows of one evaluation: four pictures with guidance.

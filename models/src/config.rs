@@ -413,7 +413,9 @@ impl ClipTextConfig {
 /// Refuses a `model_index.json` of a pipeline that is not Stable Diffusion 1.x or 2.x.
 pub fn check_pipeline(source: &Source) -> Result<()> {
     let mut keys = Keys::read(source, "model_index.json")?;
-    keys.only("_class_name", &[json!("StableDiffusionPipeline")])
+    // What a pipeline does with a picture is the request's choice here; the networks are the same.
+    let classes = ["", "Img2Img", "Inpaint"].map(|c| json!(format!("StableDiffusion{c}Pipeline")));
+    keys.only("_class_name", &classes)
 }
 
 #[cfg(test)]

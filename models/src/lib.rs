@@ -1,7 +1,7 @@
 //! Stable Diffusion v1.x and v2.x, from the files of a model to the pixels of a picture.
 //!
 //! The road: a [`Spec`] goes into [`Pipeline::begin`], which encodes the prompt ([`tokenizer`],
-//! [`text_encoder`]) and draws the noise ([`noise`]); the [`Trajectory`] that comes out is taken
+//! [`text_encoder`]) and draws the noise ([`noise`]), over a picture where there is one to begin with; the [`Trajectory`] that comes out is taken
 //! step by step through [`Pipeline::step`] (the [`unet`] for many trajectories at once, then each
 //! one's [`denoiser`] and [`sampler`]) and ends in [`Pipeline::decode`] (the [`vae`]).
 //!
@@ -19,6 +19,7 @@ mod preview;
 pub mod sampler;
 pub mod schedule;
 mod spec;
+mod start;
 pub mod text_encoder;
 pub mod tokenizer;
 pub mod unet;
@@ -28,6 +29,6 @@ pub mod weights;
 pub use device::{DeviceName, Precision};
 pub use error::{Error, Result};
 pub use ops::keep_freed_memory;
-pub use pipeline::{Defaults, LoadOptions, Memory, ModelInfo, Pipeline, Rgb, Trajectory};
-pub use spec::{MAX_STEPS, Scheduler, Size, Spec};
+pub use pipeline::{Defaults, LoadOptions, Memory, ModelInfo, Pipeline, Trajectory};
+pub use spec::{MAX_STEPS, Rgb, Scheduler, Size, Spec, Start};
 pub use weights::Source;

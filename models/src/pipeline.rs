@@ -18,11 +18,12 @@ use crate::ops::keep_freed_memory;
 use crate::preview::Preview;
 use crate::sampler::Sampler;
 use crate::schedule::SchedulerConfig;
-use crate::spec::{MAX_STEPS, Scheduler, Size, Spec};
+use crate::spec::{MAX_STEPS, Rgb, Scheduler, Size, Spec};
+use crate::start::{Beginning, Kept, Painter};
 use crate::text_encoder::ClipTextModel;
 use crate::tokenizer::ClipTokenizer;
 use crate::unet::UNet2DConditionModel;
-use crate::vae::Decoder;
+use crate::vae::{Decoder, Encoder};
 use crate::weights::{Source, Weights};
 
 /// What to load, and onto what.
@@ -131,19 +132,23 @@ impl ModelInfo {
         if !spec.guidance_scale.is_finite() {
             return refuse("guidance_scale", "must be a finite number".into());
         }
+        let Some(start) = &spec.start else { return Ok(()) };
+        let Rgb { width, height, ref data } = start.picture;
+        if (width, height) != (size.width(), size.height()) || data.len() != 3 * size.pixels() {
+            return refuse("image", format!("is {width}x{height}, but the picture is {size}"));
+        }
+        if start.mask.as_ref().is_some_and(|mask| mask.len() != size.pixels()) {
+            return refuse("mask", format!("must have a byte for each pixel of {size}"));
+        }
+        if !(0.0..=1.0).contains(&start.strength) {
+            return refuse("strength", format!("must be from 0 to 1, not {}", start.strength));
+        }
+        if spec.skipped_steps() >= spec.steps {
+            let (strength, steps) = (start.strength, spec.steps);
+            return refuse("strength", format!("{strength} of {steps} steps is less than one"));
+        }
         Ok(())
     }
-}
-
-/// Pixels of a picture, row by row, three bytes each.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rgb {
-    /// Pixels of a row.
-    pub width: usize,
-    /// Rows.
-    pub height: usize,
-    /// `3 * width * height` bytes.
-    pub data: Vec<u8>,
 }
 
 /// One picture under way.
@@ -155,6 +160,9 @@ pub struct Trajectory {
     /// (1, L, D), and the same of the negative prompt where there is guidance.
     context: Tensor,
     negative: Option<Tensor>,
+    kept: Option<Kept>,
+    /// Stacked onto the latents before the UNet.
+    condition: Option<Tensor>,
     sampler: Sampler,
     noise: Noise,
     /// The latents and the guided output of the last evaluation, both (1, C, h, w) f32.
@@ -202,6 +210,9 @@ pub struct Pipeline {
     tokenizer: ClipTokenizer,
     text_encoder: ClipTextModel,
     unet: UNet2DConditionModel,
+    /// Loaded whether pictures come in or not: it is a thirtieth of the model, and a server should
+    /// fail when it starts rather than at the first request that needs it.
+    encoder: Encoder,
     decoder: Decoder,
     scheduler: SchedulerConfig,
     /// Fitted when it is first asked for.
@@ -243,7 +254,9 @@ impl Pipeline {
         let unet = UNetConfig::read(source)?;
         let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype)?;
         let weights = open("vae", "diffusion_pytorch_model")?;
-        let decoder = Decoder::load(VaeConfig::read(source)?, &weights, &device, dtype)?;
+        let vae = VaeConfig::read(source)?;
+        let encoder = Encoder::load(vae.clone(), &weights, &device, dtype)?;
+        let decoder = Decoder::load(vae, &weights, &device, dtype)?;
         let memory = Memory::of(unet.config(), decoder.config(), &device);
         agree(&text_encoder, &unet, &decoder)?;
         let scheduler = source.require("scheduler/scheduler_config.json")?;
@@ -279,6 +292,7 @@ impl Pipeline {
             tokenizer,
             text_encoder,
             unet,
+            encoder,
             decoder,
             scheduler,
             preview: OnceLock::new(),
@@ -296,10 +310,11 @@ impl Pipeline {
         self.info.check(spec)
     }
 
-    /// Encodes the prompts and draws the noise.
+    /// Encodes the prompts and what there is of a picture, and draws the noise.
     pub fn begin(&self, spec: &Spec) -> Result<Trajectory> {
         self.check(spec)?;
-        let sampler = Sampler::new(spec.scheduler, &self.scheduler, spec.steps)?;
+        let skipped = spec.skipped_steps();
+        let sampler = Sampler::after(skipped, spec.scheduler, &self.scheduler, spec.steps)?;
         let prompt = self.encode(&spec.prompt)?;
         let negative =
             (spec.rows() == 2).then(|| self.encode(&spec.negative_prompt)).transpose()?;
@@ -308,17 +323,10 @@ impl Pipeline {
             .into_iter()
             .filter_map(|(field, encoded)| Some(format!("{field} {}", encoded?.warning.as_ref()?)))
             .collect();
-        let scale = self.decoder.config().scale();
-        let shape = (
-            1,
-            self.unet.config().in_channels,
-            spec.size.height() / scale,
-            spec.size.width() / scale,
-        );
         let mut noise = Noise::new(spec.seed);
-        let latents = noise.normal(shape.1 * shape.2 * shape.3);
-        let latents = Tensor::from_vec(latents, shape, &self.device)?;
-        let latents = (latents * sampler.init_noise_sigma())?;
+        let inpainting = self.unet.config().in_channels > self.unet.config().out_channels;
+        let painter = Painter { encoder: &self.encoder, device: &self.device, inpainting };
+        let Beginning { latents, kept, condition } = painter.begin(spec, &sampler, &mut noise)?;
         let (size, guidance_scale) = (spec.size, spec.guidance_scale);
         Ok(Trajectory {
             size,
@@ -326,6 +334,8 @@ impl Pipeline {
             latents,
             context: prompt.context,
             negative: negative.map(|encoded| encoded.context),
+            kept,
+            condition,
             sampler,
             noise,
             seen: None,
@@ -363,7 +373,10 @@ impl Pipeline {
         let mut active: Vec<&mut Trajectory> = Vec::new();
         for trajectory in batch.iter_mut() {
             let Some(evaluation) = trajectory.sampler.next() else { continue };
-            let input = (&trajectory.latents * evaluation.input_scale)?;
+            let mut input = (&trajectory.latents * evaluation.input_scale)?;
+            if let Some(condition) = &trajectory.condition {
+                input = Tensor::cat(&[&input, condition], 1)?;
+            }
             // diffusers' order: the unconditional row first.
             for context in trajectory.negative.iter().chain([&trajectory.context]) {
                 latents.push(input.clone());
@@ -395,7 +408,10 @@ impl Pipeline {
                 )?,
             };
             let (mut sampler, mut noise) = (trajectory.sampler.clone(), trajectory.noise.clone());
-            let latents = sampler.advance(&trajectory.latents, &output, &mut noise)?;
+            let mut latents = sampler.advance(&trajectory.latents, &output, &mut noise)?;
+            if let Some(kept) = &trajectory.kept {
+                latents = kept.put_back(&latents, &sampler)?;
+            }
             advanced.push((latents, output, sampler, noise));
         }
         // Only now, when nothing can fail any more.
@@ -455,10 +471,13 @@ fn agree(text: &ClipTextModel, unet: &UNet2DConditionModel, vae: &Decoder) -> Re
         let (found, wanted) = (unet.cross_attention_dim, text.hidden_size);
         return refuse("cross_attention_dim", found, "the text encoder's hidden_size", wanted);
     }
-    for (key, found) in [("in_channels", unet.in_channels), ("out_channels", unet.out_channels)] {
-        if found != vae.latent_channels {
-            return refuse(key, found, "the VAE's latent_channels", vae.latent_channels);
-        }
+    let latent = vae.latent_channels;
+    if unet.out_channels != latent {
+        return refuse("out_channels", unet.out_channels, "the VAE's latent_channels", latent);
+    }
+    // Latents alone, or for inpainting with a mask and the latents of the masked picture.
+    if ![latent, 2 * latent + 1].contains(&unet.in_channels) {
+        return refuse("in_channels", unet.in_channels, "the VAE's latent_channels", latent);
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::noise::Noise;
-use crate::pipeline::Rgb;
+use crate::spec::Rgb;
 use crate::vae::Decoder;
 
 /// Side of the latents that the map is fitted on: 1024 equations for a few dozen unknowns.
@@ -197,6 +197,7 @@ mod tests {
                 guidance_scale: 5.0,
                 seed: k as u64,
                 scheduler,
+                start: None,
             };
             let mut trajectory = pipeline.begin(&spec).expect("begun");
             let mut previews = vec![pipeline.preview(&trajectory).expect("of noise")];

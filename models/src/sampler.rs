@@ -33,9 +33,19 @@ pub struct Sampler {
 impl Sampler {
     /// A sampler that takes `steps` steps, as the model's scheduler configuration has it.
     pub fn new(scheduler: Scheduler, config: &SchedulerConfig, steps: usize) -> Result<Self> {
+        Self::after(0, scheduler, config, steps)
+    }
+
+    /// A sampler of `steps` steps that leaves out the first ones.
+    pub fn after(
+        skipped: usize,
+        scheduler: Scheduler,
+        config: &SchedulerConfig,
+        steps: usize,
+    ) -> Result<Self> {
         Ok(Self {
             scheduler,
-            schedule: Schedule::new(scheduler, config, steps)?,
+            schedule: Schedule::new(scheduler, config, steps, skipped)?,
             denoiser: Denoiser::new(scheduler, config)?,
             timestep_scaling: config.timestep_scaling.unwrap_or(10.0),
             completed: 0,
@@ -74,6 +84,16 @@ impl Sampler {
             // Where the step before led: PNDM takes one step twice from where it began.
             k => self.denoiser.denoised(x, output, steps[k - 2].to),
         }
+    }
+
+    /// A picture x0 under as much noise as the latents of the next evaluation hold; x0 itself when
+    /// the latents are finished. Both (B, C, H, W).
+    pub fn noised(&self, x0: &Tensor, noise: &Tensor) -> Result<Tensor> {
+        let Some(step) = self.schedule.steps.get(self.completed) else { return Ok(x0.clone()) };
+        // PNDM takes its first step twice: its second evaluation is at the end of the step.
+        let again = self.scheduler == Scheduler::Pndm && self.completed == 1;
+        let level = if again { step.to } else { step.from };
+        combine(&[(level.alpha, x0), (level.sigma, noise)])
     }
 
     /// The latents after an evaluation, from those before it and the UNet's output after

@@ -74,11 +74,13 @@ pub(crate) struct Schedule {
 }
 
 impl Schedule {
-    /// The table of a sampler that goes from noise to a picture in `steps` steps.
+    /// The table of a sampler that goes from noise to a picture in `steps` steps, without the
+    /// first `skipped` of them.
     pub(crate) fn new(
         scheduler: Scheduler,
         config: &SchedulerConfig,
         steps: usize,
+        skipped: usize,
     ) -> Result<Self> {
         config.check(scheduler)?;
         let bars = alphas_cumprod(scheduler, config)?;
@@ -86,7 +88,7 @@ impl Schedule {
             return Err(out_of_range(format!("must be 1 to {}", bars.len())));
         }
         let spacing = config.spacing(scheduler)?;
-        let run = Run { scheduler, config, steps, spacing, bars };
+        let run = Run { scheduler, config, steps, skipped, spacing, bars };
         match scheduler {
             Pndm | Ddim | Ddpm | Lcm => run.on_timesteps(),
             Euler | EulerAncestral | Heun => run.on_sigmas(false),
@@ -100,6 +102,7 @@ struct Run<'a> {
     scheduler: Scheduler,
     config: &'a SchedulerConfig,
     steps: usize,
+    skipped: usize,
     spacing: Spacing,
     /// The product of the alphas up to each timestep of the training.
     bars: Vec<f32>,
@@ -112,7 +115,11 @@ impl Run<'_> {
             Lcm => self.lcm_timesteps()?,
             _ => self.timesteps(self.steps),
         };
-        let times: Vec<i64> = times.into_iter().map(|t| t.round_ties_even() as i64).collect();
+        let mut times: Vec<i64> = times.into_iter().map(|t| t.round_ties_even() as i64).collect();
+        if let (Pndm, Some(&second)) = (self.scheduler, times.get(1)) {
+            times.insert(1, second);
+        }
+        times.drain(..self.skipped.min(times.len()));
         let to_one = self.config.alpha_to_one(self.scheduler);
         let end = Level::of_product(if to_one { 1.0 } else { self.bars[0] });
         let level = |t: i64| match usize::try_from(t) {
@@ -129,11 +136,9 @@ impl Run<'_> {
                 steps.push(Step { evaluation, from: level(from)?, to: level(to)?, order: 1 });
                 Ok(())
             };
-            if self.scheduler == Pndm && i == 1 {
-                // The first step again, once there is a slope at its end.
-                push(t + stride, t)?;
-            }
             match self.scheduler {
+                // The first step again, now that there is a slope at its end.
+                Pndm if i == 1 => push(t + stride, t)?,
                 Pndm | Ddim => push(t, t - stride)?,
                 _ => push(t, times.get(i + 1).copied().unwrap_or(-1))?,
             }
@@ -164,6 +169,7 @@ impl Run<'_> {
             let order = if last_order && i + 1 == self.steps { 1 } else { 2 };
             steps.push(Step { evaluation, from, to, order });
         }
+        steps.drain(..(self.skipped * if self.scheduler == Heun { 2 } else { 1 }).min(steps.len()));
         let init_noise_sigma = match self.spacing {
             _ if solver => 1.0,
             Spacing::Leading => levels[0].norm(),

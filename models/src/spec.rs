@@ -4,6 +4,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// Steps of a training schedule: no sampler can take more.
 pub const MAX_STEPS: usize = 1000;
@@ -25,12 +26,49 @@ pub struct Spec {
     pub seed: u64,
     /// The sampler.
     pub scheduler: Scheduler,
+    /// The picture to begin with; noise alone when there is none.
+    pub start: Option<Arc<Start>>,
 }
 
 impl Spec {
     /// UNet rows that one evaluation of this picture takes: two with guidance, one without.
     pub fn rows(&self) -> usize {
         if self.guidance_scale > 1.0 { 2 } else { 1 }
+    }
+
+    /// Steps that are left out because the picture does not begin as noise alone.
+    pub fn skipped_steps(&self) -> usize {
+        let strength = self.start.as_ref().map_or(1.0, |start| start.strength);
+        self.steps.saturating_sub((self.steps as f64 * strength) as usize)
+    }
+}
+
+/// A picture to begin with, and the part of it to paint anew.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Start {
+    /// The picture, in the size of the spec.
+    pub picture: Rgb,
+    /// How much of it is turned into noise, 0 to 1: the share of the steps that are taken.
+    pub strength: f64,
+    /// A byte for each pixel, row by row; from 128 on the pixel is painted anew, below it is kept.
+    /// All of the picture is painted anew when there is no mask.
+    pub mask: Option<Vec<u8>>,
+}
+
+/// Pixels of a picture, row by row, three bytes each.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Rgb {
+    /// Pixels of a row.
+    pub width: usize,
+    /// Rows.
+    pub height: usize,
+    /// `3 * width * height` bytes.
+    pub data: Vec<u8>,
+}
+
+impl fmt::Debug for Rgb {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Rgb({}x{})", self.width, self.height)
     }
 }
 

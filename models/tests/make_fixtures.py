@@ -1,6 +1,7 @@
 """Writes tests/fixtures/: what diffusers and transformers compute, for tests/parity.rs.
 
-    python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers tokenizer text unet vae]
+    python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers tokenizer text unet vae
+        start emphasis]
 
 The committed files were made with torch 2.15.0, diffusers 0.42.1 and transformers 5.23.0 on a
 CPU. Everything is seeded: the same versions write the same numbers.
@@ -8,12 +9,14 @@ CPU. Everything is seeded: the same versions write the same numbers.
 
 import argparse
 import json
+import re
 import shutil
 import unicodedata
 from pathlib import Path
 
 import diffusers
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -381,6 +384,182 @@ def vae(_):
         save(tensors, target / "expected.safetensors")
 
 
+# Beginnings ----------------------------------------------------------------------------------
+
+
+def tiny(kind, unet, scheduler):
+    """A pipeline of the small SD 1.x networks above."""
+    root = HERE / "v1"
+    return kind(
+        vae=diffusers.AutoencoderKL.from_pretrained(root / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(root / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(HERE / "tokenizer"),
+        unet=diffusers.UNet2DConditionModel.from_pretrained(unet),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@torch.no_grad()
+def start(_):
+    """Latents of img2img and of inpainting, by a UNet that knows of no mask and by one that does."""
+    shape = {**UNETS["v1"], "in_channels": 9, "block_out_channels": (8, 16), "layers_per_block": 1,
+             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    randomise(diffusers.UNet2DConditionModel(**shape), 400).save_pretrained(HERE / "inpaint/unet")
+    index = {"_class_name": "StableDiffusionPipeline"}
+    (HERE / "v1/model_index.json").write_text(json.dumps(index) + "\n")
+    (HERE / "v1/scheduler").mkdir(exist_ok=True)
+    (HERE / "v1/scheduler/scheduler_config.json").write_text(json.dumps(V1_4, indent=2) + "\n")
+    stream = generator(5)
+    picture = torch.randint(0, 256, (64, 64, 3), generator=stream, dtype=torch.uint8)
+    # Some of its bytes lie beside the middle, where a mask is cut in two.
+    mask = torch.randint(0, 256, (8, 8), generator=stream, dtype=torch.uint8)
+    mask[0, :4] = torch.tensor([127, 128, 0, 255], dtype=torch.uint8)
+    mask = mask.repeat_interleave(8, 0).repeat_interleave(8, 1)
+    tensors = {"picture": picture, "mask": mask}
+    image, hole = Image.fromarray(picture.numpy()), Image.fromarray(mask.numpy())
+    kinds = {
+        "image": (diffusers.StableDiffusionImg2ImgPipeline, HERE / "v1/unet", {}, ALL),
+        "hole": (diffusers.StableDiffusionInpaintPipeline, HERE / "v1/unet",
+                 {"mask_image": hole, "width": 64, "height": 64}, ALL),
+        "told": (diffusers.StableDiffusionInpaintPipeline, HERE / "inpaint/unet",
+                 {"mask_image": hole, "width": 64, "height": 64}, ["ddim", "euler_a", "heun"]),
+    }
+    for kind, (pipeline, unet, extra, names) in kinds.items():
+        pipeline = tiny(pipeline, unet, diffusers.PNDMScheduler.from_config(V1_4))
+        pipeline.set_progress_bar_config(disable=True)
+        for name in names:
+            pipeline.scheduler = scheduler_of(name, V1_4)
+            for strength in (1.0, 0.9, 0.5, 0.2):
+                drawn = pipeline(
+                    "a red house", image=image, strength=strength, num_inference_steps=10,
+                    guidance_scale=3.0, generator=generator(11), output_type="latent", **extra,
+                )
+                tensors[f"{kind}.{name}.{strength}"] = drawn.images
+    save(tensors, HERE / "start.safetensors")
+
+
+# Emphasis ------------------------------------------------------------------------------------
+
+# The language of AUTOMATIC1111's prompts (its wiki, "Attention/emphasis", and what its
+# prompt_parser.py and sd_hijack_clip.py do with the default options), written anew.
+PIECE = re.compile(
+    r"\\(?P<escaped>[()\[\]\\])|(?P<lone>\\)|(?P<open>[(\[])"
+    r"|:\s*(?P<weight>[+-]?[.\d]+)\s*\)|(?P<close>[)\]])|(?P<text>:|[^\\()\[\]:]+)"
+)
+FACTORS = {"(": 1.1, "[": 1 / 1.1}
+PARTNER = {")": "(", "]": "["}
+
+EMPHASISED = [
+    "", "a red house by the sea at night", "a (red) house", "a ((red)) house by the [sea]",
+    "(a red house:1.4) at night", "a (red house:0.3), (moon:0)", "((a house:1.2) [by] the (sea:0.5)",
+    "a \\(red\\) house", "a house BREAK the sea", "(a red BREAK house:1.3)", "BREAK",
+    "a red house (", "a : b ) ]", "(blue:-0.5) house",
+    ", ".join(["a red house"] * 22), " ".join(["house"] * 80), "house " * 60 + ", " + "sea " * 18,
+    "house " * 40 + ", " + "sea " * 40, "(moon:1.3) " * 80, "a red house, " * 200,
+    "a house BREAK " + "sea " * 80 + "BREAK night",
+]
+
+
+def stretches(prompt):
+    """[text, weight], or None for a break."""
+    found, brackets = [], {"(": [], "[": []}
+
+    def close(kind, factor):
+        for stretch in found[brackets[kind].pop():]:
+            if stretch is not None:
+                stretch[1] *= factor
+
+    for match in PIECE.finditer(prompt):
+        piece = match.group(0)
+        if match["escaped"] is not None or match["lone"]:
+            found.append([match["escaped"] or "", 1.0])
+        elif match["open"]:
+            brackets[piece].append(len(found))
+        elif match["weight"] is not None and brackets["("]:
+            close("(", float(match["weight"]))
+        elif match["close"] and brackets[PARTNER[piece]]:
+            close(PARTNER[piece], FACTORS[PARTNER[piece]])
+        else:
+            for i, text in enumerate(re.split(r"\s*\bBREAK\b\s*", piece)):
+                found += [None] if i else []
+                found.append([text, 1.0])
+    for kind, factor in FACTORS.items():
+        while brackets[kind]:
+            close(kind, factor)
+    merged = []
+    for stretch in found:
+        if stretch is None or not merged or merged[-1] is None or merged[-1][1] != stretch[1]:
+            merged.append(stretch)
+        else:
+            merged[-1][0] += stretch[0]
+    return merged
+
+
+def windows(prompt, clip):
+    """Rows of 77 ids, and of 77 weights."""
+    comma = clip.convert_tokens_to_ids(",</w>")
+    rows, row, last = [], [], None
+    for stretch in stretches(prompt):
+        if stretch is None:
+            rows.append(row)
+            row, last = [], None
+            continue
+        for token in clip(stretch[0], add_special_tokens=False).input_ids:
+            if token == comma:
+                last = len(row)
+            elif len(row) == 75 and last is not None and 75 - last <= 20:
+                rows.append(row[: last + 1])
+                row, last = row[last + 1 :], None
+            if len(row) == 75:
+                rows.append(row)
+                row, last = [], None
+            row.append((token, stretch[1]))
+    if row or not rows:
+        rows.append(row)
+    ids = [[clip.bos_token_id, *(t for t, _ in r), clip.eos_token_id] for r in rows]
+    ids = [r + [clip.pad_token_id] * (77 - len(r)) for r in ids]
+    weights = [[1.0, *(w for _, w in r)] for r in rows]
+    return ids, [w + [1.0] * (77 - len(w)) for w in weights]
+
+
+def weighed(ids, weights, encoder):
+    """The hidden states times the weights, with the mean of each window as it was: (1, 77 k, D)."""
+    states = encoder(torch.tensor(ids)).last_hidden_state
+    scaled = states * torch.tensor(weights).unsqueeze(-1)
+    mean = lambda x: x.mean(dim=(1, 2), keepdim=True)
+    return (scaled * (mean(states) / mean(scaled))).flatten(0, 1).unsqueeze(0)
+
+
+@torch.no_grad()
+def emphasis(_):
+    """Windows, weights and contexts of emphasised prompts, and a picture by two of them."""
+    encoder = CLIPTextModel.from_pretrained(HERE / "v1/text_encoder").eval()
+    clips = {name: CLIPTokenizer.from_pretrained(HERE / name) for name in ("tokenizer", "v2/tokenizer")}
+    rows, tensors = [], {}
+    for i, prompt in enumerate(EMPHASISED):
+        ids, weights = windows(prompt, clips["tokenizer"])
+        other = windows(prompt, clips["v2/tokenizer"])[0]
+        rows.append({"prompt": prompt, "ids": ids, "weights": weights, "v2": other})
+        if len(ids) <= 3:
+            tensors[f"context.{i}"] = weighed(ids, weights, encoder)
+    unet = diffusers.UNet2DConditionModel.from_pretrained(HERE / "v1/unet").eval()
+    scheduler = scheduler_of("ddim", V1_4)
+    scheduler.set_timesteps(5)
+    latents = torch.randn((1, 4, 8, 8), generator=generator(11))
+    long = EMPHASISED.index("a house BREAK the sea")
+    contexts = [tensors["context.0"], tensors[f"context.{long}"]]
+    for t in scheduler.timesteps:
+        negative, positive = (unet(latents, t, context).sample for context in contexts)
+        latents = scheduler.step(negative + 3.0 * (positive - negative), t, latents).prev_sample
+    tensors["latents"] = latents
+    save(tensors, HERE / "emphasis.safetensors")
+    (HERE / "emphasis.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+
+
 def main():
     parts = {
         "noise": lambda _: noise(),
@@ -389,6 +568,8 @@ def main():
         "text": text,
         "unet": unet,
         "vae": vae,
+        "start": start,
+        "emphasis": emphasis,
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="a directory")

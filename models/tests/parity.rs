@@ -14,6 +14,8 @@ mod networks;
 mod noise;
 #[path = "parity/sampler.rs"]
 mod sampler;
+#[path = "parity/start.rs"]
+mod start;
 #[path = "parity/tokenizer.rs"]
 mod tokenizer;
 

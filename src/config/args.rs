@@ -147,6 +147,14 @@ pub(super) struct LimitArgs {
     /// Longest prompt; the model reads 77 tokens in any case
     #[arg(long, env = "SD_MAX_PROMPT_BYTES", default_value = "16384", value_parser = at_least::<1>)]
     pub(super) max_prompt_bytes: usize,
+    /// Largest width x height of a picture that comes in; it is decoded before it is resized
+    #[arg(
+        long,
+        env = "SD_MAX_INPUT_PIXELS",
+        default_value = "33554432",
+        value_parser = at_least::<64>,
+    )]
+    pub(super) max_input_pixels: usize,
     /// Largest request body
     #[arg(
         long,
@@ -245,6 +253,15 @@ pub(super) struct GenerateArgs {
     /// How many pictures; picture k uses seed + k
     #[arg(short = 'n', long)]
     pub(super) num_images: Option<u64>,
+    /// A picture to begin with, in place of noise alone
+    #[arg(long)]
+    pub(super) image: Option<PathBuf>,
+    /// What of --image is painted anew: white is, black is kept
+    #[arg(long, requires = "image")]
+    pub(super) mask: Option<PathBuf>,
+    /// How much of --image is painted over, 0 to 1; 0.8 when absent
+    #[arg(long, requires = "image")]
+    pub(super) strength: Option<f64>,
     #[command(flatten)]
     pub(super) model: ModelArgs,
 }

@@ -245,8 +245,8 @@ impl Order {
 
     /// What it costs: pixels times rows times evaluations, these counted as steps.
     pub(super) fn work(&self) -> u64 {
-        let Spec { size, steps, .. } = &self.spec;
-        (size.pixels() * self.spec.rows() * steps) as u64
+        let steps = self.spec.steps.saturating_sub(self.spec.skipped_steps());
+        (self.spec.size.pixels() * self.spec.rows() * steps) as u64
     }
 
     /// Whether anyone still holds the ticket.

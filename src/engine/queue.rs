@@ -169,6 +169,7 @@ mod tests {
             guidance_scale: 7.5,
             seed: client,
             scheduler: Scheduler::Euler,
+            start: None,
         };
         let client = Client::named(&client.to_string());
         let phase = watch::Sender::new(Phase::Loading).subscribe();

@@ -101,6 +101,7 @@ fn warm<M: Model>(model: &M) -> anyhow::Result<()> {
         guidance_scale: defaults.guidance_scale,
         seed: 0,
         scheduler: defaults.scheduler,
+        start: None,
     };
     let draw = || {
         let mut trajectory = model.begin(&spec)?;

@@ -52,17 +52,18 @@ pub(super) struct Answer {
 
 impl Asked {
     /// Reads native fields; `choose` says how to answer.
-    pub(super) fn read(
+    pub(super) async fn read(
         state: &State,
         fields: Fields,
         speech: Speech,
         choose: impl FnOnce(Wish) -> Result<Reply, ApiError>,
     ) -> Result<Self, ApiError> {
-        Self::understand(state, Heard::native(fields, speech), choose)
+        Self::understand(state, Heard::native(fields, speech), choose).await
     }
 
-    /// Reads what was heard in any of the dialects of `/invocations`.
-    pub(super) fn understand(
+    /// Reads what was heard in any of the dialects of `/invocations`, on a thread that may take its
+    /// time over the pictures in it.
+    pub(super) async fn understand(
         state: &State,
         heard: Heard,
         choose: impl FnOnce(Wish) -> Result<Reply, ApiError>,
@@ -70,8 +71,14 @@ impl Asked {
         let (engine, settings) = (state.engine.clone(), &state.settings);
         let model = engine.model()?;
         let Heard { requests, speech, dialect } = heard;
-        let read = |fields| Draw::read(fields, &settings.limits, &model, random_seed);
-        let draws = requests.into_iter().map(read).collect::<Result<Vec<_>, _>>()?;
+        // Pictures take much more memory than their files: as many at a time as can be worked on.
+        let _turn = state.readers.acquire().await;
+        let (limits, reader) = (settings.limits, Arc::clone(&model));
+        let read = move |fields| Draw::read(fields, &limits, &reader, random_seed);
+        let read = move || requests.into_iter().map(read).collect::<Result<Vec<_>, _>>();
+        // A decoder that panics was given a file that was made for it.
+        let draws = tokio::task::spawn_blocking(read).await;
+        let draws = draws.map_err(|_| Invalid::body("the request cannot be read"))??;
         let mut specs: Vec<Spec> = draws.iter().flat_map(Draw::specs).collect();
         let count = specs.len();
         if count > settings.limits.max_images {

@@ -79,7 +79,7 @@ async fn draw(
     }
     let json = |wish: Wish| Ok(Reply::Json(wish.format.unwrap_or(wish.usual)));
     let heard = dialect::hear(&HeaderMap::new(), Fields::json(text)?, Speech::Json)?;
-    let asked = Asked::understand(state, heard, json)?;
+    let asked = Asked::understand(state, heard, json).await?;
     let pictures = loop {
         // A line is part of a larger work, which a full queue only delays.
         match asked.submit_patiently(client, deadline).await?.wait().await {

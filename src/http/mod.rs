@@ -25,6 +25,7 @@ mod status;
 mod underway;
 
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -92,6 +93,8 @@ struct Shared {
     settings: Settings,
     /// A permit for each request in service: bodies and pictures take memory.
     gate: Arc<Semaphore>,
+    /// A permit for each request whose fields are being read.
+    readers: Semaphore,
     jobs: Arc<jobs::Store>,
     shelf: shelf::Shelf,
     underway: underway::Underway,
@@ -102,6 +105,7 @@ type State = axum::extract::State<Arc<Shared>>;
 /// Every route of the server. Those behind the lock need a key where keys are configured.
 pub fn router(engine: Engine, settings: Settings) -> Router {
     let gate = Arc::new(Semaphore::new(settings.max_requests));
+    let readers = Semaphore::new(thread::available_parallelism().map_or(1, usize::from));
     let keys: Arc<[Key]> = settings.api_keys.as_slice().into();
     let lock = || middleware::from_fn_with_state(Arc::clone(&keys), keys::require);
     let openai = Router::new()
@@ -155,7 +159,7 @@ pub fn router(engine: Engine, settings: Settings) -> Router {
         .layer(option_layer(cors(&settings.cors_origins)))
         .layer(middleware::from_fn_with_state(engine.clone(), observe));
     let (jobs, shelf, underway) = Default::default();
-    let state = Arc::new(Shared { engine, settings, gate, jobs, shelf, underway });
+    let state = Arc::new(Shared { engine, settings, gate, readers, jobs, shelf, underway });
     route::by_attribute(router.with_state(state))
 }
 

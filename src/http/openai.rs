@@ -77,7 +77,8 @@ async fn draw(
     let asked = Asked::read(&state, fields, Speech::Json, |wish| {
         let format = wish.format.unwrap_or(Format::Png);
         Ok(if wish.stream { Reply::Events(format) } else { Reply::Json(format) })
-    });
+    })
+    .await;
     let mut asked = asked?;
     asked.quality = quality(compression, asked.reply.format())?.unwrap_or(asked.quality);
     let ticket = asked.submit(&client, Some(deadline))?;

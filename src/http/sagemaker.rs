@@ -36,7 +36,7 @@ pub(super) async fn invocations(state: State, request: Request) -> Result<Respon
     let (fields, speech) = body::read(&headers, &body)?;
     drop(body);
     let heard = dialect::hear(&headers, fields, speech)?;
-    let asked = Asked::understand(&state, heard, |wish| accept::choose(&headers, wish))?;
+    let asked = Asked::understand(&state, heard, |wish| accept::choose(&headers, wish)).await?;
     let ticket = asked.submit(&client, Some(deadline))?;
     if let Reply::Events(_) = asked.reply {
         return Ok(events::stream(&state.engine, asked, ticket, permit));

@@ -80,7 +80,8 @@ async fn draw(
     let fields = translate(&state, theirs)?;
     let mut asked = Asked::read(&state, fields, Speech::Json, |wish| {
         Ok(Reply::Json(wish.format.unwrap_or(Format::Png)))
-    })?;
+    })
+    .await?;
     asked.preview = true;
     let ticket = asked.submit(&client, Some(deadline))?;
     let begun = Begun::new(&state.engine, &ticket, client, task, &asked.specs);

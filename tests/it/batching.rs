@@ -2,6 +2,8 @@
 
 use std::thread;
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
 
 use crate::harness::Server;
@@ -26,6 +28,15 @@ fn pictures_in_company_equal_pictures_alone() {
             "guidance_scale": guidance, "width": width, "height": 64
         }));
     }
+    let picture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/pictures/");
+    let file = |name: &str| {
+        BASE64_STANDARD.encode(std::fs::read(picture.to_owned() + name).expect("there"))
+    };
+    let mut begun = mix[1].clone();
+    begun["image"] = file("ddim.png").into();
+    mix.push(begun.clone());
+    begun["mask"] = file("mask.png").into();
+    mix.push(begun);
     let alone: Vec<_> = mix.iter().map(draw).collect();
     for round in 0..2 {
         thread::scope(|scope| {

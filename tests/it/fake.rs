@@ -165,6 +165,7 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
         guidance_scale: 7.5,
         seed,
         scheduler: Scheduler::Euler,
+        start: None,
     }
 }
 
@@ -172,7 +173,13 @@ pub(crate) const ENGINE: engine::Settings =
     engine::Settings { max_queue: 4, max_batch_rows: 4, memory_budget_bytes: None };
 
 pub(crate) const HTTP: http::Settings = http::Settings {
-    limits: Limits { max_pixels: 1 << 20, max_steps: 150, max_images: 8, max_prompt_bytes: 1000 },
+    limits: Limits {
+        max_pixels: 1 << 20,
+        max_steps: 150,
+        max_images: 8,
+        max_prompt_bytes: 1000,
+        max_input_pixels: 1 << 20,
+    },
     max_body_bytes: 100_000,
     max_requests: 16,
     request_timeout: Duration::from_secs(30),

@@ -10,6 +10,7 @@ mod fake; // the fake model
 mod harness; // starts the real binary
 mod hostile; // malformed requests: a clear answer, and the next one works
 mod hub; // a hub on this host: what is fetched, what is cached
+mod inputs; // pictures that come in: formats, sizes, masks, and files that mean harm
 mod invocations; // every form of body and reply
 mod lines; // JSON lines and batch transform
 mod metrics; // what the server says about itself

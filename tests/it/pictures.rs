@@ -14,28 +14,60 @@ use crate::harness::{Server, sd_server};
 const REFERENCE: [&str; 6] =
     ["a red house by the sea at night", "--seed", "7", "--steps", "20", "--dtype"];
 
+/// The prompt of the pictures that are made from another.
+const CHANGED: &str = "a blue house in the snow at sunset";
+
 fn repository(path: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
+/// What the command draws in f32 on the CPU.
+fn drawn(args: &[&str]) -> RgbImage {
+    let folder = tempfile::tempdir().expect("a directory");
+    let path = folder.path().join("out.png");
+    let mut command = sd_server(&["generate", "--model", "demo", "--device", "cpu"]);
+    let done = command.args(args).arg("-o").arg(&path).output().expect("the binary starts");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    image::open(&path).expect("a picture").to_rgb8()
+}
+
+/// How far a picture is from diffusers', when that is not too far: mean and maximum of 255.
+fn distance(ours: &RgbImage, name: &str) -> String {
+    let reference = repository(&format!("tests/pictures/{name}.png"));
+    let reference = image::open(reference).expect("a reference").to_rgb8();
+    assert_eq!(ours.dimensions(), reference.dimensions());
+    let differences = || ours.iter().zip(reference.iter()).map(|(a, b)| a.abs_diff(*b));
+    let max = differences().max().unwrap_or_default();
+    let mean = differences().map(f64::from).sum::<f64>() / differences().count() as f64;
+    let distance = format!("{name}: mean {mean:.4}/255, max {max}/255");
+    assert!(mean <= 0.5 && max <= 4, "{distance}");
+    distance
+}
+
 #[test]
 fn every_sampler_draws_the_picture_of_diffusers() {
-    let folder = tempfile::tempdir().expect("a directory");
     for scheduler in Scheduler::all() {
-        let path = folder.path().join("out.png");
-        let mut command = sd_server(&["generate", "--model", "demo", "--device", "cpu"]);
-        command.args(REFERENCE).arg("f32").args(["--scheduler", scheduler.name(), "-o"]).arg(&path);
-        let done = command.output().expect("the binary starts");
-        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-        let ours = image::open(&path).expect("a picture").to_rgb8();
-        let reference = repository(&format!("tests/pictures/{scheduler}.png"));
-        let reference = image::open(reference).expect("a reference").to_rgb8();
-        assert_eq!(ours.dimensions(), reference.dimensions());
-        let differences = || ours.iter().zip(reference.iter()).map(|(a, b)| a.abs_diff(*b));
-        let max = differences().max().unwrap_or_default();
-        let mean = differences().map(f64::from).sum::<f64>() / differences().count() as f64;
-        println!("{scheduler}: mean {mean:.4}/255, max {max}/255");
-        assert!(mean <= 0.5 && max <= 4, "{scheduler}: mean {mean:.4}/255, max {max}/255");
+        let scheduler = scheduler.name();
+        let ours = drawn(&[&REFERENCE[..], &["f32", "--scheduler", scheduler]].concat());
+        println!("{}", distance(&ours, scheduler));
+    }
+}
+
+#[test]
+fn pictures_from_pictures_are_those_of_diffusers() {
+    let path = |name: &str| repository(&format!("tests/pictures/{name}.png")).display().to_string();
+    let (first, mask) = (path("ddim"), path("mask"));
+    let modes = [
+        ("img2img", vec!["--strength", "0.6"]),
+        ("inpaint", vec!["--strength", "0.9", "--mask", &mask]),
+    ];
+    for (mode, extra) in modes {
+        for scheduler in ["ddim", "euler", "dpmpp_2m", "pndm", "euler_a", "heun"] {
+            let args = [&[CHANGED], &REFERENCE[1..], &["f32", "--scheduler", scheduler]].concat();
+            let args = [args, vec!["--image", &first], extra.clone()].concat();
+            let distance = distance(&drawn(&args), &format!("{mode}-{scheduler}"));
+            println!("{distance}");
+        }
     }
 }
 
