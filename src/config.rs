@@ -20,7 +20,7 @@ use crate::hub::{Download, Hub};
 use crate::image::Format;
 use crate::package::{Layout, Package};
 use crate::telemetry::LogFormat;
-use crate::{engine, http};
+use crate::{engine, http, models};
 use args::{Args, BenchArgs, Command, GenerateArgs, ModelArgs, PackageArgs, ServeArgs};
 
 /// The model when nothing else is said.
@@ -65,6 +65,10 @@ pub enum Action {
 pub struct Serve {
     /// The model.
     pub model: Model,
+    /// Whether it is loaded at the start, rather than models that are chosen by name.
+    pub preload: bool,
+    /// Bounds of the models that are chosen by name.
+    pub models: models::Settings,
     /// Address to listen on.
     pub host: String,
     /// Port to listen on; 0 lets the system choose.
@@ -162,7 +166,8 @@ fn with_command(mut args: Vec<OsString>) -> Vec<OsString> {
 
 impl ServeArgs {
     fn resolve(self) -> Result<Serve, clap::Error> {
-        let Self { network, limits, .. } = self;
+        let Self { network, limits, models, .. } = self;
+        let drain_timeout = Duration::from_millis(network.drain_timeout_ms as u64);
         Ok(Serve {
             port: port(network.port)?,
             host: network.host,
@@ -193,7 +198,16 @@ impl ServeArgs {
                 max_batch_rows: limits.max_batch_rows,
                 memory_budget_bytes: limits.memory_budget_bytes.map(|bytes| bytes as u64),
             },
-            drain_timeout: Duration::from_millis(network.drain_timeout_ms as u64),
+            drain_timeout,
+            preload: self.model.model.is_some()
+                || !(models.multi_model || models.models_dir.is_some()),
+            models: models::Settings {
+                max_models: models.max_models,
+                memory_bytes: models.models_memory_bytes.map(|bytes| bytes as u64),
+                folder: models.models_dir,
+                multi_model: models.multi_model,
+                patience: drain_timeout,
+            },
             model: self.model.resolve()?,
         })
     }
@@ -288,6 +302,15 @@ impl ModelArgs {
 }
 
 impl Model {
+    /// Bytes of a number of its weights.
+    pub fn weight_bytes(&self) -> u64 {
+        match self.precision {
+            Precision::F32 => 4,
+            Precision::F16 | Precision::Bf16 => 2,
+            Precision::Auto => 4 - 2 * u64::from(self.half()),
+        }
+    }
+
     /// Whether f16 files will do.
     pub fn half(&self) -> bool {
         wants_half(self.device, self.precision)

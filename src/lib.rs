@@ -8,6 +8,7 @@ pub mod config;
 pub mod engine;
 pub mod http;
 pub mod image;
+pub mod models;
 pub mod telemetry;
 
 mod bench;
@@ -17,7 +18,8 @@ mod hub;
 mod memory;
 mod package;
 
-use std::io::Write as _;
+use std::io::{self, Write as _};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -27,8 +29,9 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tracing::info;
 
-use config::{Action, Config};
+use config::{Action, Config, Place};
 use engine::Engine;
+use models::{Library, Models};
 
 /// Time to write the answers of those who were given up.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
@@ -68,41 +71,83 @@ async fn listen_and_serve(config: config::Serve) -> Result<()> {
         .with_context(|| format!("cannot listen on {}:{}", config.host, config.port))?;
     // The only line on standard output: with port 0 it tells which port it became.
     writeln!(std::io::stdout(), "listening on http://{}", listener.local_addr()?)?;
-    let engine = start(config.engine, config.model)?;
-    serve(engine, config.http, listener, config.drain_timeout, signal()).await
+    let device = engine::Device::default();
+    let first = match config.preload {
+        true => Engine::start_on(&device, config.engine, loader(config.model.clone()))?,
+        false => Engine::absent(&device, config.engine),
+    };
+    let files = Files { device, engine: config.engine, model: config.model };
+    let models = Models::new(first, files, config.models);
+    serve(models, config.http, listener, config.drain_timeout, signal()).await
 }
 
 /// Starts an engine on the configured model, which the model thread fetches and loads.
 fn start(settings: engine::Settings, model: config::Model) -> Result<Engine> {
-    Ok(Engine::start(settings, || Ok(Pipeline::load(&hub::locate(model)?)?))?)
+    Ok(Engine::start(settings, loader(model))?)
+}
+
+fn loader(model: config::Model) -> impl FnOnce() -> Result<Pipeline> + Send {
+    || Ok(Pipeline::load(&hub::locate(model)?)?)
+}
+
+/// Models in directories, on the configured device.
+struct Files {
+    device: engine::Device,
+    engine: engine::Settings,
+    /// All but the place.
+    model: config::Model,
+}
+
+impl Files {
+    fn at(&self, path: &Path) -> config::Model {
+        config::Model { place: Place::Directory(path.into()), ..self.model.clone() }
+    }
+}
+
+impl Library for Files {
+    fn weigh(&self, path: &Path) -> Result<u64> {
+        let model = self.at(path);
+        let (half, bytes) = (model.half(), model.weight_bytes());
+        Ok(sd_models::parameters(&hub::locate(model)?.source, half)? * bytes)
+    }
+
+    fn start(&self, path: &Path) -> io::Result<Engine> {
+        Engine::start_on(&self.device, self.engine, loader(self.at(path)))
+    }
+
+    fn free_bytes(&self) -> Option<u64> {
+        // What a GPU has left is not known here; there the device itself says no.
+        if self.model.half() { None } else { memory::available() }
+    }
 }
 
 /// Serves until `shutdown`, then finishes what fits in the drain timeout. An error means that
 /// the model thread is gone and the process should be too.
 pub async fn serve(
-    engine: Engine,
+    models: impl Into<Models>,
     settings: http::Settings,
     listener: TcpListener,
     drain_timeout: Duration,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
     let (close, closed) = watch::channel(false);
-    let app = http::router(engine.clone(), settings.clone());
+    let models = models.into();
+    let app = http::router(models.clone(), settings.clone());
     let mut server = tokio::spawn(http::listen(listener, app, settings, closed));
 
     let reason = tokio::select! {
         () = shutdown => None,
-        reason = engine.died() => Some(reason),
+        reason = models.first().died() => Some(reason),
     };
     close.send_replace(true);
     if reason.is_none() {
         info!(drain_ms = drain_timeout.as_millis() as u64, "stopping: finishing what was accepted");
-        engine.drain();
+        models.drain();
         if timeout(drain_timeout, &mut server).await.is_ok() {
             return Ok(());
         }
     }
-    engine.stop();
+    models.stop();
     // Connections that still hang after this are closed with the process.
     let _ = timeout(LAST_ANSWERS, &mut server).await;
     reason.map_or(Ok(()), |reason| Err(anyhow::Error::msg(reason)))

@@ -28,7 +28,7 @@ pub mod weights;
 
 pub use device::{DeviceName, Precision};
 pub use error::{Error, Result};
-pub use ops::keep_freed_memory;
+pub use ops::{keep_freed_memory, return_freed_memory};
 pub use pipeline::{Defaults, LoadOptions, Memory, ModelInfo, Pipeline, Trajectory};
 pub use spec::{MAX_STEPS, Rgb, Scheduler, Size, Spec, Start};
-pub use weights::Source;
+pub use weights::{Source, parameters};

@@ -128,6 +128,20 @@ struct Entry {
     range: (usize, usize),
 }
 
+/// How many numbers the networks of a model hold, by the headers of its files.
+pub fn parameters(source: &Source, half: bool) -> Result<u64> {
+    let networks = [
+        ("text_encoder", "model"),
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+    ];
+    networks.into_iter().try_fold(0, |sum, (folder, stem)| {
+        let weights = Weights::open(source, folder, stem, half)?;
+        let numbers = weights.entries.values().map(|e| e.shape.iter().product::<usize>() as u64);
+        Ok(sum + numbers.sum::<u64>())
+    })
+}
+
 /// The tensors of one network.
 pub struct Weights {
     files: Vec<TensorFile>,

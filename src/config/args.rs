@@ -48,6 +48,8 @@ pub(super) struct ServeArgs {
     #[command(flatten)]
     pub(super) model: ModelArgs,
     #[command(flatten)]
+    pub(super) models: ModelsArgs,
+    #[command(flatten)]
     pub(super) network: NetworkArgs,
     #[command(flatten)]
     pub(super) access: AccessArgs,
@@ -84,6 +86,26 @@ pub(super) struct ModelArgs {
     /// CPU threads for the model; all cores when absent
     #[arg(long, env = "SD_THREADS", value_parser = at_least::<1>)]
     pub(super) threads: Option<usize>,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Several models")]
+pub(super) struct ModelsArgs {
+    /// A folder whose directories are models that requests can name. They are loaded when they are
+    /// asked for; the one that has not been used for longest makes room. The model of --model
+    /// stays; without it none is loaded at the start
+    #[arg(long, env = "SD_MODELS_DIR")]
+    pub(super) models_dir: Option<PathBuf>,
+    /// Models are loaded and unloaded by SageMaker, through /models
+    #[arg(long, env = "SAGEMAKER_MULTI_MODEL", value_parser = FalseyValueParser::new())]
+    pub(super) multi_model: bool,
+    /// Models that may be loaded by name; beyond it one must go first, or SageMaker hears 507
+    #[arg(long, env = "SD_MAX_MODELS", default_value = "8", value_parser = at_least::<1>)]
+    pub(super) max_models: usize,
+    /// Memory that the weights of these models may take. When absent: what is free (on a GPU: no
+    /// bound but the device's own)
+    #[arg(long, env = "SD_MODELS_MEMORY_BYTES", value_parser = at_least::<1>)]
+    pub(super) models_memory_bytes: Option<usize>,
 }
 
 #[derive(Debug, clap::Args)]

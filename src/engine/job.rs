@@ -15,6 +15,9 @@ use crate::telemetry::{Id, Metrics};
 /// Why a picture was not drawn. The causes are in the log; this is what a client may know.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Failure {
+    /// There is no model that the request means.
+    #[error("no model is chosen; name one")]
+    Absent,
     /// The model is not there yet.
     #[error("the model is still loading")]
     Loading,

@@ -6,13 +6,14 @@
 //! outside `worker` touches a model.
 
 mod batch;
+mod device;
 mod job;
 mod pace;
 mod queue;
 mod worker;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{io, thread};
 
@@ -21,6 +22,7 @@ use tokio::sync::watch;
 
 use crate::memory;
 use crate::telemetry::{Id, Metrics};
+pub use device::Device;
 pub use job::{Client, Drawn, Failure, Job, Preview, Progress, Ticket};
 use pace::Pace;
 use queue::{Queue, Refused};
@@ -76,6 +78,8 @@ pub struct Settings {
 /// Where the engine stands. It moves downwards only.
 #[derive(Debug, Clone)]
 pub enum Phase {
+    /// There is no model; others may be chosen by name.
+    Absent,
     /// The model is being fetched, read or warmed.
     Loading,
     /// Pictures are drawn.
@@ -105,10 +109,11 @@ struct Shared {
     arrived: Condvar,
     phase: watch::Sender<Phase>,
     pace: Mutex<Pace>,
-    /// Known when the model is.
-    budget_bytes: OnceLock<u64>,
+    device: Device,
     jobs: AtomicU64,
     metrics: Arc<Metrics>,
+    /// The model thread, until somebody waits for its end.
+    thread: Mutex<Option<thread::JoinHandle<()>>>,
 }
 
 /// Where a job stands, for those who wait for it.
@@ -129,24 +134,51 @@ pub struct Watch {
 }
 
 impl Engine {
-    /// Starts the model thread, which loads and warms the model and then serves the queue.
+    /// Starts the model thread on a device of its own.
     pub fn start<M: Model>(
         settings: Settings,
         load: impl FnOnce() -> anyhow::Result<M> + Send + 'static,
     ) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
+        Self::start_on(&Device::default(), settings, load)
+    }
+
+    /// Starts the model thread, which loads and warms the model and then serves the queue, taking
+    /// turns with the other models of the device.
+    pub fn start_on<M: Model>(
+        device: &Device,
+        settings: Settings,
+        load: impl FnOnce() -> anyhow::Result<M> + Send + 'static,
+    ) -> io::Result<Self> {
+        let engine = Self::new(device, settings, Phase::Loading);
+        let theirs = Arc::clone(&engine.shared);
+        let work = move || {
+            worker::main(theirs, load);
+            // The model is gone; the next one needs its memory.
+            sd_models::return_freed_memory();
+        };
+        let thread = thread::Builder::new().name("model".into()).spawn(work)?;
+        *engine.shared.thread() = Some(thread);
+        Ok(engine)
+    }
+
+    /// An engine without a model, for a server whose models are all chosen by name.
+    pub fn absent(device: &Device, settings: Settings) -> Self {
+        Self::new(device, settings, Phase::Absent)
+    }
+
+    fn new(device: &Device, settings: Settings, phase: Phase) -> Self {
+        let shared = Shared {
             settings,
             queue: Mutex::new(Queue::new(settings.max_queue)),
             arrived: Condvar::new(),
-            phase: watch::Sender::new(Phase::Loading),
+            phase: watch::Sender::new(phase),
             pace: Mutex::default(),
-            budget_bytes: OnceLock::new(),
+            metrics: Arc::clone(&device.metrics),
+            device: device.clone(),
             jobs: AtomicU64::new(0),
-            metrics: Arc::default(),
-        });
-        let theirs = Arc::clone(&shared);
-        thread::Builder::new().name("model".into()).spawn(move || worker::main(theirs, load))?;
-        Ok(Self { shared })
+            thread: Mutex::default(),
+        };
+        Self { shared: Arc::new(shared) }
     }
 
     /// Where the engine stands; never blocks.
@@ -157,6 +189,7 @@ impl Engine {
     /// The model, if it is ready to draw.
     pub fn model(&self) -> Result<Arc<ModelInfo>, Failure> {
         match &*self.shared.phase.borrow() {
+            Phase::Absent => Err(Failure::Absent),
             Phase::Loading => Err(Failure::Loading),
             Phase::Ready(info) => Ok(Arc::clone(info)),
             Phase::Draining | Phase::Stopped => Err(Failure::Stopping),
@@ -229,13 +262,18 @@ impl Engine {
 
     /// Brings the gauges up to date.
     pub fn gauge(&self) {
+        self.gauge_with(std::slice::from_ref(self));
+    }
+
+    /// Brings the gauges up to date; `all` are the engines of the device, this one included.
+    pub fn gauge_with(&self, all: &[Self]) {
         let metrics = self.metrics();
         let set = |id, value: usize| metrics.set(id, &[], value as f64);
-        set(Id::PicturesWaiting, self.shared.queue().len());
-        set(Id::PicturesDrawing, self.shared.pace().pictures);
+        set(Id::PicturesWaiting, all.iter().map(|engine| engine.shared.queue().len()).sum());
+        set(Id::PicturesDrawing, all.iter().map(|engine| engine.shared.pace().pictures).sum());
         set(Id::Ready, usize::from(matches!(self.phase(), Phase::Ready(_))));
         let bytes = [
-            (Id::BudgetBytes, self.shared.budget_bytes.get().copied()),
+            (Id::BudgetBytes, self.shared.device.budget_bytes()),
             (Id::HostBytes, memory::resident()),
             (Id::HostAvailableBytes, memory::available()),
         ];
@@ -250,6 +288,20 @@ impl Engine {
     pub fn drain(&self) {
         self.shared.queue().close();
         self.shared.enter(Phase::Draining);
+        self.shared.arrived.notify_one();
+    }
+
+    /// Takes no more jobs, finishes those it has within `patience`, and returns when the model's
+    /// memory is free.
+    pub async fn retire(&self, patience: Duration) {
+        self.drain();
+        let Some(thread) = self.shared.thread().take() else { return };
+        let ended = tokio::task::spawn_blocking(move || drop(thread.join()));
+        let mut ended = std::pin::pin!(ended);
+        if tokio::time::timeout(patience, ended.as_mut()).await.is_err() {
+            self.stop();
+            let _ = ended.await;
+        }
     }
 
     /// Gives up what is not finished; every ticket says so at once.
@@ -280,13 +332,17 @@ impl Shared {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn thread(&self) -> MutexGuard<'_, Option<thread::JoinHandle<()>>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn pace(&self) -> Pace {
         *self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes that one evaluation or decoding may take.
     fn budget(&self) -> u64 {
-        self.budget_bytes.get().copied().unwrap_or(u64::MAX)
+        self.device.budget_bytes().unwrap_or(u64::MAX)
     }
 
     /// Seconds until there should be room for so many more pictures.
@@ -333,7 +389,7 @@ impl Watch {
 impl Phase {
     fn rank(&self) -> u8 {
         match self {
-            Self::Loading => 0,
+            Self::Absent | Self::Loading => 0,
             Self::Ready(_) => 1,
             Self::Draining => 2,
             Self::Stopped => 3,

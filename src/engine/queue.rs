@@ -44,6 +44,11 @@ impl Queue {
         self.orders.is_empty()
     }
 
+    /// Whether nothing waits and nothing more will.
+    pub(super) fn is_over(&self) -> bool {
+        self.closed && self.orders.is_empty()
+    }
+
     pub(super) fn len(&self) -> usize {
         self.orders.len()
     }

@@ -30,13 +30,19 @@ const WARM_UP_SIDE: usize = 128;
 pub(super) fn main<M: Model>(shared: Arc<Shared>, load: impl FnOnce() -> anyhow::Result<M>) {
     let engine = Hold(shared);
     let started = Instant::now();
-    let model = match load().and_then(|model| warm(&model).map(|()| model)) {
+    let model = match load() {
         Ok(model) => model,
         Err(error) => return engine.enter(Phase::Dead(format!("{error:#}"))),
     };
+    let mut had = Duration::ZERO;
+    let turn = engine.device.turn(&mut had);
+    if let Err(error) = warm(&model) {
+        return engine.enter(Phase::Dead(format!("{error:#}")));
+    }
     let info = model.info().clone();
     let budget = budget(&model, &engine);
-    let _ = engine.budget_bytes.set(budget);
+    engine.device.set_budget_bytes(budget);
+    drop(turn);
     let size = info.defaults.size;
     info!(
         model = info.name,
@@ -56,6 +62,8 @@ pub(super) fn main<M: Model>(shared: Arc<Shared>, load: impl FnOnce() -> anyhow:
 /// The operator's word, or else a share of the memory that is free now that the model is there.
 /// Where nothing is known there is no bound but the device's own.
 fn budget<M: Model>(model: &M, engine: &Shared) -> u64 {
+    // What the allocator keeps of earlier work can be had, too.
+    sd_models::return_freed_memory();
     let share = |free: u64| free / 100 * BUDGET_PERCENT;
     engine.settings.memory_budget_bytes.or(model.free_bytes().map(share)).unwrap_or(u64::MAX)
 }
@@ -130,6 +138,8 @@ struct Worker<M: Model> {
     /// Rows that a size may have in an evaluation after the device had no memory for more; until
     /// no picture of that size is left.
     caps: Vec<(Size, usize)>,
+    /// The time that this model has had the device.
+    had: Duration,
     /// How long the last step took: the time that one admission round may take.
     last_step: Duration,
     /// Set by the failure after which nothing can be drawn.
@@ -144,6 +154,7 @@ impl<M: Model> Worker<M> {
             slots: Vec::new(),
             rotation: Rotation::default(),
             caps: Vec::new(),
+            had: Duration::ZERO,
             last_step: Duration::ZERO,
             lost: false,
         }
@@ -158,25 +169,30 @@ impl<M: Model> Worker<M> {
         }
     }
 
-    /// Sleeps until there is something to draw; false when the engine has stopped.
+    /// Sleeps until there is something to draw; false when the engine has stopped, or has drawn
+    /// all that it ever will.
     fn wait(&self) -> bool {
         let stopped = || matches!(*self.engine.phase.borrow(), Phase::Stopped);
         let mut queue = self.engine.queue();
-        while self.slots.is_empty() && queue.is_empty() && !stopped() {
+        while self.slots.is_empty() && queue.is_empty() && !stopped() && !queue.is_over() {
             queue = self.engine.arrived.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
-        !stopped()
+        !(stopped() || self.slots.is_empty() && queue.is_over())
     }
 
     /// One round of the loop.
     fn turn(&mut self) {
         let began = Instant::now();
+        let (device, mut had) = (self.engine.device.clone(), self.had);
+        let turn = device.turn(&mut had);
         self.slots.retain(|slot| slot.order.wanted());
         self.admit();
         let loads = self.loads();
         self.caps.retain(|(size, _)| loads.iter().any(|load| load.0 == *size));
         let work = self.step();
         self.retire();
+        drop(turn);
+        self.had = had;
         self.report(began.elapsed(), work);
     }
 

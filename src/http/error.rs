@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::api::Invalid;
 use crate::engine::Failure;
+use crate::models::Refusal;
 
 /// An answer that is not a picture.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +60,9 @@ pub(super) enum ApiError {
         /// Seconds until there should be room.
         retry_after_s: u64,
     },
+    /// 404, 409, 507 and 500: a model that is not there.
+    #[error(transparent)]
+    Model(#[from] Refusal),
     /// 400 and 422.
     #[error(transparent)]
     Invalid(#[from] Invalid),
@@ -85,7 +89,14 @@ impl ApiError {
             Self::Invalid(Invalid::Malformed { .. }) => StatusCode::BAD_REQUEST,
             Self::Invalid(Invalid::OutOfRange { .. }) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::Encode => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Model(refusal) => match refusal {
+                Refusal::Loaded(_) => StatusCode::CONFLICT,
+                Refusal::Unknown(_) => StatusCode::NOT_FOUND,
+                Refusal::NoRoom(_) => StatusCode::INSUFFICIENT_STORAGE,
+                Refusal::Broken(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            },
             Self::Failure(failure) => match failure {
+                Failure::Absent => StatusCode::NOT_FOUND,
                 Failure::Loading | Failure::Stopping => StatusCode::SERVICE_UNAVAILABLE,
                 Failure::Full { .. } => StatusCode::TOO_MANY_REQUESTS,
                 Failure::Deadline => StatusCode::GATEWAY_TIMEOUT,
@@ -112,7 +123,14 @@ impl ApiError {
             Self::Invalid(Invalid::Malformed { .. }) => "malformed",
             Self::Invalid(Invalid::OutOfRange { .. }) => "out_of_range",
             Self::Encode => "encode_failed",
+            Self::Model(refusal) => match refusal {
+                Refusal::Loaded(_) => "model_loaded",
+                Refusal::Unknown(_) => "no_model",
+                Refusal::NoRoom(_) => "out_of_memory",
+                Refusal::Broken(_) => "model_broken",
+            },
             Self::Failure(failure) => match failure {
+                Failure::Absent => "no_model",
                 Failure::Loading => "loading",
                 Failure::Stopping => "shutting_down",
                 Failure::Full { .. } => "overloaded",

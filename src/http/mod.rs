@@ -14,6 +14,7 @@ mod jumpstart;
 mod keys;
 mod lines;
 mod listen;
+mod models;
 mod openai;
 mod page;
 mod route;
@@ -42,6 +43,7 @@ use tracing::{Instrument, debug, error, info, info_span};
 
 use crate::api::Limits;
 use crate::engine::Engine;
+use crate::models::Models;
 use crate::telemetry::Id;
 use error::{ApiError, Reason};
 pub use keys::Key;
@@ -87,25 +89,36 @@ pub struct Settings {
 }
 
 /// What the handlers share.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Shared {
+    /// The model that the request means.
     engine: Engine,
+    models: Models,
     settings: Settings,
     /// A permit for each request in service: bodies and pictures take memory.
     gate: Arc<Semaphore>,
     /// A permit for each request whose fields are being read.
-    readers: Semaphore,
+    readers: Arc<Semaphore>,
     jobs: Arc<jobs::Store>,
-    shelf: shelf::Shelf,
+    shelf: Arc<shelf::Shelf>,
     underway: underway::Underway,
+}
+
+impl Shared {
+    /// The same for a request that means another model.
+    fn on(&self, engine: Engine) -> State {
+        axum::extract::State(Arc::new(Self { engine, ..self.clone() }))
+    }
 }
 
 type State = axum::extract::State<Arc<Shared>>;
 
 /// Every route of the server. Those behind the lock need a key where keys are configured.
-pub fn router(engine: Engine, settings: Settings) -> Router {
+pub fn router(models: Models, settings: Settings) -> Router {
+    let engine = models.first().clone();
     let gate = Arc::new(Semaphore::new(settings.max_requests));
-    let readers = Semaphore::new(thread::available_parallelism().map_or(1, usize::from));
+    let readers = thread::available_parallelism().map_or(1, usize::from);
+    let readers = Arc::new(Semaphore::new(readers));
     let keys: Arc<[Key]> = settings.api_keys.as_slice().into();
     let lock = || middleware::from_fn_with_state(Arc::clone(&keys), keys::require);
     let openai = Router::new()
@@ -132,9 +145,14 @@ pub fn router(engine: Engine, settings: Settings) -> Router {
         .route("/internal/progress", post(sdapi::task))
         .route_layer(lock())
         .route_layer(middleware::map_response(sdapi::errors));
+    let (multi_model, named) = match models.multi_model() {
+        true => (multi_model(), Router::new()),
+        false => (Router::new(), Router::new().route("/models/{*id}", post(models::named))),
+    };
     let locked = Router::new()
         .route("/v1/invocations", post(sagemaker::invocations))
         .route("/", post(sagemaker::invocations))
+        .merge(named)
         .route("/v1/jobs", post(jobs::create))
         .route("/v1/jobs/{id}", get(jobs::state).delete(jobs::delete))
         .route("/v1/jobs/{id}/result", get(jobs::result))
@@ -151,6 +169,7 @@ pub fn router(engine: Engine, settings: Settings) -> Router {
         .route("/info", get(status::info))
         .route("/metrics", get(status::metrics))
         .route("/files/{name}", get(shelf::file))
+        .merge(multi_model)
         .merge(locked)
         .merge(openai)
         .merge(sdapi)
@@ -159,8 +178,17 @@ pub fn router(engine: Engine, settings: Settings) -> Router {
         .layer(option_layer(cors(&settings.cors_origins)))
         .layer(middleware::from_fn_with_state(engine.clone(), observe));
     let (jobs, shelf, underway) = Default::default();
-    let state = Arc::new(Shared { engine, settings, gate, readers, jobs, shelf, underway });
+    let shared = Shared { engine, models, settings, gate, readers, jobs, shelf, underway };
+    let state = Arc::new(shared);
     route::by_attribute(router.with_state(state))
+}
+
+/// SageMaker's routes to load, unload and use many models.
+fn multi_model() -> Router<Arc<Shared>> {
+    Router::new()
+        .route("/models", get(models::list).post(models::load))
+        .route("/models/{name}", get(models::show).delete(models::unload))
+        .route("/models/{name}/invoke", post(models::invoke))
 }
 
 /// What browsers must hear before a page of another origin may call. Nothing, unless configured.
@@ -180,7 +208,7 @@ fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
 }
 
 /// The routes that are measured by their name; others are `other`, since clients make them up.
-const ROUTES: [&str; 33] = [
+const ROUTES: [&str; 37] = [
     "/",
     "/page.css",
     "/page.js",
@@ -188,6 +216,10 @@ const ROUTES: [&str; 33] = [
     "/invocations",
     "/v1/invocations",
     "/execution-parameters",
+    "/models",
+    "/models/{name}",
+    "/models/{name}/invoke",
+    "/models/{*id}",
     "/v1/images/generations",
     "/v1/models",
     "/v1/models/{*id}",

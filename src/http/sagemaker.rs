@@ -17,10 +17,10 @@ use crate::engine::Phase;
 const PAYLOAD_MB: usize = 6;
 const MAX_TRANSFORMS: usize = 100 / PAYLOAD_MB;
 
-/// 200 when pictures can be drawn, else 503. Looks at one flag and waits for nothing.
+/// 200 when pictures can be drawn or models be loaded, else 503. Looks at flags, waits for nothing.
 pub(super) async fn ping(state: State) -> StatusCode {
-    match state.engine.phase() {
-        Phase::Ready(_) => StatusCode::OK,
+    match state.models.phase() {
+        Phase::Ready(_) | Phase::Absent => StatusCode::OK,
         _ => StatusCode::SERVICE_UNAVAILABLE,
     }
 }

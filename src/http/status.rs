@@ -17,7 +17,7 @@ const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// Every metric, with the gauges as they are now.
 pub(super) async fn metrics(state: State) -> impl IntoResponse {
     let metrics = state.engine.metrics();
-    state.engine.gauge();
+    state.engine.gauge_with(&state.models.engines());
     let in_service = state.settings.max_requests - state.gate.available_permits();
     metrics.set(Id::RequestsInService, &[], in_service as f64);
     let [running, ended] = state.jobs.count();
@@ -30,6 +30,7 @@ pub(super) async fn metrics(state: State) -> impl IntoResponse {
 /// The server, its model and its limits.
 pub(super) async fn info(state: State) -> Json<Value> {
     let (phase, model) = match state.engine.phase() {
+        Phase::Absent => ("ready", None),
         Phase::Loading => ("loading", None),
         Phase::Ready(model) => ("ready", Some(model)),
         Phase::Draining | Phase::Stopped => ("stopping", None),

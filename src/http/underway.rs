@@ -11,7 +11,7 @@ use crate::engine::{Client, Engine, Outlook, Preview, Progress, Ticket, Watch};
 use crate::image::{self, Format, JPEG_QUALITY};
 
 /// The requests, the oldest first.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(super) struct Underway {
     requests: Arc<Mutex<Vec<Arc<Begun>>>>,
 }

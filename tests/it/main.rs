@@ -14,6 +14,7 @@ mod inputs; // pictures that come in: formats, sizes, masks, and files that mean
 mod invocations; // every form of body and reply
 mod lines; // JSON lines and batch transform
 mod metrics; // what the server says about itself
+mod models; // models by name: SageMaker's multi-model contract, a folder of models
 mod openai; // the Images API
 mod overload; // too much, too late, too large: what is refused and how
 mod package; // a model's files for SageMaker

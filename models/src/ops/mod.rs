@@ -26,7 +26,7 @@ pub(crate) use attention::{Attention, attention, self_attention};
 pub(crate) use conv::{Conv2d, Geometry};
 pub(crate) use floats::floats;
 pub(crate) use linear::Linear;
-pub use memory::keep_freed_memory;
+pub use memory::{keep_freed_memory, return_freed_memory};
 pub(crate) use norm::{GroupNorm, LayerNorm};
 
 /// A contiguous or row-strided f32 tensor in host memory, held while its data is read.

@@ -1,0 +1,280 @@
+//! The models of a server: the one that it was started on, which stays, and those that come and go
+//! by name while it runs. SageMaker loads and unloads them itself; or they are the directories
+//! of a folder, loaded when they are asked for, and the one that has not been used for longest makes
+//! room. All share one device: turns, the memory of an evaluation, the queue's bounds for each.
+//! Where files come from and how a model starts is the [`Library`]'s business.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use std::{fmt, io};
+
+use tracing::info;
+
+use crate::engine::{Engine, Phase};
+
+/// How to get an engine for the files of a model.
+pub trait Library: Send + Sync + 'static {
+    /// Bytes that its weights will take, from the headers of its files.
+    fn weigh(&self, path: &Path) -> anyhow::Result<u64>;
+    /// Begins to load it.
+    fn start(&self, path: &Path) -> io::Result<Engine>;
+    /// Bytes that weights can still have on the device, where that is known.
+    fn free_bytes(&self) -> Option<u64>;
+}
+
+/// The bounds of the models that come and go.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// How many may be loaded.
+    pub max_models: usize,
+    /// What their weights may take in all; what the device has left when absent.
+    pub memory_bytes: Option<u64>,
+    /// The folder whose directories are models.
+    pub folder: Option<PathBuf>,
+    /// Whether SageMaker says which models are loaded.
+    pub multi_model: bool,
+    /// How long a model that has to go may finish what it has accepted.
+    pub patience: Duration,
+}
+
+/// Why a model is not there.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// There is one of this name.
+    #[error("the model {0:?} is loaded already")]
+    Loaded(String),
+    /// There is none of this name.
+    #[error("no model is called {0:?}")]
+    Unknown(String),
+    /// Others must go first.
+    #[error("no room for the model: {0}")]
+    NoRoom(String),
+    /// Its files are not a model.
+    #[error("the model does not load: {0}")]
+    Broken(String),
+}
+
+/// A loaded model.
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    /// What it is called.
+    pub name: String,
+    /// Where its files are.
+    pub path: PathBuf,
+    engine: Engine,
+    bytes: u64,
+}
+
+/// The handle that handlers share.
+#[derive(Clone)]
+pub struct Models {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    first: Engine,
+    library: Option<Box<dyn Library>>,
+    settings: Settings,
+    /// The one used last at the end.
+    loaded: Mutex<Vec<Loaded>>,
+    /// Held while one is loaded: two at a time would count on the same memory.
+    loading: tokio::sync::Mutex<()>,
+}
+
+/// A server with one model.
+impl From<Engine> for Models {
+    fn from(first: Engine) -> Self {
+        let patience = Duration::ZERO;
+        let none = Settings {
+            max_models: 0,
+            memory_bytes: None,
+            folder: None,
+            multi_model: false,
+            patience,
+        };
+        Self::build(first, None, none)
+    }
+}
+
+impl fmt::Debug for Models {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.loaded()).finish()
+    }
+}
+
+impl Models {
+    /// Models from a library beside the first.
+    pub fn new(first: Engine, library: impl Library, settings: Settings) -> Self {
+        Self::build(first, Some(Box::new(library)), settings)
+    }
+
+    fn build(first: Engine, library: Option<Box<dyn Library>>, settings: Settings) -> Self {
+        let (loaded, loading) = Default::default();
+        Self { shared: Arc::new(Shared { first, library, settings, loaded, loading }) }
+    }
+
+    /// The one that the server was started on; absent where all are chosen by name.
+    pub fn first(&self) -> &Engine {
+        &self.shared.first
+    }
+
+    /// Whether SageMaker says which models are loaded.
+    pub fn multi_model(&self) -> bool {
+        self.shared.settings.multi_model
+    }
+
+    /// Those that are loaded, the one used last at the end.
+    pub fn loaded(&self) -> Vec<Loaded> {
+        self.shared.loaded().clone()
+    }
+
+    /// Every engine.
+    pub fn engines(&self) -> Vec<Engine> {
+        let mut engines = vec![self.first().clone()];
+        engines.extend(self.loaded().into_iter().map(|model| model.engine));
+        engines
+    }
+
+    /// Where the server stands: a device that is lost is lost for all.
+    pub fn phase(&self) -> Phase {
+        let lost = |engine: &Engine| matches!(engine.phase(), Phase::DeviceLost);
+        if self.engines().iter().any(lost) { Phase::DeviceLost } else { self.first().phase() }
+    }
+
+    /// The names in the folder, sorted.
+    pub fn names(&self) -> Vec<String> {
+        let Some(folder) = &self.shared.settings.folder else { return Vec::new() };
+        let entries = folder.read_dir().into_iter().flatten().flatten();
+        let models = entries.filter(|entry| entry.path().join("model_index.json").is_file());
+        let mut names: Vec<_> =
+            models.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        names.sort();
+        names
+    }
+
+    /// A model that is loaded. It counts as used.
+    pub fn get(&self, name: &str) -> Result<Engine, Refusal> {
+        let mut loaded = self.shared.loaded();
+        // One that panicked is as good as gone.
+        loaded.retain(|model| !matches!(model.engine.phase(), Phase::Dead(_)));
+        let place = loaded.iter().position(|model| model.name == name);
+        let model = place.map(|place| loaded.remove(place));
+        let model = model.ok_or_else(|| Refusal::Unknown(name.into()))?;
+        let engine = model.engine.clone();
+        loaded.push(model);
+        Ok(engine)
+    }
+
+    /// A model of the folder, loaded if need be, for which others may have to go.
+    pub async fn choose(&self, name: &str) -> Result<Engine, Refusal> {
+        if self.first().model().is_ok_and(|model| model.name == name) {
+            return Ok(self.first().clone());
+        }
+        if let Ok(engine) = self.get(name) {
+            return Ok(engine);
+        }
+        let folder = self.shared.settings.folder.as_ref();
+        let known = self.names().iter().any(|known| known == name);
+        let path = folder.filter(|_| known).map(|folder| folder.join(name));
+        let path = path.ok_or_else(|| Refusal::Unknown(name.into()))?;
+        match self.spawn(name, path, true).await {
+            // Somebody else asked for it first.
+            Err(Refusal::Loaded(_)) => self.get(name),
+            done => done,
+        }
+    }
+
+    /// Loads a model from its files, if there is room.
+    pub async fn load(&self, name: &str, path: PathBuf) -> Result<(), Refusal> {
+        self.spawn(name, path, false).await.map(drop)
+    }
+
+    /// Unloads a model. What it has accepted is finished, within reason; its memory is free when
+    /// this returns.
+    pub async fn unload(&self, name: &str) -> Result<(), Refusal> {
+        let engine = self.get(name)?;
+        self.shared.loaded().retain(|model| model.name != name);
+        engine.retire(self.shared.settings.patience).await;
+        info!(name, "unloaded");
+        Ok(())
+    }
+
+    /// Takes no more jobs and finishes those there are.
+    pub fn drain(&self) {
+        self.engines().iter().for_each(Engine::drain);
+    }
+
+    /// Gives up what is not finished.
+    pub fn stop(&self) {
+        self.engines().iter().for_each(Engine::stop);
+    }
+
+    /// Loads in a task of its own: when the client leaves, the next one finds the model loaded.
+    async fn spawn(&self, name: &str, path: PathBuf, evict: bool) -> Result<Engine, Refusal> {
+        let (models, name) = (self.clone(), name.to_owned());
+        let load = tokio::spawn(async move { models.bring(name, path, evict).await });
+        load.await.unwrap_or_else(|error| Err(Refusal::Broken(error.to_string())))
+    }
+
+    async fn bring(self, name: String, path: PathBuf, evict: bool) -> Result<Engine, Refusal> {
+        let _one_at_a_time = self.shared.loading.lock().await;
+        if self.get(&name).is_ok() {
+            return Err(Refusal::Loaded(name));
+        }
+        let (models, files) = (self.clone(), path.clone());
+        let weigh = move || models.library()?.weigh(&files).map_err(broken);
+        let bytes = tokio::task::spawn_blocking(weigh).await.map_err(broken)??;
+        while let Err(refusal) = self.room(bytes) {
+            let oldest = self.loaded().first().map(|model| model.name.clone());
+            match oldest.filter(|_| evict) {
+                Some(oldest) => self.unload(&oldest).await?,
+                None => return Err(refusal),
+            }
+        }
+        let engine = self.library()?.start(&path).map_err(broken)?;
+        if let Err(error) = engine.ready().await {
+            engine.retire(Duration::ZERO).await;
+            let error = error.to_string();
+            let full = error.contains("out of memory");
+            return Err(if full { Refusal::NoRoom(error) } else { Refusal::Broken(error) });
+        }
+        info!(name, bytes, "loaded");
+        self.shared.loaded().push(Loaded { name, path, engine: engine.clone(), bytes });
+        Ok(engine)
+    }
+
+    fn library(&self) -> Result<&dyn Library, Refusal> {
+        let library = self.shared.library.as_deref();
+        library.ok_or_else(|| Refusal::Broken("this server has one model".into()))
+    }
+
+    /// Whether weights of this size fit beside those that are there.
+    fn room(&self, bytes: u64) -> Result<(), Refusal> {
+        let Settings { max_models, memory_bytes, .. } = self.shared.settings;
+        let loaded = self.shared.loaded();
+        if loaded.len() >= max_models {
+            return Err(Refusal::NoRoom(format!(
+                "{max_models} models are loaded, which is the most"
+            )));
+        }
+        let taken: u64 = loaded.iter().map(|model| model.bytes).sum();
+        let free = memory_bytes.map(|all| all.saturating_sub(taken));
+        match free.or(self.library()?.free_bytes()) {
+            Some(free) if bytes > free => {
+                Err(Refusal::NoRoom(format!("it takes {bytes} bytes, and {free} are free")))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Shared {
+    fn loaded(&self) -> MutexGuard<'_, Vec<Loaded>> {
+        self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn broken(error: impl fmt::Display) -> Refusal {
+    Refusal::Broken(format!("{error:#}"))
+}
