@@ -13,6 +13,7 @@ pub mod telemetry;
 
 mod bench;
 mod generate;
+mod gpu;
 mod healthcheck;
 mod hub;
 mod memory;
@@ -26,15 +27,18 @@ use anyhow::{Context as _, Result};
 use sd_models::Pipeline;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::info;
 
 use config::{Action, Config, Place};
-use engine::Engine;
+use engine::{Engine, Phase};
 use models::{Library, Models};
 
 /// Time to write the answers of those who were given up.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
+
+/// After the model thread has died, the time in which `/ping` says so.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Does what the command line asks for.
 pub fn run(config: Config) -> Result<()> {
@@ -121,8 +125,9 @@ impl Library for Files {
     }
 }
 
-/// Serves until `shutdown`, then finishes what fits in the drain timeout. An error means that
-/// the model thread is gone and the process should be too.
+/// Serves until `shutdown`, then finishes what fits in the drain timeout and answers the rest and
+/// whoever comes with 503. An error means that the model thread is gone and the process should be
+/// too.
 pub async fn serve(
     models: impl Into<Models>,
     settings: http::Settings,
@@ -135,22 +140,33 @@ pub async fn serve(
     let app = http::router(models.clone(), settings.clone());
     let mut server = tokio::spawn(http::listen(listener, app, settings, closed));
 
-    let reason = tokio::select! {
-        () = shutdown => None,
-        reason = models.first().died() => Some(reason),
+    // Who comes from now on hears 503, as long as there is anything left to do.
+    let end = tokio::select! {
+        () = shutdown => {
+            info!(
+                drain_ms = drain_timeout.as_millis() as u64,
+                "stopping: finishing what was accepted"
+            );
+            models.drain();
+            let end = Instant::now() + drain_timeout;
+            let _ = timeout_at(end, models.idle()).await;
+            end
+        }
+        _ = models.first().died() => {
+            sleep(LAST_WORDS).await;
+            Instant::now()
+        }
     };
     close.send_replace(true);
-    if reason.is_none() {
-        info!(drain_ms = drain_timeout.as_millis() as u64, "stopping: finishing what was accepted");
-        models.drain();
-        if timeout(drain_timeout, &mut server).await.is_ok() {
-            return Ok(());
-        }
+    if timeout_at(end, &mut server).await.is_err() {
+        models.stop();
+        // Connections that still hang after this are closed with the process.
+        let _ = timeout(LAST_ANSWERS, &mut server).await;
     }
-    models.stop();
-    // Connections that still hang after this are closed with the process.
-    let _ = timeout(LAST_ANSWERS, &mut server).await;
-    reason.map_or(Ok(()), |reason| Err(anyhow::Error::msg(reason)))
+    match models.first().phase() {
+        Phase::Dead(reason) => Err(anyhow::Error::msg(reason)),
+        _ => Ok(()),
+    }
 }
 
 /// Completes at SIGTERM or SIGINT. As process 1 of a container nobody else would handle them.

@@ -205,6 +205,13 @@ impl Models {
         self.engines().iter().for_each(Engine::drain);
     }
 
+    /// Returns when every picture that was accepted has ended.
+    pub async fn idle(&self) {
+        for engine in self.engines() {
+            engine.idle().await;
+        }
+    }
+
     /// Gives up what is not finished.
     pub fn stop(&self) {
         self.engines().iter().for_each(Engine::stop);

@@ -51,6 +51,11 @@ pub enum Id {
     BudgetBytes,
     HostBytes,
     HostAvailableBytes,
+    GpuUsedBytes,
+    GpuBytes,
+    GpuBusy,
+    GpuWatts,
+    GpuCelsius,
     Build,
 }
 
@@ -66,9 +71,11 @@ const SHORT: Kind = Kind::Histogram(&[
 
 const ROWS: Kind = Kind::Histogram(&[1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0]);
 
-/// Every metric. Absent: memory and use of a GPU, which need NVML; the platform's own agent (on
-/// SageMaker CloudWatch, elsewhere DCGM) reports them.
-pub const TABLE: [Metric; 18] = {
+/// The numbers that NVIDIA's management library gives to GPUs; those beyond have no series.
+pub const GPUS: [&str; 8] = ["0", "1", "2", "3", "4", "5", "6", "7"];
+
+/// Every metric. Those of a GPU are there when its driver is.
+pub const TABLE: [Metric; 23] = {
     use Id::*;
     use Kind::{Counter, Gauge};
     const fn row(
@@ -169,6 +176,29 @@ pub const TABLE: [Metric; 18] = {
             Gauge,
             &[],
             "Memory that the host or the container has left.",
+        ),
+        row(
+            GpuUsedBytes,
+            "sd_gpu_memory_used_bytes",
+            Gauge,
+            &["gpu"],
+            "Memory of the GPU that is taken, by whomever.",
+        ),
+        row(GpuBytes, "sd_gpu_memory_bytes", Gauge, &["gpu"], "Memory of the GPU."),
+        row(
+            GpuBusy,
+            "sd_gpu_busy_ratio",
+            Gauge,
+            &["gpu"],
+            "Share of the last moments in which a kernel ran; full at one row or at many.",
+        ),
+        row(GpuWatts, "sd_gpu_power_watts", Gauge, &["gpu"], "Power that the GPU draws."),
+        row(
+            GpuCelsius,
+            "sd_gpu_temperature_celsius",
+            Gauge,
+            &["gpu"],
+            "Temperature of the GPU's die.",
         ),
         row(
             Build,

@@ -34,8 +34,8 @@ impl Preview {
         let config = decoder.config();
         let latents = octaves(config.latent_channels)?;
         let scaled = (&latents / config.scaling_factor)?.to_device(device)?;
-        let pictures = decoder.forward(&scaled)?.clamp(-1f32, 1f32)?.permute((0, 3, 1, 2))?;
-        let pixels = pictures.avg_pool2d(config.scale())?.to_device(&Device::Cpu)?;
+        let pictures = decoder.forward(&scaled)?.to_device(&Device::Cpu)?.clamp(-1f32, 1f32)?;
+        let pixels = pictures.permute((0, 3, 1, 2))?.avg_pool2d(config.scale())?;
         let pixels = pixels.squeeze(0)?.flatten_from(1)?.to_vec2::<f32>()?; // (3, h * w)
         let patches = Patches::of(&latents)?.all();
         let solve = |pixels: &Vec<f32>| least_squares(&patches, pixels);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use sd_models::{Rgb, Spec};
 use tokio::sync::{mpsc, watch};
 
-use super::Phase;
+use super::{Phase, Shared};
 use crate::telemetry::{Id, Metrics};
 
 /// Why a picture was not drawn. The causes are in the log; this is what a client may know.
@@ -164,15 +164,11 @@ pub(super) struct Order {
     previews: Option<(Previews, Option<Instant>)>,
     outcome: Option<&'static str>,
     metrics: Arc<Metrics>,
+    _busy: watch::Receiver<()>,
 }
 
 /// Opens a job: the ticket and an order for each spec.
-pub(super) fn open(
-    id: JobId,
-    job: Job,
-    phase: watch::Receiver<Phase>,
-    metrics: &Arc<Metrics>,
-) -> (Ticket, Vec<Order>) {
+pub(super) fn open(id: JobId, job: Job, engine: &Shared) -> (Ticket, Vec<Order>) {
     let Job { specs, client, deadline, preview } = job;
     let count = specs.len();
     // Each order settles once, so a place for each means that the worker never waits.
@@ -192,8 +188,10 @@ pub(super) fn open(
         progress: made.clone(),
         previews: previews.clone().map(|previews| (previews, None)),
         outcome: None,
-        metrics: Arc::clone(metrics),
+        metrics: Arc::clone(&engine.metrics),
+        _busy: engine.busy.subscribe(),
     };
+    let phase = engine.phase.subscribe();
     let orders = specs.into_iter().enumerate().map(order).collect();
     (Ticket { job: id, pictures, count, deadline, progress, previews: looks, phase }, orders)
 }

@@ -20,8 +20,8 @@ use std::{io, thread};
 use sd_models::{ModelInfo, Rgb, Size, Spec};
 use tokio::sync::watch;
 
-use crate::memory;
-use crate::telemetry::{Id, Metrics};
+use crate::telemetry::{GPUS, Id, Metrics};
+use crate::{gpu, memory};
 pub use device::Device;
 pub use job::{Client, Drawn, Failure, Job, Preview, Progress, Ticket};
 use pace::Pace;
@@ -111,6 +111,8 @@ struct Shared {
     pace: Mutex<Pace>,
     device: Device,
     jobs: AtomicU64,
+    /// Every order holds a receiver: without one, nothing is left to do.
+    busy: watch::Sender<()>,
     metrics: Arc<Metrics>,
     /// The model thread, until somebody waits for its end.
     thread: Mutex<Option<thread::JoinHandle<()>>>,
@@ -176,6 +178,7 @@ impl Engine {
             metrics: Arc::clone(&device.metrics),
             device: device.clone(),
             jobs: AtomicU64::new(0),
+            busy: watch::Sender::new(()),
             thread: Mutex::default(),
         };
         Self { shared: Arc::new(shared) }
@@ -213,8 +216,7 @@ impl Engine {
     pub fn submit(&self, job: impl Into<Job>) -> Result<Ticket, Failure> {
         let (model, job) = (self.model()?, job.into());
         let id = self.shared.jobs.fetch_add(1, Ordering::Relaxed);
-        let (ticket, mut orders) =
-            job::open(id, job, self.shared.phase.subscribe(), &self.shared.metrics);
+        let (ticket, mut orders) = job::open(id, job, &self.shared);
         let refuse = |orders: Vec<job::Order>, failure: Failure| {
             orders.into_iter().for_each(|order| order.refuse(failure.clone()));
             failure
@@ -260,7 +262,7 @@ impl Engine {
         &self.shared.metrics
     }
 
-    /// Brings the gauges up to date.
+    /// Brings the gauges up to date. Takes milliseconds where there are GPUs.
     pub fn gauge(&self) {
         self.gauge_with(std::slice::from_ref(self));
     }
@@ -280,6 +282,20 @@ impl Engine {
         for (id, bytes) in bytes {
             if let Some(bytes) = bytes {
                 metrics.set(id, &[], bytes as f64);
+            }
+        }
+        for (name, gpu) in GPUS.into_iter().zip(gpu::read()) {
+            let values = [
+                (Id::GpuUsedBytes, gpu.memory_used_bytes),
+                (Id::GpuBytes, gpu.memory_bytes),
+                (Id::GpuBusy, gpu.busy),
+                (Id::GpuWatts, gpu.power_watts),
+                (Id::GpuCelsius, gpu.temperature_celsius),
+            ];
+            for (id, value) in values {
+                if let Some(value) = value {
+                    metrics.set(id, &[name], value);
+                }
             }
         }
     }
@@ -302,6 +318,11 @@ impl Engine {
             self.stop();
             let _ = ended.await;
         }
+    }
+
+    /// Returns when every picture that was accepted has ended.
+    pub async fn idle(&self) {
+        self.shared.busy.closed().await;
     }
 
     /// Gives up what is not finished; every ticket says so at once.

@@ -158,10 +158,9 @@ impl Queue {
 #[cfg(test)]
 mod tests {
     use sd_models::{Scheduler, Size, Spec};
-    use tokio::sync::watch;
 
-    use super::super::Phase;
     use super::super::job::{self, Job, Ticket};
+    use super::super::{Device, Engine, Settings};
     use super::*;
 
     /// A job of pictures whose seeds are the client's number.
@@ -177,9 +176,9 @@ mod tests {
             start: None,
         };
         let client = Client::named(&client.to_string());
-        let phase = watch::Sender::new(Phase::Loading).subscribe();
         let job = Job { client, ..Job::from(vec![spec; pictures]) };
-        job::open(id, job, phase, &Default::default())
+        let settings = Settings { max_queue: 0, max_batch_rows: 2, memory_budget_bytes: None };
+        job::open(id, job, &Engine::absent(&Device::default(), settings).shared)
     }
 
     fn drain(queue: &mut Queue) -> Vec<u64> {

@@ -17,7 +17,9 @@ const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// Every metric, with the gauges as they are now.
 pub(super) async fn metrics(state: State) -> impl IntoResponse {
     let metrics = state.engine.metrics();
-    state.engine.gauge_with(&state.models.engines());
+    let (engine, engines) = (state.engine.clone(), state.models.engines());
+    // A driver may take its time; a gauge that could not be read keeps its value.
+    let _ = tokio::task::spawn_blocking(move || engine.gauge_with(&engines)).await;
     let in_service = state.settings.max_requests - state.gate.available_permits();
     metrics.set(Id::RequestsInService, &[], in_service as f64);
     let [running, ended] = state.jobs.count();

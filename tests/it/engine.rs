@@ -1,5 +1,6 @@
 //! The engine, and a server around it, with a fake model: what no real model does on command.
 
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -11,6 +12,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 use crate::fake::{ENGINE, Fake, HTTP, Strings, spec, wait_until};
+use crate::harness;
 use crate::overload::here;
 
 pub(crate) async fn ready() -> (Engine, Strings) {
@@ -23,7 +25,7 @@ pub(crate) async fn ready() -> (Engine, Strings) {
 /// A server in this process.
 pub(crate) struct Server {
     pub(crate) url: String,
-    shutdown: oneshot::Sender<()>,
+    shutdown: Option<oneshot::Sender<()>>,
     ended: JoinHandle<Result<()>>,
 }
 
@@ -34,7 +36,12 @@ impl Server {
         let (shutdown, stop) = oneshot::channel::<()>();
         let stop = async move { drop(stop.await) };
         let ended = tokio::spawn(sd_server::serve(engine, settings, listener, drain, stop));
-        Self { url, shutdown, ended }
+        Self { url, shutdown: Some(shutdown), ended }
+    }
+
+    /// What SIGTERM does.
+    fn stop(&mut self) {
+        self.shutdown.take().expect("only once").send(()).expect("it serves");
     }
 
     async fn ping(&self) -> u16 {
@@ -104,6 +111,53 @@ async fn a_panic_of_the_model_is_answered_and_ends_the_server() -> Result<()> {
     Ok(())
 }
 
+/// Says that this process is the child of the test below.
+const CHILD: &str = "SD_TEST_CHILD";
+
+/// A server as a process of its own, around a model that panics when a prompt asks for it. Only
+/// the test below asks for it; otherwise this is nothing.
+#[test]
+fn a_child_whose_model_panics() {
+    if std::env::var_os(CHILD).is_none() {
+        return;
+    }
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let served = runtime.block_on(async {
+        let (mut fake, strings) = Fake::new();
+        fake.pace = Duration::from_secs(1);
+        drop(strings.permits);
+        let engine = Engine::start(ENGINE, || Ok(fake))?;
+        engine.ready().await?;
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        println!("\nlistening on http://{}", listener.local_addr()?);
+        sd_server::serve(engine, HTTP, listener, LONG, std::future::pending()).await
+    });
+    // As `main` does.
+    std::process::exit(i32::from(served.is_err()));
+}
+
+#[test]
+fn a_panic_of_the_model_ends_the_process_when_everyone_has_an_answer() {
+    let mut child = Command::new(std::env::current_exe().expect("this test"));
+    child.args(["--exact", "engine::a_child_whose_model_panics", "--nocapture"]).env(CHILD, "1");
+    let server = harness::Server::spawn_as_is(&mut child);
+    std::thread::scope(|scope| {
+        let prompts = ["panic", "a cat", "a dog", "a cow"];
+        let waiting = prompts.map(|prompt| {
+            let body = serde_json::json!({ "prompt": prompt, "steps": 2 });
+            let server = &server;
+            scope.spawn(move || server.json(&body))
+        });
+        for reply in waiting {
+            let reply = reply.join().expect("an answer");
+            assert_eq!((reply.status, reply.error().0.as_str()), (500, "model_failed"));
+        }
+    });
+    assert_eq!(server.ping(), 503, "before it is gone");
+    assert_eq!(server.json(&serde_json::json!({ "prompt": "a cat" })).status, 500);
+    assert_eq!(server.wait().code(), Some(1));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_device_turns_ping_red() -> Result<()> {
     let (engine, strings) = ready().await;
@@ -134,24 +188,45 @@ async fn out_of_memory_is_507_and_the_next_picture_works() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn shutdown_finishes_what_was_accepted() -> Result<()> {
     let (engine, strings) = ready().await;
-    let server = Server::start(engine.clone(), HTTP, LONG).await;
+    let mut server = Server::start(engine.clone(), HTTP, LONG).await;
     let accepted = server.draw("a cat", "");
     strings.step();
-    server.shutdown.send(()).expect("it serves");
+    server.stop();
     wait_until(|| matches!(engine.phase(), Phase::Draining));
     assert_eq!(engine.submit(vec![spec(1, 1)]).err(), Some(Failure::Stopping));
+    assert_eq!(server.ping().await, 503);
+    assert_eq!(server.draw("a dog", "").await?, (503, "shutting_down".into()));
     drop(strings.permits);
     assert_eq!(accepted.await?.0, 200);
     server.ended.await?
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_job_is_finished_before_the_end_and_told_to_those_who_ask() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let mut server = Server::start(engine.clone(), HTTP, LONG).await;
+    let client = reqwest::Client::new();
+    let request = client.post(format!("{}/v1/jobs", server.url)).body(r#"{"prompt":"a cat"}"#);
+    let reply = request.send().await?;
+    let path = reply.headers()["location"].to_str()?.to_owned();
+    strings.step();
+    server.stop();
+    wait_until(|| matches!(engine.phase(), Phase::Draining));
+    let state = client.get(format!("{}{path}", server.url)).send().await?;
+    assert!(state.text().await?.contains("running"));
+    drop(strings.permits);
+    server.ended.await??;
+    assert!(engine.metrics().to_string().contains("sd_pictures_total{outcome=\"drawn\"} 1"));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_does_not_fit_in_the_drain_timeout_is_503() -> Result<()> {
     let (engine, strings) = ready().await;
-    let server = Server::start(engine, HTTP, Duration::from_millis(50)).await;
+    let mut server = Server::start(engine, HTTP, Duration::from_millis(50)).await;
     let accepted = server.draw("a cat", "");
     strings.step();
-    server.shutdown.send(()).expect("it serves");
+    server.stop();
     assert_eq!(accepted.await?, (503, "shutting_down".into()));
     server.ended.await?
 }

@@ -49,9 +49,11 @@ impl Server {
     /// A server that listens where the command says.
     pub(crate) fn spawn_as_is(command: &mut Command) -> Self {
         let mut child = command.stdout(Stdio::piped()).spawn().expect("the binary starts");
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
-        let address = line.trim().rsplit('/').next().expect("an address").to_owned();
+        let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        let address = lines
+            .map_while(Result::ok)
+            .find_map(|line| Some(line.strip_prefix("listening on http://")?.trim().to_owned()));
+        let address = address.expect("an address");
         let client = Client::builder().timeout(PATIENCE).build().expect("a client");
         Self { child, address, client }
     }
