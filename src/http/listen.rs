@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
+use futures_util::FutureExt as _;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -93,8 +94,19 @@ async fn serve(
     let answer = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(Peer(peer));
-        app.clone().oneshot(request)
+        let mut answer = Box::pin(app.clone().oneshot(request));
+        // Once at once: hyper may see that the client has left before it polls for the answer, and
+        // a request that nobody has looked at is not counted.
+        let begun = (&mut answer).now_or_never();
+        async move {
+            match begun {
+                Some(answer) => answer,
+                None => answer.await,
+            }
+        }
     });
+    // The end of the client's stream counts as its leaving, as in nginx: `close` and a half-closed
+    // connection look alike until one writes, and pictures that nobody waits for cost minutes.
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(idle_timeout)

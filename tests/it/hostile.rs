@@ -196,6 +196,29 @@ fn a_body_that_does_not_come_is_408() {
     assert!(reply.starts_with("HTTP/1.1 408") && reply.contains("body_timeout"), "{reply}");
 }
 
+/// `close` and a half-closed connection look alike from here, so both are a client that left.
+#[test]
+fn the_end_of_a_clients_stream_is_its_leaving() {
+    let server = Server::ready(&[]);
+    let body = "prompt=a cat&steps=150";
+    let head = format!(
+        "POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\nContent-Type: \
+         application/x-www-form-urlencoded\r\n\r\n",
+        body.len()
+    );
+    assert_eq!(server.raw(format!("{head}{body}").as_bytes()), "");
+    let metrics = || {
+        let reply = server.client.get(server.url("/metrics")).send().expect("an answer");
+        reply.text().expect("text")
+    };
+    let began = Instant::now();
+    while !metrics().contains("sd_requests_total{route=\"/invocations\",outcome=\"gone\"} 1\n") {
+        assert!(began.elapsed() < Duration::from_secs(10), "{}", metrics());
+    }
+    // What is answered at once is answered.
+    assert!(server.raw(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n").starts_with("HTTP/1.1 200"));
+}
+
 #[test]
 fn clients_that_leave_do_no_harm() {
     let server = Server::ready(&["--max-queue", "4"]);

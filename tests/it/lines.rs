@@ -4,7 +4,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::engine::{LONG, Server, ready};
-use crate::fake::HTTP;
+use crate::fake::{HTTP, wait_until};
 use crate::harness;
 
 const LINES: &str = "content-type: application/jsonlines";
@@ -65,6 +65,32 @@ async fn lines_are_drawn_together_and_wait_for_room() -> Result<()> {
     }
     let steps = strings.steps.lock().expect("unpoisoned");
     assert!(steps.iter().any(|step| step.len() == 2), "{steps:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lines_of_a_client_that_left_are_withdrawn() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let server = Server::start(engine.clone(), HTTP, LONG).await;
+    let line = |k| json!({ "prompt": "a cat", "seed": k, "steps": 150 }).to_string();
+    let lines: Vec<_> = (0..20).map(line).collect();
+    let request = reqwest::Client::new().post(format!("{}/invocations", server.url));
+    let request = request.header("content-type", "application/jsonlines");
+    let reply = request.body(lines.join("\n")).send().await?;
+    assert_eq!(reply.status(), 200, "before the first line is drawn");
+    drop(reply);
+    let ended = |outcome: &str| {
+        let text = engine.metrics().to_string();
+        let series = format!("sd_pictures_total{{outcome=\"{outcome}\"}} ");
+        let count = text.lines().find_map(|line| line.strip_prefix(&series)?.parse().ok());
+        count.unwrap_or(0)
+    };
+    // A place for each row, which two pictures take and two wait for.
+    wait_until(|| {
+        let _ = strings.permits.send(());
+        ended("cancelled") == 4
+    });
+    assert_eq!(ended("drawn"), 0, "nobody draws what nobody waits for");
     Ok(())
 }
 

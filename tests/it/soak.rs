@@ -1,7 +1,7 @@
-//! Many requests of every kind, with clients that leave: no picture is lost, the server's count
-//! agrees with its clients', and its memory does not grow. A few hundred requests here; all of it:
+//! Many requests of every kind, with clients that leave: no picture is lost, the server's count is
+//! its clients', and its memory does not grow. A few hundred requests here; all of it:
 //!
-//!     SOAK_REQUESTS=5000 cargo test --release --test it soak -- --nocapture
+//!     SOAK_REQUESTS=5000 cargo test --test it soak -- --nocapture
 
 use std::io::Write as _;
 use std::net::TcpStream;
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::harness::Server;
 
@@ -20,49 +20,74 @@ const CLIENTS: u64 = 6;
 #[derive(Debug, Default, Clone, Copy)]
 struct Seen {
     drawn: u64,
-    pictures: u64,
     malformed: u64,
     out_of_range: u64,
     overloaded: u64,
     left: u64,
+    /// Of the answers.
+    pictures: u64,
+    /// That those who left would have had.
+    left_pictures: u64,
+    jobs: u64,
+    jobs_refused: u64,
 }
 
 /// One request, of a kind that its number chooses.
 fn ask(server: &Server, k: u64, seen: &Mutex<Seen>) {
     // Knuth's multiplier scatters neighbours.
     let roll = (k.wrapping_mul(2_654_435_761) >> 7) % 20;
-    let side = [64, 64, 96][(k % 3) as usize];
-    let guidance = [1.0, 7.5][(k % 2) as usize];
+    let pictures = 1 + k % 2;
     let schedulers = ["euler", "euler_a", "ddim", "pndm", "heun"];
+    let (width, guidance) = ([64, 64, 96][(k % 3) as usize], [1.0, 7.5][(k % 2) as usize]);
     let body = json!({
         "prompt": if k.is_multiple_of(2) { "a red house" } else { "a blue car" }, "seed": k,
-        "steps": 1 + k % 4, "width": side, "height": 64, "n": 1 + k % 2,
-        "guidance_scale": guidance,
-        "scheduler": schedulers[(k % 5) as usize], "stream": roll == 5,
+        "steps": 1 + k % 4, "width": width, "height": 64, "n": pictures,
+        "guidance_scale": guidance, "scheduler": schedulers[(k % 5) as usize],
+        "stream": (5..7).contains(&roll), "preview": roll == 6,
     });
-    let body = match roll {
-        0 => "{\"prompt\":".to_owned(),
-        1 => json!({ "prompt": "x", "steps": 0 }).to_string(),
-        _ => body.to_string(),
-    };
-    if (2..5).contains(&roll) {
-        leave(server, &body, k % 30);
-        seen.lock().expect("unpoisoned").left += 1;
-        return;
-    }
-    let status = server.post(&["content-type: application/json"], body).status;
-    let mut seen = seen.lock().expect("unpoisoned");
-    match status {
-        200 => {
-            seen.drawn += 1;
-            seen.pictures += 1 + k % 2;
+    let post = |kind: &str, body: String| server.post(&[kind], body).status;
+    let mut saw = Seen::default();
+    let status = match roll {
+        0 => post(JSON, "{\"prompt\":".to_owned()),
+        1 => post(JSON, json!({ "prompt": "x", "steps": 0 }).to_string()),
+        2..5 => {
+            leave(server, &body.to_string(), k % 30);
+            saw = Seen { left: 1, left_pictures: pictures, ..saw };
+            0
         }
-        400 => seen.malformed += 1,
-        422 => seen.out_of_range += 1,
-        429 => seen.overloaded += 1,
+        7 => {
+            let status = post(LINES, format!("{body}\n\n{body}"));
+            saw.pictures += pictures;
+            status
+        }
+        8 => job(server, &body.to_string(), pictures, &mut saw),
+        _ => post(JSON, body.to_string()),
+    };
+    match status {
+        0 => {}
+        200 => {
+            saw.drawn = 1;
+            saw.pictures += pictures;
+        }
+        400 => saw.malformed = 1,
+        422 => saw.out_of_range = 1,
+        429 => saw.overloaded = 1,
         other => panic!("{other} for request {k}"),
     }
+    let mut seen = seen.lock().expect("unpoisoned");
+    seen.drawn += saw.drawn;
+    seen.malformed += saw.malformed;
+    seen.out_of_range += saw.out_of_range;
+    seen.overloaded += saw.overloaded;
+    seen.left += saw.left;
+    seen.pictures += saw.pictures;
+    seen.left_pictures += saw.left_pictures;
+    seen.jobs += saw.jobs;
+    seen.jobs_refused += saw.jobs_refused;
 }
+
+const JSON: &str = "content-type: application/json";
+const LINES: &str = "content-type: application/jsonlines";
 
 /// Asks and hangs up.
 fn leave(server: &Server, body: &str, after_ms: u64) {
@@ -73,6 +98,31 @@ fn leave(server: &Server, body: &str, after_ms: u64) {
     thread::sleep(Duration::from_millis(after_ms));
 }
 
+/// Asks for a job and fetches what became of it.
+fn job(server: &Server, body: &str, pictures: u64, saw: &mut Seen) -> u16 {
+    let request = server.client.post(server.url("/v1/jobs")).body(body.to_owned());
+    let reply = request.send().expect("an answer");
+    if reply.status() == 429 {
+        saw.jobs_refused = 1;
+        return 0;
+    }
+    assert_eq!(reply.status(), 202);
+    saw.jobs = 1;
+    let path = reply.headers()["location"].to_str().expect("a path").to_owned();
+    let url = server.url(&path);
+    let state = || server.client.get(&url).send().expect("an answer").json::<Value>();
+    loop {
+        match state().expect("JSON")["state"].as_str() {
+            Some("done") => break,
+            Some("queued" | "running") => thread::sleep(Duration::from_millis(10)),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(server.client.delete(&url).send().expect("an answer").status(), 204);
+    saw.pictures += pictures;
+    0
+}
+
 fn metric(server: &Server, series: &str) -> f64 {
     let reply = server.client.get(server.url("/metrics")).send().expect("an answer");
     let text = reply.text().expect("text");
@@ -80,13 +130,10 @@ fn metric(server: &Server, series: &str) -> f64 {
     line.map_or(0.0, |value| value.parse().expect("a number"))
 }
 
-#[test]
-fn nothing_is_lost_miscounted_or_leaked() {
-    let requests = std::env::var("SOAK_REQUESTS").ok().and_then(|text| text.parse().ok());
-    let requests: u64 = requests.unwrap_or(240);
-    let server = Server::ready(&["--max-queue", "8"]);
+/// Sends them all and returns what was seen, with the memory after a quarter and at the end.
+fn send(server: &Server, requests: u64) -> (Seen, f64, f64) {
     let (seen, next) = (Mutex::new(Seen::default()), AtomicU64::new(0));
-    let resident = || metric(&server, "sd_host_resident_bytes");
+    let resident = || metric(server, "sd_host_resident_bytes");
     let warm = Mutex::new(0.0);
     thread::scope(|scope| {
         for _ in 0..CLIENTS {
@@ -99,39 +146,58 @@ fn nothing_is_lost_miscounted_or_leaked() {
                     if k >= requests {
                         return;
                     }
-                    ask(&server, k, &seen);
+                    ask(server, k, &seen);
                 }
             });
         }
     });
     let began = Instant::now();
     let idle = ["sd_pictures_waiting", "sd_pictures_drawing", "sd_requests_in_service"];
-    while idle.iter().any(|gauge| metric(&server, gauge) > 0.0) {
+    while idle.iter().any(|gauge| metric(server, gauge) > 0.0) {
         assert!(began.elapsed() < Duration::from_secs(20), "something is still in service");
     }
-    let seen = *seen.lock().expect("unpoisoned");
-    let (warm, end) = (*warm.lock().expect("unpoisoned"), resident());
+    let (seen, warm) = (*seen.lock().expect("unpoisoned"), *warm.lock().expect("unpoisoned"));
+    (seen, warm, resident())
+}
+
+#[test]
+fn nothing_is_lost_miscounted_or_leaked() {
+    let requests = std::env::var("SOAK_REQUESTS").ok().and_then(|text| text.parse().ok());
+    let requests: u64 = requests.unwrap_or(240);
+    let server = Server::ready(&["--max-queue", "8"]);
+    let (seen, warm, end) = send(&server, requests);
     println!("{seen:?}\nresident: {:.1} MB warm, {:.1} MB at the end", warm / 1e6, end / 1e6);
-    let counted = |outcome: &str| {
-        metric(
-            &server,
-            &format!("sd_requests_total{{route=\"/invocations\",outcome=\"{outcome}\"}}"),
-        )
+    let counted = |route: &str, outcome: &str| {
+        let labels = format!("{{route=\"{route}\",outcome=\"{outcome}\"}}");
+        metric(&server, &format!("sd_requests_total{labels}")) as u64
     };
-    assert_eq!(counted("malformed"), seen.malformed as f64);
-    assert_eq!(counted("out_of_range"), seen.out_of_range as f64);
-    // Some of those who left were answered, or refused, before they did; and some left before
-    // anybody saw their request.
-    let (left, gone) = (seen.left as f64, counted("gone"));
-    let (drawn, refused) = (counted("ok"), counted("overloaded"));
-    let answered = seen.drawn as f64;
-    assert!((answered..=answered + left).contains(&drawn), "{drawn} {seen:?}");
-    let most = answered + seen.overloaded as f64 + left;
-    let total = drawn + refused + gone;
-    assert!((most - left / 10.0..=most).contains(&total), "{drawn} {refused} {gone} {seen:?}");
-    let pictures = metric(&server, "sd_pictures_total{outcome=\"drawn\"}");
-    assert!(pictures >= seen.pictures as f64, "{pictures} {seen:?}");
-    assert_eq!(metric(&server, "sd_pictures_total{outcome=\"failed\"}"), 0.0);
+    let invocations = |outcome: &str| counted("/invocations", outcome);
+    assert_eq!(invocations("malformed"), seen.malformed);
+    assert_eq!(invocations("out_of_range"), seen.out_of_range);
+    assert_eq!(counted("/v1/jobs", "ok"), seen.jobs);
+    assert_eq!(counted("/v1/jobs", "overloaded"), seen.jobs_refused);
+    // Some of those who left were answered, or refused, before they did; all are counted.
+    let ends = ["ok", "overloaded", "gone"].map(invocations);
+    println!("ok, overloaded, gone: {ends:?}");
+    let answered = seen.drawn + seen.overloaded;
+    assert_eq!(ends.iter().sum::<u64>(), answered + seen.left, "{ends:?} {seen:?}");
+    assert!(ends[0] >= seen.drawn && ends[1] >= seen.overloaded, "{ends:?} {seen:?}");
+    let all = answered + seen.left + seen.malformed + seen.out_of_range;
+    assert_eq!(all + seen.jobs + seen.jobs_refused, requests);
+    assert_eq!(metric(&server, "sd_request_seconds_count{route=\"/invocations\"}") as u64, all);
+
+    let pictures = |outcome: &str| {
+        metric(&server, &format!("sd_pictures_total{{outcome=\"{outcome}\"}}")) as u64
+    };
+    let drawn = pictures("drawn");
+    let most = seen.pictures + seen.left_pictures;
+    assert!((seen.pictures..=most).contains(&drawn), "{drawn} {seen:?}");
+    assert_eq!(pictures("failed"), 0);
+    assert!(pictures("cancelled") <= seen.left_pictures, "{seen:?}");
+    let stage =
+        |name: &str| metric(&server, &format!("sd_stage_seconds_count{{stage=\"{name}\"}}")) as u64;
+    assert!((drawn..=drawn + seen.left_pictures).contains(&stage("decode")), "{seen:?}");
+    assert_eq!(stage("text"), metric(&server, "sd_queue_seconds_count") as u64);
     if requests >= 2000 {
         assert!(end <= warm * 1.05, "memory grew from {warm} to {end}");
     }
