@@ -490,3 +490,24 @@ fn name(source: &Source) -> String {
             .map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prompt_is_encoded_once_and_not_kept_for_ever() {
+        let (source, device) = (Source::Demo, DeviceName::Cpu);
+        let options = LoadOptions { source, device, precision: Precision::F32, threads: None };
+        let pipeline = Pipeline::load(&options).expect("the demo model");
+        let context = |prompt: &str| pipeline.encode(prompt).expect("encoded").context.id();
+        let (empty, cat) = (context(""), context("a cat"));
+        for k in 0..KEPT_PROMPTS - 1 {
+            context(&format!("picture {k}"));
+            assert_eq!(context(""), empty, "what is used again stays");
+        }
+        assert_ne!(context("a cat"), cat, "what is not makes room");
+        let kept = pipeline.encoded.lock().expect("unpoisoned").len();
+        assert_eq!(kept, KEPT_PROMPTS);
+    }
+}

@@ -441,3 +441,6 @@ fn chain(error: &Error) -> impl fmt::Display {
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests;

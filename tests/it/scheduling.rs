@@ -1,5 +1,6 @@
-//! Scheduling without a model: fairness, no starvation, deadlines in paused time, and over random
-//! traces of arrivals that every picture ends exactly once.
+//! Scheduling without a model, through the engine and its thread: fairness, no starvation,
+//! deadlines, and over random traces that every picture ends exactly once whatever the threads'
+//! timing. Turn by turn, without threads: `src/engine/worker/tests.rs`.
 
 use std::time::Duration;
 
@@ -12,10 +13,10 @@ use crate::engine::ready;
 use crate::fake::{ENGINE, Fake, spec, wait_until};
 
 /// Marsaglia's xorshift: the same traces on every run.
-struct Dice(u64);
+pub(crate) struct Dice(pub(crate) u64);
 
 impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
+    pub(crate) fn roll(&mut self, sides: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;

@@ -1,0 +1,426 @@
+//! Scheduling as arithmetic: the worker's turns are taken by hand, on this thread, around a model
+//! that only keeps a diary. Where anybody waits the clock is paused; nothing here sleeps.
+
+use std::cell::RefCell;
+use std::pin::Pin;
+use std::rc::Rc;
+
+use futures_util::FutureExt as _;
+use sd_models::{Defaults, Memory, Rgb, Scheduler};
+use tokio::time::{Instant as Clock, advance};
+
+use super::*;
+use crate::engine::{Client, Device, Engine, Job, Settings, Ticket};
+
+/// What the model was asked for: the seeds tell the pictures apart.
+#[derive(Debug, Clone, PartialEq)]
+enum Did {
+    Begin(u64),
+    Step(Vec<Spec>),
+    Decode(u64),
+}
+
+struct Diarist {
+    info: ModelInfo,
+    diary: Rc<RefCell<Vec<Did>>>,
+    /// Rows for which there is memory.
+    capacity: usize,
+    /// How long the encoding of a text takes.
+    reading: Duration,
+}
+
+struct Sketch {
+    spec: Spec,
+    made: usize,
+}
+
+impl Trajectory for Sketch {
+    fn done(&self) -> bool {
+        self.made == self.spec.steps
+    }
+
+    fn progress(&self) -> (usize, usize) {
+        (self.made, self.spec.steps)
+    }
+
+    fn rows(&self) -> usize {
+        self.spec.rows()
+    }
+
+    fn size(&self) -> Size {
+        self.spec.size
+    }
+
+    fn warnings(&self) -> &[String] {
+        &[]
+    }
+}
+
+impl Model for Diarist {
+    type Trajectory = Sketch;
+
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn begin(&self, spec: &Spec) -> sd_models::Result<Sketch> {
+        let began = Instant::now();
+        while began.elapsed() < self.reading {}
+        self.diary.borrow_mut().push(Did::Begin(spec.seed));
+        Ok(Sketch { spec: spec.clone(), made: 0 })
+    }
+
+    fn step(&self, batch: &mut [&mut Sketch]) -> sd_models::Result<()> {
+        let rows: usize = batch.iter().map(|member| member.rows()).sum();
+        if rows > self.capacity || batch.iter().any(|member| member.spec.prompt == "too much") {
+            return Err(Error::OutOfMemory(format!("{rows} rows")));
+        }
+        let specs = batch.iter().map(|member| member.spec.clone()).collect();
+        self.diary.borrow_mut().push(Did::Step(specs));
+        batch.iter_mut().for_each(|member| member.made += 1);
+        Ok(())
+    }
+
+    fn decode(&self, sketch: &Sketch) -> sd_models::Result<Rgb> {
+        assert!(sketch.done());
+        self.diary.borrow_mut().push(Did::Decode(sketch.spec.seed));
+        Ok(Rgb { width: 1, height: 1, data: vec![0; 3] })
+    }
+}
+
+/// An engine whose thread is the test.
+struct Studio {
+    engine: Engine,
+    worker: Worker<Diarist>,
+    diary: Rc<RefCell<Vec<Did>>>,
+}
+
+impl Studio {
+    fn new(max_queue: usize, max_batch_rows: usize) -> Self {
+        let settings = Settings { max_queue, max_batch_rows, memory_budget_bytes: None };
+        let engine = Engine::new(&Device::default(), settings, Phase::Loading);
+        let diary = Rc::default();
+        let defaults = Defaults {
+            size: square(64),
+            steps: 4,
+            guidance_scale: 7.5,
+            scheduler: Scheduler::Euler,
+        };
+        let info = ModelInfo {
+            name: "diarist".into(),
+            device: "none".into(),
+            precision: "none".into(),
+            defaults,
+            multiple: 8,
+            memory: Memory { scale: 8, ..Memory::default() },
+        };
+        engine.shared.enter(Phase::Ready(Arc::new(info.clone())));
+        let (capacity, reading) = (usize::MAX, Duration::ZERO);
+        let model = Diarist { info, diary: Rc::clone(&diary), capacity, reading };
+        let worker = Worker::new(model, Hold(Arc::clone(&engine.shared)));
+        Self { engine, worker, diary }
+    }
+
+    /// One round of the loop, and what it did.
+    fn turn(&mut self) -> Vec<Did> {
+        self.worker.turn();
+        self.diary.take()
+    }
+
+    fn idle(&self) -> bool {
+        self.worker.slots.is_empty() && self.engine.shared.queue().is_empty()
+    }
+
+    fn submit(&self, client: u64, specs: Vec<Spec>) -> Ticket {
+        self.try_submit(client, specs, None).expect("room")
+    }
+
+    fn try_submit(
+        &self,
+        client: u64,
+        specs: Vec<Spec>,
+        deadline: Option<Clock>,
+    ) -> Result<Ticket, Failure> {
+        let client = Client::named(&client.to_string());
+        self.engine.submit(Job { client, deadline, ..Job::from(specs) })
+    }
+
+    /// Pictures that have ended so.
+    fn counted(&self, outcome: &str) -> usize {
+        let series = format!("sd_pictures_total{{outcome=\"{outcome}\"}} ");
+        let text = self.engine.metrics().to_string();
+        let value = text.lines().find_map(|line| line.strip_prefix(&series)?.parse().ok());
+        value.unwrap_or(0)
+    }
+}
+
+fn square(side: usize) -> Size {
+    Size::new(side, side).expect("a multiple of eight")
+}
+
+fn spec(seed: u64, steps: usize) -> Spec {
+    Spec {
+        prompt: "a cat".into(),
+        negative_prompt: String::new(),
+        size: square(64),
+        steps,
+        guidance_scale: 7.5,
+        seed,
+        scheduler: Scheduler::Euler,
+        start: None,
+    }
+}
+
+/// The seeds that shared the step of a turn.
+fn stepped(did: &[Did]) -> Vec<u64> {
+    let steps = did.iter().filter_map(|did| match did {
+        Did::Step(specs) => Some(specs.iter().map(|spec| spec.seed)),
+        _ => None,
+    });
+    steps.flatten().collect()
+}
+
+/// Marsaglia's xorshift: the same traces on every run.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % sides
+    }
+
+    fn spec(&mut self, seed: u64) -> Spec {
+        let side = [64, 64, 64, 128, 96][self.roll(5) as usize];
+        Spec {
+            size: square(side),
+            guidance_scale: [1.0, 7.5, 7.5][self.roll(3) as usize],
+            prompt: if self.roll(12) == 0 { "too much" } else { "a cat" }.into(),
+            ..spec(seed, 1 + self.roll(6) as usize)
+        }
+    }
+}
+
+/// A client that waits, looked at once a turn.
+type Waiting = Pin<Box<dyn Future<Output = Result<Vec<Drawn>, Failure>>>>;
+
+/// What became of the jobs of a trace, in pictures.
+#[derive(Debug, Default)]
+struct Ends {
+    asked: usize,
+    drawn: usize,
+    refused: usize,
+    late: usize,
+    failed: usize,
+    withdrawn: usize,
+}
+
+impl Ends {
+    fn note(&mut self, pictures: usize, end: &Result<Vec<Drawn>, Failure>) {
+        match end {
+            Ok(drawn) => {
+                assert_eq!(drawn.len(), pictures, "all of them");
+                self.drawn += pictures;
+            }
+            Err(Failure::Full { .. }) => self.refused += pictures,
+            Err(Failure::Deadline) => self.late += pictures,
+            Err(Failure::OutOfMemory) => self.failed += pictures,
+            Err(other) => panic!("{other}"),
+        }
+    }
+}
+
+const MAX_QUEUE: usize = 12;
+const MAX_ROWS: usize = 8;
+
+/// What must hold of every turn, whatever came before.
+fn check_turn(studio: &Studio, did: &[Did]) {
+    let waiting = studio.engine.shared.queue().len();
+    assert!(waiting <= MAX_QUEUE, "{waiting} wait");
+    let rows: usize = studio.worker.slots.iter().map(rows).sum();
+    assert!(rows <= MAX_BUCKETS * MAX_ROWS, "{rows} rows in the making");
+    let count = |which: fn(&Did) -> bool| did.iter().filter(|did| which(did)).count();
+    assert!(count(|did| matches!(did, Did::Step(_))) <= 1, "one step a turn: {did:?}");
+    assert!(count(|did| matches!(did, Did::Decode(_))) <= 1, "one picture a turn: {did:?}");
+    for did in did {
+        let Did::Step(specs) = did else { continue };
+        let rows: usize = specs.iter().map(Spec::rows).sum();
+        assert!(rows <= MAX_ROWS && specs.iter().all(|spec| spec.size == specs[0].size), "{did:?}");
+    }
+}
+
+/// Random jobs by random clients, who stay, leave or are late; then turns until nothing is left.
+async fn trace(dice: &mut Dice, capacity: usize) -> Ends {
+    let mut studio = Studio::new(MAX_QUEUE, MAX_ROWS);
+    studio.worker.model.capacity = capacity;
+    let mut ends = Ends::default();
+    let mut clients: Vec<(usize, Waiting)> = Vec::new();
+    let mut turns_left = 1000;
+    for turn in 0.. {
+        for k in 0..if turn < 150 { dice.roll(3) } else { 0 } {
+            let specs = vec![dice.spec(10 * turn + k); 1 + dice.roll(3) as usize];
+            let pictures = specs.len();
+            let soon = Clock::now() + Duration::from_millis(10 * dice.roll(20));
+            let deadline = (dice.roll(6) == 0).then_some(soon);
+            ends.asked += pictures;
+            match studio.try_submit(dice.roll(4), specs, deadline) {
+                Ok(ticket) => clients.push((pictures, Box::pin(ticket.wait()))),
+                Err(failure) => ends.note(pictures, &Err(failure)),
+            }
+        }
+        let did = studio.turn();
+        check_turn(&studio, &did);
+        advance(Duration::from_millis(10)).await;
+        clients.retain_mut(|(pictures, client)| match client.now_or_never() {
+            Some(end) => {
+                ends.note(*pictures, &end);
+                false
+            }
+            None if dice.roll(40) == 0 => {
+                ends.withdrawn += *pictures;
+                false
+            }
+            None => true,
+        });
+        if turn >= 150 && studio.idle() {
+            break;
+        }
+        turns_left -= usize::from(turn >= 150);
+        assert!(turns_left > 0, "somebody starves: {:?}", studio.engine.shared.queue().len());
+    }
+    assert!(clients.is_empty(), "{} clients have no answer", clients.len());
+    let counted = ["drawn", "failed", "cancelled", "refused"].map(|end| studio.counted(end));
+    assert_eq!(counted.iter().sum::<usize>(), ends.asked, "{counted:?} {ends:?}");
+    // Of a job that fails or leaves some pictures may have been drawn.
+    assert!(counted[0] >= ends.drawn && counted[3] == ends.refused, "{counted:?} {ends:?}");
+    assert!(studio.engine.idle().now_or_never().is_some(), "nothing is left to do");
+    ends
+}
+
+#[tokio::test(start_paused = true)]
+async fn every_picture_of_a_random_trace_ends_exactly_once() {
+    let mut all = [0; 5];
+    for seed in 1..=150_u64 {
+        let mut dice = Dice(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
+        let ends = trace(&mut dice, [usize::MAX, 3, 5][seed as usize % 3]).await;
+        let of_one = [ends.drawn, ends.refused, ends.late, ends.failed, ends.withdrawn];
+        assert_eq!(of_one.iter().sum::<usize>(), ends.asked, "seed {seed}: {ends:?}");
+        all.iter_mut().zip(of_one).for_each(|(all, one)| *all += one);
+    }
+    assert!(all.iter().all(|pictures| *pictures > 500), "every end is seen: {all:?}");
+}
+
+#[tokio::test]
+async fn clients_who_always_wait_get_the_same_work() {
+    let mut studio = Studio::new(300, 8);
+    // One asks for much at once, one for large pictures, one for a picture at a time.
+    let large = |seed| Spec { size: square(128), ..spec(seed, 4) };
+    let mut held = vec![studio.submit(0, (0..200).map(|_| spec(0, 4)).collect())];
+    held.push(studio.submit(1, (0..50).map(|_| large(1)).collect()));
+    let mut work = [0_usize; 3];
+    let mut modest = studio.submit(2, vec![spec(2, 4)]);
+    for _ in 0..200 {
+        for did in studio.turn() {
+            let Did::Step(specs) = did else { continue };
+            for spec in specs {
+                work[spec.seed as usize] += spec.size.pixels() * spec.rows();
+            }
+        }
+        if modest.progress().borrow().made == 4 {
+            modest = studio.submit(2, vec![spec(2, 4)]);
+        }
+    }
+    // The third has at most one picture under way, which is all that it asks for.
+    assert!(work[2] > 0 && work[0].max(work[1]) < 2 * work[0].min(work[1]), "{work:?}");
+}
+
+#[tokio::test]
+async fn neither_large_nor_small_pictures_starve() {
+    for (common, rare) in [(64, 256), (256, 64)] {
+        let mut studio = Studio::new(8, 4);
+        let sized = |seed, side| Spec { size: square(side), ..spec(seed, 4) };
+        let mut held = vec![studio.submit(0, vec![sized(0, common), sized(0, common)])];
+        let one = studio.submit(1, vec![sized(1, rare)]);
+        let mut turns = 0;
+        while one.progress().borrow().made < 4 {
+            while let Ok(ticket) = studio.try_submit(0, vec![sized(0, common)], None) {
+                held.push(ticket);
+            }
+            studio.turn();
+            turns += 1;
+            // A step of two small rows costs a thirty-second of one of four large rows.
+            assert!(turns <= 4 * 33, "{rare} waits for {common}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn rows_are_freed_and_taken_at_the_boundary() {
+    let mut studio = Studio::new(8, 4);
+    let leaver = studio.submit(0, vec![spec(1, 100)]);
+    let neighbour = studio.submit(0, vec![spec(2, 3)]);
+    let next = studio.submit(0, vec![spec(3, 1)]);
+    assert_eq!(stepped(&studio.turn()), [1, 2], "four rows are two pictures with guidance");
+    drop(leaver);
+    assert_eq!(stepped(&studio.turn()), [2, 3], "the next evaluation has another in its place");
+    assert_eq!((studio.counted("cancelled"), stepped(&studio.turn())), (1, vec![2]));
+    studio.turn();
+    assert!(studio.idle());
+    assert_eq!(neighbour.wait().await.map(|drawn| drawn.len()), Ok(1));
+    assert_eq!(next.wait().await.map(|drawn| drawn.len()), Ok(1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn deadlines_hold_to_the_moment_for_those_who_draw_and_those_who_wait() {
+    let mut studio = Studio::new(8, 2);
+    let began = Clock::now();
+    let at = |seconds| Some(began + Duration::from_secs(seconds));
+    let drawing = studio.try_submit(0, vec![spec(1, 100)], at(58)).expect("room");
+    let waiting = studio.try_submit(0, vec![spec(2, 1)], at(30)).expect("room");
+    let patient = studio.submit(0, vec![spec(3, 1)]);
+    assert_eq!(stepped(&studio.turn()), [1]);
+    assert_eq!(waiting.wait().await.err(), Some(Failure::Deadline));
+    assert_eq!(began.elapsed(), Duration::from_secs(30));
+    assert_eq!(stepped(&studio.turn()), [1]);
+    assert_eq!(drawing.wait().await.err(), Some(Failure::Deadline));
+    assert_eq!(began.elapsed(), Duration::from_secs(58));
+    assert_eq!(stepped(&studio.turn()), [3], "the late ones are gone");
+    assert_eq!(patient.wait().await.map(|drawn| drawn.len()), Ok(1));
+    assert_eq!((studio.counted("cancelled"), studio.counted("drawn")), (2, 1));
+}
+
+#[tokio::test]
+async fn pictures_are_decoded_one_at_a_time_between_steps() {
+    let mut studio = Studio::new(8, 12);
+    let _held = studio.submit(0, [1, 1, 1, 1, 5].map(|steps| spec(steps, steps as usize)).into());
+    for turn in 0..4 {
+        let did = studio.turn();
+        let work: Vec<_> = did.iter().filter(|did| !matches!(did, Did::Begin(_))).collect();
+        assert!(matches!(work[..], [Did::Step(_), Did::Decode(1)]), "turn {turn}: {did:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_crowd_of_texts_does_not_hold_up_the_steps() {
+    let mut studio = Studio::new(64, 64);
+    studio.worker.model.reading = Duration::from_millis(2);
+    let begun = |did: &[Did]| did.iter().filter(|did| matches!(did, Did::Begin(_))).count();
+    let _first = studio.submit(0, vec![spec(0, 50); 4]);
+    assert_eq!(begun(&studio.turn()), 4, "nobody is held up: the batch is filled");
+    let _crowd = studio.submit(0, vec![spec(1, 50); 20]);
+    // A step of this model takes less time than the text of one picture.
+    for _ in 0..20 {
+        assert_eq!(begun(&studio.turn()), 1);
+    }
+    assert_eq!(stepped(&studio.turn()).len(), 24);
+}
+
+#[tokio::test]
+async fn nobody_waits_for_company() {
+    let mut studio = Studio::new(8, 8);
+    let _one = studio.submit(0, vec![spec(1, 4)]);
+    assert_eq!(stepped(&studio.turn()), [1]);
+    let _two = studio.submit(0, vec![Spec { guidance_scale: 1.0, ..spec(2, 9) }]);
+    assert_eq!(stepped(&studio.turn()), [1, 2], "another step count, guidance and start");
+}
