@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Batching on against batching off: two servers on the built-in model, one that lets eight rows share
+# a step and one that lets two (a single picture with guidance), under the same load in turn. First
+# what both can bear (8 clients that wait for their answers), then Poisson arrivals at 0.5, 1 and 2
+# times what the first can bear. Takes 8 to 11 minutes; --quick takes one and only shows that it works.
+#
+#     cargo build --release && benches/batching.sh [--quick] [PATH_OF_SD_SERVER]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+closed_s=25 open_s=50 steps=20
+if [ "${1:-}" = --quick ]; then
+    closed_s=4 open_s=4 steps=4
+    shift
+fi
+server=${1:-target/release/sd-server}
+[ -x "$server" ] || { echo "$server is not there: cargo build --release" >&2; exit 64; }
+scratch=$(mktemp -d)
+processes=()
+trap 'kill "${processes[@]}" 2>/dev/null || true; wait; rm -rf "$scratch"' EXIT
+
+# Starts a server with so many rows a step and prints its address when it is ready.
+start() {
+    "$server" --model demo --device cpu --host 127.0.0.1 --port 0 --log warn --max-batch-rows "$1" \
+        >"$scratch/$1" &
+    processes+=($!)
+    for _ in $(seq 600); do
+        url=$(sed -n 's/^listening on //p' "$scratch/$1")
+        [ -n "$url" ] && "$server" healthcheck --port "${url##*:}" 2>/dev/null && return
+        sleep 0.1
+    done
+    echo "the server with $1 rows is not ready after a minute" >&2
+    exit 1
+}
+
+# Puts load on a server and leaves what became of it in $report.
+load() {
+    report=$scratch/report
+    "$server" bench "$1" --json --body "{\"prompt\":\"a red house by the sea\",\"steps\":$steps}" \
+        "${@:2}" >"$report"
+}
+
+# A number of the report by its name; nan where it has none.
+number() {
+    sed -n "s/.*\"$1\": \([0-9.]*\).*/\1/p" "$report" | head -1 | grep . || echo nan
+}
+
+row() {
+    printf '| %s | %s | %.2f | %.0f | %.0f | %.2f | %.2f | %.2f |\n' "$1" "$2" \
+        "$(number pictures_per_second)" "$(number 200)" "$(number 429)" "$(number p50)" \
+        "$(number p99)" "$(number rows_per_step)"
+}
+
+start 8; on=$url
+start 2; off=$url
+load "$on" --clients 2 --duration-s 2 # The first pictures of a process are slower.
+load "$off" --clients 2 --duration-s 2
+
+echo "| load | batching | pictures/s | answered | refused | p50, s | p99, s | rows a step |"
+echo "|---|---|---|---|---|---|---|---|"
+load "$on" --clients 8 --duration-s "$closed_s"
+row "8 clients" on
+capacity=$(number pictures_per_second)
+load "$off" --clients 8 --duration-s "$closed_s"
+row "8 clients" off
+for times in 0.5 1 2; do
+    rate=$(awk "BEGIN { printf \"%.3f\", $times * $capacity }")
+    load "$on" --rate "$rate" --duration-s "$open_s"
+    row "$times x ($rate/s)" on
+    load "$off" --rate "$rate" --duration-s "$open_s"
+    row "$times x ($rate/s)" off
+done
