@@ -53,6 +53,13 @@ pub enum Action {
     Package(Box<Package>),
     /// Put load on a running server.
     Bench(Box<Plan>),
+    /// Compare a device with the CPU, and time it.
+    Verify {
+        /// The model and the device.
+        model: Box<Model>,
+        /// Whether to print JSON.
+        json: bool,
+    },
     /// Ask a running server whether it is ready.
     Healthcheck {
         /// Host and port.
@@ -143,6 +150,9 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
             Action::Download(Box::new(Download { hub: hub()?, id, revision, half }))
         }
         Command::Package(args) => Action::Package(Box::new(args.resolve()?)),
+        Command::Bench(args) if args.verify => {
+            Action::Verify { model: Box::new(args.model.resolve()?), json: args.json }
+        }
         Command::Bench(args) => Action::Bench(Box::new(args.resolve()?)),
         Command::Healthcheck(args) => {
             Action::Healthcheck { address: format!("{}:{}", args.host, port(args.port)?) }
@@ -271,7 +281,7 @@ impl PackageArgs {
 
 impl BenchArgs {
     fn resolve(self) -> Result<Plan, clap::Error> {
-        let url = self.url.trim_end_matches('/').to_owned();
+        let url = self.url.unwrap_or_default().trim_end_matches('/').to_owned();
         if !["http://", "https://"].iter().any(|scheme| url.starts_with(scheme)) {
             return Err(usage(format!("{url}: the URL must start with http:// or https://")));
         }

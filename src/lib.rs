@@ -18,6 +18,7 @@ mod healthcheck;
 mod hub;
 mod memory;
 mod package;
+mod verify;
 
 use std::io::{self, Write as _};
 use std::path::Path;
@@ -55,6 +56,7 @@ pub fn run(config: Config) -> Result<()> {
             Ok(writeln!(std::io::stdout(), "{}", path.display())?)
         }
         Action::Bench(plan) => block_on(bench::run(*plan)),
+        Action::Verify { model, json } => verify::run(*model, json),
         Action::Healthcheck { address } => healthcheck::run(&address),
     }
 }

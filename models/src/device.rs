@@ -6,6 +6,7 @@ use std::str::FromStr;
 use candle_core::{DType, Device};
 
 use crate::error::{Error, Result};
+use crate::ops::open_cuda;
 
 /// A device as the user names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,14 +25,14 @@ impl DeviceName {
         match self {
             Self::Cpu => Ok(Device::Cpu),
             Self::Auto if candle_core::utils::cuda_is_available() => {
-                Ok(Device::new_cuda(0).unwrap_or(Device::Cpu))
+                Ok(open_cuda(0).unwrap_or(Device::Cpu))
             }
             Self::Auto => Ok(Device::Cpu),
             Self::Cuda(_) if !candle_core::utils::cuda_is_available() => Err(Error::Spec {
                 field: "device",
                 reason: "this build has no CUDA; choose cpu, or build with --features cuda".into(),
             }),
-            Self::Cuda(number) => Ok(Device::new_cuda(number)?),
+            Self::Cuda(number) => Ok(open_cuda(number)?),
         }
     }
 }
@@ -116,6 +117,17 @@ impl fmt::Display for Precision {
             Self::F32 => "f32",
         })
     }
+}
+
+/// What kernels of one kind were asked to do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Launches.
+    pub launches: u64,
+    /// Multiplications and additions in products.
+    pub flops: u64,
+    /// The least that must pass between memory and processors: every operand and result once.
+    pub bytes: u64,
 }
 
 #[cfg(test)]

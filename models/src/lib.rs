@@ -26,7 +26,7 @@ pub mod unet;
 pub mod vae;
 pub mod weights;
 
-pub use device::{DeviceName, Precision};
+pub use device::{DeviceName, Precision, Work};
 pub use error::{Error, Result};
 pub use ops::{keep_freed_memory, return_freed_memory};
 pub use pipeline::{Defaults, LoadOptions, Memory, ModelInfo, Pipeline, Trajectory};

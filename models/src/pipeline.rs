@@ -11,10 +11,10 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::config::{self, ClipTextConfig, UNetConfig, VaeConfig};
 use crate::denoiser::guide;
-use crate::device::{DeviceName, Precision};
+use crate::device::{DeviceName, Precision, Work};
 use crate::error::{Error, Result};
 use crate::noise::Noise;
-use crate::ops::keep_freed_memory;
+use crate::ops::{device_name, device_work, free_device_bytes, keep_freed_memory};
 use crate::preview::Preview;
 use crate::sampler::Sampler;
 use crate::schedule::SchedulerConfig;
@@ -24,7 +24,7 @@ use crate::text_encoder::ClipTextModel;
 use crate::tokenizer::ClipTokenizer;
 use crate::unet::UNet2DConditionModel;
 use crate::vae::{Decoder, Encoder};
-use crate::weights::{Source, Weights};
+use crate::weights::{Source, Weights, activation_dtype};
 
 /// What to load, and onto what.
 #[derive(Debug, Clone)]
@@ -87,16 +87,17 @@ impl Memory {
     /// The skips of all levels, and at the first the widest moment of a transformer block: the
     /// feed forward's 8 C and 4 C beside input, residual and norm. The decoder is widest where
     /// its last level begins: the input of two levels' width, normed, beside two outputs.
-    fn of(unet: &UNetConfig, vae: &VaeConfig, device: &Device) -> Self {
-        let bytes = if device.is_cpu() { 4 } else { 2 };
+    fn of(unet: &UNetConfig, vae: &VaeConfig, device: &Device, dtype: DType) -> Self {
+        let bytes = activation_dtype(device, dtype).size_in_bytes();
         let layers = unet.layers_per_block + 1;
         let levels = unet.block_out_channels.iter().enumerate();
         let skips: usize = levels.map(|(level, c)| (layers * c) >> (2 * level)).sum();
         let first = unet.block_out_channels[0];
         let wide = vae.block_out_channels.get(1).unwrap_or(&vae.block_out_channels[0]);
         let decode = 2 * wide + 3 * vae.block_out_channels[0];
-        // Our kernels never store scores; candle's composition does, in f32 and in its own type.
-        let scores = if device.is_cpu() { 0 } else { unet.heads[0] * 8 };
+        // Our kernels never store scores; candle's composition does, twice: on GPUs in f32.
+        let stored = !device.is_cpu() && dtype == DType::F32;
+        let scores = if stored { unet.heads[0] * 8 } else { 0 };
         Self {
             row_bytes: ((skips + 16 * first) * bytes) as u64,
             score_bytes: scores as u64,
@@ -257,7 +258,7 @@ impl Pipeline {
         let vae = VaeConfig::read(source)?;
         let encoder = Encoder::load(vae.clone(), &weights, &device, dtype)?;
         let decoder = Decoder::load(vae, &weights, &device, dtype)?;
-        let memory = Memory::of(unet.config(), decoder.config(), &device);
+        let memory = Memory::of(unet.config(), decoder.config(), &device, dtype);
         agree(&text_encoder, &unet, &decoder)?;
         let scheduler = source.require("scheduler/scheduler_config.json")?;
         let mut scheduler = SchedulerConfig::from_json(&String::from_utf8_lossy(&scheduler))?;
@@ -303,6 +304,26 @@ impl Pipeline {
     /// What is known of the model.
     pub fn info(&self) -> &ModelInfo {
         &self.info
+    }
+
+    /// Bytes that are free on the GPU; `None` on the CPU, whose memory is the system's.
+    pub fn free_device_bytes(&self) -> Option<u64> {
+        free_device_bytes(&self.device)
+    }
+
+    /// The GPU's own name; `None` on the CPU.
+    pub fn device_name(&self) -> Option<String> {
+        device_name(&self.device)
+    }
+
+    /// Waits until the device has done all that it was asked to.
+    pub fn synchronize(&self) -> Result<()> {
+        Ok(self.device.synchronize()?)
+    }
+
+    /// What our kernels on GPUs were asked to do since the program began, by their kind.
+    pub fn work() -> Vec<(&'static str, Work)> {
+        device_work()
     }
 
     /// Whether the model can draw this.

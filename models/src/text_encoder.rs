@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::config::ClipTextConfig;
 use crate::error::Result;
-use crate::ops::{Activation, Attention, LayerNorm, Linear, activate, self_attention};
+use crate::ops::{Activation, Attention, LayerNorm, Linear, self_attention};
 use crate::weights::{Params, Weights};
 
 /// The text encoder.
@@ -106,7 +106,7 @@ impl Layer {
         let n = self.layer_norm1.forward(x)?;
         let y = self_attention(&self.qkv_proj.forward(&n)?, Attention { heads, causal: true })?;
         let x = self.out_proj.forward_add(&y, x)?;
-        let n = self.fc1.forward(&self.layer_norm2.forward(&x)?)?;
-        Ok(self.fc2.forward_add(&activate(&n, activation)?, &x)?)
+        let n = self.fc1.forward_activate(&self.layer_norm2.forward(&x)?, activation)?;
+        Ok(self.fc2.forward_add(&n, &x)?)
     }
 }

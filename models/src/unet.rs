@@ -4,13 +4,15 @@
 //! `transformers/transformer_2d.py` and `attention.py`, of which it computes what
 //! [`UNetConfig`] can say. Activations are channels-last; every row has a timestep of its own.
 
+use std::cell::RefCell;
+
 use candle_core::{DType, Device, Tensor};
 
 use crate::config::UNetConfig;
 use crate::error::Result;
 use crate::ops::{
-    Activation, Attention, Conv2d, Geometry, GroupNorm, LayerNorm, Linear, activate, attention,
-    geglu, self_attention,
+    Activation, Attention, Conv2d, Geglu, Geometry, GroupNorm, Joined, LayerNorm, Linear,
+    attention, self_attention,
 };
 use crate::weights::{Params, Weights, activation_dtype};
 
@@ -23,6 +25,10 @@ pub struct UNet2DConditionModel {
     device: Device,
     dtype: DType,
     time: [Linear; 2],
+    /// What every residual block makes of the time, side by side.
+    time_proj: Linear,
+    /// Keys and values of every cross attention, side by side.
+    to_kv: Linear,
     conv_in: Conv2d,
     down: Vec<DownBlock>,
     mid: (Resnet, Transformer, Resnet),
@@ -53,22 +59,31 @@ impl UNet2DConditionModel {
         let channels = &config.block_out_channels;
         let (first, last) = (channels[0], channels[channels.len() - 1]);
         let temb = 4 * first;
-        let shape = Shape { config: &config, temb };
+        let shape = Shape {
+            config: &config,
+            times: Stack::new(temb),
+            contexts: Stack::new(config.cross_attention_dim),
+        };
         let time = p.pp("time_embedding");
         let middle = p.pp("mid_block");
+        let down = shape.down_blocks(&p.pp("down_blocks"))?;
+        let mid = (
+            shape.resnet(&middle.pp("resnets").pp(0), last, last)?,
+            shape.transformer(&middle.pp("attentions").pp(0), channels.len() - 1)?,
+            shape.resnet(&middle.pp("resnets").pp(1), last, last)?,
+        );
+        let up = shape.up_blocks(&p.pp("up_blocks"))?;
         let model = Self {
+            time_proj: shape.times.build(device, dtype)?,
+            to_kv: shape.contexts.build(device, dtype)?,
             time: [
                 time.pp("linear_1").linear(first, temb)?,
                 time.pp("linear_2").linear(temb, temb)?,
             ],
             conv_in: p.pp("conv_in").conv(config.in_channels, first, Geometry::SAME)?,
-            down: shape.down_blocks(&p.pp("down_blocks"))?,
-            mid: (
-                shape.resnet(&middle.pp("resnets").pp(0), last, last)?,
-                shape.transformer(&middle.pp("attentions").pp(0), channels.len() - 1)?,
-                shape.resnet(&middle.pp("resnets").pp(1), last, last)?,
-            ),
-            up: shape.up_blocks(&p.pp("up_blocks"))?,
+            down,
+            mid,
+            up,
             norm_out: p.pp("conv_norm_out").group_norm(
                 first,
                 config.norm_num_groups,
@@ -92,8 +107,9 @@ impl UNet2DConditionModel {
     /// the prediction (B, C, H, W) f32.
     pub fn forward(&self, latents: &Tensor, timesteps: &[f64], context: &Tensor) -> Result<Tensor> {
         let context = context.to_dtype(self.dtype)?.contiguous()?;
-        // 1. Time
-        let temb = self.time_embedding(timesteps)?; // (B, 4 * first)
+        // 1. Time and prompt, for every block at once
+        let times = self.time_proj.forward(&self.time_embedding(timesteps)?)?;
+        let kv = self.to_kv.forward(&context)?;
         // 2. In
         let x = latents.permute((0, 2, 3, 1))?.contiguous()?.to_dtype(self.dtype)?;
         let mut x = self.conv_in.forward(&x)?; // (B, H, W, first)
@@ -101,9 +117,9 @@ impl UNet2DConditionModel {
         let mut skips = vec![x.clone()];
         for block in &self.down {
             for (resnet, transformer) in &block.layers {
-                x = resnet.forward(&x, &temb)?;
+                x = resnet.forward(&Joined::one(&x), &times)?;
                 if let Some(transformer) = transformer {
-                    x = transformer.forward(&x, &context)?;
+                    x = transformer.forward(&x, &kv)?;
                 }
                 skips.push(x.clone());
             }
@@ -113,17 +129,17 @@ impl UNet2DConditionModel {
             }
         }
         // 4. Middle
-        x = self.mid.0.forward(&x, &temb)?;
-        x = self.mid.1.forward(&x, &context)?;
-        x = self.mid.2.forward(&x, &temb)?;
+        x = self.mid.0.forward(&Joined::one(&x), &times)?;
+        x = self.mid.1.forward(&x, &kv)?;
+        x = self.mid.2.forward(&Joined::one(&x), &times)?;
         // 5. Up
         for block in &self.up {
             for (resnet, transformer) in &block.layers {
                 // There is a skip for every layer: load() built both ends from one config.
                 let skip = skips.pop().ok_or_else(|| candle_core::Error::msg("no skip left"))?;
-                x = resnet.forward(&Tensor::cat(&[&x, &skip], 3)?, &temb)?;
+                x = resnet.forward(&Joined::new(&x, &skip)?, &times)?;
                 if let Some(transformer) = transformer {
-                    x = transformer.forward(&x, &context)?;
+                    x = transformer.forward(&x, &kv)?;
                 }
             }
             if let (Some(upsample), Some(next)) = (&block.upsample, skips.last()) {
@@ -154,17 +170,61 @@ impl UNet2DConditionModel {
             }
         }
         let x = Tensor::from_vec(values, (timesteps.len(), width), &self.device)?;
-        let x = self.time[0].forward(&x.to_dtype(self.dtype)?)?;
-        let x = self.time[1].forward(&activate(&x, Activation::Silu)?)?;
-        Ok(activate(&x, Activation::Silu)?)
+        let x = self.time[0].forward_activate(&x.to_dtype(self.dtype)?, Activation::Silu)?;
+        Ok(self.time[1].forward_activate(&x, Activation::Silu)?)
     }
 }
 
 /// What the blocks are built from.
 struct Shape<'a> {
     config: &'a UNetConfig,
-    /// Width of the time embedding.
-    temb: usize,
+    times: Stack,
+    contexts: Stack,
+}
+
+/// Linear layers of many blocks over one input, gathered while the blocks are built: one product
+/// computes them all.
+pub(crate) struct Stack {
+    inputs: usize,
+    /// Weights (out, in) and biases (out).
+    layers: RefCell<Vec<(Tensor, Option<Tensor>)>>,
+}
+
+/// The columns of a [`Stack`]'s product that are one layer's.
+#[derive(Clone, Copy)]
+struct Columns {
+    first: usize,
+    count: usize,
+}
+
+impl Stack {
+    fn new(inputs: usize) -> Self {
+        Self { inputs, layers: RefCell::default() }
+    }
+
+    fn add(&self, p: &Params<'_>, outputs: usize, bias: bool) -> Result<Columns> {
+        let weight = p.tensor("weight", &[outputs, self.inputs])?;
+        let bias = bias.then(|| p.tensor("bias", &[outputs])).transpose()?;
+        let mut layers = self.layers.borrow_mut();
+        let before =
+            layers.iter().map(|(weight, _)| weight.dim(0)).sum::<candle_core::Result<_>>()?;
+        layers.push((weight, bias));
+        Ok(Columns { first: before, count: outputs })
+    }
+
+    fn build(self, device: &Device, dtype: DType) -> Result<Linear> {
+        let (weights, biases): (Vec<_>, Vec<_>) = self.layers.into_inner().into_iter().unzip();
+        let biases: Option<Vec<_>> = biases.into_iter().collect();
+        let bias = biases.map(|biases| Tensor::cat(&biases, 0)).transpose()?;
+        Ok(Linear::new(&Tensor::cat(&weights, 0)?, bias.as_ref(), device, dtype)?)
+    }
+}
+
+impl Columns {
+    /// (.., all) -> (.., own)
+    fn of(self, product: &Tensor) -> candle_core::Result<Tensor> {
+        product.narrow(candle_core::D::Minus1, self.first, self.count)
+    }
 }
 
 impl Shape<'_> {
@@ -221,7 +281,7 @@ impl Shape<'_> {
 
     fn resnet(&self, p: &Params<'_>, inputs: usize, outputs: usize) -> Result<Resnet> {
         let norm = Norm { groups: self.config.norm_num_groups, eps: self.config.norm_eps };
-        Resnet::load(p, inputs, outputs, Some(self.temb), norm)
+        Resnet::load(p, inputs, outputs, Some(&self.times), norm)
     }
 
     fn maybe_transformer(
@@ -248,14 +308,9 @@ impl Shape<'_> {
             norm1: block.pp("norm1").layer_norm(channels, 1e-5)?,
             attn1: SelfAttention::load(&block.pp("attn1"), channels, heads)?,
             norm2: block.pp("norm2").layer_norm(channels, 1e-5)?,
-            attn2: CrossAttention::load(
-                &block.pp("attn2"),
-                channels,
-                config.cross_attention_dim,
-                heads,
-            )?,
+            attn2: CrossAttention::load(&block.pp("attn2"), channels, &self.contexts, heads)?,
             norm3: block.pp("norm3").layer_norm(channels, 1e-5)?,
-            ff_in: feed_forward.pp(0).pp("proj").linear(channels, 8 * channels)?,
+            ff_in: feed_forward.pp(0).pp("proj").geglu(channels, 4 * channels)?,
             ff_out: feed_forward.pp(2).linear(4 * channels, channels)?,
             proj_out: p.pp("proj_out").linear_or_conv(channels, channels, conv)?,
         })
@@ -274,7 +329,7 @@ pub(crate) struct Norm {
 pub(crate) struct Resnet {
     norm1: GroupNorm,
     conv1: Conv2d,
-    time_emb_proj: Option<Linear>,
+    time: Option<Columns>,
     norm2: GroupNorm,
     conv2: Conv2d,
     conv_shortcut: Option<Conv2d>,
@@ -285,15 +340,15 @@ impl Resnet {
         p: &Params<'_>,
         inputs: usize,
         outputs: usize,
-        temb: Option<usize>,
+        times: Option<&Stack>,
         norm: Norm,
     ) -> Result<Self> {
         let shortcut = p.pp("conv_shortcut");
         Ok(Self {
             norm1: p.pp("norm1").group_norm(inputs, norm.groups, norm.eps)?,
             conv1: p.pp("conv1").conv(inputs, outputs, Geometry::SAME)?,
-            time_emb_proj: temb
-                .map(|width| p.pp("time_emb_proj").linear(width, outputs))
+            time: times
+                .map(|times| times.add(&p.pp("time_emb_proj"), outputs, true))
                 .transpose()?,
             norm2: p.pp("norm2").group_norm(outputs, norm.groups, norm.eps)?,
             conv2: p.pp("conv2").conv(outputs, outputs, Geometry::SAME)?,
@@ -303,10 +358,11 @@ impl Resnet {
         })
     }
 
-    fn forward(&self, x: &Tensor, temb: &Tensor) -> Result<Tensor> {
-        let y = self.norm1.forward_silu(x)?;
-        let y = match &self.time_emb_proj {
-            Some(time) => self.conv1.forward_shift(&y, &time.forward(temb)?)?,
+    /// x (B, H, W, in) and what all blocks make of the time -> (B, H, W, out)
+    fn forward(&self, x: &Joined, times: &Tensor) -> Result<Tensor> {
+        let y = self.norm1.forward_silu_joined(x)?;
+        let y = match self.time {
+            Some(time) => self.conv1.forward_shift(&y, &time.of(times)?)?,
             None => self.conv1.forward(&y)?,
         };
         self.second_half(x, &y)
@@ -315,14 +371,14 @@ impl Resnet {
     /// The block of a VAE: (B, H, W, in) -> (B, H, W, out)
     pub(crate) fn forward_timeless(&self, x: &Tensor) -> Result<Tensor> {
         let y = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
-        self.second_half(x, &y)
+        self.second_half(&Joined::one(x), &y)
     }
 
-    fn second_half(&self, x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    fn second_half(&self, x: &Joined, y: &Tensor) -> Result<Tensor> {
         let y = self.norm2.forward_silu(y)?;
         Ok(match &self.conv_shortcut {
-            Some(shortcut) => self.conv2.forward_add(&y, &shortcut.forward(x)?)?,
-            None => self.conv2.forward_add(&y, x)?,
+            Some(shortcut) => self.conv2.forward_add(&y, &shortcut.forward_joined(x)?)?,
+            None => self.conv2.forward_add(&y, x.whole()?)?,
         })
     }
 }
@@ -336,23 +392,23 @@ struct Transformer {
     norm2: LayerNorm,
     attn2: CrossAttention,
     norm3: LayerNorm,
-    ff_in: Linear,
+    ff_in: Geglu,
     ff_out: Linear,
     proj_out: Linear,
 }
 
 impl Transformer {
-    /// (B, H, W, C) and context (B, L, D) -> (B, H, W, C)
-    fn forward(&self, x: &Tensor, context: &Tensor) -> Result<Tensor> {
+    /// (B, H, W, C), and keys and values of all blocks for the prompt -> (B, H, W, C)
+    fn forward(&self, x: &Tensor, kv: &Tensor) -> Result<Tensor> {
         let (batch, h, w, channels) = x.dims4()?;
         let tokens = (batch, h * w, channels);
         let mut y = self.proj_in.forward(&self.norm.forward(x)?.reshape(tokens)?)?;
         // 1. Self attention
         y = self.attn1.forward_add(&self.norm1.forward(&y)?, &y)?;
         // 2. Cross attention
-        y = self.attn2.forward_add(&self.norm2.forward(&y)?, context, &y)?;
+        y = self.attn2.forward_add(&self.norm2.forward(&y)?, kv, &y)?;
         // 3. Feed forward
-        let n = geglu(&self.ff_in.forward(&self.norm3.forward(&y)?)?)?;
+        let n = self.ff_in.forward(&self.norm3.forward(&y)?)?;
         y = self.ff_out.forward_add(&n, &y)?;
         let y = self.proj_out.forward_add(&y, &x.reshape(tokens)?)?;
         Ok(y.reshape((batch, h, w, channels))?)
@@ -384,26 +440,26 @@ impl SelfAttention {
 
 struct CrossAttention {
     to_q: Linear,
-    to_kv: Linear,
+    k: Columns,
+    v: Columns,
     to_out: Linear,
     heads: usize,
 }
 
 impl CrossAttention {
-    fn load(p: &Params<'_>, channels: usize, context: usize, heads: usize) -> Result<Self> {
+    fn load(p: &Params<'_>, channels: usize, contexts: &Stack, heads: usize) -> Result<Self> {
         Ok(Self {
             to_q: p.linears(&["to_q"], channels, channels, false)?,
-            to_kv: p.linears(&["to_k", "to_v"], context, channels, false)?,
+            k: contexts.add(&p.pp("to_k"), channels, false)?,
+            v: contexts.add(&p.pp("to_v"), channels, false)?,
             to_out: p.pp("to_out").pp(0).linear(channels, channels)?,
             heads,
         })
     }
 
-    /// x (B, L, C), context (B, M, D), residual (B, L, C) -> (B, L, C)
-    fn forward_add(&self, x: &Tensor, context: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        let kv = self.to_kv.forward(context)?; // (B, M, 2C)
-        let channels = kv.dim(2)? / 2;
-        let (k, v) = (kv.narrow(2, 0, channels)?, kv.narrow(2, channels, channels)?);
+    /// x (B, L, C), keys and values of all blocks (B, M, ..), residual (B, L, C) -> (B, L, C)
+    fn forward_add(&self, x: &Tensor, kv: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let (k, v) = (self.k.of(kv)?, self.v.of(kv)?);
         let kind = Attention { heads: self.heads, causal: false };
         let y = attention(&self.to_q.forward(x)?, &k, &v, kind)?;
         Ok(self.to_out.forward_add(&y, residual)?)

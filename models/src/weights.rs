@@ -20,7 +20,7 @@ use safetensors::{Dtype, SafeTensors};
 
 use crate::demo;
 use crate::error::{Error, Result};
-use crate::ops::{Conv2d, Geometry, GroupNorm, LayerNorm, Linear, floats};
+use crate::ops::{Conv2d, Geglu, Geometry, GroupNorm, LayerNorm, Linear, floats};
 
 /// Where a model's files come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -318,6 +318,12 @@ impl<'a> Params<'a> {
         let weight = self.tensor("weight", &[outputs, inputs])?;
         let bias = self.tensor("bias", &[outputs])?;
         Ok(Linear::new(&weight, Some(&bias), self.device, self.dtype)?)
+    }
+
+    pub(crate) fn geglu(&self, inputs: usize, outputs: usize) -> Result<Geglu> {
+        let weight = self.tensor("weight", &[2 * outputs, inputs])?;
+        let bias = self.tensor("bias", &[2 * outputs])?;
+        Ok(Geglu::new(&weight, &bias, self.device, self.dtype)?)
     }
 
     /// Several linear layers over one input as one, their outputs side by side.

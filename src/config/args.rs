@@ -328,7 +328,13 @@ pub(super) struct PackageArgs {
 #[derive(Debug, clap::Args)]
 pub(super) struct BenchArgs {
     /// The server: http://host:port
-    pub(super) url: String,
+    #[arg(required_unless_present = "verify", conflicts_with = "verify")]
+    pub(super) url: Option<String>,
+    /// No server: compare the pictures of a device with the CPU's, then time it on this model
+    #[arg(long)]
+    pub(super) verify: bool,
+    #[command(flatten)]
+    pub(super) model: ModelArgs,
     /// Requests a second, arriving at random (Poisson) whether or not earlier ones are answered.
     /// This shows what happens under more load than the server can bear
     #[arg(long, conflicts_with = "clients", value_parser = positive)]

@@ -444,8 +444,10 @@ impl Model for sd_models::Pipeline {
     }
 
     fn free_bytes(&self) -> Option<u64> {
-        // What a GPU has left is not known here; there the device itself says no.
-        (self.info().device == "cpu").then(memory::available).flatten()
+        match self.info().device.as_str() {
+            "cpu" => memory::available(),
+            _ => self.free_device_bytes(),
+        }
     }
 }
 

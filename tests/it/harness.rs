@@ -58,7 +58,7 @@ impl Server {
         Self { child, address, client }
     }
 
-    fn wait_until_ready(&self) {
+    pub(crate) fn wait_until_ready(&self) {
         let began = Instant::now();
         while self.ping() != 200 {
             assert!(began.elapsed() < PATIENCE, "not ready");

@@ -4,6 +4,8 @@
 mod access; // keys and foreign web pages
 mod batching; // a picture does not depend on its neighbours
 mod cli; // generate, healthcheck, exit codes
+#[cfg(feature = "cuda")]
+mod cuda; // the same on a GPU, or on an emulator of one
 mod dialects; // what other servers' clients send to /invocations
 mod engine; // the engine and its server around a fake model: loading, draining, dying
 mod fake; // the fake model

@@ -22,7 +22,7 @@ pub(crate) enum Activation {
 }
 
 /// The activation of every element.
-pub(crate) fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
+pub(super) fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
     if !on_cpu(x) {
         return match activation {
             Activation::Silu => x.silu(),
@@ -75,7 +75,7 @@ vectorized! {
 }
 
 /// GEGLU (Shazeer 2020): (.., 2D) -> (.., D), the first half times the gelu of the second.
-pub(crate) fn geglu(x: &Tensor) -> Result<Tensor> {
+pub(super) fn geglu(x: &Tensor) -> Result<Tensor> {
     let width = x.dim(candle_core::D::Minus1)? / 2;
     if !on_cpu(x) {
         let gate = x.narrow(candle_core::D::Minus1, width, width)?.contiguous()?.gelu_erf()?;

@@ -29,6 +29,10 @@ pub(crate) struct Attention {
 /// Rows may be strided (columns of a wider tensor); the last dimension must be dense.
 pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, kind: Attention) -> Result<Tensor> {
     if !on_cpu(q) {
+        #[cfg(feature = "cuda")]
+        if let Some(y) = super::cuda::attention(q, k, v, kind)? {
+            return Ok(y);
+        }
         return reference(q, k, v, kind);
     }
     let (batch, queries, channels) = q.dims3()?;

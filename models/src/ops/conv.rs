@@ -5,8 +5,10 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::gemm::{Epilogue, Packed, Rows, gemm};
-use super::{host, to_host, winograd};
+use super::{Joined, host, to_host, winograd};
 
 /// How a kernel moves over a picture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,7 +29,7 @@ impl Geometry {
     /// Kernel 1.
     pub(crate) const POINT: Self = Self { kernel: 1, stride: 1, before: 0, after: 0 };
 
-    fn output(&self, side: usize) -> usize {
+    pub(super) fn output(&self, side: usize) -> usize {
         (side + self.before + self.after - self.kernel) / self.stride + 1
     }
 }
@@ -41,8 +43,16 @@ pub(crate) struct Conv2d {
 }
 
 enum Weights {
-    Cpu { packed: Packed, bias: Vec<f32> },
-    Device { weight: Tensor, bias: Tensor },
+    Cpu {
+        packed: Packed,
+        bias: Vec<f32>,
+    },
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::Filter),
+    Device {
+        weight: Tensor,
+        bias: Tensor,
+    },
 }
 
 impl Conv2d {
@@ -65,38 +75,55 @@ impl Conv2d {
             let packed = Packed::new(shape, dtype, source.data()?, row, taps * inputs);
             Weights::Cpu { packed, bias: to_host(bias)? }
         } else {
-            let place = |t: &Tensor| t.to_dtype(dtype)?.to_device(device);
-            Weights::Device { weight: place(weight)?, bias: place(bias)? }
+            Self::on_device(weight, bias, device, dtype)?
         };
         Ok(Self { weights, geometry, inputs, outputs })
     }
 
+    fn on_device(weight: &Tensor, bias: &Tensor, device: &Device, dtype: DType) -> Result<Weights> {
+        #[cfg(feature = "cuda")]
+        {
+            let taps = weight.flatten_from(2)?.transpose(1, 2)?; // (out, k * k, in)
+            if let Some(filter) = cuda::Filter::new(&taps, Some(bias), false, device, dtype)? {
+                return Ok(Weights::Cuda(filter));
+            }
+        }
+        let place = |t: &Tensor| t.to_dtype(dtype)?.to_device(device);
+        Ok(Weights::Device { weight: place(weight)?, bias: place(bias)? })
+    }
+
     /// (B, H, W, in) -> (B, H', W', out)
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let (_, h, w, _) = x.dims4()?;
+        self.forward_joined(&Joined::one(x))
+    }
+
+    /// As `forward` on two pictures as one.
+    pub(crate) fn forward_joined(&self, x: &Joined) -> Result<Tensor> {
+        let (_, h, w, _) = x.first.dims4()?;
         self.run(x, (h, w), Added::default())
     }
 
     /// As `forward` on `x` resized to `size` (height, width) by nearest neighbours.
     pub(crate) fn forward_resized(&self, x: &Tensor, size: (usize, usize)) -> Result<Tensor> {
-        self.run(x, size, Added::default())
+        self.run(&Joined::one(x), size, Added::default())
     }
 
     /// As `forward`, plus `per_sample` (B, out) on every pixel.
     pub(crate) fn forward_shift(&self, x: &Tensor, per_sample: &Tensor) -> Result<Tensor> {
         let (_, h, w, _) = x.dims4()?;
-        self.run(x, (h, w), Added { per_sample: Some(per_sample), residual: None })
+        self.run(&Joined::one(x), (h, w), Added { per_sample: Some(per_sample), residual: None })
     }
 
     /// As `forward`, plus `residual` (B, H', W', out).
     pub(crate) fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
         let (_, h, w, _) = x.dims4()?;
-        self.run(x, (h, w), Added { per_sample: None, residual: Some(residual) })
+        self.run(&Joined::one(x), (h, w), Added { per_sample: None, residual: Some(residual) })
     }
 
-    fn run(&self, x: &Tensor, size: (usize, usize), added: Added<'_>) -> Result<Tensor> {
+    fn run(&self, joined: &Joined, size: (usize, usize), added: Added<'_>) -> Result<Tensor> {
+        let x = &joined.first;
         let (batch, h, w, c) = x.dims4()?;
-        if c != self.inputs {
+        if joined.second.is_none() && c != self.inputs {
             candle_core::bail!("a convolution of {} channels was given {c}", self.inputs);
         }
         let (rows, columns) = (self.geometry.output(size.0), self.geometry.output(size.1));
@@ -104,7 +131,8 @@ impl Conv2d {
         match &self.weights {
             Weights::Cpu { packed, bias } => {
                 let source = host(x)?;
-                let (shift, residual) = (added.per_sample.map(host), added.residual.map(host));
+                let shift = added.per_sample.map(Tensor::contiguous).transpose()?;
+                let (shift, residual) = (shift.as_ref().map(host), added.residual.map(host));
                 let (shift, residual) = (shift.transpose()?, residual.transpose()?);
                 let shift = shift.as_ref().map(|s| s.data()).transpose()?;
                 let epilogue = Epilogue {
@@ -128,6 +156,13 @@ impl Conv2d {
                     gemm(count, &fields, packed, epilogue)
                 };
                 Tensor::from_vec(out, shape, x.device())
+            }
+            #[cfg(feature = "cuda")]
+            Weights::Cuda(filter) => {
+                let Added { per_sample: shift, residual } = added;
+                let after = cuda::After { shift, residual, activation: None };
+                let field = cuda::Field { size, geometry: self.geometry };
+                filter.convolve(joined, field, after)
             }
             Weights::Device { weight, bias } => {
                 let y = reference(x, size, weight, self.geometry)?.broadcast_add(bias)?;

@@ -2,6 +2,9 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
+use super::activation::{Activation, activate, geglu};
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::gemm::{Epilogue, Matrix, Packed, gemm};
 use super::{host, to_host};
 
@@ -12,8 +15,23 @@ pub(crate) struct Linear {
 }
 
 enum Weights {
-    Cpu { packed: Packed, bias: Option<Vec<f32>> },
-    Device { weight: Tensor, bias: Option<Tensor> },
+    Cpu {
+        packed: Packed,
+        bias: Option<Vec<f32>>,
+    },
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::Filter),
+    Device {
+        weight: Tensor,
+        bias: Option<Tensor>,
+    },
+}
+
+/// What is done with a product before it is stored.
+#[derive(Default, Clone, Copy)]
+struct After<'a> {
+    activation: Option<Activation>,
+    residual: Option<&'a Tensor>,
 }
 
 impl Linear {
@@ -31,23 +49,42 @@ impl Linear {
             let packed = Packed::new((k, out), dtype, source.data()?, |i| i, k);
             Weights::Cpu { packed, bias: bias.map(to_host).transpose()? }
         } else {
-            let place = |t: &Tensor| t.to_dtype(dtype)?.to_device(device);
-            Weights::Device { weight: place(weight)?, bias: bias.map(place).transpose()? }
+            Self::on_device(weight, bias, device, dtype)?
         };
         Ok(Self { weights, out })
     }
 
+    fn on_device(
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Weights> {
+        #[cfg(feature = "cuda")]
+        if let Some(filter) = cuda::Filter::new(&weight.unsqueeze(1)?, bias, false, device, dtype)?
+        {
+            return Ok(Weights::Cuda(filter));
+        }
+        let place = |t: &Tensor| t.to_dtype(dtype)?.to_device(device);
+        Ok(Weights::Device { weight: place(weight)?, bias: bias.map(place).transpose()? })
+    }
+
     /// (.., in) -> (.., out)
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.run(x, None)
+        self.run(x, After::default())
+    }
+
+    /// (.., in) -> (.., out), through an activation
+    pub(crate) fn forward_activate(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        self.run(x, After { activation: Some(activation), residual: None })
     }
 
     /// (.., in) -> (.., out), plus `residual` (.., out)
     pub(crate) fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        self.run(x, Some(residual))
+        self.run(x, After { activation: None, residual: Some(residual) })
     }
 
-    fn run(&self, x: &Tensor, residual: Option<&Tensor>) -> Result<Tensor> {
+    fn run(&self, x: &Tensor, after: After<'_>) -> Result<Tensor> {
         let mut shape = x.dims().to_vec();
         let k = shape.pop().unwrap_or_default();
         let rows = shape.iter().product::<usize>();
@@ -55,7 +92,7 @@ impl Linear {
         match &self.weights {
             Weights::Cpu { packed, bias } => {
                 let source = host(x)?;
-                let residual = residual.map(host).transpose()?;
+                let residual = after.residual.map(host).transpose()?;
                 let epilogue = Epilogue {
                     bias: bias.as_deref(),
                     residual: residual.as_ref().map(|r| r.data()).transpose()?,
@@ -63,7 +100,13 @@ impl Linear {
                 };
                 let a = Matrix { data: source.data()?, stride: k };
                 let out = gemm(rows, &a, packed, epilogue);
-                Tensor::from_vec(out, shape, x.device())
+                let y = Tensor::from_vec(out, shape, x.device())?;
+                after.activation.map_or(Ok(y.clone()), |activation| activate(&y, activation))
+            }
+            #[cfg(feature = "cuda")]
+            Weights::Cuda(filter) => {
+                let After { activation, residual } = after;
+                filter.linear(x, cuda::After { activation, residual, shift: None })
             }
             Weights::Device { weight, bias } => {
                 let mut y = x.reshape((rows, k))?.matmul(&weight.t()?)?;
@@ -71,8 +114,44 @@ impl Linear {
                     y = y.broadcast_add(bias)?;
                 }
                 let y = y.reshape(shape)?;
-                residual.map_or(Ok(y.clone()), |r| y + r)
+                match after {
+                    After { activation: Some(activation), .. } => activate(&y, activation),
+                    After { residual: Some(residual), .. } => y + residual,
+                    After { .. } => Ok(y),
+                }
             }
+        }
+    }
+}
+
+/// GEGLU (Shazeer 2020): a linear layer, and the first half of its outputs times the gelu of the
+/// second.
+pub(crate) struct Geglu(Linear);
+
+impl Geglu {
+    /// From a weight (2D, in) and a bias (2D), for a device and its type.
+    pub(crate) fn new(
+        weight: &Tensor,
+        bias: &Tensor,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        {
+            let taps = weight.unsqueeze(1)?;
+            if let Some(filter) = cuda::Filter::new(&taps, Some(bias), true, device, dtype)? {
+                return Ok(Self(Linear { weights: Weights::Cuda(filter), out: weight.dim(0)? }));
+            }
+        }
+        Ok(Self(Linear::new(weight, Some(bias), device, dtype)?))
+    }
+
+    /// (.., in) -> (.., D)
+    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.0.weights {
+            #[cfg(feature = "cuda")]
+            Weights::Cuda(filter) => filter.linear(x, cuda::After::default()),
+            _ => geglu(&self.0.forward(x)?),
         }
     }
 }

@@ -1,18 +1,21 @@
 //! The operations of the networks, each with one small file.
 //!
 //! Activations are channels-last throughout: pictures are (B, H, W, C), tokens (B, L, C), both
-//! contiguous. On the CPU they are f32 and every operation here runs our own kernel; on other
-//! devices the operation is composed from candle's, in the tensor's own type, with norms and
-//! softmax accumulated in f32. That composition is also the reference that the kernels are tested
-//! against.
+//! contiguous. On the CPU they are f32 and every operation here runs our own kernel; on CUDA
+//! devices our kernels are those of [`cuda`], and where there is none the operation is composed
+//! from candle's, in the tensor's own type, with norms and softmax accumulated in f32. That
+//! composition is also the reference that the kernels are tested against.
 
-#![expect(unsafe_code, reason = "vector instructions and disjoint writes from several threads")]
+#![expect(unsafe_code, reason = "vector instructions, disjoint writes, launches of our kernels")]
 
 mod activation;
 mod attention;
 mod conv;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod floats;
 mod gemm;
+mod joined;
 mod linear;
 mod memory;
 mod norm;
@@ -21,13 +24,45 @@ mod winograd;
 
 use candle_core::{CpuStorage, DType, Device, Result, Storage, StorageRef, Tensor, bail};
 
-pub(crate) use activation::{Activation, activate, geglu};
+pub(crate) use activation::Activation;
 pub(crate) use attention::{Attention, attention, self_attention};
 pub(crate) use conv::{Conv2d, Geometry};
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::{
+    free_bytes as free_device_bytes, name as device_name, open as open_cuda, work as device_work,
+};
 pub(crate) use floats::floats;
-pub(crate) use linear::Linear;
+pub(crate) use joined::Joined;
+pub(crate) use linear::{Geglu, Linear};
 pub use memory::{keep_freed_memory, return_freed_memory};
 pub(crate) use norm::{GroupNorm, LayerNorm};
+
+/// Without the feature `cuda` there is no such device; candle says so.
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn open_cuda(number: usize) -> Result<Device> {
+    Device::new_cuda(number)
+}
+
+/// What is only known of GPUs.
+#[cfg(not(feature = "cuda"))]
+mod no_gpu {
+    use candle_core::Device;
+
+    pub(crate) fn free_device_bytes(_: &Device) -> Option<u64> {
+        None
+    }
+
+    pub(crate) fn device_name(_: &Device) -> Option<String> {
+        None
+    }
+
+    pub(crate) fn device_work() -> Vec<(&'static str, crate::device::Work)> {
+        Vec::new()
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+pub(crate) use no_gpu::{device_name, device_work, free_device_bytes};
 
 /// A contiguous or row-strided f32 tensor in host memory, held while its data is read.
 struct Host<'a> {

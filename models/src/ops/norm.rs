@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::activation::silu;
 use super::gemm::written_in_chunks;
 use super::simd::vectorized;
-use super::{host, to_host};
+use super::{Joined, host, to_host};
 
 /// Pixels whose sums are taken in f32 before they are joined in f64. Fixed, so that the result
 /// does not depend on the number of threads.
@@ -56,19 +56,35 @@ impl GroupNorm {
 
     /// (B, H, W, C) -> (B, H, W, C)
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.run(x, false)
+        self.run(&Joined::one(x), false)
     }
 
     /// (B, H, W, C) -> (B, H, W, C), through SiLU
     pub(crate) fn forward_silu(&self, x: &Tensor) -> Result<Tensor> {
+        self.run(&Joined::one(x), true)
+    }
+
+    /// As `forward_silu` on two pictures as one.
+    pub(crate) fn forward_silu_joined(&self, x: &Joined) -> Result<Tensor> {
         self.run(x, true)
     }
 
-    fn run(&self, x: &Tensor, with_silu: bool) -> Result<Tensor> {
+    fn run(&self, joined: &Joined, with_silu: bool) -> Result<Tensor> {
+        let x = &joined.first;
         let (batch, h, w, channels) = x.dims4()?;
         let (weight, bias) = match &self.affine {
             Affine::Cpu { weight, bias } => (weight, bias),
             Affine::Device { weight, bias } => {
+                #[cfg(feature = "cuda")]
+                if let Some(y) = super::cuda::group_norm(
+                    joined,
+                    (weight, bias),
+                    self.groups,
+                    self.eps,
+                    with_silu,
+                )? {
+                    return Ok(y);
+                }
                 let y = group_norm_reference(x, weight, bias, self.groups, self.eps)?;
                 return if with_silu { y.silu() } else { Ok(y) };
             }
@@ -191,6 +207,10 @@ impl LayerNorm {
         let (weight, bias) = match &self.affine {
             Affine::Cpu { weight, bias } => (weight, bias),
             Affine::Device { weight, bias } => {
+                #[cfg(feature = "cuda")]
+                if let Some(y) = super::cuda::layer_norm(x, weight, bias, self.eps)? {
+                    return Ok(y);
+                }
                 return layer_norm_reference(x, weight, bias, self.eps);
             }
         };
