@@ -14,7 +14,7 @@ fn main() {
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let nvcc = nvcc();
-    for kernels in ["attention", "norm", "product"] {
+    for kernels in ["attention", "layout", "norm", "product"] {
         for capability in ["75", "80"] {
             let source = Path::new("src/ops/cuda").join(kernels).with_extension("cu");
             let ptx = out.join(format!("{kernels}_{capability}.ptx"));

@@ -12,7 +12,7 @@ use crate::config::UNetConfig;
 use crate::error::Result;
 use crate::ops::{
     Activation, Attention, Conv2d, Geglu, Geometry, GroupNorm, Joined, LayerNorm, Linear,
-    attention, self_attention,
+    attention, channels_first, channels_last, self_attention,
 };
 use crate::weights::{Params, Weights, activation_dtype};
 
@@ -111,7 +111,7 @@ impl UNet2DConditionModel {
         let times = self.time_proj.forward(&self.time_embedding(timesteps)?)?;
         let kv = self.to_kv.forward(&context)?;
         // 2. In
-        let x = latents.permute((0, 2, 3, 1))?.contiguous()?.to_dtype(self.dtype)?;
+        let x = channels_last(latents, self.dtype)?;
         let mut x = self.conv_in.forward(&x)?; // (B, H, W, first)
         // 3. Down
         let mut skips = vec![x.clone()];
@@ -149,7 +149,7 @@ impl UNet2DConditionModel {
         }
         // 6. Out
         let x = self.conv_out.forward(&self.norm_out.forward_silu(&x)?)?;
-        Ok(x.permute((0, 3, 1, 2))?.contiguous()?.to_dtype(DType::F32)?)
+        Ok(channels_first(&x)?)
     }
 
     /// Sinusoidal embedding, two linear layers and the SiLU that every residual block begins with:

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::config::VaeConfig;
 use crate::error::Result;
-use crate::ops::{Attention, Conv2d, Geometry, GroupNorm, Linear, self_attention};
+use crate::ops::{Attention, Conv2d, Geometry, GroupNorm, Linear, channels_last, self_attention};
 use crate::unet::{Norm, Resnet};
 use crate::weights::{Params, Weights, activation_dtype};
 
@@ -79,7 +79,7 @@ impl Decoder {
     /// Latents (B, C, h, w) f32, already divided by the scaling factor -> pictures
     /// (B, H, W, 3) f32, nominally in -1..1.
     pub fn forward(&self, latents: &Tensor) -> Result<Tensor> {
-        let mut x = latents.permute((0, 2, 3, 1))?.contiguous()?.to_dtype(self.dtype)?;
+        let mut x = channels_last(latents, self.dtype)?;
         if let Some(conv) = &self.post_quant_conv {
             x = conv.forward(&x)?;
         }

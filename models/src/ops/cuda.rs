@@ -41,8 +41,9 @@ pub(crate) fn name(device: &Device) -> Option<String> {
 }
 
 /// Launches, operations and bytes of each kind of kernel: for benchmarks, which run alone.
-static WORK: [(&str, [AtomicU64; 3]); 3] = [
+static WORK: [(&str, [AtomicU64; 3]); 4] = [
     ("attention", [const { AtomicU64::new(0) }; 3]),
+    ("layout", [const { AtomicU64::new(0) }; 3]),
     ("norm", [const { AtomicU64::new(0) }; 3]),
     ("product", [const { AtomicU64::new(0) }; 3]),
 ];
@@ -84,6 +85,7 @@ macro_rules! source {
 }
 
 const ATTENTION: Source = source!("attention");
+const LAYOUT: Source = source!("layout");
 const NORM: Source = source!("norm");
 const PRODUCT: Source = source!("product");
 
@@ -106,10 +108,11 @@ pub(super) fn has_products(device: &Device, dtype: DType) -> Result<bool> {
     Ok((dtype == DType::F16 && capability >= 75) || (dtype == DType::BF16 && capability >= 80))
 }
 
-fn has_norms(x: &Tensor) -> Result<bool> {
+/// Whether the kernels that need no tensor cores know this type on this device.
+fn has_plain(x: &Tensor, dtype: DType) -> Result<bool> {
     let Device::Cuda(device) = x.device() else { return Ok(false) };
-    let single = x.dtype() == DType::F32 && capability(device)? >= 75;
-    Ok(x.is_contiguous() && (single || has_products(x.device(), x.dtype())?))
+    let single = dtype == DType::F32 && capability(device)? >= 75;
+    Ok(x.is_contiguous() && (single || has_products(x.device(), dtype)?))
 }
 
 /// A tensor in device memory, held until the launch that reads it has been queued.
@@ -264,7 +267,7 @@ pub(super) fn group_norm(
     eps: f64,
     silu: bool,
 ) -> Result<Option<Tensor>> {
-    if !has_norms(&x.first)? {
+    if !has_plain(&x.first, x.first.dtype())? {
         return Ok(None);
     }
     let (batch, h, w, c1) = x.first.dims4()?;
@@ -311,6 +314,61 @@ pub(super) fn group_norm(
     Ok(Some(y))
 }
 
+/// In step with `Layout` in `layout.cu`.
+#[repr(C)]
+struct Layout {
+    out: u64,
+    input: u64,
+    pixels: i32,
+    channels: i32,
+    count: i32,
+}
+
+// SAFETY: plain numbers in C's layout.
+unsafe impl DeviceRepr for Layout {}
+
+/// (B, C, H, W) f32 -> (B, H, W, C)
+pub(super) fn channels_last(x: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
+    if x.dtype() != DType::F32 || !has_plain(x, dtype)? {
+        return Ok(None);
+    }
+    let (batch, channels, h, w) = x.dims4()?;
+    let (y, out) = output(x.device().as_cuda_device()?, dtype, (batch, h, w, channels))?;
+    turn(("channels_last", dtype), x, (&y, out), (h * w, channels)).map(|()| Some(y))
+}
+
+/// (B, H, W, C) -> (B, C, H, W) f32
+pub(super) fn channels_first(x: &Tensor) -> Result<Option<Tensor>> {
+    if !has_plain(x, x.dtype())? {
+        return Ok(None);
+    }
+    let (batch, h, w, channels) = x.dims4()?;
+    let (y, out) = output(x.device().as_cuda_device()?, DType::F32, (batch, channels, h, w))?;
+    turn(("channels_first", x.dtype()), x, (&y, out), (h * w, channels)).map(|()| Some(y))
+}
+
+fn turn(
+    kernel: (&str, DType),
+    x: &Tensor,
+    (y, out): (&Tensor, u64),
+    (pixels, channels): (usize, usize),
+) -> Result<()> {
+    let (device, elements) = (x.device().as_cuda_device()?, x.elem_count());
+    let input = Operand::dense(x)?;
+    let problem = Layout {
+        out,
+        input: input.address,
+        pixels: int(pixels)?,
+        channels: int(channels)?,
+        count: int(elements)?,
+    };
+    let grid = Grid { blocks: (elements.div_ceil(256), 1, 1), threads: 256, shared: 0 };
+    // SAFETY: both tensors have the elements that the problem says.
+    unsafe { launch(device, &LAYOUT, kernel, &grid, &problem)? };
+    count(&LAYOUT, Work { launches: 1, flops: 0, bytes: bytes(&[Some(x), Some(y)]) });
+    Ok(())
+}
+
 /// In step with `LayerNorm` in `norm.cu`.
 #[repr(C)]
 struct LayerNorm {
@@ -333,7 +391,7 @@ pub(super) fn layer_norm(
     bias: &Tensor,
     eps: f64,
 ) -> Result<Option<Tensor>> {
-    if !has_norms(x)? {
+    if !has_plain(x, x.dtype())? {
         return Ok(None);
     }
     let (device, width) = (x.device().as_cuda_device()?, weight.elem_count());
@@ -707,6 +765,20 @@ mod tests {
                 let want = norm(&Device::Cpu).forward(&x).unwrap();
                 close(&got, &want, allowed, &format!("layer norm {dtype:?} {width}"));
             }
+        }
+    }
+
+    #[test]
+    fn pictures_are_turned_as_on_the_cpu() {
+        let Some(device) = device() else { return };
+        for (dtype, allowed) in halves(&device).chain([(DType::F32, 1e-9)]) {
+            let x = exact(&[2, 4, 9, 13], 1, dtype);
+            let placed = place(&x, DType::F32, &device);
+            let got = channels_last(&placed, dtype).unwrap().expect("a kernel");
+            assert_eq!(got.dtype(), dtype);
+            close(&got, &ops::channels_last(&x, DType::F32).unwrap(), allowed, "last");
+            let back = channels_first(&got).unwrap().expect("a kernel");
+            close(&back, &x, allowed, "first");
         }
     }
 

@@ -16,6 +16,7 @@ mod cuda;
 mod floats;
 mod gemm;
 mod joined;
+mod layout;
 mod linear;
 mod memory;
 mod norm;
@@ -33,6 +34,7 @@ pub(crate) use cuda::{
 };
 pub(crate) use floats::floats;
 pub(crate) use joined::Joined;
+pub(crate) use layout::{channels_first, channels_last};
 pub(crate) use linear::{Geglu, Linear};
 pub use memory::{keep_freed_memory, return_freed_memory};
 pub(crate) use norm::{GroupNorm, LayerNorm};
