@@ -2,10 +2,11 @@
 # Builds the cpu image for real and runs it as a container, without a Docker engine, a registry or
 # a rootless daemon:
 #
-#     docker/prove.sh build DIRECTORY      # the image sd-server:cpu, in buildah's store in DIRECTORY
-#     docker/prove.sh run DIRECTORY        # the container's promises, and DIRECTORY/picture.png
+#     docker/prove.sh build DIRECTORY [BINARY]   # the image sd-server:cpu, in a store in DIRECTORY
+#     docker/prove.sh run DIRECTORY              # its promises, and DIRECTORY/picture.png
 #
-# Needs root, buildah, debootstrap, curl, and the Rust toolchain of rust-toolchain.toml. The two
+# With a BINARY that is built already the first takes a minute: that goes into the runtime stage in
+# place of the build stage's. Needs root, buildah, debootstrap, curl, and the Rust toolchain of rust-toolchain.toml. The two
 # base images are made of Debian's packages under their official names; the toolchain is the
 # host's, bound in. Everything stays in DIRECTORY.
 set -euo pipefail
@@ -54,16 +55,28 @@ cc() {
 build() {
     debian
     cc
-    local sysroot
+    local sysroot container
     sysroot=$(rustc --print sysroot)
     import "$rust" "$work/debian" --env RUSTUP_HOME=/usr/local/rustup \
         --env CARGO_HOME=/usr/local/cargo --env PATH=/usr/local/rustup/bin:/usr/bin:/bin
     import "$distroless" "$work/cc" --env PATH=/usr/bin:/bin --env SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
-    buildah "${store[@]}" build --isolation chroot --pull=never --layers \
+    if [[ -z $1 ]]; then
+        stage cpu
+    else
+        stage runtime
+        container=$(buildah "${store[@]}" from --pull=never sd-server:runtime)
+        buildah "${store[@]}" copy --quiet "$container" "$1" /usr/local/bin/sd-server >/dev/null
+        buildah "${store[@]}" commit --quiet --rm "$container" sd-server:cpu >/dev/null
+    fi
+    buildah "${store[@]}" images
+}
+
+# stage TARGET: the Dockerfile up to there.
+stage() {
+    buildah "${store[@]}" build --format docker --isolation chroot --pull=never --layers \
         --volume "$sysroot:/usr/local/rustup:ro" --volume /etc/ssl/certs:/etc/ssl/certs:ro \
         --file docker/Dockerfile --ignorefile docker/Dockerfile.dockerignore \
-        --target cpu --tag sd-server:cpu .
-    buildah "${store[@]}" images
+        --target "$1" --tag "sd-server:$1" .
 }
 
 # contained USER COMMAND...: the image's binary as process 1 on a read-only root, without a
@@ -82,11 +95,13 @@ contained() {
 
 # promises USER: ready, healthy, a picture, nothing written, an end in time.
 promises() {
-    local began pid code
+    local began pid='' code
     contained "$1" /usr/local/bin/sd-server serve --model demo --device cpu 2>"$work/log" &
-    local job=$!
+    job=$!
+    trap 'kill -KILL $(pgrep --parent "$job") 2>/dev/null || true' EXIT
     for _ in $(seq 600); do
-        pid=$(pgrep --parent "$job" || true)
+        # Below the subshell unshare, below that process 1 of the container.
+        pid=$(pgrep --parent "$(pgrep --parent "$job")" 2>/dev/null || true)
         [[ -n $pid ]] && inside "$pid" --fail http://127.0.0.1:8080/ping 2>/dev/null && break
         sleep 0.2
     done
@@ -124,4 +139,4 @@ run() {
     buildah "${store[@]}" rm "$container" >/dev/null
 }
 
-"$action"
+"$action" "${3:-}"
