@@ -11,7 +11,7 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use clap::error::ErrorKind;
-use clap::{CommandFactory as _, Parser as _};
+use clap::{CommandFactory as _, FromArgMatches as _};
 use sd_models::{DeviceName, MAX_STEPS, Precision};
 
 use crate::api::Limits;
@@ -134,7 +134,9 @@ pub enum Place {
 
 /// Reads the command line and the environment.
 pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Error> {
-    let args = Args::try_parse_from(with_command(args.into_iter().collect()))?;
+    let args = with_command(args.into_iter().collect());
+    let mut matches = command().try_get_matches_from(args)?;
+    let args = Args::from_arg_matches_mut(&mut matches)?;
     let mut log_format = LogFormat::Text;
     let mut log_filter = "warn".to_owned();
     let action = match args.command {
@@ -159,6 +161,22 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
         }
     };
     Ok(Config { action, log_format, log_filter })
+}
+
+/// The command line, on which a variable that is set to nothing counts as not set: templates and
+/// compose files can leave a variable empty, but not out.
+fn command() -> clap::Command {
+    let empty = |arg: &clap::Arg| {
+        let value = arg.get_env().and_then(std::env::var_os);
+        value.is_some_and(|value| value.is_empty())
+    };
+    let unset = move |arg: clap::Arg| if empty(&arg) { arg.env(None::<&str>) } else { arg };
+    Args::command().mut_subcommands(|subcommand| subcommand.mut_args(unset))
+}
+
+/// The dynamic loader's path.
+pub fn library_path() -> Option<String> {
+    variable("LD_LIBRARY_PATH")
 }
 
 /// `serve` is understood where no command is given.
@@ -192,6 +210,7 @@ impl ServeArgs {
                 max_body_bytes: limits.max_body_bytes,
                 max_requests: limits.max_requests,
                 request_timeout: Duration::from_millis(network.request_timeout_ms as u64),
+                stream_timeout: Duration::from_millis(network.stream_timeout_ms as u64),
                 max_jobs: limits.max_jobs,
                 job_timeout: Duration::from_millis(limits.job_timeout_ms as u64),
                 job_retention: Duration::from_millis(limits.job_retention_ms as u64),

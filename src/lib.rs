@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+pub mod compat;
 pub mod config;
 pub mod engine;
 pub mod http;

@@ -128,6 +128,15 @@ pub(super) struct NetworkArgs {
         value_parser = at_least::<1>,
     )]
     pub(super) request_timeout_ms: usize,
+    /// The same for an answer that is a stream of events, in which something happens all the time.
+    /// SageMaker allows a stream 8 minutes
+    #[arg(
+        long,
+        env = "SD_STREAM_TIMEOUT_MS",
+        default_value = "470000",
+        value_parser = at_least::<1>,
+    )]
+    pub(super) stream_timeout_ms: usize,
     /// After SIGTERM, what is not finished by then is answered with 503. SageMaker kills the
     /// process 30 s after SIGTERM
     #[arg(long, env = "SD_DRAIN_TIMEOUT_MS", default_value = "25000", value_parser = at_least::<0>)]

@@ -13,7 +13,7 @@ use super::State;
 use super::error::ApiError;
 use super::listen::Peer;
 use crate::api::Invalid;
-use crate::engine::Client;
+use crate::engine::{Client, Failure};
 
 /// How long the client will wait, in milliseconds; never longer than the operator's limit.
 const TIMEOUT: &str = "x-request-timeout-ms";
@@ -29,6 +29,8 @@ pub(super) struct Intake {
     pub(super) client: Client,
     pub(super) timeout: Duration,
     pub(super) deadline: Instant,
+    /// Of an answer that is a stream.
+    pub(super) stream_deadline: Instant,
     /// Held as long as the request or what it started takes memory.
     pub(super) permit: OwnedSemaphorePermit,
 }
@@ -39,14 +41,19 @@ pub(super) async fn take(state: &State, request: Request) -> Result<Intake, ApiE
     let permit = state.gate.clone().try_acquire_owned();
     let permit =
         permit.map_err(|_| ApiError::Crowded { retry_after_s: state.engine.retry_after() })?;
-    state.engine.model()?;
+    match state.engine.model() {
+        // The body may name a model.
+        Ok(_) | Err(Failure::Absent) => {}
+        Err(failure) => return Err(failure.into()),
+    }
     let headers = request.headers().clone();
     let timeout = timeout(&headers, state.settings.request_timeout)?;
     let deadline = arrived + timeout;
+    let stream_deadline = arrived + self::timeout(&headers, state.settings.stream_timeout)?;
     let client = client(&request);
     let body = timeout_at(deadline, receive(state.settings.max_body_bytes, request)).await;
     let body = body.map_err(|_| ApiError::SlowBody)??;
-    Ok(Intake { headers, body, client, timeout, deadline, permit })
+    Ok(Intake { headers, body, client, timeout, deadline, stream_deadline, permit })
 }
 
 /// The key that a client came in with, or else its address.

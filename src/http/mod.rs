@@ -66,6 +66,8 @@ pub struct Settings {
     pub max_requests: usize,
     /// From the head of a request to its answer.
     pub request_timeout: Duration,
+    /// The same for an answer that is a stream.
+    pub stream_timeout: Duration,
     /// Jobs that are kept, those with a result included.
     pub max_jobs: usize,
     /// From the acceptance of a job to its result.

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::error::ApiError;
 use super::{State, sagemaker};
 use crate::api::Invalid;
-use crate::models::Loaded;
+use crate::models::{Loaded, Refusal};
 
 /// Of a request to load a model: two short strings.
 const MAX_BODY_BYTES: usize = 1 << 16;
@@ -79,7 +79,12 @@ pub(super) async fn named(
 
 /// The server as a request sees it that names a model, which may have to be loaded first.
 pub(super) async fn choose(state: &State, name: &str) -> Result<State, ApiError> {
-    Ok(state.on(state.models.choose(name).await?))
+    state.models.choose(name).await.map(|engine| state.on(engine)).map_err(
+        |refusal| match refusal {
+            Refusal::Unknown(name) => ApiError::NoModel(name),
+            other => other.into(),
+        },
+    )
 }
 
 fn describe(model: &Loaded) -> Value {

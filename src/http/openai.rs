@@ -28,7 +28,7 @@ use super::error::{self, ApiError, Reason};
 use super::events::{Answering, HEARTBEAT};
 use super::intake::{self, Intake};
 use crate::api::{Fields, Invalid};
-use crate::engine::{Drawn, Preview, Progress, Ticket};
+use crate::engine::{Drawn, Failure, Preview, Progress, Ticket};
 use crate::image::{self, Format};
 
 /// Names that clients send who know no other server than OpenAI's. They mean whatever is here.
@@ -63,9 +63,9 @@ async fn draw(
     mut fields: Fields,
     kind: &'static str,
 ) -> Result<Response, ApiError> {
-    let Intake { headers, client, deadline, permit, .. } = intake;
+    let Intake { headers, client, deadline, stream_deadline, permit, .. } = intake;
     let model = fields.text(&["model"], 256)?;
-    find(&state, model.as_deref().unwrap_or(THEIR_MODELS[0]))?;
+    let state = find(state, model.as_deref().unwrap_or(THEIR_MODELS[0])).await?;
     let compression = translate(&mut fields)?;
     let url = fields.one_of(&["response_format"], &["b64_json", "url"])?;
     let url = url.filter(|format| *format == "url").map(|_| origin(&headers));
@@ -81,9 +81,10 @@ async fn draw(
     .await;
     let mut asked = asked?;
     asked.quality = quality(compression, asked.reply.format())?.unwrap_or(asked.quality);
-    let ticket = asked.submit(&client, Some(deadline))?;
+    let streams = matches!(asked.reply, Reply::Events(_));
+    let ticket = asked.submit(&client, Some(if streams { stream_deadline } else { deadline }))?;
     let common = common(&asked);
-    if let Reply::Events(_) = asked.reply {
+    if streams {
         return Ok(stream(state, asked, ticket, wish, common, permit));
     }
     let pictures = ticket.wait().await?;
@@ -300,25 +301,34 @@ async fn look(previews: Option<&mut watch::Receiver<Option<Preview>>>) -> Previe
 
 /// `GET /v1/models`.
 pub(super) async fn models(state: State) -> Result<Json<Value>, ApiError> {
-    let model = state.engine.model()?;
-    Ok(Json(json!({ "object": "list", "data": [card(&model.name)] })))
+    let cards: Vec<Value> = names(&state)?.iter().map(|name| card(name)).collect();
+    Ok(Json(json!({ "object": "list", "data": cards })))
 }
 
 /// `GET /v1/models/{id}`; an id may hold slashes.
 pub(super) async fn model(state: State, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
-    let model = state.engine.model()?;
-    if id == model.name { Ok(Json(card(&id))) } else { Err(ApiError::NoModel(id)) }
+    if names(&state)?.contains(&id) { Ok(Json(card(&id))) } else { Err(ApiError::NoModel(id)) }
+}
+
+/// The models that requests can name.
+fn names(state: &State) -> Result<Vec<String>, ApiError> {
+    let mut names = state.models.names();
+    match state.engine.model() {
+        Ok(model) => names.insert(0, model.name.clone()),
+        Err(Failure::Absent) => {}
+        Err(failure) => return Err(failure.into()),
+    }
+    Ok(names)
 }
 
 fn card(id: &str) -> Value {
     json!({ "id": id, "object": "model", "created": 0, "owned_by": "sd-server" })
 }
 
-/// Whether this is the model that is here, or a name that means it.
-fn find(state: &State, name: &str) -> Result<(), ApiError> {
-    let here = state.engine.model()?.name == name;
+/// The server with the model of this name; OpenAI's names mean the one that is here.
+async fn find(state: State, name: &str) -> Result<State, ApiError> {
     let theirs = THEIR_MODELS.iter().any(|prefix| name.starts_with(prefix));
-    if here || theirs { Ok(()) } else { Err(ApiError::NoModel(name.into())) }
+    if theirs { Ok(state) } else { super::models::choose(&state, name).await }
 }
 
 /// Puts errors into OpenAI's words, whoever made them.

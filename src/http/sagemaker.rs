@@ -32,13 +32,14 @@ pub(super) async fn invocations(state: State, request: Request) -> Result<Respon
     if lines::are_declared(&intake.headers) {
         return lines::answer(state, intake);
     }
-    let Intake { headers, body, client, deadline, permit, .. } = intake;
+    let Intake { headers, body, client, deadline, stream_deadline, permit, .. } = intake;
     let (fields, speech) = body::read(&headers, &body)?;
     drop(body);
     let heard = dialect::hear(&headers, fields, speech)?;
     let asked = Asked::understand(&state, heard, |wish| accept::choose(&headers, wish)).await?;
-    let ticket = asked.submit(&client, Some(deadline))?;
-    if let Reply::Events(_) = asked.reply {
+    let stream = matches!(asked.reply, Reply::Events(_));
+    let ticket = asked.submit(&client, Some(if stream { stream_deadline } else { deadline }))?;
+    if stream {
         return Ok(events::stream(&state.engine, asked, ticket, permit));
     }
     let pictures = ticket.wait().await?;

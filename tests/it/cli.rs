@@ -189,6 +189,18 @@ fn sagemakers_word_and_port_are_understood() {
 }
 
 #[test]
+fn a_variable_that_is_set_to_nothing_is_not_set() {
+    let mut command = sd_server(&["--model", "demo"]);
+    for name in
+        ["SD_THREADS", "SD_MAX_STEPS", "SD_DEVICE", "SD_LOG_FORMAT", "SAGEMAKER_BIND_TO_PORT"]
+    {
+        command.env(name, "");
+    }
+    let server = Server::spawn(command.envs([("SD_MODEL", ""), ("SD_LOG_PROMPTS", "")]));
+    assert!([200, 503].contains(&server.ping()));
+}
+
+#[test]
 fn bench_reports_what_became_of_its_load() {
     let server = Server::ready(&[]);
     let url = server.url("/");

@@ -183,6 +183,7 @@ pub(crate) const HTTP: http::Settings = http::Settings {
     max_body_bytes: 100_000,
     max_requests: 16,
     request_timeout: Duration::from_secs(30),
+    stream_timeout: Duration::from_secs(60),
     max_jobs: 4,
     job_timeout: Duration::from_secs(60),
     job_retention: Duration::from_secs(60),

@@ -254,6 +254,14 @@ fn a_request_may_name_a_model_of_the_folder() {
         let reply = ask(&server, reqwest::Method::POST, &format!("/models/{name}"), &request);
         assert!(reply.status == 200 && reply.json().is_string(), "{name}");
     }
+    let openai = json!({ "model": "blue", "prompt": "a cat", "steps": 1 });
+    let drawn = ask(&server, reqwest::Method::POST, "/v1/images/generations", &openai);
+    assert!(drawn.json()["data"][0]["b64_json"].is_string());
+    let nameless = json!({ "prompt": "a cat", "steps": 1 });
+    let nameless = ask(&server, reqwest::Method::POST, "/v1/images/generations", &nameless);
+    assert_eq!(nameless.status, 404);
+    let list = ask(&server, reqwest::Method::GET, "/v1/models", &Value::Null).json();
+    assert_eq!((&list["data"][0]["id"], &list["data"][1]["id"]), (&"blue".into(), &"red".into()));
     let unknown = ask(&server, reqwest::Method::POST, "/models/owner/green", &request);
     assert_eq!(unknown.status, 404);
     let closed = ask(&server, reqwest::Method::GET, "/models", &Value::Null);

@@ -153,3 +153,20 @@ async fn connections_are_counted_and_silent_ones_are_closed() -> Result<()> {
     assert!(closed.await??, "without an answer");
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_may_last_longer_than_an_answer() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let request_timeout = Duration::from_millis(200);
+    let settings = http::Settings { request_timeout, ..HTTP };
+    let server = Server::start(engine, settings, LONG).await;
+    let client = reqwest::Client::new();
+    let stream =
+        client.post(format!("{}/invocations", server.url)).body(r#"{"prompt":"a","stream":true}"#);
+    let stream = tokio::spawn(async move { stream.send().await?.text().await });
+    assert_eq!(server.draw("a cat", "").await?, (504, "deadline".into()));
+    drop(strings.permits);
+    let events = stream.await??;
+    assert!(events.contains("event: result"), "{events}");
+    Ok(())
+}

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -175,16 +176,31 @@ def can_isolate():
 
 
 # In namespaces of their own: the model at /opt/ml/model, the whole tree and the model read-only, no
-# network but the loopback device.
+# network but the loopback device, and the given user.
 ISOLATED = """
 set -e
 ip link set lo up
 mount --make-rprivate /
-mount -t tmpfs tmpfs /opt
+mount -t tmpfs -o mode=755 tmpfs /opt
 mkdir -p /opt/ml/model
 mount --bind "$MODEL" /opt/ml/model
 mount -o remount,bind,ro /opt/ml/model
+cp "$1" /opt/sd-server
 mount -o remount,ro /opt
+shift
+exec setpriv --reuid "$USER_ID" --regid "$USER_ID" --clear-groups /opt/sd-server "$@"
+"""
+
+# An image for a newer driver than the host's.
+OLD_DRIVER = """
+set -e
+mount --make-rprivate /
+mount -t tmpfs tmpfs /proc/driver
+mkdir /proc/driver/nvidia
+echo "NVRM version: NVIDIA UNIX x86_64 Kernel Module  $DRIVER  Thu May  2 2024" >/proc/driver/nvidia/version
+mount -t tmpfs tmpfs /usr/local
+mkdir -p /usr/local/cuda/compat
+ln -s libcuda.so.550.54.15 /usr/local/cuda/compat/libcuda.so.1
 exec "$@"
 """
 
@@ -202,13 +218,14 @@ class TestIsolation:
             timeout=60,
         )
 
-    @pytest.fixture
-    def isolated(self, new_container, tmp_path):
+    @pytest.fixture(params=["0", "1234"], ids=["root", "other"])
+    def isolated(self, new_container, tmp_path, request):
         """A container that finds its model where SageMaker puts it."""
         model = tmp_path / "model"
         shutil.copytree(DEMO, model)
         wrapper = ("unshare", "--mount", "--net", "bash", "-c", ISOLATED, "bash")
-        container = new_container({"MODEL": str(model)}, wrapper=wrapper)
+        environment = {"MODEL": str(model), "USER_ID": request.param}
+        container = new_container(environment, wrapper=wrapper)
         del container.environment["SD_MODEL"]
         container.start()
         yield container
@@ -224,3 +241,15 @@ class TestIsolation:
         assert json.loads(done.stdout)["seed"] == 7
         assert self.inside(isolated, "touch", "/opt/ml/model/x").returncode != 0
         assert isolated.stop()[1] == 0
+
+    @pytest.mark.parametrize(("driver", "needed"), [("470.256.02", True), ("580.65.06", False)])
+    def test_an_older_driver_gets_the_compatibility_library(self, new_container, driver, needed):
+        """The process begins again once, as itself, with the library in front."""
+        wrapper = ("unshare", "--mount", "bash", "-c", OLD_DRIVER, "bash")
+        environment = {"DRIVER": driver, "LD_LIBRARY_PATH": "/usr/lib64"}
+        with new_container(environment, wrapper=wrapper) as container:
+            process = Path("/proc", str(container.process.pid))
+            variables = process.joinpath("environ").read_bytes().split(b"\0")
+            path = b"/usr/local/cuda/compat:/usr/lib64" if needed else b"/usr/lib64"
+            assert b"LD_LIBRARY_PATH=" + path in variables
+            assert b"serve" in process.joinpath("cmdline").read_bytes()

@@ -1,0 +1,111 @@
+//! Which `libcuda` the process gets. The CUDA image carries NVIDIA's compatibility library for hosts
+//! whose driver is older than it; on others it must not be found, since it does not work there.
+//! The loader decides when a process begins, so this process begins again, once, before
+//! anything else is done. Without a driver, or without that library, nothing happens.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::Command;
+
+/// Where the image has the library, as NVIDIA's own images do.
+const COMPAT: &str = "usr/local/cuda/compat";
+/// Where the kernel's driver says what it is.
+const DRIVER: &str = "proc/driver/nvidia/version";
+
+/// Begins again with the compatibility library in front, if that is needed. `library_path` is the
+/// environment's. Returns if it is not, or an error if the process cannot begin again.
+pub fn prefer(library_path: Option<&str>) -> std::io::Result<()> {
+    let Some(path) = wanted(Path::new("/"), library_path) else { return Ok(()) };
+    let mut args = std::env::args_os();
+    let name = args.next().unwrap_or_else(|| OsString::from("sd-server"));
+    let mut again = Command::new(std::env::current_exe()?);
+    Err(again.arg0(name).args(args).env("LD_LIBRARY_PATH", path).exec())
+}
+
+/// The library path to begin again with, below a root.
+fn wanted(root: &Path, library_path: Option<&str>) -> Option<String> {
+    let compat = root.join(COMPAT);
+    let shown = compat.to_str()?;
+    let now = library_path.unwrap_or_default();
+    if now.split(':').next() == Some(shown) {
+        return None;
+    }
+    let driver = fs::read_to_string(root.join(DRIVER)).ok()?;
+    let driver = driver.lines().next()?.split_whitespace().find_map(version)?;
+    let library = fs::read_link(compat.join("libcuda.so.1")).ok()?;
+    let library = version(library.file_name()?.to_str()?.strip_prefix("libcuda.so.")?)?;
+    let path = if now.is_empty() { shown.to_owned() } else { format!("{shown}:{now}") };
+    (driver < library).then_some(path)
+}
+
+/// `535.129.03` as numbers that compare.
+fn version(word: &str) -> Option<Vec<u32>> {
+    let numbers: Option<Vec<u32>> = word.split('.').map(|part| part.parse().ok()).collect();
+    numbers.filter(|numbers| numbers.len() > 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    const OLD: &str = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.256.02  Thu May  2 14:37:44 UTC 2024\nGCC version:  gcc version 7.3.1 20180712\n";
+    const OPEN: &str = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.183.01  Release Build  (dvs-builder@U16)  Sun May 12\n";
+    const SAME: &str =
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n";
+    const NEW: &str =
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  1000.1  Tue Mar  5 22:23:56 UTC 2030\n";
+
+    /// A host with this driver and an image with this library.
+    fn host(driver: Option<&str>, library: Option<&str>) -> tempfile::TempDir {
+        let root = tempfile::tempdir().expect("a directory");
+        let write = |path: &str| {
+            let path = root.path().join(path);
+            fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+            path
+        };
+        if let Some(driver) = driver {
+            fs::write(write(DRIVER), driver).expect("a file");
+        }
+        if let Some(library) = library {
+            symlink(library, write(&format!("{COMPAT}/libcuda.so.1"))).expect("a link");
+        }
+        root
+    }
+
+    #[test]
+    fn only_an_older_driver_gets_the_library() {
+        let library = Some("libcuda.so.550.54.15");
+        let table = [
+            (Some(OLD), library, true),
+            (Some(OPEN), library, true),
+            (Some(SAME), library, false),
+            (Some(NEW), library, false),
+            (Some(""), library, false),
+            (Some("NVRM version: none\n"), library, false),
+            (None, library, false),
+            (Some(OLD), None, false),
+            (Some(OLD), Some("libcuda.so"), false),
+            (Some(OLD), Some("libcuda.so.many"), false),
+        ];
+        for (driver, library, expected) in table {
+            let host = host(driver, library);
+            let wanted = wanted(host.path(), Some("/lib"));
+            assert_eq!(wanted.is_some(), expected, "{driver:?} {library:?}");
+        }
+    }
+
+    #[test]
+    fn the_library_comes_first_and_only_once() {
+        let host = host(Some(OLD), Some("libcuda.so.550.54.15"));
+        let compat = host.path().join(COMPAT).to_str().expect("UTF-8").to_owned();
+        assert_eq!(wanted(host.path(), None), Some(compat.clone()));
+        let last = format!("/lib:{compat}");
+        let first = wanted(host.path(), Some(&last)).expect("it is last, which is too late");
+        assert_eq!(first, format!("{compat}:/lib:{compat}"));
+        assert_eq!(wanted(host.path(), Some(&first)), None);
+    }
+}
