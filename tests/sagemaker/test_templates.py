@@ -36,8 +36,9 @@ def test_cfn_lint_is_content():
 
 def test_both_endpoints_have_the_same_knobs():
     """What both have is the same in both, but for defaults that suit their use."""
+    cooldowns = {"ScaleOutCooldownSeconds", "ScaleInCooldownSeconds"}
     own = {
-        "realtime": {"MinInstances", "ScaleOutCooldownSeconds", "ScaleInCooldownSeconds"},
+        "realtime": {"MinInstances", "StreamTimeoutMs"} | cooldowns,
         "async": {"BacklogPerInstance", "CooldownSeconds", "SuccessTopic", "ErrorTopic"},
     }
     differ = {"MaxQueue", "MaxInstances", "ConcurrencyPerInstance", "RequestTimeoutMs"}
