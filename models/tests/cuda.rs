@@ -4,9 +4,14 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "tests fail by it and report")]
 
+use std::fs::File;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
 use sd_models::{
     DeviceName, LoadOptions, Pipeline, Precision, Rgb, Scheduler, Size, Source, Spec, Trajectory,
 };
+use serde_json::{Value, json};
 
 fn load(device: DeviceName, precision: Precision) -> Pipeline {
     let source = Source::Demo;
@@ -94,4 +99,94 @@ fn a_picture_does_not_depend_on_its_neighbours() {
         println!("alone: mean {mean:.4}/255, max {max}/255");
         assert!(max <= 2, "mean {mean:.4}/255, max {max}/255");
     }
+}
+
+/// Stable Diffusion v1.4 in its shapes: configurations, a tokenizer, and f16 files of zeros that
+/// take no room on the disk.
+fn full_size() -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("stable-diffusion-v1-4");
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let shapes = std::fs::read(here.join("tests/fixtures/stable-diffusion-v1-4.json")).unwrap();
+    let shapes: Value = serde_json::from_slice(&shapes).unwrap();
+    let create = |name: &str| {
+        let path = folder.join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        File::create(path).unwrap()
+    };
+    for (name, config) in shapes["files"].as_object().unwrap() {
+        serde_json::to_writer(create(name), config).unwrap();
+    }
+    for name in ["vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"] {
+        let bytes = std::fs::read(here.join("demo/tokenizer").join(name)).unwrap();
+        create(&format!("tokenizer/{name}")).write_all(&bytes).unwrap();
+    }
+    for (name, tensors) in shapes["tensors"].as_object().unwrap() {
+        let (mut end, mut header) = (0, serde_json::Map::new());
+        for (tensor, shape) in tensors.as_object().unwrap() {
+            let begin = end;
+            end += 2 * shape.as_array().unwrap().iter().flat_map(Value::as_u64).product::<u64>();
+            let entry = json!({"dtype": "F16", "shape": shape, "data_offsets": [begin, end]});
+            header.insert(tensor.clone(), entry);
+        }
+        let header = Value::Object(header).to_string();
+        let mut file = create(name);
+        file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+        file.write_all(header.as_bytes()).unwrap();
+        file.set_len(8 + header.len() as u64 + end).unwrap();
+    }
+    folder
+}
+
+/// Not a test by itself: what [`a_step_takes_few_launches_and_a_picture_little_memory`] counts, in
+/// a process whose emulator computes nothing.
+#[test]
+#[ignore = "run by another test"]
+fn full_size_picture() {
+    let steps = std::env::var("STEPS").unwrap().parse().unwrap();
+    let source = Source::Directory(full_size());
+    let (device, precision) = (DeviceName::Cuda(0), Precision::F16);
+    let options = LoadOptions { source, device, precision, threads: None };
+    let pipeline = Pipeline::load(&options).unwrap();
+    let size = Size::new(512, 512).unwrap();
+    let spec = Spec { size, ..spec(Scheduler::Dpmpp2m, 20, 7.5) };
+    let mut trajectory = pipeline.begin(&spec).unwrap();
+    for _ in 0..steps {
+        pipeline.step(&mut [&mut trajectory]).unwrap();
+    }
+    pipeline.decode(&trajectory).unwrap();
+}
+
+/// What the emulator counts while a full-size picture takes so many steps.
+fn counted(steps: usize) -> Value {
+    let report = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{steps}-steps.json"));
+    let done = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "full_size_picture", "--ignored"])
+        .env("STEPS", steps.to_string())
+        .env("EMUCUDA_DRY", "1")
+        .env("EMUCUDA_REPORT", &report)
+        .output()
+        .unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stdout));
+    serde_json::from_slice(&std::fs::read(report).unwrap()).unwrap()
+}
+
+#[test]
+fn a_step_takes_few_launches_and_a_picture_little_memory() {
+    if std::env::var_os("EMUCUDA_OUT").is_none() {
+        println!("skipped: only the emulator counts");
+        return;
+    }
+    let (few, more) = (counted(4), counted(6));
+    let step = |path: &str| {
+        let count = |report: &Value| report.pointer(path).and_then(Value::as_u64).unwrap();
+        (count(&more) - count(&few)) / 2
+    };
+    let peak = |report: &Value| report["bytes"]["peak"].as_u64().unwrap();
+    println!("{} launches a step, {} bytes at the most", step("/launches"), peak(&more));
+    assert!(step("/launches") <= 450, "{} launches a step", step("/launches"));
+    assert!(peak(&more) <= 2_791_728_742, "{} bytes at the most", peak(&more));
+    assert_eq!(peak(&few), peak(&more), "memory must not grow with the steps");
+    assert_eq!(step("/copied/device_to_host"), 0, "a step must not wait for the device");
+    // The time embedding's (2, 320) f32, and nothing else.
+    assert_eq!(step("/copied/host_to_device"), 2 * 320 * 4);
 }
