@@ -60,8 +60,9 @@ fn main() -> Result<()> {
     let side = size / vae.config().scale();
     let latents = Tensor::randn(0f32, 1f32, (2, unet.config().in_channels, side, side), &device)?;
     let context = Tensor::randn(0f32, 1f32, (2, 77, unet.config().cross_attention_dim), &device)?;
-    let (step, prediction) =
-        median(runs, || Ok(unet.forward(&latents, &[TIMESTEP, TIMESTEP], &context)?))?;
+    let (step, prediction) = median(runs, || {
+        Ok(unet.forward(&latents, &[TIMESTEP, TIMESTEP], std::slice::from_ref(&context))?)
+    })?;
     let one = latents.narrow(0, 0, 1)?;
     let (decode, _) = median(runs, || Ok(vae.forward(&one)?))?;
     println!(

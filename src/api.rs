@@ -10,7 +10,7 @@ use ::image::DynamicImage;
 use base64::Engine as _;
 use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
-use sd_models::{ModelInfo, Scheduler, Size, Spec, Start};
+use sd_models::{ModelInfo, PromptSyntax, Scheduler, Size, Spec, Start};
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
@@ -112,6 +112,7 @@ impl Draw {
         let negative_prompt = fields.text(&["negative_prompt"], max_prompt)?.unwrap_or_default();
         let pictures = fields.pictures(limits.max_input_pixels)?;
         let own = pictures.as_ref().map(|pictures| pictures.size(limits.max_pixels, model));
+        let prompt_syntax = fields.choice::<PromptSyntax>(&["prompt_syntax"])?.unwrap_or_default();
         let size = fields.size(own.unwrap_or(defaults.size), limits.max_pixels)?;
         let steps = ["num_inference_steps", "steps"];
         let steps = fields.whole(&steps, 1..=limits.max_steps as u64)?;
@@ -126,6 +127,7 @@ impl Draw {
         fields.finish()?;
         let spec = Spec {
             prompt,
+            prompt_syntax,
             negative_prompt,
             size,
             steps: steps.map_or(defaults.steps, |steps| steps as usize),

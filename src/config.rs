@@ -255,6 +255,7 @@ impl GenerateArgs {
         let fields = [
             ("prompt", Some(self.prompt)),
             ("negative_prompt", self.negative_prompt),
+            ("prompt_syntax", self.prompt_syntax),
             ("width", text(self.width)),
             ("height", text(self.height)),
             ("steps", text(self.steps)),

@@ -1,7 +1,7 @@
 //! Stable Diffusion v1.x and v2.x, from the files of a model to the pixels of a picture.
 //!
-//! The road: a [`Spec`] goes into [`Pipeline::begin`], which encodes the prompt ([`tokenizer`],
-//! [`text_encoder`]) and draws the noise ([`noise`]), over a picture where there is one to begin with; the [`Trajectory`] that comes out is taken
+//! The road: a [`Spec`] goes into [`Pipeline::begin`], which encodes the prompt ([`prompt`],
+//! [`tokenizer`], [`text_encoder`]) and draws the noise ([`noise`]), over a picture where there is one to begin with; the [`Trajectory`] that comes out is taken
 //! step by step through [`Pipeline::step`] (the [`unet`] for many trajectories at once, then each
 //! one's [`denoiser`] and [`sampler`]) and ends in [`Pipeline::decode`] (the [`vae`]).
 //!
@@ -16,6 +16,7 @@ pub mod noise;
 mod ops;
 pub mod pipeline;
 mod preview;
+pub mod prompt;
 pub mod sampler;
 pub mod schedule;
 mod spec;
@@ -30,5 +31,5 @@ pub use device::{DeviceName, Precision, Work};
 pub use error::{Error, Result};
 pub use ops::{keep_freed_memory, return_freed_memory};
 pub use pipeline::{Defaults, LoadOptions, Memory, ModelInfo, Pipeline, Trajectory};
-pub use spec::{MAX_STEPS, Rgb, Scheduler, Size, Spec, Start};
+pub use spec::{MAX_STEPS, PromptSyntax, Rgb, Scheduler, Size, Spec, Start};
 pub use weights::{Source, parameters};

@@ -16,9 +16,10 @@ use crate::error::{Error, Result};
 use crate::noise::Noise;
 use crate::ops::{device_name, device_work, free_device_bytes, keep_freed_memory};
 use crate::preview::Preview;
+use crate::prompt;
 use crate::sampler::Sampler;
 use crate::schedule::SchedulerConfig;
-use crate::spec::{MAX_STEPS, Rgb, Scheduler, Size, Spec};
+use crate::spec::{MAX_STEPS, PromptSyntax, Rgb, Scheduler, Size, Spec};
 use crate::start::{Beginning, Kept, Painter};
 use crate::text_encoder::ClipTextModel;
 use crate::tokenizer::ClipTokenizer;
@@ -219,11 +220,14 @@ pub struct Pipeline {
     /// Fitted when it is first asked for.
     preview: OnceLock<Preview>,
     /// The prompts encoded last, the newest at the end.
-    encoded: Mutex<VecDeque<(String, Encoded)>>,
+    encoded: Mutex<VecDeque<(Prompt, Encoded)>>,
 }
 
 /// Prompts whose encoding is kept: the empty negative prompt, and those that come in series.
 const KEPT_PROMPTS: usize = 32;
+
+/// A prompt as it came and how it is read.
+type Prompt = (String, PromptSyntax);
 
 /// A prompt as the UNet takes it.
 #[derive(Clone)]
@@ -336,9 +340,9 @@ impl Pipeline {
         self.check(spec)?;
         let skipped = spec.skipped_steps();
         let sampler = Sampler::after(skipped, spec.scheduler, &self.scheduler, spec.steps)?;
-        let prompt = self.encode(&spec.prompt)?;
-        let negative =
-            (spec.rows() == 2).then(|| self.encode(&spec.negative_prompt)).transpose()?;
+        let encode = |prompt: &str| self.encode(prompt, spec.prompt_syntax);
+        let prompt = encode(&spec.prompt)?;
+        let negative = (spec.rows() == 2).then(|| encode(&spec.negative_prompt)).transpose()?;
         let named = [("prompt", Some(&prompt)), ("negative_prompt", negative.as_ref())];
         let warnings = named
             .into_iter()
@@ -364,19 +368,17 @@ impl Pipeline {
         })
     }
 
-    fn encode(&self, prompt: &str) -> Result<Encoded> {
+    fn encode(&self, prompt: &str, syntax: PromptSyntax) -> Result<Encoded> {
         let mut kept = self.encoded.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = kept.iter().position(|(known, _)| known == prompt);
+        let found = kept.iter().position(|((text, as_), _)| text == prompt && *as_ == syntax);
         let entry = match found.and_then(|place| kept.remove(place)) {
             Some(entry) => entry,
             None => {
-                let tokens = self.tokenizer.encode(prompt)?;
-                let window = tokens.ids.len();
-                let warning = tokens
-                    .cut
-                    .map(|cut| format!("is longer than {window} tokens; ignored: {cut:?}"));
-                let context = self.text_encoder.forward(&[tokens.ids])?;
-                (prompt.to_owned(), Encoded { context, warning })
+                let encoded = match syntax {
+                    PromptSyntax::Plain => self.encode_plain(prompt)?,
+                    PromptSyntax::A1111 => self.encode_weighed(prompt)?,
+                };
+                ((prompt.to_owned(), syntax), encoded)
             }
         };
         let encoded = entry.1.clone();
@@ -385,6 +387,22 @@ impl Pipeline {
             kept.pop_front();
         }
         Ok(encoded)
+    }
+
+    fn encode_plain(&self, prompt: &str) -> Result<Encoded> {
+        let tokens = self.tokenizer.encode(prompt)?;
+        let window = tokens.ids.len();
+        let warning =
+            tokens.cut.map(|cut| format!("is longer than {window} tokens; ignored: {cut:?}"));
+        Ok(Encoded { context: self.text_encoder.forward(&[tokens.ids])?, warning })
+    }
+
+    fn encode_weighed(&self, prompt: &str) -> Result<Encoded> {
+        let (windows, cut) = prompt::windows(prompt, &self.tokenizer)?;
+        let count = windows.len();
+        let warning = (cut > 0)
+            .then(|| format!("is longer than {count} windows of tokens; {cut} more are ignored"));
+        Ok(Encoded { context: prompt::encode(windows, &self.text_encoder)?, warning })
     }
 
     /// One evaluation of the UNet for each trajectory that is not done; all of one size. An error
@@ -409,11 +427,8 @@ impl Pipeline {
         if active.is_empty() {
             return Ok(());
         }
-        let output = self.unet.forward(
-            &Tensor::cat(&latents, 0)?,
-            &timesteps,
-            &Tensor::cat(&contexts, 0)?,
-        )?;
+        let output =
+            self.unet.forward(&Tensor::cat(&latents, 0)?, &timesteps, &stacked(&contexts)?)?;
         let mut row = 0;
         let mut advanced = Vec::new();
         for trajectory in &active {
@@ -479,6 +494,12 @@ impl Pipeline {
         let byte = |v: f32| ((v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
         Ok(Rgb { width, height, data: values.into_iter().map(byte).collect() })
     }
+}
+
+/// The contexts (1, L, D) of rows, those neighbours stacked whose L is one: (b, L, D).
+fn stacked(contexts: &[Tensor]) -> Result<Vec<Tensor>> {
+    let runs = contexts.chunk_by(|a, b| a.dims() == b.dims());
+    runs.map(|run| Ok(Tensor::cat(run, 0)?)).collect()
 }
 
 /// What one network hands to the next must fit.

@@ -191,6 +191,7 @@ mod tests {
         for (k, scheduler) in Scheduler::all().enumerate() {
             let spec = Spec {
                 prompt: prompts[k % 2].into(),
+                prompt_syntax: crate::PromptSyntax::Plain,
                 negative_prompt: String::new(),
                 size: Size::new(128, 96).expect("multiples of 8"),
                 steps: 12,

@@ -14,6 +14,8 @@ pub const MAX_STEPS: usize = 1000;
 pub struct Spec {
     /// What the picture shows.
     pub prompt: String,
+    /// How both prompts are read.
+    pub prompt_syntax: PromptSyntax,
     /// What it should not show; only read when the guidance scale is above 1.
     pub negative_prompt: String,
     /// Width and height in pixels.
@@ -40,6 +42,29 @@ impl Spec {
     pub fn skipped_steps(&self) -> usize {
         let strength = self.start.as_ref().map_or(1.0, |start| start.strength);
         self.steps.saturating_sub((self.steps as f64 * strength) as usize)
+    }
+}
+
+/// How a prompt is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum PromptSyntax {
+    /// As diffusers reads it: every character is text, and one window of it counts.
+    #[default]
+    Plain,
+    /// As AUTOMATIC1111 reads it ([`crate::prompt`]): brackets are emphasis, and long prompts fill
+    /// several windows.
+    A1111,
+}
+
+impl FromStr for PromptSyntax {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        match name.to_ascii_lowercase().as_str() {
+            "plain" => Ok(Self::Plain),
+            "a1111" => Ok(Self::A1111),
+            _ => Err(format!("unknown syntax {name:?}; known are plain, a1111")),
+        }
     }
 }
 

@@ -30,6 +30,7 @@ pub struct ClipTokenizer {
     begin: u32,
     end: u32,
     pad: u32,
+    comma: Option<u32>,
     window: usize,
 }
 
@@ -63,7 +64,8 @@ impl ClipTokenizer {
         if window < 3 {
             return Err(Error::config(CONFIG, format!("model_max_length: {window} is too short")));
         }
-        Ok(Self { tokenizer, begin, end, pad, window })
+        let comma = tokenizer.token_to_id(",</w>");
+        Ok(Self { tokenizer, begin, end, pad, comma, window })
     }
 
     /// The ids of a prompt. What does not fit is cut off and reported.
@@ -72,11 +74,7 @@ impl ClipTokenizer {
         let encoding = self.tokenizer.encode(prompt, false).map_err(error)?;
         let (words, room) = (encoding.get_ids(), self.window - 2);
         let kept = &words[..words.len().min(room)];
-        let mut ids = Vec::with_capacity(self.window);
-        ids.push(self.begin);
-        ids.extend_from_slice(kept);
-        ids.push(self.end);
-        ids.resize(self.window, self.pad);
+        let ids = self.close(kept);
         let cut = (words.len() > room).then(|| {
             let start = encoding.get_offsets()[room].0;
             // Offsets are byte positions in the prompt; a token may begin inside a character.
@@ -84,6 +82,32 @@ impl ClipTokenizer {
             prompt[start.unwrap_or(0)..].trim().to_owned()
         });
         Ok(Tokens { ids, cut })
+    }
+
+    /// The ids of the words of a text, without begin, end and padding.
+    pub fn words(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.tokenizer.encode(text, false);
+        Ok(encoding.map_err(|e| Error::Tokenizer(e.to_string()))?.get_ids().to_vec())
+    }
+
+    /// One window around words that fit into it: begin, words, end, padding.
+    pub fn close(&self, words: &[u32]) -> Vec<u32> {
+        let mut ids = Vec::with_capacity(self.window);
+        ids.push(self.begin);
+        ids.extend_from_slice(words);
+        ids.push(self.end);
+        ids.resize(self.window, self.pad);
+        ids
+    }
+
+    /// Tokens of a window, begin and end among them.
+    pub fn window(&self) -> usize {
+        self.window
+    }
+
+    /// The comma that ends a word.
+    pub fn comma(&self) -> Option<u32> {
+        self.comma
     }
 }
 

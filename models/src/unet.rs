@@ -103,13 +103,19 @@ impl UNet2DConditionModel {
         &self.config
     }
 
-    /// latents (B, C, H, W) f32, a timestep for each row, context (B, L, D) f32 ->
-    /// the prediction (B, C, H, W) f32.
-    pub fn forward(&self, latents: &Tensor, timesteps: &[f64], context: &Tensor) -> Result<Tensor> {
-        let context = context.to_dtype(self.dtype)?.contiguous()?;
+    /// latents (B, C, H, W) f32, a timestep for each row, the rows' contexts (b, L, D) f32 in their
+    /// order, where L may change from one to the next -> the prediction (B, C, H, W) f32.
+    pub fn forward(
+        &self,
+        latents: &Tensor,
+        timesteps: &[f64],
+        contexts: &[Tensor],
+    ) -> Result<Tensor> {
         // 1. Time and prompt, for every block at once
         let times = self.time_proj.forward(&self.time_embedding(timesteps)?)?;
-        let kv = self.to_kv.forward(&context)?;
+        let kv =
+            |context: &Tensor| self.to_kv.forward(&context.to_dtype(self.dtype)?.contiguous()?);
+        let kv = contexts.iter().map(kv).collect::<candle_core::Result<Vec<_>>>()?;
         // 2. In
         let x = channels_last(latents, self.dtype)?;
         let mut x = self.conv_in.forward(&x)?; // (B, H, W, first)
@@ -398,8 +404,8 @@ struct Transformer {
 }
 
 impl Transformer {
-    /// (B, H, W, C), and keys and values of all blocks for the prompt -> (B, H, W, C)
-    fn forward(&self, x: &Tensor, kv: &Tensor) -> Result<Tensor> {
+    /// (B, H, W, C), and keys and values of all blocks for the rows' prompts -> (B, H, W, C)
+    fn forward(&self, x: &Tensor, kv: &[Tensor]) -> Result<Tensor> {
         let (batch, h, w, channels) = x.dims4()?;
         let tokens = (batch, h * w, channels);
         let mut y = self.proj_in.forward(&self.norm.forward(x)?.reshape(tokens)?)?;
@@ -457,11 +463,22 @@ impl CrossAttention {
         })
     }
 
-    /// x (B, L, C), keys and values of all blocks (B, M, ..), residual (B, L, C) -> (B, L, C)
-    fn forward_add(&self, x: &Tensor, kv: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        let (k, v) = (self.k.of(kv)?, self.v.of(kv)?);
+    /// x (B, L, C), keys and values of all blocks for some rows each (b, M, ..), residual
+    /// (B, L, C) -> (B, L, C)
+    fn forward_add(&self, x: &Tensor, kv: &[Tensor], residual: &Tensor) -> Result<Tensor> {
+        let q = self.to_q.forward(x)?;
         let kind = Attention { heads: self.heads, causal: false };
-        let y = attention(&self.to_q.forward(x)?, &k, &v, kind)?;
+        let mut outputs = Vec::with_capacity(kv.len());
+        let mut row = 0;
+        for kv in kv {
+            let (rows, k, v) = (kv.dim(0)?, self.k.of(kv)?, self.v.of(kv)?);
+            outputs.push(attention(&q.narrow(0, row, rows)?, &k, &v, kind)?);
+            row += rows;
+        }
+        let y = match &outputs[..] {
+            [one] => one.clone(),
+            several => Tensor::cat(several, 0)?,
+        };
         Ok(self.to_out.forward_add(&y, residual)?)
     }
 }

@@ -1,7 +1,7 @@
 """Writes tests/fixtures/: what diffusers and transformers compute, for tests/parity.rs.
 
     python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers tokenizer text unet vae
-        start emphasis]
+        start emphasis single]
 
 The committed files were made with torch 2.15.0, diffusers 0.42.1 and transformers 5.23.0 on a
 CPU. Everything is seeded: the same versions write the same numbers.
@@ -560,6 +560,131 @@ def emphasis(_):
     (HERE / "emphasis.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
+# Single files --------------------------------------------------------------------------------
+
+
+def ldm_unet(key, layers):
+    """A UNet's tensor in the names of the original code."""
+    fixed = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+             "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+             "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1",
+             "mid_block.resnets.1": "middle_block.2"}
+    resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+              "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+    for ours, theirs in fixed.items():
+        key = re.sub(rf"^{re.escape(ours)}\.", f"{theirs}.", key)
+    blocks = re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", key)
+    resnets = "resnets" in key or key.startswith(("middle_block.0", "middle_block.2"))
+    if blocks:
+        way, level, kind, i, rest = blocks.groups()
+        number = int(level) * (layers + 1) + int(i)
+        if kind == "downsamplers":
+            key = f"input_blocks.{number + layers + 1}.0.op.{rest.removeprefix('conv.')}"
+        elif kind == "upsamplers":
+            key = f"output_blocks.{number + layers}.UP.{rest}"
+        else:
+            part = {"resnets": 0, "attentions": 1}[kind]
+            number, side = (number + 1, "input") if way == "down" else (number, "output")
+            key = f"{side}_blocks.{number}.{part}.{rest}"
+    if resnets:
+        for ours, theirs in resnet.items():
+            key = key.replace(f".{ours}.", f".{theirs}.")
+    return key
+
+
+def ldm_vae(key, levels):
+    """A VAE's tensor in the names of the original code."""
+    for ours, theirs in {
+        "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
+        "mid_block.attentions.0.group_norm": "mid.attn_1.norm", "conv_norm_out": "norm_out",
+        "mid_block.attentions.0.to_q": "mid.attn_1.q", "mid_block.attentions.0.to_k": "mid.attn_1.k",
+        "mid_block.attentions.0.to_v": "mid.attn_1.v", "conv_shortcut": "nin_shortcut",
+        "mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out", "resnets": "block",
+        "downsamplers.0": "downsample", "upsamplers.0": "upsample", "down_blocks": "down",
+    }.items():
+        key = key.replace(ours, theirs)
+    up = lambda match: f"up.{levels - 1 - int(match[1])}."
+    return re.sub(r"up_blocks\.(\d+)\.", up, key)
+
+
+def ldm(unet, vae, text):
+    """All tensors of a checkpoint; `text` has the names it has there."""
+    layers, levels = unet.config.layers_per_block, len(vae.config.block_out_channels)
+    tensors = {f"model.diffusion_model.{ldm_unet(k, layers)}": x for k, x in unet.state_dict().items()}
+    # An upsampler is the last part of its block: the third where there is attention.
+    for key in [key for key in tensors if ".UP." in key]:
+        attention = key.split(".UP.")[0] + ".1.norm.weight" in tensors
+        tensors[key.replace(".UP.", f".{2 if attention else 1}.")] = tensors.pop(key)
+    for key, x in vae.state_dict().items():
+        key = f"first_stage_model.{ldm_vae(key, levels)}"
+        point = ".attn_1." in key and x.ndim == 2
+        tensors[key] = x[:, :, None, None] if point else x
+    tensors |= {key: x.clone() for key, x in text.items()}
+    # What files in circulation also hold.
+    tensors["alphas_cumprod"] = torch.ones(1000)
+    tensors["model_ema.decay"] = torch.tensor(0.9999)
+    return tensors
+
+
+def check_single(tensors, unet, vae):
+    """diffusers' own reading of the names gives the networks back."""
+    from diffusers.loaders import single_file_utils as theirs
+
+    for read, model in [(theirs.convert_ldm_unet_checkpoint, unet), (theirs.convert_ldm_vae_checkpoint, vae)]:
+        back, whole = read(dict(tensors), model.config), model.state_dict()
+        assert back.keys() == whole.keys(), back.keys() ^ whole.keys()
+        assert all(torch.equal(back[key], whole[key]) for key in whole)
+
+
+@torch.no_grad()
+def single(_):
+    """The small SD 1.x model as single files, safetensors and pickle, and what of SD 2.x differs."""
+    root = HERE / "single"
+    root.mkdir(exist_ok=True)
+    vae = diffusers.AutoencoderKL.from_pretrained(HERE / "v1/vae")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(HERE / "v1/unet")
+    text = load_file(HERE / "v1/text_encoder/model.safetensors")
+    text = {f"cond_stage_model.transformer.{key}": x for key, x in text.items()}
+    tensors = ldm(unet, vae, text)
+    check_single(tensors, unet, vae)
+    # With the VAE in a file of its own, as some are handed around.
+    alone = {key: x for key, x in tensors.items() if key.startswith("first_stage_model.")}
+    save({key: x for key, x in tensors.items() if key not in alone}, root / "v1.safetensors")
+    alone = {key.removeprefix("first_stage_model."): x for key, x in alone.items()}
+    save(alone, root / "vae.safetensors")
+    # As Lightning writes them: among other objects.
+    unet = diffusers.UNet2DConditionModel.from_pretrained(HERE / "inpaint/unet")
+    tensors = ldm(unet, vae, text)
+    check_single(tensors, unet, vae)
+    callbacks = {"checkpoint": argparse.Namespace(monitor="loss")}
+    lightning = {"epoch": 3, "global_step": 840000, "callbacks": callbacks, "state_dict": tensors}
+    torch.save(lightning, root / "inpaint.ckpt")
+
+    unet = diffusers.UNet2DConditionModel.from_pretrained(HERE / "v2/unet")
+    tower = load_file(HERE / "v2/text_encoder/model.safetensors")
+    tower = {key.removeprefix("text_model."): x for key, x in tower.items()}
+    text = {"positional_embedding": tower["embeddings.position_embedding.weight"],
+            "token_embedding.weight": tower["embeddings.token_embedding.weight"],
+            "text_projection": torch.eye(48), "logit_scale": torch.tensor(4.6)}
+    names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc",
+             "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
+    for kind in ("weight", "bias"):
+        text[f"ln_final.{kind}"] = tower[f"final_layer_norm.{kind}"]
+        # The fourth layer is the one that the UNet does not look at.
+        for i in range(4):
+            ours = f"encoder.layers.{min(i, 2)}"
+            theirs = f"transformer.resblocks.{i}"
+            qkv = [tower[f"{ours}.self_attn.{n}_proj.{kind}"] for n in "qkv"]
+            text[f"{theirs}.attn.in_proj_{kind}"] = torch.cat(qkv)
+            for name, other in names.items():
+                text[f"{theirs}.{other}.{kind}"] = tower[f"{ours}.{name}.{kind}"]
+    text = {f"cond_stage_model.model.{key}": x for key, x in text.items()}
+    tensors = ldm(unet, vae, text)
+    check_single(tensors, unet, vae)
+    tensors = {key: x for key, x in tensors.items() if not key.startswith("first_stage_model.")}
+    save(tensors, root / "v2.safetensors")
+
+
 def main():
     parts = {
         "noise": lambda _: noise(),
@@ -570,6 +695,7 @@ def main():
         "vae": vae,
         "start": start,
         "emphasis": emphasis,
+        "single": single,
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="a directory")

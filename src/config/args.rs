@@ -263,6 +263,9 @@ pub(super) struct GenerateArgs {
     /// What the picture should not show
     #[arg(long)]
     pub(super) negative_prompt: Option<String>,
+    /// plain, or a1111: (emphasis:1.3), [less], BREAK, and prompts of more than 77 tokens
+    #[arg(long)]
+    pub(super) prompt_syntax: Option<String>,
     /// Width in pixels, a multiple of 8; the model's own size when absent
     #[arg(short = 'W', long)]
     pub(super) width: Option<u64>,

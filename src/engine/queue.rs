@@ -157,7 +157,7 @@ impl Queue {
 
 #[cfg(test)]
 mod tests {
-    use sd_models::{Scheduler, Size, Spec};
+    use sd_models::{PromptSyntax, Scheduler, Size, Spec};
 
     use super::super::job::{self, Job, Ticket};
     use super::super::{Device, Engine, Settings};
@@ -167,6 +167,7 @@ mod tests {
     fn job(client: u64, id: JobId, pictures: usize) -> (Ticket, Vec<Order>) {
         let spec = Spec {
             prompt: String::new(),
+            prompt_syntax: PromptSyntax::Plain,
             negative_prompt: String::new(),
             size: Size::new(64, 64).expect("multiples of 8"),
             steps: 10,

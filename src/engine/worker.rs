@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
 use anyhow::Context as _;
-use sd_models::{Error, ModelInfo, Size, Spec};
+use sd_models::{Error, ModelInfo, PromptSyntax, Size, Spec};
 use tracing::{debug, error, info, warn};
 
 use super::batch::Rotation;
@@ -103,6 +103,7 @@ fn warm<M: Model>(model: &M) -> anyhow::Result<()> {
     );
     let spec = Spec {
         prompt: String::new(),
+        prompt_syntax: PromptSyntax::Plain,
         negative_prompt: String::new(),
         size: small.unwrap_or(defaults.size),
         steps: 1,

@@ -120,6 +120,7 @@ fn translate(state: &State, mut theirs: Fields) -> Result<Fields, ApiError> {
     if !ours.has("prompt") {
         ours.add("prompt", "prompt", "");
     }
+    ours.add("prompt_syntax", "prompt", "a1111");
     // Any negative number, and a field left blank, mean chance.
     if let Some((name, seed)) = theirs.take(&["seed"])?
         && seed != ""

@@ -5,7 +5,9 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use sd_models::{Defaults, Error, Memory, ModelInfo, Result, Rgb, Scheduler, Size, Spec};
+use sd_models::{
+    Defaults, Error, Memory, ModelInfo, PromptSyntax, Result, Rgb, Scheduler, Size, Spec,
+};
 use sd_server::api::Limits;
 use sd_server::engine::{Model, Trajectory};
 use sd_server::{engine, http};
@@ -159,6 +161,7 @@ impl Trajectory for FakeTrajectory {
 pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
     Spec {
         prompt: "a cat".into(),
+        prompt_syntax: PromptSyntax::Plain,
         negative_prompt: String::new(),
         size: Size::new(64, 64).expect("multiples of 8"),
         steps,

@@ -155,6 +155,23 @@ fn image_k_has_seed_plus_k() {
 }
 
 #[test]
+fn prompts_are_read_in_the_syntax_that_is_asked_for() {
+    let server = Server::ready(&[]);
+    let draw = |prompt: &str, syntax: &str| {
+        server.json(&json!({ "prompt": prompt, "prompt_syntax": syntax, "steps": 2, "seed": 1 }))
+    };
+    let data = |prompt: &str, syntax: &str| draw(prompt, syntax).json()["data"].clone();
+    assert!(data("a red house", "plain").is_string());
+    assert_eq!(data("a red house", "plain"), data("a red house", "a1111"));
+    assert_ne!(data("a (red:1.5) house", "plain"), data("a (red:1.5) house", "a1111"));
+    let long = "a red house, ".repeat(40);
+    assert!(draw(&long, "plain").json()["warnings"][0].is_string());
+    assert!(draw(&long, "a1111").json().get("warnings").is_none());
+    let unknown = draw("a cat", "compel");
+    assert_eq!((unknown.status, unknown.error().1), (422, "prompt_syntax".into()));
+}
+
+#[test]
 fn the_parameters_are_in_the_file() {
     let server = Server::ready(&[]);
     let request = json!({

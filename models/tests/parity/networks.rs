@@ -57,13 +57,14 @@ fn unet(name: &str, half: bool) {
     assert!(!cases.is_empty());
     for case in cases {
         let latents = &expected[&format!("{}.latents", case.trim_end_matches(".half"))];
-        let ours = model.forward(latents, &timesteps, &expected["context"]).unwrap();
+        let context = std::slice::from_ref(&expected["context"]);
+        let ours = model.forward(latents, &timesteps, context).unwrap();
         let reference = &expected[&format!("{case}.output")];
         assert_close(&format!("unet {name} {case}"), &ours, reference);
         for (row, &timestep) in timesteps.iter().enumerate() {
             let one = |x: &Tensor| x.narrow(0, row, 1).unwrap();
             let (latents, context) = (one(latents), one(&expected["context"]));
-            let alone = model.forward(&latents, &[timestep], &context).unwrap();
+            let alone = model.forward(&latents, &[timestep], &[context]).unwrap();
             assert_close(&format!("unet {name} {case} row {row}"), &alone, &one(reference));
         }
     }

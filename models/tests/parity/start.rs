@@ -5,14 +5,15 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use sd_models::{
-    DeviceName, Error, LoadOptions, Pipeline, Precision, Rgb, Size, Source, Spec, Start, Trajectory,
+    DeviceName, Error, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb, Size, Source, Spec,
+    Start, Trajectory,
 };
 
 use crate::{fixture, path, relative_error};
 
 const TOLERANCE: f32 = 1e-4;
 
-fn load(root: PathBuf) -> Pipeline {
+pub(crate) fn load(root: PathBuf) -> Pipeline {
     let source = Source::Directory(root);
     let (device, precision) = (DeviceName::Cpu, Precision::F32);
     Pipeline::load(&LoadOptions { source, device, precision, threads: Some(1) }).unwrap()
@@ -42,9 +43,10 @@ fn bytes(x: &Tensor) -> Vec<u8> {
     x.to_dtype(DType::U8).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-fn spec(start: Option<Start>) -> Spec {
+pub(crate) fn spec(start: Option<Start>) -> Spec {
     Spec {
         prompt: "a red house".into(),
+        prompt_syntax: PromptSyntax::Plain,
         negative_prompt: String::new(),
         size: Size::new(64, 64).unwrap(),
         steps: 10,
@@ -55,7 +57,7 @@ fn spec(start: Option<Start>) -> Spec {
     }
 }
 
-fn finish(model: &Pipeline, mut batch: Vec<Trajectory>) -> Vec<Tensor> {
+pub(crate) fn finish(model: &Pipeline, mut batch: Vec<Trajectory>) -> Vec<Tensor> {
     while batch.iter().any(|trajectory| !trajectory.done()) {
         model.step(&mut batch.iter_mut().collect::<Vec<_>>()).unwrap();
     }
