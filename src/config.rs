@@ -16,7 +16,7 @@ use sd_models::{DeviceName, MAX_STEPS, Precision};
 
 use crate::api::Limits;
 use crate::bench::{Load, Plan};
-use crate::hub::{Download, Hub};
+use crate::hub::{Download, Hub, is_checkpoint};
 use crate::image::Format;
 use crate::package::{Layout, Package};
 use crate::telemetry::LogFormat;
@@ -106,6 +106,8 @@ pub struct Generate {
 pub struct Model {
     /// Which model.
     pub place: Place,
+    /// A VAE in place of its own: a single file, or a directory with one in `vae/`.
+    pub vae: Option<PathBuf>,
     /// The device.
     pub device: DeviceName,
     /// The numbers it computes in.
@@ -121,8 +123,10 @@ pub struct Model {
 pub enum Place {
     /// In this binary.
     Demo,
-    /// In a directory in the diffusers layout, or one level below it.
+    /// In a directory: in the diffusers layout, there or one level below, or as a single file.
     Directory(PathBuf),
+    /// In a single file in the names of the original code.
+    Checkpoint(PathBuf),
     /// On the hub or in its cache.
     Hub {
         /// `owner/name`.
@@ -286,6 +290,7 @@ impl PackageArgs {
         }
         Ok(Package {
             model: Model {
+                vae: None,
                 place: place(Some(self.model), self.revision)?,
                 device: DeviceName::Cpu,
                 precision: self.dtype,
@@ -323,6 +328,7 @@ impl ModelArgs {
     fn resolve(self) -> Result<Model, clap::Error> {
         Ok(Model {
             place: place(self.model, self.revision)?,
+            vae: self.vae.map(existing).transpose()?,
             device: self.device,
             precision: self.dtype,
             threads: self.threads,
@@ -375,10 +381,25 @@ fn place(typed: Option<String>, revision: String) -> Result<Place, clap::Error> 
     if Path::new(&model).is_dir() {
         return Ok(Place::Directory(model.into()));
     }
+    if is_checkpoint(Path::new(&model)) {
+        return Ok(Place::Checkpoint(model.into()));
+    }
     if is_hub_id(&model) {
         return Ok(Place::Hub { id: model, revision });
     }
-    Err(usage(format!("--model {model}: neither `demo`, nor a directory, nor an id on the hub")))
+    Err(usage(format!(
+        "--model {model}: neither `demo`, nor a directory, nor a .safetensors or .ckpt file, nor an id on the hub"
+    )))
+}
+
+fn existing(vae: PathBuf) -> Result<PathBuf, clap::Error> {
+    if vae.join("vae/config.json").is_file() || is_checkpoint(&vae) {
+        return Ok(vae);
+    }
+    let vae = vae.display();
+    Err(usage(format!(
+        "--vae {vae}: neither a .safetensors or .ckpt file nor a directory with vae/"
+    )))
 }
 
 /// `owner/name` in the characters that the hub allows.

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use hf_hub::api::tokio::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 use indicatif::{ProgressBar, ProgressStyle};
-use sd_models::{LoadOptions, Source};
+use sd_models::{Checkpoint, LoadOptions, Source};
 use tokio::time::timeout;
 use tracing::info;
 
@@ -23,6 +23,10 @@ const NETWORKS: [(&str, &str); 3] = [
     ("unet", "diffusion_pytorch_model"),
     ("vae", "diffusion_pytorch_model"),
 ];
+
+/// Where CLIP's vocabulary is, which single-file checkpoints lack.
+const VOCABULARY: &str = "openai/clip-vit-large-patch14";
+const VOCABULARY_FILES: [&str; 2] = ["vocab.json", "merges.txt"];
 
 /// The other files that the pipeline reads if they exist.
 const SMALL_FILES: [&str; 10] = [
@@ -69,7 +73,8 @@ pub(crate) fn locate(model: Model) -> Result<LoadOptions> {
     let half = model.half();
     let source = match model.place {
         Place::Demo => Source::Demo,
-        Place::Directory(path) => Source::Directory(unwrapped(path)?),
+        Place::Directory(path) => within(path, &model.hub)?,
+        Place::Checkpoint(file) => checkpoint(file, &model.hub)?,
         Place::Hub { id, revision } => {
             let download = Download { hub: model.hub, id, revision, half };
             let cached = download.cached();
@@ -79,26 +84,65 @@ pub(crate) fn locate(model: Model) -> Result<LoadOptions> {
             })
         }
     };
+    let vae = model.vae.map(|path| match path.is_dir() {
+        true => Source::Directory(path),
+        false => Source::Checkpoint(Checkpoint { file: path, vocabulary: None }),
+    });
     let Model { device, precision, threads, .. } = model;
-    Ok(LoadOptions { source, device, precision, threads })
+    Ok(LoadOptions { source, vae, device, precision, threads })
 }
 
-/// A tarball often holds one directory that holds the model.
-fn unwrapped(path: PathBuf) -> Result<PathBuf> {
-    let is_model = |path: &Path| path.join("model_index.json").is_file();
+/// CLIP's vocabulary for a checkpoint that has none beside it, from the cache or the hub.
+fn vocabulary(file: &Path, hub: &Hub) -> Result<Option<PathBuf>> {
+    if file.with_file_name("tokenizer").is_dir() {
+        return Ok(None);
+    }
+    let cache = Cache::new(hub.cache.clone()).repo(Repo::model(VOCABULARY.into()));
+    let cached = || VOCABULARY_FILES.iter().map(|name| cache.get(name)).collect::<Option<Vec<_>>>();
+    if cached().is_none() {
+        let (hub, id, revision) = (hub.clone(), VOCABULARY.to_owned(), "main".to_owned());
+        let download = Download { hub, id, revision, half: false };
+        download.run_for(&VOCABULARY_FILES).with_context(|| {
+            format!(
+                "{} holds no vocabulary: put tokenizer/vocab.json and tokenizer/merges.txt beside it",
+                file.display()
+            )
+        })?;
+    }
+    let files = cached().context("the cache has lost the vocabulary")?;
+    Ok(files.first().and_then(|path| path.parent()).map(Into::into))
+}
+
+/// The model in a directory: in diffusers' layout, perhaps one level below since tarballs often
+/// hold one directory, or as the only single file.
+fn within(path: PathBuf, hub: &Hub) -> Result<Source> {
+    let is_model = |path: &PathBuf| path.join("model_index.json").is_file();
     if is_model(&path) {
-        return Ok(path);
+        return Ok(Source::Directory(path));
     }
     let entries = path.read_dir().with_context(|| format!("cannot read {}", path.display()))?;
-    let mut models = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|p| is_model(p));
-    match (models.next(), models.next()) {
-        (Some(inner), None) => Ok(inner),
+    let entries: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    let inner: Vec<_> = entries.iter().filter(|path| is_model(path)).collect();
+    let files: Vec<_> = entries.iter().filter(|path| is_checkpoint(path)).collect();
+    match (&inner[..], &files[..]) {
+        ([inner], _) => Ok(Source::Directory((*inner).clone())),
+        ([], [file]) => checkpoint((*file).clone(), hub),
         _ => bail!(
-            "{} holds no model: model_index.json is missing (a model in the diffusers layout is \
-             needed, not a single checkpoint file)",
+            "{} holds no model: neither model_index.json nor exactly one .safetensors or .ckpt file",
             path.display()
         ),
     }
+}
+
+/// Whether a file may be a model by itself.
+pub(crate) fn is_checkpoint(path: &Path) -> bool {
+    let ending = path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+    path.is_file() && ["safetensors", "ckpt", "pt", "pth"].contains(&&*ending)
+}
+
+fn checkpoint(file: PathBuf, hub: &Hub) -> Result<Source> {
+    let vocabulary = vocabulary(&file, hub)?;
+    Ok(Source::Checkpoint(Checkpoint { file, vocabulary }))
 }
 
 impl Download {
@@ -107,6 +151,29 @@ impl Download {
     pub(crate) fn run(&self) -> Result<PathBuf> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(self.fetch())
+    }
+
+    /// Fetches some files of a repository.
+    fn run_for(&self, files: &[&str]) -> Result<()> {
+        let offline = self.hub.offline;
+        ensure!(
+            !offline,
+            "{} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it",
+            self.id
+        );
+        let repo = self.api()?.repo(self.repo());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            for file in files {
+                let fetched = timeout(FIRST_ANSWER, repo.get(file)).await;
+                let fetched =
+                    fetched.map_err(|_| anyhow!("{} does not answer", self.hub.endpoint))?;
+                fetched
+                    .map_err(|error| self.explain(error))
+                    .with_context(|| format!("cannot fetch {file} of {}", self.id))?;
+            }
+            Ok(())
+        })
     }
 
     fn repo(&self) -> Repo {

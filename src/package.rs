@@ -44,7 +44,7 @@ impl Package {
         let half = self.model.half();
         ensure!(self.model.place != Place::Demo, "the built-in model needs no package");
         let Source::Directory(root) = hub::locate(self.model)?.source else {
-            bail!("only a model in files can be packaged");
+            bail!("only a model in the diffusers layout can be packaged");
         };
         let files = hub::needed(&listing(&root)?, half)
             .with_context(|| format!("cannot package {}", root.display()))?;

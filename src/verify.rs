@@ -141,6 +141,7 @@ pub(crate) fn run(model: Model, json: bool) -> Result<()> {
 fn spec(pipeline: &Pipeline, rows: usize, seed: u64, steps: usize) -> Spec {
     Spec {
         prompt: "a red house by the sea at night".into(),
+        prompt_syntax: sd_models::PromptSyntax::Plain,
         negative_prompt: String::new(),
         size: pipeline.info().defaults.size,
         steps,

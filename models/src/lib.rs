@@ -7,6 +7,7 @@
 //!
 //! This crate does not know that a server exists: no runtime, no environment, no clock.
 
+mod checkpoint;
 pub mod config;
 pub mod demo;
 pub mod denoiser;
@@ -14,6 +15,7 @@ pub mod device;
 mod error;
 pub mod noise;
 mod ops;
+mod pickle;
 pub mod pipeline;
 mod preview;
 pub mod prompt;
@@ -32,4 +34,4 @@ pub use error::{Error, Result};
 pub use ops::{keep_freed_memory, return_freed_memory};
 pub use pipeline::{Defaults, LoadOptions, Memory, ModelInfo, Pipeline, Trajectory};
 pub use spec::{MAX_STEPS, PromptSyntax, Rgb, Scheduler, Size, Spec, Start};
-pub use weights::{Source, parameters};
+pub use weights::{Checkpoint, Source, parameters};

@@ -32,6 +32,8 @@ use crate::weights::{Source, Weights, activation_dtype};
 pub struct LoadOptions {
     /// The model's files.
     pub source: Source,
+    /// Where the VAE comes from, when it is not the model's own.
+    pub vae: Option<Source>,
     /// Where it runs.
     pub device: DeviceName,
     /// In which numbers.
@@ -258,8 +260,9 @@ impl Pipeline {
         let weights = open("unet", "diffusion_pytorch_model")?;
         let unet = UNetConfig::read(source)?;
         let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype)?;
-        let weights = open("vae", "diffusion_pytorch_model")?;
-        let vae = VaeConfig::read(source)?;
+        let of_vae = options.vae.as_ref().unwrap_or(source);
+        let weights = Weights::open(of_vae, "vae", "diffusion_pytorch_model", half)?;
+        let vae = VaeConfig::read(of_vae)?;
         let encoder = Encoder::load(vae.clone(), &weights, &device, dtype)?;
         let decoder = Decoder::load(vae, &weights, &device, dtype)?;
         let memory = Memory::of(unet.config(), decoder.config(), &device, dtype);
@@ -525,12 +528,12 @@ fn agree(text: &ClipTextModel, unet: &UNet2DConditionModel, vae: &Decoder) -> Re
 }
 
 fn name(source: &Source) -> String {
-    match source {
-        Source::Demo => "demo".into(),
-        Source::Directory(path) => path
-            .file_name()
-            .map_or_else(|| path.display().to_string(), |n| n.to_string_lossy().into_owned()),
-    }
+    let (path, end) = match source {
+        Source::Demo => return "demo".into(),
+        Source::Directory(path) => (path, path.file_name()),
+        Source::Checkpoint(checkpoint) => (&checkpoint.file, checkpoint.file.file_stem()),
+    };
+    end.map_or_else(|| path.display().to_string(), |end| end.to_string_lossy().into_owned())
 }
 
 #[cfg(test)]
@@ -540,9 +543,12 @@ mod tests {
     #[test]
     fn a_prompt_is_encoded_once_and_not_kept_for_ever() {
         let (source, device) = (Source::Demo, DeviceName::Cpu);
-        let options = LoadOptions { source, device, precision: Precision::F32, threads: None };
+        let options =
+            LoadOptions { source, vae: None, device, precision: Precision::F32, threads: None };
         let pipeline = Pipeline::load(&options).expect("the demo model");
-        let context = |prompt: &str| pipeline.encode(prompt).expect("encoded").context.id();
+        let context = |prompt: &str| {
+            pipeline.encode(prompt, PromptSyntax::Plain).expect("encoded").context.id()
+        };
         let (empty, cat) = (context(""), context("a cat"));
         for k in 0..KEPT_PROMPTS - 1 {
             context(&format!("picture {k}"));

@@ -184,7 +184,8 @@ mod tests {
     #[test]
     fn a_preview_resembles_the_picture() {
         let (source, device) = (Source::Demo, DeviceName::Cpu);
-        let options = LoadOptions { source, device, precision: Precision::F32, threads: None };
+        let options =
+            LoadOptions { source, vae: None, device, precision: Precision::F32, threads: None };
         let pipeline = Pipeline::load(&options).expect("the demo model");
         let mut ends = Vec::new();
         let prompts = ["a red house by the sea at night", "a green tree in the snow"];

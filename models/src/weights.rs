@@ -1,6 +1,7 @@
 //! The files of a model: where they are, and tensors out of safetensors by name and shape.
 //!
-//! A model is a directory in diffusers' layout, or the built-in one. Tensors are read from memory
+//! A model is a directory in diffusers' layout, a single file ([`crate::checkpoint`]), or the
+//! built-in one. Tensors are read from memory
 //! maps and handed over as f32 on the CPU, one at a time: each layer packs what it was given and
 //! lets it go, so that a model is never in memory twice.
 
@@ -18,9 +19,11 @@ use memmap2::Mmap;
 use memmap2::UncheckedAdvice;
 use safetensors::{Dtype, SafeTensors};
 
+use crate::checkpoint::{Outline, Renamed};
 use crate::demo;
 use crate::error::{Error, Result};
 use crate::ops::{Conv2d, Geglu, Geometry, GroupNorm, LayerNorm, Linear, floats};
+use crate::pickle;
 
 /// Where a model's files come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +32,47 @@ pub enum Source {
     Demo,
     /// A directory in diffusers' layout.
     Directory(PathBuf),
+    /// A single file in the names of the original code: `.safetensors`, or a pickle, of which
+    /// nothing is executed.
+    Checkpoint(Checkpoint),
+}
+
+/// A single-file checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// The file.
+    pub file: PathBuf,
+    /// A directory with CLIP's `vocab.json` and `merges.txt`, which such a file lacks.
+    pub vocabulary: Option<PathBuf>,
+}
+
+impl Checkpoint {
+    /// The file of that name in diffusers' layout beside the checkpoint.
+    fn beside(&self, name: &str) -> PathBuf {
+        self.file.with_file_name(name)
+    }
+
+    /// A small file: what lies beside the checkpoint, or else what can be inferred from it.
+    fn read(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
+        let vocabulary = name.strip_prefix("tokenizer/").zip(self.vocabulary.as_ref());
+        let vocabulary = vocabulary.map(|(name, directory)| directory.join(name));
+        for path in [Some(self.beside(name)), vocabulary].into_iter().flatten() {
+            if let Some(bytes) = read(path)? {
+                return Ok(Some(bytes));
+            }
+        }
+        let described = Weights::whole(&self.file)?.outline().describe(name)?;
+        Ok(described.map(|value| Cow::Owned(value.to_string().into_bytes())))
+    }
+}
+
+/// A file; `None` if there is no such file.
+fn read(path: PathBuf) -> Result<Option<Cow<'static, [u8]>>> {
+    match std::fs::read(&path) {
+        Ok(bytes) => Ok(Some(Cow::Owned(bytes))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::File { path, source }),
+    }
 }
 
 impl Source {
@@ -36,14 +80,8 @@ impl Source {
     pub fn read(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
         match self {
             Self::Demo => Ok(demo::file(name).map(Cow::Borrowed)),
-            Self::Directory(root) => {
-                let path = root.join(name);
-                match std::fs::read(&path) {
-                    Ok(bytes) => Ok(Some(Cow::Owned(bytes))),
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-                    Err(source) => Err(Error::File { path, source }),
-                }
-            }
+            Self::Directory(root) => read(root.join(name)),
+            Self::Checkpoint(checkpoint) => checkpoint.read(name),
         }
     }
 
@@ -59,14 +97,15 @@ impl Source {
         match self {
             Self::Demo => Path::new("demo").join(name),
             Self::Directory(root) => root.join(name),
+            Self::Checkpoint(checkpoint) => checkpoint.beside(name),
         }
     }
 
     fn open(&self, name: &str) -> Result<Option<Bytes>> {
-        let Self::Directory(root) = self else {
+        if let Self::Demo = self {
             return Ok(demo::file(name).map(Bytes::Static));
-        };
-        let path = root.join(name);
+        }
+        let path = self.path(name);
         match map(&path) {
             Ok(map) => Ok(Some(Bytes::Mapped(map))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -154,6 +193,11 @@ impl Weights {
     /// Opens `folder`'s safetensors: `stem.safetensors`, its `.fp16` variant, or shards named by
     /// an index. The variant comes first if `half` says that f16 is enough.
     pub fn open(source: &Source, folder: &str, stem: &str, half: bool) -> Result<Self> {
+        if let Source::Checkpoint(checkpoint) = source {
+            let whole = Self::whole(&checkpoint.file)?;
+            let rename = whole.outline().renamer(folder);
+            return Ok(whole.renamed(rename));
+        }
         let plain = [format!("{stem}.safetensors"), format!("{stem}.safetensors.index.json")];
         let variant =
             [format!("{stem}.fp16.safetensors"), format!("{stem}.safetensors.index.fp16.json")];
@@ -177,9 +221,49 @@ impl Weights {
         })
     }
 
+    /// All tensors of a single file under the names that they have there.
+    fn whole(path: &Path) -> Result<Self> {
+        let failed = |source| Error::File { path: path.to_owned(), source };
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let bytes = Bytes::Mapped(map(path).map_err(failed)?);
+        let mut weights = Self::empty();
+        if path.extension().is_some_and(|end| end == "safetensors") {
+            weights.add(name, bytes)?;
+        } else {
+            let tensors = pickle::tensors(path, bytes.all().len() as u64);
+            let tensors = tensors.map_err(|reason| Error::config(&name, reason))?;
+            for (tensor, dtype, shape, range) in tensors {
+                weights.entries.insert(tensor, Entry { file: 0, dtype, shape, range });
+            }
+            weights.files.push(TensorFile { name, bytes, data: 0 });
+        }
+        Ok(weights)
+    }
+
+    fn empty() -> Self {
+        Self { files: Vec::new(), entries: BTreeMap::new(), read: RefCell::default() }
+    }
+
+    fn outline(&self) -> Outline<'_> {
+        let shapes = self.entries.iter().map(|(name, entry)| (name.as_str(), &entry.shape[..]));
+        Outline::new(&self.files[0].name, shapes.collect())
+    }
+
+    /// The tensors under other names, without those that get none.
+    fn renamed(mut self, rename: impl Fn(&str, &[usize]) -> Vec<Renamed>) -> Self {
+        for (name, entry) in std::mem::take(&mut self.entries) {
+            for Renamed { name, shape, part: (k, parts) } in rename(&name, &entry.shape) {
+                let Entry { file, dtype, range: (start, end), .. } = entry;
+                let length = (end - start) / parts;
+                let range = (start + k * length, start + (k + 1) * length);
+                self.entries.insert(name, Entry { file, dtype, shape, range });
+            }
+        }
+        self
+    }
+
     fn load(source: &Source, names: Vec<String>) -> Result<Self> {
-        let mut weights =
-            Self { files: Vec::new(), entries: BTreeMap::new(), read: RefCell::default() };
+        let mut weights = Self::empty();
         for name in names {
             let bytes = source.open(&name)?.ok_or_else(|| Error::File {
                 path: source.path(&name),

@@ -16,6 +16,8 @@ mod networks;
 mod noise;
 #[path = "parity/sampler.rs"]
 mod sampler;
+#[path = "parity/single.rs"]
+mod single;
 #[path = "parity/start.rs"]
 mod start;
 #[path = "parity/tokenizer.rs"]

@@ -70,10 +70,14 @@ pub(super) struct ServeArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Model")]
 pub(super) struct ModelArgs {
-    /// `demo` (built in), a directory in the diffusers layout, or a hub id such as owner/name.
+    /// `demo` (built in), a directory in the diffusers layout, a single checkpoint file
+    /// (.safetensors, .ckpt), or a hub id such as owner/name.
     /// When absent: /opt/ml/model if it has files, else CompVis/stable-diffusion-v1-4
     #[arg(long, env = "SD_MODEL")]
     pub(super) model: Option<String>,
+    /// A VAE in place of the model's own: a single file, or a directory that has vae/
+    #[arg(long, env = "SD_VAE")]
+    pub(super) vae: Option<PathBuf>,
     /// Branch, tag or commit of a model on the hub
     #[arg(long, env = "SD_REVISION", default_value = "main")]
     pub(super) revision: String,
@@ -175,7 +179,7 @@ pub(super) struct LimitArgs {
     /// Most pictures of one request
     #[arg(long, env = "SD_MAX_IMAGES", default_value = "8", value_parser = at_least::<1>)]
     pub(super) max_images: usize,
-    /// Longest prompt; the model reads 77 tokens in any case
+    /// Longest prompt; the model reads 77 tokens of it, or eight times as many in a1111's syntax
     #[arg(long, env = "SD_MAX_PROMPT_BYTES", default_value = "16384", value_parser = at_least::<1>)]
     pub(super) max_prompt_bytes: usize,
     /// Largest width x height of a picture that comes in; it is decoded before it is resized

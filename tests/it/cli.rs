@@ -51,6 +51,41 @@ fn the_command_line_draws_what_the_server_draws() {
 }
 
 #[test]
+fn a_single_file_is_a_model() {
+    let fixtures = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tests/fixtures/");
+    let folder = tempfile::tempdir().expect("a directory");
+    let place = |name: &str| folder.path().join(name);
+    let copy = |from: &str, to: &str| {
+        std::fs::copy(fixtures.to_owned() + from, place(to)).expect("copied");
+    };
+    copy("single/v1.safetensors", "v1.safetensors");
+    std::fs::create_dir(place("other")).expect("made");
+    copy("single/vae.safetensors", "other/vae.safetensors");
+    let draw = |model: &std::path::Path| {
+        let mut command = sd_server(&["generate", "x", "--steps", "1", "--device", "cpu"]);
+        command.args(["-W", "64", "-H", "64", "-o"]).arg(place("out.png")).arg("--model");
+        command.arg(model).arg("--vae").arg(place("other/vae.safetensors"));
+        command.env("HF_HUB_OFFLINE", "1").env("HF_HOME", place("cache"));
+        command.output().expect("it starts")
+    };
+    let without = draw(&place("v1.safetensors"));
+    assert_eq!(without.status.code(), Some(1));
+    assert!(text(&without.stderr).contains("tokenizer/vocab.json"), "{}", text(&without.stderr));
+    std::fs::create_dir(place("tokenizer")).expect("made");
+    for name in ["vocab.json", "merges.txt", "tokenizer_config.json"] {
+        copy(&format!("tokenizer/{name}"), &format!("tokenizer/{name}"));
+    }
+    // By its name, and as the only one in a directory, as SageMaker mounts it.
+    for model in [place("v1.safetensors"), folder.path().to_owned()] {
+        let with = draw(&model);
+        assert!(with.status.success(), "{}", text(&with.stderr));
+        let picture = image::open(place("out.png")).expect("a picture");
+        assert_eq!((picture.width(), picture.height()), (64, 64));
+        std::fs::remove_file(place("out.png")).expect("there");
+    }
+}
+
+#[test]
 fn usage_errors_exit_with_64() {
     let table: [&[&str]; 18] = [
         &["train"],

@@ -14,24 +14,28 @@ use crate::{fixture, path, relative_error};
 const TOLERANCE: f32 = 1e-4;
 
 pub(crate) fn load(root: PathBuf) -> Pipeline {
-    let source = Source::Directory(root);
-    let (device, precision) = (DeviceName::Cpu, Precision::F32);
-    Pipeline::load(&LoadOptions { source, device, precision, threads: Some(1) }).unwrap()
+    open(Source::Directory(root), None).unwrap()
 }
 
-/// The model of SD 1.x with another UNet, which was trained for inpainting.
-fn inpainting_model() -> PathBuf {
-    fn copy(from: &Path, to: &Path) {
-        std::fs::create_dir_all(to).unwrap();
-        for entry in from.read_dir().unwrap().map(Result::unwrap) {
-            let target = to.join(entry.file_name());
-            match entry.path().is_dir() {
-                true => copy(&entry.path(), &target),
-                false => drop(std::fs::copy(entry.path(), target).unwrap()),
-            }
+pub(crate) fn open(source: Source, vae: Option<Source>) -> sd_models::Result<Pipeline> {
+    let (device, precision) = (DeviceName::Cpu, Precision::F32);
+    Pipeline::load(&LoadOptions { source, vae, device, precision, threads: Some(1) })
+}
+
+pub(crate) fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in from.read_dir().unwrap().map(Result::unwrap) {
+        let target = to.join(entry.file_name());
+        match entry.path().is_dir() {
+            true => copy(&entry.path(), &target),
+            false => drop(std::fs::copy(entry.path(), target).unwrap()),
         }
     }
-    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("inpainting");
+}
+
+/// The model of SD 1.x with another UNet, which was trained for inpainting; each test has its own.
+pub(crate) fn inpainting_model(test: &str) -> PathBuf {
+    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("inpainting-{test}"));
     let _ = std::fs::remove_dir_all(&root);
     copy(&path("v1"), &root);
     std::fs::remove_dir_all(root.join("unet")).unwrap();
@@ -108,7 +112,7 @@ fn a_part_of_a_picture_is_painted_anew() {
 
 #[test]
 fn a_unet_for_inpainting_is_told_what_to_paint() {
-    let model = load(inpainting_model());
+    let model = load(inpainting_model("told"));
     check("told", &model);
     // Without a picture everything is painted.
     let (white, all) = (vec![255; 64 * 64 * 3], Some(vec![255; 64 * 64]));

@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 
 use futures_util::FutureExt as _;
-use sd_models::{Defaults, Memory, Rgb, Scheduler};
+use sd_models::{Defaults, Memory, PromptSyntax, Rgb, Scheduler};
 use tokio::time::{Instant as Clock, advance};
 
 use super::*;
@@ -161,6 +161,7 @@ fn square(side: usize) -> Size {
 fn spec(seed: u64, steps: usize) -> Spec {
     Spec {
         prompt: "a cat".into(),
+        prompt_syntax: PromptSyntax::Plain,
         negative_prompt: String::new(),
         size: square(64),
         steps,

@@ -1,0 +1,58 @@
+//! Where the tensors of a PyTorch file lie. The pickle in it is read as data by candle's reader:
+//! nothing that it names is looked up, let alone called.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
+use candle_core::DType;
+use candle_core::pickle::{TensorInfo, read_pth_tensor_info};
+use zip::{CompressionMethod, ZipArchive};
+
+/// Name, type, shape and range of bytes in the file.
+type Tensor = (String, DType, Vec<usize>, (usize, usize));
+
+/// The tensors of a file of so many bytes. The error is what comes after the file's name.
+pub(crate) fn tensors(path: &Path, length: u64) -> Result<Vec<Tensor>, String> {
+    let unreadable = |error: candle_core::Error| {
+        format!("not a checkpoint of PyTorch 1.6 or later that can be read: {error}")
+    };
+    // Training writes the tensors under a key of their own, other tools at the top.
+    let inner = read_pth_tensor_info(path, false, Some("state_dict"));
+    let infos = match inner {
+        Ok(infos) if !infos.is_empty() => infos,
+        _ => read_pth_tensor_info(path, false, None).map_err(unreadable)?,
+    };
+    let file = File::open(path).map_err(|error| error.to_string())?;
+    let mut zip = ZipArchive::new(BufReader::new(file)).map_err(|error| error.to_string())?;
+    infos.into_iter().map(|info| place(info, &mut zip, length)).collect()
+}
+
+fn place(
+    info: TensorInfo,
+    zip: &mut ZipArchive<BufReader<File>>,
+    length: u64,
+) -> Result<Tensor, String> {
+    let TensorInfo { name, dtype, layout, path, .. } = info;
+    let refuse = |reason: &str| Err(format!("tensor {name}: {reason}"));
+    if !layout.is_contiguous() {
+        return refuse("is not contiguous");
+    }
+    let entry = zip.by_name(&path).map_err(|error| format!("tensor {name}: {error}"))?;
+    if entry.compression() != CompressionMethod::Stored {
+        return refuse("is compressed");
+    }
+    let size = dtype.size_in_bytes() as u64;
+    let elements = layout.dims().iter().try_fold(size, |n, side| n.checked_mul(*side as u64));
+    let skipped = (layout.start_offset() as u64).checked_mul(size);
+    let range = entry.data_start().zip(skipped).zip(elements).and_then(|((data, skip), bytes)| {
+        let end = skip.checked_add(bytes).filter(|end| *end <= entry.size())?;
+        Some((data.checked_add(skip)?, data.checked_add(end).filter(|end| *end <= length)?))
+    });
+    match range {
+        Some((start, end)) => {
+            Ok((name, dtype, layout.dims().to_vec(), (start as usize, end as usize)))
+        }
+        None => refuse("does not lie within the file"),
+    }
+}
