@@ -88,6 +88,14 @@ impl Server {
         self.post(&["content-type: application/json"], body.to_string())
     }
 
+    /// The value of a metric; 0 while it is not there.
+    pub(crate) fn metric(&self, series: &str) -> f64 {
+        let reply = self.client.get(self.url("/metrics")).send().expect("an answer");
+        let text = reply.text().expect("text");
+        let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        line.map_or(0.0, |value| value.parse().expect("a number"))
+    }
+
     /// Sends bytes as they are, and the end of the stream unless they ask for `Connection: close`.
     /// Returns what comes back, which may be nothing.
     pub(crate) fn raw(&self, bytes: &[u8]) -> String {

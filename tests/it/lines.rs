@@ -1,10 +1,12 @@
 //! JSON lines, as SageMaker's batch transform sends them.
 
+use std::time::Instant;
+
 use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::engine::{LONG, Server, ready};
-use crate::fake::{HTTP, wait_until};
+use crate::fake::HTTP;
 use crate::harness;
 
 const LINES: &str = "content-type: application/jsonlines";
@@ -68,30 +70,30 @@ async fn lines_are_drawn_together_and_wait_for_room() -> Result<()> {
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn lines_of_a_client_that_left_are_withdrawn() -> Result<()> {
-    let (engine, strings) = ready().await;
-    let server = Server::start(engine.clone(), HTTP, LONG).await;
-    let line = |k| json!({ "prompt": "a cat", "seed": k, "steps": 150 }).to_string();
-    let lines: Vec<_> = (0..20).map(line).collect();
-    let request = reqwest::Client::new().post(format!("{}/invocations", server.url));
-    let request = request.header("content-type", "application/jsonlines");
-    let reply = request.body(lines.join("\n")).send().await?;
+#[test]
+fn lines_of_a_client_that_left_are_withdrawn() {
+    let server = harness::Server::ready(&["--max-batch-rows", "4"]);
+    let line = json!({ "prompt": "a cat", "steps": 150 }).to_string();
+    let reply = server
+        .client
+        .post(server.url("/invocations"))
+        .header("content-type", "application/jsonlines");
+    let reply = reply.body([line.as_str(); 8].join("\n")).send().expect("an answer");
     assert_eq!(reply.status(), 200, "before the first line is drawn");
-    drop(reply);
-    let ended = |outcome: &str| {
-        let text = engine.metrics().to_string();
-        let series = format!("sd_pictures_total{{outcome=\"{outcome}\"}} ");
-        let count = text.lines().find_map(|line| line.strip_prefix(&series)?.parse().ok());
-        count.unwrap_or(0)
+    let began = Instant::now();
+    let wait = |gauge: &str, value: f64| {
+        while server.metric(gauge) != value {
+            assert!(began.elapsed() < harness::PATIENCE, "{gauge} is not {value}");
+        }
     };
-    // A place for each row, which two pictures take and two wait for.
-    wait_until(|| {
-        let _ = strings.permits.send(());
-        ended("cancelled") == 4
-    });
-    assert_eq!(ended("drawn"), 0, "nobody draws what nobody waits for");
-    Ok(())
+    // As many lines are looked at as there are rows, and each picture takes two.
+    wait("sd_pictures_drawing", 2.0);
+    wait("sd_pictures_waiting", 2.0);
+    drop(reply);
+    wait("sd_requests_in_service", 0.0);
+    wait("sd_pictures_drawing", 0.0);
+    let ended = |outcome| server.metric(&format!("sd_pictures_total{{outcome=\"{outcome}\"}}"));
+    assert_eq!((ended("drawn"), ended("cancelled")), (0.0, 4.0), "nobody waits for them");
 }
 
 #[test]

@@ -19,7 +19,7 @@ const CLIENTS: u64 = 6;
 /// What the clients saw.
 #[derive(Debug, Default, Clone, Copy)]
 struct Seen {
-    drawn: u64,
+    answered: u64,
     malformed: u64,
     out_of_range: u64,
     overloaded: u64,
@@ -45,8 +45,13 @@ fn ask(server: &Server, k: u64, seen: &Mutex<Seen>) {
         "guidance_scale": guidance, "scheduler": schedulers[(k % 5) as usize],
         "stream": (5..7).contains(&roll), "preview": roll == 6,
     });
-    let post = |kind: &str, body: String| server.post(&[kind], body).status;
     let mut saw = Seen::default();
+    let mut post = |kind: &str, body: String| {
+        let reply = server.post(&[kind], body);
+        // Every picture that came has its seed beside it; a stream or a line may hold an error.
+        saw.pictures += String::from_utf8_lossy(&reply.body).matches("\"seed\":").count() as u64;
+        reply.status
+    };
     let status = match roll {
         0 => post(JSON, "{\"prompt\":".to_owned()),
         1 => post(JSON, json!({ "prompt": "x", "steps": 0 }).to_string()),
@@ -55,27 +60,20 @@ fn ask(server: &Server, k: u64, seen: &Mutex<Seen>) {
             saw = Seen { left: 1, left_pictures: pictures, ..saw };
             0
         }
-        7 => {
-            let status = post(LINES, format!("{body}\n\n{body}"));
-            saw.pictures += pictures;
-            status
-        }
+        7 => post(LINES, format!("{body}\n\n{body}")),
         8 => job(server, &body.to_string(), pictures, &mut saw),
         _ => post(JSON, body.to_string()),
     };
     match status {
         0 => {}
-        200 => {
-            saw.drawn = 1;
-            saw.pictures += pictures;
-        }
+        200 => saw.answered = 1,
         400 => saw.malformed = 1,
         422 => saw.out_of_range = 1,
         429 => saw.overloaded = 1,
         other => panic!("{other} for request {k}"),
     }
     let mut seen = seen.lock().expect("unpoisoned");
-    seen.drawn += saw.drawn;
+    seen.answered += saw.answered;
     seen.malformed += saw.malformed;
     seen.out_of_range += saw.out_of_range;
     seen.overloaded += saw.overloaded;
@@ -123,17 +121,10 @@ fn job(server: &Server, body: &str, pictures: u64, saw: &mut Seen) -> u16 {
     0
 }
 
-fn metric(server: &Server, series: &str) -> f64 {
-    let reply = server.client.get(server.url("/metrics")).send().expect("an answer");
-    let text = reply.text().expect("text");
-    let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
-    line.map_or(0.0, |value| value.parse().expect("a number"))
-}
-
 /// Sends them all and returns what was seen, with the memory after a quarter and at the end.
 fn send(server: &Server, requests: u64) -> (Seen, f64, f64) {
     let (seen, next) = (Mutex::new(Seen::default()), AtomicU64::new(0));
-    let resident = || metric(server, "sd_host_resident_bytes");
+    let resident = || server.metric("sd_host_resident_bytes");
     let warm = Mutex::new(0.0);
     thread::scope(|scope| {
         for _ in 0..CLIENTS {
@@ -153,7 +144,7 @@ fn send(server: &Server, requests: u64) -> (Seen, f64, f64) {
     });
     let began = Instant::now();
     let idle = ["sd_pictures_waiting", "sd_pictures_drawing", "sd_requests_in_service"];
-    while idle.iter().any(|gauge| metric(server, gauge) > 0.0) {
+    while idle.iter().any(|gauge| server.metric(gauge) > 0.0) {
         assert!(began.elapsed() < Duration::from_secs(20), "something is still in service");
     }
     let (seen, warm) = (*seen.lock().expect("unpoisoned"), *warm.lock().expect("unpoisoned"));
@@ -169,7 +160,7 @@ fn nothing_is_lost_miscounted_or_leaked() {
     println!("{seen:?}\nresident: {:.1} MB warm, {:.1} MB at the end", warm / 1e6, end / 1e6);
     let counted = |route: &str, outcome: &str| {
         let labels = format!("{{route=\"{route}\",outcome=\"{outcome}\"}}");
-        metric(&server, &format!("sd_requests_total{labels}")) as u64
+        server.metric(&format!("sd_requests_total{labels}")) as u64
     };
     let invocations = |outcome: &str| counted("/invocations", outcome);
     assert_eq!(invocations("malformed"), seen.malformed);
@@ -179,15 +170,15 @@ fn nothing_is_lost_miscounted_or_leaked() {
     // Some of those who left were answered, or refused, before they did; all are counted.
     let ends = ["ok", "overloaded", "gone"].map(invocations);
     println!("ok, overloaded, gone: {ends:?}");
-    let answered = seen.drawn + seen.overloaded;
+    let answered = seen.answered + seen.overloaded;
     assert_eq!(ends.iter().sum::<u64>(), answered + seen.left, "{ends:?} {seen:?}");
-    assert!(ends[0] >= seen.drawn && ends[1] >= seen.overloaded, "{ends:?} {seen:?}");
+    assert!(ends[0] >= seen.answered && ends[1] >= seen.overloaded, "{ends:?} {seen:?}");
     let all = answered + seen.left + seen.malformed + seen.out_of_range;
     assert_eq!(all + seen.jobs + seen.jobs_refused, requests);
-    assert_eq!(metric(&server, "sd_request_seconds_count{route=\"/invocations\"}") as u64, all);
+    assert_eq!(server.metric("sd_request_seconds_count{route=\"/invocations\"}") as u64, all);
 
     let pictures = |outcome: &str| {
-        metric(&server, &format!("sd_pictures_total{{outcome=\"{outcome}\"}}")) as u64
+        server.metric(&format!("sd_pictures_total{{outcome=\"{outcome}\"}}")) as u64
     };
     let drawn = pictures("drawn");
     let most = seen.pictures + seen.left_pictures;
@@ -195,9 +186,9 @@ fn nothing_is_lost_miscounted_or_leaked() {
     assert_eq!(pictures("failed"), 0);
     assert!(pictures("cancelled") <= seen.left_pictures, "{seen:?}");
     let stage =
-        |name: &str| metric(&server, &format!("sd_stage_seconds_count{{stage=\"{name}\"}}")) as u64;
+        |name: &str| server.metric(&format!("sd_stage_seconds_count{{stage=\"{name}\"}}")) as u64;
     assert!((drawn..=drawn + seen.left_pictures).contains(&stage("decode")), "{seen:?}");
-    assert_eq!(stage("text"), metric(&server, "sd_queue_seconds_count") as u64);
+    assert_eq!(stage("text"), server.metric("sd_queue_seconds_count") as u64);
     if requests >= 2000 {
         assert!(end <= warm * 1.05, "memory grew from {warm} to {end}");
     }
