@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::ops::RangeInclusive;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ::image::DynamicImage;
 use base64::Engine as _;
@@ -12,7 +12,7 @@ use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use sd_models::{ModelInfo, PromptSyntax, Scheduler, Size, Spec, Start};
 use serde::de::{Deserializer, MapAccess, Visitor};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::image::{self, Format};
 
@@ -190,6 +190,15 @@ pub struct Fields {
     values: Vec<Field>,
     /// Whether values carry their type (JSON) or are all text (a form).
     typed: bool,
+    /// Notes what is asked of the fields, when that is what is wanted.
+    record: Option<Arc<Mutex<Vec<Described>>>>,
+}
+
+/// A field as it is read: its name, its other names, and the JSON schema of its values.
+#[derive(Debug, Clone)]
+pub(crate) struct Described {
+    pub(crate) names: Vec<&'static str>,
+    pub(crate) schema: Value,
 }
 
 #[derive(Debug, Clone)]
@@ -211,7 +220,7 @@ impl Fields {
     /// A bare prompt.
     pub fn prompt(prompt: impl Into<String>) -> Self {
         let prompt = Field::new(("prompt".into(), Value::String(prompt.into())));
-        Self { values: vec![prompt], typed: true }
+        Self { values: vec![prompt], typed: true, record: None }
     }
 
     /// The fields of a form. An empty one was left blank, except that a prompt may be empty.
@@ -219,7 +228,7 @@ impl Fields {
         let filled = |(name, value): &(String, String)| !value.is_empty() || name == "prompt";
         let values = pairs.into_iter().filter(filled);
         let values = values.map(|(name, value)| Field::new((name, Value::String(value))));
-        Self { values: values.collect(), typed: false }
+        Self { values: values.collect(), typed: false, record: None }
     }
 
     /// A JSON object.
@@ -230,10 +239,28 @@ impl Fields {
             Ok(values)
         });
         match values {
-            Ok(values) => {
-                Ok(Self { values: values.into_iter().map(Field::new).collect(), typed: true })
-            }
+            Ok(values) => Ok(Self {
+                values: values.into_iter().map(Field::new).collect(),
+                typed: true,
+                record: None,
+            }),
             Err(error) => Err(Invalid::body(format!("the body is not a JSON object: {error}"))),
+        }
+    }
+
+    /// What `read` asks of the fields: so a description cannot say anything else than the code.
+    pub(crate) fn described(read: impl FnOnce(Self)) -> Vec<Described> {
+        let record = Arc::default();
+        let mut fields = Self::prompt("");
+        fields.record = Some(Arc::clone(&record));
+        read(fields);
+        record.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn note(&self, names: &[&'static str], schema: impl FnOnce() -> Value) {
+        if let Some(record) = &self.record {
+            let described = Described { names: names.into(), schema: schema() };
+            record.lock().unwrap_or_else(PoisonError::into_inner).push(described);
         }
     }
 
@@ -291,6 +318,7 @@ impl Fields {
         names: &[&'static str],
         max: usize,
     ) -> Result<Option<String>, Invalid> {
+        self.note(names, || json!({ "type": "string" }));
         match self.take(names)? {
             None => Ok(None),
             Some((name, Value::String(text))) if text.len() > max => {
@@ -309,6 +337,10 @@ impl Fields {
         names: &[&'static str],
         range: RangeInclusive<u64>,
     ) -> Result<Option<u64>, Invalid> {
+        self.note(
+            names,
+            || json!({ "type": "integer", "minimum": range.start(), "maximum": range.end() }),
+        );
         let Some((name, value)) = self.take(names)? else { return Ok(None) };
         let value = self.numeral(&name, value, "a whole number")?;
         let in_range = value.as_u64().filter(|whole| range.contains(whole));
@@ -326,6 +358,10 @@ impl Fields {
         names: &[&'static str],
         range: RangeInclusive<f64>,
     ) -> Result<Option<f64>, Invalid> {
+        self.note(
+            names,
+            || json!({ "type": "number", "minimum": range.start(), "maximum": range.end() }),
+        );
         let Some((name, value)) = self.take(names)? else { return Ok(None) };
         let value = self.numeral(&name, value, "a number")?;
         value.as_f64().filter(|number| range.contains(number)).map(Some).ok_or_else(|| {
@@ -370,6 +406,7 @@ impl Fields {
         names: &[&'static str],
         max_pixels: usize,
     ) -> Result<Option<DynamicImage>, Invalid> {
+        self.note(names, || json!({ "type": "string", "contentEncoding": "base64" }));
         let (name, mut text) = match self.take(names)? {
             None => return Ok(None),
             Some((name, Value::String(text))) => (name, text),
@@ -409,6 +446,7 @@ impl Fields {
     }
 
     pub(crate) fn flag(&mut self, names: &[&'static str]) -> Result<Option<bool>, Invalid> {
+        self.note(names, || json!({ "type": "boolean" }));
         match self.take(names)? {
             None => Ok(None),
             Some((_, Value::Bool(flag))) => Ok(Some(flag)),
@@ -429,6 +467,7 @@ impl Fields {
         &mut self,
         names: &[&'static str],
     ) -> Result<Option<T>, Invalid> {
+        self.note(names, || json!({ "type": "string" }));
         match self.take(names)? {
             None => Ok(None),
             Some((name, Value::String(text))) => text
@@ -447,6 +486,7 @@ impl Fields {
         names: &[&'static str],
         words: &[&'static str],
     ) -> Result<Option<&'static str>, Invalid> {
+        self.note(names, || json!({ "type": "string", "enum": words }));
         let Some((name, value)) = self.take(names)? else { return Ok(None) };
         words.iter().find(|word| value == **word).map(|word| Some(*word)).ok_or_else(|| {
             Invalid::range(&name, format!("must be one of {}, not {value}", words.join(", ")))

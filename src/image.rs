@@ -11,7 +11,8 @@ use image::codecs::jpeg::JpegEncoder;
 use image::codecs::webp::WebPEncoder;
 use image::imageops::FilterType;
 use image::{
-    DynamicImage, ExtendedColorType, ImageDecoder as _, ImageEncoder, ImageReader, Limits,
+    DynamicImage, ExtendedColorType, GrayImage, ImageDecoder as _, ImageEncoder, ImageFormat,
+    ImageReader, Limits,
 };
 use sd_models::{Rgb, Size, Spec};
 
@@ -73,14 +74,17 @@ pub fn infotext(spec: &Spec, model: &str) -> String {
     if !spec.negative_prompt.is_empty() {
         text += &format!("\nNegative prompt: {}", clean(&spec.negative_prompt));
     }
+    let strength = spec.start.as_ref().map(|start| start.strength);
+    let strength = strength.map(|strength| format!("Denoising strength: {strength}, "));
     text += &format!(
-        "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}, Model: {model}, \
+        "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}, Model: {model}, {}\
          Version: sd-server {}",
         spec.steps,
         spec.scheduler.title(),
         spec.guidance_scale,
         spec.seed,
         spec.size,
+        strength.unwrap_or_default(),
         env!("CARGO_PKG_VERSION"),
     );
     if let Some(start) = &spec.start {
@@ -124,6 +128,35 @@ pub fn fit(image: &DynamicImage, size: Size) -> Rgb {
 /// The mask (a byte for each pixel) that a picture of light and dark stands for.
 pub fn fit_mask(image: &DynamicImage, size: Size) -> Vec<u8> {
     resized(&DynamicImage::ImageLuma8(image.to_luma8()), size).into_luma8().into_raw()
+}
+
+/// A mask that is made of a picture's file, as PNG, if `make` finds one in it.
+pub fn mask(
+    file: &[u8],
+    max_pixels: usize,
+    make: impl FnOnce(&DynamicImage) -> Option<GrayImage>,
+) -> Result<Option<Vec<u8>>, String> {
+    let Some(mask) = make(&decode(file, max_pixels)?) else { return Ok(None) };
+    let mut file = Cursor::new(Vec::new());
+    let written = mask.write_to(&mut file, ImageFormat::Png);
+    written.map(|()| Some(file.into_inner())).map_err(|error| format!("cannot be used: {error}"))
+}
+
+/// White where a picture is transparent; nothing where it is not.
+pub fn holes(image: &DynamicImage) -> Option<GrayImage> {
+    let rgba = image.color().has_alpha().then(|| image.to_rgba8())?;
+    let mut mask = GrayImage::new(rgba.width(), rgba.height());
+    for (hole, pixel) in mask.pixels_mut().zip(rgba.pixels()) {
+        hole.0[0] = if pixel.0[3] < 128 { 255 } else { 0 };
+    }
+    mask.pixels().any(|pixel| pixel.0[0] > 0).then_some(mask)
+}
+
+/// Dark where a picture is light.
+pub fn inverted(image: &DynamicImage) -> Option<GrayImage> {
+    let mut mask = image.to_luma8();
+    image::imageops::invert(&mut mask);
+    Some(mask)
 }
 
 fn resized(image: &DynamicImage, size: Size) -> DynamicImage {

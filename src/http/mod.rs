@@ -16,6 +16,7 @@ mod lines;
 mod listen;
 mod models;
 mod openai;
+mod openapi;
 mod page;
 mod route;
 mod sagemaker;
@@ -125,28 +126,13 @@ pub fn router(models: Models, settings: Settings) -> Router {
     let lock = || middleware::from_fn_with_state(Arc::clone(&keys), keys::require);
     let openai = Router::new()
         .route("/v1/images/generations", post(openai::generations))
+        .route("/v1/images/edits", post(openai::edits))
         .route("/v1/models", get(openai::models))
         .route("/v1/models/{*id}", get(openai::model))
         .route_layer(lock())
         .route_layer(middleware::map_response(openai::errors));
-    let sdapi = Router::new()
-        .route("/sdapi/v1/txt2img", post(sdapi::txt2img))
-        .route("/sdapi/v1/progress", get(sdapi::progress))
-        .route("/sdapi/v1/interrupt", post(sdapi::interrupt))
-        .route("/sdapi/v1/options", get(sdapi::get_options).post(sdapi::set_options))
-        .route("/sdapi/v1/samplers", get(sdapi::samplers))
-        .route("/sdapi/v1/schedulers", get(sdapi::schedulers))
-        .route("/sdapi/v1/sd-models", get(sdapi::models))
-        .route("/sdapi/v1/sd-vae", get(sdapi::nothing))
-        .route("/sdapi/v1/upscalers", get(sdapi::nothing))
-        .route("/sdapi/v1/latent-upscale-modes", get(sdapi::nothing))
-        .route("/sdapi/v1/loras", get(sdapi::nothing))
-        .route("/sdapi/v1/embeddings", get(sdapi::embeddings))
-        .route("/sdapi/v1/scripts", get(sdapi::scripts))
-        .route("/sdapi/v1/png-info", post(sdapi::png_info))
-        .route("/internal/progress", post(sdapi::task))
-        .route_layer(lock())
-        .route_layer(middleware::map_response(sdapi::errors));
+    let sdapi =
+        sdapi_routes().route_layer(lock()).route_layer(middleware::map_response(sdapi::errors));
     let (multi_model, named) = match models.multi_model() {
         true => (multi_model(), Router::new()),
         false => (Router::new(), Router::new().route("/models/{*id}", post(models::named))),
@@ -163,6 +149,9 @@ pub fn router(models: Models, settings: Settings) -> Router {
         .route("/", get(page::index))
         .route("/page.css", get(page::style))
         .route("/page.js", get(page::script))
+        .route("/docs", get(page::docs))
+        .route("/docs.js", get(page::docs_script))
+        .route("/openapi.json", get(openapi::document))
         .route("/ping", get(sagemaker::ping).post(sagemaker::ping))
         .route("/invocations", post(sagemaker::invocations))
         .route("/execution-parameters", get(sagemaker::execution_parameters))
@@ -193,6 +182,27 @@ fn multi_model() -> Router<Arc<Shared>> {
         .route("/models/{name}/invoke", post(models::invoke))
 }
 
+/// The routes of AUTOMATIC1111's API.
+fn sdapi_routes() -> Router<Arc<Shared>> {
+    Router::new()
+        .route("/sdapi/v1/txt2img", post(sdapi::txt2img))
+        .route("/sdapi/v1/img2img", post(sdapi::img2img))
+        .route("/sdapi/v1/progress", get(sdapi::progress))
+        .route("/sdapi/v1/interrupt", post(sdapi::interrupt))
+        .route("/sdapi/v1/options", get(sdapi::get_options).post(sdapi::set_options))
+        .route("/sdapi/v1/samplers", get(sdapi::samplers))
+        .route("/sdapi/v1/schedulers", get(sdapi::schedulers))
+        .route("/sdapi/v1/sd-models", get(sdapi::models))
+        .route("/sdapi/v1/sd-vae", get(sdapi::nothing))
+        .route("/sdapi/v1/upscalers", get(sdapi::nothing))
+        .route("/sdapi/v1/latent-upscale-modes", get(sdapi::nothing))
+        .route("/sdapi/v1/loras", get(sdapi::nothing))
+        .route("/sdapi/v1/embeddings", get(sdapi::embeddings))
+        .route("/sdapi/v1/scripts", get(sdapi::scripts))
+        .route("/sdapi/v1/png-info", post(sdapi::png_info))
+        .route("/internal/progress", post(sdapi::task))
+}
+
 /// What browsers must hear before a page of another origin may call. Nothing, unless configured.
 fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
     let origin = match origins {
@@ -210,10 +220,13 @@ fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
 }
 
 /// The routes that are measured by their name; others are `other`, since clients make them up.
-const ROUTES: [&str; 37] = [
+const ROUTES: [&str; 42] = [
     "/",
     "/page.css",
     "/page.js",
+    "/docs",
+    "/docs.js",
+    "/openapi.json",
     "/ping",
     "/invocations",
     "/v1/invocations",
@@ -223,6 +236,7 @@ const ROUTES: [&str; 37] = [
     "/models/{name}/invoke",
     "/models/{*id}",
     "/v1/images/generations",
+    "/v1/images/edits",
     "/v1/models",
     "/v1/models/{*id}",
     "/files/{name}",
@@ -234,6 +248,7 @@ const ROUTES: [&str; 37] = [
     "/info",
     "/metrics",
     "/sdapi/v1/txt2img",
+    "/sdapi/v1/img2img",
     "/sdapi/v1/progress",
     "/sdapi/v1/interrupt",
     "/sdapi/v1/options",

@@ -9,8 +9,9 @@ use std::convert::Infallible;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::Json;
+use axum::body::Bytes;
 use axum::extract::{Path, Request};
-use axum::http::header::HOST;
+use axum::http::header::{CONTENT_TYPE, HOST};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse as _, Response};
@@ -20,16 +21,17 @@ use futures_util::stream;
 use serde_json::{Map, Value, json};
 use tokio::sync::{OwnedSemaphorePermit, watch};
 
-use super::State;
 use super::accept::Reply;
 use super::asked::Asked;
 use super::body::Speech;
 use super::error::{self, ApiError, Reason};
 use super::events::{Answering, HEARTBEAT};
 use super::intake::{self, Intake};
+use super::{State, models};
 use crate::api::{Fields, Invalid};
 use crate::engine::{Drawn, Failure, Preview, Progress, Ticket};
 use crate::image::{self, Format};
+use crate::models::Refusal;
 
 /// Names that clients send who know no other server than OpenAI's. They mean whatever is here.
 const THEIR_MODELS: [&str; 3] = ["dall-e-", "gpt-image-", "chatgpt-image-"];
@@ -56,6 +58,79 @@ pub(super) async fn generations(state: State, request: Request) -> Result<Respon
     draw(state, intake, fields, "image_generation").await
 }
 
+/// `POST /v1/images/edits`: a form with a picture in it, and a mask whose transparent parts are to
+/// be painted anew. Without one it is the picture's own transparency that says where, and without
+/// that the whole picture is begun from.
+pub(super) async fn edits(state: State, request: Request) -> Result<Response, ApiError> {
+    let mut intake = intake::take(&state, request).await?;
+    let body = std::mem::take(&mut intake.body);
+    let Form { texts, image, mask } = Form::read(&intake.headers, body).await?;
+    let image = image.ok_or_else(|| Invalid::malformed("image", "is required"))?;
+    let mut fields = Fields::form(texts);
+    let encoded = BASE64_STANDARD.encode(&image);
+    let (name, file) = match mask {
+        Some(mask) => ("mask", mask),
+        None => ("image", image),
+    };
+    let most = state.settings.limits.max_input_pixels;
+    let turn = state.readers.acquire().await;
+    let found = tokio::task::spawn_blocking(move || image::mask(&file, most, image::holes)).await;
+    drop(turn);
+    let holes = found.map_err(|_| Invalid::malformed(name, "cannot be read"))?;
+    let holes = holes.map_err(|reason| Invalid::range(name, reason))?;
+    if holes.is_none() && name == "mask" {
+        let reason = "has no transparent pixels; they say what is to be painted anew";
+        return Err(Invalid::range(name, reason).into());
+    }
+    if let Some(holes) = holes {
+        fields.add("mask", name, BASE64_STANDARD.encode(holes));
+        // Nothing is to be seen any more of what was there.
+        if !fields.has("strength") {
+            fields.add("strength", "strength", "1");
+        }
+    }
+    fields.add("image", "image", encoded);
+    draw(state, intake, fields, "image_edit").await
+}
+
+/// A form with files in it.
+#[derive(Default)]
+struct Form {
+    texts: Vec<(String, String)>,
+    image: Option<Bytes>,
+    mask: Option<Bytes>,
+}
+
+impl Form {
+    async fn read(headers: &HeaderMap, body: Vec<u8>) -> Result<Self, ApiError> {
+        let declared = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let boundary = multer::parse_boundary(declared.unwrap_or_default())
+            .map_err(|_| ApiError::MediaType("send multipart/form-data with a boundary".into()))?;
+        let broken = |error: multer::Error| Invalid::body(format!("the form is broken: {error}"));
+        let body = stream::iter([Ok::<_, Infallible>(Bytes::from(body))]);
+        let mut parts = multer::Multipart::new(body, boundary);
+        let mut form = Self::default();
+        while let Some(part) = parts.next_field().await.map_err(broken)? {
+            let name = part.name().unwrap_or_default().to_owned();
+            let data = part.bytes().await.map_err(broken)?;
+            match name.as_str() {
+                // The second name is the client's for a list.
+                "image" | "image[]" if form.image.is_none() => form.image = Some(data),
+                "image" | "image[]" => {
+                    return Err(Invalid::range("image", "may be one picture only").into());
+                }
+                "mask" if form.mask.is_none() => form.mask = Some(data),
+                _ => {
+                    let text = String::from_utf8(data.into())
+                        .map_err(|_| Invalid::malformed(&name, "is not UTF-8"))?;
+                    form.texts.push((name, text));
+                }
+            }
+        }
+        Ok(form)
+    }
+}
+
 /// Reads OpenAI's fields, draws, and answers.
 async fn draw(
     state: State,
@@ -64,15 +139,9 @@ async fn draw(
     kind: &'static str,
 ) -> Result<Response, ApiError> {
     let Intake { headers, client, deadline, stream_deadline, permit, .. } = intake;
-    let model = fields.text(&["model"], 256)?;
-    let state = find(state, model.as_deref().unwrap_or(THEIR_MODELS[0])).await?;
-    let compression = translate(&mut fields)?;
-    let url = fields.one_of(&["response_format"], &["b64_json", "url"])?;
-    let url = url.filter(|format| *format == "url").map(|_| origin(&headers));
-    let partial_images = fields.whole(&["partial_images"], 0..=3)?.unwrap_or(0) as usize;
-    if partial_images > 0 {
-        fields.add("preview", "partial_images", true);
-    }
+    let Words { model, compression, url, partial_images } = translate(&mut fields)?;
+    let state = find(state, model).await?;
+    let url = url.then(|| origin(&headers));
     let wish = Wish { kind, url, partial_images };
     let asked = Asked::read(&state, fields, Speech::Json, |wish| {
         let format = wish.format.unwrap_or(Format::Png);
@@ -95,8 +164,17 @@ async fn draw(
     Ok(Json(reply).into_response())
 }
 
-/// Puts the fields that are OpenAI's own into native words. Returns `output_compression`.
-fn translate(fields: &mut Fields) -> Result<Option<u64>, Invalid> {
+/// What OpenAI's words say that ours cannot.
+pub(super) struct Words {
+    model: Option<String>,
+    compression: Option<u64>,
+    url: bool,
+    partial_images: usize,
+}
+
+/// Puts the fields that are OpenAI's own into native words.
+pub(super) fn translate(fields: &mut Fields) -> Result<Words, Invalid> {
+    let model = fields.text(&["model"], 256)?;
     for silent in ["quality", "style", "moderation", "input_fidelity", "user", "safety_identifier"]
     {
         fields.text(&[silent], 256)?;
@@ -114,7 +192,13 @@ fn translate(fields: &mut Fields) -> Result<Option<u64>, Invalid> {
         fields.add("width", "size", width);
         fields.add("height", "size", height);
     }
-    fields.whole(&["output_compression"], 0..=100)
+    let compression = fields.whole(&["output_compression"], 0..=100)?;
+    let url = fields.one_of(&["response_format"], &["b64_json", "url"])? == Some("url");
+    let partial_images = fields.whole(&["partial_images"], 0..=3)?.unwrap_or(0) as usize;
+    if partial_images > 0 {
+        fields.add("preview", "partial_images", true);
+    }
+    Ok(Words { model, compression, url, partial_images })
 }
 
 /// What `output_compression` means for a format: the quality of JPEG. Our PNG and WebP are lossless.
@@ -299,7 +383,7 @@ async fn look(previews: Option<&mut watch::Receiver<Option<Preview>>>) -> Previe
     std::future::pending().await
 }
 
-/// `GET /v1/models`.
+/// `GET /v1/models`: the one that is here, and those that can be loaded.
 pub(super) async fn models(state: State) -> Result<Json<Value>, ApiError> {
     let cards: Vec<Value> = names(&state)?.iter().map(|name| card(name)).collect();
     Ok(Json(json!({ "object": "list", "data": cards })))
@@ -311,7 +395,7 @@ pub(super) async fn model(state: State, Path(id): Path<String>) -> Result<Json<V
 }
 
 /// The models that requests can name.
-fn names(state: &State) -> Result<Vec<String>, ApiError> {
+pub(super) fn names(state: &State) -> Result<Vec<String>, ApiError> {
     let mut names = state.models.names();
     match state.engine.model() {
         Ok(model) => names.insert(0, model.name.clone()),
@@ -325,10 +409,15 @@ fn card(id: &str) -> Value {
     json!({ "id": id, "object": "model", "created": 0, "owned_by": "sd-server" })
 }
 
-/// The server with the model of this name; OpenAI's names mean the one that is here.
-async fn find(state: State, name: &str) -> Result<State, ApiError> {
-    let theirs = THEIR_MODELS.iter().any(|prefix| name.starts_with(prefix));
-    if theirs { Ok(state) } else { super::models::choose(&state, name).await }
+/// The server as a request sees it that names this model, which may have to be loaded first.
+/// OpenAI's names mean the one that is here.
+async fn find(state: State, name: Option<String>) -> Result<State, ApiError> {
+    let theirs = |name: &String| THEIR_MODELS.iter().any(|prefix| name.starts_with(prefix));
+    let Some(name) = name.filter(|name| !theirs(name)) else { return Ok(state) };
+    match models::choose(&state, &name).await {
+        Err(ApiError::Model(Refusal::Unknown(name))) => Err(ApiError::NoModel(name)),
+        found => found,
+    }
 }
 
 /// Puts errors into OpenAI's words, whoever made them.

@@ -25,6 +25,16 @@ pub(super) async fn script() -> impl IntoResponse {
     file("text/javascript; charset=utf-8", include_str!("page/page.js"))
 }
 
+/// `GET /docs`: `/openapi.json` for people.
+pub(super) async fn docs() -> impl IntoResponse {
+    file("text/html; charset=utf-8", include_str!("page/docs.html"))
+}
+
+/// `GET /docs.js`.
+pub(super) async fn docs_script() -> impl IntoResponse {
+    file("text/javascript; charset=utf-8", include_str!("page/docs.js"))
+}
+
 /// A file that goes with this version of the server, so that no browser may keep it unasked.
 fn file(media_type: &'static str, text: &'static str) -> impl IntoResponse {
     let headers = [

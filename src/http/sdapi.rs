@@ -12,19 +12,19 @@ use base64::prelude::BASE64_STANDARD;
 use sd_models::{Scheduler, Spec};
 use serde_json::{Map, Value, json};
 
-use super::State;
 use super::accept::Reply;
 use super::asked::Asked;
 use super::body::Speech;
 use super::error::{self, ApiError, Reason};
 use super::intake::{self, Intake};
 use super::underway::Begun;
+use super::{State, models, openai};
 use crate::api::{Fields, Invalid};
 use crate::engine::Drawn;
 use crate::image::{self, Format, infotext};
 
 /// Fields with the same meaning here; ours are on the right.
-const SAME: [(&str, &str); 6] = [
+pub(super) const SAME: [(&str, &str); 6] = [
     ("prompt", "prompt"),
     ("negative_prompt", "negative_prompt"),
     ("width", "width"),
@@ -34,8 +34,9 @@ const SAME: [(&str, &str); 6] = [
 ];
 
 /// What would change the picture if it were done. Clients send most of these in their idle state.
-const REFUSED: [&str; 12] = [
+const REFUSED: [&str; 13] = [
     "enable_hr",
+    "resize_mode",
     "restore_faces",
     "tiling",
     "subseed_strength",
@@ -59,25 +60,40 @@ const SCHEDULES: [(&str, &str); 3] =
 
 /// `POST /sdapi/v1/txt2img`.
 pub(super) async fn txt2img(state: State, request: Request) -> Result<Response, ApiError> {
-    let intake = intake::take(&state, request).await?;
-    let text = std::str::from_utf8(&intake.body)
-        .map_err(|error| Invalid::body(format!("the body is not UTF-8: {error}")))?;
-    let theirs = Fields::json(text)?;
-    let echo: Map<String, Value> = serde_json::from_str(text).unwrap_or_default();
-    draw(state, intake, theirs, echo).await
+    draw(state, request, false).await
+}
+
+/// `POST /sdapi/v1/img2img`.
+pub(super) async fn img2img(state: State, request: Request) -> Result<Response, ApiError> {
+    draw(state, request, true).await
 }
 
 /// Draws, unless it is interrupted, and answers as AUTOMATIC1111 does.
-async fn draw(
-    state: State,
-    intake: Intake,
-    mut theirs: Fields,
-    echo: Map<String, Value>,
-) -> Result<Response, ApiError> {
-    let Intake { client, deadline, permit: _permit, .. } = intake;
+async fn draw(state: State, request: Request, from_picture: bool) -> Result<Response, ApiError> {
+    let Intake { body, client, deadline, permit: _permit, .. } =
+        intake::take(&state, request).await?;
+    let text = std::str::from_utf8(&body)
+        .map_err(|error| Invalid::body(format!("the body is not UTF-8: {error}")))?;
+    let mut theirs = Fields::json(text)?;
+    let mut echo: Map<String, Value> = serde_json::from_str(text).unwrap_or_default();
+    drop(body);
     let send_images = theirs.flag(&["send_images"])?.unwrap_or(true);
     let task = theirs.text(&["force_task_id"], 256)?;
-    let fields = translate(&state, theirs)?;
+    let mut notes = Vec::new();
+    let start = match from_picture {
+        true => Some(Start::take(&mut theirs, &mut notes)?),
+        false => None,
+    };
+    let (mut fields, model) = translate(&state, theirs)?;
+    let state = match model {
+        Some(model) => models::choose(&state, &model).await?,
+        None => state,
+    };
+    if let Some(start) = start {
+        // As there, pictures do not go back to where they came from.
+        echo.retain(|name, _| !["init_images", "mask"].contains(&name.as_str()));
+        start.put(&state, &mut fields).await?;
+    }
     let mut asked = Asked::read(&state, fields, Speech::Json, |wish| {
         Ok(Reply::Json(wish.format.unwrap_or(Format::Png)))
     })
@@ -96,14 +112,14 @@ async fn draw(
         json!({
             "images": if send_images { images } else { Vec::new() },
             "parameters": echo,
-            "info": info(&asked.specs, pictures, &name).to_string(),
+            "info": info(&asked.specs, pictures, notes, &name).to_string(),
         })
     };
     Ok(Json(asked.encode(pictures, dress).await?).into_response())
 }
 
-/// Their fields in our words.
-fn translate(state: &State, mut theirs: Fields) -> Result<Fields, ApiError> {
+/// Their fields in our words, and the model that they name.
+fn translate(state: &State, mut theirs: Fields) -> Result<(Fields, Option<String>), ApiError> {
     for name in REFUSED {
         if let Some((name, value)) = theirs.take(&[name])?
             && !idle(&value)
@@ -134,6 +150,7 @@ fn translate(state: &State, mut theirs: Fields) -> Result<Fields, ApiError> {
     if let Some(scheduler) = scheduler(&mut theirs)? {
         ours.add("scheduler", "sampler_name", scheduler.name());
     }
+    let mut model = None;
     if let Some((name, settings)) = theirs.take(&["override_settings"])? {
         let Value::Object(mut settings) = settings else {
             return Err(Invalid::malformed(&name, "must be an object").into());
@@ -141,9 +158,84 @@ fn translate(state: &State, mut theirs: Fields) -> Result<Fields, ApiError> {
         if let Some(format) = settings.remove("samples_format") {
             ours.add("output_format", "override_settings.samples_format", format);
         }
+        if let Some(Value::String(name)) = settings.remove("sd_model_checkpoint") {
+            model = Some(name).filter(|name| !name.is_empty());
+        }
         set(state, &settings)?;
     }
-    Ok(ours)
+    Ok((ours, model))
+}
+
+/// The picture to begin with.
+struct Start {
+    image: Value,
+    mask: Option<Value>,
+    /// Whether it is the dark of the mask that is painted anew.
+    inverted: bool,
+    strength: f64,
+}
+
+impl Start {
+    /// Takes the fields of img2img out. What is done otherwise than asked goes into the notes:
+    /// clients send their defaults for it whether they mean them or not.
+    fn take(theirs: &mut Fields, notes: &mut Vec<String>) -> Result<Self, Invalid> {
+        let missing = || Invalid::malformed("init_images", "must hold a picture in base64");
+        let image = match theirs.take(&["init_images"])? {
+            Some((_, Value::Array(images))) if images.len() > 1 => {
+                return Err(Invalid::range("init_images", "may hold one picture only"));
+            }
+            Some((_, Value::Array(mut images))) => images.pop().ok_or_else(missing)?,
+            _ => return Err(missing()),
+        };
+        let mask = theirs.take(&["mask"])?.map(|(_, mask)| mask).filter(|mask| !idle(mask));
+        let inverted = theirs.take(&["inpainting_mask_invert"])?;
+        let inverted = inverted.is_some_and(|(_, value)| !idle(&value));
+        let strength = theirs.number(&["denoising_strength"], 0.0..=1.0)?;
+        if mask.is_some() {
+            let asks = |field: Option<(String, Value)>, plain: fn(&Value) -> bool| {
+                field.is_some_and(|(_, value)| !plain(&value))
+            };
+            if asks(theirs.take(&["inpaint_full_res"])?, idle) {
+                notes.push("inpaint_full_res: the whole picture was drawn, not a part".into());
+            }
+            if asks(theirs.take(&["mask_blur"])?, idle) {
+                notes.push("mask_blur: the edge of the mask is hard".into());
+            }
+            if asks(theirs.take(&["inpainting_fill"])?, |fill| *fill == 1) {
+                notes.push("inpainting_fill: the masked part began as it was".into());
+            }
+        }
+        Ok(Self { image, mask, inverted, strength: strength.unwrap_or(0.75) })
+    }
+
+    /// Puts it into our words.
+    async fn put(self, state: &State, ours: &mut Fields) -> Result<(), ApiError> {
+        ours.add("image", "init_images", self.image);
+        ours.add("strength", "denoising_strength", self.strength);
+        let Some(mask) = self.mask else { return Ok(()) };
+        let Some(text) = mask.as_str().filter(|_| self.inverted) else {
+            ours.add("mask", "mask", mask);
+            return Ok(());
+        };
+        let (file, most) = (file("mask", text)?, state.settings.limits.max_input_pixels);
+        let _turn = state.readers.acquire().await;
+        let turned = move || image::mask(&file, most, image::inverted);
+        let turned = tokio::task::spawn_blocking(turned).await;
+        let turned = turned.map_err(|_| Invalid::malformed("mask", "cannot be read"))?;
+        let turned = turned.map_err(|reason| Invalid::range("mask", reason))?;
+        ours.add("mask", "mask", BASE64_STANDARD.encode(turned.unwrap_or_default()));
+        Ok(())
+    }
+}
+
+/// A picture's file out of base64, bare or as a data URL.
+fn file(name: &str, text: &str) -> Result<Vec<u8>, Invalid> {
+    let data = match text.strip_prefix("data:").and_then(|rest| rest.split_once(',')) {
+        Some((_, data)) => data,
+        None => text,
+    };
+    let broken = |error| Invalid::malformed(name, format!("is not base64: {error}"));
+    BASE64_STANDARD.decode(data.trim()).map_err(broken)
 }
 
 /// A value that asks for nothing.
@@ -181,11 +273,13 @@ fn scheduler(theirs: &mut Fields) -> Result<Option<Scheduler>, Invalid> {
 }
 
 /// What AUTOMATIC1111 tells of its pictures.
-fn info(specs: &[Spec], pictures: &[Drawn], model: &str) -> Value {
+fn info(specs: &[Spec], pictures: &[Drawn], notes: Vec<String>, model: &str) -> Value {
     let Some(first) = specs.first() else { return Value::Null };
     let all = |of: fn(&Spec) -> Value| specs.iter().map(of).collect::<Vec<_>>();
     let infotexts: Vec<_> = specs.iter().map(|spec| image::infotext(spec, model)).collect();
-    let warnings = pictures.first().map(|picture| picture.warnings.clone()).unwrap_or_default();
+    let warnings = pictures.first().map(|picture| picture.warnings.clone());
+    let warnings = [notes, warnings.unwrap_or_default()].concat();
+    let strength = first.start.as_ref().map(|start| start.strength);
     json!({
         "prompt": first.prompt,
         "all_prompts": all(|spec| spec.prompt.as_str().into()),
@@ -210,7 +304,7 @@ fn info(specs: &[Spec], pictures: &[Drawn], model: &str) -> Value {
         "sd_vae_hash": null,
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
-        "denoising_strength": null,
+        "denoising_strength": strength,
         "extra_generation_params": {},
         "index_of_first_image": 0,
         "infotexts": infotexts,
@@ -329,7 +423,11 @@ fn set(state: &State, wanted: &Map<String, Value>) -> Result<(), ApiError> {
         match wanted {
             wanted if *wanted == is => {}
             Value::String(model) if name == "sd_model_checkpoint" => {
-                return Err(ApiError::NoModel(model.clone()));
+                if !openai::names(state)?.contains(model) {
+                    return Err(ApiError::NoModel(model.clone()));
+                }
+                let reason = "cannot be changed for everyone; name it in override_settings";
+                return Err(Invalid::range(&name, reason).into());
             }
             _ => {
                 let reason = format!("cannot be set to {wanted}; it is {is}");
@@ -376,11 +474,13 @@ pub(super) async fn schedulers() -> Json<Value> {
 
 /// `GET /sdapi/v1/sd-models`.
 pub(super) async fn models(state: State) -> Result<Json<Value>, ApiError> {
-    let name = &state.engine.model()?.name;
-    Ok(Json(json!([{
-        "title": name, "model_name": name, "hash": null, "sha256": null, "filename": name,
-        "config": null,
-    }])))
+    let model = |name: &String| {
+        json!({
+            "title": name, "model_name": name, "hash": null, "sha256": null, "filename": name,
+            "config": null,
+        })
+    };
+    Ok(Json(openai::names(&state)?.iter().map(model).collect()))
 }
 
 /// The lists of what there is none of, which clients ask for before anything else.
@@ -403,13 +503,7 @@ pub(super) async fn png_info(state: State, request: Request) -> Result<Json<Valu
     let mut fields = read(&state, request).await?;
     let image = fields.text(&["image"], usize::MAX)?;
     let image = image.ok_or_else(|| Invalid::malformed("image", "is required"))?;
-    let data = match image.strip_prefix("data:").and_then(|rest| rest.split_once(',')) {
-        Some((_, data)) => data,
-        None => &image,
-    };
-    let file = BASE64_STANDARD
-        .decode(data.trim())
-        .map_err(|error| Invalid::malformed("image", format!("is not base64: {error}")))?;
+    let file = file("image", &image)?;
     let found = tokio::task::spawn_blocking(move || infotext::find(&file));
     let found = found.await.map_err(|_| Invalid::malformed("image", "cannot be read"))?;
     let text = found.map_err(|reason| Invalid::malformed("image", reason))?.unwrap_or_default();

@@ -1,11 +1,14 @@
 """Chromium before the web page."""
 
+import base64
+import io
 import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 # The last four keep Chromium from asking its maker's hosts, which a closed network refuses.
@@ -83,7 +86,7 @@ def test_a_picture_is_watched_kept_and_repeated(browser, server):
         assert page.locator("#views img").count() == 2
         page.reload()
         expect(page.locator("#history li")).to_have_count(3)
-        expect(page.locator("#prompt")).to_be_empty()
+        expect(page.locator("#prompt")).to_have_value("a blue car")
         expect(page.locator("#model")).to_contain_text("demo")
         page.locator("#history button").last.click()
         page.click("#reuse")
@@ -124,6 +127,37 @@ def test_seeds(browser, server):
         assert page.input_value("#seed") != kept
 
 
+def test_a_picture_to_start_from_and_a_mask(browser, server, tmp_path):
+    drawing = Image.new("RGB", (96, 64), "orange")
+    drawing.save(tmp_path / "orange.png")
+    with opened(browser, server) as page:
+        page.set_input_files("#file", tmp_path / "orange.png")
+        expect(page.locator("#chosen")).to_be_visible()
+        # The area that was chosen, in the shape of the picture.
+        assert (page.input_value("#width"), page.input_value("#height")) == ("152", "104")
+        page.click("#paint")
+        box = page.locator("#mask").bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 4, box["y"])
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"], steps=5)
+        page.mouse.up()
+        shoot(page, "mask")
+        page.click("#done")
+        expect(page.locator("#paint")).to_have_text("Change the mask")
+        page.locator("#strength").fill("0.9")
+        with page.expect_request("**/v1/invocations") as sent:
+            ask(page, "a blue lake", steps=6)
+        asked = sent.value.post_data_json
+        mask = Image.open(io.BytesIO(base64.b64decode(asked["mask"]))).convert("L")
+        assert mask.size == (96, 64) and asked["strength"] == 0.9
+        assert mask.getpixel((24, 32)) == 255 and mask.getpixel((72, 32)) == 0
+        drawn(page, 1)
+        shoot(page, "masked")
+        page.click("#remove")
+        page.click("#begin")
+        expect(page.locator("#chosen")).to_be_visible()
+
+
 def test_errors_are_clear(browser, server):
     with opened(browser, server) as page:
         page.fill("#width", "100")
@@ -153,3 +187,13 @@ def test_a_key_is_asked_for_once(browser, locked):
         page.click("#key-dialog button[value=save]")
         page.click("#draw")
         drawn(page, 1)
+
+
+def test_the_documentation(browser, server):
+    with opened(browser, server) as page:
+        page.click("text=API")
+        page.wait_for_selector("text=POST /v1/images/generations")
+        assert page.locator("details").count() > 25
+        page.click("text=POST /v1/invocations")
+        expect(page.locator("details[open]")).to_contain_text("num_inference_steps")
+        shoot(page, "docs")

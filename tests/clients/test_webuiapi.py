@@ -5,6 +5,7 @@ import time
 
 import pytest
 import webuiapi
+from PIL import Image, ImageChops, ImageStat
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,27 @@ def test_txt2img(client):
     assert reply.info["infotexts"] == [image.info["parameters"] for image in reply.images]
     assert reply.image.info["parameters"].startswith("a red house\nNegative prompt: dogs\nSteps: 2")
     assert reply.parameters["seed"] == 7
+
+
+def test_img2img(client):
+    settings = {"steps": 12, "width": 128, "height": 128, "sampler_name": "DPM++ 2M"}
+    house = client.txt2img(prompt="a red house by the sea", seed=5, **settings).image.convert("RGB")
+    mask = Image.new("L", house.size, 0)
+    mask.paste(255, (0, 0, 128, 40))
+    reply = client.img2img(
+        images=[house], mask_image=mask, prompt="a blue car in the desert at sunset", seed=1,
+        denoising_strength=0.9, inpainting_fill=1, **settings,
+    )
+    assert reply.image.size == house.size and reply.info["denoising_strength"] == 0.9
+
+    def change(box):
+        """How far a part is from what it was, of 255."""
+        difference = ImageChops.difference(reply.image.convert("RGB").crop(box), house.crop(box))
+        return sum(ImageStat.Stat(difference).mean) / 3
+
+    assert change((0, 64, 128, 128)) < 15 and change((0, 0, 128, 32)) > 40
+    # What the client asks for by default and is done otherwise.
+    assert any("inpaint_full_res" in note for note in reply.info["warnings"])
 
 
 def test_a_seed_of_minus_one_is_chance(client):

@@ -11,12 +11,12 @@ use serde_json::{Value, json};
 use crate::harness::Server;
 
 /// A picture whose pixels are all different.
-fn gradient(width: u32, height: u32) -> DynamicImage {
+pub(crate) fn gradient(width: u32, height: u32) -> DynamicImage {
     let pixel = |x: u32, y: u32| image::Rgb([(x * 3) as u8, (y * 2) as u8, (x + y) as u8]);
     RgbImage::from_fn(width, height, pixel).into()
 }
 
-fn file(image: &DynamicImage, format: ImageFormat) -> Vec<u8> {
+pub(crate) fn file(image: &DynamicImage, format: ImageFormat) -> Vec<u8> {
     let mut file = Cursor::new(Vec::new());
     image.write_to(&mut file, format).expect("encodes");
     file.into_inner()

@@ -3,11 +3,14 @@
 use anyhow::{Context as _, Result};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use image::ImageFormat;
 use sd_server::http;
 use serde_json::{Value, json};
 
 use crate::engine::{LONG, Server, ready};
 use crate::fake::HTTP;
+use crate::harness;
+use crate::inputs::{file as png, gradient};
 use crate::invocations::infotext;
 use crate::progress::events;
 
@@ -235,5 +238,83 @@ async fn the_model_is_listed_under_its_name() -> Result<()> {
         assert!(error["error"]["message"].as_str().is_some_and(|text| text.contains("owner/name")));
     }
     assert_eq!(post(&server, &json!({ "prompt": "x", "model": "fake" })).await?.0, 200);
+    Ok(())
+}
+
+/// A part of a form: its name, and a text or a file.
+type Part<'a> = (&'a str, &'a [u8]);
+
+fn form(parts: &[Part<'_>]) -> Vec<u8> {
+    let mut body = Vec::new();
+    for (name, data) in parts {
+        let file = if ["image", "mask"].contains(name) { "; filename=\"a.png\"" } else { "" };
+        let head =
+            format!("--frontier\r\nContent-Disposition: form-data; name=\"{name}\"{file}\r\n\r\n");
+        body.extend(head.into_bytes());
+        body.extend(*data);
+        body.extend(b"\r\n");
+    }
+    body.extend(b"--frontier--\r\n");
+    body
+}
+
+#[test]
+fn an_edit_paints_where_the_mask_is_transparent() -> Result<()> {
+    let server = harness::Server::ready(&[]);
+    let edit = |parts: &[Part<'_>]| {
+        let request = server.client.post(server.url("/v1/images/edits"));
+        let request = request.header("content-type", "multipart/form-data; boundary=frontier");
+        let reply = request.body(form(parts)).send().expect("an answer");
+        (reply.status().as_u16(), reply.json::<Value>().expect("JSON"))
+    };
+    let picture = gradient(64, 72);
+    let holed = |hole: u8| {
+        let mut holed = picture.to_rgba8();
+        holed
+            .enumerate_pixels_mut()
+            .filter(|(x, _, _)| *x < 32)
+            .for_each(|(_, _, p)| p.0[3] = hole);
+        png(&holed.into(), ImageFormat::Png)
+    };
+    let left =
+        image::GrayImage::from_fn(64, 72, |x, _| image::Luma([if x < 32 { 255 } else { 0 }]));
+    let base64 = |image: &image::DynamicImage| BASE64_STANDARD.encode(png(image, ImageFormat::Png));
+    let native = |more: Value| {
+        let mut body = json!({ "prompt": "a red house", "steps": 4, "seed": 3,
+            "image": base64(&picture), "output_format": "png" });
+        for (name, value) in more.as_object().expect("an object") {
+            body[name] = value.clone();
+        }
+        server.json(&body).json()["data"].clone()
+    };
+    let texts: [Part<'_>; 3] = [("prompt", b"a red house"), ("steps", b"4"), ("seed", b"3")];
+    let (file, hole) = (png(&picture, ImageFormat::Png), holed(0));
+    let drawn = |parts: &[Part<'_>]| {
+        let (status, reply) = edit(&[&texts, parts].concat());
+        assert_eq!(status, 200, "{reply}");
+        reply["data"][0]["b64_json"].clone()
+    };
+    let painted = native(json!({ "mask": base64(&left.into()), "strength": 1 }));
+    assert_eq!(drawn(&[("image", &file), ("mask", &hole), ("size", b"64x72")]), painted);
+    assert_eq!(drawn(&[("image", &hole)]), painted, "the picture's own transparency");
+    assert_eq!(
+        drawn(&[("image[]", &file), ("strength", b"0.5")]),
+        native(json!({ "strength": 0.5 }))
+    );
+
+    let whole = holed(255);
+    let wrong: [(&[Part<'_>], u16, &str); 5] = [
+        (&[], 400, "image"),
+        (&[("image", &file), ("image", &file)], 422, "image"),
+        (&[("image", b"GIF")], 422, "image"),
+        (&[("image", &file), ("mask", &whole)], 422, "mask"),
+        (&[("image", &file), ("strength", b"much")], 400, "strength"),
+    ];
+    for (parts, status, param) in wrong {
+        let (found, reply) = edit(&[&texts, parts].concat());
+        assert_eq!((found, &reply["error"]["param"]), (status, &param.into()), "{reply}");
+    }
+    let json = server.client.post(server.url("/v1/images/edits")).body("{}").send()?;
+    assert_eq!(json.status(), 415);
     Ok(())
 }

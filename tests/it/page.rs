@@ -9,7 +9,13 @@ use crate::fake::HTTP;
 async fn the_page_is_whole_and_asks_nobody_else() -> Result<()> {
     let (engine, _strings) = ready().await;
     let server = Server::start(engine, HTTP, LONG).await;
-    let files = [("/", "text/html"), ("/page.css", "text/css"), ("/page.js", "text/javascript")];
+    let files = [
+        ("/", "text/html"),
+        ("/docs", "text/html"),
+        ("/page.css", "text/css"),
+        ("/page.js", "text/javascript"),
+        ("/docs.js", "text/javascript"),
+    ];
     let mut page = String::new();
     for (path, media_type) in files {
         let reply = reqwest::get(format!("{}{path}", server.url)).await?;
@@ -30,6 +36,22 @@ async fn the_page_is_whole_and_asks_nobody_else() -> Result<()> {
     let info: serde_json::Value =
         reqwest::get(format!("{}/info", server.url)).await?.json().await?;
     assert_eq!(info["schedulers"][0]["name"], "pndm");
+    let document = reqwest::get(format!("{}/openapi.json", server.url)).await?;
+    let document: serde_json::Value = document.json().await?;
+    let operations = document["paths"].as_object().expect("paths").iter();
+    for (path, methods) in operations {
+        for method in methods.as_object().expect("methods").keys() {
+            let method = reqwest::Method::from_bytes(method.to_uppercase().as_bytes())?;
+            let reply = reqwest::Client::new().request(method, format!("{}{path}", server.url));
+            let text = reply.body("{}").send().await?.text().await?;
+            let nowhere = ["no such route", "does not take that method"];
+            assert!(!nowhere.iter().any(|nothing| text.contains(nothing)), "{path}: {text}");
+        }
+    }
+    let native = &document["paths"]["/v1/invocations"]["post"]["requestBody"]["content"];
+    let fields = &native["application/json"]["schema"]["properties"];
+    assert_eq!(fields["steps"]["maximum"], HTTP.limits.max_steps);
+    assert!(fields["image"]["description"].is_string() && fields["width"]["minimum"] == 8);
     assert_eq!(reqwest::Client::new().delete(&server.url).send().await?.status(), 405);
     Ok(())
 }

@@ -3,12 +3,14 @@
 use anyhow::{Context as _, Result};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use image::ImageFormat;
 use sd_server::http;
 use serde_json::{Value, json};
 
 use crate::engine::{LONG, Server, ready};
 use crate::fake::{HTTP, Strings, wait_until};
 use crate::harness;
+use crate::inputs::{file as png, gradient};
 use crate::invocations::infotext;
 
 async fn post(url: &str, path: &str, body: &Value) -> Result<(u16, Value)> {
@@ -277,5 +279,61 @@ fn a_pictures_parameters_are_read_out_of_its_file() {
     for body in wrong {
         let request = server.client.post(server.url("/sdapi/v1/png-info")).body(body.to_string());
         assert_eq!(request.send().expect("an answer").status(), 400, "{body}");
+    }
+}
+
+#[test]
+fn img2img_begins_with_a_picture() {
+    let server = harness::Server::ready(&[]);
+    let post = |body: &Value| {
+        let request = server.client.post(server.url("/sdapi/v1/img2img")).body(body.to_string());
+        let reply = request.send().expect("an answer");
+        (reply.status().as_u16(), reply.json::<Value>().expect("JSON"))
+    };
+    let picture = BASE64_STANDARD.encode(png(&gradient(64, 72), ImageFormat::Png));
+    let half = |left: u8, right: u8| {
+        let pixel = |x, _| image::Luma([if x < 32 { left } else { right }]);
+        let mask = image::GrayImage::from_fn(64, 72, pixel).into();
+        BASE64_STANDARD.encode(png(&mask, ImageFormat::Png))
+    };
+    let native = json!({ "prompt": "a red house", "steps": 4, "seed": 3, "guidance_scale": 7,
+        "scheduler": "euler", "strength": 0.5, "image": picture, "mask": half(255, 0),
+        "output_format": "png" });
+    let native = server.json(&native).json()["data"].clone();
+    let body = json!({ "prompt": "a red house", "steps": 4, "seed": 3, "cfg_scale": 7,
+        "sampler_name": "Euler", "denoising_strength": 0.5, "init_images": [picture],
+        "mask": half(255, 0), "resize_mode": 0, "mask_blur": 4, "inpainting_fill": 1,
+        "inpaint_full_res": true, "inpainting_mask_invert": 0, "image_cfg_scale": 1.5 });
+    let (status, reply) = post(&body);
+    assert_eq!((status, &reply["images"][0]), (200, &native), "{reply}");
+    assert!(reply["parameters"].get("init_images").is_none());
+    let info: Value =
+        serde_json::from_str(reply["info"].as_str().expect("a string")).expect("JSON");
+    assert_eq!(info["denoising_strength"], 0.5);
+    assert!(
+        info["infotexts"][0].as_str().is_some_and(|text| text.contains("Denoising strength: 0.5"))
+    );
+    let notes: Vec<_> = info["warnings"].as_array().expect("a list").iter().collect();
+    assert!(
+        notes.len() == 2 && notes[0].as_str().is_some_and(|note| note.contains("inpaint_full_res"))
+    );
+
+    let mut inverted = body.clone();
+    (inverted["mask"], inverted["inpainting_mask_invert"]) = (half(0, 255).into(), 1.into());
+    assert_eq!(post(&inverted).1["images"][0], native);
+    let table = [
+        ("init_images", json!([])),
+        ("init_images", json!(null)),
+        ("init_images", json!([picture, picture])),
+        ("init_images", json!(["AAAA"])),
+        ("denoising_strength", json!(2)),
+        ("resize_mode", json!(1)),
+    ];
+    for (name, value) in table {
+        let mut wrong = body.clone();
+        wrong[name] = value;
+        let (status, error) = post(&wrong);
+        assert!((400..500).contains(&status), "{error}");
+        assert!(error["detail"].as_str().is_some_and(|detail| detail.contains(name)), "{error}");
     }
 }
