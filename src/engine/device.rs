@@ -37,6 +37,28 @@ struct Turns {
     arrivals: u64,
 }
 
+impl Turns {
+    /// A place among those who wait, for a model that has had so much time.
+    fn wait(&mut self, had: &mut Duration) -> (Duration, u64) {
+        *had = (*had).max(self.now);
+        let me = (*had, self.arrivals);
+        self.arrivals += 1;
+        self.waiting.push(me);
+        me
+    }
+
+    /// Takes the turn if the device is free and nobody has had it for less time.
+    fn begin(&mut self, me: (Duration, u64)) -> bool {
+        if self.busy || self.waiting.iter().min() != Some(&me) {
+            return false;
+        }
+        self.waiting.retain(|waiting| *waiting != me);
+        self.busy = true;
+        self.now = me.0;
+        true
+    }
+}
+
 /// The device, held until this is dropped; then the time is on the holder's account.
 pub(super) struct Turn<'a> {
     shared: Arc<Shared>,
@@ -48,16 +70,10 @@ impl Device {
     /// Waits for a turn; `had` is the time that the model has had so far.
     pub(super) fn turn<'a>(&self, had: &'a mut Duration) -> Turn<'a> {
         let mut turns = self.shared.turns();
-        *had = (*had).max(turns.now);
-        let me = (*had, turns.arrivals);
-        turns.arrivals += 1;
-        turns.waiting.push(me);
-        while turns.busy || turns.waiting.iter().min() != Some(&me) {
+        let me = turns.wait(had);
+        while !turns.begin(me) {
             turns = self.shared.freed.wait(turns).unwrap_or_else(PoisonError::into_inner);
         }
-        turns.waiting.retain(|waiting| *waiting != me);
-        turns.busy = true;
-        turns.now = me.0;
         Turn { shared: Arc::clone(&self.shared), began: Instant::now(), had }
     }
 
@@ -88,38 +104,23 @@ impl Drop for Turn<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicBool;
-    use std::thread;
-
     use super::*;
-
-    /// Two models with steps of so many milliseconds; the time that each had.
-    fn share(steps: [u64; 2]) -> [Duration; 2] {
-        let (device, over) = (Device::default(), AtomicBool::new(false));
-        let model = |millis: u64| {
-            let (mut had, mut all) = (Duration::ZERO, Duration::ZERO);
-            while !over.load(Ordering::Relaxed) {
-                let turn = device.turn(&mut had);
-                let began = Instant::now();
-                thread::sleep(Duration::from_millis(millis));
-                all += began.elapsed();
-                drop(turn);
-            }
-            all
-        };
-        thread::scope(|scope| {
-            let models = steps.map(|millis| scope.spawn(move || model(millis)));
-            thread::sleep(Duration::from_millis(600));
-            over.store(true, Ordering::Relaxed);
-            models.map(|model| model.join().expect("no panic"))
-        })
-    }
 
     #[test]
     fn models_share_the_device_by_time() {
-        // By turns instead of time it would be ten to one; a busy machine sleeps long and late.
-        let [a, b] = share([2, 20]);
-        assert!(a.max(b) < 4 * a.min(b), "{a:?} and {b:?}");
+        let mut turns = Turns::default();
+        let steps = [2, 20].map(Duration::from_millis);
+        let mut had = [Duration::ZERO; 2];
+        let mut places = [0, 1].map(|model: usize| turns.wait(&mut had[model]));
+        for _ in 0..1000 {
+            let next = [0, 1].into_iter().find(|model: &usize| turns.begin(places[*model]));
+            let next = next.expect("someone's turn");
+            assert!(!turns.begin(places[1 - next]), "the device is taken");
+            had[next] += steps[next];
+            turns.busy = false;
+            places[next] = turns.wait(&mut had[next]);
+            assert!(had[0].abs_diff(had[1]) <= steps[1], "{had:?}");
+        }
     }
 
     #[test]
