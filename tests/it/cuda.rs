@@ -15,7 +15,7 @@ fn device() -> bool {
     let reason = String::from_utf8_lossy(&done.stderr);
     assert!(done.status.success() || !required, "no CUDA device: {reason}");
     if !done.status.success() {
-        println!("skipped: no CUDA device: {reason}");
+        eprintln!("skipped: no CUDA device: {reason}");
     }
     done.status.success()
 }
