@@ -172,7 +172,8 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
 fn command() -> clap::Command {
     let empty = |arg: &clap::Arg| {
         let value = arg.get_env().and_then(std::env::var_os);
-        value.is_some_and(|value| value.is_empty())
+        // A lock whose key was lost must not stand open.
+        arg.get_id() != "api_key" && value.is_some_and(|value| value.is_empty())
     };
     let unset = move |arg: clap::Arg| if empty(&arg) { arg.env(None::<&str>) } else { arg };
     Args::command().mut_subcommands(|subcommand| subcommand.mut_args(unset))
