@@ -1,6 +1,6 @@
 //! The files of a model: where they are, and tensors out of safetensors by name and shape.
 //!
-//! A model is a directory in diffusers' layout, a single file ([`crate::checkpoint`]), or the
+//! A model is a directory in diffusers' layout, a single file (`checkpoint`), or the
 //! built-in one. Tensors are read from memory
 //! maps and handed over as f32 on the CPU, one at a time: each layer packs what it was given and
 //! lets it go, so that a model is never in memory twice.
