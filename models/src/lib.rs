@@ -1,9 +1,10 @@
 //! Stable Diffusion v1.x and v2.x, from the files of a model to the pixels of a picture.
 //!
 //! The road: a [`Spec`] goes into [`Pipeline::begin`], which encodes the prompt ([`prompt`],
-//! [`tokenizer`], [`text_encoder`]) and draws the noise ([`noise`]), over a picture where there is one to begin with; the [`Trajectory`] that comes out is taken
-//! step by step through [`Pipeline::step`] (the [`unet`] for many trajectories at once, then each
-//! one's [`denoiser`] and [`sampler`]) and ends in [`Pipeline::decode`] (the [`vae`]).
+//! [`tokenizer`], [`text_encoder`]) and draws the noise ([`noise`]), over a picture where there is
+//! one to begin with; the [`Trajectory`] that comes out is taken step by step through
+//! [`Pipeline::step`] (the [`unet`] for many trajectories at once, then each one's [`denoiser`] and
+//! [`sampler`]) and ends in [`Pipeline::decode`] (the [`vae`]).
 //!
 //! This crate does not know that a server exists: no runtime, no environment, no clock.
 

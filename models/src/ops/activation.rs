@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::gemm::written_in_chunks;
+use super::buffers::written_in_chunks;
 use super::simd::{erf, exp, vectorized};
 use super::{host, on_cpu};
 

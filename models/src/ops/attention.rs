@@ -8,7 +8,8 @@
 use candle_core::{D, DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::gemm::{Aligned, Kernel, MR, NR, Scratch, interleave};
+use super::buffers::{Aligned, Scratch};
+use super::gemm::{Kernel, MR, NR, interleave};
 use super::on_cpu;
 use super::simd::{exp, vectorized};
 

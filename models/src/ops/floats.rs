@@ -4,7 +4,7 @@ use candle_core::DType;
 use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
 
-use super::gemm::written_in_chunks;
+use super::buffers::written_in_chunks;
 
 /// Numbers that one thread takes at a time.
 const CHUNK: usize = 1 << 16;

@@ -10,6 +10,7 @@
 
 mod activation;
 mod attention;
+mod buffers;
 mod conv;
 #[cfg(feature = "cuda")]
 mod cuda;

@@ -4,7 +4,7 @@ use candle_core::{D, DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::activation::silu;
-use super::gemm::written_in_chunks;
+use super::buffers::written_in_chunks;
 use super::simd::vectorized;
 use super::{Joined, host, to_host};
 

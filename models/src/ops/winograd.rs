@@ -10,8 +10,9 @@ use std::ops::{Add, Mul, Range, Sub};
 
 use rayon::prelude::*;
 
+use super::buffers::{Out, Scratch, written};
 use super::conv::Fields;
-use super::gemm::{Epilogue, Kernel, MR, NR, Out, Packed, Scratch, interleave, written};
+use super::gemm::{Epilogue, Kernel, MR, NR, Packed, interleave};
 use super::simd::vectorized;
 
 /// Outputs of a tile's side.

@@ -1,0 +1,180 @@
+//! Memory for the kernels to work in: aligned, reused by its thread, and written without being
+//! cleared first.
+
+use std::cell::RefCell;
+use std::ops::{Deref, DerefMut};
+
+use rayon::prelude::*;
+
+/// Floats in a cache line.
+const LINE: usize = 16;
+
+/// Floats that start on a cache line.
+pub(crate) struct Aligned {
+    floats: Vec<f32>,
+    first: usize,
+    len: usize,
+}
+
+thread_local! {
+    /// What this thread's scratch was made of, the largest last.
+    static KEPT: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Scratch of a thread that is in use at a time: the loops here nest three deep.
+const MAX_KEPT: usize = 4;
+
+/// [`Aligned`] floats that hold whatever this thread left in them: a task's scratch is as large as
+/// its work, and clearing it would take as long as writing it.
+pub(crate) struct Scratch(Aligned);
+
+impl Scratch {
+    pub(crate) fn new(len: usize) -> Self {
+        let mut floats = KEPT.with_borrow_mut(|kept| {
+            let fits = kept.iter().position(|floats| floats.len() >= len + LINE);
+            fits.map(|at| kept.remove(at)).or_else(|| kept.pop()).unwrap_or_default()
+        });
+        if floats.len() < len + LINE {
+            floats = vec![0f32; len + LINE];
+        }
+        Self(Aligned::within(floats, len))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let floats = std::mem::take(&mut self.0.floats);
+        // The thread may be ending, and its store gone.
+        let _ = KEPT.try_with(|kept| {
+            let mut kept = kept.borrow_mut();
+            let at = kept.partition_point(|other| other.len() < floats.len());
+            kept.insert(at, floats);
+            if kept.len() > MAX_KEPT {
+                kept.remove(0);
+            }
+        });
+    }
+}
+
+impl Deref for Scratch {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        self.0.as_slice()
+    }
+}
+
+impl DerefMut for Scratch {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        self.0.as_mut_slice()
+    }
+}
+
+impl Aligned {
+    pub(crate) fn zeros(len: usize) -> Self {
+        Self::within(vec![0f32; len + LINE], len)
+    }
+
+    fn within(floats: Vec<f32>, len: usize) -> Self {
+        let first = floats.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
+        Self { floats, first, len }
+    }
+
+    pub(crate) fn as_slice(&self) -> &[f32] {
+        &self.floats[self.first..self.first + self.len]
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
+        &mut self.floats[self.first..self.first + self.len]
+    }
+}
+
+/// An output that several threads write at once, each its own part.
+#[derive(Clone, Copy)]
+pub(crate) struct Out {
+    start: *mut f32,
+    len: usize,
+}
+// SAFETY: parts are handed out by the unsafe `slice` and `at`, whose callers own them.
+unsafe impl Send for Out {}
+// SAFETY: as above.
+unsafe impl Sync for Out {}
+
+/// A vector that `write` fills through the [`Out`] it is given: clearing it first would take as
+/// long.
+///
+/// # Safety
+/// `write` writes every element, and reads none before.
+pub(crate) unsafe fn written(len: usize, write: impl FnOnce(Out)) -> Vec<f32> {
+    let mut out: Vec<f32> = Vec::with_capacity(len);
+    write(Out { start: out.as_mut_ptr(), len });
+    // SAFETY: the capacity is `len` or more, and the caller has written all of it.
+    unsafe { out.set_len(len) };
+    out
+}
+
+/// As [`written`], by many threads: `write` gets the number of each chunk and the chunk.
+///
+/// # Safety
+/// `write` writes all of each chunk, and reads nothing before.
+pub(crate) unsafe fn written_in_chunks(
+    len: usize,
+    chunk: usize,
+    write: impl Fn(usize, &mut [f32]) + Sync,
+) -> Vec<f32> {
+    let part = |out: Out, i: usize| {
+        // SAFETY: no two chunks overlap.
+        write(i, unsafe { out.slice(i * chunk, chunk.min(len - i * chunk)) });
+    };
+    let all = |out| (0..len.div_ceil(chunk)).into_par_iter().for_each(|i| part(out, i));
+    // SAFETY: the chunks cover the vector, and the caller writes all of each.
+    unsafe { written(len, all) }
+}
+
+impl Out {
+    /// # Safety
+    /// No other thread touches these elements while the slice lives.
+    pub(crate) unsafe fn slice<'a>(self, first: usize, len: usize) -> &'a mut [f32] {
+        assert!(first + len <= self.len, "output part");
+        // SAFETY: the part lies inside the output, and the caller owns it.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(first), len) }
+    }
+
+    pub(crate) fn at(self, first: usize) -> *mut f32 {
+        assert!(first < self.len, "output part");
+        // SAFETY: the element lies inside the output.
+        unsafe { self.start.add(first) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_chunk_is_written_in_its_place() {
+        for (len, chunk) in [(0, 4), (1, 4), (8, 4), (1003, 16)] {
+            let write = |i: usize, part: &mut [f32]| {
+                part.iter_mut().zip(i * chunk..).for_each(|(value, at)| *value = at as f32);
+            };
+            // SAFETY: all of each part is written.
+            let all = unsafe { written_in_chunks(len, chunk, write) };
+            assert_eq!(all, (0..len).map(|i| i as f32).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn scratch_is_aligned_and_used_again() {
+        let mut first = Scratch::new(1000);
+        first.fill(1.0);
+        let place = first.as_ptr();
+        assert_eq!((first.len(), place.align_offset(64)), (1000, 0));
+        let second = Scratch::new(1000);
+        assert_ne!(second.as_ptr(), place, "two at a time do not share");
+        drop((first, second));
+        for _ in 0..10 {
+            let smaller = Scratch::new(10);
+            assert_eq!((smaller.len(), smaller.as_ptr().align_offset(64)), (10, 0));
+        }
+    }
+}

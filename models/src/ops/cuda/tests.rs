@@ -1,0 +1,250 @@
+//! The kernels against the CPU, on whatever CUDA device there is.
+
+use super::*;
+use crate::ops::tests::{difference, tensor};
+use crate::ops::{self, Conv2d, Geglu, Linear, self_attention};
+
+/// The device, or a word on why the test is skipped; see `tests/cuda.rs`.
+fn device() -> Option<Device> {
+    let required = std::env::var_os("SD_TEST_CUDA").is_some_and(|v| v == "required");
+    match open(0) {
+        Ok(device) => Some(device),
+        Err(error) => {
+            assert!(!required, "no CUDA device: {error}");
+            eprintln!("skipped: no CUDA device: {error}");
+            None
+        }
+    }
+}
+
+/// Types that this device's tensor cores know, each with what rounding to it may change.
+fn halves(device: &Device) -> impl Iterator<Item = (DType, f32)> {
+    let known = |(dtype, _): &(DType, f32)| has_products(device, *dtype).unwrap();
+    [(DType::F16, 3e-3), (DType::BF16, 2e-2)].into_iter().filter(known)
+}
+
+/// Random numbers that the type holds exactly, on the CPU in f32.
+fn exact(shape: &[usize], seed: u64, dtype: DType) -> Tensor {
+    tensor(shape, seed).to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap()
+}
+
+fn place(x: &Tensor, dtype: DType, device: &Device) -> Tensor {
+    x.to_dtype(dtype).unwrap().to_device(device).unwrap()
+}
+
+fn close(got: &Tensor, want: &Tensor, allowed: f32, what: &str) {
+    let got = got.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+    let found = difference(&got, want);
+    assert!(found < allowed, "{what}: {found} is not below {allowed}");
+}
+
+#[test]
+fn norms_agree_with_the_cpu() {
+    let Some(device) = device() else { return };
+    for (dtype, allowed) in halves(&device).chain([(DType::F32, 1e-5)]) {
+        for (h, w, channels, groups) in
+            [(8, 8, 64, 32), (5, 13, 96, 32), (1, 1, 32, 32), (36, 30, 48, 16), (33, 32, 640, 32)]
+        {
+            let what = format!("group norm {dtype:?} {h}x{w}x{channels}");
+            let x = tensor(&[2, h, w, channels], 1).affine(3.0, 0.7).unwrap();
+            let x = x.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap();
+            let affine = (tensor(&[channels], 2), tensor(&[channels], 3));
+            let norm =
+                |device| ops::GroupNorm::new(&affine.0, &affine.1, groups, 1e-5, device).unwrap();
+            let (on_device, on_cpu) = (norm(&device), norm(&Device::Cpu));
+            let placed = place(&x, dtype, &device);
+            let got = on_device.forward(&placed).unwrap();
+            close(&got, &on_cpu.forward(&x).unwrap(), allowed, &what);
+            let got = on_device.forward_silu(&placed).unwrap();
+            close(&got, &on_cpu.forward_silu(&x).unwrap(), allowed, &what);
+        }
+        for width in [5, 64, 320] {
+            let x = tensor(&[2, 35, width], 4).affine(3.0, -0.2).unwrap();
+            let x = x.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap();
+            let (weight, bias) = (tensor(&[width], 5), tensor(&[width], 6));
+            let norm = |device| ops::LayerNorm::new(&weight, &bias, 1e-5, device).unwrap();
+            let got = norm(&device).forward(&place(&x, dtype, &device)).unwrap();
+            let want = norm(&Device::Cpu).forward(&x).unwrap();
+            close(&got, &want, allowed, &format!("layer norm {dtype:?} {width}"));
+        }
+    }
+}
+
+#[test]
+fn pictures_are_turned_as_on_the_cpu() {
+    let Some(device) = device() else { return };
+    for (dtype, allowed) in halves(&device).chain([(DType::F32, 1e-9)]) {
+        let x = exact(&[2, 4, 9, 13], 1, dtype);
+        let placed = place(&x, DType::F32, &device);
+        let got = channels_last(&placed, dtype).unwrap().expect("a kernel");
+        assert_eq!(got.dtype(), dtype);
+        close(&got, &ops::channels_last(&x, DType::F32).unwrap(), allowed, "last");
+        let back = channels_first(&got).unwrap().expect("a kernel");
+        close(&back, &x, allowed, "first");
+    }
+}
+
+#[test]
+fn attention_agrees_with_the_cpu() {
+    let Some(device) = device() else { return };
+    for (dtype, allowed) in halves(&device) {
+        for (queries, keys, heads, width, causal) in [
+            (64, 64, 2, 40, false),
+            (33, 77, 2, 80, false),
+            (70, 70, 2, 64, true),
+            (1, 1, 1, 8, false),
+            (20, 130, 2, 160, false),
+            (65, 40, 1, 128, false),
+            (77, 77, 3, 32, true),
+            (40, 100, 1, 512, false),
+            (64, 64, 2, 512, false),
+        ] {
+            let channels = heads * width;
+            let what = format!("{dtype:?} {queries} to {keys}, {heads} of {width}");
+            let q = exact(&[2, queries, channels], 1, dtype).affine(4.0, 0.0).unwrap();
+            let (k, v) =
+                (exact(&[2, keys, channels], 2, dtype), exact(&[2, keys, channels], 3, dtype));
+            let kind = Attention { heads, causal };
+            let placed = [&q, &k, &v].map(|t| place(t, dtype, &device));
+            let got = attention(&placed[0], &placed[1], &placed[2], kind).unwrap();
+            let want = ops::attention(&q, &k, &v, kind).unwrap();
+            close(&got.expect("a kernel"), &want, allowed, &what);
+        }
+        let qkv = exact(&[2, 50, 3 * 32], 7, dtype);
+        let kind = Attention { heads: 2, causal: false };
+        let got = self_attention(&place(&qkv, dtype, &device), kind).unwrap();
+        close(&got, &self_attention(&qkv, kind).unwrap(), allowed, "columns");
+    }
+}
+
+#[test]
+fn large_scores_do_not_overflow() {
+    let Some(device) = device() else { return };
+    let q = exact(&[1, 40, 16], 8, DType::F16).affine(256.0, 0.0).unwrap();
+    let kind = Attention { heads: 1, causal: false };
+    let placed = place(&q, DType::F16, &device);
+    let got = attention(&placed, &placed, &placed, kind).unwrap().expect("a kernel");
+    close(&got, &ops::attention(&q, &q, &q, kind).unwrap(), 3e-3, "large scores");
+}
+
+#[test]
+fn widths_without_a_kernel_are_composed() {
+    let Some(device) = device() else { return };
+    let q = exact(&[1, 9, 2 * 12], 1, DType::F16);
+    let kind = Attention { heads: 2, causal: false };
+    let placed = place(&q, DType::F16, &device);
+    assert!(attention(&placed, &placed, &placed, kind).unwrap().is_none());
+    let got = ops::attention(&placed, &placed, &placed, kind).unwrap();
+    close(&got, &ops::attention(&q, &q, &q, kind).unwrap(), 3e-3, "composed");
+}
+
+#[test]
+fn linear_layers_agree_with_the_cpu() {
+    let Some(device) = device() else { return };
+    for (dtype, allowed) in halves(&device) {
+        for (rows, inputs, outputs) in [(9, 72, 45), (130, 64, 128), (3, 320, 66), (70, 20, 8)] {
+            let what = format!("{dtype:?} {rows}x{inputs}x{outputs}");
+            let x = exact(&[2, rows, inputs], 1, dtype);
+            let weight = exact(&[outputs, inputs], 2, dtype);
+            let (bias, residual) = (tensor(&[outputs], 3), exact(&[2, rows, outputs], 4, dtype));
+            let layer =
+                |device: &Device, dtype| Linear::new(&weight, Some(&bias), device, dtype).unwrap();
+            let (ours, cpu) = (layer(&device, dtype), layer(&Device::Cpu, DType::F32));
+            let placed = place(&x, dtype, &device);
+            close(&ours.forward(&placed).unwrap(), &cpu.forward(&x).unwrap(), allowed, &what);
+            let got = ours.forward_add(&placed, &place(&residual, dtype, &device)).unwrap();
+            close(&got, &cpu.forward_add(&x, &residual).unwrap(), allowed, &what);
+            for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
+                let got = ours.forward_activate(&placed, activation).unwrap();
+                let want = cpu.forward_activate(&x, activation).unwrap();
+                close(&got, &want, allowed, &what);
+            }
+        }
+        let (x, weight) = (exact(&[2, 50, 64], 5, dtype), exact(&[2 * 72, 64], 6, dtype));
+        let bias = tensor(&[2 * 72], 7);
+        let gate = |device: &Device, dtype| Geglu::new(&weight, &bias, device, dtype).unwrap();
+        let got = gate(&device, dtype).forward(&place(&x, dtype, &device)).unwrap();
+        let want = gate(&Device::Cpu, DType::F32).forward(&x).unwrap();
+        close(&got, &want, allowed, "geglu");
+    }
+}
+
+#[test]
+fn convolutions_agree_with_the_cpu() {
+    let Some(device) = device() else { return };
+    let down = Geometry { kernel: 3, stride: 2, before: 1, after: 1 };
+    let vae_down = Geometry { kernel: 3, stride: 2, before: 0, after: 1 };
+    let (dtype, allowed) = (DType::F16, 3e-3);
+    for geometry in [Geometry::SAME, Geometry::POINT, down, vae_down] {
+        for (h, w, inputs, outputs) in
+            [(8, 8, 16, 32), (5, 7, 4, 3), (1, 1, 40, 34), (18, 17, 32, 70)]
+        {
+            if h + geometry.before + geometry.after < geometry.kernel {
+                continue;
+            }
+            let what = format!("{geometry:?} {h}x{w}, {inputs} to {outputs}");
+            let x = exact(&[2, h, w, inputs], 1, dtype);
+            let weight = exact(&[outputs, inputs, geometry.kernel, geometry.kernel], 2, dtype);
+            let bias = tensor(&[outputs], 3);
+            let conv = |device: &Device, dtype| {
+                Conv2d::new(&weight, &bias, geometry, device, dtype).unwrap()
+            };
+            let (ours, cpu) = (conv(&device, dtype), conv(&Device::Cpu, DType::F32));
+            let placed = place(&x, dtype, &device);
+            for size in [(h, w), (2 * h, 2 * w), (2 * h - 1, 2 * w - 1)] {
+                let got = ours.forward_resized(&placed, size).unwrap();
+                let want = cpu.forward_resized(&x, size).unwrap();
+                close(&got, &want, allowed, &what);
+            }
+            let want = cpu.forward(&x).unwrap();
+            let (shift, residual) = (exact(&[2, outputs], 4, dtype), exact(want.dims(), 5, dtype));
+            let got = ours.forward_shift(&placed, &place(&shift, dtype, &device)).unwrap();
+            close(&got, &cpu.forward_shift(&x, &shift).unwrap(), allowed, &what);
+            let got = ours.forward_add(&placed, &place(&residual, dtype, &device)).unwrap();
+            close(&got, &cpu.forward_add(&x, &residual).unwrap(), allowed, &what);
+        }
+    }
+}
+
+#[test]
+fn two_pictures_are_read_as_one() {
+    let Some(device) = device() else { return };
+    for (c1, c2, pixels) in [(16, 32, 8), (48, 16, 36), (12, 20, 8)] {
+        let parts = [
+            exact(&[2, pixels, pixels, c1], 1, DType::F16),
+            exact(&[2, pixels, pixels, c2], 2, DType::F16),
+        ];
+        let placed = [0, 1].map(|i| place(&parts[i], DType::F16, &device));
+        let ours = Joined::new(&placed[0], &placed[1]).unwrap();
+        let cpu = Joined::new(&parts[0], &parts[1]).unwrap();
+        assert!(ours.second.is_some() && cpu.second.is_none());
+        let (weight, bias) = (tensor(&[c1 + c2], 3), tensor(&[c1 + c2], 4));
+        let norm = |device| ops::GroupNorm::new(&weight, &bias, 16, 1e-5, device).unwrap();
+        let got = norm(&device).forward_silu_joined(&ours).unwrap();
+        let want = norm(&Device::Cpu).forward_silu_joined(&cpu).unwrap();
+        close(&got, &want, 3e-3, "norm");
+        let (weight, bias) = (exact(&[24, c1 + c2, 1, 1], 5, DType::F16), tensor(&[24], 6));
+        let conv = |device: &Device, dtype| {
+            Conv2d::new(&weight, &bias, Geometry::POINT, device, dtype).unwrap()
+        };
+        let got = conv(&device, DType::F16).forward_joined(&ours).unwrap();
+        let want = conv(&Device::Cpu, DType::F32).forward_joined(&cpu).unwrap();
+        close(&got, &want, 3e-3, "convolution");
+    }
+}
+
+#[test]
+fn every_tile_computes_the_same() {
+    let Some(device) = device() else { return };
+    // Rows enough for the large tile on as many processors as an A100 has.
+    let (x, weight) =
+        (exact(&[1, 128 * 108 - 5, 32], 1, DType::F16), exact(&[128, 32], 2, DType::F16));
+    let linear = |device: &Device, dtype| Linear::new(&weight, None, device, dtype).unwrap();
+    let placed = place(&x, DType::F16, &device);
+    let ours = linear(&device, DType::F16);
+    let want = linear(&Device::Cpu, DType::F32).forward(&x).unwrap();
+    for rows in [128 * 108 - 5, 128 * 54 - 7, 100] {
+        let got = ours.forward(&placed.narrow(1, 0, rows).unwrap()).unwrap();
+        close(&got, &want.narrow(1, 0, rows).unwrap().contiguous().unwrap(), 3e-3, "tile");
+    }
+}
