@@ -261,7 +261,7 @@ class TestStreaming:
         reply["Body"].close()
 
     def test_an_error_after_the_first_part_is_an_event(self, aws, new_container):
-        with new_container({"SD_REQUEST_TIMEOUT_MS": "1000"}) as container:
+        with new_container({"SD_STREAM_TIMEOUT_MS": "1000"}) as container:
             fake = FakeSageMaker(aws)
             fake.endpoints["sd"] = Endpoint(container)
             body = LONG | {"stream": True}
