@@ -375,6 +375,8 @@ impl<M: Model> Worker<M> {
             Error::DeviceLost(_) => {
                 error!(stage, "{}; nothing more can be drawn", chain(error));
                 self.lost = true;
+                // Before anyone hears of it, so that `/ping` is red by then.
+                self.engine.enter(Phase::DeviceLost);
                 Failure::DeviceLost
             }
             _ => {
@@ -384,9 +386,8 @@ impl<M: Model> Worker<M> {
         }
     }
 
-    /// The device is gone: everyone hears of it, and the phase turns `/ping` red.
+    /// The device is gone: everyone hears of it.
     fn give_up(self) {
-        self.engine.enter(Phase::DeviceLost);
         let waiting = self.engine.queue().clear();
         let drawing = self.slots.into_iter().map(|slot| slot.order);
         for order in drawing.chain(waiting) {
