@@ -5,7 +5,7 @@
 //! trajectory with guidance takes two rows of that call, one without takes one.
 
 use std::collections::VecDeque;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use candle_core::{DType, Device, Tensor};
 
@@ -161,9 +161,9 @@ pub struct Trajectory {
     guidance_scale: f64,
     /// (1, C, h, w) f32
     latents: Tensor,
-    /// (1, L, D), and the same of the negative prompt where there is guidance.
-    context: Tensor,
-    negative: Option<Tensor>,
+    /// Keys and values of the prompt (1, L, ..), and of the negative one where there is guidance.
+    kv: Arc<Tensor>,
+    negative: Option<Arc<Tensor>>,
     kept: Option<Kept>,
     /// Stacked onto the latents before the UNet.
     condition: Option<Tensor>,
@@ -232,10 +232,12 @@ const KEPT_PROMPTS: usize = 32;
 type Prompt = (String, PromptSyntax);
 
 /// A prompt as the UNet takes it.
-#[derive(Clone)]
 struct Encoded {
     /// (1, L, D) f32
     context: Tensor,
+    /// Keys and values (1, L, ..): shared by the pictures under way that have this prompt, and gone
+    /// with the last of them, since they are far larger than the context (33 times in v1.4).
+    kv: Weak<Tensor>,
     warning: Option<String>,
 }
 
@@ -343,14 +345,16 @@ impl Pipeline {
         self.check(spec)?;
         let skipped = spec.skipped_steps();
         let sampler = Sampler::after(skipped, spec.scheduler, &self.scheduler, spec.steps)?;
-        let encode = |prompt: &str| self.encode(prompt, spec.prompt_syntax);
-        let prompt = encode(&spec.prompt)?;
-        let negative = (spec.rows() == 2).then(|| encode(&spec.negative_prompt)).transpose()?;
-        let named = [("prompt", Some(&prompt)), ("negative_prompt", negative.as_ref())];
-        let warnings = named
-            .into_iter()
-            .filter_map(|(field, encoded)| Some(format!("{field} {}", encoded?.warning.as_ref()?)))
-            .collect();
+        let mut warnings = Vec::new();
+        let mut encode = |field, prompt: &str| -> Result<_> {
+            let (kv, warning) = self.encode(prompt, spec.prompt_syntax)?;
+            warnings.extend(warning.map(|warning| format!("{field} {warning}")));
+            Ok(kv)
+        };
+        let kv = encode("prompt", &spec.prompt)?;
+        let guided = spec.rows() == 2;
+        let negative = guided.then(|| encode("negative_prompt", &spec.negative_prompt));
+        let negative = negative.transpose()?;
         let mut noise = Noise::new(spec.seed);
         let inpainting = self.unet.config().in_channels > self.unet.config().out_channels;
         let painter = Painter { encoder: &self.encoder, device: &self.device, inpainting };
@@ -360,8 +364,8 @@ impl Pipeline {
             size,
             guidance_scale,
             latents,
-            context: prompt.context,
-            negative: negative.map(|encoded| encoded.context),
+            kv,
+            negative,
             kept,
             condition,
             sampler,
@@ -371,10 +375,11 @@ impl Pipeline {
         })
     }
 
-    fn encode(&self, prompt: &str, syntax: PromptSyntax) -> Result<Encoded> {
+    /// Keys and values of a prompt (1, L, ..), and what the user should know of it.
+    fn encode(&self, prompt: &str, syntax: PromptSyntax) -> Result<(Arc<Tensor>, Option<String>)> {
         let mut kept = self.encoded.lock().unwrap_or_else(PoisonError::into_inner);
         let found = kept.iter().position(|((text, as_), _)| text == prompt && *as_ == syntax);
-        let entry = match found.and_then(|place| kept.remove(place)) {
+        let mut entry = match found.and_then(|place| kept.remove(place)) {
             Some(entry) => entry,
             None => {
                 let encoded = match syntax {
@@ -384,12 +389,18 @@ impl Pipeline {
                 ((prompt.to_owned(), syntax), encoded)
             }
         };
-        let encoded = entry.1.clone();
+        let encoded = &mut entry.1;
+        let kv = match encoded.kv.upgrade() {
+            Some(kv) => kv,
+            None => Arc::new(self.unet.keys_values(&encoded.context)?),
+        };
+        encoded.kv = Arc::downgrade(&kv);
+        let warning = encoded.warning.clone();
         kept.push_back(entry);
         if kept.len() > KEPT_PROMPTS {
             kept.pop_front();
         }
-        Ok(encoded)
+        Ok((kv, warning))
     }
 
     fn encode_plain(&self, prompt: &str) -> Result<Encoded> {
@@ -397,7 +408,8 @@ impl Pipeline {
         let window = tokens.ids.len();
         let warning =
             tokens.cut.map(|cut| format!("is longer than {window} tokens; ignored: {cut:?}"));
-        Ok(Encoded { context: self.text_encoder.forward(&[tokens.ids])?, warning })
+        let context = self.text_encoder.forward(&[tokens.ids])?;
+        Ok(Encoded { context, kv: Weak::new(), warning })
     }
 
     fn encode_weighed(&self, prompt: &str) -> Result<Encoded> {
@@ -405,13 +417,14 @@ impl Pipeline {
         let count = windows.len();
         let warning = (cut > 0)
             .then(|| format!("is longer than {count} windows of tokens; {cut} more are ignored"));
-        Ok(Encoded { context: prompt::encode(windows, &self.text_encoder)?, warning })
+        let context = prompt::encode(windows, &self.text_encoder)?;
+        Ok(Encoded { context, kv: Weak::new(), warning })
     }
 
     /// One evaluation of the UNet for each trajectory that is not done; all of one size. An error
     /// leaves every trajectory as it was, so that the step can be tried again.
     pub fn step(&self, batch: &mut [&mut Trajectory]) -> Result<()> {
-        let (mut latents, mut contexts, mut timesteps) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut latents, mut kv, mut timesteps) = (Vec::new(), Vec::new(), Vec::new());
         let mut active: Vec<&mut Trajectory> = Vec::new();
         for trajectory in batch.iter_mut() {
             let Some(evaluation) = trajectory.sampler.next() else { continue };
@@ -420,9 +433,9 @@ impl Pipeline {
                 input = Tensor::cat(&[&input, condition], 1)?;
             }
             // diffusers' order: the unconditional row first.
-            for context in trajectory.negative.iter().chain([&trajectory.context]) {
+            for of_row in trajectory.negative.iter().chain([&trajectory.kv]) {
                 latents.push(input.clone());
-                contexts.push(context.clone());
+                kv.push(Tensor::clone(of_row));
                 timesteps.push(evaluation.timestep);
             }
             active.push(trajectory);
@@ -430,8 +443,7 @@ impl Pipeline {
         if active.is_empty() {
             return Ok(());
         }
-        let output =
-            self.unet.forward(&Tensor::cat(&latents, 0)?, &timesteps, &stacked(&contexts)?)?;
+        let output = self.unet.forward(&Tensor::cat(&latents, 0)?, &timesteps, &stacked(&kv)?)?;
         let mut row = 0;
         let mut advanced = Vec::new();
         for trajectory in &active {
@@ -499,9 +511,9 @@ impl Pipeline {
     }
 }
 
-/// The contexts (1, L, D) of rows, those neighbours stacked whose L is one: (b, L, D).
-fn stacked(contexts: &[Tensor]) -> Result<Vec<Tensor>> {
-    let runs = contexts.chunk_by(|a, b| a.dims() == b.dims());
+/// Keys and values of rows (1, L, ..), those neighbours stacked whose L is one: (b, L, ..).
+fn stacked(kv: &[Tensor]) -> Result<Vec<Tensor>> {
+    let runs = kv.chunk_by(|a, b| a.dims() == b.dims());
     runs.map(|run| Ok(Tensor::cat(run, 0)?)).collect()
 }
 
@@ -546,16 +558,37 @@ mod tests {
         let options =
             LoadOptions { source, vae: None, device, precision: Precision::F32, threads: None };
         let pipeline = Pipeline::load(&options).expect("the demo model");
-        let context = |prompt: &str| {
-            pipeline.encode(prompt, PromptSyntax::Plain).expect("encoded").context.id()
+        let encode =
+            |prompt: &str| pipeline.encode(prompt, PromptSyntax::Plain).expect("encoded").0;
+        let contexts = || -> Vec<_> {
+            let kept = pipeline.encoded.lock().expect("unpoisoned");
+            kept.iter().map(|((text, _), encoded)| (text.clone(), encoded.context.id())).collect()
         };
-        let (empty, cat) = (context(""), context("a cat"));
+        let of = |prompt: &str| contexts().into_iter().find(|(text, _)| text == prompt);
+        drop((encode(""), encode("a cat")));
+        let (empty, cat) = (of(""), of("a cat"));
         for k in 0..KEPT_PROMPTS - 1 {
-            context(&format!("picture {k}"));
-            assert_eq!(context(""), empty, "what is used again stays");
+            encode(&format!("picture {k}"));
+            encode("");
+            assert_eq!(of(""), empty, "what is used again stays");
         }
-        assert_ne!(context("a cat"), cat, "what is not makes room");
-        let kept = pipeline.encoded.lock().expect("unpoisoned").len();
-        assert_eq!(kept, KEPT_PROMPTS);
+        assert_eq!(of("a cat"), None, "what is not makes room");
+        encode("a cat");
+        assert_ne!(of("a cat"), cat);
+        assert_eq!(contexts().len(), KEPT_PROMPTS);
+    }
+
+    #[test]
+    fn keys_and_values_are_there_while_a_picture_needs_them() {
+        let (source, device) = (Source::Demo, DeviceName::Cpu);
+        let options =
+            LoadOptions { source, vae: None, device, precision: Precision::F32, threads: None };
+        let pipeline = Pipeline::load(&options).expect("the demo model");
+        let encode = || pipeline.encode("a cat", PromptSyntax::Plain).expect("encoded").0;
+        let (first, second) = (encode(), encode());
+        assert!(Arc::ptr_eq(&first, &second), "two pictures share them");
+        drop((first, second));
+        let kept = pipeline.encoded.lock().expect("unpoisoned");
+        assert!(kept.iter().all(|(_, encoded)| encoded.kv.upgrade().is_none()));
     }
 }

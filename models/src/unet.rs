@@ -103,19 +103,17 @@ impl UNet2DConditionModel {
         &self.config
     }
 
-    /// latents (B, C, H, W) f32, a timestep for each row, the rows' contexts (b, L, D) f32 in their
-    /// order, where L may change from one to the next -> the prediction (B, C, H, W) f32.
-    pub fn forward(
-        &self,
-        latents: &Tensor,
-        timesteps: &[f64],
-        contexts: &[Tensor],
-    ) -> Result<Tensor> {
-        // 1. Time and prompt, for every block at once
+    /// A context (B, L, D) f32 -> keys and values of every cross attention, side by side, for
+    /// [`Self::forward`]: they are the same at every step.
+    pub fn keys_values(&self, context: &Tensor) -> Result<Tensor> {
+        Ok(self.to_kv.forward(&context.to_dtype(self.dtype)?.contiguous()?)?)
+    }
+
+    /// latents (B, C, H, W) f32, a timestep for each row, keys and values for the rows in their
+    /// order (b, L, ..), where L may change from one to the next -> the prediction (B, C, H, W) f32.
+    pub fn forward(&self, latents: &Tensor, timesteps: &[f64], kv: &[Tensor]) -> Result<Tensor> {
+        // 1. Time, for every block at once
         let times = self.time_proj.forward(&self.time_embedding(timesteps)?)?;
-        let kv =
-            |context: &Tensor| self.to_kv.forward(&context.to_dtype(self.dtype)?.contiguous()?);
-        let kv = contexts.iter().map(kv).collect::<candle_core::Result<Vec<_>>>()?;
         // 2. In
         let x = channels_last(latents, self.dtype)?;
         let mut x = self.conv_in.forward(&x)?; // (B, H, W, first)
@@ -125,7 +123,7 @@ impl UNet2DConditionModel {
             for (resnet, transformer) in &block.layers {
                 x = resnet.forward(&Joined::one(&x), &times)?;
                 if let Some(transformer) = transformer {
-                    x = transformer.forward(&x, &kv)?;
+                    x = transformer.forward(&x, kv)?;
                 }
                 skips.push(x.clone());
             }
@@ -136,7 +134,7 @@ impl UNet2DConditionModel {
         }
         // 4. Middle
         x = self.mid.0.forward(&Joined::one(&x), &times)?;
-        x = self.mid.1.forward(&x, &kv)?;
+        x = self.mid.1.forward(&x, kv)?;
         x = self.mid.2.forward(&Joined::one(&x), &times)?;
         // 5. Up
         for block in &self.up {
@@ -145,7 +143,7 @@ impl UNet2DConditionModel {
                 let skip = skips.pop().ok_or_else(|| candle_core::Error::msg("no skip left"))?;
                 x = resnet.forward(&Joined::new(&x, &skip)?, &times)?;
                 if let Some(transformer) = transformer {
-                    x = transformer.forward(&x, &kv)?;
+                    x = transformer.forward(&x, kv)?;
                 }
             }
             if let (Some(upsample), Some(next)) = (&block.upsample, skips.last()) {

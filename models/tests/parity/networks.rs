@@ -57,14 +57,15 @@ fn unet(name: &str, half: bool) {
     assert!(!cases.is_empty());
     for case in cases {
         let latents = &expected[&format!("{}.latents", case.trim_end_matches(".half"))];
-        let context = std::slice::from_ref(&expected["context"]);
-        let ours = model.forward(latents, &timesteps, context).unwrap();
+        let kv = model.keys_values(&expected["context"]).unwrap();
+        let ours = model.forward(latents, &timesteps, &[kv]).unwrap();
         let reference = &expected[&format!("{case}.output")];
         assert_close(&format!("unet {name} {case}"), &ours, reference);
         for (row, &timestep) in timesteps.iter().enumerate() {
             let one = |x: &Tensor| x.narrow(0, row, 1).unwrap();
             let (latents, context) = (one(latents), one(&expected["context"]));
-            let alone = model.forward(&latents, &[timestep], &[context]).unwrap();
+            let kv = model.keys_values(&context).unwrap();
+            let alone = model.forward(&latents, &[timestep], &[kv]).unwrap();
             assert_close(&format!("unet {name} {case} row {row}"), &alone, &one(reference));
         }
     }

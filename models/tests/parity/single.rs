@@ -101,8 +101,8 @@ fn networks_of_sd_2_are_found_under_their_names() {
     let unet = UNet2DConditionModel::load(config, &open("unet"), cpu, f32).unwrap();
     let expected = fixture("v2/unet/expected.safetensors");
     let times: Vec<f64> = floats(&expected["timesteps"]).into_iter().map(f64::from).collect();
-    let context = std::slice::from_ref(&expected["context"]);
-    let output = unet.forward(&expected["8x8.latents"], &times, context).unwrap();
+    let kv = unet.keys_values(&expected["context"]).unwrap();
+    let output = unet.forward(&expected["8x8.latents"], &times, &[kv]).unwrap();
     assert!(relative_error(&output, &expected["8x8.output"]) < 1e-4);
 }
 
