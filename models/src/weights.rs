@@ -1,9 +1,8 @@
 //! The files of a model: where they are, and tensors out of safetensors by name and shape.
 //!
 //! A model is a directory in diffusers' layout, a single file (`checkpoint`), or the
-//! built-in one. Tensors are read from memory
-//! maps and handed over as f32 on the CPU, one at a time: each layer packs what it was given and
-//! lets it go, so that a model is never in memory twice.
+//! built-in one. Tensors lie in memory maps, from which each layer packs its own, one at a time;
+//! then their pages are let go, so that a model is never in memory twice.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -22,7 +21,7 @@ use safetensors::{Dtype, SafeTensors};
 use crate::checkpoint::{Outline, Renamed};
 use crate::demo;
 use crate::error::{Error, Result};
-use crate::ops::{Conv2d, Geglu, Geometry, GroupNorm, LayerNorm, Linear, floats};
+use crate::ops::{Conv2d, Geglu, Geometry, GroupNorm, LayerNorm, Linear, Numbers, Weight};
 use crate::pickle;
 
 /// Where a model's files come from.
@@ -301,7 +300,7 @@ impl Weights {
         self.files.iter().map(|f| f.name.as_str()).collect::<Vec<_>>().join(", ")
     }
 
-    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+    fn stored(&self, name: &str, shape: &[usize]) -> Result<Stored<'_>> {
         let error = |file: &str, reason: String| Error::Tensor {
             file: file.to_owned(),
             tensor: name.to_owned(),
@@ -317,12 +316,11 @@ impl Weights {
         }
         self.read.borrow_mut().insert(name.to_owned());
         let range = file.data + entry.range.0..file.data + entry.range.1;
-        let values = floats(&file.bytes.all()[range.clone()], entry.dtype);
-        file.bytes.release(range);
-        let values = values.ok_or_else(|| {
+        let numbers = Numbers::new(&file.bytes.all()[range.clone()], entry.dtype);
+        let numbers = numbers.ok_or_else(|| {
             error(&file.name, format!("type {:?}, expected F32, F16 or BF16", entry.dtype))
         })?;
-        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+        Ok(Stored { numbers, shape: &entry.shape, bytes: &file.bytes, range })
     }
 
     /// Checks that every tensor was asked for; `unused` says which ones are known to be idle.
@@ -336,6 +334,26 @@ impl Weights {
                 reason: "no part of the network that the configuration describes".into(),
             }),
         }
+    }
+}
+
+/// A tensor where its file holds it, until it has been packed or copied.
+struct Stored<'a> {
+    numbers: Numbers<'a>,
+    shape: &'a [usize],
+    bytes: &'a Bytes,
+    range: Range<usize>,
+}
+
+impl<'a> From<&Stored<'a>> for Weight<'a> {
+    fn from(stored: &Stored<'a>) -> Self {
+        Self::Stored(stored.numbers, stored.shape)
+    }
+}
+
+impl Drop for Stored<'_> {
+    fn drop(&mut self) {
+        self.bytes.release(self.range.clone());
     }
 }
 
@@ -389,7 +407,12 @@ impl<'a> Params<'a> {
 
     /// A tensor as f32 on the CPU.
     pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        self.weights.tensor(&self.pp(name).prefix, shape)
+        let stored = self.stored(name, shape)?;
+        Ok(Tensor::from_vec(stored.numbers.floats(), shape, &Device::Cpu)?)
+    }
+
+    fn stored(&self, name: &str, shape: &[usize]) -> Result<Stored<'a>> {
+        self.weights.stored(&self.pp(name).prefix, shape)
     }
 
     /// A tensor on the device, in the type of the network.
@@ -399,13 +422,13 @@ impl<'a> Params<'a> {
     }
 
     pub(crate) fn linear(&self, inputs: usize, outputs: usize) -> Result<Linear> {
-        let weight = self.tensor("weight", &[outputs, inputs])?;
+        let weight = self.stored("weight", &[outputs, inputs])?;
         let bias = self.tensor("bias", &[outputs])?;
         Ok(Linear::new(&weight, Some(&bias), self.device, self.dtype)?)
     }
 
     pub(crate) fn geglu(&self, inputs: usize, outputs: usize) -> Result<Geglu> {
-        let weight = self.tensor("weight", &[2 * outputs, inputs])?;
+        let weight = self.stored("weight", &[2 * outputs, inputs])?;
         let bias = self.tensor("bias", &[2 * outputs])?;
         Ok(Geglu::new(&weight, &bias, self.device, self.dtype)?)
     }
@@ -437,14 +460,14 @@ impl<'a> Params<'a> {
         if !conv {
             return self.linear(inputs, outputs);
         }
-        let weight = self.tensor("weight", &[outputs, inputs, 1, 1])?.reshape((outputs, inputs))?;
+        let weight = self.stored("weight", &[outputs, inputs, 1, 1])?;
         let bias = self.tensor("bias", &[outputs])?;
         Ok(Linear::new(&weight, Some(&bias), self.device, self.dtype)?)
     }
 
     pub(crate) fn conv(&self, inputs: usize, outputs: usize, geometry: Geometry) -> Result<Conv2d> {
         let kernel = geometry.kernel;
-        let weight = self.tensor("weight", &[outputs, inputs, kernel, kernel])?;
+        let weight = self.stored("weight", &[outputs, inputs, kernel, kernel])?;
         let bias = self.tensor("bias", &[outputs])?;
         Ok(Conv2d::new(&weight, &bias, geometry, self.device, self.dtype)?)
     }

@@ -168,7 +168,7 @@ impl Problem {
         for (g, tile) in keys.as_mut_slice().chunks_exact_mut(MR * width).enumerate() {
             // Places past the last key repeat it; their scores are never read.
             let key = |i: usize| (g * MR + i).min(self.keys - 1);
-            interleave(&std::array::from_fn(|i| k.row(sample, key(i), first, width)), tile);
+            interleave::<MR>(&std::array::from_fn(|i| k.row(sample, key(i), first, width)), tile);
         }
         let mut values = Aligned::zeros(width.next_multiple_of(MR) * self.keys);
         for (g, tile) in values.as_mut_slice().chunks_mut(MR * self.keys).enumerate() {

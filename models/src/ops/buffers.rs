@@ -2,16 +2,19 @@
 //! cleared first.
 
 use std::cell::RefCell;
+use std::mem::MaybeUninit;
 use std::ops::{Deref, DerefMut};
 
 use rayon::prelude::*;
 
+use super::memory::prefer_huge_pages;
+
 /// Floats in a cache line.
 const LINE: usize = 16;
 
-/// Floats that start on a cache line.
-pub(crate) struct Aligned {
-    floats: Vec<f32>,
+/// Numbers that start on a cache line.
+pub(crate) struct Aligned<T = f32> {
+    numbers: Vec<T>,
     first: usize,
     len: usize,
 }
@@ -43,7 +46,7 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let floats = std::mem::take(&mut self.0.floats);
+        let floats = std::mem::take(&mut self.0.numbers);
         // The thread may be ending, and its store gone.
         let _ = KEPT.try_with(|kept| {
             let mut kept = kept.borrow_mut();
@@ -75,17 +78,43 @@ impl Aligned {
         Self::within(vec![0f32; len + LINE], len)
     }
 
-    fn within(floats: Vec<f32>, len: usize) -> Self {
-        let first = floats.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
-        Self { floats, first, len }
-    }
-
-    pub(crate) fn as_slice(&self) -> &[f32] {
-        &self.floats[self.first..self.first + self.len]
+    fn within(numbers: Vec<f32>, len: usize) -> Self {
+        let first = numbers.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
+        Self { numbers, first, len }
     }
 
     pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
-        &mut self.floats[self.first..self.first + self.len]
+        &mut self.numbers[self.first..self.first + self.len]
+    }
+}
+
+impl<T: Copy + Default + Send> Aligned<T> {
+    /// On large pages, by many threads: `write` gets the number of each chunk and the chunk.
+    ///
+    /// # Safety
+    /// `write` writes all of each chunk.
+    pub(crate) unsafe fn written(
+        len: usize,
+        chunk: usize,
+        write: impl Fn(usize, &mut [MaybeUninit<T>]) + Sync,
+    ) -> Self {
+        let line = LINE * size_of::<f32>() / size_of::<T>();
+        let mut numbers: Vec<T> = Vec::with_capacity(len + line);
+        let first = numbers.as_ptr().align_offset(LINE * size_of::<f32>()).min(line);
+        numbers.resize(first, T::default());
+        let room = &mut numbers.spare_capacity_mut()[..len];
+        prefer_huge_pages(room);
+        let chunks = room.par_chunks_mut(chunk.max(1)).enumerate();
+        chunks.for_each(|(i, chunk)| write(i, chunk));
+        // SAFETY: the chunks cover the room, and the caller has written all of each.
+        unsafe { numbers.set_len(first + len) };
+        Self { numbers, first, len }
+    }
+}
+
+impl<T> Aligned<T> {
+    pub(crate) fn as_slice(&self) -> &[T] {
+        &self.numbers[self.first..self.first + self.len]
     }
 }
 

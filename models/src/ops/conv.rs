@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Result, Tensor};
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::gemm::{Epilogue, Packed, Rows, gemm};
-use super::{Joined, host, to_host, winograd};
+use super::{Joined, Weight, host, to_host, winograd};
 
 /// How a kernel moves over a picture.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,25 +57,21 @@ enum Weights {
 
 impl Conv2d {
     /// From a weight (out, in, k, k) and a bias (out), for a device and its type.
-    pub(crate) fn new(
-        weight: &Tensor,
+    pub(crate) fn new<'a>(
+        weight: impl Into<Weight<'a>>,
         bias: &Tensor,
         geometry: Geometry,
         device: &Device,
         dtype: DType,
     ) -> Result<Self> {
-        let (outputs, inputs, kernel, _) = weight.dims4()?;
+        let weight = weight.into();
+        let taps = geometry.kernel * geometry.kernel;
+        let (outputs, depth) = weight.matrix();
+        let inputs = depth / taps;
         let weights = if device.is_cpu() {
-            let weight = weight.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
-            let source = host(&weight)?;
-            let taps = kernel * kernel;
-            // k runs over taps, then channels: the order in which pixels lie in memory.
-            let row = |i: usize| i % inputs * taps + i / inputs;
-            let shape = (taps * inputs, outputs);
-            let packed = Packed::new(shape, dtype, source.data()?, row, taps * inputs);
-            Weights::Cpu { packed, bias: to_host(bias)? }
+            Weights::Cpu { packed: Packed::new(&weight, taps, dtype)?, bias: to_host(bias)? }
         } else {
-            Self::on_device(weight, bias, device, dtype)?
+            Self::on_device(&weight.tensor()?, bias, device, dtype)?
         };
         Ok(Self { weights, geometry, inputs, outputs })
     }

@@ -1,6 +1,6 @@
 //! The product that everything else is made of: rows of activations times packed weights.
 //!
-//! Weights are packed once, at load, into panels of [`NR`] columns; activations are packed block
+//! Weights are packed into panels of [`NR`] columns ([`Packed`]); activations are packed block
 //! by block into tiles of [`MR`] rows by whoever knows where they lie ([`Rows`]: a matrix, or the
 //! receptive fields of a convolution). A register-blocked kernel multiplies a tile by a panel.
 //! Every output element is summed over k in the same order whatever its neighbours, so a row's
@@ -8,104 +8,18 @@
 
 use std::ops::Range;
 
-use candle_core::DType;
-use half::bf16;
 use rayon::prelude::*;
 
-use super::buffers::{Aligned, Out, Scratch, written};
-use super::memory::prefer_huge_pages;
-use super::simd::{Isa, vectorized};
+use super::buffers::{Out, Scratch, written};
+pub(crate) use super::packed::{NR, Packed};
+use super::simd::Isa;
 
 /// Rows of a tile: 12 x 2 accumulators of 16 lanes leave 8 of AVX-512's 32 registers free.
 pub(crate) const MR: usize = 12;
-/// Columns of a panel.
-pub(crate) const NR: usize = 32;
 /// Depth of a block: a panel block (KC x NR f32) fills two thirds of the first-level cache.
 const KC: usize = 256;
 /// Rows of a block: MC x KC f32 stay in the second-level cache while all panels pass.
 const MC: usize = 384;
-
-/// A (k, n) matrix in panels: panel p holds columns p * NR .. as [k][NR], the last one padded.
-pub(crate) struct Packed {
-    panels: Panels,
-    pub(crate) k: usize,
-    pub(crate) n: usize,
-}
-
-enum Panels {
-    F32(Aligned),
-    /// Half the memory; widened block by block on the way to the kernel.
-    Bf16(Vec<bf16>),
-}
-
-impl Packed {
-    /// Packs the matrix whose element in row i and column j is `values[row(i) + j * stride]`, as
-    /// bf16 or f32.
-    pub(crate) fn new(
-        (k, n): (usize, usize),
-        dtype: DType,
-        values: &[f32],
-        row: impl Fn(usize) -> usize + Sync,
-        stride: usize,
-    ) -> Self {
-        let len = k * n.next_multiple_of(NR);
-        let panels = if dtype == DType::BF16 {
-            let mut panels = vec![bf16::ZERO; len];
-            prefer_huge_pages(&mut panels);
-            let at = |i| bf16::from_f32(values[i]);
-            pack(&mut panels, (k, n), |i, j| at(row(i) + j * stride));
-            Panels::Bf16(panels)
-        } else {
-            let mut panels = Aligned::zeros(len);
-            prefer_huge_pages(panels.as_mut_slice());
-            pack(panels.as_mut_slice(), (k, n), |i, j| values[row(i) + j * stride]);
-            Panels::F32(panels)
-        };
-        Self { panels, k, n }
-    }
-
-    /// Rows `k0 .. k0 + kc` of a panel, in `wide` if they have to be widened.
-    pub(crate) fn panel<'a>(
-        &'a self,
-        p: usize,
-        k0: usize,
-        kc: usize,
-        wide: &'a mut Scratch,
-    ) -> &'a [f32] {
-        let range = (p * self.k + k0) * NR..(p * self.k + k0 + kc) * NR;
-        match &self.panels {
-            Panels::F32(panels) => &panels.as_slice()[range],
-            Panels::Bf16(panels) => {
-                let wide = &mut wide[..kc * NR];
-                widen(&panels[range], wide);
-                wide
-            }
-        }
-    }
-}
-
-fn pack<T: Copy + Send>(
-    panels: &mut [T],
-    (k, n): (usize, usize),
-    at: impl Fn(usize, usize) -> T + Sync,
-) {
-    panels.par_chunks_mut((k * NR).max(1)).enumerate().for_each(|(p, panel)| {
-        let columns = p * NR..n.min((p + 1) * NR);
-        for (i, row) in panel.chunks_exact_mut(NR).enumerate() {
-            for (value, j) in row.iter_mut().zip(columns.clone()) {
-                *value = at(i, j);
-            }
-        }
-    });
-}
-
-vectorized! {
-    fn widen(narrow: &[bf16], wide: &mut [f32]) {
-        for (wide, narrow) in wide.iter_mut().zip(narrow) {
-            *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
-        }
-    }
-}
 
 /// Where the rows of the left matrix come from.
 pub(crate) trait Rows: Sync {
@@ -129,22 +43,21 @@ fn pack_tile(a: &impl Rows, rows: usize, row0: usize, k0: usize, tile: &mut [f32
     }
 }
 
-/// Writes MR slices of one length n as the columns of `tile`, [n][MR].
-pub(crate) fn interleave(rows: &[&[f32]; MR], tile: &mut [f32]) {
+/// Writes N slices of one length n as the columns of `tile`, [n][N].
+pub(crate) fn interleave<const N: usize>(rows: &[&[f32]; N], tile: &mut [f32]) {
+    const { assert!(N.is_multiple_of(4), "squares of four") };
     let len = rows[0].len();
-    assert!(tile.len() == len * MR && rows.iter().all(|row| row.len() == len), "interleave");
+    assert!(tile.len() == len * N && rows.iter().all(|row| row.len() == len), "interleave");
     #[cfg(target_arch = "x86_64")]
     let done = len / 4 * 4;
     #[cfg(not(target_arch = "x86_64"))]
     let done = 0;
+    #[cfg(target_arch = "x86_64")]
     for k in (0..done).step_by(4) {
         // SAFETY: four columns from k on lie inside every row, and the tile holds them.
-        #[cfg(target_arch = "x86_64")]
-        unsafe {
-            x86::interleave4(rows, k, tile);
-        }
+        unsafe { x86::interleave4(rows, k, tile) };
     }
-    for (k, column) in tile.chunks_exact_mut(MR).enumerate().skip(done) {
+    for (k, column) in tile.chunks_exact_mut(N).enumerate().skip(done) {
         for (value, row) in column.iter_mut().zip(rows) {
             *value = row[k];
         }
@@ -385,16 +298,20 @@ mod x86 {
     /// Transposes columns k .. k + 4 of the rows into the tile, in squares of four.
     ///
     /// # Safety
-    /// Every row has k + 4 elements and the tile (k + 4) * MR.
-    pub(super) unsafe fn interleave4(rows: &[&[f32]; MR], k: usize, tile: &mut [f32]) {
-        for i in (0..MR).step_by(4) {
+    /// Every row has k + 4 elements and the tile (k + 4) * N; N is a multiple of four.
+    pub(super) unsafe fn interleave4<const N: usize>(
+        rows: &[&[f32]; N],
+        k: usize,
+        tile: &mut [f32],
+    ) {
+        for i in (0..N).step_by(4) {
             // SAFETY: the caller's promise; SSE is part of the architecture.
             unsafe {
                 let load = |j: usize| _mm_loadu_ps(rows[i + j].as_ptr().add(k));
                 let (mut a, mut b, mut c, mut d) = (load(0), load(1), load(2), load(3));
                 _MM_TRANSPOSE4_PS(&mut a, &mut b, &mut c, &mut d);
                 for (j, column) in [a, b, c, d].into_iter().enumerate() {
-                    _mm_storeu_ps(tile.as_mut_ptr().add((k + j) * MR + i), column);
+                    _mm_storeu_ps(tile.as_mut_ptr().add((k + j) * N + i), column);
                 }
             }
         }
@@ -505,7 +422,10 @@ mod x86 {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::DType;
+
     use super::*;
+    use crate::ops::numbers::{Numbers, Weight};
     use crate::ops::tests::random;
 
     /// Every instruction set of this processor.
@@ -561,14 +481,15 @@ mod tests {
     fn any_shape_and_any_batch_give_the_same_rows() {
         for (rows, k, n) in [(1, 1, 1), (13, 300, 33), (500, 17, 70), (40, 600, 4), (3, 5, 257)] {
             let (a, w, bias) = (random(rows * k, 4), random(k * n, 5), random(n, 6));
-            let packed = Packed::new((k, n), DType::F32, &w, |i| i * n, 1);
+            let weight = Weight::Stored(Numbers::Floats(&w), &[n, k]);
+            let packed = Packed::new(&weight, 1, DType::F32).unwrap();
             let matrix = Matrix { data: &a, stride: k };
             let epilogue = Epilogue { bias: Some(&bias), ..Epilogue::default() };
             let out = gemm(rows, &matrix, &packed, epilogue);
             for i in 0..rows {
                 for j in 0..n {
                     let sum: f64 =
-                        (0..k).map(|x| f64::from(a[i * k + x]) * f64::from(w[x * n + j])).sum();
+                        (0..k).map(|x| f64::from(a[i * k + x]) * f64::from(w[j * k + x])).sum();
                     let want = sum + f64::from(bias[j]);
                     assert!((f64::from(out[i * n + j]) - want).abs() < 2e-4, "{i} {j}");
                 }
@@ -577,16 +498,5 @@ mod tests {
             let alone = gemm(1, &last, &packed, epilogue);
             assert_eq!(alone, out[(rows - 1) * n..], "a row depends on its batch");
         }
-    }
-
-    #[test]
-    fn bf16_weights_are_rounded_and_nothing_else_is() {
-        let (rows, k, n) = (7, 300, 40);
-        let (a, w) = (random(rows * k, 7), random(k * n, 8));
-        let matrix = Matrix { data: &a, stride: k };
-        let product = |packed: &Packed| gemm(rows, &matrix, packed, Epilogue::default());
-        let pack = |dtype, w: &[f32]| Packed::new((k, n), dtype, w, |i| i * n, 1);
-        let rounded: Vec<f32> = w.iter().map(|w| bf16::from_f32(*w).to_f32()).collect();
-        assert_eq!(product(&pack(DType::BF16, &w)), product(&pack(DType::F32, &rounded)));
     }
 }

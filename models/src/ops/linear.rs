@@ -6,7 +6,7 @@ use super::activation::{Activation, activate, geglu};
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::gemm::{Epilogue, Matrix, Packed, gemm};
-use super::{host, to_host};
+use super::{Weight, host, to_host};
 
 /// A linear layer; its weights are packed for the CPU, or lie on another device.
 pub(crate) struct Linear {
@@ -35,21 +35,21 @@ struct After<'a> {
 }
 
 impl Linear {
-    /// From a weight (out, in) and a bias (out), for a device and its type.
-    pub(crate) fn new(
-        weight: &Tensor,
+    /// From a weight (out, in), which may be a kernel of side 1, and a bias (out), for a device and
+    /// its type.
+    pub(crate) fn new<'a>(
+        weight: impl Into<Weight<'a>>,
         bias: Option<&Tensor>,
         device: &Device,
         dtype: DType,
     ) -> Result<Self> {
-        let (out, k) = weight.dims2()?;
+        let weight = weight.into();
+        let (out, k) = weight.matrix();
         let weights = if device.is_cpu() {
-            let weight = weight.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.contiguous()?;
-            let source = host(&weight)?;
-            let packed = Packed::new((k, out), dtype, source.data()?, |i| i, k);
+            let packed = Packed::new(&weight, 1, dtype)?;
             Weights::Cpu { packed, bias: bias.map(to_host).transpose()? }
         } else {
-            Self::on_device(weight, bias, device, dtype)?
+            Self::on_device(&weight.tensor()?.reshape((out, k))?, bias, device, dtype)?
         };
         Ok(Self { weights, out })
     }
@@ -130,17 +130,18 @@ pub(crate) struct Geglu(Linear);
 
 impl Geglu {
     /// From a weight (2D, in) and a bias (2D), for a device and its type.
-    pub(crate) fn new(
-        weight: &Tensor,
+    pub(crate) fn new<'a>(
+        weight: impl Into<Weight<'a>>,
         bias: &Tensor,
         device: &Device,
         dtype: DType,
     ) -> Result<Self> {
+        let weight = weight.into();
         #[cfg(feature = "cuda")]
-        {
-            let taps = weight.unsqueeze(1)?;
+        if !device.is_cpu() {
+            let taps = weight.tensor()?.unsqueeze(1)?;
             if let Some(filter) = cuda::Filter::new(&taps, Some(bias), true, device, dtype)? {
-                return Ok(Self(Linear { weights: Weights::Cuda(filter), out: weight.dim(0)? }));
+                return Ok(Self(Linear { weights: Weights::Cuda(filter), out: taps.dim(0)? }));
             }
         }
         Ok(Self(Linear::new(weight, Some(bias), device, dtype)?))

@@ -44,7 +44,8 @@ pub fn return_freed_memory() {
 
 /// Asks for pages of 2 MiB under a large block that is about to be written for the first time:
 /// the weights of a model are a million small pages, each a fault at load and an entry that
-/// address translation must find at every step.
+/// address translation must find at every step. Pages at both ends are shared with what lies
+/// beside the block: one block follows another, and small ones stay as they are.
 pub(super) fn prefer_huge_pages<T>(block: &mut [T]) {
     #[cfg(target_os = "linux")]
     {
@@ -55,11 +56,11 @@ pub(super) fn prefer_huge_pages<T>(block: &mut [T]) {
             fn madvise(address: *mut std::ffi::c_void, length: usize, advice: i32) -> i32;
         }
         let range = block.as_mut_ptr_range();
-        let start = (range.start as usize).next_multiple_of(HUGE);
-        let end = range.end as usize / HUGE * HUGE;
-        if start < end {
-            // SAFETY: the range lies inside the block, and this advice changes no contents. An
-            // error means that the pages stay small.
+        let start = range.start as usize / HUGE * HUGE;
+        let end = (range.end as usize).next_multiple_of(HUGE);
+        if size_of_val(block) >= HUGE {
+            // SAFETY: this advice changes no contents, neither of the block nor of its neighbours.
+            // An error means that the pages stay small.
             unsafe { madvise(start as *mut std::ffi::c_void, end - start, MADV_HUGEPAGE) };
         }
     }

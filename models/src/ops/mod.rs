@@ -14,13 +14,14 @@ mod buffers;
 mod conv;
 #[cfg(feature = "cuda")]
 mod cuda;
-mod floats;
 mod gemm;
 mod joined;
 mod layout;
 mod linear;
 mod memory;
 mod norm;
+mod numbers;
+mod packed;
 mod simd;
 mod winograd;
 
@@ -33,12 +34,12 @@ pub(crate) use conv::{Conv2d, Geometry};
 pub(crate) use cuda::{
     free_bytes as free_device_bytes, name as device_name, open as open_cuda, work as device_work,
 };
-pub(crate) use floats::floats;
 pub(crate) use joined::Joined;
 pub(crate) use layout::{channels_first, channels_last};
 pub(crate) use linear::{Geglu, Linear};
 pub use memory::{keep_freed_memory, return_freed_memory};
 pub(crate) use norm::{GroupNorm, LayerNorm};
+pub(crate) use numbers::{Numbers, Weight};
 
 /// Without the feature `cuda` there is no such device; candle says so.
 #[cfg(not(feature = "cuda"))]

@@ -119,7 +119,7 @@ impl Problem<'_> {
             }
             for (p, rows) in scratch.chunks_exact(MR * LANES).enumerate() {
                 let place = &mut packed[(p * self.channels + c) * MR..][..LANES * MR];
-                interleave(&std::array::from_fn(|i| &rows[i * LANES..][..LANES]), place);
+                interleave::<MR>(&std::array::from_fn(|i| &rows[i * LANES..][..LANES]), place);
             }
         }
     }

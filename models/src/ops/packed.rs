@@ -1,0 +1,167 @@
+//! Weights as the kernels read them: in panels of [`NR`] columns, packed once, at load, straight
+//! from where they are stored.
+
+use std::mem::MaybeUninit;
+
+use candle_core::{DType, Result};
+use half::bf16;
+
+use super::buffers::{Aligned, Scratch};
+use super::gemm::interleave;
+use super::numbers::{Numbers, Weight};
+use super::simd::vectorized;
+
+/// Columns of a panel.
+pub(crate) const NR: usize = 32;
+/// Numbers of a column that are turned at a time: NR times as many stay in the first-level cache.
+const DEPTH: usize = 128;
+
+/// A (k, n) matrix in panels: panel p holds columns p * NR .. as [k][NR], the last one padded.
+pub(crate) struct Packed {
+    panels: Panels,
+    pub(crate) k: usize,
+    pub(crate) n: usize,
+}
+
+enum Panels {
+    F32(Aligned<f32>),
+    /// Half the memory; widened block by block on the way to the kernel.
+    Bf16(Aligned<bf16>),
+}
+
+impl Packed {
+    /// Packs a weight (n, inputs, taps) as the matrix whose column j is output j and whose rows
+    /// run over taps, then inputs: the order in which pixels lie in memory. In bf16 or f32.
+    pub(crate) fn new(weight: &Weight<'_>, taps: usize, dtype: DType) -> Result<Self> {
+        let (n, k) = weight.matrix();
+        let panels = weight.numbers(|numbers| {
+            if dtype == DType::BF16 {
+                Panels::Bf16(pack(numbers, (k, n), taps, narrow))
+            } else {
+                Panels::F32(pack(numbers, (k, n), taps, |row, out| {
+                    out.write_copy_of_slice(row);
+                }))
+            }
+        })?;
+        Ok(Self { panels, k, n })
+    }
+
+    /// Rows `k0 .. k0 + kc` of a panel, in `wide` if they have to be widened.
+    pub(crate) fn panel<'a>(
+        &'a self,
+        p: usize,
+        k0: usize,
+        kc: usize,
+        wide: &'a mut Scratch,
+    ) -> &'a [f32] {
+        let range = (p * self.k + k0) * NR..(p * self.k + k0 + kc) * NR;
+        match &self.panels {
+            Panels::F32(panels) => &panels.as_slice()[range],
+            Panels::Bf16(panels) => {
+                let wide = &mut wide[..kc * NR];
+                widen(&panels.as_slice()[range], wide);
+                wide
+            }
+        }
+    }
+}
+
+/// `turn` writes a row of a panel in its type.
+fn pack<T: Copy + Default + Send + Sync>(
+    numbers: Numbers<'_>,
+    (k, n): (usize, usize),
+    taps: usize,
+    turn: impl Fn(&[f32], &mut [MaybeUninit<T>]) + Sync,
+) -> Aligned<T> {
+    let inputs = k / taps;
+    let panel = |p: usize, panel: &mut [MaybeUninit<T>]| {
+        let columns = NR.min(n - p * NR);
+        let (mut block, mut rows) = (Scratch::new(NR * DEPTH), Scratch::new(NR * DEPTH));
+        for first in (0..k).step_by(DEPTH) {
+            let len = DEPTH.min(k - first);
+            let (block, rows) = (&mut block[..NR * len], &mut rows[..NR * len]);
+            for (j, column) in block.chunks_exact_mut(len).enumerate() {
+                if j < columns {
+                    numbers.read((p * NR + j) * k + first, column);
+                } else {
+                    column.fill(0.0);
+                }
+            }
+            let block = &*block;
+            interleave::<NR>(&std::array::from_fn(|j| &block[j * len..][..len]), rows);
+            for (i, row) in (first..).zip(rows.chunks_exact(NR)) {
+                let place = i % taps * inputs + i / taps;
+                turn(row, &mut panel[place * NR..][..NR]);
+            }
+        }
+    };
+    // SAFETY: the places of all i < k are all rows of the panel, and `turn` writes all of a row.
+    unsafe { Aligned::written(n.next_multiple_of(NR) * k, k * NR, panel) }
+}
+
+vectorized! {
+    /// Rounds to the nearest, ties to even.
+    fn narrow(wide: &[f32], narrow: &mut [MaybeUninit<bf16>]) {
+        for (wide, narrow) in wide.iter().zip(narrow) {
+            let bits = wide.to_bits();
+            let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1));
+            // What is not a number stays so.
+            let bits = if wide.is_nan() { bits | 1 << 22 } else { rounded };
+            narrow.write(bf16::from_bits((bits >> 16) as u16));
+        }
+    }
+}
+
+vectorized! {
+    fn widen(narrow: &[bf16], wide: &mut [f32]) {
+        for (wide, narrow) in wide.iter_mut().zip(narrow) {
+            *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::tests::random;
+
+    #[test]
+    fn numbers_are_narrowed_as_half_does_it() {
+        let mut wide = random(4096, 2);
+        wide.extend([0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, 1e-41]);
+        wide.extend([0x3F80_8000, 0x3F81_8000, 0x3F80_8001, 0x7F80_0001].map(f32::from_bits));
+        let mut narrowed = vec![MaybeUninit::uninit(); wide.len()];
+        narrow(&wide, &mut narrowed);
+        for (wide, narrow) in wide.iter().zip(&narrowed) {
+            // SAFETY: narrow() has written all.
+            let got = unsafe { narrow.assume_init() };
+            assert_eq!(got.to_bits(), bf16::from_f32(*wide).to_bits(), "{wide}");
+        }
+    }
+
+    #[test]
+    fn every_number_finds_its_place() {
+        for (n, inputs, taps) in [(1, 1, 1), (33, 5, 9), (70, 300, 1), (32, 40, 9), (3, 0, 9)] {
+            let (k, values) = (inputs * taps, random(n * inputs * taps, 1));
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            let numbers = Numbers::new(&bytes, DType::F32).unwrap();
+            let shape = [n, inputs, taps];
+            let pack = |dtype| Packed::new(&Weight::Stored(numbers, &shape), taps, dtype).unwrap();
+            let mut wide = Scratch::new(k * NR);
+            for (dtype, turned) in [
+                (DType::F32, values.clone()),
+                (DType::BF16, values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect()),
+            ] {
+                let packed = pack(dtype);
+                for j in 0..n.next_multiple_of(NR) {
+                    let panel = packed.panel(j / NR, 0, k, &mut wide);
+                    for (tap, input) in (0..k).map(|i| (i / inputs, i % inputs)) {
+                        let got = panel[(tap * inputs + input) * NR + j % NR];
+                        let want = if j < n { turned[j * k + input * taps + tap] } else { 0.0 };
+                        assert_eq!(got, want, "{shape:?} {dtype:?} {j} {tap} {input}");
+                    }
+                }
+            }
+        }
+    }
+}
