@@ -1,5 +1,5 @@
-//! `sd-server`: a Stable Diffusion server. The modules are listed in the order in which a request
-//! passes through them; `docs/architecture.md` is the long form.
+//! `sd-server`: a Stable Diffusion server. `docs/architecture.md` takes a request through its
+//! modules.
 
 #![forbid(unsafe_code)]
 
@@ -167,7 +167,7 @@ pub async fn serve(
         let _ = timeout(LAST_ANSWERS, &mut server).await;
     }
     match models.first().phase() {
-        Phase::Dead(reason) => Err(anyhow::Error::msg(reason)),
+        Phase::Dead(death) => Err(death.into()),
         _ => Ok(()),
     }
 }

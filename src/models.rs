@@ -9,9 +9,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{fmt, io};
 
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
 use tracing::info;
 
-use crate::engine::{Engine, Phase};
+use crate::engine::{Death, Engine, Phase};
 
 /// How to get an engine for the files of a model.
 pub trait Library: Send + Sync + 'static {
@@ -64,6 +66,29 @@ pub struct Loaded {
     pub path: PathBuf,
     engine: Engine,
     bytes: u64,
+    /// Everybody who has chosen it and may still submit holds a receiver.
+    chosen: watch::Sender<()>,
+}
+
+/// A model that a request means. It stays, within reason, until this is dropped.
+#[derive(Debug, Clone)]
+pub struct Chosen {
+    /// Where its pictures are drawn.
+    pub engine: Engine,
+    /// Of a model that comes and goes.
+    _stays: Option<watch::Receiver<()>>,
+}
+
+impl From<Engine> for Chosen {
+    fn from(engine: Engine) -> Self {
+        Self { engine, _stays: None }
+    }
+}
+
+impl Loaded {
+    fn choose(&self) -> Chosen {
+        Chosen { engine: self.engine.clone(), _stays: Some(self.chosen.subscribe()) }
+    }
 }
 
 /// The handle that handlers share.
@@ -142,40 +167,36 @@ impl Models {
         if self.engines().iter().any(lost) { Phase::DeviceLost } else { self.first().phase() }
     }
 
-    /// The names in the folder, sorted.
-    pub fn names(&self) -> Vec<String> {
-        let Some(folder) = &self.shared.settings.folder else { return Vec::new() };
-        let entries = folder.read_dir().into_iter().flatten().flatten();
-        let models = entries.filter(|entry| entry.path().join("model_index.json").is_file());
-        let mut names: Vec<_> =
-            models.filter_map(|entry| entry.file_name().into_string().ok()).collect();
-        names.sort();
-        names
+    /// The names in the folder, sorted. The folder may be far away: it is read on another thread.
+    pub async fn names(&self) -> Vec<String> {
+        let Some(folder) = self.shared.settings.folder.clone() else { return Vec::new() };
+        let names = tokio::task::spawn_blocking(move || names(&folder)).await;
+        names.unwrap_or_default()
     }
 
     /// A model that is loaded. It counts as used.
-    pub fn get(&self, name: &str) -> Result<Engine, Refusal> {
+    pub fn get(&self, name: &str) -> Result<Chosen, Refusal> {
         let mut loaded = self.shared.loaded();
         // One that panicked is as good as gone.
         loaded.retain(|model| !matches!(model.engine.phase(), Phase::Dead(_)));
         let place = loaded.iter().position(|model| model.name == name);
         let model = place.map(|place| loaded.remove(place));
         let model = model.ok_or_else(|| Refusal::Unknown(name.into()))?;
-        let engine = model.engine.clone();
+        let chosen = model.choose();
         loaded.push(model);
-        Ok(engine)
+        Ok(chosen)
     }
 
     /// A model of the folder, loaded if need be, for which others may have to go.
-    pub async fn choose(&self, name: &str) -> Result<Engine, Refusal> {
+    pub async fn choose(&self, name: &str) -> Result<Chosen, Refusal> {
         if self.first().model().is_ok_and(|model| model.name == name) {
-            return Ok(self.first().clone());
+            return Ok(self.first().clone().into());
         }
-        if let Ok(engine) = self.get(name) {
-            return Ok(engine);
+        if let Ok(chosen) = self.get(name) {
+            return Ok(chosen);
         }
         let folder = self.shared.settings.folder.as_ref();
-        let known = self.names().iter().any(|known| known == name);
+        let known = self.names().await.iter().any(|known| known == name);
         let path = folder.filter(|_| known).map(|folder| folder.join(name));
         let path = path.ok_or_else(|| Refusal::Unknown(name.into()))?;
         match self.spawn(name, path, true).await {
@@ -193,9 +214,15 @@ impl Models {
     /// Unloads a model. What it has accepted is finished, within reason; its memory is free when
     /// this returns.
     pub async fn unload(&self, name: &str) -> Result<(), Refusal> {
-        let engine = self.get(name)?;
-        self.shared.loaded().retain(|model| model.name != name);
-        engine.retire(self.shared.settings.patience).await;
+        let gone = {
+            let mut loaded = self.shared.loaded();
+            let place = loaded.iter().position(|model| model.name == name);
+            place.map(|place| loaded.remove(place)).ok_or_else(|| Refusal::Unknown(name.into()))?
+        };
+        let end = Instant::now() + self.shared.settings.patience;
+        // Who has chosen it and not submitted yet is let in.
+        let _ = timeout_at(end, gone.chosen.closed()).await;
+        gone.engine.retire(end.saturating_duration_since(Instant::now())).await;
         info!(name, "unloaded");
         Ok(())
     }
@@ -218,13 +245,13 @@ impl Models {
     }
 
     /// Loads in a task of its own: when the client leaves, the next one finds the model loaded.
-    async fn spawn(&self, name: &str, path: PathBuf, evict: bool) -> Result<Engine, Refusal> {
+    async fn spawn(&self, name: &str, path: PathBuf, evict: bool) -> Result<Chosen, Refusal> {
         let (models, name) = (self.clone(), name.to_owned());
         let load = tokio::spawn(async move { models.bring(name, path, evict).await });
         load.await.unwrap_or_else(|error| Err(Refusal::Broken(error.to_string())))
     }
 
-    async fn bring(self, name: String, path: PathBuf, evict: bool) -> Result<Engine, Refusal> {
+    async fn bring(self, name: String, path: PathBuf, evict: bool) -> Result<Chosen, Refusal> {
         let _one_at_a_time = self.shared.loading.lock().await;
         if self.get(&name).is_ok() {
             return Err(Refusal::Loaded(name));
@@ -232,23 +259,37 @@ impl Models {
         let (models, files) = (self.clone(), path.clone());
         let weigh = move || models.library()?.weigh(&files).map_err(broken);
         let bytes = tokio::task::spawn_blocking(weigh).await.map_err(broken)??;
-        while let Err(refusal) = self.room(bytes) {
+        // Nobody goes for one that is too large for all of it.
+        let evict = evict && self.memory()?.is_none_or(|(taken, free)| bytes <= taken + free);
+        let engine = loop {
+            let refusal = match self.room(bytes) {
+                Ok(()) => match self.start(&path).await {
+                    Err(refusal @ Refusal::NoRoom(_)) => refusal,
+                    started => break started?,
+                },
+                Err(refusal) => refusal,
+            };
             let oldest = self.loaded().first().map(|model| model.name.clone());
             match oldest.filter(|_| evict) {
                 Some(oldest) => self.unload(&oldest).await?,
                 None => return Err(refusal),
             }
-        }
-        let engine = self.library()?.start(&path).map_err(broken)?;
-        if let Err(error) = engine.ready().await {
-            engine.retire(Duration::ZERO).await;
-            let error = error.to_string();
-            let full = error.contains("out of memory");
-            return Err(if full { Refusal::NoRoom(error) } else { Refusal::Broken(error) });
-        }
+        };
         info!(name, bytes, "loaded");
-        self.shared.loaded().push(Loaded { name, path, engine: engine.clone(), bytes });
-        Ok(engine)
+        let model = Loaded { name, path, engine, bytes, chosen: watch::Sender::new(()) };
+        let chosen = model.choose();
+        self.shared.loaded().push(model);
+        Ok(chosen)
+    }
+
+    /// A model that is ready.
+    async fn start(&self, path: &Path) -> Result<Engine, Refusal> {
+        let engine = self.library()?.start(path).map_err(broken)?;
+        let Err(error) = engine.ready().await else { return Ok(engine) };
+        engine.retire(Duration::ZERO).await;
+        let full = error.downcast_ref().is_some_and(|death: &Death| death.out_of_memory);
+        let refuse = if full { Refusal::NoRoom } else { Refusal::Broken };
+        Err(refuse(error.to_string()))
     }
 
     fn library(&self) -> Result<&dyn Library, Refusal> {
@@ -258,21 +299,26 @@ impl Models {
 
     /// Whether weights of this size fit beside those that are there.
     fn room(&self, bytes: u64) -> Result<(), Refusal> {
-        let Settings { max_models, memory_bytes, .. } = self.shared.settings;
-        let loaded = self.shared.loaded();
-        if loaded.len() >= max_models {
+        let max_models = self.shared.settings.max_models;
+        if self.shared.loaded().len() >= max_models {
             return Err(Refusal::NoRoom(format!(
                 "{max_models} models are loaded, which is the most"
             )));
         }
-        let taken: u64 = loaded.iter().map(|model| model.bytes).sum();
-        let free = memory_bytes.map(|all| all.saturating_sub(taken));
-        match free.or(self.library()?.free_bytes()) {
-            Some(free) if bytes > free => {
+        match self.memory()? {
+            Some((_, free)) if bytes > free => {
                 Err(Refusal::NoRoom(format!("it takes {bytes} bytes, and {free} are free")))
             }
             _ => Ok(()),
         }
+    }
+
+    /// Bytes of the weights that are loaded, and those that there is room for beside them, where
+    /// that is known.
+    fn memory(&self) -> Result<Option<(u64, u64)>, Refusal> {
+        let taken: u64 = self.shared.loaded().iter().map(|model| model.bytes).sum();
+        let free = self.shared.settings.memory_bytes.map(|all| all.saturating_sub(taken));
+        Ok(free.or(self.library()?.free_bytes()).map(|free| (taken, free)))
     }
 }
 
@@ -280,6 +326,15 @@ impl Shared {
     fn loaded(&self) -> MutexGuard<'_, Vec<Loaded>> {
         self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = folder.read_dir().into_iter().flatten().flatten();
+    let models = entries.filter(|entry| entry.path().join("model_index.json").is_file());
+    let mut names: Vec<_> =
+        models.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
+    names
 }
 
 fn broken(error: impl fmt::Display) -> Refusal {

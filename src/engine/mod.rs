@@ -90,8 +90,25 @@ pub enum Phase {
     Stopped,
     /// The device is gone, and every picture with it; only a new process can help.
     DeviceLost,
-    /// The model thread ended; the sentence says why.
-    Dead(String),
+    /// The model thread ended.
+    Dead(Death),
+}
+
+/// Why a model thread ended.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}")]
+pub struct Death {
+    reason: String,
+    /// Whether another model in the way was the reason.
+    pub out_of_memory: bool,
+}
+
+impl From<anyhow::Error> for Death {
+    fn from(error: anyhow::Error) -> Self {
+        let full = |cause: &sd_models::Error| matches!(cause, sd_models::Error::OutOfMemory(_));
+        let out_of_memory = error.chain().filter_map(|cause| cause.downcast_ref()).any(full);
+        Self { reason: format!("{error:#}"), out_of_memory }
+    }
 }
 
 /// The handle that handlers share.
@@ -207,7 +224,7 @@ impl Engine {
         let settled = phase.wait_for(|phase| !matches!(phase, Phase::Loading)).await?.clone();
         match settled {
             Phase::Ready(info) => Ok(info),
-            Phase::Dead(reason) => Err(anyhow::Error::msg(reason)),
+            Phase::Dead(death) => Err(death.into()),
             other => Err(anyhow::anyhow!("the engine is not ready: {other:?}")),
         }
     }
@@ -337,8 +354,8 @@ impl Engine {
     pub async fn died(&self) -> String {
         let mut phase = self.shared.phase.subscribe();
         loop {
-            if let Phase::Dead(reason) = &*phase.borrow_and_update() {
-                return reason.clone();
+            if let Phase::Dead(death) = &*phase.borrow_and_update() {
+                return death.to_string();
             }
             if phase.changed().await.is_err() {
                 return "the engine is gone".into();

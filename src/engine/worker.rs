@@ -32,12 +32,12 @@ pub(super) fn main<M: Model>(shared: Arc<Shared>, load: impl FnOnce() -> anyhow:
     let started = Instant::now();
     let model = match load() {
         Ok(model) => model,
-        Err(error) => return engine.enter(Phase::Dead(format!("{error:#}"))),
+        Err(error) => return engine.enter(Phase::Dead(error.into())),
     };
     let mut had = Duration::ZERO;
     let turn = engine.device.turn(&mut had);
     if let Err(error) = warm(&model) {
-        return engine.enter(Phase::Dead(format!("{error:#}")));
+        return engine.enter(Phase::Dead(error.into()));
     }
     let info = model.info().clone();
     let budget = budget(&model, &engine);
@@ -88,7 +88,7 @@ impl Deref for Hold {
 impl Drop for Hold {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.enter(Phase::Dead("the model thread panicked".into()));
+            self.enter(Phase::Dead(anyhow::Error::msg("the model thread panicked").into()));
         }
         drop(self.queue().clear());
     }

@@ -44,7 +44,7 @@ use tracing::{Instrument, debug, error, info, info_span};
 
 use crate::api::Limits;
 use crate::engine::Engine;
-use crate::models::Models;
+use crate::models::{Chosen, Models};
 use crate::telemetry::Id;
 use error::{ApiError, Reason};
 pub use keys::Key;
@@ -96,6 +96,7 @@ pub struct Settings {
 struct Shared {
     /// The model that the request means.
     engine: Engine,
+    _chosen: Option<Chosen>,
     models: Models,
     settings: Settings,
     /// A permit for each request in service: bodies and pictures take memory.
@@ -109,8 +110,9 @@ struct Shared {
 
 impl Shared {
     /// The same for a request that means another model.
-    fn on(&self, engine: Engine) -> State {
-        axum::extract::State(Arc::new(Self { engine, ..self.clone() }))
+    fn on(&self, chosen: Chosen) -> State {
+        let engine = chosen.engine.clone();
+        axum::extract::State(Arc::new(Self { engine, _chosen: Some(chosen), ..self.clone() }))
     }
 }
 
@@ -169,7 +171,8 @@ pub fn router(models: Models, settings: Settings) -> Router {
         .layer(option_layer(cors(&settings.cors_origins)))
         .layer(middleware::from_fn_with_state(engine.clone(), observe));
     let (jobs, shelf, underway) = Default::default();
-    let shared = Shared { engine, models, settings, gate, readers, jobs, shelf, underway };
+    let _chosen = None;
+    let shared = Shared { engine, _chosen, models, settings, gate, readers, jobs, shelf, underway };
     let state = Arc::new(shared);
     route::by_attribute(router.with_state(state))
 }

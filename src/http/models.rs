@@ -63,8 +63,8 @@ pub(super) async fn invoke(
     Path(name): Path<String>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let engine = state.models.get(&name)?;
-    sagemaker::invocations(state.on(engine), request).await
+    let chosen = state.models.get(&name)?;
+    sagemaker::invocations(state.on(chosen), request).await
 }
 
 /// `POST /models/{owner}/{name}`, as Hugging Face's clients call a model that has an address.
@@ -79,7 +79,7 @@ pub(super) async fn named(
 
 /// The server as a request sees it that names a model, which may have to be loaded first.
 pub(super) async fn choose(state: &State, name: &str) -> Result<State, ApiError> {
-    state.models.choose(name).await.map(|engine| state.on(engine)).map_err(
+    state.models.choose(name).await.map(|chosen| state.on(chosen)).map_err(
         |refusal| match refusal {
             Refusal::Unknown(name) => ApiError::NoModel(name),
             other => other.into(),

@@ -119,12 +119,31 @@ async fn models_are_loaded_while_there_is_room() {
 async fn unloading_finishes_what_was_accepted() {
     let (models, shelf) = shelf(None);
     models.load("a", "/1".into()).await.expect("room");
-    let engine = models.get("a").expect("it is there");
+    let engine = models.get("a").expect("it is there").engine;
     let ticket = engine.submit(vec![spec(1, 20)]).expect("room");
     models.unload("a").await.expect("it was there");
     assert_eq!(shelf.alive.load(Ordering::SeqCst), 0);
     assert_eq!(ticket.wait().await.expect("finished").len(), 1);
     assert_eq!(engine.submit(vec![spec(1, 1)]).err(), Some(Failure::Stopping));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unloading_lets_in_who_has_chosen_the_model() {
+    let (models, shelf) = shelf(None);
+    models.load("a", "/1".into()).await.expect("room");
+    let chosen = models.get("a").expect("it is there");
+    let unloaded = tokio::spawn({
+        let models = models.clone();
+        async move { models.unload("a").await }
+    });
+    while models.get("a").is_ok() {
+        tokio::task::yield_now().await;
+    }
+    let ticket = chosen.engine.submit(vec![spec(1, 2)]).expect("it is still there");
+    drop(chosen);
+    assert_eq!(ticket.wait().await.expect("finished").len(), 1);
+    assert_eq!(unloaded.await.expect("no panic"), Ok(()));
+    assert_eq!(shelf.alive.load(Ordering::SeqCst), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -137,19 +156,21 @@ async fn the_model_used_longest_ago_makes_room() {
     }
     std::fs::create_dir(folder.path().join("7")).expect("a directory that is no model");
     let (models, shelf) = shelf(Some(folder.path()));
-    assert_eq!(models.names(), ["101", "48", "49", "50"]);
+    assert_eq!(models.names().await, ["101", "48", "49", "50"]);
     for name in ["50", "49", "50", "48"] {
-        let engine = models.choose(name).await.expect("it loads");
+        let engine = models.choose(name).await.expect("it loads").engine;
         assert_eq!(engine.submit(vec![spec(1, 1)]).expect("room").wait().await.map(drop), Ok(()));
     }
     assert_eq!(names(&models), ["50", "48"], "49 went");
     let both = tokio::join!(models.choose("49"), models.choose("49"));
     assert!(both.0.is_ok() && both.1.is_ok(), "loaded once for two who ask");
+    drop(both);
     assert_eq!(shelf.alive.load(Ordering::SeqCst), 2);
     for unknown in ["7", "../50", "", "nobody"] {
         assert!(matches!(models.choose(unknown).await, Err(Refusal::Unknown(_))), "{unknown}");
     }
     assert!(matches!(models.choose("101").await, Err(Refusal::NoRoom(_))), "it never fits");
+    assert_eq!(names(&models), ["48", "49"], "nobody goes in vain");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -158,7 +179,7 @@ async fn models_take_turns() {
     let mut tickets = Vec::new();
     for name in ["a", "b"] {
         models.load(name, "/1".into()).await.expect("room");
-        let engine = models.get(name).expect("it is there");
+        let engine = models.get(name).expect("it is there").engine;
         let pictures = vec![spec(1, 60)];
         tickets.push(engine.submit(Job::from(pictures)).expect("room"));
     }
@@ -176,7 +197,7 @@ async fn models_take_turns() {
 async fn a_device_that_is_lost_is_lost_for_all() {
     let (models, _shelf) = shelf(None);
     models.load("a", "/1".into()).await.expect("room");
-    let engine = models.get("a").expect("it is there");
+    let engine = models.get("a").expect("it is there").engine;
     let lost = Spec { prompt: "device lost".into(), ..spec(1, 1) };
     let ticket = engine.submit(vec![lost]).expect("room");
     assert_eq!(ticket.wait().await.err(), Some(Failure::DeviceLost));
