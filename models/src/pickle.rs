@@ -44,8 +44,9 @@ fn place(
     }
     let size = dtype.size_in_bytes() as u64;
     let elements = layout.dims().iter().try_fold(size, |n, side| n.checked_mul(*side as u64));
-    let skipped = (layout.start_offset() as u64).checked_mul(size);
-    let range = entry.data_start().zip(skipped).zip(elements).and_then(|((data, skip), bytes)| {
+    // The reader's layouts start at a byte, not at an element.
+    let skip = layout.start_offset() as u64;
+    let range = entry.data_start().zip(elements).and_then(|(data, bytes)| {
         let end = skip.checked_add(bytes).filter(|end| *end <= entry.size())?;
         Some((data.checked_add(skip)?, data.checked_add(end).filter(|end| *end <= length)?))
     });
@@ -54,5 +55,23 @@ fn place(
             Ok((name, dtype, layout.dims().to_vec(), (start as usize, end as usize)))
         }
         None => refuse("does not lie within the file"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_of_one_storage_are_found_where_they_begin() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/single/views.ckpt");
+        let file = std::fs::read(&path).unwrap();
+        let tensors = tensors(&path, file.len() as u64).unwrap();
+        let values = |wanted: &str| {
+            let (_, _, _, (start, end)) = tensors.iter().find(|(name, ..)| name == wanted).unwrap();
+            let floats = file[*start..*end].chunks_exact(4);
+            floats.map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<_>>()
+        };
+        assert_eq!((values("q"), values("k")), (vec![0.0, 1.0, 2.0], vec![3.0, 4.0, 5.0]));
     }
 }

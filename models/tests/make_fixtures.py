@@ -659,6 +659,9 @@ def single(_):
     callbacks = {"checkpoint": argparse.Namespace(monitor="loss")}
     lightning = {"epoch": 3, "global_step": 840000, "callbacks": callbacks, "state_dict": tensors}
     torch.save(lightning, root / "inpaint.ckpt")
+    # Parts of one storage, as chunks of a fused projection are.
+    q, k = torch.arange(6.0).chunk(2)
+    torch.save({"q": q, "k": k}, root / "views.ckpt")
 
     unet = diffusers.UNet2DConditionModel.from_pretrained(HERE / "v2/unet")
     tower = load_file(HERE / "v2/text_encoder/model.safetensors")
