@@ -660,7 +660,8 @@ impl Filter {
         let aligned = problem.a.iter().all(|address| address.is_multiple_of(16));
         let whole = aligned && c1.is_multiple_of(8) && c2.is_multiple_of(8);
         let (name, tile, threads) = Self::tile(device, (m, n), whole)?;
-        let blocks = (n.div_ceil(tile.1), m.div_ceil(tile.0), 1);
+        // On one axis, columns first: the others end at 65,535, less than a large picture's rows.
+        let blocks = (n.div_ceil(tile.1) * m.div_ceil(tile.0), 1, 1);
         let grid = Grid { blocks, threads, shared: 0 };
         // SAFETY: the operands have the shapes that the problem says.
         unsafe { launch(device, &PRODUCT, (name, dtype), &grid, &problem)? };

@@ -43,7 +43,7 @@ __device__ __noinline__ float activate(float x, int activation) {
     }
 }
 
-/// A block computes ROWS x COLUMNS in warps of 32 x 32 or 64 x 32: grid (columns, rows). WHOLE says
+/// A block computes ROWS x COLUMNS in warps of 32 x 32 or 64 x 32: grid (columns x rows). WHOLE says
 /// that c and c1 are multiples of 8, so that a chunk never crosses a tap.
 template <typename T, int ROWS, int COLUMNS, int WARP_ROWS, bool WHOLE>
 __device__ void product(const Product<T> &p) {
@@ -54,7 +54,8 @@ __device__ void product(const Product<T> &p) {
     __shared__ __align__(16) T tiles[STAGES][(ROWS + COLUMNS) * DEPTH];
 
     int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    int first_row = blockIdx.y * ROWS, first_column = blockIdx.x * COLUMNS;
+    int across = (p.n + COLUMNS - 1) / COLUMNS;
+    int first_row = blockIdx.x / across * ROWS, first_column = blockIdx.x % across * COLUMNS;
     int chunk = thread % 4; // the same for every row that this thread copies
     int pixels = p.out_h * p.out_w;
 
