@@ -76,7 +76,8 @@ def main():
     body = s3.get_object(Bucket=bucket, Key=key)["Body"].read()
     args.output.mkdir(parents=True, exist_ok=True)
     failed = 0
-    for number, line in enumerate(body.splitlines()):
+    # Answers end in a newline, and SageMaker may add its own.
+    for number, line in enumerate(filter(None, body.splitlines())):
         reply = json.loads(line)
         if "error" in reply:
             failed += 1

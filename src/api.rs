@@ -22,6 +22,10 @@ const MAX_SIDE: u64 = 65_536;
 const MAX_GUIDANCE: f64 = 100.0;
 /// How much of a picture that comes in is painted anew, as in diffusers.
 const DEFAULT_STRENGTH: f64 = 0.8;
+/// Of an error, which may quote the client.
+const MAX_MESSAGE_BYTES: usize = 600;
+/// Fields of one request, known or not.
+const MAX_FIELDS: usize = 256;
 /// Clients differ in whether they pad.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &STANDARD,
@@ -64,21 +68,44 @@ pub enum Invalid {
     },
 }
 
+/// A picture's file out of base64, bare or as a data URL, in lines or in one.
+pub(crate) fn file(name: &str, mut text: String) -> Result<Vec<u8>, Invalid> {
+    if let Some(comma) = text.starts_with("data:").then(|| text.find(',')).flatten() {
+        text.drain(..=comma);
+    }
+    text.retain(|c| !c.is_ascii_whitespace());
+    let broken = |error| Invalid::malformed(name, format!("is not base64: {error}"));
+    BASE64.decode(text).map_err(broken)
+}
+
 impl Invalid {
     /// A body that is not even a list of fields.
     pub fn body(message: impl Into<String>) -> Self {
-        Self::Malformed { param: None, message: message.into() }
+        Self::Malformed { param: None, message: brief(message.into()) }
     }
 
     /// A field that is not what it should be.
     pub(crate) fn malformed(param: &str, reason: impl fmt::Display) -> Self {
-        Self::Malformed { param: Some(param.into()), message: format!("{param} {reason}") }
+        Self::Malformed { param: Some(brief(param.into())), message: sentence(param, reason) }
     }
 
     /// A field whose value cannot be had.
     pub(crate) fn range(param: &str, reason: impl fmt::Display) -> Self {
-        Self::OutOfRange { param: param.into(), message: format!("{param} {reason}") }
+        Self::OutOfRange { param: brief(param.into()), message: sentence(param, reason) }
     }
+}
+
+fn sentence(param: &str, reason: impl fmt::Display) -> String {
+    brief(format!("{param} {reason}"))
+}
+
+/// What quotes a client is as long as the client likes; SageMaker passes on 2048 characters.
+fn brief(mut text: String) -> String {
+    if text.len() > MAX_MESSAGE_BYTES {
+        text.truncate(text.floor_char_boundary(MAX_MESSAGE_BYTES));
+        text.push('…');
+    }
+    text
 }
 
 /// A valid request.
@@ -233,6 +260,10 @@ impl Fields {
 
     /// A JSON object.
     pub fn json(text: &str) -> Result<Self, Invalid> {
+        // serde_json would quote a string that stands there, and so what a user typed.
+        if !text.trim_ascii_start().starts_with('{') {
+            return Err(Invalid::body("the body is not a JSON object"));
+        }
         let mut reader = serde_json::Deserializer::from_str(text);
         let values = reader.deserialize_map(Pairs).and_then(|values| {
             reader.end()?;
@@ -407,7 +438,7 @@ impl Fields {
         max_pixels: usize,
     ) -> Result<Option<DynamicImage>, Invalid> {
         self.note(names, || json!({ "type": "string", "contentEncoding": "base64" }));
-        let (name, mut text) = match self.take(names)? {
+        let (name, text) = match self.take(names)? {
             None => return Ok(None),
             Some((name, Value::String(text))) => (name, text),
             Some((name, other)) => {
@@ -415,14 +446,7 @@ impl Fields {
                 return Err(Invalid::malformed(&name, reason));
             }
         };
-        if let Some(comma) = text.starts_with("data:").then(|| text.find(',')).flatten() {
-            text.drain(..=comma);
-        }
-        text.retain(|c| !c.is_ascii_whitespace());
-        let file = BASE64.decode(text);
-        let file =
-            file.map_err(|error| Invalid::malformed(&name, format!("is not base64: {error}")));
-        let image = image::decode(&file?, max_pixels);
+        let image = image::decode(&file(&name, text)?, max_pixels);
         image.map(Some).map_err(|reason| Invalid::range(&name, reason))
     }
 
@@ -531,6 +555,9 @@ impl<'de> Visitor<'de> for Pairs {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut pairs = Vec::new();
         while let Some(pair) = map.next_entry()? {
+            if pairs.len() == MAX_FIELDS {
+                return Err(serde::de::Error::custom(format!("more than {MAX_FIELDS} fields")));
+            }
             pairs.push(pair);
         }
         Ok(pairs)

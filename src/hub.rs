@@ -164,13 +164,13 @@ impl Download {
         let repo = self.api()?.repo(self.repo());
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(async {
+            timeout(FIRST_ANSWER, repo.info())
+                .await
+                .map_err(|_| anyhow!("{} does not answer", self.hub.endpoint))?
+                .map_err(|error| self.explain(error))?;
             for file in files {
-                let fetched = timeout(FIRST_ANSWER, repo.get(file)).await;
-                let fetched =
-                    fetched.map_err(|_| anyhow!("{} does not answer", self.hub.endpoint))?;
-                fetched
-                    .map_err(|error| self.explain(error))
-                    .with_context(|| format!("cannot fetch {file} of {}", self.id))?;
+                let fetched = repo.get(file).await.map_err(|error| self.explain(error));
+                fetched.with_context(|| format!("cannot fetch {file} of {}", self.id))?;
             }
             Ok(())
         })
@@ -316,7 +316,7 @@ pub(crate) fn needed(files: &[String], half: bool) -> Result<Vec<String>> {
         let of = |(whole, shard): &([String; 2], String)| -> Vec<String> {
             let ours = |name: &str| {
                 let shard = name.starts_with(shard) && name.ends_with(".safetensors");
-                shard || whole.iter().any(|whole| name == whole)
+                (shard && !name.contains('/')) || whole.iter().any(|whole| name == whole)
             };
             let in_folder = |file: &&String| {
                 file.split_once('/').is_some_and(|(place, name)| place == folder && ours(name))

@@ -87,9 +87,6 @@ pub fn infotext(spec: &Spec, model: &str) -> String {
         strength.unwrap_or_default(),
         env!("CARGO_PKG_VERSION"),
     );
-    if let Some(start) = &spec.start {
-        text += &format!(", Denoising strength: {}", start.strength);
-    }
     text
 }
 

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use sd_models::{
-    DeviceName, LoadOptions, Pipeline, Precision, Rgb, Scheduler, Spec, Trajectory, Work,
+    DeviceName, Error, LoadOptions, Pipeline, Precision, Rgb, Scheduler, Spec, Trajectory, Work,
 };
 use serde::Serialize;
 
@@ -76,10 +76,10 @@ pub(crate) fn run(model: Model, json: bool) -> Result<()> {
     let pipeline = Pipeline::load(&options)?;
     let load_seconds = began.elapsed().as_secs_f64();
     let info = pipeline.info().clone();
+    let free = pipeline.free_device_bytes();
     let (mean, max) = compare(&pipeline, options)?;
     let allowed = if info.precision == "f32" { (0.5, 2) } else { (3.0, 64) };
 
-    let free = pipeline.free_device_bytes();
     let before = Pipeline::work();
     let mut two = begin(&pipeline, 2)?;
     step(&pipeline, &mut two)?;
@@ -97,15 +97,22 @@ pub(crate) fn run(model: Model, json: bool) -> Result<()> {
     let began = Instant::now();
     pipeline.decode(&two[0])?;
     let decode_seconds = began.elapsed().as_secs_f64();
-    let rows = ROWS.map(|rows| time(&pipeline, rows, decode_seconds));
-    let rows = rows.into_iter().collect::<Result<Vec<_>>>()?;
+    let mut rows = Vec::new();
+    for count in ROWS {
+        match time(&pipeline, count, decode_seconds) {
+            Ok(timing) => rows.push(timing),
+            // A card that is full at so many rows has something to tell of the others.
+            Err(error) if !rows.is_empty() && is_full(&error) => break,
+            Err(error) => return Err(error),
+        }
+    }
 
     let name = pipeline.device_name();
-    let share = name.as_deref().and_then(card).map(|(flops, bandwidth)| {
+    let share = name.as_deref().and_then(card).and_then(|(flops, bandwidth)| {
         let least = step_work
             .iter()
             .map(|(_, work)| (work.flops as f64 / flops).max(work.bytes as f64 / bandwidth));
-        least.sum::<f64>() * rows[1].steps_per_second
+        Some(least.sum::<f64>() * rows.get(1)?.steps_per_second)
     });
     let report = Report {
         version: env!("CARGO_PKG_VERSION"),
@@ -135,6 +142,12 @@ pub(crate) fn run(model: Model, json: bool) -> Result<()> {
         "the device draws another picture than the CPU: mean {mean:.3}/255, max {max}/255"
     );
     Ok(())
+}
+
+/// Whether the device has no memory left.
+fn is_full(error: &anyhow::Error) -> bool {
+    let full = |cause: &Error| matches!(cause, Error::OutOfMemory(_));
+    error.chain().filter_map(|cause| cause.downcast_ref()).any(full)
 }
 
 /// A picture with guidance, or without where there is one row.
@@ -225,7 +238,8 @@ impl fmt::Display for Report {
         }
         if let (Some(before), Some(after)) = self.free_bytes {
             let taken = before.saturating_sub(after) as f64 / f64::from(1 << 20);
-            writeln!(f, "memory           {taken:.0} MiB more at 16 rows than after loading")?;
+            let rows = self.rows.last().map_or(0, |timing| timing.rows);
+            writeln!(f, "memory           {taken:.0} MiB more at {rows} rows than after loading")?;
         }
         match self.roofline_share {
             Some(share) => {

@@ -19,6 +19,8 @@ const BREAK: &str = "BREAK";
 const NEAR: usize = 20;
 /// Attention is paid to each window at each step: more than these are cut off.
 const MAX_WINDOWS: usize = 8;
+/// Beyond this a weight leaves nothing of the rest, and much further no number.
+const MAX_WEIGHT: f64 = 1e4;
 
 /// A window of tokens and how much each counts.
 #[derive(Debug, Clone, PartialEq)]
@@ -65,7 +67,8 @@ pub fn windows(prompt: &str, tokenizer: &ClipTokenizer) -> Result<(Vec<Window>, 
     let close = |words: Vec<(u32, f64)>| {
         let (ids, weights): (Vec<u32>, Vec<f64>) = words.into_iter().unzip();
         let mut all = vec![1.0];
-        all.extend(weights.into_iter().map(|weight| weight as f32));
+        let bounded = |weight: f64| weight.clamp(-MAX_WEIGHT, MAX_WEIGHT) as f32;
+        all.extend(weights.into_iter().map(bounded));
         all.resize(tokenizer.window(), 1.0);
         Window { ids: tokenizer.close(&ids), weights: all }
     };

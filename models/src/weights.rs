@@ -226,7 +226,7 @@ impl Weights {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let bytes = Bytes::Mapped(map(path).map_err(failed)?);
         let mut weights = Self::empty();
-        if path.extension().is_some_and(|end| end == "safetensors") {
+        if path.extension().is_some_and(|end| end.eq_ignore_ascii_case("safetensors")) {
             weights.add(name, bytes)?;
         } else {
             let tensors = pickle::tensors(path, bytes.all().len() as u64);

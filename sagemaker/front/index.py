@@ -142,7 +142,7 @@ def submit(event):
         reply = RUNTIME.invoke_endpoint_async(
             EndpointName=endpoint,
             ContentType="application/json",
-            Accept="image/png" if wants_one(body) else "application/json",
+            Accept="image/*" if wants_one(body) else "application/json",
             InputLocation=f"s3://{bucket}/{key}",
             InferenceId=name,
             InvocationTimeoutSeconds=3600,

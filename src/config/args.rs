@@ -241,7 +241,7 @@ pub(super) struct LimitArgs {
     pub(super) max_batch_rows: usize,
     /// Memory that one evaluation or decoding may take; fewer rows share one when they would need
     /// more, and pictures that can never fit are answered with 507. When absent: four fifths of
-    /// what is free once the model is loaded (on a GPU: no bound but the device's own)
+    /// what is free on the device once the model is loaded
     #[arg(long, env = "SD_MEMORY_BUDGET_BYTES", value_parser = at_least::<1>)]
     pub(super) memory_budget_bytes: Option<usize>,
 }

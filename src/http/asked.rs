@@ -103,6 +103,11 @@ impl Asked {
         Ok(Self { specs, reply, quality, preview, dialect, model, engine })
     }
 
+    /// The model that draws them.
+    pub(super) fn model(&self) -> &ModelInfo {
+        &self.model
+    }
+
     /// Hands the pictures to the engine.
     pub(super) fn submit(
         &self,

@@ -60,8 +60,13 @@ impl Heard {
     }
 }
 
-/// Understands a request.
-pub(super) fn hear(headers: &HeaderMap, fields: Fields, speech: Speech) -> Result<Heard, Invalid> {
+/// Understands a request for at most so many pictures.
+pub(super) fn hear(
+    headers: &HeaderMap,
+    fields: Fields,
+    speech: Speech,
+    max_images: usize,
+) -> Result<Heard, Invalid> {
     if fields.has("text_prompts") {
         return stability::hear(fields);
     }
@@ -69,7 +74,7 @@ pub(super) fn hear(headers: &HeaderMap, fields: Fields, speech: Speech) -> Resul
         return huggingface::hear(fields);
     }
     match jumpstart::spoken(headers) {
-        Some(dialect) => jumpstart::hear(fields, dialect),
+        Some(dialect) => jumpstart::hear(fields, dialect, max_images),
         None => Ok(Heard::native(fields, speech)),
     }
 }

@@ -45,9 +45,6 @@ pub(super) enum ApiError {
     /// 408.
     #[error("the body did not arrive in time")]
     SlowBody,
-    /// 409.
-    #[error("the request was interrupted, as its client asked")]
-    Interrupted,
     /// 413.
     #[error("the body is larger than {0} bytes")]
     TooLarge(usize),
@@ -81,7 +78,6 @@ impl ApiError {
             Self::NotFound | Self::NoJob | Self::NoFile | Self::NoModel(_) => StatusCode::NOT_FOUND,
             Self::Method => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotAcceptable(_) => StatusCode::NOT_ACCEPTABLE,
-            Self::Interrupted => StatusCode::CONFLICT,
             Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::MediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -115,7 +111,6 @@ impl ApiError {
             Self::NoModel(_) => "model_not_found",
             Self::Method => "method_not_allowed",
             Self::NotAcceptable(_) => "not_acceptable",
-            Self::Interrupted => "interrupted",
             Self::SlowBody => "body_timeout",
             Self::TooLarge(_) => "too_large",
             Self::MediaType(_) => "unsupported_media_type",

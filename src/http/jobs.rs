@@ -87,7 +87,7 @@ pub(super) async fn create(state: State, request: Request) -> Result<Response, A
     let Intake { headers, body, client, permit, .. } = intake::take(&state, request).await?;
     let timeout = intake::timeout(&headers, state.settings.job_timeout)?;
     let (fields, speech) = body::read(&headers, &body)?;
-    let heard = dialect::hear(&headers, fields, speech)?;
+    let heard = dialect::hear(&headers, fields, speech, state.settings.limits.max_images)?;
     let asked = Asked::understand(&state, heard, |wish| accept::choose(&headers, wish)).await?;
     if let accept::Reply::Events(_) = asked.reply {
         return Err(Invalid::body("a job has no events; ask for its state").into());

@@ -38,7 +38,11 @@ pub(super) fn spoken(headers: &HeaderMap) -> Option<Dialect> {
 }
 
 /// A request for each prompt. Negative prompts come in pairs with them or one for all.
-pub(super) fn hear(mut fields: Fields, dialect: Dialect) -> Result<Heard, Invalid> {
+pub(super) fn hear(
+    mut fields: Fields,
+    dialect: Dialect,
+    max_images: usize,
+) -> Result<Heard, Invalid> {
     let heard = |requests| Ok(Heard { requests, speech: Speech::Json, dialect });
     if !fields.is_list("prompt") {
         return heard(vec![fields]);
@@ -48,6 +52,11 @@ pub(super) fn hear(mut fields: Fields, dialect: Dialect) -> Result<Heard, Invali
     };
     if prompts.is_empty() {
         return Err(Invalid::malformed(&name, "must not be an empty list"));
+    }
+    if prompts.len() > max_images {
+        let count = prompts.len();
+        let reason = format!("asks for {count} pictures; at most {max_images} are allowed");
+        return Err(Invalid::range(&name, reason));
     }
     let mut negatives: Vec<Value> = Vec::new();
     if fields.is_list("negative_prompt")

@@ -66,9 +66,11 @@ pub(super) async fn require(
 
 /// The key that a request carries.
 fn given(headers: &HeaderMap) -> Option<Vec<u8>> {
-    let Some(value) = headers.get(AUTHORIZATION) else {
-        return headers.get(API_KEY).map(|value| value.as_bytes().to_vec());
-    };
+    let authorization = headers.get(AUTHORIZATION).and_then(authorized);
+    authorization.or_else(|| headers.get(API_KEY).map(|value| value.as_bytes().to_vec()))
+}
+
+fn authorized(value: &HeaderValue) -> Option<Vec<u8>> {
     let (scheme, rest) = value.to_str().ok()?.split_once(' ')?;
     let rest = rest.trim();
     match scheme.to_ascii_lowercase().as_str() {

@@ -43,7 +43,14 @@ pub(super) fn answer(state: State, intake: Intake) -> Result<Response, ApiError>
     if text.is_empty() {
         return Err(Invalid::body("the body is empty; send a JSON object on each line").into());
     }
-    let lines: Vec<Bytes> = text.split(|byte| *byte == b'\n').map(|l| body.slice_ref(l)).collect();
+    let mut rest = Some(body.slice_ref(text));
+    let lines = std::iter::from_fn(move || {
+        let text = rest.as_mut()?;
+        let Some(end) = text.iter().position(|byte| *byte == b'\n') else { return rest.take() };
+        let line = text.split_to(end);
+        drop(text.split_to(1));
+        Some(line)
+    });
     // A picture takes a row or two: so many keep the rows full and leave the queue to others.
     let together = state.engine.max_batch_rows();
     let answers = stream::iter(lines)
@@ -78,7 +85,8 @@ async fn draw(
         return Err(Invalid::body("the line is not a JSON object").into());
     }
     let json = |wish: Wish| Ok(Reply::Json(wish.format.unwrap_or(wish.usual)));
-    let heard = dialect::hear(&HeaderMap::new(), Fields::json(text)?, Speech::Json)?;
+    let most = state.settings.limits.max_images;
+    let heard = dialect::hear(&HeaderMap::new(), Fields::json(text)?, Speech::Json, most)?;
     let asked = Asked::understand(state, heard, json).await?;
     let pictures = loop {
         // A line is part of a larger work, which a full queue only delays.

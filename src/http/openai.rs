@@ -31,7 +31,6 @@ use super::{State, models};
 use crate::api::{Fields, Invalid};
 use crate::engine::{Drawn, Failure, Preview, Progress, Ticket};
 use crate::image::{self, Format};
-use crate::models::Refusal;
 
 /// Names that clients send who know no other server than OpenAI's. They mean whatever is here.
 const THEIR_MODELS: [&str; 3] = ["dall-e-", "gpt-image-", "chatgpt-image-"];
@@ -385,20 +384,27 @@ async fn look(previews: Option<&mut watch::Receiver<Option<Preview>>>) -> Previe
 
 /// `GET /v1/models`: the one that is here, and those that can be loaded.
 pub(super) async fn models(state: State) -> Result<Json<Value>, ApiError> {
-    let cards: Vec<Value> = names(&state)?.iter().map(|name| card(name)).collect();
+    let cards: Vec<Value> = names(&state).await?.iter().map(|name| card(name)).collect();
     Ok(Json(json!({ "object": "list", "data": cards })))
 }
 
 /// `GET /v1/models/{id}`; an id may hold slashes.
 pub(super) async fn model(state: State, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
-    if names(&state)?.contains(&id) { Ok(Json(card(&id))) } else { Err(ApiError::NoModel(id)) }
+    if names(&state).await?.contains(&id) {
+        Ok(Json(card(&id)))
+    } else {
+        Err(ApiError::NoModel(id))
+    }
 }
 
 /// The models that requests can name.
-pub(super) fn names(state: &State) -> Result<Vec<String>, ApiError> {
-    let mut names = state.models.names();
+pub(super) async fn names(state: &State) -> Result<Vec<String>, ApiError> {
+    let mut names = state.models.names().await;
     match state.engine.model() {
-        Ok(model) => names.insert(0, model.name.clone()),
+        Ok(model) => {
+            names.retain(|name| *name != model.name);
+            names.insert(0, model.name.clone());
+        }
         Err(Failure::Absent) => {}
         Err(failure) => return Err(failure.into()),
     }
@@ -414,10 +420,7 @@ fn card(id: &str) -> Value {
 async fn find(state: State, name: Option<String>) -> Result<State, ApiError> {
     let theirs = |name: &String| THEIR_MODELS.iter().any(|prefix| name.starts_with(prefix));
     let Some(name) = name.filter(|name| !theirs(name)) else { return Ok(state) };
-    match models::choose(&state, &name).await {
-        Err(ApiError::Model(Refusal::Unknown(name))) => Err(ApiError::NoModel(name)),
-        found => found,
-    }
+    models::choose(&state, &name).await
 }
 
 /// Puts errors into OpenAI's words, whoever made them.

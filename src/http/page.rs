@@ -1,5 +1,5 @@
-//! The web page: three files in the binary, plain HTML, CSS and one ES module. It asks nobody but
-//! this server, and its policy tells the browser to see to that.
+//! The web page and that of the routes: files in the binary, plain HTML, CSS and ES modules. They
+//! ask nobody but this server, and their policy tells the browser to see to that.
 
 use axum::http::header::{
     CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,

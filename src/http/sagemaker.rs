@@ -35,7 +35,7 @@ pub(super) async fn invocations(state: State, request: Request) -> Result<Respon
     let Intake { headers, body, client, deadline, stream_deadline, permit, .. } = intake;
     let (fields, speech) = body::read(&headers, &body)?;
     drop(body);
-    let heard = dialect::hear(&headers, fields, speech)?;
+    let heard = dialect::hear(&headers, fields, speech, state.settings.limits.max_images)?;
     let asked = Asked::understand(&state, heard, |wish| accept::choose(&headers, wish)).await?;
     let stream = matches!(asked.reply, Reply::Events(_));
     let ticket = asked.submit(&client, Some(if stream { stream_deadline } else { deadline }))?;

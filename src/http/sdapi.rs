@@ -19,8 +19,8 @@ use super::error::{self, ApiError, Reason};
 use super::intake::{self, Intake};
 use super::underway::Begun;
 use super::{State, models, openai};
-use crate::api::{Fields, Invalid};
-use crate::engine::Drawn;
+use crate::api::{self, Fields, Invalid};
+use crate::engine::{Drawn, Failure};
 use crate::image::{self, Format, infotext};
 
 /// Fields with the same meaning here; ours are on the right.
@@ -84,11 +84,12 @@ async fn draw(state: State, request: Request, from_picture: bool) -> Result<Resp
         true => Some(Start::take(&mut theirs, &mut notes)?),
         false => None,
     };
-    let (mut fields, model) = translate(&state, theirs)?;
+    let (mut fields, settings, model) = translate(theirs, state.settings.limits.max_images)?;
     let state = match model {
         Some(model) => models::choose(&state, &model).await?,
         None => state,
     };
+    set(&state, &settings).await?;
     if let Some(start) = start {
         // As there, pictures do not go back to where they came from.
         echo.retain(|name, _| !["init_images", "mask"].contains(&name.as_str()));
@@ -104,22 +105,29 @@ async fn draw(state: State, request: Request, from_picture: bool) -> Result<Resp
     let begun = state.underway.enter(begun);
     let pictures = tokio::select! {
         pictures = ticket.wait() => pictures?,
-        () = begun.interrupted() => return Err(ApiError::Interrupted),
+        // Clients take any status but 200 for a failure of the server.
+        () = begun.interrupted() => {
+            notes.push("interrupted: no picture was finished".into());
+            asked.specs.truncate(1);
+            Vec::new()
+        }
     };
-    let name = state.engine.model()?.name.clone();
     let dress = move |asked: &Asked, pictures: &[Drawn], files: Vec<Vec<u8>>| {
         let images: Vec<String> = files.iter().map(|file| BASE64_STANDARD.encode(file)).collect();
         json!({
             "images": if send_images { images } else { Vec::new() },
             "parameters": echo,
-            "info": info(&asked.specs, pictures, notes, &name).to_string(),
+            "info": info(&asked.specs, pictures, notes, &asked.model().name).to_string(),
         })
     };
     Ok(Json(asked.encode(pictures, dress).await?).into_response())
 }
 
-/// Their fields in our words, and the model that they name.
-fn translate(state: &State, mut theirs: Fields) -> Result<(Fields, Option<String>), ApiError> {
+/// Their fields in our words, what they want set, and the model that they name.
+fn translate(
+    mut theirs: Fields,
+    max_images: usize,
+) -> Result<(Fields, Map<String, Value>, Option<String>), ApiError> {
     for name in REFUSED {
         if let Some((name, value)) = theirs.take(&[name])?
             && !idle(&value)
@@ -144,26 +152,26 @@ fn translate(state: &State, mut theirs: Fields) -> Result<(Fields, Option<String
     {
         ours.add("seed", &name, seed);
     }
-    let most = 1..=state.settings.limits.max_images as u64;
+    let most = 1..=max_images as u64;
     let batch = theirs.whole(&["batch_size"], most.clone())?.unwrap_or(1);
     ours.add("n", "batch_size x n_iter", batch * theirs.whole(&["n_iter"], most)?.unwrap_or(1));
     if let Some(scheduler) = scheduler(&mut theirs)? {
         ours.add("scheduler", "sampler_name", scheduler.name());
     }
-    let mut model = None;
-    if let Some((name, settings)) = theirs.take(&["override_settings"])? {
-        let Value::Object(mut settings) = settings else {
+    let (mut settings, mut model) = Default::default();
+    if let Some((name, value)) = theirs.take(&["override_settings"])? {
+        let Value::Object(value) = value else {
             return Err(Invalid::malformed(&name, "must be an object").into());
         };
+        settings = value;
         if let Some(format) = settings.remove("samples_format") {
             ours.add("output_format", "override_settings.samples_format", format);
         }
         if let Some(Value::String(name)) = settings.remove("sd_model_checkpoint") {
             model = Some(name).filter(|name| !name.is_empty());
         }
-        set(state, &settings)?;
     }
-    Ok((ours, model))
+    Ok((ours, settings, model))
 }
 
 /// The picture to begin with.
@@ -217,7 +225,8 @@ impl Start {
             ours.add("mask", "mask", mask);
             return Ok(());
         };
-        let (file, most) = (file("mask", text)?, state.settings.limits.max_input_pixels);
+        let (file, most) =
+            (api::file("mask", text.to_owned())?, state.settings.limits.max_input_pixels);
         let _turn = state.readers.acquire().await;
         let turned = move || image::mask(&file, most, image::inverted);
         let turned = tokio::task::spawn_blocking(turned).await;
@@ -226,16 +235,6 @@ impl Start {
         ours.add("mask", "mask", BASE64_STANDARD.encode(turned.unwrap_or_default()));
         Ok(())
     }
-}
-
-/// A picture's file out of base64, bare or as a data URL.
-fn file(name: &str, text: &str) -> Result<Vec<u8>, Invalid> {
-    let data = match text.strip_prefix("data:").and_then(|rest| rest.split_once(',')) {
-        Some((_, data)) => data,
-        None => text,
-    };
-    let broken = |error| Invalid::malformed(name, format!("is not base64: {error}"));
-    BASE64_STANDARD.decode(data.trim()).map_err(broken)
 }
 
 /// A value that asks for nothing.
@@ -403,9 +402,13 @@ pub(super) async fn interrupt(state: State, request: Request) -> Json<Value> {
 
 /// What there is to set, and what it is set to.
 fn options(state: &State) -> Result<Map<String, Value>, ApiError> {
-    let model = state.engine.model()?;
+    let name = match state.engine.model() {
+        Ok(model) => model.name.clone(),
+        Err(Failure::Absent) => String::new(),
+        Err(failure) => return Err(failure.into()),
+    };
     let options = json!({
-        "sd_model_checkpoint": model.name,
+        "sd_model_checkpoint": name,
         "sd_checkpoint_hash": "",
         "sd_vae": "Automatic",
         "CLIP_stop_at_last_layers": 1,
@@ -417,13 +420,13 @@ fn options(state: &State) -> Result<Map<String, Value>, ApiError> {
 }
 
 /// Accepts what is so already; a setting that would change what others get cannot be had.
-fn set(state: &State, wanted: &Map<String, Value>) -> Result<(), ApiError> {
+async fn set(state: &State, wanted: &Map<String, Value>) -> Result<(), ApiError> {
     for (name, is) in options(state)? {
         let Some(wanted) = wanted.get(&name).filter(|value| !idle(value)) else { continue };
         match wanted {
             wanted if *wanted == is => {}
             Value::String(model) if name == "sd_model_checkpoint" => {
-                if !openai::names(state)?.contains(model) {
+                if !openai::names(state).await?.contains(model) {
                     return Err(ApiError::NoModel(model.clone()));
                 }
                 let reason = "cannot be changed for everyone; name it in override_settings";
@@ -448,7 +451,7 @@ pub(super) async fn set_options(state: State, request: Request) -> Result<Json<V
     let body = intake::take(&state, request).await?.body;
     let wanted = serde_json::from_slice(&body)
         .map_err(|error| Invalid::body(format!("the body is not a JSON object: {error}")))?;
-    set(&state, &wanted)?;
+    set(&state, &wanted).await?;
     Ok(Json(Value::Null))
 }
 
@@ -480,7 +483,7 @@ pub(super) async fn models(state: State) -> Result<Json<Value>, ApiError> {
             "config": null,
         })
     };
-    Ok(Json(openai::names(&state)?.iter().map(model).collect()))
+    Ok(Json(openai::names(&state).await?.iter().map(model).collect()))
 }
 
 /// The lists of what there is none of, which clients ask for before anything else.
@@ -503,7 +506,7 @@ pub(super) async fn png_info(state: State, request: Request) -> Result<Json<Valu
     let mut fields = read(&state, request).await?;
     let image = fields.text(&["image"], usize::MAX)?;
     let image = image.ok_or_else(|| Invalid::malformed("image", "is required"))?;
-    let file = file("image", &image)?;
+    let file = api::file("image", image)?;
     let found = tokio::task::spawn_blocking(move || infotext::find(&file));
     let found = found.await.map_err(|_| Invalid::malformed("image", "cannot be read"))?;
     let text = found.map_err(|reason| Invalid::malformed("image", reason))?.unwrap_or_default();

@@ -156,6 +156,25 @@ fn prompts_may_hold_anything() {
 }
 
 #[test]
+fn what_is_wrong_is_not_repeated_at_length() {
+    let server = Server::ready(&[]);
+    let long = "x".repeat(1 << 20);
+    let fields = (0..1000).map(|k| format!("\"{k}\":0")).collect::<Vec<_>>().join(",");
+    let bodies = [
+        format!("{{\"prompt\":\"a\",\"scheduler\":\"{long}\"}}"),
+        format!("{{\"prompt\":\"a\",\"{long}\":1}}"),
+        format!("{{{fields}}}"),
+        format!("\"{long}\""),
+    ];
+    for body in bodies {
+        let reply = server.post(&[JSON], body);
+        let length = reply.json().to_string().len();
+        assert!((400..423).contains(&reply.status) && length < 2048, "{length} bytes");
+    }
+    assert_still_draws(&server);
+}
+
+#[test]
 fn broken_http_is_survived() {
     let server = Server::ready(&[]);
     let head = "POST /invocations HTTP/1.1\r\nHost: x\r\n";

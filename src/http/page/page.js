@@ -118,18 +118,18 @@ async function draw() {
   localStorage.setItem("choices", JSON.stringify({ ...asked, model: $("model").textContent.split(" · ")[0] }));
   if ($("seed").value !== "") asked.seed = $("seed").value;
   // Seeds are of 64 bits, more than a number holds here: the digits go into the text as they are.
-  const seed = /^\d+$/.test(asked.seed ?? "") ? asked.seed : null;
+  const seed = /^\d+$/.test(asked.seed ?? "") ? BigInt(asked.seed) : null;
   const body = { ...asked, stream: true, preview: true, output_format: "png" };
   delete body.seed;
-  if (start) {
-    body.image = await base64(start.blob);
-    body.strength = Number($("strength").value);
-    if (start.mask) body.mask = await base64(await new Promise(done => start.mask.toBlob(done)));
-  }
-  const text = JSON.stringify(body).replace(/}$/, seed ? `,"seed":${seed}}` : "}");
   drawing = new AbortController();
   wait(true);
   try {
+    if (start) {
+      body.image = await base64(start.blob);
+      body.strength = Number($("strength").value);
+      if (start.mask) body.mask = await base64(await new Promise(done => start.mask.toBlob(done)));
+    }
+    const text = JSON.stringify(body).replace(/}$/, seed === null ? "}" : `,"seed":${seed}}`);
     const reply = await call("v1/invocations", {
       method: "POST", body: text, signal: drawing.signal,
       headers: { "content-type": "application/json" },
