@@ -58,6 +58,9 @@ const KARRAS: [(Scheduler, Scheduler); 1] = [(Scheduler::Dpmpp2m, Scheduler::Dpm
 const SCHEDULES: [(&str, &str); 3] =
     [("automatic", "Automatic"), ("uniform", "Uniform"), ("karras", "Karras")];
 
+/// A JSON object.
+type Object = Map<String, Value>;
+
 /// `POST /sdapi/v1/txt2img`.
 pub(super) async fn txt2img(state: State, request: Request) -> Result<Response, ApiError> {
     draw(state, request, false).await
@@ -75,7 +78,7 @@ async fn draw(state: State, request: Request, from_picture: bool) -> Result<Resp
     let text = std::str::from_utf8(&body)
         .map_err(|error| Invalid::body(format!("the body is not UTF-8: {error}")))?;
     let mut theirs = Fields::json(text)?;
-    let mut echo: Map<String, Value> = serde_json::from_str(text).unwrap_or_default();
+    let mut echo: Object = serde_json::from_str(text).unwrap_or_default();
     drop(body);
     let send_images = theirs.flag(&["send_images"])?.unwrap_or(true);
     let task = theirs.text(&["force_task_id"], 256)?;
@@ -127,7 +130,7 @@ async fn draw(state: State, request: Request, from_picture: bool) -> Result<Resp
 fn translate(
     mut theirs: Fields,
     max_images: usize,
-) -> Result<(Fields, Map<String, Value>, Option<String>), ApiError> {
+) -> Result<(Fields, Object, Option<String>), ApiError> {
     for name in REFUSED {
         if let Some((name, value)) = theirs.take(&[name])?
             && !idle(&value)
@@ -401,7 +404,7 @@ pub(super) async fn interrupt(state: State, request: Request) -> Json<Value> {
 }
 
 /// What there is to set, and what it is set to.
-fn options(state: &State) -> Result<Map<String, Value>, ApiError> {
+fn options(state: &State) -> Result<Object, ApiError> {
     let name = match state.engine.model() {
         Ok(model) => model.name.clone(),
         Err(Failure::Absent) => String::new(),
@@ -420,7 +423,7 @@ fn options(state: &State) -> Result<Map<String, Value>, ApiError> {
 }
 
 /// Accepts what is so already; a setting that would change what others get cannot be had.
-async fn set(state: &State, wanted: &Map<String, Value>) -> Result<(), ApiError> {
+async fn set(state: &State, wanted: &Object) -> Result<(), ApiError> {
     for (name, is) in options(state)? {
         let Some(wanted) = wanted.get(&name).filter(|value| !idle(value)) else { continue };
         match wanted {
@@ -510,7 +513,7 @@ pub(super) async fn png_info(state: State, request: Request) -> Result<Json<Valu
     let found = tokio::task::spawn_blocking(move || infotext::find(&file));
     let found = found.await.map_err(|_| Invalid::malformed("image", "cannot be read"))?;
     let text = found.map_err(|reason| Invalid::malformed("image", reason))?.unwrap_or_default();
-    let parameters: Map<String, Value> =
+    let parameters: Object =
         infotext::parse(&text).into_iter().map(|(name, value)| (name, value.into())).collect();
     Ok(Json(json!({ "info": text, "items": { "parameters": text }, "parameters": parameters })))
 }
