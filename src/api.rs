@@ -10,7 +10,7 @@ use ::image::DynamicImage;
 use base64::Engine as _;
 use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
-use sd_models::{ModelInfo, PromptSyntax, Scheduler, Size, Spec, Start};
+use sd_models::{Loras, ModelInfo, PromptSyntax, Scheduler, Size, Spec, Start};
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::{Value, json};
 
@@ -20,6 +20,8 @@ use crate::image::{self, Format};
 const MAX_SIDE: u64 = 65_536;
 /// Guidance beyond this only burns the picture.
 const MAX_GUIDANCE: f64 = 100.0;
+/// So does a LoRA that counts for more.
+const MAX_LORA_SCALE: f64 = 100.0;
 /// How much of a picture that comes in is painted anew, as in diffusers.
 const DEFAULT_STRENGTH: f64 = 0.8;
 /// Of an error, which may quote the client.
@@ -45,6 +47,8 @@ pub struct Limits {
     pub max_prompt_bytes: usize,
     /// Width times height of a picture that comes in, before it is resized.
     pub max_input_pixels: usize,
+    /// LoRAs of a picture.
+    pub max_loras: usize,
 }
 
 /// A request that cannot be honoured as it is.
@@ -139,6 +143,7 @@ impl Draw {
         let negative_prompt = fields.text(&["negative_prompt"], max_prompt)?.unwrap_or_default();
         let pictures = fields.pictures(limits.max_input_pixels)?;
         let own = pictures.as_ref().map(|pictures| pictures.size(limits.max_pixels, model));
+        let loras = fields.loras(limits.max_loras)?;
         let prompt_syntax = fields.choice::<PromptSyntax>(&["prompt_syntax"])?.unwrap_or_default();
         let size = fields.size(own.unwrap_or(defaults.size), limits.max_pixels)?;
         let steps = ["num_inference_steps", "steps"];
@@ -156,6 +161,7 @@ impl Draw {
             prompt,
             prompt_syntax,
             negative_prompt,
+            loras,
             size,
             steps: steps.map_or(defaults.steps, |steps| steps as usize),
             guidance_scale: guidance.unwrap_or(defaults.guidance_scale),
@@ -168,6 +174,11 @@ impl Draw {
                 sd_models::Error::Spec { field, reason } => Invalid::range(field, reason),
                 other => Invalid::body(other.to_string()),
             });
+        }
+        let named = spec.text().map_or(0, |(_, named)| named.len());
+        if spec.loras.len() + named > limits.max_loras {
+            let reason = format!("names too many LoRAs: {} are allowed", limits.max_loras);
+            return Err(Invalid::range("prompt", reason));
         }
         Ok(Self { spec, count: count as usize, format, stream, preview })
     }
@@ -416,6 +427,46 @@ impl Fields {
                 Err(Invalid::malformed(name, format!("must be {wanted}, not {}", kind(&other))))
             }
         }
+    }
+
+    /// A list of LoRAs, each with its name and how much it counts; in a form the JSON text of one.
+    fn loras(&mut self, max: usize) -> Result<Loras, Invalid> {
+        #[derive(serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Lora {
+            name: String,
+            scale: Option<f64>,
+        }
+        self.note(&["loras"], || {
+            let scale = json!({ "type": ["number", "null"], "minimum": -MAX_LORA_SCALE, "maximum": MAX_LORA_SCALE });
+            let item = json!({
+                "type": "object", "properties": { "name": { "type": "string" }, "scale": scale },
+                "required": ["name"], "additionalProperties": false,
+            });
+            json!({ "type": "array", "items": item, "maxItems": max })
+        });
+        let Some((field, value)) = self.take(&["loras"])? else { return Ok(Vec::new()) };
+        let list = match value {
+            Value::String(text) if !self.typed => serde_json::from_str::<Vec<Lora>>(&text),
+            value => serde_json::from_value(value),
+        };
+        let form = r#"must be a list such as [{"name": "a", "scale": 0.8}]"#;
+        let list = list.map_err(|error| Invalid::malformed(&field, format!("{form}: {error}")))?;
+        if list.len() > max {
+            let reason = format!("has {} entries; at most {max} are allowed", list.len());
+            return Err(Invalid::range(&field, reason));
+        }
+        list.into_iter()
+            .map(|Lora { name, scale }| {
+                let scale = scale.unwrap_or(1.0);
+                let fits = (-MAX_LORA_SCALE..=MAX_LORA_SCALE).contains(&scale);
+                let reason = || {
+                    let most = MAX_LORA_SCALE;
+                    format!("of {name:?} must have a scale from -{most} to {most}, not {scale}")
+                };
+                if fits { Ok((name, scale)) } else { Err(Invalid::range(&field, reason())) }
+            })
+            .collect()
     }
 
     /// The picture to begin with and what belongs to it.

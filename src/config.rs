@@ -12,7 +12,8 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use clap::error::ErrorKind;
 use clap::{CommandFactory as _, FromArgMatches as _};
-use sd_models::{DeviceName, MAX_STEPS, Precision};
+use sd_models::{DeviceName, Extras, Folder, MAX_STEPS, Precision};
+use serde_json::{Value, json};
 
 use crate::api::Limits;
 use crate::bench::{Load, Plan};
@@ -114,6 +115,8 @@ pub struct Model {
     pub precision: Precision,
     /// CPU threads; all cores when absent.
     pub threads: Option<usize>,
+    /// What requests can add to it by name.
+    pub extras: Extras,
     /// The hub and its cache.
     pub hub: Hub,
 }
@@ -211,6 +214,7 @@ impl ServeArgs {
                     max_images: limits.max_images,
                     max_prompt_bytes: limits.max_prompt_bytes,
                     max_input_pixels: limits.max_input_pixels,
+                    max_loras: limits.max_loras,
                 },
                 max_body_bytes: limits.max_body_bytes,
                 max_requests: limits.max_requests,
@@ -257,10 +261,16 @@ impl GenerateArgs {
         if let Some(missing) = directory.filter(|directory| !directory.is_dir()) {
             return Err(usage(format!("{} is not a directory", missing.display())));
         }
+        let (mut files, mut loras) = (Vec::new(), Vec::new());
+        for (file, name, scale) in self.lora.iter().map(|typed| lora(typed)) {
+            files.extend(file);
+            loras.push(json!({ "name": name, "scale": scale }));
+        }
         let fields = [
             ("prompt", Some(self.prompt)),
             ("negative_prompt", self.negative_prompt),
             ("prompt_syntax", self.prompt_syntax),
+            ("loras", Some(Value::from(loras).to_string())),
             ("width", text(self.width)),
             ("height", text(self.height)),
             ("steps", text(self.steps)),
@@ -276,7 +286,9 @@ impl GenerateArgs {
             .into_iter()
             .filter_map(|(name, value)| Some((name.to_owned(), value?)))
             .collect();
-        Ok(Generate { model: self.model.resolve()?, fields, output: self.output, format })
+        let mut model = self.model.resolve()?;
+        model.extras.loras.files = files;
+        Ok(Generate { model, fields, output: self.output, format })
     }
 }
 
@@ -296,6 +308,7 @@ impl PackageArgs {
                 device: DeviceName::Cpu,
                 precision: self.dtype,
                 threads: None,
+                extras: Extras::default(),
                 hub: hub()?,
             },
             output,
@@ -333,6 +346,14 @@ impl ModelArgs {
             device: self.device,
             precision: self.dtype,
             threads: self.threads,
+            extras: Extras {
+                loras: Folder {
+                    directory: self.loras_dir.map(directory).transpose()?,
+                    files: Vec::new(),
+                    endings: &["safetensors"],
+                },
+                max_lora_bytes: self.max_lora_bytes as u64,
+            },
             hub: hub()?,
         })
     }
@@ -401,6 +422,25 @@ fn existing(vae: PathBuf) -> Result<PathBuf, clap::Error> {
     Err(usage(format!(
         "--vae {vae}: neither a .safetensors or .ckpt file nor a directory with vae/"
     )))
+}
+
+/// The folder of an option, which must be there.
+fn directory(path: PathBuf) -> Result<PathBuf, clap::Error> {
+    if path.is_dir() {
+        return Ok(path);
+    }
+    Err(usage(format!("{} is not a directory", path.display())))
+}
+
+/// `name`, `name:0.8` or the same with a file: the file if it is one, its name, how much it counts.
+fn lora(typed: &str) -> (Option<PathBuf>, String, f64) {
+    let scaled = typed.rsplit_once(':').and_then(|(name, scale)| Some((name, scale.parse().ok()?)));
+    let (name, scale) = scaled.unwrap_or((typed, 1.0));
+    let path = Path::new(name);
+    match path.file_stem().filter(|_| path.is_file()) {
+        Some(stem) => (Some(path.into()), stem.to_string_lossy().into_owned(), scale),
+        None => (None, name.into(), scale),
+    }
 }
 
 /// `owner/name` in the characters that the hub allows.

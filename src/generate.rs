@@ -22,6 +22,7 @@ const LIMITS: Limits = Limits {
     max_images: 1000,
     max_prompt_bytes: usize::MAX,
     max_input_pixels: 1 << 30,
+    max_loras: usize::MAX,
 };
 
 /// Rows of one evaluation: four pictures with guidance.

@@ -88,8 +88,8 @@ pub(crate) fn locate(model: Model) -> Result<LoadOptions> {
         true => Source::Directory(path),
         false => Source::Checkpoint(Checkpoint { file: path, vocabulary: None }),
     });
-    let Model { device, precision, threads, .. } = model;
-    Ok(LoadOptions { source, vae, device, precision, threads })
+    let Model { device, precision, threads, extras, .. } = model;
+    Ok(LoadOptions { source, vae, device, precision, threads, extras })
 }
 
 /// CLIP's vocabulary for a checkpoint that has none beside it, from the cache or the hub.

@@ -71,6 +71,10 @@ pub fn infotext(spec: &Spec, model: &str) -> String {
     // A zero byte would end the text inside the file.
     let clean = |text: &str| text.replace('\0', "");
     let mut text = clean(&spec.prompt);
+    // As a prompt would name them that is pasted into AUTOMATIC1111.
+    for (name, scale) in &spec.loras {
+        text += &clean(&format!(" <lora:{name}:{scale}>"));
+    }
     if !spec.negative_prompt.is_empty() {
         text += &format!("\nNegative prompt: {}", clean(&spec.negative_prompt));
     }

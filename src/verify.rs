@@ -155,6 +155,7 @@ fn spec(pipeline: &Pipeline, rows: usize, seed: u64, steps: usize) -> Spec {
     Spec {
         prompt: "a red house by the sea at night".into(),
         prompt_syntax: sd_models::PromptSyntax::Plain,
+        loras: Vec::new(),
         negative_prompt: String::new(),
         size: pipeline.info().defaults.size,
         steps,

@@ -260,7 +260,8 @@ fn cut(name: &str) -> (&str, &str) {
     name.split_once('.').unwrap_or((name, ""))
 }
 
-fn unet(name: &str, layers: usize) -> String {
+/// A tensor of the UNet in diffusers' words.
+pub(crate) fn unet(name: &str, layers: usize) -> String {
     let fixed = [
         ("time_embed.0.", "time_embedding.linear_1."),
         ("time_embed.2.", "time_embedding.linear_2."),

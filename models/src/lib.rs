@@ -8,12 +8,14 @@
 //!
 //! This crate does not know that a server exists: no runtime, no environment, no clock.
 
+pub mod adapted;
 mod checkpoint;
 pub mod config;
 pub mod demo;
 pub mod denoiser;
 pub mod device;
 mod error;
+mod lora;
 pub mod noise;
 mod ops;
 mod pickle;
@@ -22,6 +24,7 @@ mod preview;
 pub mod prompt;
 pub mod sampler;
 pub mod schedule;
+mod shelf;
 mod spec;
 mod start;
 pub mod text_encoder;
@@ -32,7 +35,9 @@ pub mod weights;
 
 pub use device::{DeviceName, Precision, Work};
 pub use error::{Error, Result};
+pub use lora::Lora;
 pub use ops::{keep_freed_memory, return_freed_memory};
-pub use pipeline::{Defaults, LoadOptions, Memory, ModelInfo, Pipeline, Trajectory};
-pub use spec::{MAX_STEPS, PromptSyntax, Rgb, Scheduler, Size, Spec, Start};
+pub use pipeline::{Defaults, Extras, LoadOptions, Memory, ModelInfo, Pipeline, Trajectory};
+pub use shelf::Folder;
+pub use spec::{Loras, MAX_STEPS, PromptSyntax, Rgb, Scheduler, Size, Spec, Start};
 pub use weights::{Checkpoint, Source, parameters};

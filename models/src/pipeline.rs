@@ -5,20 +5,24 @@
 //! trajectory with guidance takes two rows of that call, one without takes one.
 
 use std::collections::VecDeque;
+use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::adapted::Mix;
 use crate::config::{self, ClipTextConfig, UNetConfig, VaeConfig};
 use crate::denoiser::guide;
 use crate::device::{DeviceName, Precision, Work};
 use crate::error::{Error, Result};
+use crate::lora::{Lora, Target};
 use crate::noise::Noise;
 use crate::ops::{device_name, device_work, free_device_bytes, keep_freed_memory};
 use crate::preview::Preview;
 use crate::prompt;
 use crate::sampler::Sampler;
 use crate::schedule::SchedulerConfig;
+use crate::shelf::{Folder, Shelf};
 use crate::spec::{MAX_STEPS, PromptSyntax, Rgb, Scheduler, Size, Spec};
 use crate::start::{Beginning, Kept, Painter};
 use crate::text_encoder::ClipTextModel;
@@ -41,6 +45,17 @@ pub struct LoadOptions {
     /// Threads of the CPU's kernels; all processors if `None`. Only the first model loaded in a
     /// process sets it.
     pub threads: Option<usize>,
+    /// What requests can add to the model by name.
+    pub extras: Extras,
+}
+
+/// What requests can add to a model by name, from files that are read when they are asked for.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Extras {
+    /// LoRAs.
+    pub loras: Folder,
+    /// What the LoRAs in memory may take; the one used longest ago makes room.
+    pub max_lora_bytes: u64,
 }
 
 /// What a request that leaves things out gets.
@@ -71,6 +86,8 @@ pub struct ModelInfo {
     pub multiple: usize,
     /// What a picture takes while it is drawn.
     pub memory: Memory,
+    /// What requests can add to it.
+    pub extras: Extras,
 }
 
 /// An estimate of the memory that activations take, from the networks' shapes.
@@ -136,6 +153,17 @@ impl ModelInfo {
         if !spec.guidance_scale.is_finite() {
             return refuse("guidance_scale", "must be a finite number".into());
         }
+        let (_, named) = spec.text()?;
+        for (field, loras) in [("loras", &spec.loras), ("prompt", &named)] {
+            for (name, scale) in loras {
+                if let Err(reason) = self.extras.loras.find(name) {
+                    return refuse(field, format!("names a LoRA: {reason}"));
+                }
+                if !scale.is_finite() {
+                    return refuse(field, format!("of {name:?} must have a finite scale"));
+                }
+            }
+        }
         let Some(start) = &spec.start else { return Ok(()) };
         let Rgb { width, height, ref data } = start.picture;
         if (width, height) != (size.width(), size.height()) || data.len() != 3 * size.pixels() {
@@ -164,6 +192,7 @@ pub struct Trajectory {
     /// Keys and values of the prompt (1, L, ..), and of the negative one where there is guidance.
     kv: Arc<Tensor>,
     negative: Option<Arc<Tensor>>,
+    mix: Mix,
     kept: Option<Kept>,
     /// Stacked onto the latents before the UNet.
     condition: Option<Tensor>,
@@ -221,6 +250,8 @@ pub struct Pipeline {
     scheduler: SchedulerConfig,
     /// Fitted when it is first asked for.
     preview: OnceLock<Preview>,
+    loras: Shelf<Lora>,
+    target: Target,
     /// The prompts encoded last, the newest at the end.
     encoded: Mutex<VecDeque<(Prompt, Encoded)>>,
 }
@@ -228,8 +259,8 @@ pub struct Pipeline {
 /// Prompts whose encoding is kept: the empty negative prompt, and those that come in series.
 const KEPT_PROMPTS: usize = 32;
 
-/// A prompt as it came and how it is read.
-type Prompt = (String, PromptSyntax);
+/// A prompt as it came, how it is read, and with which LoRAs.
+type Prompt = (String, PromptSyntax, Vec<(u64, f64)>);
 
 /// A prompt as the UNet takes it.
 struct Encoded {
@@ -259,9 +290,12 @@ impl Pipeline {
         let tokenizer = ClipTokenizer::load(source, text.max_position_embeddings)?;
         let weights = open("text_encoder", "model")?;
         let text_encoder = ClipTextModel::load(text, &weights, &device, dtype)?;
+        let text_sites = weights.sites();
         let weights = open("unet", "diffusion_pytorch_model")?;
         let unet = UNetConfig::read(source)?;
         let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype)?;
+        let unet_sites = (weights.sites(), unet.config().layers_per_block);
+        let target = Target::new(unet_sites, text_sites, &device, dtype);
         let of_vae = options.vae.as_ref().unwrap_or(source);
         let weights = Weights::open(of_vae, "vae", "diffusion_pytorch_model", half)?;
         let vae = VaeConfig::read(of_vae)?;
@@ -295,7 +329,9 @@ impl Pipeline {
             defaults,
             multiple: scale.max(8),
             memory,
+            extras: options.extras.clone(),
         };
+        let Extras { loras, max_lora_bytes } = options.extras.clone();
         Ok(Self {
             info,
             device,
@@ -306,6 +342,8 @@ impl Pipeline {
             decoder,
             scheduler,
             preview: OnceLock::new(),
+            loras: Shelf::new(loras, max_lora_bytes),
+            target,
             encoded: Mutex::default(),
         })
     }
@@ -345,13 +383,15 @@ impl Pipeline {
         self.check(spec)?;
         let skipped = spec.skipped_steps();
         let sampler = Sampler::after(skipped, spec.scheduler, &self.scheduler, spec.steps)?;
+        let (prompt, named) = spec.text()?;
+        let mix = self.mix(&spec.loras, &named)?;
         let mut warnings = Vec::new();
         let mut encode = |field, prompt: &str| -> Result<_> {
-            let (kv, warning) = self.encode(prompt, spec.prompt_syntax)?;
+            let (kv, warning) = self.encode(prompt, spec.prompt_syntax, &mix)?;
             warnings.extend(warning.map(|warning| format!("{field} {warning}")));
             Ok(kv)
         };
-        let kv = encode("prompt", &spec.prompt)?;
+        let kv = encode("prompt", &prompt)?;
         let guided = spec.rows() == 2;
         let negative = guided.then(|| encode("negative_prompt", &spec.negative_prompt));
         let negative = negative.transpose()?;
@@ -366,6 +406,7 @@ impl Pipeline {
             latents,
             kv,
             negative,
+            mix,
             kept,
             condition,
             sampler,
@@ -375,24 +416,46 @@ impl Pipeline {
         })
     }
 
+    /// The LoRAs that were asked for, those that a prompt named among them.
+    fn mix(&self, asked: &[(String, f64)], named: &[(String, f64)]) -> Result<Mix> {
+        let read = |path: &Path| {
+            let lora = Lora::read(path, &self.target)?;
+            let bytes = lora.bytes();
+            Ok((lora, bytes))
+        };
+        let mut loras = Vec::new();
+        for (field, used) in [("loras", asked), ("prompt", named)] {
+            for (name, scale) in used {
+                loras.push((self.loras.get(field, name, read)?, *scale));
+            }
+        }
+        Ok(Mix::new(loras))
+    }
+
     /// Keys and values of a prompt (1, L, ..), and what the user should know of it.
-    fn encode(&self, prompt: &str, syntax: PromptSyntax) -> Result<(Arc<Tensor>, Option<String>)> {
+    fn encode(
+        &self,
+        prompt: &str,
+        syntax: PromptSyntax,
+        mix: &Mix,
+    ) -> Result<(Arc<Tensor>, Option<String>)> {
         let mut kept = self.encoded.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = kept.iter().position(|((text, as_), _)| text == prompt && *as_ == syntax);
+        let key = (prompt.to_owned(), syntax, mix.key());
+        let found = kept.iter().position(|(known, _)| *known == key);
         let mut entry = match found.and_then(|place| kept.remove(place)) {
             Some(entry) => entry,
             None => {
                 let encoded = match syntax {
-                    PromptSyntax::Plain => self.encode_plain(prompt)?,
-                    PromptSyntax::A1111 => self.encode_weighed(prompt)?,
+                    PromptSyntax::Plain => self.encode_plain(prompt, mix)?,
+                    PromptSyntax::A1111 => self.encode_weighed(prompt, mix)?,
                 };
-                ((prompt.to_owned(), syntax), encoded)
+                (key, encoded)
             }
         };
         let encoded = &mut entry.1;
         let kv = match encoded.kv.upgrade() {
             Some(kv) => kv,
-            None => Arc::new(self.unet.keys_values(&encoded.context)?),
+            None => Arc::new(self.unet.keys_values(&encoded.context, std::slice::from_ref(mix))?),
         };
         encoded.kv = Arc::downgrade(&kv);
         let warning = encoded.warning.clone();
@@ -403,21 +466,21 @@ impl Pipeline {
         Ok((kv, warning))
     }
 
-    fn encode_plain(&self, prompt: &str) -> Result<Encoded> {
+    fn encode_plain(&self, prompt: &str, mix: &Mix) -> Result<Encoded> {
         let tokens = self.tokenizer.encode(prompt)?;
         let window = tokens.ids.len();
         let warning =
             tokens.cut.map(|cut| format!("is longer than {window} tokens; ignored: {cut:?}"));
-        let context = self.text_encoder.forward(&[tokens.ids])?;
+        let context = self.text_encoder.forward(&[tokens.ids], mix)?;
         Ok(Encoded { context, kv: Weak::new(), warning })
     }
 
-    fn encode_weighed(&self, prompt: &str) -> Result<Encoded> {
+    fn encode_weighed(&self, prompt: &str, mix: &Mix) -> Result<Encoded> {
         let (windows, cut) = prompt::windows(prompt, &self.tokenizer)?;
         let count = windows.len();
         let warning = (cut > 0)
             .then(|| format!("is longer than {count} windows of tokens; {cut} more are ignored"));
-        let context = prompt::encode(windows, &self.text_encoder)?;
+        let context = prompt::encode(windows, &self.text_encoder, mix)?;
         Ok(Encoded { context, kv: Weak::new(), warning })
     }
 
@@ -425,6 +488,7 @@ impl Pipeline {
     /// leaves every trajectory as it was, so that the step can be tried again.
     pub fn step(&self, batch: &mut [&mut Trajectory]) -> Result<()> {
         let (mut latents, mut kv, mut timesteps) = (Vec::new(), Vec::new(), Vec::new());
+        let mut mixes = Vec::new();
         let mut active: Vec<&mut Trajectory> = Vec::new();
         for trajectory in batch.iter_mut() {
             let Some(evaluation) = trajectory.sampler.next() else { continue };
@@ -437,13 +501,15 @@ impl Pipeline {
                 latents.push(input.clone());
                 kv.push(Tensor::clone(of_row));
                 timesteps.push(evaluation.timestep);
+                mixes.push(trajectory.mix.clone());
             }
             active.push(trajectory);
         }
         if active.is_empty() {
             return Ok(());
         }
-        let output = self.unet.forward(&Tensor::cat(&latents, 0)?, &timesteps, &stacked(&kv)?)?;
+        let (latents, kv) = (Tensor::cat(&latents, 0)?, stacked(&kv)?);
+        let output = self.unet.forward(&latents, &timesteps, &kv, &mixes)?;
         let mut row = 0;
         let mut advanced = Vec::new();
         for trajectory in &active {
@@ -555,14 +621,21 @@ mod tests {
     #[test]
     fn a_prompt_is_encoded_once_and_not_kept_for_ever() {
         let (source, device) = (Source::Demo, DeviceName::Cpu);
-        let options =
-            LoadOptions { source, vae: None, device, precision: Precision::F32, threads: None };
+        let options = LoadOptions {
+            source,
+            vae: None,
+            device,
+            precision: Precision::F32,
+            threads: None,
+            extras: Extras::default(),
+        };
         let pipeline = Pipeline::load(&options).expect("the demo model");
-        let encode =
-            |prompt: &str| pipeline.encode(prompt, PromptSyntax::Plain).expect("encoded").0;
+        let encode = |prompt: &str| {
+            pipeline.encode(prompt, PromptSyntax::Plain, &Mix::default()).expect("encoded").0
+        };
         let contexts = || -> Vec<_> {
             let kept = pipeline.encoded.lock().expect("unpoisoned");
-            kept.iter().map(|((text, _), encoded)| (text.clone(), encoded.context.id())).collect()
+            kept.iter().map(|((text, ..), encoded)| (text.clone(), encoded.context.id())).collect()
         };
         let of = |prompt: &str| contexts().into_iter().find(|(text, _)| text == prompt);
         drop((encode(""), encode("a cat")));
@@ -581,10 +654,17 @@ mod tests {
     #[test]
     fn keys_and_values_are_there_while_a_picture_needs_them() {
         let (source, device) = (Source::Demo, DeviceName::Cpu);
-        let options =
-            LoadOptions { source, vae: None, device, precision: Precision::F32, threads: None };
+        let options = LoadOptions {
+            source,
+            vae: None,
+            device,
+            precision: Precision::F32,
+            threads: None,
+            extras: Extras::default(),
+        };
         let pipeline = Pipeline::load(&options).expect("the demo model");
-        let encode = || pipeline.encode("a cat", PromptSyntax::Plain).expect("encoded").0;
+        let encode =
+            || pipeline.encode("a cat", PromptSyntax::Plain, &Mix::default()).expect("encoded").0;
         let (first, second) = (encode(), encode());
         assert!(Arc::ptr_eq(&first, &second), "two pictures share them");
         drop((first, second));

@@ -156,7 +156,7 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 mod tests {
     use super::*;
     use crate::device::{DeviceName, Precision};
-    use crate::pipeline::{LoadOptions, Pipeline};
+    use crate::pipeline::{Extras, LoadOptions, Pipeline};
     use crate::spec::{Scheduler, Size, Spec};
     use crate::weights::Source;
 
@@ -184,8 +184,14 @@ mod tests {
     #[test]
     fn a_preview_resembles_the_picture() {
         let (source, device) = (Source::Demo, DeviceName::Cpu);
-        let options =
-            LoadOptions { source, vae: None, device, precision: Precision::F32, threads: None };
+        let options = LoadOptions {
+            source,
+            vae: None,
+            device,
+            precision: Precision::F32,
+            threads: None,
+            extras: Extras::default(),
+        };
         let pipeline = Pipeline::load(&options).expect("the demo model");
         let mut ends = Vec::new();
         let prompts = ["a red house by the sea at night", "a green tree in the snow"];
@@ -194,6 +200,7 @@ mod tests {
                 prompt: prompts[k % 2].into(),
                 prompt_syntax: crate::PromptSyntax::Plain,
                 negative_prompt: String::new(),
+                loras: Vec::new(),
                 size: Size::new(128, 96).expect("multiples of 8"),
                 steps: 12,
                 guidance_scale: 5.0,

@@ -1,13 +1,18 @@
 //! Prompts as people write them for AUTOMATIC1111: emphasis, escapes, `BREAK`, more than one
-//! window. Not the plain prompts of diffusers, which [`crate::tokenizer`] cuts at one window.
+//! window, `<lora:name:0.8>`. Not the plain prompts of diffusers, which [`crate::tokenizer`] cuts at one window.
 //!
 //! Reference: stable-diffusion-webui 1.10 `modules/prompt_parser.py` `parse_prompt_attention`,
-//! `modules/sd_hijack_clip.py` and `modules/sd_emphasis.py`, with its defaults. Prompts that
+//! `modules/sd_hijack_clip.py`, `modules/sd_emphasis.py` and `modules/extra_networks.py`, with its
+//! defaults. Prompts that
 //! change from step to step (`[a:b:0.5]`, `[a|b]`, `AND`) are not understood: they are words.
+
+use std::borrow::Cow;
 
 use candle_core::{DType, Tensor};
 
+use crate::adapted::Mix;
 use crate::error::Result;
+use crate::spec::Loras;
 use crate::text_encoder::ClipTextModel;
 use crate::tokenizer::ClipTokenizer;
 
@@ -77,9 +82,9 @@ pub fn windows(prompt: &str, tokenizer: &ClipTokenizer) -> Result<(Vec<Window>, 
 
 /// Windows -> the context (1, windows x tokens, D) f32: the hidden states times their weights, with
 /// the mean of each window brought back to what it was.
-pub fn encode(windows: Vec<Window>, encoder: &ClipTextModel) -> Result<Tensor> {
+pub fn encode(windows: Vec<Window>, encoder: &ClipTextModel, mix: &Mix) -> Result<Tensor> {
     let (ids, weights): (Vec<_>, Vec<_>) = windows.into_iter().map(|w| (w.ids, w.weights)).unzip();
-    let states = encoder.forward(&ids)?; // (windows, tokens, D)
+    let states = encoder.forward(&ids, mix)?; // (windows, tokens, D)
     let (count, length, width) = states.dims3()?;
     let weights = weights.concat();
     let states = if weights.iter().all(|weight| *weight == 1.0) {
@@ -92,6 +97,46 @@ pub fn encode(windows: Vec<Window>, encoder: &ClipTextModel) -> Result<Tensor> {
         scaled.broadcast_mul(&factor.reshape((count, 1, 1))?)?
     };
     Ok(states.reshape((1, count * length, width))?)
+}
+
+/// A prompt without its `<lora:name:scale>`, and these. The error is what comes after the field's
+/// name.
+pub fn without_loras(prompt: &str) -> std::result::Result<(Cow<'_, str>, Loras), String> {
+    let (mut text, mut loras, mut rest) = (String::new(), Vec::new(), prompt);
+    while let Some((before, kind, arguments, after)) = network(rest) {
+        rest = after;
+        text += before;
+        let refuse = |reason: &str| Err(format!("<{kind}:{arguments}>: {reason}"));
+        match kind {
+            "lora" | "lyco" => {}
+            "hypernet" => return refuse("hypernetworks are not supported"),
+            _ => {
+                text += &format!("<{kind}:{arguments}>");
+                continue;
+            }
+        }
+        let mut arguments = arguments.split(':');
+        let name = arguments.next().unwrap_or_default();
+        let scale = arguments.next().map(|scale| scale.trim().parse::<f64>().ok());
+        match scale.unwrap_or(Some(1.0)).filter(|scale| scale.is_finite()) {
+            Some(scale) if arguments.next().is_none() => loras.push((name.to_owned(), scale)),
+            _ => return refuse("expected a name and one number, as in <lora:name:0.8>"),
+        }
+    }
+    if rest.len() == prompt.len() {
+        return Ok((Cow::Borrowed(prompt), loras));
+    }
+    Ok((Cow::Owned(text + rest), loras))
+}
+
+/// The first `<word:arguments>` of a text: what is before it, its two parts, and what is after.
+fn network(text: &str) -> Option<(&str, &str, &str, &str)> {
+    text.match_indices('<').find_map(|(at, _)| {
+        let (inside, after) = text[at + 1..].split_once('>')?;
+        let (kind, arguments) = inside.split_once(':')?;
+        let word = !kind.is_empty() && kind.chars().all(|c| c.is_alphanumeric() || c == '_');
+        (word && !arguments.is_empty()).then_some((&text[..at], kind, arguments, after))
+    })
 }
 
 /// A stretch of a prompt.
@@ -247,6 +292,25 @@ mod tests {
             Part::Break => (BREAK.into(), -1.0),
         };
         parse(prompt).into_iter().map(pair).collect()
+    }
+
+    #[test]
+    fn loras_are_taken_out_of_a_prompt() {
+        let of = |prompt| without_loras(prompt).map(|(text, loras)| (text.into_owned(), loras));
+        let lora = |name: &str, scale| (name.to_owned(), scale);
+        let table = [
+            ("a < b: c", "a < b: c", vec![]),
+            ("a <lora:x:0.8>cat", "a cat", vec![lora("x", 0.8)]),
+            ("<lora:x><lyco:y z:-1>, b", ", b", vec![lora("x", 1.0), lora("y z", -1.0)]),
+            ("a <b <lora:x:.5> <:c> <lora:>", "a <b  <:c> <lora:>", vec![lora("x", 0.5)]),
+            ("<style:x> é<lora:ü>", "<style:x> é", vec![lora("ü", 1.0)]),
+        ];
+        for (prompt, text, loras) in table {
+            assert_eq!(of(prompt), Ok((text.to_owned(), loras)), "{prompt:?}");
+        }
+        for prompt in ["<lora:x:much>", "<lora:x:1:0.5>", "<lora:x:inf>", "a <hypernet:x:1>"] {
+            assert!(of(prompt).is_err_and(|reason| reason.contains("x")), "{prompt:?}");
+        }
     }
 
     /// The examples in the docstring of `parse_prompt_attention`, and what they leave out.

@@ -2,12 +2,19 @@
 //! count up. Valid by construction as far as that can be known without a model: what depends on
 //! the model (is the size within its limits?) is checked by [`crate::Pipeline::check`].
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use crate::error::{Error, Result};
+use crate::prompt;
+
 /// Steps of a training schedule: no sampler can take more.
 pub const MAX_STEPS: usize = 1000;
+
+/// LoRAs by name, and how much each counts.
+pub type Loras = Vec<(String, f64)>;
 
 /// One picture to draw.
 #[derive(Debug, Clone, PartialEq)]
@@ -18,6 +25,8 @@ pub struct Spec {
     pub prompt_syntax: PromptSyntax,
     /// What it should not show; only read when the guidance scale is above 1.
     pub negative_prompt: String,
+    /// LoRAs beside those that the prompt itself names.
+    pub loras: Loras,
     /// Width and height in pixels.
     pub size: Size,
     /// Sampler steps, 1 to [`MAX_STEPS`].
@@ -38,6 +47,15 @@ impl Spec {
         if self.guidance_scale > 1.0 { 2 } else { 1 }
     }
 
+    /// The prompt without what is no text in its syntax, and the LoRAs that it names by this.
+    pub fn text(&self) -> Result<(Cow<'_, str>, Loras)> {
+        match self.prompt_syntax {
+            PromptSyntax::Plain => Ok((Cow::Borrowed(&self.prompt), Vec::new())),
+            PromptSyntax::A1111 => prompt::without_loras(&self.prompt)
+                .map_err(|reason| Error::Spec { field: "prompt", reason }),
+        }
+    }
+
     /// Steps that are left out because the picture does not begin as noise alone.
     pub fn skipped_steps(&self) -> usize {
         let strength = self.start.as_ref().map_or(1.0, |start| start.strength);
@@ -51,8 +69,8 @@ pub enum PromptSyntax {
     /// As diffusers reads it: every character is text, and one window of it counts.
     #[default]
     Plain,
-    /// As AUTOMATIC1111 reads it ([`crate::prompt`]): brackets are emphasis, and long prompts fill
-    /// several windows.
+    /// As AUTOMATIC1111 reads it ([`crate::prompt`]): brackets are emphasis, long prompts fill
+    /// several windows, and `<lora:name:0.8>` adds a LoRA.
     A1111,
 }
 

@@ -5,10 +5,13 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::adapted::{Adapted, Mix};
 use crate::config::ClipTextConfig;
 use crate::error::Result;
 use crate::ops::{Activation, Attention, LayerNorm, Linear, self_attention};
 use crate::weights::{Params, Weights};
+
+const QKV: [&str; 3] = ["q_proj", "k_proj", "v_proj"];
 
 /// The text encoder.
 pub struct ClipTextModel {
@@ -22,11 +25,11 @@ pub struct ClipTextModel {
 
 struct Layer {
     layer_norm1: LayerNorm,
-    qkv_proj: Linear,
-    out_proj: Linear,
+    qkv_proj: Adapted<Linear>,
+    out_proj: Adapted<Linear>,
     layer_norm2: LayerNorm,
-    fc1: Linear,
-    fc2: Linear,
+    fc1: Adapted<Linear>,
+    fc2: Adapted<Linear>,
 }
 
 impl ClipTextModel {
@@ -68,8 +71,10 @@ impl ClipTextModel {
         &self.config
     }
 
-    /// Token ids (B rows of one length L) -> hidden states (B, L, hidden) f32.
-    pub fn forward(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
+    /// Token ids (B rows of one length L), all with the same LoRAs -> hidden states (B, L, hidden)
+    /// f32.
+    pub fn forward(&self, ids: &[Vec<u32>], mix: &Mix) -> Result<Tensor> {
+        let mixes = vec![mix.clone(); ids.len()];
         let (batch, length) = (ids.len(), ids.first().map_or(0, Vec::len));
         let ids = Tensor::from_vec(ids.concat(), batch * length, &self.device)?;
         let tokens = self.token_embedding.index_select(&ids, 0)?;
@@ -80,7 +85,7 @@ impl ClipTextModel {
             _ => Activation::QuickGelu,
         };
         for layer in &self.layers {
-            x = layer.forward(&x, self.config.num_attention_heads, activation)?;
+            x = layer.forward(&x, self.config.num_attention_heads, activation, &mixes)?;
         }
         Ok(self.final_layer_norm.forward(&x)?.to_dtype(DType::F32)?)
     }
@@ -93,20 +98,28 @@ impl Layer {
         let (attention, mlp) = (p.pp("self_attn"), p.pp("mlp"));
         Ok(Self {
             layer_norm1: p.pp("layer_norm1").layer_norm(width, eps)?,
-            qkv_proj: attention.linears(&["q_proj", "k_proj", "v_proj"], width, width, true)?,
-            out_proj: attention.pp("out_proj").linear(width, width)?,
+            qkv_proj: Adapted::linears(&attention, &QKV, width, width, true)?,
+            out_proj: Adapted::linear(&attention.pp("out_proj"), width, width)?,
             layer_norm2: p.pp("layer_norm2").layer_norm(width, eps)?,
-            fc1: mlp.pp("fc1").linear(width, inner)?,
-            fc2: mlp.pp("fc2").linear(inner, width)?,
+            fc1: Adapted::linear(&mlp.pp("fc1"), width, inner)?,
+            fc2: Adapted::linear(&mlp.pp("fc2"), inner, width)?,
         })
     }
 
     /// (B, L, hidden) -> (B, L, hidden)
-    fn forward(&self, x: &Tensor, heads: usize, activation: Activation) -> Result<Tensor> {
+    fn forward(
+        &self,
+        x: &Tensor,
+        heads: usize,
+        activation: Activation,
+        mixes: &[Mix],
+    ) -> Result<Tensor> {
         let n = self.layer_norm1.forward(x)?;
-        let y = self_attention(&self.qkv_proj.forward(&n)?, Attention { heads, causal: true })?;
-        let x = self.out_proj.forward_add(&y, x)?;
-        let n = self.fc1.forward_activate(&self.layer_norm2.forward(&x)?, activation)?;
-        Ok(self.fc2.forward_add(&n, &x)?)
+        let qkv = self.qkv_proj.forward(&n, mixes)?;
+        let y = self_attention(&qkv, Attention { heads, causal: true })?;
+        let x = self.out_proj.forward_add(&y, x, mixes)?;
+        let n = self.layer_norm2.forward(&x)?;
+        let n = self.fc1.forward_activate(&n, activation, mixes)?;
+        Ok(self.fc2.forward_add(&n, &x, mixes)?)
     }
 }

@@ -2,14 +2,17 @@
 //!
 //! Reference: diffusers 0.42 `models/unets/unet_2d_condition.py`, `unet_2d_blocks.py`,
 //! `transformers/transformer_2d.py` and `attention.py`, of which it computes what
-//! [`UNetConfig`] can say. Activations are channels-last; every row has a timestep of its own.
+//! [`UNetConfig`] can say. Activations are channels-last; every row has a timestep and, where there
+//! are any, LoRAs of its own (`mixes`, one for each row or none at all).
 
 use std::cell::RefCell;
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::adapted::{Adapted, Mix, Part};
 use crate::config::UNetConfig;
 use crate::error::Result;
+use crate::lora::Site;
 use crate::ops::{
     Activation, Attention, Conv2d, Geglu, Geometry, GroupNorm, Joined, LayerNorm, Linear,
     attention, channels_first, channels_last, self_attention,
@@ -24,27 +27,27 @@ pub struct UNet2DConditionModel {
     config: UNetConfig,
     device: Device,
     dtype: DType,
-    time: [Linear; 2],
+    time: [Adapted<Linear>; 2],
     /// What every residual block makes of the time, side by side.
-    time_proj: Linear,
+    time_proj: Adapted<Linear>,
     /// Keys and values of every cross attention, side by side.
-    to_kv: Linear,
-    conv_in: Conv2d,
+    to_kv: Adapted<Linear>,
+    conv_in: Adapted<Conv2d>,
     down: Vec<DownBlock>,
     mid: (Resnet, Transformer, Resnet),
     up: Vec<UpBlock>,
     norm_out: GroupNorm,
-    conv_out: Conv2d,
+    conv_out: Adapted<Conv2d>,
 }
 
 struct DownBlock {
     layers: Vec<(Resnet, Option<Transformer>)>,
-    downsample: Option<Conv2d>,
+    downsample: Option<Adapted<Conv2d>>,
 }
 
 struct UpBlock {
     layers: Vec<(Resnet, Option<Transformer>)>,
-    upsample: Option<Conv2d>,
+    upsample: Option<Adapted<Conv2d>>,
 }
 
 impl UNet2DConditionModel {
@@ -77,10 +80,10 @@ impl UNet2DConditionModel {
             time_proj: shape.times.build(device, dtype)?,
             to_kv: shape.contexts.build(device, dtype)?,
             time: [
-                time.pp("linear_1").linear(first, temb)?,
-                time.pp("linear_2").linear(temb, temb)?,
+                Adapted::linear(&time.pp("linear_1"), first, temb)?,
+                Adapted::linear(&time.pp("linear_2"), temb, temb)?,
             ],
-            conv_in: p.pp("conv_in").conv(config.in_channels, first, Geometry::SAME)?,
+            conv_in: Adapted::conv(&p.pp("conv_in"), config.in_channels, first, Geometry::SAME)?,
             down,
             mid,
             up,
@@ -89,7 +92,7 @@ impl UNet2DConditionModel {
                 config.norm_num_groups,
                 config.norm_eps,
             )?,
-            conv_out: p.pp("conv_out").conv(first, config.out_channels, Geometry::SAME)?,
+            conv_out: Adapted::conv(&p.pp("conv_out"), first, config.out_channels, Geometry::SAME)?,
             device: device.clone(),
             dtype: activation_dtype(device, dtype),
             config,
@@ -105,60 +108,67 @@ impl UNet2DConditionModel {
 
     /// A context (B, L, D) f32 -> keys and values of every cross attention, side by side, for
     /// [`Self::forward`]: they are the same at every step.
-    pub fn keys_values(&self, context: &Tensor) -> Result<Tensor> {
-        Ok(self.to_kv.forward(&context.to_dtype(self.dtype)?.contiguous()?)?)
+    pub fn keys_values(&self, context: &Tensor, mixes: &[Mix]) -> Result<Tensor> {
+        Ok(self.to_kv.forward(&context.to_dtype(self.dtype)?.contiguous()?, mixes)?)
     }
 
     /// latents (B, C, H, W) f32, a timestep for each row, keys and values for the rows in their
     /// order (b, L, ..), where L may change from one to the next -> the prediction (B, C, H, W) f32.
-    pub fn forward(&self, latents: &Tensor, timesteps: &[f64], kv: &[Tensor]) -> Result<Tensor> {
+    pub fn forward(
+        &self,
+        latents: &Tensor,
+        timesteps: &[f64],
+        kv: &[Tensor],
+        mixes: &[Mix],
+    ) -> Result<Tensor> {
         // 1. Time, for every block at once
-        let times = self.time_proj.forward(&self.time_embedding(timesteps)?)?;
+        let times = self.time_embedding(timesteps, mixes)?;
+        let times = self.time_proj.forward(&times, mixes)?;
         // 2. In
         let x = channels_last(latents, self.dtype)?;
-        let mut x = self.conv_in.forward(&x)?; // (B, H, W, first)
+        let mut x = self.conv_in.forward(&x, mixes)?; // (B, H, W, first)
         // 3. Down
         let mut skips = vec![x.clone()];
         for block in &self.down {
             for (resnet, transformer) in &block.layers {
-                x = resnet.forward(&Joined::one(&x), &times)?;
+                x = resnet.forward(&Joined::one(&x), &times, mixes)?;
                 if let Some(transformer) = transformer {
-                    x = transformer.forward(&x, kv)?;
+                    x = transformer.forward(&x, kv, mixes)?;
                 }
                 skips.push(x.clone());
             }
             if let Some(downsample) = &block.downsample {
-                x = downsample.forward(&x)?;
+                x = downsample.forward(&x, mixes)?;
                 skips.push(x.clone());
             }
         }
         // 4. Middle
-        x = self.mid.0.forward(&Joined::one(&x), &times)?;
-        x = self.mid.1.forward(&x, kv)?;
-        x = self.mid.2.forward(&Joined::one(&x), &times)?;
+        x = self.mid.0.forward(&Joined::one(&x), &times, mixes)?;
+        x = self.mid.1.forward(&x, kv, mixes)?;
+        x = self.mid.2.forward(&Joined::one(&x), &times, mixes)?;
         // 5. Up
         for block in &self.up {
             for (resnet, transformer) in &block.layers {
                 // There is a skip for every layer: load() built both ends from one config.
                 let skip = skips.pop().ok_or_else(|| candle_core::Error::msg("no skip left"))?;
-                x = resnet.forward(&Joined::new(&x, &skip)?, &times)?;
+                x = resnet.forward(&Joined::new(&x, &skip)?, &times, mixes)?;
                 if let Some(transformer) = transformer {
-                    x = transformer.forward(&x, kv)?;
+                    x = transformer.forward(&x, kv, mixes)?;
                 }
             }
             if let (Some(upsample), Some(next)) = (&block.upsample, skips.last()) {
                 let (_, h, w, _) = next.dims4()?;
-                x = upsample.forward_resized(&x, (h, w))?;
+                x = upsample.forward_resized(&x, (h, w), mixes)?;
             }
         }
         // 6. Out
-        let x = self.conv_out.forward(&self.norm_out.forward_silu(&x)?)?;
+        let x = self.conv_out.forward(&self.norm_out.forward_silu(&x)?, mixes)?;
         Ok(channels_first(&x)?)
     }
 
     /// Sinusoidal embedding, two linear layers and the SiLU that every residual block begins with:
     /// (B) -> (B, 4 * first). The angles are computed in f32 as the reference does.
-    fn time_embedding(&self, timesteps: &[f64]) -> Result<Tensor> {
+    fn time_embedding(&self, timesteps: &[f64], mixes: &[Mix]) -> Result<Tensor> {
         let width = self.config.block_out_channels[0];
         let half = width / 2;
         let scale = -(10_000f64.ln()) / (half as f64 - self.config.freq_shift);
@@ -174,8 +184,9 @@ impl UNet2DConditionModel {
             }
         }
         let x = Tensor::from_vec(values, (timesteps.len(), width), &self.device)?;
-        let x = self.time[0].forward_activate(&x.to_dtype(self.dtype)?, Activation::Silu)?;
-        Ok(self.time[1].forward_activate(&x, Activation::Silu)?)
+        let x = x.to_dtype(self.dtype)?;
+        let x = self.time[0].forward_activate(&x, Activation::Silu, mixes)?;
+        Ok(self.time[1].forward_activate(&x, Activation::Silu, mixes)?)
     }
 }
 
@@ -192,6 +203,7 @@ pub(crate) struct Stack {
     inputs: usize,
     /// Weights (out, in) and biases (out).
     layers: RefCell<Vec<(Tensor, Option<Tensor>)>>,
+    parts: RefCell<Vec<Part>>,
 }
 
 /// The columns of a [`Stack`]'s product that are one layer's.
@@ -203,7 +215,7 @@ struct Columns {
 
 impl Stack {
     fn new(inputs: usize) -> Self {
-        Self { inputs, layers: RefCell::default() }
+        Self { inputs, layers: RefCell::default(), parts: RefCell::default() }
     }
 
     fn add(&self, p: &Params<'_>, outputs: usize, bias: bool) -> Result<Columns> {
@@ -213,14 +225,16 @@ impl Stack {
         let before =
             layers.iter().map(|(weight, _)| weight.dim(0)).sum::<candle_core::Result<_>>()?;
         layers.push((weight, bias));
+        self.parts.borrow_mut().push(Part::at(p, Site::linear(self.inputs, outputs)));
         Ok(Columns { first: before, count: outputs })
     }
 
-    fn build(self, device: &Device, dtype: DType) -> Result<Linear> {
+    fn build(self, device: &Device, dtype: DType) -> Result<Adapted<Linear>> {
         let (weights, biases): (Vec<_>, Vec<_>) = self.layers.into_inner().into_iter().unzip();
         let biases: Option<Vec<_>> = biases.into_iter().collect();
         let bias = biases.map(|biases| Tensor::cat(&biases, 0)).transpose()?;
-        Ok(Linear::new(&Tensor::cat(&weights, 0)?, bias.as_ref(), device, dtype)?)
+        let layer = Linear::new(&Tensor::cat(&weights, 0)?, bias.as_ref(), device, dtype)?;
+        Ok(Adapted::new(layer, self.parts.into_inner()))
     }
 }
 
@@ -247,7 +261,8 @@ impl Shape<'_> {
             }
             let last = level + 1 == channels.len();
             let p = p.pp("downsamplers").pp(0).pp("conv");
-            let downsample = (!last).then(|| p.conv(outputs, outputs, DOWN)).transpose()?;
+            let downsample =
+                (!last).then(|| Adapted::conv(&p, outputs, outputs, DOWN)).transpose()?;
             blocks.push(DownBlock { layers, downsample });
         }
         Ok(blocks)
@@ -276,8 +291,8 @@ impl Shape<'_> {
                 inputs = outputs;
             }
             let p = p.pp("upsamplers").pp(0).pp("conv");
-            let upsample =
-                (level > 0).then(|| p.conv(outputs, outputs, Geometry::SAME)).transpose()?;
+            let conv = || Adapted::conv(&p, outputs, outputs, Geometry::SAME);
+            let upsample = (level > 0).then(conv).transpose()?;
             blocks.push(UpBlock { layers, upsample });
         }
         Ok(blocks)
@@ -308,15 +323,15 @@ impl Shape<'_> {
         let feed_forward = block.pp("ff").pp("net");
         Ok(Transformer {
             norm: p.pp("norm").group_norm(channels, config.norm_num_groups, 1e-6)?,
-            proj_in: p.pp("proj_in").linear_or_conv(channels, channels, conv)?,
+            proj_in: Adapted::linear_or_conv(&p.pp("proj_in"), channels, channels, conv)?,
             norm1: block.pp("norm1").layer_norm(channels, 1e-5)?,
             attn1: SelfAttention::load(&block.pp("attn1"), channels, heads)?,
             norm2: block.pp("norm2").layer_norm(channels, 1e-5)?,
             attn2: CrossAttention::load(&block.pp("attn2"), channels, &self.contexts, heads)?,
             norm3: block.pp("norm3").layer_norm(channels, 1e-5)?,
-            ff_in: feed_forward.pp(0).pp("proj").geglu(channels, 4 * channels)?,
-            ff_out: feed_forward.pp(2).linear(4 * channels, channels)?,
-            proj_out: p.pp("proj_out").linear_or_conv(channels, channels, conv)?,
+            ff_in: Adapted::geglu(&feed_forward.pp(0).pp("proj"), channels, 4 * channels)?,
+            ff_out: Adapted::linear(&feed_forward.pp(2), 4 * channels, channels)?,
+            proj_out: Adapted::linear_or_conv(&p.pp("proj_out"), channels, channels, conv)?,
         })
     }
 }
@@ -332,11 +347,11 @@ pub(crate) struct Norm {
 /// no time.
 pub(crate) struct Resnet {
     norm1: GroupNorm,
-    conv1: Conv2d,
+    conv1: Adapted<Conv2d>,
     time: Option<Columns>,
     norm2: GroupNorm,
-    conv2: Conv2d,
-    conv_shortcut: Option<Conv2d>,
+    conv2: Adapted<Conv2d>,
+    conv_shortcut: Option<Adapted<Conv2d>>,
 }
 
 impl Resnet {
@@ -350,39 +365,41 @@ impl Resnet {
         let shortcut = p.pp("conv_shortcut");
         Ok(Self {
             norm1: p.pp("norm1").group_norm(inputs, norm.groups, norm.eps)?,
-            conv1: p.pp("conv1").conv(inputs, outputs, Geometry::SAME)?,
+            conv1: Adapted::conv(&p.pp("conv1"), inputs, outputs, Geometry::SAME)?,
             time: times
                 .map(|times| times.add(&p.pp("time_emb_proj"), outputs, true))
                 .transpose()?,
             norm2: p.pp("norm2").group_norm(outputs, norm.groups, norm.eps)?,
-            conv2: p.pp("conv2").conv(outputs, outputs, Geometry::SAME)?,
+            conv2: Adapted::conv(&p.pp("conv2"), outputs, outputs, Geometry::SAME)?,
             conv_shortcut: (inputs != outputs)
-                .then(|| shortcut.conv(inputs, outputs, Geometry::POINT))
+                .then(|| Adapted::conv(&shortcut, inputs, outputs, Geometry::POINT))
                 .transpose()?,
         })
     }
 
     /// x (B, H, W, in) and what all blocks make of the time -> (B, H, W, out)
-    fn forward(&self, x: &Joined, times: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: &Joined, times: &Tensor, mixes: &[Mix]) -> Result<Tensor> {
         let y = self.norm1.forward_silu_joined(x)?;
         let y = match self.time {
-            Some(time) => self.conv1.forward_shift(&y, &time.of(times)?)?,
-            None => self.conv1.forward(&y)?,
+            Some(time) => self.conv1.forward_shift(&y, &time.of(times)?, mixes)?,
+            None => self.conv1.forward(&y, mixes)?,
         };
-        self.second_half(x, &y)
+        self.second_half(x, &y, mixes)
     }
 
     /// The block of a VAE: (B, H, W, in) -> (B, H, W, out)
     pub(crate) fn forward_timeless(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.conv1.forward(&self.norm1.forward_silu(x)?)?;
-        self.second_half(&Joined::one(x), &y)
+        let y = self.conv1.forward(&self.norm1.forward_silu(x)?, &[])?;
+        self.second_half(&Joined::one(x), &y, &[])
     }
 
-    fn second_half(&self, x: &Joined, y: &Tensor) -> Result<Tensor> {
+    fn second_half(&self, x: &Joined, y: &Tensor, mixes: &[Mix]) -> Result<Tensor> {
         let y = self.norm2.forward_silu(y)?;
         Ok(match &self.conv_shortcut {
-            Some(shortcut) => self.conv2.forward_add(&y, &shortcut.forward_joined(x)?)?,
-            None => self.conv2.forward_add(&y, x.whole()?)?,
+            Some(shortcut) => {
+                self.conv2.forward_add(&y, &shortcut.forward_joined(x, mixes)?, mixes)?
+            }
+            None => self.conv2.forward_add(&y, x.whole()?, mixes)?,
         })
     }
 }
@@ -390,81 +407,87 @@ impl Resnet {
 /// Transformer2DModel with one BasicTransformerBlock.
 struct Transformer {
     norm: GroupNorm,
-    proj_in: Linear,
+    proj_in: Adapted<Linear>,
     norm1: LayerNorm,
     attn1: SelfAttention,
     norm2: LayerNorm,
     attn2: CrossAttention,
     norm3: LayerNorm,
-    ff_in: Geglu,
-    ff_out: Linear,
-    proj_out: Linear,
+    ff_in: Adapted<Geglu>,
+    ff_out: Adapted<Linear>,
+    proj_out: Adapted<Linear>,
 }
 
 impl Transformer {
     /// (B, H, W, C), and keys and values of all blocks for the rows' prompts -> (B, H, W, C)
-    fn forward(&self, x: &Tensor, kv: &[Tensor]) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, kv: &[Tensor], mixes: &[Mix]) -> Result<Tensor> {
         let (batch, h, w, channels) = x.dims4()?;
         let tokens = (batch, h * w, channels);
-        let mut y = self.proj_in.forward(&self.norm.forward(x)?.reshape(tokens)?)?;
+        let mut y = self.proj_in.forward(&self.norm.forward(x)?.reshape(tokens)?, mixes)?;
         // 1. Self attention
-        y = self.attn1.forward_add(&self.norm1.forward(&y)?, &y)?;
+        y = self.attn1.forward_add(&self.norm1.forward(&y)?, &y, mixes)?;
         // 2. Cross attention
-        y = self.attn2.forward_add(&self.norm2.forward(&y)?, kv, &y)?;
+        y = self.attn2.forward_add(&self.norm2.forward(&y)?, kv, &y, mixes)?;
         // 3. Feed forward
-        let n = self.ff_in.forward(&self.norm3.forward(&y)?)?;
-        y = self.ff_out.forward_add(&n, &y)?;
-        let y = self.proj_out.forward_add(&y, &x.reshape(tokens)?)?;
+        let n = self.ff_in.forward(&self.norm3.forward(&y)?, mixes)?;
+        y = self.ff_out.forward_add(&n, &y, mixes)?;
+        let y = self.proj_out.forward_add(&y, &x.reshape(tokens)?, mixes)?;
         Ok(y.reshape((batch, h, w, channels))?)
     }
 }
 
 struct SelfAttention {
-    to_qkv: Linear,
-    to_out: Linear,
+    to_qkv: Adapted<Linear>,
+    to_out: Adapted<Linear>,
     heads: usize,
 }
 
 impl SelfAttention {
     fn load(p: &Params<'_>, channels: usize, heads: usize) -> Result<Self> {
         Ok(Self {
-            to_qkv: p.linears(&["to_q", "to_k", "to_v"], channels, channels, false)?,
-            to_out: p.pp("to_out").pp(0).linear(channels, channels)?,
+            to_qkv: Adapted::linears(p, &["to_q", "to_k", "to_v"], channels, channels, false)?,
+            to_out: Adapted::linear(&p.pp("to_out").pp(0), channels, channels)?,
             heads,
         })
     }
 
     /// x (B, L, C), residual (B, L, C) -> (B, L, C)
-    fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+    fn forward_add(&self, x: &Tensor, residual: &Tensor, mixes: &[Mix]) -> Result<Tensor> {
         let kind = Attention { heads: self.heads, causal: false };
-        let y = self_attention(&self.to_qkv.forward(x)?, kind)?;
-        Ok(self.to_out.forward_add(&y, residual)?)
+        let y = self_attention(&self.to_qkv.forward(x, mixes)?, kind)?;
+        Ok(self.to_out.forward_add(&y, residual, mixes)?)
     }
 }
 
 struct CrossAttention {
-    to_q: Linear,
+    to_q: Adapted<Linear>,
     k: Columns,
     v: Columns,
-    to_out: Linear,
+    to_out: Adapted<Linear>,
     heads: usize,
 }
 
 impl CrossAttention {
     fn load(p: &Params<'_>, channels: usize, contexts: &Stack, heads: usize) -> Result<Self> {
         Ok(Self {
-            to_q: p.linears(&["to_q"], channels, channels, false)?,
+            to_q: Adapted::linears(p, &["to_q"], channels, channels, false)?,
             k: contexts.add(&p.pp("to_k"), channels, false)?,
             v: contexts.add(&p.pp("to_v"), channels, false)?,
-            to_out: p.pp("to_out").pp(0).linear(channels, channels)?,
+            to_out: Adapted::linear(&p.pp("to_out").pp(0), channels, channels)?,
             heads,
         })
     }
 
     /// x (B, L, C), keys and values of all blocks for some rows each (b, M, ..), residual
     /// (B, L, C) -> (B, L, C)
-    fn forward_add(&self, x: &Tensor, kv: &[Tensor], residual: &Tensor) -> Result<Tensor> {
-        let q = self.to_q.forward(x)?;
+    fn forward_add(
+        &self,
+        x: &Tensor,
+        kv: &[Tensor],
+        residual: &Tensor,
+        mixes: &[Mix],
+    ) -> Result<Tensor> {
+        let q = self.to_q.forward(x, mixes)?;
         let kind = Attention { heads: self.heads, causal: false };
         let mut outputs = Vec::with_capacity(kv.len());
         let mut row = 0;
@@ -477,6 +500,6 @@ impl CrossAttention {
             [one] => one.clone(),
             several => Tensor::cat(several, 0)?,
         };
-        Ok(self.to_out.forward_add(&y, residual)?)
+        Ok(self.to_out.forward_add(&y, residual, mixes)?)
     }
 }

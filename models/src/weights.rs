@@ -21,6 +21,7 @@ use safetensors::{Dtype, SafeTensors};
 use crate::checkpoint::{Outline, Renamed};
 use crate::demo;
 use crate::error::{Error, Result};
+use crate::lora::{Site, Sites};
 use crate::ops::{Conv2d, Geglu, Geometry, GroupNorm, LayerNorm, Linear, Numbers, Weight};
 use crate::pickle;
 
@@ -186,6 +187,10 @@ pub struct Weights {
     entries: BTreeMap<String, Entry>,
     /// What has been asked for: the rest is reported by [`Weights::finish`].
     read: RefCell<BTreeSet<String>>,
+    /// The weights of the layers that were built for LoRAs to add to.
+    sites: RefCell<Sites>,
+    /// What the headers of the files say beside tensors.
+    notes: BTreeMap<String, String>,
 }
 
 impl Weights {
@@ -221,7 +226,7 @@ impl Weights {
     }
 
     /// All tensors of a single file under the names that they have there.
-    fn whole(path: &Path) -> Result<Self> {
+    pub(crate) fn whole(path: &Path) -> Result<Self> {
         let failed = |source| Error::File { path: path.to_owned(), source };
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let bytes = Bytes::Mapped(map(path).map_err(failed)?);
@@ -240,7 +245,8 @@ impl Weights {
     }
 
     fn empty() -> Self {
-        Self { files: Vec::new(), entries: BTreeMap::new(), read: RefCell::default() }
+        let (entries, read, sites, notes) = Default::default();
+        Self { files: Vec::new(), entries, read, sites, notes }
     }
 
     fn outline(&self) -> Outline<'_> {
@@ -290,14 +296,41 @@ impl Weights {
             let (file, shape, range) = (self.files.len(), info.shape.clone(), info.data_offsets);
             self.entries.insert(tensor, Entry { file, dtype, shape, range });
         }
+        self.notes.extend(metadata.metadata().clone().unwrap_or_default());
         // read_metadata has checked that the header and all data lie inside the file.
         let data = header + size_of::<u64>();
         self.files.push(TensorFile { name, bytes, data });
         Ok(())
     }
 
-    fn file_names(&self) -> String {
+    /// The names of all tensors.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// The shape of a tensor, if there is one of this name.
+    pub(crate) fn shape(&self, name: &str) -> Option<&[usize]> {
+        Some(&self.entries.get(name)?.shape)
+    }
+
+    /// What a header says under this key.
+    pub(crate) fn note(&self, key: &str) -> Option<&str> {
+        self.notes.get(key).map(String::as_str)
+    }
+
+    /// The weights that LoRAs may add to, once the network is built.
+    pub(crate) fn sites(&self) -> Sites {
+        self.sites.borrow().clone()
+    }
+
+    pub(crate) fn file_names(&self) -> String {
         self.files.iter().map(|f| f.name.as_str()).collect::<Vec<_>>().join(", ")
+    }
+
+    /// A tensor as f32 on the CPU.
+    pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let stored = self.stored(name, shape)?;
+        Ok(Tensor::from_vec(stored.numbers.floats(), shape, &Device::Cpu)?)
     }
 
     fn stored(&self, name: &str, shape: &[usize]) -> Result<Stored<'_>> {
@@ -405,10 +438,17 @@ impl<'a> Params<'a> {
         if self.pp(names[1]).has("weight") { names[1] } else { names[0] }
     }
 
+    /// Notes down that LoRAs may add to the weight of this place, and returns its name.
+    pub(crate) fn site(&self, site: Site) -> String {
+        // Older and newer files of text encoders differ in it.
+        let name = self.prefix.strip_prefix("text_model.").unwrap_or(&self.prefix).to_owned();
+        self.weights.sites.borrow_mut().insert(name.clone(), site);
+        name
+    }
+
     /// A tensor as f32 on the CPU.
     pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let stored = self.stored(name, shape)?;
-        Ok(Tensor::from_vec(stored.numbers.floats(), shape, &Device::Cpu)?)
+        self.weights.tensor(&self.pp(name).prefix, shape)
     }
 
     fn stored(&self, name: &str, shape: &[usize]) -> Result<Stored<'a>> {

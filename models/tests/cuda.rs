@@ -9,14 +9,22 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use sd_models::{
-    DeviceName, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb, Scheduler, Size, Source, Spec,
-    Trajectory,
+    DeviceName, Extras, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb, Scheduler, Size,
+    Source, Spec, Trajectory,
 };
 use serde_json::{Value, json};
 
 fn load(device: DeviceName, precision: Precision) -> Pipeline {
     let source = Source::Demo;
-    Pipeline::load(&LoadOptions { source, device, precision, threads: None, vae: None }).unwrap()
+    Pipeline::load(&LoadOptions {
+        source,
+        device,
+        precision,
+        threads: None,
+        vae: None,
+        extras: Extras::default(),
+    })
+    .unwrap()
 }
 
 /// The model on the device, or a word on why the test is skipped.
@@ -36,6 +44,7 @@ fn spec(scheduler: Scheduler, steps: usize, guidance_scale: f64) -> Spec {
     Spec {
         prompt: "a red house by the sea at night".into(),
         negative_prompt: String::new(),
+        loras: Vec::new(),
         size: Size::new(64, 64).unwrap(),
         steps,
         guidance_scale,
@@ -147,7 +156,14 @@ fn full_size_picture() {
     let steps = std::env::var("STEPS").unwrap().parse().unwrap();
     let source = Source::Directory(full_size());
     let (device, precision) = (DeviceName::Cuda(0), Precision::F16);
-    let options = LoadOptions { source, device, precision, threads: None, vae: None };
+    let options = LoadOptions {
+        source,
+        device,
+        precision,
+        threads: None,
+        vae: None,
+        extras: Extras::default(),
+    };
     let pipeline = Pipeline::load(&options).unwrap();
     let size = Size::new(512, 512).unwrap();
     let spec = Spec { size, ..spec(Scheduler::Dpmpp2m, 20, 7.5) };

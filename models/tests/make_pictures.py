@@ -1,5 +1,6 @@
 """Writes tests/pictures/: what diffusers draws with a small model, one PNG a scheduler, and for
-some what it makes of the first picture (img2img) and of a part of it (inpaint).
+some what it makes of the first picture (img2img) and of a part of it (inpaint); LoRAs of small
+random factors (loras/), and what it draws with them.
 
     python make_pictures.py ../demo [--out ../../tests/pictures]
 
@@ -9,11 +10,14 @@ the model change.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import diffusers
 import torch
+from peft import get_peft_model_state_dict
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 
 from make_fixtures import scheduler_of, CLASSES
 
@@ -24,6 +28,18 @@ SEED, STEPS, GUIDANCE = 7, 20, 7.5
 CHANGED = "a blue house in the snow at sunset"
 STRENGTHS = {"img2img": 0.6, "inpaint": 0.9}
 FROM_PICTURES = ["ddim", "euler", "dpmpp_2m", "pndm", "euler_a", "heun"]
+
+
+# LoRAs: which layers of UNet and text encoder, rank, size of the factors, alpha.
+LORAS = {
+    "everywhere": (r"attn|ff|mlp|proj_|conv|time_emb", 1, 0.5, 0.5),
+    "attention": (r"attn", 2, 0.25, 2),
+}
+# Which of them for a picture, and how much each counts.
+WITH_LORAS = {
+    "lora-everywhere": {"everywhere": 0.8},
+    "lora-both": {"everywhere": 0.6, "attention": -0.7},
+}
 
 
 def mask(size):
@@ -60,6 +76,53 @@ def from_pictures(pipeline, written, out):
             drawn.save(out / f"{mode}-{name}.png", optimize=True)
 
 
+def kohya(networks, layers, rank, size, alpha, generator):
+    """Random factors in the names of kohya's scripts: the same for any weights of these shapes."""
+    tensors = {}
+    for prefix, network in networks.items():
+        for name, module in network.named_modules():
+            if not isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) or not re.search(layers, name):
+                continue
+            weight, name = module.weight, name.removeprefix("text_model.")
+            down = torch.randn((rank, *weight.shape[1:]), generator=generator)
+            up = torch.randn((len(weight), rank) + (1,) * (weight.dim() - 2), generator=generator)
+            key = prefix + name.replace(".", "_")
+            tensors[f"{key}.lora_down.weight"] = (down / weight[0].numel() ** 0.5).half()
+            tensors[f"{key}.lora_up.weight"] = (up * size).half()
+            tensors[f"{key}.alpha"] = torch.tensor(float(alpha))
+    return tensors
+
+
+def with_loras(pipeline, written, out):
+    """The LoRAs as kohya's scripts and as diffusers write them, and pictures with them."""
+    folder = out / "loras"
+    folder.mkdir(exist_ok=True)
+    networks = {"lora_unet_": pipeline.unet, "lora_te_text_model_": pipeline.text_encoder}
+    for seed, (name, settings) in enumerate(LORAS.items()):
+        tensors = kohya(networks, *settings, torch.Generator().manual_seed(seed))
+        save_file(tensors, folder / f"{name}.safetensors")
+    for name in LORAS:
+        pipeline.load_lora_weights(folder, weight_name=f"{name}.safetensors", adapter_name=name)
+    extra = {}
+    for network in ("unet", "text_encoder"):
+        model = getattr(pipeline, network)
+        layers = get_peft_model_state_dict(model, adapter_name="everywhere")
+        extra[f"{network}_lora_layers"] = {name: x.half() for name, x in layers.items()}
+        extra[f"{network}_lora_adapter_metadata"] = model.peft_config["everywhere"].to_dict()
+    pipeline.save_lora_weights(folder, weight_name="everywhere-peft.safetensors", **extra)
+    pipeline.scheduler = scheduler_of("ddim", written)
+    for name, scales in WITH_LORAS.items():
+        pipeline.set_adapters(list(scales), list(scales.values()))
+        image = pipeline(
+            PROMPT,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator("cpu").manual_seed(SEED),
+        ).images[0]
+        image.save(out / f"{name}.png", optimize=True)
+    pipeline.unload_lora_weights()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="a model in diffusers' layout")
@@ -83,6 +146,7 @@ def main():
         ).images[0]
         image.save(arguments.out / f"{name}.png", optimize=True)
     from_pictures(pipeline, written, arguments.out)
+    with_loras(pipeline, written, arguments.out)
 
 
 if __name__ == "__main__":

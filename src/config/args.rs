@@ -78,6 +78,19 @@ pub(super) struct ModelArgs {
     /// A VAE in place of the model's own: a single file, or a directory that has vae/
     #[arg(long, env = "SD_VAE")]
     pub(super) vae: Option<PathBuf>,
+    /// A folder of LoRAs (.safetensors of kohya's scripts, diffusers or PEFT) that requests can name
+    /// by their files' names. They are read when they are asked for
+    #[arg(long, env = "SD_LORAS_DIR")]
+    pub(super) loras_dir: Option<PathBuf>,
+    /// Memory that LoRAs may keep, for each model; beyond it the one used longest ago is read again
+    /// when it is asked for
+    #[arg(
+        long,
+        env = "SD_MAX_LORA_BYTES",
+        default_value = "536870912",
+        value_parser = at_least::<0>,
+    )]
+    pub(super) max_lora_bytes: usize,
     /// Branch, tag or commit of a model on the hub
     #[arg(long, env = "SD_REVISION", default_value = "main")]
     pub(super) revision: String,
@@ -190,6 +203,9 @@ pub(super) struct LimitArgs {
         value_parser = at_least::<64>,
     )]
     pub(super) max_input_pixels: usize,
+    /// Most LoRAs of a picture; each costs time
+    #[arg(long, env = "SD_MAX_LORAS", default_value = "8", value_parser = at_least::<0>)]
+    pub(super) max_loras: usize,
     /// Largest request body
     #[arg(
         long,
@@ -267,9 +283,14 @@ pub(super) struct GenerateArgs {
     /// What the picture should not show
     #[arg(long)]
     pub(super) negative_prompt: Option<String>,
-    /// plain, or a1111: (emphasis:1.3), [less], BREAK, and prompts of more than 77 tokens
+    /// plain, or a1111: (emphasis:1.3), [less], BREAK, <lora:name:0.8>, and prompts of more than 77
+    /// tokens
     #[arg(long)]
     pub(super) prompt_syntax: Option<String>,
+    /// A LoRA of --loras-dir by name, or a file, and how much it counts: style, style:0.8,
+    /// path/style.safetensors:0.8; may be repeated
+    #[arg(long)]
+    pub(super) lora: Vec<String>,
     /// Width in pixels, a multiple of 8; the model's own size when absent
     #[arg(short = 'W', long)]
     pub(super) width: Option<u64>,

@@ -168,6 +168,7 @@ mod tests {
         let spec = Spec {
             prompt: String::new(),
             prompt_syntax: PromptSyntax::Plain,
+            loras: Vec::new(),
             negative_prompt: String::new(),
             size: Size::new(64, 64).expect("multiples of 8"),
             steps: 10,

@@ -105,6 +105,7 @@ fn warm<M: Model>(model: &M) -> anyhow::Result<()> {
         prompt: String::new(),
         prompt_syntax: PromptSyntax::Plain,
         negative_prompt: String::new(),
+        loras: Vec::new(),
         size: small.unwrap_or(defaults.size),
         steps: 1,
         guidance_scale: defaults.guidance_scale,

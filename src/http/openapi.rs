@@ -10,9 +10,10 @@ use super::{State, openai};
 use crate::api::{Described, Draw, Fields};
 
 /// What the fields mean.
-const MEANINGS: [(&str, &str); 23] = [
+const MEANINGS: [(&str, &str); 24] = [
     ("prompt", "What the picture shows."),
     ("negative_prompt", "What it should not show; only read when guidance is above 1."),
+    ("loras", "LoRAs of the server's folder, and how much each counts (1 when absent)."),
     ("image", "A picture to begin with, in base64 or as a data URL."),
     ("mask", "What of it is painted anew: white is, black is kept."),
     ("strength", "How much of it is painted over, 0 to 1."),

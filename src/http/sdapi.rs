@@ -3,6 +3,8 @@
 //! change the picture and cannot be honoured are refused by name. Where AUTOMATIC1111 has one
 //! progress and one interrupt for all, here each client has its own.
 
+use std::path::PathBuf;
+
 use axum::Json;
 use axum::extract::{Query, Request};
 use axum::http::StatusCode;
@@ -487,6 +489,17 @@ pub(super) async fn models(state: State) -> Result<Json<Value>, ApiError> {
         })
     };
     Ok(Json(openai::names(&state).await?.iter().map(model).collect()))
+}
+
+/// `GET /sdapi/v1/loras`: what `<lora:name:1>` in a prompt can name.
+pub(super) async fn loras(state: State) -> Result<Json<Value>, ApiError> {
+    let model = state.engine.model()?;
+    let list = tokio::task::spawn_blocking(move || model.extras.loras.list()).await;
+    let lora = |(name, path): (String, PathBuf)| {
+        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        json!({ "name": name, "alias": name, "path": file, "metadata": {} })
+    };
+    Ok(Json(list.unwrap_or_default().into_iter().map(lora).collect()))
 }
 
 /// The lists of what there is none of, which clients ask for before anything else.

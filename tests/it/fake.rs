@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sd_models::{
-    Defaults, Error, Memory, ModelInfo, PromptSyntax, Result, Rgb, Scheduler, Size, Spec,
+    Defaults, Error, Extras, Memory, ModelInfo, PromptSyntax, Result, Rgb, Scheduler, Size, Spec,
 };
 use sd_server::api::Limits;
 use sd_server::engine::{Model, Trajectory};
@@ -81,6 +81,7 @@ impl Fake {
             defaults,
             multiple: 8,
             memory: Memory { scale: 8, ..Memory::default() },
+            extras: Extras::default(),
         };
         let (capacity, pace) = (usize::MAX, Duration::ZERO);
         let fake = Self { info, capacity, pace, steps: Arc::clone(&steps), permits: permitted };
@@ -162,6 +163,7 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
     Spec {
         prompt: "a cat".into(),
         prompt_syntax: PromptSyntax::Plain,
+        loras: Vec::new(),
         negative_prompt: String::new(),
         size: Size::new(64, 64).expect("multiples of 8"),
         steps,
@@ -182,6 +184,7 @@ pub(crate) const HTTP: http::Settings = http::Settings {
         max_images: 8,
         max_prompt_bytes: 1000,
         max_input_pixels: 1 << 20,
+        max_loras: 2,
     },
     max_body_bytes: 100_000,
     max_requests: 16,

@@ -15,6 +15,7 @@ mod hub; // a hub on this host: what is fetched, what is cached
 mod inputs; // pictures that come in: formats, sizes, masks, and files that mean harm
 mod invocations; // every form of body and reply
 mod lines; // JSON lines and batch transform
+mod loras; // LoRAs by name
 mod metrics; // what the server says about itself
 mod models; // models by name: SageMaker's multi-model contract, a folder of models
 mod openai; // the Images API

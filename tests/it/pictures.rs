@@ -72,6 +72,26 @@ fn pictures_from_pictures_are_those_of_diffusers() {
 }
 
 #[test]
+fn pictures_with_loras_are_those_of_diffusers() {
+    let folder = repository("tests/pictures/loras").display().to_string();
+    let file = |name: &str| format!("{folder}/{name}.safetensors:0.8");
+    let (kohya, peft) = (file("everywhere"), file("everywhere-peft"));
+    let cases: [(&str, &[&str]); 4] = [
+        ("lora-everywhere", &["--lora", &kohya]),
+        ("lora-everywhere", &["--lora", &peft]),
+        ("lora-everywhere", &["--loras-dir", &folder, "--lora", "everywhere:0.8"]),
+        (
+            "lora-both",
+            &["--loras-dir", &folder, "--lora", "everywhere:0.6", "--lora", "attention:-0.7"],
+        ),
+    ];
+    for (name, loras) in cases {
+        let ours = drawn(&[&REFERENCE[..], &["f32", "--scheduler", "ddim"], loras].concat());
+        println!("{}", distance(&ours, name));
+    }
+}
+
+#[test]
 fn a_stream_shows_the_picture_in_the_making() {
     let server = Server::ready(&[]);
     let body = serde_json::json!({

@@ -156,7 +156,7 @@ impl Conv2d {
             #[cfg(feature = "cuda")]
             Weights::Cuda(filter) => {
                 let Added { per_sample: shift, residual } = added;
-                let after = cuda::After { shift, residual, activation: None };
+                let after = cuda::After { shift, residual, ..cuda::After::default() };
                 let field = cuda::Field { size, geometry: self.geometry };
                 filter.convolve(joined, field, after)
             }

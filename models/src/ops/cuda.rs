@@ -542,6 +542,8 @@ pub(super) struct After<'a> {
     pub(super) activation: Option<Activation>,
     /// As the output
     pub(super) residual: Option<&'a Tensor>,
+    /// No GEGLU, though the filter is made for it.
+    pub(super) ungated: bool,
 }
 
 /// Where a kernel moves: the size that it sees the picture in, and how.
@@ -593,6 +595,16 @@ impl Filter {
         y.reshape(shape)
     }
 
+    /// (.., c) -> (.., n), what GEGLU would be made of: values, then gates
+    pub(super) fn ungated(&self, x: &Tensor) -> Result<Tensor> {
+        let y = self.linear(x, After { ungated: true, ..After::default() })?;
+        let (mut pairs, n) = (x.dims().to_vec(), self.weight.dim(0)?);
+        pairs.pop();
+        let rows = pairs.iter().product::<usize>();
+        pairs.push(n);
+        y.reshape((rows, n / 2, 2))?.transpose(1, 2)?.contiguous()?.reshape(pairs)
+    }
+
     /// (B, H, W, c) -> (B, H', W', n)
     pub(super) fn convolve(
         &self,
@@ -612,7 +624,8 @@ impl Filter {
         let (n, row) = self.weight.dims2()?;
         let (rows, columns) = (geometry.output(size.0), geometry.output(size.1));
         let m = batch * rows * columns;
-        let outputs = if self.gated { n / 2 } else { n };
+        let gated = self.gated && !after.ungated;
+        let outputs = if gated { n / 2 } else { n };
         let (y, out) = output(device, dtype, (batch, rows, columns, outputs))?;
         let weight = Operand::dense(&self.weight)?;
         let bias = self.bias.as_ref().map(Operand::dense).transpose()?;
@@ -628,7 +641,7 @@ impl Filter {
         }
         // Names of `Activation` in product.cu.
         let activation = match after.activation {
-            _ if self.gated => 4,
+            _ if gated => 4,
             None => 0,
             Some(Activation::Silu) => 1,
             Some(Activation::Gelu) => 2,

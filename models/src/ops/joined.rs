@@ -24,6 +24,13 @@ impl Joined {
         Self { first: first.clone(), second: None }
     }
 
+    /// Some samples of the batch.
+    pub(crate) fn samples(&self, first: usize, count: usize) -> Result<Self> {
+        let narrow = |picture: &Tensor| picture.narrow(0, first, count);
+        let second = self.second.as_ref().map(narrow).transpose()?;
+        Ok(Self { first: narrow(&self.first)?, second })
+    }
+
     /// The picture, if it is one tensor.
     pub(crate) fn whole(&self) -> Result<&Tensor> {
         match &self.second {

@@ -84,6 +84,16 @@ impl Linear {
         self.run(x, After { activation: None, residual: Some(residual) })
     }
 
+    /// (.., in) -> (.., out), plus `term` (.., out), and then through an activation
+    pub(crate) fn forward_add_activate(
+        &self,
+        x: &Tensor,
+        term: &Tensor,
+        activation: Activation,
+    ) -> Result<Tensor> {
+        activate(&self.forward_add(x, term)?, activation)
+    }
+
     fn run(&self, x: &Tensor, after: After<'_>) -> Result<Tensor> {
         let mut shape = x.dims().to_vec();
         let k = shape.pop().unwrap_or_default();
@@ -106,7 +116,7 @@ impl Linear {
             #[cfg(feature = "cuda")]
             Weights::Cuda(filter) => {
                 let After { activation, residual } = after;
-                filter.linear(x, cuda::After { activation, residual, shift: None })
+                filter.linear(x, cuda::After { activation, residual, ..cuda::After::default() })
             }
             Weights::Device { weight, bias } => {
                 let mut y = x.reshape((rows, k))?.matmul(&weight.t()?)?;
@@ -155,6 +165,15 @@ impl Geglu {
             _ => geglu(&self.0.forward(x)?),
         }
     }
+
+    /// As `forward`, with `term` (.., 2D) added to the linear layer's outputs.
+    pub(crate) fn forward_add(&self, x: &Tensor, term: &Tensor) -> Result<Tensor> {
+        match &self.0.weights {
+            #[cfg(feature = "cuda")]
+            Weights::Cuda(filter) => geglu(&(filter.ungated(x)? + term)?),
+            _ => geglu(&self.0.forward_add(x, term)?),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -171,5 +190,17 @@ mod tests {
         assert!(difference(&layer.forward(&x).unwrap(), &want) < 1e-5);
         let want = (want + &r).unwrap();
         assert!(difference(&layer.forward_add(&x, &r).unwrap(), &want) < 1e-5);
+        let (got, want) = (layer.forward_add_activate(&x, &r, Activation::Silu), want.silu());
+        assert!(difference(&got.unwrap(), &want.unwrap()) < 1e-5);
+    }
+
+    #[test]
+    fn a_term_is_added_before_the_gate() {
+        let (x, w, b) = (tensor(&[2, 9, 70], 1), tensor(&[46, 70], 2), tensor(&[46], 3));
+        let term = tensor(&[2, 9, 46], 4);
+        let linear = Linear::new(&w, Some(&b), &Device::Cpu, DType::F32).unwrap();
+        let want = geglu(&(linear.forward(&x).unwrap() + &term).unwrap()).unwrap();
+        let gate = Geglu::new(&w, &b, &Device::Cpu, DType::F32).unwrap();
+        assert!(difference(&gate.forward_add(&x, &term).unwrap(), &want) < 1e-6);
     }
 }

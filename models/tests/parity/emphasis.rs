@@ -1,5 +1,6 @@
 //! Prompts with emphasis and of several windows, against the algorithm written out in Python.
 
+use sd_models::adapted::Mix;
 use sd_models::config::ClipTextConfig;
 use sd_models::prompt::{self, Window};
 use sd_models::text_encoder::ClipTextModel;
@@ -59,7 +60,8 @@ fn contexts_are_those_of_the_reference() {
     for (i, row) in rows().iter().enumerate() {
         let Some(reference) = expected.get(&format!("context.{i}")) else { continue };
         let (windows, _) = prompt::windows(&row.prompt, &tokenizer).unwrap();
-        let error = relative_error(&prompt::encode(windows, &encoder).unwrap(), reference);
+        let error =
+            relative_error(&prompt::encode(windows, &encoder, &Mix::default()).unwrap(), reference);
         println!("{:?}: {error:.1e}", row.prompt);
         assert!(error <= TOLERANCE, "{:?}: {error:.1e}", row.prompt);
         compared += 1;

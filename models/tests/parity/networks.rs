@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use sd_models::Source;
+use sd_models::adapted::Mix;
 use sd_models::config::{ClipTextConfig, UNetConfig, VaeConfig};
 use sd_models::text_encoder::ClipTextModel;
 use sd_models::unet::UNet2DConditionModel;
@@ -26,7 +27,7 @@ fn text_encoder(name: &str) {
     let model = ClipTextModel::load(config, &weights, CPU, DType::F32).unwrap();
     let expected = fixture(&format!("{name}/text_encoder/expected.safetensors"));
     let ids = expected["ids"].to_dtype(DType::U32).unwrap().to_vec2::<u32>().unwrap();
-    let ours = model.forward(&ids).unwrap();
+    let ours = model.forward(&ids, &Mix::default()).unwrap();
     assert_close(&format!("text encoder {name}"), &ours, &expected["last_hidden_state"]);
 }
 
@@ -57,15 +58,15 @@ fn unet(name: &str, half: bool) {
     assert!(!cases.is_empty());
     for case in cases {
         let latents = &expected[&format!("{}.latents", case.trim_end_matches(".half"))];
-        let kv = model.keys_values(&expected["context"]).unwrap();
-        let ours = model.forward(latents, &timesteps, &[kv]).unwrap();
+        let kv = model.keys_values(&expected["context"], &[]).unwrap();
+        let ours = model.forward(latents, &timesteps, &[kv], &[]).unwrap();
         let reference = &expected[&format!("{case}.output")];
         assert_close(&format!("unet {name} {case}"), &ours, reference);
         for (row, &timestep) in timesteps.iter().enumerate() {
             let one = |x: &Tensor| x.narrow(0, row, 1).unwrap();
             let (latents, context) = (one(latents), one(&expected["context"]));
-            let kv = model.keys_values(&context).unwrap();
-            let alone = model.forward(&latents, &[timestep], &[kv]).unwrap();
+            let kv = model.keys_values(&context, &[]).unwrap();
+            let alone = model.forward(&latents, &[timestep], &[kv], &[]).unwrap();
             assert_close(&format!("unet {name} {case} row {row}"), &alone, &one(reference));
         }
     }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
+use sd_models::adapted::Mix;
 use sd_models::config::{ClipTextConfig, UNetConfig, VaeConfig};
 use sd_models::text_encoder::ClipTextModel;
 use sd_models::unet::UNet2DConditionModel;
@@ -94,15 +95,15 @@ fn networks_of_sd_2_are_found_under_their_names() {
     let text = ClipTextModel::load(config, &open("text_encoder"), cpu, f32).unwrap();
     let expected = fixture("v2/text_encoder/expected.safetensors");
     let ids = expected["ids"].to_dtype(DType::U32).unwrap().to_vec2().unwrap();
-    let states = text.forward(&ids).unwrap();
+    let states = text.forward(&ids, &Mix::default()).unwrap();
     assert!(relative_error(&states, &expected["last_hidden_state"]) < 1e-4);
 
     let config = UNetConfig::read(&directory).unwrap();
     let unet = UNet2DConditionModel::load(config, &open("unet"), cpu, f32).unwrap();
     let expected = fixture("v2/unet/expected.safetensors");
     let times: Vec<f64> = floats(&expected["timesteps"]).into_iter().map(f64::from).collect();
-    let kv = unet.keys_values(&expected["context"]).unwrap();
-    let output = unet.forward(&expected["8x8.latents"], &times, &[kv]).unwrap();
+    let kv = unet.keys_values(&expected["context"], &[]).unwrap();
+    let output = unet.forward(&expected["8x8.latents"], &times, &[kv], &[]).unwrap();
     assert!(relative_error(&output, &expected["8x8.output"]) < 1e-4);
 }
 

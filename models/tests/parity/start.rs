@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use sd_models::{
-    DeviceName, Error, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb, Size, Source, Spec,
-    Start, Trajectory,
+    DeviceName, Error, Extras, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb, Size, Source,
+    Spec, Start, Trajectory,
 };
 
 use crate::{fixture, path, relative_error};
@@ -19,7 +19,14 @@ pub(crate) fn load(root: PathBuf) -> Pipeline {
 
 pub(crate) fn open(source: Source, vae: Option<Source>) -> sd_models::Result<Pipeline> {
     let (device, precision) = (DeviceName::Cpu, Precision::F32);
-    Pipeline::load(&LoadOptions { source, vae, device, precision, threads: Some(1) })
+    Pipeline::load(&LoadOptions {
+        source,
+        vae,
+        device,
+        precision,
+        threads: Some(1),
+        extras: Extras::default(),
+    })
 }
 
 pub(crate) fn copy(from: &Path, to: &Path) {
@@ -52,6 +59,7 @@ pub(crate) fn spec(start: Option<Start>) -> Spec {
         prompt: "a red house".into(),
         prompt_syntax: PromptSyntax::Plain,
         negative_prompt: String::new(),
+        loras: Vec::new(),
         size: Size::new(64, 64).unwrap(),
         steps: 10,
         guidance_scale: 3.0,

@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 
 use futures_util::FutureExt as _;
-use sd_models::{Defaults, Memory, PromptSyntax, Rgb, Scheduler};
+use sd_models::{Defaults, Extras, Memory, PromptSyntax, Rgb, Scheduler};
 use tokio::time::{Instant as Clock, advance};
 
 use super::*;
@@ -113,6 +113,7 @@ impl Studio {
             defaults,
             multiple: 8,
             memory: Memory { scale: 8, ..Memory::default() },
+            extras: Extras::default(),
         };
         engine.shared.enter(Phase::Ready(Arc::new(info.clone())));
         let (capacity, reading) = (usize::MAX, Duration::ZERO);
@@ -162,6 +163,7 @@ fn spec(seed: u64, steps: usize) -> Spec {
     Spec {
         prompt: "a cat".into(),
         prompt_syntax: PromptSyntax::Plain,
+        loras: Vec::new(),
         negative_prompt: String::new(),
         size: square(64),
         steps,

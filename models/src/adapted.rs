@@ -1,0 +1,307 @@
+//! Layers to whose outputs LoRAs may add, row by row of a batch: y + scale * up(down(x)). Where
+//! the files come from is [`crate::lora`]'s business.
+//!
+//! The weights themselves never change, so that rows with other LoRAs, and rows with none, share
+//! the product with them. Where no row has a LoRA nothing else is computed.
+
+use std::sync::Arc;
+
+use candle_core::{Result, Tensor};
+
+use crate::error;
+use crate::lora::{Lora, Site};
+use crate::ops::{Activation, Conv2d, Geglu, Geometry, Joined, Linear};
+use crate::weights::Params;
+
+/// The LoRAs of a row and how much each counts.
+#[derive(Clone, Default)]
+pub struct Mix(Vec<(Arc<Lora>, f64)>);
+
+impl Mix {
+    pub(crate) fn new(loras: Vec<(Arc<Lora>, f64)>) -> Self {
+        Self(loras)
+    }
+
+    /// What tells mixes apart, without holding the LoRAs.
+    pub(crate) fn key(&self) -> Vec<(u64, f64)> {
+        self.0.iter().map(|(lora, scale)| (lora.id(), *scale)).collect()
+    }
+}
+
+impl PartialEq for Mix {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
+
+/// A layer that knows its weights' names.
+pub(crate) struct Adapted<L> {
+    layer: L,
+    /// Weights that are computed as one, their outputs side by side.
+    parts: Vec<Part>,
+}
+
+/// A weight's name and its outputs.
+pub(crate) struct Part {
+    name: String,
+    outputs: usize,
+}
+
+impl Part {
+    /// The weight at this place in the tree.
+    pub(crate) fn at(p: &Params<'_>, site: Site) -> Self {
+        Self { name: p.site(site), outputs: site.outputs }
+    }
+}
+
+/// A part of a LoRA: what the down projection made of an input (.., rank), and the up projection.
+type Low<'l> = (Tensor, &'l Linear);
+
+impl<L> Adapted<L> {
+    /// What LoRAs add to the outputs, or nothing; `low` computes a weight's down projection for
+    /// some rows (first, count).
+    fn term(
+        &self,
+        rows: &[Mix],
+        low: impl for<'l> Fn(&'l Lora, &str, (usize, usize)) -> Result<Option<Low<'l>>>,
+    ) -> Result<Option<Tensor>> {
+        let (mut first, mut terms) = (0, Vec::new());
+        for run in rows.chunk_by(PartialEq::eq) {
+            let mut parts = Vec::new();
+            for Part { name, outputs } in &self.parts {
+                let mut sum: Option<Tensor> = None;
+                for (lora, scale) in &run[0].0 {
+                    let Some((low, up)) = low(lora, name, (first, run.len()))? else { continue };
+                    let low = (low * *scale)?;
+                    sum = Some(match sum {
+                        Some(sum) => up.forward_add(&low, &sum)?,
+                        None => up.forward(&low)?,
+                    });
+                }
+                parts.push((*outputs, sum));
+            }
+            terms.push((run.len(), filled(parts, true)?));
+            first += run.len();
+        }
+        filled(terms, false)
+    }
+}
+
+/// Tensors side by side in the last dimension or in the first, zeros where there is none; nothing
+/// where there is none at all.
+fn filled(pieces: Vec<(usize, Option<Tensor>)>, last: bool) -> Result<Option<Tensor>> {
+    let Some(like) = pieces.iter().find_map(|(_, piece)| piece.clone()) else { return Ok(None) };
+    let dim = if last { like.rank() - 1 } else { 0 };
+    let fill = |(size, piece): (usize, Option<Tensor>)| match piece {
+        Some(piece) => Ok(piece),
+        None => {
+            let mut shape = like.dims().to_vec();
+            shape[dim] = size;
+            Tensor::zeros(shape, like.dtype(), like.device())
+        }
+    };
+    let pieces = pieces.into_iter().map(fill).collect::<Result<Vec<_>>>()?;
+    match &pieces[..] {
+        [one] => Ok(Some(one.clone())),
+        several => Tensor::cat(several, dim)?.contiguous().map(Some),
+    }
+}
+
+fn plus(y: Tensor, term: Option<Tensor>) -> Result<Tensor> {
+    term.map_or(Ok(y.clone()), |term| y + term)
+}
+
+fn samples(x: &Tensor, (first, count): (usize, usize)) -> Result<Tensor> {
+    x.narrow(0, first, count)
+}
+
+/// What one linear layer's weight adds.
+fn low_linear<'l>(
+    x: &Tensor,
+    lora: &'l Lora,
+    name: &str,
+    rows: (usize, usize),
+) -> Result<Option<Low<'l>>> {
+    let low = |(down, up): &'l (Linear, Linear)| Ok((down.forward(&samples(x, rows)?)?, up));
+    lora.linear(name).map(low).transpose()
+}
+
+/// A nonlinear layer over rows with LoRAs and rows without, which go apart: what has none is
+/// computed as ever.
+fn apart(
+    x: &Tensor,
+    rows: &[Mix],
+    term: impl Fn(&Tensor, &[Mix]) -> Result<Option<Tensor>>,
+    plain: impl Fn(&Tensor) -> Result<Tensor>,
+    with: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let (mut first, mut outputs) = (0, Vec::new());
+    for run in rows.chunk_by(PartialEq::eq) {
+        let x = samples(x, (first, run.len()))?;
+        outputs.push(match term(&x, run)? {
+            Some(term) => with(&x, &term)?,
+            None => plain(&x)?,
+        });
+        first += run.len();
+    }
+    match &outputs[..] {
+        [] => plain(x),
+        [one] => Ok(one.clone()),
+        several => Tensor::cat(several, 0),
+    }
+}
+
+impl Adapted<Linear> {
+    pub(crate) fn linear(p: &Params<'_>, inputs: usize, outputs: usize) -> error::Result<Self> {
+        Ok(Self::new(p.linear(inputs, outputs)?, vec![Part::at(p, Site::linear(inputs, outputs))]))
+    }
+
+    /// Several over one input, their outputs side by side.
+    pub(crate) fn linears(
+        p: &Params<'_>,
+        names: &[&str],
+        inputs: usize,
+        outputs: usize,
+        bias: bool,
+    ) -> error::Result<Self> {
+        let part = |name| Part::at(&p.pp(name), Site::linear(inputs, outputs));
+        let parts = names.iter().map(part).collect();
+        Ok(Self::new(p.linears(names, inputs, outputs, bias)?, parts))
+    }
+
+    pub(crate) fn linear_or_conv(
+        p: &Params<'_>,
+        inputs: usize,
+        outputs: usize,
+        conv: bool,
+    ) -> error::Result<Self> {
+        let part = Part::at(p, Site::linear(inputs, outputs));
+        Ok(Self::new(p.linear_or_conv(inputs, outputs, conv)?, vec![part]))
+    }
+
+    pub(crate) fn new(layer: Linear, parts: Vec<Part>) -> Self {
+        Self { layer, parts }
+    }
+
+    fn term_of(&self, x: &Tensor, rows: &[Mix]) -> Result<Option<Tensor>> {
+        self.term(rows, |lora, name, rows| low_linear(x, lora, name, rows))
+    }
+
+    /// (B, .., in) -> (B, .., out)
+    pub(crate) fn forward(&self, x: &Tensor, rows: &[Mix]) -> Result<Tensor> {
+        plus(self.layer.forward(x)?, self.term_of(x, rows)?)
+    }
+
+    /// (B, .., in) -> (B, .., out), plus `residual` (B, .., out)
+    pub(crate) fn forward_add(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+        rows: &[Mix],
+    ) -> Result<Tensor> {
+        plus(self.layer.forward_add(x, residual)?, self.term_of(x, rows)?)
+    }
+
+    /// (B, .., in) -> (B, .., out), through an activation
+    pub(crate) fn forward_activate(
+        &self,
+        x: &Tensor,
+        activation: Activation,
+        rows: &[Mix],
+    ) -> Result<Tensor> {
+        apart(
+            x,
+            rows,
+            |x, rows| self.term_of(x, rows),
+            |x| self.layer.forward_activate(x, activation),
+            |x, term| self.layer.forward_add_activate(x, term, activation),
+        )
+    }
+}
+
+impl Adapted<Geglu> {
+    pub(crate) fn geglu(p: &Params<'_>, inputs: usize, outputs: usize) -> error::Result<Self> {
+        let part = Part::at(p, Site::linear(inputs, 2 * outputs));
+        Ok(Self { layer: p.geglu(inputs, outputs)?, parts: vec![part] })
+    }
+
+    /// (B, .., in) -> (B, .., D)
+    pub(crate) fn forward(&self, x: &Tensor, rows: &[Mix]) -> Result<Tensor> {
+        apart(
+            x,
+            rows,
+            |x, rows| self.term(rows, |lora, name, rows| low_linear(x, lora, name, rows)),
+            |x| self.layer.forward(x),
+            |x, term| self.layer.forward_add(x, term),
+        )
+    }
+}
+
+impl Adapted<Conv2d> {
+    pub(crate) fn conv(
+        p: &Params<'_>,
+        inputs: usize,
+        outputs: usize,
+        geometry: Geometry,
+    ) -> error::Result<Self> {
+        let part = Part::at(p, Site { inputs, outputs, geometry: Some(geometry) });
+        Ok(Self { layer: p.conv(inputs, outputs, geometry)?, parts: vec![part] })
+    }
+
+    fn term_of(
+        &self,
+        x: &Joined,
+        rows: &[Mix],
+        run: impl Fn(&Conv2d, &Joined) -> Result<Tensor>,
+    ) -> Result<Option<Tensor>> {
+        self.term(rows, |lora, name, (first, count)| {
+            let low = |(down, up)| Ok((run(down, &x.samples(first, count)?)?, up));
+            lora.conv(name).map(|(down, up)| (down, up)).map(low).transpose()
+        })
+    }
+
+    /// (B, H, W, in) -> (B, H', W', out)
+    pub(crate) fn forward(&self, x: &Tensor, rows: &[Mix]) -> Result<Tensor> {
+        self.forward_joined(&Joined::one(x), rows)
+    }
+
+    /// As `forward` on two pictures as one.
+    pub(crate) fn forward_joined(&self, x: &Joined, rows: &[Mix]) -> Result<Tensor> {
+        let term = self.term_of(x, rows, Conv2d::forward_joined)?;
+        plus(self.layer.forward_joined(x)?, term)
+    }
+
+    /// As `forward` on `x` resized to `size` (height, width) by nearest neighbours.
+    pub(crate) fn forward_resized(
+        &self,
+        x: &Tensor,
+        size: (usize, usize),
+        rows: &[Mix],
+    ) -> Result<Tensor> {
+        let down = |down: &Conv2d, x: &Joined| down.forward_resized(x.whole()?, size);
+        let term = self.term_of(&Joined::one(x), rows, down)?;
+        plus(self.layer.forward_resized(x, size)?, term)
+    }
+
+    /// As `forward`, plus `per_sample` (B, out) on every pixel.
+    pub(crate) fn forward_shift(
+        &self,
+        x: &Tensor,
+        per_sample: &Tensor,
+        rows: &[Mix],
+    ) -> Result<Tensor> {
+        let term = self.term_of(&Joined::one(x), rows, Conv2d::forward_joined)?;
+        plus(self.layer.forward_shift(x, per_sample)?, term)
+    }
+
+    /// As `forward`, plus `residual` (B, H', W', out).
+    pub(crate) fn forward_add(
+        &self,
+        x: &Tensor,
+        residual: &Tensor,
+        rows: &[Mix],
+    ) -> Result<Tensor> {
+        let term = self.term_of(&Joined::one(x), rows, Conv2d::forward_joined)?;
+        plus(self.layer.forward_add(x, residual)?, term)
+    }
+}

@@ -1,0 +1,138 @@
+//! LoRAs by name, from a folder: in every dialect, beside other requests, and what is refused.
+
+use std::path::Path;
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use serde_json::{Value, json};
+
+use crate::harness::Server;
+use crate::invocations::infotext;
+
+fn server() -> Server {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pictures/loras");
+    Server::ready(&["--loras-dir", folder.to_str().expect("UTF-8"), "--max-loras", "2"])
+}
+
+/// A small picture, in a PNG file.
+fn body(loras: &Value) -> Value {
+    json!({
+        "prompt": "a red house", "seed": 3, "steps": 3, "width": 64, "height": 64,
+        "guidance_scale": 4, "scheduler": "ddim", "output_format": "png", "loras": loras,
+    })
+}
+
+fn file(data: &Value) -> Vec<u8> {
+    BASE64_STANDARD.decode(data.as_str().expect("base64")).expect("base64")
+}
+
+fn drawn(server: &Server, loras: &Value) -> Vec<u8> {
+    let reply = server.json(&body(loras));
+    assert_eq!(reply.status, 200, "{}", reply.json());
+    file(&reply.json()["data"])
+}
+
+fn pixels(file: &[u8]) -> Vec<u8> {
+    image::load_from_memory(file).expect("a picture").to_rgb8().into_raw()
+}
+
+/// Posts to a route of another dialect.
+fn post(server: &Server, path: &str, body: &Value) -> (u16, Value) {
+    let request = server.client.post(server.url(path)).body(body.to_string());
+    let reply = request.header("content-type", "application/json").send().expect("an answer");
+    (reply.status().as_u16(), reply.json().expect("JSON"))
+}
+
+#[test]
+fn every_dialect_can_name_loras() {
+    let server = server();
+    let one = json!([{ "name": "everywhere", "scale": 0.8 }]);
+    let native = drawn(&server, &one);
+    assert!(infotext(&native).starts_with("a red house <lora:everywhere:0.8>\nSteps: 3"));
+    assert_ne!(pixels(&native), pixels(&drawn(&server, &json!(null))));
+    let whole = json!([{ "name": "everywhere", "scale": null }]);
+    assert_ne!(pixels(&native), pixels(&drawn(&server, &whole)));
+
+    let mut theirs = body(&one);
+    theirs["size"] = "64x64".into();
+    for field in ["width", "height"] {
+        theirs.as_object_mut().expect("an object").remove(field);
+    }
+    let (status, openai) = post(&server, "/v1/images/generations", &theirs);
+    assert_eq!(status, 200, "{openai}");
+    assert_eq!(pixels(&file(&openai["data"][0]["b64_json"])), pixels(&native));
+
+    let sdapi = json!({
+        "prompt": "a red <lora:everywhere:0.8>house", "seed": 3, "steps": 3, "width": 64,
+        "height": 64, "cfg_scale": 4, "sampler_name": "DDIM",
+    });
+    let (status, reply) = post(&server, "/sdapi/v1/txt2img", &sdapi);
+    assert_eq!(status, 200, "{reply}");
+    let same = file(&reply["images"][0]);
+    assert_eq!(pixels(&same), pixels(&native));
+    // As it was typed, which is what AUTOMATIC1111 would read again.
+    assert!(infotext(&same).starts_with("a red <lora:everywhere:0.8>house\nSteps: 3"));
+    let list = server.client.get(server.url("/sdapi/v1/loras")).send().expect("an answer");
+    let list: Value = list.json().expect("JSON");
+    let names: Vec<_> =
+        list.as_array().expect("a list").iter().map(|lora| lora["name"].as_str()).collect();
+    assert_eq!(names, [Some("attention"), Some("everywhere"), Some("everywhere-peft")]);
+    let form = "prompt=a red house&steps=1&loras=[{\"name\":\"attention\"}]";
+    let reply = server.post(&["content-type: application/x-www-form-urlencoded"], form);
+    assert_eq!(reply.status, 200, "{}", String::from_utf8_lossy(&reply.body));
+}
+
+#[test]
+fn requests_with_different_loras_do_not_change_each_other() {
+    let server = server();
+    let mixes = [
+        json!([{ "name": "everywhere", "scale": 0.8 }]),
+        json!([]),
+        json!([{ "name": "attention" }, { "name": "everywhere", "scale": -0.3 }]),
+        json!([{ "name": "attention" }]),
+    ];
+    let alone: Vec<_> = mixes.iter().map(|loras| drawn(&server, loras)).collect();
+    let together: Vec<_> = std::thread::scope(|scope| {
+        let asked: Vec<_> =
+            mixes.iter().map(|loras| scope.spawn(|| drawn(&server, loras))).collect();
+        asked.into_iter().map(|asked| asked.join().expect("a picture")).collect()
+    });
+    assert!(alone == together);
+    assert!(server.metric("sd_step_rows_sum") > 2.0 * server.metric("sd_step_rows_count"));
+}
+
+#[test]
+fn what_is_not_there_is_refused_by_field() {
+    let server = server();
+    let refused = [
+        (json!([{ "name": "other" }]), 422),
+        (json!([{ "name": "../loras/everywhere" }]), 422),
+        (json!([{ "name": "attention", "scale": 1e9 }]), 422),
+        (json!([{ "name": "a" }, { "name": "b" }, { "name": "c" }]), 422),
+        (json!("everywhere"), 400),
+        (json!([{ "name": "attention", "weight": 1 }]), 400),
+        (json!([{ "scale": 1 }]), 400),
+    ];
+    for (loras, status) in refused {
+        let reply = server.json(&body(&loras));
+        assert_eq!(reply.status, status, "{loras}: {}", reply.json());
+        assert_eq!(reply.error().1, "loras", "{loras}");
+    }
+    let unknown = server.json(&body(&json!([{ "name": "other" }]))).json();
+    let message = unknown["error"]["message"].as_str().expect("a message").to_owned();
+    assert!(message.contains("\"other\" is unknown; there are attention, everywhere"), "{message}");
+
+    let ask =
+        |prompt: &str| post(&server, "/sdapi/v1/txt2img", &json!({ "prompt": prompt, "steps": 1 }));
+    for prompt in ["<lora:other:1>", "<hypernet:x:1>", "<lora:attention:1:2>"] {
+        let (status, reply) = ask(prompt);
+        assert_eq!(status, 422, "{prompt}: {reply}");
+        assert!(reply["errors"].as_str().is_some_and(|text| text.starts_with("prompt")), "{reply}");
+    }
+    let many = "<lora:attention:1>".repeat(3);
+    assert_eq!(ask(&many).0, 422);
+    // In the plain syntax it is text, as in diffusers.
+    let mut plain = body(&json!(null));
+    plain["prompt"] = "<lora:other:1>".into();
+    assert_eq!(server.json(&plain).status, 200);
+}
