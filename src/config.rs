@@ -353,6 +353,12 @@ impl ModelArgs {
                     endings: &["safetensors"],
                 },
                 max_lora_bytes: self.max_lora_bytes as u64,
+                embeddings: Folder {
+                    directory: self.embeddings_dir.map(directory).transpose()?,
+                    files: Vec::new(),
+                    endings: &["safetensors", "pt", "bin"],
+                },
+                max_embedding_bytes: self.max_embedding_bytes as u64,
             },
             hub: hub()?,
         })

@@ -18,10 +18,12 @@ pub(crate) fn tensors(path: &Path, length: u64) -> Result<Vec<Tensor>, String> {
         format!("not a checkpoint of PyTorch 1.6 or later that can be read: {error}")
     };
     // Training writes the tensors under a key of their own, other tools at the top.
-    let inner = read_pth_tensor_info(path, false, Some("state_dict"));
+    let inner = ["state_dict", "string_to_param"].into_iter().find_map(|key| {
+        read_pth_tensor_info(path, false, Some(key)).ok().filter(|infos| !infos.is_empty())
+    });
     let infos = match inner {
-        Ok(infos) if !infos.is_empty() => infos,
-        _ => read_pth_tensor_info(path, false, None).map_err(unreadable)?,
+        Some(infos) => infos,
+        None => read_pth_tensor_info(path, false, None).map_err(unreadable)?,
     };
     let file = File::open(path).map_err(|error| error.to_string())?;
     let mut zip = ZipArchive::new(BufReader::new(file)).map_err(|error| error.to_string())?;

@@ -26,6 +26,7 @@ use crate::shelf::{Folder, Shelf};
 use crate::spec::{MAX_STEPS, PromptSyntax, Rgb, Scheduler, Size, Spec};
 use crate::start::{Beginning, Kept, Painter};
 use crate::text_encoder::ClipTextModel;
+use crate::textual_inversion::Learned;
 use crate::tokenizer::ClipTokenizer;
 use crate::unet::UNet2DConditionModel;
 use crate::vae::{Decoder, Encoder};
@@ -56,6 +57,10 @@ pub struct Extras {
     pub loras: Folder,
     /// What the LoRAs in memory may take; the one used longest ago makes room.
     pub max_lora_bytes: u64,
+    /// Words learned by textual inversion; read with the model.
+    pub embeddings: Folder,
+    /// What their vectors may take; files beyond it are left out.
+    pub max_embedding_bytes: u64,
 }
 
 /// What a request that leaves things out gets.
@@ -88,6 +93,8 @@ pub struct ModelInfo {
     pub memory: Memory,
     /// What requests can add to it.
     pub extras: Extras,
+    /// The words that prompts can hold beside those of the tokenizer.
+    pub learned: Learned,
 }
 
 /// An estimate of the memory that activations take, from the networks' shapes.
@@ -286,10 +293,9 @@ impl Pipeline {
         config::check_pipeline(source)?;
         let half = dtype == DType::F16;
         let open = |folder, stem| Weights::open(source, folder, stem, half);
-        let text = ClipTextConfig::read(source)?;
-        let tokenizer = ClipTokenizer::load(source, text.max_position_embeddings)?;
         let weights = open("text_encoder", "model")?;
-        let text_encoder = ClipTextModel::load(text, &weights, &device, dtype)?;
+        let Extras { loras, max_lora_bytes, .. } = options.extras.clone();
+        let (tokenizer, text_encoder, learned) = read_text(options, &weights, &device, dtype)?;
         let text_sites = weights.sites();
         let weights = open("unet", "diffusion_pytorch_model")?;
         let unet = UNetConfig::read(source)?;
@@ -330,8 +336,8 @@ impl Pipeline {
             multiple: scale.max(8),
             memory,
             extras: options.extras.clone(),
+            learned,
         };
-        let Extras { loras, max_lora_bytes } = options.extras.clone();
         Ok(Self {
             info,
             device,
@@ -575,6 +581,26 @@ impl Pipeline {
         let byte = |v: f32| ((v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
         Ok(Rgb { width, height, data: values.into_iter().map(byte).collect() })
     }
+}
+
+/// Tokenizer and text encoder, and the words that they have learned since.
+fn read_text(
+    LoadOptions { source, extras, .. }: &LoadOptions,
+    weights: &Weights,
+    device: &Device,
+    dtype: DType,
+) -> Result<(ClipTokenizer, ClipTextModel, Learned)> {
+    let config = ClipTextConfig::read(source)?;
+    let (ids, width) = (config.vocab_size, config.hidden_size);
+    let mut tokenizer = ClipTokenizer::load(source, config.max_position_embeddings)?;
+    let mut encoder = ClipTextModel::load(config, weights, device, dtype)?;
+    let (room, most) = (tokenizer.window() - 2, extras.max_embedding_bytes);
+    let (learned, vectors) = Learned::read(&extras.embeddings, most, width, room)?;
+    if let Some(vectors) = vectors {
+        encoder.learn(&vectors)?;
+        tokenizer.learn(&learned.words, ids);
+    }
+    Ok((tokenizer, encoder, learned))
 }
 
 /// Keys and values of rows (1, L, ..), those neighbours stacked whose L is one: (b, L, ..).

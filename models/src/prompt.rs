@@ -49,19 +49,19 @@ pub fn windows(prompt: &str, tokenizer: &ClipTokenizer) -> Result<(Vec<Window>, 
             comma = None;
             continue;
         };
-        for id in tokenizer.words(&text)? {
-            if Some(id) == tokenizer.comma() {
+        for ids in tokenizer.words(&text)? {
+            if ids.len() == 1 && Some(ids[0]) == tokenizer.comma() {
                 comma = Some(open.len());
             } else if open.len() == room && comma.is_some_and(|place| room - place <= NEAR) {
                 let rest = open.split_off(comma.map_or(room, |place| place + 1));
                 windows.push(std::mem::replace(&mut open, rest));
                 comma = None;
             }
-            if open.len() == room {
+            if open.len() + ids.len() > room {
                 windows.push(std::mem::take(&mut open));
                 comma = None;
             }
-            open.push((id, weight));
+            open.extend(ids.into_iter().map(|id| (id, weight)));
         }
     }
     if !open.is_empty() || windows.is_empty() {

@@ -66,6 +66,14 @@ impl ClipTextModel {
         Ok(model)
     }
 
+    /// Adds vectors (n, hidden) f32 behind those of the vocabulary, where ids find them.
+    pub(crate) fn learn(&mut self, vectors: &Tensor) -> Result<()> {
+        let known = &self.token_embedding;
+        let vectors = vectors.to_dtype(known.dtype())?.to_device(&self.device)?;
+        self.token_embedding = Tensor::cat(&[known, &vectors], 0)?;
+        Ok(())
+    }
+
     /// What the encoder was built from.
     pub fn config(&self) -> &ClipTextConfig {
         &self.config

@@ -3,11 +3,13 @@
 //! From `tokenizer.json`, or from `vocab.json` and `merges.txt` put together as transformers'
 //! `CLIPTokenizer` does (`models/clip/tokenization_clip.py`). Which tokens begin, end and pad a
 //! prompt is in `tokenizer_config.json` or `special_tokens_map.json`; SD 2.x pads with another token than 1.x.
+//! Words that were learned later are found in the text before it is cut into tokens.
 
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
 use crate::error::{Error, Result};
+use crate::textual_inversion::LearnedWord;
 use crate::weights::Source;
 
 /// How CLIP cuts text into words before byte pairs are merged.
@@ -32,6 +34,17 @@ pub struct ClipTokenizer {
     pad: u32,
     comma: Option<u32>,
     window: usize,
+    /// Longer ones come before those that they begin with.
+    learned: Vec<LearnedWord>,
+    /// The id of the first learned vector.
+    first_learned: usize,
+}
+
+/// What a text is cut into, none of it in part: a token, or all vectors of a learned word.
+struct Piece {
+    ids: Vec<u32>,
+    /// Where it begins, in bytes.
+    start: usize,
 }
 
 impl ClipTokenizer {
@@ -65,29 +78,84 @@ impl ClipTokenizer {
             return Err(Error::config(CONFIG, format!("model_max_length: {window} is too short")));
         }
         let comma = tokenizer.token_to_id(",</w>");
-        Ok(Self { tokenizer, begin, end, pad, comma, window })
+        let (learned, first_learned) = (Vec::new(), 0);
+        Ok(Self { tokenizer, begin, end, pad, comma, window, learned, first_learned })
+    }
+
+    /// Adds words whose vectors have the ids from `first` on.
+    pub(crate) fn learn(&mut self, words: &[LearnedWord], first: usize) {
+        self.learned = words.to_vec();
+        self.learned.sort_by_key(|word| std::cmp::Reverse(word.word.len()));
+        self.first_learned = first;
     }
 
     /// The ids of a prompt. What does not fit is cut off and reported.
     pub fn encode(&self, prompt: &str) -> Result<Tokens> {
-        let error = |e: tokenizers::Error| Error::Tokenizer(e.to_string());
-        let encoding = self.tokenizer.encode(prompt, false).map_err(error)?;
-        let (words, room) = (encoding.get_ids(), self.window - 2);
-        let kept = &words[..words.len().min(room)];
-        let ids = self.close(kept);
-        let cut = (words.len() > room).then(|| {
-            let start = encoding.get_offsets()[room].0;
-            // Offsets are byte positions in the prompt; a token may begin inside a character.
-            let start = (0..=start.min(prompt.len())).rev().find(|i| prompt.is_char_boundary(*i));
-            prompt[start.unwrap_or(0)..].trim().to_owned()
-        });
-        Ok(Tokens { ids, cut })
+        let (mut ids, mut cut) = (Vec::new(), None);
+        let room = self.window - 2;
+        for piece in self.pieces(prompt)? {
+            ids.extend(piece.ids);
+            if ids.len() > room {
+                cut = Some(prompt[piece.start..].trim().to_owned());
+                break;
+            }
+        }
+        ids.truncate(room);
+        Ok(Tokens { ids: self.close(&ids), cut })
     }
 
-    /// The ids of the words of a text, without begin, end and padding.
-    pub fn words(&self, text: &str) -> Result<Vec<u32>> {
+    /// The ids of a text without begin, end and padding, token by token; all vectors of a learned
+    /// word are together.
+    pub fn words(&self, text: &str) -> Result<Vec<Vec<u32>>> {
+        Ok(self.pieces(text)?.into_iter().map(|piece| piece.ids).collect())
+    }
+
+    fn pieces(&self, text: &str) -> Result<Vec<Piece>> {
+        let (mut pieces, mut from) = (Vec::new(), 0);
+        while let Some((at, learned)) = self.find_learned(text, from) {
+            self.tokens(&text[from..at], from, &mut pieces)?;
+            let first = self.first_learned + learned.first;
+            let ids = (first..first + learned.count).map(|id| id as u32).collect();
+            pieces.push(Piece { ids, start: at });
+            from = at + learned.word.len();
+        }
+        self.tokens(&text[from..], from, &mut pieces)?;
+        Ok(pieces)
+    }
+
+    /// The tokens of a stretch of text that begins at `start`.
+    fn tokens(&self, text: &str, start: usize, pieces: &mut Vec<Piece>) -> Result<()> {
         let encoding = self.tokenizer.encode(text, false);
-        Ok(encoding.map_err(|e| Error::Tokenizer(e.to_string()))?.get_ids().to_vec())
+        let encoding = encoding.map_err(|e| Error::Tokenizer(e.to_string()))?;
+        // Offsets are byte positions; a token may begin inside a character.
+        let place = |offset: usize| (0..=offset).rev().find(|i| text.is_char_boundary(*i));
+        let tokens = encoding.get_ids().iter().zip(encoding.get_offsets());
+        pieces.extend(tokens.map(|(id, (offset, _))| {
+            let start = start + place((*offset).min(text.len())).unwrap_or(0);
+            Piece { ids: vec![*id], start }
+        }));
+        Ok(())
+    }
+
+    /// The first learned word in a text from a place on, and where. What begins or ends with a
+    /// letter or digit is not found inside of a longer word.
+    fn find_learned(&self, text: &str, from: usize) -> Option<(usize, &LearnedWord)> {
+        let joined = |a: Option<char>, b: Option<char>| {
+            a.is_some_and(char::is_alphanumeric) && b.is_some_and(char::is_alphanumeric)
+        };
+        let is_here = |at: usize, word: &str| {
+            let found = text[at..].get(..word.len());
+            let (before, after) = (&text[..at], text.get(at + word.len()..).unwrap_or_default());
+            found.is_some_and(|found| found.eq_ignore_ascii_case(word))
+                && !joined(before.chars().next_back(), word.chars().next())
+                && !joined(word.chars().next_back(), after.chars().next())
+        };
+        if self.learned.is_empty() {
+            return None;
+        }
+        text[from..].char_indices().map(|(at, _)| from + at).find_map(|at| {
+            Some((at, self.learned.iter().find(|learned| is_here(at, &learned.word))?))
+        })
     }
 
     /// One window around words that fit into it: begin, words, end, padding.
@@ -171,6 +239,31 @@ fn assemble(source: &Source, unknown: &str, special: [&String; 3]) -> Result<Tok
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn learned_words_are_found_in_a_text() {
+        let mut tokenizer = ClipTokenizer::load(&Source::Demo, 77).unwrap();
+        let plain = |text: &str| tokenizer.words(text).unwrap();
+        let [red, house, comma, end] = ["red", "house", ",", ">,"].map(|word| plain(word).concat());
+        assert_ne!(end, comma, "signs are one token");
+        let word = |word: &str, first, count| LearnedWord { word: word.into(), first, count };
+        tokenizer.learn(&[word("sky", 0, 1), word("<cat>", 1, 3), word("<cat>x", 4, 1)], 5000);
+        let table: [(&str, Vec<Vec<u32>>); 5] = [
+            ("red house", vec![red.clone(), house.clone()]),
+            ("red <CAT>, house", vec![red.clone(), vec![5001, 5002, 5003], comma, house]),
+            ("red<cat>x", vec![red.clone(), vec![5004]]),
+            ("Sky<cat>", vec![vec![5000], vec![5001, 5002, 5003]]),
+            ("é sky", [tokenizer.words("é").unwrap(), vec![vec![5000]]].concat()),
+        ];
+        for (text, ids) in table {
+            assert_eq!(tokenizer.words(text).unwrap(), ids, "{text}");
+        }
+        let inside = tokenizer.words("skyline bluesky skyé").unwrap();
+        assert!(inside.concat().iter().all(|id| *id < 5000), "{inside:?}");
+        let long = tokenizer.encode(&format!("{} <cat> red", "red ".repeat(73))).unwrap();
+        assert_eq!(long.ids[74..], [5001, 5002, long.ids[76]], "a plain prompt is cut anywhere");
+        assert_eq!(long.cut.as_deref(), Some("<cat> red"));
+    }
 
     #[test]
     fn a_long_prompt_is_cut_with_its_rest_named() {

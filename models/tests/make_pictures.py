@@ -1,6 +1,6 @@
 """Writes tests/pictures/: what diffusers draws with a small model, one PNG a scheduler, and for
 some what it makes of the first picture (img2img) and of a part of it (inpaint); LoRAs of small
-random factors (loras/), and what it draws with them.
+random factors (loras/) and embeddings of random vectors (embeddings/), and what it draws with them.
 
     python make_pictures.py ../demo [--out ../../tests/pictures]
 
@@ -40,6 +40,15 @@ WITH_LORAS = {
     "lora-everywhere": {"everywhere": 0.8},
     "lora-both": {"everywhere": 0.6, "attention": -0.7},
 }
+
+
+# Embeddings: how many vectors, and how the file is written.
+EMBEDDINGS = {
+    "glow.safetensors": ("<glow-cat>", 1),
+    "ember.pt": ("ember", 3),
+    "dusk.bin": ("<dusk>", 2),
+}
+WITH_WORDS = "a <glow-cat> house by the sea,ember, <dusk>"
 
 
 def mask(size):
@@ -123,6 +132,35 @@ def with_loras(pipeline, written, out):
     pipeline.unload_lora_weights()
 
 
+def with_words(pipeline, written, out):
+    """Embeddings as diffusers and as AUTOMATIC1111 write them, and a picture with all of them."""
+    folder = out / "embeddings"
+    folder.mkdir(exist_ok=True)
+    width = pipeline.text_encoder.config.hidden_size
+    generator = torch.Generator().manual_seed(2)
+    for file, (word, count) in EMBEDDINGS.items():
+        # A view of more, as slices of training's matrices are.
+        vectors = torch.randn((count + 2, width), generator=generator)[1 : count + 1] * 0.3
+        match Path(file).suffix:
+            case ".safetensors":
+                save_file({word: vectors[0].half()}, folder / file)
+            case ".bin":
+                torch.save({word: vectors}, folder / file)
+            case ".pt":
+                parameter = torch.nn.Parameter(vectors)
+                content = {"string_to_token": {"*": 265}, "string_to_param": {"*": parameter}}
+                torch.save({**content, "name": word, "step": 1, "sd_checkpoint": None}, folder / file)
+        pipeline.load_textual_inversion(folder, weight_name=file)
+    pipeline.scheduler = scheduler_of("ddim", written)
+    image = pipeline(
+        WITH_WORDS,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator("cpu").manual_seed(SEED),
+    ).images[0]
+    image.save(out / "words.png", optimize=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="a model in diffusers' layout")
@@ -147,6 +185,7 @@ def main():
         image.save(arguments.out / f"{name}.png", optimize=True)
     from_pictures(pipeline, written, arguments.out)
     with_loras(pipeline, written, arguments.out)
+    with_words(pipeline, written, arguments.out)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,19 @@ pub(super) struct ModelArgs {
         value_parser = at_least::<0>,
     )]
     pub(super) max_lora_bytes: usize,
+    /// A folder of textual inversion embeddings (.safetensors, .pt, .bin of AUTOMATIC1111 or
+    /// diffusers), read with the model: in a prompt a file's name, or the word in it, stands for
+    /// its vectors
+    #[arg(long, env = "SD_EMBEDDINGS_DIR")]
+    pub(super) embeddings_dir: Option<PathBuf>,
+    /// Memory that embeddings may take, for each model; files beyond it are left out, with a warning
+    #[arg(
+        long,
+        env = "SD_MAX_EMBEDDING_BYTES",
+        default_value = "67108864",
+        value_parser = at_least::<0>,
+    )]
+    pub(super) max_embedding_bytes: usize,
     /// Branch, tag or commit of a model on the hub
     #[arg(long, env = "SD_REVISION", default_value = "main")]
     pub(super) revision: String,

@@ -54,6 +54,9 @@ pub(super) fn main<M: Model>(shared: Arc<Shared>, load: impl FnOnce() -> anyhow:
         %size,
         "ready"
     );
+    for (name, reason) in &info.learned.skipped {
+        warn!(name, reason, "an embedding is left out");
+    }
     engine.metrics.set(Id::LoadSeconds, &[], started.elapsed().as_secs_f64());
     engine.enter(Phase::Ready(Arc::new(info)));
     Worker::new(model, engine).run();

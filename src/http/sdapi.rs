@@ -507,9 +507,22 @@ pub(super) async fn nothing() -> Json<Value> {
     Json(json!([]))
 }
 
-/// `GET /sdapi/v1/embeddings`.
-pub(super) async fn embeddings() -> Json<Value> {
-    Json(json!({ "loaded": {}, "skipped": {} }))
+/// `GET /sdapi/v1/embeddings`: words that prompts can hold beside those of every model.
+pub(super) async fn embeddings(state: State) -> Result<Json<Value>, ApiError> {
+    let model = state.engine.model()?;
+    let item = |vectors, reason: Option<&str>| {
+        let shape = model.learned.width;
+        json!({
+            "step": null, "sd_checkpoint": null, "sd_checkpoint_name": null, "shape": shape,
+            "vectors": vectors, "reason": reason,
+        })
+    };
+    let learned = &model.learned;
+    let loaded: Map<String, Value> =
+        learned.words.iter().map(|word| (word.word.clone(), item(word.count, None))).collect();
+    let skipped: Map<String, Value> =
+        learned.skipped.iter().map(|(name, why)| (name.clone(), item(0, Some(why)))).collect();
+    Ok(Json(json!({ "loaded": loaded, "skipped": skipped })))
 }
 
 /// `GET /sdapi/v1/scripts`.

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sd_models::{
-    Defaults, Error, Extras, Memory, ModelInfo, PromptSyntax, Result, Rgb, Scheduler, Size, Spec,
+    Defaults, Error, Extras, Learned, Memory, ModelInfo, PromptSyntax, Result, Rgb, Scheduler,
+    Size, Spec,
 };
 use sd_server::api::Limits;
 use sd_server::engine::{Model, Trajectory};
@@ -82,6 +83,7 @@ impl Fake {
             multiple: 8,
             memory: Memory { scale: 8, ..Memory::default() },
             extras: Extras::default(),
+            learned: Learned::default(),
         };
         let (capacity, pace) = (usize::MAX, Duration::ZERO);
         let fake = Self { info, capacity, pace, steps: Arc::clone(&steps), permits: permitted };

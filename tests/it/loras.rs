@@ -22,7 +22,7 @@ fn body(loras: &Value) -> Value {
     })
 }
 
-fn file(data: &Value) -> Vec<u8> {
+pub(crate) fn file(data: &Value) -> Vec<u8> {
     BASE64_STANDARD.decode(data.as_str().expect("base64")).expect("base64")
 }
 
@@ -32,7 +32,7 @@ fn drawn(server: &Server, loras: &Value) -> Vec<u8> {
     file(&reply.json()["data"])
 }
 
-fn pixels(file: &[u8]) -> Vec<u8> {
+pub(crate) fn pixels(file: &[u8]) -> Vec<u8> {
     image::load_from_memory(file).expect("a picture").to_rgb8().into_raw()
 }
 

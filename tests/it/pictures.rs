@@ -92,6 +92,15 @@ fn pictures_with_loras_are_those_of_diffusers() {
 }
 
 #[test]
+fn a_picture_of_learned_words_is_that_of_diffusers() {
+    let folder = repository("tests/pictures/embeddings").display().to_string();
+    let prompt = "a <glow-cat> house by the sea,ember, <dusk>";
+    let args = [&[prompt], &REFERENCE[1..], &["f32", "--scheduler", "ddim"]].concat();
+    let ours = drawn(&[&args[..], &["--embeddings-dir", &folder]].concat());
+    println!("{}", distance(&ours, "words"));
+}
+
+#[test]
 fn a_stream_shows_the_picture_in_the_making() {
     let server = Server::ready(&[]);
     let body = serde_json::json!({

@@ -34,7 +34,7 @@ fn model(directory: PathBuf) -> Pipeline {
         device: DeviceName::Cpu,
         precision: Precision::F32,
         threads: Some(1),
-        extras: Extras { loras, max_lora_bytes: 1 << 20 },
+        extras: Extras { loras, max_lora_bytes: 1 << 20, ..Extras::default() },
     })
     .unwrap()
 }

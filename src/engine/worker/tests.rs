@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 
 use futures_util::FutureExt as _;
-use sd_models::{Defaults, Extras, Memory, PromptSyntax, Rgb, Scheduler};
+use sd_models::{Defaults, Extras, Learned, Memory, PromptSyntax, Rgb, Scheduler};
 use tokio::time::{Instant as Clock, advance};
 
 use super::*;
@@ -114,6 +114,7 @@ impl Studio {
             multiple: 8,
             memory: Memory { scale: 8, ..Memory::default() },
             extras: Extras::default(),
+            learned: Learned::default(),
         };
         engine.shared.enter(Phase::Ready(Arc::new(info.clone())));
         let (capacity, reading) = (usize::MAX, Duration::ZERO);
