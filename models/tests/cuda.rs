@@ -9,22 +9,18 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use sd_models::{
-    DeviceName, Extras, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb, Scheduler, Size,
-    Source, Spec, Trajectory,
+    DeviceName, Extras, Folder, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb, Scheduler,
+    Size, Source, Spec, Trajectory,
 };
 use serde_json::{Value, json};
 
 fn load(device: DeviceName, precision: Precision) -> Pipeline {
     let source = Source::Demo;
-    Pipeline::load(&LoadOptions {
-        source,
-        device,
-        precision,
-        threads: None,
-        vae: None,
-        extras: Extras::default(),
-    })
-    .unwrap()
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/pictures/loras");
+    let loras = Folder { directory: Some(directory), files: Vec::new(), endings: &["safetensors"] };
+    let extras = Extras { loras, max_lora_bytes: 1 << 24, ..Extras::default() };
+    Pipeline::load(&LoadOptions { source, device, precision, threads: None, vae: None, extras })
+        .unwrap()
 }
 
 /// The model on the device, or a word on why the test is skipped.
@@ -109,6 +105,31 @@ fn a_picture_does_not_depend_on_its_neighbours() {
         let (mean, max) = difference(together, &draw(&device, std::slice::from_ref(spec))[0]);
         println!("alone: mean {mean:.4}/255, max {max}/255");
         assert!(max <= 2, "mean {mean:.4}/255, max {max}/255");
+    }
+}
+
+#[test]
+fn rows_with_loras_are_those_of_the_cpu_beside_rows_without() {
+    let Some(device) = on_device(Precision::F16) else { return };
+    let cpu = load(DeviceName::Cpu, Precision::F32);
+    let with = |loras: &[(&str, f64)], spec: &Spec| Spec {
+        loras: loras.iter().map(|(name, scale)| ((*name).into(), *scale)).collect(),
+        ..spec.clone()
+    };
+    let specs = mixed();
+    let specs = [
+        with(&[("everywhere", 0.8)], &specs[0]),
+        specs[1].clone(),
+        with(&[("attention", 1.0), ("everywhere", -0.3)], &specs[2]),
+    ];
+    let together = draw(&device, &specs);
+    for ((ours, reference), spec) in together.iter().zip(draw(&cpu, &specs)).zip(&specs) {
+        let (mean, max) = difference(ours, &reference);
+        println!("LoRAs in f16: mean {mean:.4}/255, max {max}/255");
+        assert!(mean <= 1.0 && max <= 24, "mean {mean:.4}/255, max {max}/255");
+        let alone = difference(ours, &draw(&device, std::slice::from_ref(spec))[0]);
+        println!("alone: mean {:.4}/255, max {}/255", alone.0, alone.1);
+        assert!(alone.1 <= 2, "alone: {alone:?}");
     }
 }
 
