@@ -24,13 +24,17 @@ impl Mix {
 
     /// What tells mixes apart, without holding the LoRAs.
     pub(crate) fn key(&self) -> Vec<(u64, f64)> {
-        self.0.iter().map(|(lora, scale)| (lora.id(), *scale)).collect()
+        self.ids().collect()
+    }
+
+    fn ids(&self) -> impl Iterator<Item = (u64, f64)> {
+        self.0.iter().map(|(lora, scale)| (lora.id(), *scale))
     }
 }
 
 impl PartialEq for Mix {
     fn eq(&self, other: &Self) -> bool {
-        self.key() == other.key()
+        self.ids().eq(other.ids())
     }
 }
 
@@ -122,8 +126,8 @@ fn low_linear<'l>(
     name: &str,
     rows: (usize, usize),
 ) -> Result<Option<Low<'l>>> {
-    let low = |(down, up): &'l (Linear, Linear)| Ok((down.forward(&samples(x, rows)?)?, up));
-    lora.linear(name).map(low).transpose()
+    let Some((down, up)) = lora.linear(name) else { return Ok(None) };
+    Ok(Some((down.forward(&samples(x, rows)?)?, up)))
 }
 
 /// A nonlinear layer over rows with LoRAs and rows without, which go apart: what has none is
@@ -255,8 +259,8 @@ impl Adapted<Conv2d> {
         run: impl Fn(&Conv2d, &Joined) -> Result<Tensor>,
     ) -> Result<Option<Tensor>> {
         self.term(rows, |lora, name, (first, count)| {
-            let low = |(down, up)| Ok((run(down, &x.samples(first, count)?)?, up));
-            lora.conv(name).map(|(down, up)| (down, up)).map(low).transpose()
+            let Some((down, up)) = lora.conv(name) else { return Ok(None) };
+            Ok(Some((run(down, &x.samples(first, count)?)?, up)))
         })
     }
 

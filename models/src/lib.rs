@@ -8,7 +8,7 @@
 //!
 //! This crate does not know that a server exists: no runtime, no environment, no clock.
 
-pub mod adapted;
+mod adapted;
 mod checkpoint;
 pub mod config;
 pub mod demo;
@@ -34,9 +34,9 @@ pub mod unet;
 pub mod vae;
 pub mod weights;
 
+pub use adapted::Mix;
 pub use device::{DeviceName, Precision, Work};
 pub use error::{Error, Result};
-pub use lora::Lora;
 pub use ops::{keep_freed_memory, return_freed_memory};
 pub use pipeline::{Defaults, Extras, LoadOptions, Memory, ModelInfo, Pipeline, Trajectory};
 pub use shelf::Folder;

@@ -48,7 +48,7 @@ pub(crate) struct Target {
 }
 
 /// A loaded file: for each weight the down and the up projection.
-pub struct Lora {
+pub(crate) struct Lora {
     id: u64,
     linears: HashMap<String, (Linear, Linear)>,
     convs: HashMap<String, (Conv2d, Linear)>,

@@ -6,7 +6,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
 
-use crate::harness::Server;
+use crate::harness::{Server, sd_server};
 use crate::invocations::infotext;
 
 fn server() -> Server {
@@ -135,4 +135,13 @@ fn what_is_not_there_is_refused_by_field() {
     let mut plain = body(&json!(null));
     plain["prompt"] = "<lora:other:1>".into();
     assert_eq!(server.json(&plain).status, 200);
+}
+
+#[test]
+fn a_folder_that_is_not_there_is_a_mistake() {
+    for option in ["--loras-dir", "--embeddings-dir"] {
+        let done = sd_server(&["--model", "demo", option, "/nowhere"]).output().expect("it starts");
+        assert_eq!(done.status.code(), Some(64));
+        assert!(String::from_utf8_lossy(&done.stderr).contains("/nowhere is not a directory"));
+    }
 }

@@ -1,12 +1,11 @@
 //! Prompts with emphasis and of several windows, against the algorithm written out in Python.
 
-use sd_models::adapted::Mix;
 use sd_models::config::ClipTextConfig;
 use sd_models::prompt::{self, Window};
 use sd_models::text_encoder::ClipTextModel;
 use sd_models::tokenizer::ClipTokenizer;
 use sd_models::weights::Weights;
-use sd_models::{PromptSyntax, Source, Spec};
+use sd_models::{Mix, PromptSyntax, Source, Spec};
 
 use crate::start::{finish, load, spec};
 use crate::{fixture, path, read, relative_error};

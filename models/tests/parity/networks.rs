@@ -1,13 +1,12 @@
 //! Text encoders, UNets and VAEs with small random weights against transformers and diffusers.
 
 use candle_core::{DType, Device, Tensor};
-use sd_models::Source;
-use sd_models::adapted::Mix;
 use sd_models::config::{ClipTextConfig, UNetConfig, VaeConfig};
 use sd_models::text_encoder::ClipTextModel;
 use sd_models::unet::UNet2DConditionModel;
 use sd_models::vae::{Decoder, Encoder};
 use sd_models::weights::Weights;
+use sd_models::{Mix, Source};
 
 use crate::{fixture, floats, path, relative_error};
 

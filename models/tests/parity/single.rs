@@ -3,12 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
-use sd_models::adapted::Mix;
 use sd_models::config::{ClipTextConfig, UNetConfig, VaeConfig};
 use sd_models::text_encoder::ClipTextModel;
 use sd_models::unet::UNet2DConditionModel;
 use sd_models::weights::Weights;
-use sd_models::{Checkpoint, Pipeline, Source};
+use sd_models::{Checkpoint, Mix, Pipeline, Source};
 
 use crate::start::{copy, finish, inpainting_model, load, open, spec};
 use crate::{fixture, floats, path, relative_error};
