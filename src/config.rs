@@ -261,8 +261,15 @@ impl GenerateArgs {
         if let Some(missing) = directory.filter(|directory| !directory.is_dir()) {
             return Err(usage(format!("{} is not a directory", missing.display())));
         }
-        let (mut files, mut loras) = (Vec::new(), Vec::new());
+        let (mut files, mut loras): (Vec<PathBuf>, _) = (Vec::new(), Vec::new());
         for (file, name, scale) in self.lora.iter().map(|typed| lora(typed)) {
+            // A file is asked for by its name, which must mean one.
+            let other = |known: &&PathBuf| {
+                file.as_ref().is_some_and(|f| f != *known && f.file_stem() == known.file_stem())
+            };
+            if let Some(other) = files.iter().find(other) {
+                return Err(usage(format!("--lora: {} is called {name} as well", other.display())));
+            }
             files.extend(file);
             loras.push(json!({ "name": name, "scale": scale }));
         }

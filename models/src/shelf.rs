@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 pub struct Folder {
     /// All files in it that end in one of the endings, not those in directories below it.
     pub directory: Option<PathBuf>,
-    /// Further files.
+    /// Further files, which come before those of the directory.
     pub files: Vec<PathBuf>,
     /// The endings, without their dot.
     pub endings: &'static [&'static str],
@@ -28,9 +28,11 @@ impl Folder {
             self.endings.iter().any(|known| known.eq_ignore_ascii_case(ending)) && path.is_file()
         };
         let named = |path: PathBuf| Some((path.file_stem()?.to_str()?.to_owned(), path));
-        let mut files: Vec<_> =
-            entries.filter(known).chain(self.files.iter().cloned()).filter_map(named).collect();
-        files.sort();
+        let mut entries: Vec<_> = entries.filter(known).collect();
+        entries.sort();
+        let files = self.files.iter().cloned().chain(entries);
+        let mut files: Vec<_> = files.filter_map(named).collect();
+        files.sort_by(|(a, _), (b, _)| a.cmp(b));
         files.dedup_by(|later, first| later.0 == first.0);
         files
     }
@@ -115,6 +117,8 @@ mod tests {
         assert!(names.is_sorted() && names.contains(&"shelf".to_owned()));
         assert!(names.contains(&"simd".to_owned()) && !names.contains(&"gemm".to_owned()));
         assert_eq!(folder.find("shelf"), Ok(root.join("shelf.rs")));
+        let own = Folder { files: vec![root.join("ops/shelf.rs")], ..folder.clone() };
+        assert_eq!(own.find("shelf"), Ok(root.join("ops/shelf.rs")), "files come first");
         for name in ["../Cargo", "ops/conv", "conv", "shelf.rs", "", "/etc/passwd"] {
             assert!(folder.find(name).is_err_and(|reason| reason.contains("shelf")), "{name}");
         }

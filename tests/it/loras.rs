@@ -145,3 +145,17 @@ fn a_folder_that_is_not_there_is_a_mistake() {
         assert!(String::from_utf8_lossy(&done.stderr).contains("/nowhere is not a directory"));
     }
 }
+
+#[test]
+fn two_files_of_one_name_are_a_mistake() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let file =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pictures/loras/attention.safetensors");
+    let copy = folder.path().join("attention.safetensors");
+    std::fs::copy(&file, &copy).expect("copied");
+    let [file, copy] = [&file, &copy].map(|path| path.to_str().expect("UTF-8"));
+    let args = ["generate", "x", "--model", "demo", "--lora", file, "--lora", copy];
+    let done = sd_server(&args).output().expect("it starts");
+    assert_eq!(done.status.code(), Some(64));
+    assert!(String::from_utf8_lossy(&done.stderr).contains("is called attention as well"));
+}
