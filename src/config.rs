@@ -12,17 +12,20 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use clap::error::ErrorKind;
 use clap::{CommandFactory as _, FromArgMatches as _};
-use sd_models::{DeviceName, Extras, Folder, MAX_STEPS, Precision};
+use sd_models::{Checking, DeviceName, Extras, Folder, MAX_STEPS, Precision};
 use serde_json::{Value, json};
 
 use crate::api::Limits;
 use crate::bench::{Load, Plan};
+use crate::engine::Safety;
 use crate::hub::{Download, Hub, is_checkpoint};
 use crate::image::Format;
 use crate::package::{Layout, Package};
 use crate::telemetry::LogFormat;
 use crate::{engine, http, models};
-use args::{Args, BenchArgs, Command, GenerateArgs, ModelArgs, PackageArgs, ServeArgs};
+use args::{
+    Args, BenchArgs, Command, GenerateArgs, ModelArgs, PackageArgs, SafetyChecker, ServeArgs,
+};
 
 /// The model when nothing else is said.
 const DEFAULT_MODEL: &str = "CompVis/stable-diffusion-v1-4";
@@ -113,6 +116,10 @@ pub struct Model {
     pub device: DeviceName,
     /// The numbers it computes in.
     pub precision: Precision,
+    /// Whether its safety checker is loaded.
+    pub checking: Checking,
+    /// What becomes of what that objects to.
+    pub safety: Safety,
     /// CPU threads; all cores when absent.
     pub threads: Option<usize>,
     /// What requests can add to it by name.
@@ -156,11 +163,13 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
         Command::Download(args) => {
             let half = wants_half(args.device, args.dtype);
             let (id, revision) = (args.model, args.revision);
-            Action::Download(Box::new(Download { hub: hub()?, id, revision, half }))
+            let (checking, _) = safety(args.safety_checker);
+            Action::Download(Box::new(Download { hub: hub()?, id, revision, half, checking }))
         }
         Command::Package(args) => Action::Package(Box::new(args.resolve()?)),
         Command::Bench(args) if args.verify => {
-            Action::Verify { model: Box::new(args.model.resolve()?), json: args.json }
+            let model = Model { checking: Checking::Never, ..args.model.resolve()? };
+            Action::Verify { model: Box::new(model), json: args.json }
         }
         Command::Bench(args) => Action::Bench(Box::new(args.resolve()?)),
         Command::Healthcheck(args) => {
@@ -204,6 +213,8 @@ impl ServeArgs {
     fn resolve(self) -> Result<Serve, clap::Error> {
         let Self { network, limits, models, .. } = self;
         let drain_timeout = Duration::from_millis(network.drain_timeout_ms as u64);
+        let preload = self.model.model.is_some();
+        let model = self.model.resolve()?;
         Ok(Serve {
             port: port(network.port)?,
             host: network.host,
@@ -235,10 +246,10 @@ impl ServeArgs {
                 max_queue: limits.max_queue,
                 max_batch_rows: limits.max_batch_rows,
                 memory_budget_bytes: limits.memory_budget_bytes.map(|bytes| bytes as u64),
+                safety: model.safety,
             },
             drain_timeout,
-            preload: self.model.model.is_some()
-                || !(models.multi_model || models.models_dir.is_some()),
+            preload: preload || !(models.multi_model || models.models_dir.is_some()),
             models: models::Settings {
                 max_models: models.max_models,
                 memory_bytes: models.models_memory_bytes.map(|bytes| bytes as u64),
@@ -246,7 +257,7 @@ impl ServeArgs {
                 multi_model: models.multi_model,
                 patience: drain_timeout,
             },
-            model: self.model.resolve()?,
+            model,
         })
     }
 }
@@ -308,8 +319,11 @@ impl PackageArgs {
         if let Some(url) = self.upload.as_ref().filter(|url| !url.starts_with("s3://")) {
             return Err(usage(format!("--upload {url}: must start with s3://")));
         }
+        let (checking, safety) = safety(self.safety_checker);
         Ok(Package {
             model: Model {
+                checking,
+                safety,
                 vae: None,
                 place: place(Some(self.model), self.revision)?,
                 device: DeviceName::Cpu,
@@ -347,7 +361,10 @@ impl BenchArgs {
 
 impl ModelArgs {
     fn resolve(self) -> Result<Model, clap::Error> {
+        let (checking, safety) = safety(self.safety_checker);
         Ok(Model {
+            checking,
+            safety,
             place: place(self.model, self.revision)?,
             vae: self.vae.map(existing).transpose()?,
             device: self.device,
@@ -385,6 +402,18 @@ impl Model {
     /// Whether f16 files will do.
     pub fn half(&self) -> bool {
         wants_half(self.device, self.precision)
+    }
+}
+
+/// Whether a checker is loaded and what becomes of what it objects to. It errs on some harmless
+/// pictures: blurring them keeps the rest of a request, and every dialect has a place for a picture.
+fn safety(typed: Option<SafetyChecker>) -> (Checking, Safety) {
+    match typed {
+        None => (Checking::IfThere, Safety::Blur),
+        Some(SafetyChecker::Off) => (Checking::Never, Safety::Flag),
+        Some(SafetyChecker::Flag) => (Checking::Required, Safety::Flag),
+        Some(SafetyChecker::Blur) => (Checking::Required, Safety::Blur),
+        Some(SafetyChecker::Block) => (Checking::Required, Safety::Block),
     }
 }
 

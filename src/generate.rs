@@ -34,6 +34,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
         max_batch_rows: MAX_BATCH_ROWS,
         // The user's own machine again: only the device says no.
         memory_budget_bytes: Some(u64::MAX),
+        safety: config.model.safety,
     };
     let spinner = ProgressBar::new_spinner().with_message("loading the model");
     spinner.enable_steady_tick(Duration::from_millis(100));

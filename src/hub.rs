@@ -8,7 +8,8 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use hf_hub::api::tokio::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 use indicatif::{ProgressBar, ProgressStyle};
-use sd_models::{Checkpoint, LoadOptions, Source};
+use sd_models::config::check_pipeline;
+use sd_models::{Checking, Checkpoint, LoadOptions, Source};
 use tokio::time::timeout;
 use tracing::info;
 
@@ -24,13 +25,21 @@ const NETWORKS: [(&str, &str); 3] = [
     ("vae", "diffusion_pytorch_model"),
 ];
 
+/// The safety checker, which some models have besides.
+const CHECKER: (&str, &str) = ("safety_checker", "model");
+
 /// Where CLIP's vocabulary is, which single-file checkpoints lack.
 const VOCABULARY: &str = "openai/clip-vit-large-patch14";
 const VOCABULARY_FILES: [&str; 2] = ["vocab.json", "merges.txt"];
 
+/// What the safety checker is shown of a picture.
+const PREPROCESSOR: &str = "feature_extractor/preprocessor_config.json";
+
 /// The other files that the pipeline reads if they exist.
-const SMALL_FILES: [&str; 10] = [
+const SMALL_FILES: [&str; 12] = [
+    PREPROCESSOR,
     "model_index.json",
+    "safety_checker/config.json",
     "scheduler/scheduler_config.json",
     "text_encoder/config.json",
     "tokenizer/merges.txt",
@@ -66,17 +75,19 @@ pub struct Download {
     pub revision: String,
     /// Whether f16 weights are preferred.
     pub half: bool,
+    /// Whether the safety checker comes along.
+    pub checking: Checking,
 }
 
 /// Finds the files of the configured model, fetching them if need be. Not for async threads.
 pub(crate) fn locate(model: Model) -> Result<LoadOptions> {
-    let half = model.half();
+    let (half, checking) = (model.half(), model.checking);
     let source = match model.place {
         Place::Demo => Source::Demo,
         Place::Directory(path) => within(path, &model.hub)?,
         Place::Checkpoint(file) => checkpoint(file, &model.hub)?,
         Place::Hub { id, revision } => {
-            let download = Download { hub: model.hub, id, revision, half };
+            let download = Download { hub: model.hub, id, revision, half, checking };
             let cached = download.cached();
             Source::Directory(match cached {
                 Some(path) => path,
@@ -89,7 +100,7 @@ pub(crate) fn locate(model: Model) -> Result<LoadOptions> {
         false => Source::Checkpoint(Checkpoint { file: path, vocabulary: None }),
     });
     let Model { device, precision, threads, extras, .. } = model;
-    Ok(LoadOptions { source, vae, device, precision, threads, extras })
+    Ok(LoadOptions { source, vae, device, precision, checking, threads, extras })
 }
 
 /// CLIP's vocabulary for a checkpoint that has none beside it, from the cache or the hub.
@@ -101,7 +112,8 @@ fn vocabulary(file: &Path, hub: &Hub) -> Result<Option<PathBuf>> {
     let cached = || VOCABULARY_FILES.iter().map(|name| cache.get(name)).collect::<Option<Vec<_>>>();
     if cached().is_none() {
         let (hub, id, revision) = (hub.clone(), VOCABULARY.to_owned(), "main".to_owned());
-        let download = Download { hub, id, revision, half: false };
+        let (half, checking) = (false, Checking::Never);
+        let download = Download { hub, id, revision, half, checking };
         download.run_for(&VOCABULARY_FILES).with_context(|| {
             format!(
                 "{} holds no vocabulary: put tokenizer/vocab.json and tokenizer/merges.txt beside it",
@@ -185,7 +197,7 @@ impl Download {
         let cache = Cache::new(self.hub.cache.clone()).repo(self.repo());
         let by_ref = cache.get("model_index.json").and_then(|path| Some(path.parent()?.into()));
         let path: PathBuf = by_ref.unwrap_or_else(|| cache.pointer_path(&self.revision));
-        is_complete(&path).then_some(path)
+        is_complete(&path, self.checking).then_some(path)
     }
 
     /// Brings what is missing into the cache. An interrupted file goes on where it stopped.
@@ -200,7 +212,7 @@ impl Download {
             .and_then(|listing| listing.map_err(|error| self.explain(error)))
             .with_context(|| format!("cannot fetch {name}"))?;
         let files: Vec<String> = listing.siblings.into_iter().map(|file| file.rfilename).collect();
-        let files = needed(&files, self.half).with_context(|| name.clone())?;
+        let files = needed(&files, self.half, self.checking).with_context(|| name.clone())?;
 
         let present = Cache::new(self.hub.cache.clone()).repo(self.repo());
         let snapshot = present.pointer_path(&listing.sha);
@@ -276,18 +288,23 @@ impl hf_hub::api::tokio::Progress for Meter {
 }
 
 /// A cache can hold half a model: a download may have been interrupted.
-fn is_complete(model: &Path) -> bool {
+fn is_complete(model: &Path, checking: Checking) -> bool {
     let weights = |folder: &str| -> Option<bool> {
         let names = model.join(folder).read_dir().ok()?;
         let names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
         let names: Vec<String> = names.filter(|name| name.ends_with(".safetensors")).collect();
         Some(!names.is_empty() && names.iter().all(|name| has_all_shards(name, &names)))
     };
+    let network = |folder: &str| {
+        model.join(folder).join("config.json").is_file() && weights(folder) == Some(true)
+    };
+    // What is wrong with an index is said when it is loaded.
+    let named = || check_pipeline(&Source::Directory(model.into())).unwrap_or(false);
+    let checked = checking != Checking::Never && named();
     model.join("model_index.json").is_file()
         && model.join("scheduler/scheduler_config.json").is_file()
-        && NETWORKS.iter().all(|(folder, _)| {
-            model.join(folder).join("config.json").is_file() && weights(folder) == Some(true)
-        })
+        && NETWORKS.iter().all(|(folder, _)| network(folder))
+        && (!checked || network(CHECKER.0) && model.join(PREPROCESSOR).is_file())
 }
 
 /// `x-00001-of-00003.safetensors` is one of three.
@@ -301,12 +318,15 @@ fn has_all_shards(name: &str, names: &[String]) -> bool {
 }
 
 /// The files to fetch out of those that a repository has: safetensors only, one variant each.
-pub(crate) fn needed(files: &[String], half: bool) -> Result<Vec<String>> {
+pub(crate) fn needed(files: &[String], half: bool, checking: Checking) -> Result<Vec<String>> {
     let has = |name: &str| files.iter().any(|file| file == name);
     ensure!(has("model_index.json"), "not a diffusers model: it has no model_index.json");
     let mut needed: Vec<String> = SMALL_FILES.map(String::from).into();
-    needed.retain(|file| has(file));
-    for (folder, stem) in NETWORKS {
+    let checked = checking != Checking::Never && has("safety_checker/config.json");
+    needed.retain(|file| {
+        has(file) && (checked || !file.starts_with(CHECKER.0) && file != PREPROCESSOR)
+    });
+    for (folder, stem) in NETWORKS.into_iter().chain(checked.then_some(CHECKER)) {
         let plain = ["safetensors", "safetensors.index.json"].map(|end| format!("{stem}.{end}"));
         let variant = ["fp16.safetensors", "safetensors.index.fp16.json"];
         let variant = variant.map(|end| format!("{stem}.{end}"));
@@ -327,7 +347,12 @@ pub(crate) fn needed(files: &[String], half: bool) -> Result<Vec<String>> {
             .iter()
             .map(of)
             .find(|found| found.iter().any(|file| file.ends_with(".safetensors")));
-        needed.extend(weights.with_context(|| format!("{folder} has no safetensors weights"))?);
+        let advice = match (folder, stem) == CHECKER {
+            true => "; --safety-checker off goes without",
+            false => "",
+        };
+        let none = || format!("{folder} has no safetensors weights{advice}");
+        needed.extend(weights.with_context(none)?);
     }
     Ok(needed)
 }
@@ -344,7 +369,8 @@ mod tests {
     fn one_variant_of_safe_weights_is_needed() {
         let files = listing(
             "README.md model_index.json v1-5-pruned.ckpt v1-5-pruned.safetensors
-             safety_checker/model.safetensors scheduler/scheduler_config.json
+             safety_checker/config.json safety_checker/model.safetensors
+             feature_extractor/preprocessor_config.json scheduler/scheduler_config.json
              text_encoder/config.json text_encoder/model.safetensors
              text_encoder/model.fp16.safetensors text_encoder/pytorch_model.bin
              tokenizer/vocab.json tokenizer/merges.txt unet/config.json
@@ -353,14 +379,21 @@ mod tests {
              unet/diffusion_pytorch_model.non_ema.safetensors
              vae/config.json vae/diffusion_pytorch_model.safetensors",
         );
-        let full = needed(&files, false).expect("complete");
+        let full = needed(&files, false, Checking::Never).expect("complete");
         assert!(full.contains(&"unet/diffusion_pytorch_model.safetensors".into()));
         assert_eq!(full.iter().filter(|f| f.ends_with(".safetensors")).count(), 3);
         assert!(!full.iter().any(|f| f.ends_with(".bin") || f.contains("safety")));
-        let half = needed(&files, true).expect("complete");
+        assert!(!full.contains(&PREPROCESSOR.into()));
+        let half = needed(&files, true, Checking::IfThere).expect("complete");
         assert!(half.contains(&"unet/diffusion_pytorch_model.fp16.safetensors".into()));
         assert!(half.contains(&"vae/diffusion_pytorch_model.safetensors".into()));
-        assert_eq!(half.iter().filter(|f| f.ends_with(".safetensors")).count(), 3);
+        assert!(half.contains(&"safety_checker/model.safetensors".into()));
+        assert!(half.contains(&PREPROCESSOR.into()));
+        assert_eq!(half.iter().filter(|f| f.ends_with(".safetensors")).count(), 4);
+        let pickled: Vec<String> =
+            files.into_iter().filter(|file| file != "safety_checker/model.safetensors").collect();
+        let error = needed(&pickled, true, Checking::IfThere).expect_err("a checker by name only");
+        assert!(error.to_string().contains("--safety-checker off"), "{error}");
     }
 
     #[test]
@@ -371,9 +404,9 @@ mod tests {
              unet/diffusion_pytorch_model-00002-of-00002.safetensors
              unet/diffusion_pytorch_model.safetensors.index.json",
         );
-        let unet = needed(&files, true).expect("complete");
+        let unet = needed(&files, true, Checking::IfThere).expect("complete");
         assert_eq!(unet.iter().filter(|f| f.starts_with("unet/")).count(), 3);
-        assert!(needed(&files[..2], false).is_err());
+        assert!(needed(&files[..2], false, Checking::IfThere).is_err());
         let names: Vec<String> =
             files.iter().filter_map(|f| f.strip_prefix("unet/")).map(Into::into).collect();
         assert!(has_all_shards(&names[0], &names));

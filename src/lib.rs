@@ -114,8 +114,8 @@ impl Files {
 impl Library for Files {
     fn weigh(&self, path: &Path) -> Result<u64> {
         let model = self.at(path);
-        let (half, bytes) = (model.half(), model.weight_bytes());
-        Ok(sd_models::parameters(&hub::locate(model)?.source, half)? * bytes)
+        let (half, bytes, checking) = (model.half(), model.weight_bytes(), model.checking);
+        Ok(sd_models::parameters(&hub::locate(model)?.source, half, checking)? * bytes)
     }
 
     fn start(&self, path: &Path) -> io::Result<Engine> {

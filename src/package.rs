@@ -41,12 +41,12 @@ pub enum Layout {
 impl Package {
     /// Makes the package, tells where it is.
     pub(crate) fn run(self) -> Result<PathBuf> {
-        let half = self.model.half();
+        let (half, checking) = (self.model.half(), self.model.checking);
         ensure!(self.model.place != Place::Demo, "the built-in model needs no package");
         let Source::Directory(root) = hub::locate(self.model)?.source else {
             bail!("only a model in the diffusers layout can be packaged");
         };
-        let files = hub::needed(&listing(&root)?, half)
+        let files = hub::needed(&listing(&root)?, half, checking)
             .with_context(|| format!("cannot package {}", root.display()))?;
         let bar = bar(&root, &files)?;
         let cannot_write = || format!("cannot write {}", self.output.display());

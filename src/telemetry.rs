@@ -45,6 +45,7 @@ pub enum Id {
     PictureSeconds,
     StepRows,
     BatchShrinks,
+    Verdicts,
     Ready,
     LoadSeconds,
     Jobs,
@@ -75,7 +76,7 @@ const ROWS: Kind = Kind::Histogram(&[1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 
 pub const GPUS: [&str; 8] = ["0", "1", "2", "3", "4", "5", "6", "7"];
 
 /// Every metric. Those of a GPU are there when its driver is.
-pub const TABLE: [Metric; 23] = {
+pub const TABLE: [Metric; 24] = {
     use Id::*;
     use Kind::{Counter, Gauge};
     const fn row(
@@ -130,7 +131,7 @@ pub const TABLE: [Metric; 23] = {
             "sd_stage_seconds",
             SHORT,
             &["stage"],
-            "One text encoding with its noise, one step of a batch, one decoding, one file.",
+            "One text encoding with its noise, step of a batch, decoding, safety check or file.",
         ),
         row(
             PictureSeconds,
@@ -152,6 +153,13 @@ pub const TABLE: [Metric; 23] = {
             Counter,
             &[],
             "Steps tried again with fewer rows because the device had no memory for all.",
+        ),
+        row(
+            Verdicts,
+            "sd_safety_verdicts_total",
+            Counter,
+            &["verdict"],
+            "Pictures that the safety checker judged: pass, or what became of them.",
         ),
         row(Ready, "sd_ready", Gauge, &[], "1 when pictures can be drawn."),
         row(

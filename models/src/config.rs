@@ -19,11 +19,27 @@ pub struct Keys {
 impl Keys {
     /// Reads a file of the model.
     pub fn read(source: &Source, file: &str) -> Result<Self> {
-        match serde_json::from_slice(&source.require(file)?) {
-            Ok(Value::Object(map)) => Ok(Self { file: file.to_owned(), map }),
-            Ok(_) => Err(Error::config(file, "not a JSON object")),
-            Err(error) => Err(Error::config(file, format!("not JSON: {error}"))),
+        let value = serde_json::from_slice(&source.require(file)?)
+            .map_err(|error| Error::config(file, format!("not JSON: {error}")))?;
+        Self::new(file, value)
+    }
+
+    pub(crate) fn new(file: impl Into<String>, value: Value) -> Result<Self> {
+        match value {
+            Value::Object(map) => Ok(Self { file: file.into(), map }),
+            _ => Err(Error::config(file, "not a JSON object")),
         }
+    }
+
+    /// The keys of an object inside; none where it is absent or null.
+    pub(crate) fn nested(&mut self, key: &str) -> Result<Self> {
+        let file = format!("{}: {key}", self.file);
+        Self::new(file, Value::Object(self.take(key, Map::new())?))
+    }
+
+    /// Puts the keys of another object in place of these.
+    pub(crate) fn overlay(&mut self, other: Self) {
+        self.map.extend(other.map);
     }
 
     /// The value of a key; `default` where the key is absent or null.
@@ -67,7 +83,7 @@ impl Keys {
         }
     }
 
-    fn invalid(&self, key: &str, reason: impl std::fmt::Display) -> Error {
+    pub(crate) fn invalid(&self, key: &str, reason: impl std::fmt::Display) -> Error {
         Error::config(&self.file, format!("{key}: {reason}"))
     }
 }
@@ -319,9 +335,8 @@ impl VaeConfig {
     }
 }
 
-/// How the text encoder was made and trained, and what old files carry of the settings for
-/// generating text.
-const IDLE_TEXT_KEYS: [&str; 34] = [
+/// How CLIP was made and trained, and what old files carry of the settings for generating text.
+pub(crate) const IDLE_TEXT_KEYS: [&str; 34] = [
     "architectures",
     "attention_dropout",
     "bos_token_id",
@@ -410,12 +425,22 @@ impl ClipTextConfig {
     }
 }
 
-/// Refuses a `model_index.json` of a pipeline that is not Stable Diffusion 1.x or 2.x.
-pub fn check_pipeline(source: &Source) -> Result<()> {
+/// Refuses a `model_index.json` of a pipeline that is not Stable Diffusion 1.x or 2.x. Returns
+/// whether the pipeline has a safety checker.
+pub fn check_pipeline(source: &Source) -> Result<bool> {
     let mut keys = Keys::read(source, "model_index.json")?;
     // What a pipeline does with a picture is the request's choice here; the networks are the same.
     let classes = ["", "Img2Img", "Inpaint"].map(|c| json!(format!("StableDiffusion{c}Pipeline")));
-    keys.only("_class_name", &classes)
+    keys.only("_class_name", &classes)?;
+    // Null, or a library and its class.
+    let checker: [Option<String>; 2] = keys.take("safety_checker", [None, None])?;
+    match checker[1].as_deref() {
+        None => Ok(false),
+        Some("StableDiffusionSafetyChecker") => Ok(true),
+        Some(other) => {
+            Err(keys.invalid("safety_checker", format!("the class {other} is not supported")))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -446,6 +471,6 @@ mod tests {
         assert_eq!(unet.heads, [4, 4, 4]);
         assert_eq!(VaeConfig::read(&Source::Demo).unwrap().scale(), 8);
         assert_eq!(ClipTextConfig::read(&Source::Demo).unwrap().hidden_size, 128);
-        check_pipeline(&Source::Demo).unwrap();
+        assert!(!check_pipeline(&Source::Demo).unwrap());
     }
 }

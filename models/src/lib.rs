@@ -4,7 +4,8 @@
 //! [`tokenizer`], [`text_encoder`]) and draws the noise ([`noise`]), over a picture where there is
 //! one to begin with; the [`Trajectory`] that comes out is taken step by step through
 //! [`Pipeline::step`] (the [`unet`] for many trajectories at once, then each one's [`denoiser`] and
-//! [`sampler`]) and ends in [`Pipeline::decode`] (the [`vae`]).
+//! [`sampler`]) and ends in [`Pipeline::decode`] (the [`vae`]), and where the model brings a checker
+//! in [`Pipeline::judge`] ([`safety`]).
 //!
 //! This crate does not know that a server exists: no runtime, no environment, no clock.
 
@@ -22,6 +23,7 @@ mod pickle;
 pub mod pipeline;
 mod preview;
 pub mod prompt;
+pub mod safety;
 pub mod sampler;
 pub mod schedule;
 mod shelf;
@@ -38,7 +40,9 @@ pub use adapted::Mix;
 pub use device::{DeviceName, Precision, Work};
 pub use error::{Error, Result};
 pub use ops::{keep_freed_memory, return_freed_memory};
-pub use pipeline::{Defaults, Extras, LoadOptions, Memory, ModelInfo, Pipeline, Trajectory};
+pub use pipeline::{
+    Checking, Defaults, Extras, LoadOptions, Memory, ModelInfo, Pipeline, Trajectory,
+};
 pub use shelf::Folder;
 pub use spec::{Loras, MAX_STEPS, PromptSyntax, Rgb, Scheduler, Size, Spec, Start};
 pub use textual_inversion::{Learned, LearnedWord};

@@ -20,6 +20,7 @@ use crate::noise::Noise;
 use crate::ops::{device_name, device_work, free_device_bytes, keep_freed_memory};
 use crate::preview::Preview;
 use crate::prompt;
+use crate::safety::SafetyChecker;
 use crate::sampler::Sampler;
 use crate::schedule::SchedulerConfig;
 use crate::shelf::{Folder, Shelf};
@@ -43,6 +44,8 @@ pub struct LoadOptions {
     pub device: DeviceName,
     /// In which numbers.
     pub precision: Precision,
+    /// Whether a safety checker is loaded with it.
+    pub checking: Checking,
     /// Threads of the CPU's kernels; all processors if `None`. Only the first model loaded in a
     /// process sets it.
     pub threads: Option<usize>,
@@ -61,6 +64,31 @@ pub struct Extras {
     pub embeddings: Folder,
     /// What their vectors may take; files beyond it are left out.
     pub max_embedding_bytes: u64,
+}
+
+/// Whether a safety checker is loaded with a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Checking {
+    /// None, even if the model has one.
+    Never,
+    /// If the model has one.
+    IfThere,
+    /// A model that has none is refused.
+    Required,
+}
+
+impl Checking {
+    /// Whether the checker of a model is to be loaded.
+    fn decide(self, there: bool) -> Result<bool> {
+        match self {
+            Self::Required if !there => {
+                let reason = "safety_checker: none is named, but one is required";
+                Err(Error::config("model_index.json", reason))
+            }
+            Self::Never => Ok(false),
+            Self::IfThere | Self::Required => Ok(there),
+        }
+    }
 }
 
 /// What a request that leaves things out gets.
@@ -89,6 +117,8 @@ pub struct ModelInfo {
     pub defaults: Defaults,
     /// Sides must be multiples of this many pixels.
     pub multiple: usize,
+    /// Whether a safety checker looks at its pictures.
+    pub checked: bool,
     /// What a picture takes while it is drawn.
     pub memory: Memory,
     /// What requests can add to it.
@@ -254,6 +284,7 @@ pub struct Pipeline {
     /// fail when it starts rather than at the first request that needs it.
     encoder: Encoder,
     decoder: Decoder,
+    safety_checker: Option<SafetyChecker>,
     scheduler: SchedulerConfig,
     /// Fitted when it is first asked for.
     preview: OnceLock<Preview>,
@@ -290,7 +321,7 @@ impl Pipeline {
         let source = &options.source;
         let device = options.device.open()?;
         let dtype = options.precision.resolve(&device)?;
-        config::check_pipeline(source)?;
+        let has_checker = config::check_pipeline(source)?;
         let half = dtype == DType::F16;
         let open = |folder, stem| Weights::open(source, folder, stem, half);
         let weights = open("text_encoder", "model")?;
@@ -309,11 +340,10 @@ impl Pipeline {
         let decoder = Decoder::load(vae, &weights, &device, dtype)?;
         let memory = Memory::of(unet.config(), decoder.config(), &device, dtype);
         agree(&text_encoder, &unet, &decoder)?;
-        let scheduler = source.require("scheduler/scheduler_config.json")?;
-        let mut scheduler = SchedulerConfig::from_json(&String::from_utf8_lossy(&scheduler))?;
-        // What diffusers' StableDiffusionPipeline sets whatever the scheduler's class says.
-        scheduler.steps_offset.get_or_insert(1);
-        scheduler.clip_sample.get_or_insert(false);
+        let checked = options.checking.decide(has_checker)?;
+        let safety_checker =
+            checked.then(|| SafetyChecker::load(source, half, &device, dtype)).transpose()?;
+        let scheduler = read_scheduler(source)?;
         let scale = decoder.config().scale();
         let side = unet.config().sample_size * scale;
         let size = Size::new(side, side).ok_or_else(|| {
@@ -334,6 +364,7 @@ impl Pipeline {
             precision: dtype.as_str().into(),
             defaults,
             multiple: scale.max(8),
+            checked,
             memory,
             extras: options.extras.clone(),
             learned,
@@ -346,6 +377,7 @@ impl Pipeline {
             unet,
             encoder,
             decoder,
+            safety_checker,
             scheduler,
             preview: OnceLock::new(),
             loras: Shelf::new(loras, max_lora_bytes),
@@ -581,6 +613,22 @@ impl Pipeline {
         let byte = |v: f32| ((v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
         Ok(Rgb { width, height, data: values.into_iter().map(byte).collect() })
     }
+
+    /// Whether a picture should not be shown; `None` where there is no safety checker to say so.
+    pub fn judge(&self, picture: &Rgb) -> Result<Option<bool>> {
+        let checker = self.safety_checker.as_ref();
+        checker.map(|checker| Ok(checker.judge(picture)?.nsfw())).transpose()
+    }
+}
+
+/// The noise levels that the model was trained on.
+fn read_scheduler(source: &Source) -> Result<SchedulerConfig> {
+    let file = source.require("scheduler/scheduler_config.json")?;
+    let mut scheduler = SchedulerConfig::from_json(&String::from_utf8_lossy(&file))?;
+    // What diffusers' StableDiffusionPipeline sets whatever the scheduler's class says.
+    scheduler.steps_offset.get_or_insert(1);
+    scheduler.clip_sample.get_or_insert(false);
+    Ok(scheduler)
 }
 
 /// Tokenizer and text encoder, and the words that they have learned since.
@@ -652,6 +700,7 @@ mod tests {
             vae: None,
             device,
             precision: Precision::F32,
+            checking: Checking::Never,
             threads: None,
             extras: Extras::default(),
         };
@@ -685,6 +734,7 @@ mod tests {
             vae: None,
             device,
             precision: Precision::F32,
+            checking: Checking::Never,
             threads: None,
             extras: Extras::default(),
         };

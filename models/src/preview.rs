@@ -156,7 +156,7 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 mod tests {
     use super::*;
     use crate::device::{DeviceName, Precision};
-    use crate::pipeline::{Extras, LoadOptions, Pipeline};
+    use crate::pipeline::{Checking, Extras, LoadOptions, Pipeline};
     use crate::spec::{Scheduler, Size, Spec};
     use crate::weights::Source;
 
@@ -189,6 +189,7 @@ mod tests {
             vae: None,
             device,
             precision: Precision::F32,
+            checking: Checking::Never,
             threads: None,
             extras: Extras::default(),
         };

@@ -19,11 +19,11 @@ use memmap2::UncheckedAdvice;
 use safetensors::{Dtype, SafeTensors};
 
 use crate::checkpoint::{Outline, Renamed};
-use crate::demo;
 use crate::error::{Error, Result};
 use crate::lora::{Site, Sites};
 use crate::ops::{Conv2d, Geglu, Geometry, GroupNorm, LayerNorm, Linear, Numbers, Weight};
-use crate::pickle;
+use crate::pipeline::Checking;
+use crate::{config, demo, pickle, safety};
 
 /// Where a model's files come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -168,12 +168,15 @@ struct Entry {
 }
 
 /// How many numbers the networks of a model hold, by the headers of its files.
-pub fn parameters(source: &Source, half: bool) -> Result<u64> {
-    let networks = [
+pub fn parameters(source: &Source, half: bool, checking: Checking) -> Result<u64> {
+    let mut networks = vec![
         ("text_encoder", "model"),
         ("unet", "diffusion_pytorch_model"),
         ("vae", "diffusion_pytorch_model"),
     ];
+    if checking != Checking::Never && config::check_pipeline(source)? {
+        networks.push((safety::FOLDER, "model"));
+    }
     networks.into_iter().try_fold(0, |sum, (folder, stem)| {
         let weights = Weights::open(source, folder, stem, half)?;
         let numbers = weights.entries.values().map(|e| e.shape.iter().product::<usize>() as u64);
@@ -197,7 +200,10 @@ impl Weights {
     /// Opens `folder`'s safetensors: `stem.safetensors`, its `.fp16` variant, or shards named by
     /// an index. The variant comes first if `half` says that f16 is enough.
     pub fn open(source: &Source, folder: &str, stem: &str, half: bool) -> Result<Self> {
-        if let Source::Checkpoint(checkpoint) = source {
+        // A safety checker is in no single file, but it may lie beside one.
+        if let Source::Checkpoint(checkpoint) = source
+            && folder != safety::FOLDER
+        {
             let whole = Self::whole(&checkpoint.file)?;
             let rename = whole.outline().renamer(folder);
             return Ok(whole.renamed(rename));

@@ -9,8 +9,8 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use sd_models::{
-    DeviceName, Extras, Folder, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb, Scheduler,
-    Size, Source, Spec, Trajectory,
+    Checking, DeviceName, Extras, Folder, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb,
+    Scheduler, Size, Source, Spec, Trajectory,
 };
 use serde_json::{Value, json};
 
@@ -19,8 +19,16 @@ fn load(device: DeviceName, precision: Precision) -> Pipeline {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/pictures/loras");
     let loras = Folder { directory: Some(directory), files: Vec::new(), endings: &["safetensors"] };
     let extras = Extras { loras, max_lora_bytes: 1 << 24, ..Extras::default() };
-    Pipeline::load(&LoadOptions { source, device, precision, threads: None, vae: None, extras })
-        .unwrap()
+    Pipeline::load(&LoadOptions {
+        source,
+        device,
+        precision,
+        checking: Checking::Never,
+        threads: None,
+        vae: None,
+        extras,
+    })
+    .unwrap()
 }
 
 /// The model on the device, or a word on why the test is skipped.
@@ -181,6 +189,7 @@ fn full_size_picture() {
         source,
         device,
         precision,
+        checking: Checking::Never,
         threads: None,
         vae: None,
         extras: Extras::default(),

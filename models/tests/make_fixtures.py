@@ -1,7 +1,7 @@
 """Writes tests/fixtures/: what diffusers and transformers compute, for tests/parity.rs.
 
     python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers tokenizer text unet vae
-        start emphasis single]
+        start emphasis single safety]
 
 The committed files were made with torch 2.15.0, diffusers 0.42.1 and transformers 5.23.0 on a
 CPU. Everything is seeded: the same versions write the same numbers.
@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import shutil
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -18,7 +19,10 @@ import diffusers
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from transformers import (
+    CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer,
+)
 
 HERE = Path(__file__).parent / "fixtures"
 
@@ -687,6 +691,81 @@ def single(_):
     tensors = {key: x for key, x in tensors.items() if not key.startswith("first_stage_model.")}
     save(tensors, root / "v2.safetensors")
 
+# Safety checker ------------------------------------------------------------------------------
+
+# Width, height and a number that makes the pictures different; `safety.rs` paints the same ones.
+PAINTED = [(64, 64, 0), (40, 72, 1), (512, 384, 2), (24, 24, 3), (16, 30, 4), (129, 65, 5)]
+
+
+def painted(width, height, k):
+    """A picture of large shapes and fine grain, in whole numbers only."""
+    x, y = torch.arange(width)[None, :, None], torch.arange(height)[:, None, None]
+    channel = torch.arange(3)[None, None, :]
+    shapes = 255 * x * (k % 3) // width + 255 * y * (2 - k % 3) // height + 85 * channel * k
+    grain = (x * x * 3 + x * y * 7 + y * y * 5 + 11 * channel) % (1 + 40 * k)
+    return ((shapes + grain) % 256).to(torch.uint8)
+
+
+# What each picture stands for: the concepts and the cares that are made of its embedding, and how
+# far above their thresholds it comes. The first passes, the second is bad, the third is bad for its
+# care alone, the fourth is cared for and passes, the fifth is above by less than counts.
+CONCEPTS = {1: 0.02, 2: -0.006, 4: 0.0003}
+CARES = {2: 0.015, 3: 0.015}
+
+
+def stand_for(leads, embeds, weights, embeddings):
+    """Makes the first embeds of those of pictures, and thresholds that only these pictures pass."""
+    normal = torch.nn.functional.normalize
+    for k, i in enumerate(leads):
+        embeds[k] = 3 * embeddings[i] + 0.1 * embeddings.norm() * embeds[k] / embeds[k].norm()
+    cosines = normal(embeddings) @ normal(embeds).t()
+    weights.copy_(cosines.max(0).values + 0.2)
+    for k, (i, lead) in enumerate(leads.items()):
+        others = torch.cat([cosines[:i, k], cosines[i + 1 :, k]])
+        assert cosines[i, k] > others.max() + 0.05, (i, cosines[:, k])
+        weights[k] = cosines[i, k] - lead
+    return cosines
+
+
+@torch.no_grad()
+def safety(_):
+    """A small safety checker, what it is shown of pictures, and what it says of them."""
+    target = HERE / "safety"
+    config = CLIPConfig(
+        projection_dim=24,
+        vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                           num_attention_heads=4, image_size=24, patch_size=8, projection_dim=24),
+        text_config=dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                         num_attention_heads=1, vocab_size=4),
+    )
+    model = randomise(StableDiffusionSafetyChecker(config), 600)
+    extractor = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    pictures = [Image.fromarray(painted(*picture).numpy()) for picture in PAINTED]
+    pixels = torch.cat([extractor(p, return_tensors="pt").pixel_values for p in pictures])
+    embeddings = model.visual_projection(model.vision_model(pixels)[1])
+    concepts, cares = ((model.concept_embeds, model.concept_embeds_weights),
+                       (model.special_care_embeds, model.special_care_embeds_weights))
+    cosines = stand_for(CONCEPTS, *(p.data for p in concepts), embeddings)
+    special = stand_for(CARES, *(p.data for p in cares), embeddings)
+    # The model keeps its scores to itself; it rounds each of them once.
+    scores, module = [], sys.modules[StableDiffusionSafetyChecker.__module__]
+    module.round = lambda score, digits: scores.append(round(score, digits)) or scores[-1]
+    _, bad = model(pixels, [image.numpy() for image in pixels])
+    del module.round
+    scores = torch.tensor([float(score) for score in scores]).reshape(len(pictures), 3 + 17)
+    assert (scores[:, :3] > 0).any(1).tolist() == [i in CARES for i in range(len(pictures))]
+    assert bad == [i in (1, 2) for i in range(len(pictures))], bad
+    model.save_pretrained(target / "safety_checker")
+    # The prefix and the buffer of the published files.
+    path = target / "safety_checker/model.safetensors"
+    rename(path, lambda key: key.replace("vision_model.", "vision_model.vision_model.", 1))
+    positions = torch.arange(10).unsqueeze(0)
+    save({**load_file(path), "vision_model.vision_model.embeddings.position_ids": positions}, path)
+    extractor.save_pretrained(target / "feature_extractor")
+    tensors = {"pixels": pixels, "embeddings": embeddings, "cosines": cosines, "special": special,
+               "scores": scores, "bad": torch.tensor(bad).to(torch.uint8)}
+    save(tensors, target / "expected.safetensors")
+
 
 def main():
     parts = {
@@ -699,6 +778,7 @@ def main():
         "start": start,
         "emphasis": emphasis,
         "single": single,
+        "safety": safety,
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="a directory")

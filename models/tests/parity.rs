@@ -16,6 +16,8 @@ mod lora;
 mod networks;
 #[path = "parity/noise.rs"]
 mod noise;
+#[path = "parity/safety.rs"]
+mod safety;
 #[path = "parity/sampler.rs"]
 mod sampler;
 #[path = "parity/single.rs"]

@@ -113,9 +113,26 @@ pub(super) struct ModelArgs {
     /// auto, f16, bf16 or f32; auto is f16 on a GPU and f32 on the CPU
     #[arg(long, env = "SD_DTYPE", default_value = "auto", value_parser = parse::<Precision>)]
     pub(super) dtype: Precision,
+    /// What becomes of a picture that the model's safety checker objects to. When absent: blur, if
+    /// the model has a checker. When given, models that have none are refused
+    #[arg(long, env = "SD_SAFETY_CHECKER")]
+    pub(super) safety_checker: Option<SafetyChecker>,
     /// CPU threads for the model; all cores when absent
     #[arg(long, env = "SD_THREADS", value_parser = at_least::<1>)]
     pub(super) threads: Option<usize>,
+}
+
+/// What becomes of a picture that should not be shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum SafetyChecker {
+    /// Nothing: no checker is loaded
+    Off,
+    /// The client is told, and gets it
+    Flag,
+    /// The client is told, and gets it unrecognisable
+    Blur,
+    /// The request is answered with an error
+    Block,
 }
 
 #[derive(Debug, clap::Args)]
@@ -351,6 +368,9 @@ pub(super) struct DownloadArgs {
     /// Fetch the smaller f16 weights for f16 if there are any
     #[arg(long, env = "SD_DTYPE", default_value = "auto", value_parser = parse::<Precision>)]
     pub(super) dtype: Precision,
+    /// off leaves the safety checker out
+    #[arg(long, env = "SD_SAFETY_CHECKER")]
+    pub(super) safety_checker: Option<SafetyChecker>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -367,6 +387,9 @@ pub(super) struct PackageArgs {
     /// Which weights where there are several: f16 is half the size and what a GPU computes in
     #[arg(long, default_value = "f16", value_parser = parse::<Precision>)]
     pub(super) dtype: Precision,
+    /// off leaves the safety checker out
+    #[arg(long, env = "SD_SAFETY_CHECKER")]
+    pub(super) safety_checker: Option<SafetyChecker>,
     /// Then upload it by the aws command: s3://bucket/model.tar.gz, or s3://bucket/prefix/
     #[arg(long)]
     pub(super) upload: Option<String>,

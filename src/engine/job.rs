@@ -47,6 +47,9 @@ pub enum Failure {
         /// What it must be.
         reason: String,
     },
+    /// The safety checker objects to the picture.
+    #[error("the picture is withheld: the safety checker objects to it; another seed may pass")]
+    Withheld,
     /// The model failed, or its thread did.
     #[error("the model failed to draw the picture")]
     Model,
@@ -103,6 +106,8 @@ pub struct Drawn {
     pub rgb: Rgb,
     /// What the client should know, such as a prompt that was cut.
     pub warnings: Vec<String>,
+    /// Whether the safety checker objects to it; `None` where there is no checker.
+    pub nsfw: Option<bool>,
     /// From submission to the first look at the prompt.
     pub queued: Duration,
     /// From there to the pixels.

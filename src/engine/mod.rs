@@ -39,6 +39,10 @@ pub trait Model: 'static {
     fn step(&self, batch: &mut [&mut Self::Trajectory]) -> sd_models::Result<()>;
     /// The picture of a finished trajectory.
     fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb>;
+    /// Whether a picture should not be shown; `None` from a model that has nothing to tell by.
+    fn judge(&self, _picture: &Rgb) -> sd_models::Result<Option<bool>> {
+        Ok(None)
+    }
     /// A small look at a picture in the making, from a model that can give one at little cost
     /// once it is warm.
     fn preview(&self, _trajectory: &Self::Trajectory) -> sd_models::Result<Option<Rgb>> {
@@ -73,6 +77,30 @@ pub struct Settings {
     pub max_batch_rows: usize,
     /// Memory that one evaluation or decoding may take; a share of what is free when absent.
     pub memory_budget_bytes: Option<u64>,
+    /// What becomes of pictures that should not be shown.
+    pub safety: Safety,
+}
+
+/// What becomes of a picture that the model's safety checker objects to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Safety {
+    /// It goes out, and the client is told.
+    Flag,
+    /// It goes out unrecognisable, and the client is told. So do looks at all that is in the making.
+    Blur,
+    /// It does not go out. Looks at what is in the making are blurred.
+    Block,
+}
+
+impl Safety {
+    /// The word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Flag => "flag",
+            Self::Blur => "blur",
+            Self::Block => "block",
+        }
+    }
 }
 
 /// Where the engine stands. It moves downwards only.
@@ -274,6 +302,11 @@ impl Engine {
         self.shared.settings.max_batch_rows
     }
 
+    /// What becomes of pictures that should not be shown.
+    pub fn safety(&self) -> Safety {
+        self.shared.settings.safety
+    }
+
     /// The measurements of this process.
     pub fn metrics(&self) -> &Metrics {
         &self.shared.metrics
@@ -454,6 +487,10 @@ impl Model for sd_models::Pipeline {
 
     fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb> {
         self.decode(trajectory)
+    }
+
+    fn judge(&self, picture: &Rgb) -> sd_models::Result<Option<bool>> {
+        self.judge(picture)
     }
 
     fn preview(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Option<Rgb>> {

@@ -160,7 +160,7 @@ mod tests {
     use sd_models::{PromptSyntax, Scheduler, Size, Spec};
 
     use super::super::job::{self, Job, Ticket};
-    use super::super::{Device, Engine, Settings};
+    use super::super::{Device, Engine, Safety, Settings};
     use super::*;
 
     /// A job of pictures whose seeds are the client's number.
@@ -179,7 +179,12 @@ mod tests {
         };
         let client = Client::named(&client.to_string());
         let job = Job { client, ..Job::from(vec![spec; pictures]) };
-        let settings = Settings { max_queue: 0, max_batch_rows: 2, memory_budget_bytes: None };
+        let settings = Settings {
+            max_queue: 0,
+            max_batch_rows: 2,
+            memory_budget_bytes: None,
+            safety: Safety::Blur,
+        };
         job::open(id, job, &Engine::absent(&Device::default(), settings).shared)
     }
 

@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
 use anyhow::Context as _;
-use sd_models::{Error, ModelInfo, PromptSyntax, Size, Spec};
+use sd_models::{Error, ModelInfo, PromptSyntax, Rgb, Size, Spec};
 use tracing::{debug, error, info, warn};
 
 use super::batch::Rotation;
 use super::job::{Drawn, Failure, Order};
-use super::{Model, Phase, Shared, Trajectory};
+use super::{Model, Phase, Safety, Shared, Trajectory};
+use crate::image;
 use crate::telemetry::Id;
 
 /// Sizes that may be drawn at the same time, in full batches of each.
@@ -25,6 +26,9 @@ const BUDGET_PERCENT: u64 = 80;
 
 /// Side of the picture that warms the model; small, since only the first touch matters.
 const WARM_UP_SIDE: usize = 128;
+
+/// How a warning of the safety checker begins.
+const OBJECTION: &str = "the safety checker objects to";
 
 /// The life of the model thread.
 pub(super) fn main<M: Model>(shared: Arc<Shared>, load: impl FnOnce() -> anyhow::Result<M>) {
@@ -122,7 +126,7 @@ fn warm<M: Model>(model: &M) -> anyhow::Result<()> {
             model.step(&mut [&mut trajectory])?;
         }
         model.preview(&trajectory)?;
-        model.decode(&trajectory)
+        model.judge(&model.decode(&trajectory)?)
     };
     draw().context("the model loads but does not draw").map(drop)
 }
@@ -132,6 +136,8 @@ struct Slot<T> {
     order: Order,
     trajectory: T,
     begun: Instant,
+    /// The picture, when it only has to be judged.
+    decoded: Option<Rgb>,
 }
 
 struct Worker<M: Model> {
@@ -229,7 +235,7 @@ impl<M: Model> Worker<M> {
             match begun {
                 Ok(trajectory) => {
                     order.advance(0, trajectory.progress().1);
-                    self.slots.push(Slot { order, trajectory, begun: began });
+                    self.slots.push(Slot { order, trajectory, begun: began, decoded: None });
                 }
                 Err(error) => order.settle(Err(self.failure(&error, "begin"))),
             }
@@ -311,7 +317,7 @@ impl<M: Model> Worker<M> {
         match stepped {
             Ok(()) => {
                 for slot in members {
-                    preview(&self.model, slot);
+                    preview(&self.model, slot, self.engine.settings.safety);
                     slot.order.advance(1, 0);
                 }
             }
@@ -338,34 +344,57 @@ impl<M: Model> Worker<M> {
         }
     }
 
-    /// Decodes one finished picture, if there is one; the next waits for a step of the others.
+    /// Decodes one finished picture or judges one that is decoded, if there is one; the next waits
+    /// for a step of the others.
     fn retire(&mut self) {
         let Some(place) = self.slots.iter().position(|slot| slot.trajectory.done()) else { return };
-        let Slot { order, trajectory, begun } = self.slots.remove(place);
+        let mut slot = self.slots.remove(place);
         let began = Instant::now();
-        let decoded = self.model.decode(&trajectory);
-        self.engine.metrics.time(Id::StageSeconds, &["decode"], began.elapsed());
-        match decoded {
-            Ok(rgb) => {
-                self.engine.metrics.time(Id::PictureSeconds, &[], begun.elapsed());
-                let queued = begun.saturating_duration_since(order.submitted);
-                let drawn = Drawn {
-                    rgb,
-                    warnings: trajectory.warnings().to_vec(),
-                    queued,
-                    drawn: begun.elapsed(),
-                };
-                debug!(
-                    size = %order.spec.size,
-                    steps = order.spec.steps,
-                    queued_ms = millis(queued),
-                    drawn_ms = millis(drawn.drawn),
-                    "drew a picture"
-                );
-                order.settle(Ok(drawn));
+        let (stage, done) = match slot.decoded.take() {
+            None => ("decode", self.model.decode(&slot.trajectory).map(|rgb| (rgb, None))),
+            Some(rgb) => ("judge", self.model.judge(&rgb).map(|nsfw| (rgb, Some(nsfw)))),
+        };
+        self.engine.metrics.time(Id::StageSeconds, &[stage], began.elapsed());
+        match done {
+            Ok((rgb, None)) if self.model.info().checked => {
+                slot.decoded = Some(rgb);
+                self.slots.insert(place, slot);
             }
-            Err(error) => order.settle(Err(self.failure(&error, "decode"))),
+            Ok((rgb, nsfw)) => self.hand_over(slot, rgb, nsfw.flatten()),
+            Err(error) => slot.order.settle(Err(self.failure(&error, stage))),
         }
+    }
+
+    /// The end of a picture that has been drawn, and judged if it can be.
+    fn hand_over(&self, slot: Slot<M::Trajectory>, mut rgb: Rgb, nsfw: Option<bool>) {
+        let Slot { order, trajectory, begun, .. } = slot;
+        let mut warnings = trajectory.warnings().to_vec();
+        let safety = self.engine.settings.safety;
+        if let Some(nsfw) = nsfw {
+            let verdict = if nsfw { safety.name() } else { "pass" };
+            self.engine.metrics.count(Id::Verdicts, &[verdict]);
+        }
+        if nsfw == Some(true) {
+            match safety {
+                Safety::Flag => warnings.push(format!("{OBJECTION} this picture")),
+                Safety::Blur => {
+                    rgb = image::blurred(&rgb);
+                    warnings.push(format!("{OBJECTION} this picture; it is blurred"));
+                }
+                Safety::Block => return order.settle(Err(Failure::Withheld)),
+            }
+        }
+        self.engine.metrics.time(Id::PictureSeconds, &[], begun.elapsed());
+        let queued = begun.saturating_duration_since(order.submitted);
+        let drawn = Drawn { rgb, warnings, nsfw, queued, drawn: begun.elapsed() };
+        debug!(
+            size = %order.spec.size,
+            steps = order.spec.steps,
+            queued_ms = millis(queued),
+            drawn_ms = millis(drawn.drawn),
+            "drew a picture"
+        );
+        order.settle(Ok(drawn));
     }
 
     /// What a client may know of an error. The error itself is logged here and nowhere else.
@@ -415,12 +444,17 @@ fn step_what_fits<M: Model>(
     }
 }
 
-/// Shows the picture to those who asked for it. A preview that fails is not worth more than a line.
-fn preview<M: Model>(model: &M, slot: &mut Slot<M::Trajectory>) {
+/// Shows the picture to those who asked for it: what nobody has judged yet, so that of a model that
+/// judges no more can be told than its colours, unless objections only matter to the client. A
+/// preview that fails is not worth more than a line.
+fn preview<M: Model>(model: &M, slot: &mut Slot<M::Trajectory>, safety: Safety) {
     if !slot.order.curious() {
         return;
     }
     match model.preview(&slot.trajectory) {
+        Ok(Some(rgb)) if model.info().checked && safety != Safety::Flag => {
+            slot.order.show(image::blurred(&rgb));
+        }
         Ok(Some(rgb)) => slot.order.show(rgb),
         Ok(None) => {}
         Err(error) => debug!("no preview: {}", chain(&error)),

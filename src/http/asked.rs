@@ -23,6 +23,8 @@ use crate::telemetry::Id;
 
 /// The seed for those who see every header.
 pub(super) const SEED: HeaderName = HeaderName::from_static("x-sd-seed");
+/// Whether the safety checker objects to any picture; absent where there is no checker.
+pub(super) const NSFW: HeaderName = HeaderName::from_static("x-sd-nsfw");
 /// The seed for those behind SageMaker, which passes on only this header.
 const ATTRIBUTES: HeaderName = HeaderName::from_static("x-amzn-sagemaker-custom-attributes");
 
@@ -175,8 +177,14 @@ impl Asked {
         let mut headers = HeaderMap::new();
         let seed = self.specs.first().map_or(0, |spec| spec.seed);
         headers.insert(SEED, HeaderValue::from(seed));
-        if let Ok(value) = HeaderValue::try_from(format!("seed={seed}")) {
+        let nsfw = pictures.iter().filter_map(|picture| picture.nsfw).reduce(|a, b| a | b);
+        let objection = if nsfw == Some(true) { ";nsfw=true" } else { "" };
+        if let Ok(value) = HeaderValue::try_from(format!("seed={seed}{objection}")) {
             headers.insert(ATTRIBUTES, value);
+        }
+        if let Some(nsfw) = nsfw {
+            let value = if nsfw { "true" } else { "false" };
+            headers.insert(NSFW, HeaderValue::from_static(value));
         }
         let (media_type, body) = match self.reply {
             Reply::Bytes(_) => (format.media_type(), files.pop().unwrap_or_default()),

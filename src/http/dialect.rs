@@ -38,6 +38,23 @@ impl Pictures<'_> {
         self.files.iter().map(|file| BASE64_STANDARD.encode(file))
     }
 
+    /// The files in base64, with what was asked and what came of it.
+    pub(super) fn each(&self) -> impl Iterator<Item = (&Spec, &Drawn, String)> {
+        let drawn = self.specs.iter().zip(self.drawn).zip(self.base64());
+        drawn.map(|((spec, drawn), data)| (spec, drawn, data))
+    }
+
+    /// The warnings of all pictures, each once.
+    pub(super) fn warnings(&self) -> Vec<&str> {
+        let mut warnings: Vec<&str> = Vec::new();
+        for warning in self.drawn.iter().flat_map(|picture| &picture.warnings) {
+            if !warnings.contains(&warning.as_str()) {
+                warnings.push(warning);
+            }
+        }
+        warnings
+    }
+
     /// The prompt of the first picture.
     pub(super) fn prompt(&self) -> &str {
         self.specs.first().map_or("", |spec| &spec.prompt)
@@ -83,16 +100,23 @@ const NATIVE: Dialect = Dialect { format: Format::Jpeg, word: native };
 
 /// `data` and `seed` for one picture, `images` for several.
 fn native(pictures: &Pictures<'_>) -> String {
-    let image = |(spec, data): (&Spec, String)| json!({ "seed": spec.seed, "data": data });
-    let mut images: Vec<Value> = pictures.specs.iter().zip(pictures.base64()).map(image).collect();
+    let image = |(spec, drawn, data): (&Spec, &Drawn, String)| {
+        let mut image = json!({ "seed": spec.seed, "data": data });
+        if let Some(nsfw) = drawn.nsfw {
+            image["nsfw"] = nsfw.into();
+        }
+        image
+    };
+    let mut images: Vec<Value> = pictures.each().map(image).collect();
     let mut reply = match &mut images[..] {
         [one] => one.take(),
         _ => json!({ "images": images }),
     };
     reply["prompt"] = pictures.prompt().into();
     reply["content_type"] = pictures.format.media_type().into();
-    if let Some(first) = pictures.drawn.first().filter(|picture| !picture.warnings.is_empty()) {
-        reply["warnings"] = first.warnings.clone().into();
+    let warnings = pictures.warnings();
+    if !warnings.is_empty() {
+        reply["warnings"] = warnings.into();
     }
     reply.to_string()
 }

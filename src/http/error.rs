@@ -98,6 +98,7 @@ impl ApiError {
                 Failure::Deadline => StatusCode::GATEWAY_TIMEOUT,
                 Failure::OutOfMemory => StatusCode::INSUFFICIENT_STORAGE,
                 Failure::Spec { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+                Failure::Withheld => StatusCode::BAD_REQUEST,
                 Failure::DeviceLost | Failure::Model => StatusCode::INTERNAL_SERVER_ERROR,
             },
         }
@@ -132,6 +133,8 @@ impl ApiError {
                 Failure::Deadline => "deadline",
                 Failure::OutOfMemory => "out_of_memory",
                 Failure::Spec { .. } => "out_of_range",
+                // OpenAI's word; its clients know it.
+                Failure::Withheld => "content_policy_violation",
                 Failure::DeviceLost => "device_lost",
                 Failure::Model => "model_failed",
             },

@@ -217,7 +217,12 @@ fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
         .allow_origin(origin)
         .allow_methods([Method::GET, Method::POST, Method::DELETE])
         .allow_headers(AllowHeaders::mirror_request())
-        .expose_headers([RETRY_AFTER, asked::SEED, HeaderName::from_static(REQUEST_IDS[1])])
+        .expose_headers([
+            RETRY_AFTER,
+            asked::SEED,
+            asked::NSFW,
+            HeaderName::from_static(REQUEST_IDS[1]),
+        ])
         .max_age(Duration::from_secs(3600));
     Some(layer)
 }

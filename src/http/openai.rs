@@ -240,6 +240,9 @@ async fn data(
                 }
                 None => object["b64_json"] = BASE64_STANDARD.encode(file).into(),
             }
+            if let Some(nsfw) = picture.nsfw {
+                object["nsfw"] = nsfw.into();
+            }
             if !picture.warnings.is_empty() {
                 object["warnings"] = picture.warnings.clone().into();
             }

@@ -281,8 +281,13 @@ fn info(specs: &[Spec], pictures: &[Drawn], notes: Vec<String>, model: &str) -> 
     let Some(first) = specs.first() else { return Value::Null };
     let all = |of: fn(&Spec) -> Value| specs.iter().map(of).collect::<Vec<_>>();
     let infotexts: Vec<_> = specs.iter().map(|spec| image::infotext(spec, model)).collect();
-    let warnings = pictures.first().map(|picture| picture.warnings.clone());
-    let warnings = [notes, warnings.unwrap_or_default()].concat();
+    let mut warnings = notes;
+    for warning in pictures.iter().flat_map(|picture| &picture.warnings) {
+        if !warnings.contains(warning) {
+            warnings.push(warning.clone());
+        }
+    }
+    let nsfw: Option<Vec<bool>> = pictures.iter().map(|picture| picture.nsfw).collect();
     let strength = first.start.as_ref().map(|start| start.strength);
     json!({
         "prompt": first.prompt,
@@ -318,6 +323,7 @@ fn info(specs: &[Spec], pictures: &[Drawn], notes: Vec<String>, model: &str) -> 
         "is_using_inpainting_conditioning": false,
         "version": concat!("sd-server ", env!("CARGO_PKG_VERSION")),
         "warnings": warnings,
+        "all_nsfw": nsfw,
     })
 }
 

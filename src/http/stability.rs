@@ -2,11 +2,13 @@
 //! weights in, `artifacts` out. What only their service has, such as `style_preset`, is refused
 //! by its name, since it is nobody's field.
 
+use sd_models::Spec;
 use serde_json::{Value, json};
 
 use super::body::Speech;
 use super::dialect::{Dialect, Heard, Pictures};
 use crate::api::{Fields, Invalid};
+use crate::engine::Drawn;
 use crate::image::Format;
 
 const STABILITY: Dialect = Dialect { format: Format::Png, word };
@@ -70,8 +72,10 @@ fn prompts_of(prompts: &Value) -> Result<(String, String), Invalid> {
 }
 
 fn word(pictures: &Pictures<'_>) -> String {
-    let artifact = |(spec, data): (&sd_models::Spec, String)| json!({ "base64": data, "seed": spec.seed, "finishReason": "SUCCESS" });
-    let artifacts: Vec<Value> =
-        pictures.specs.iter().zip(pictures.base64()).map(artifact).collect();
+    let artifact = |(spec, drawn, data): (&Spec, &Drawn, String)| {
+        let reason = if drawn.nsfw == Some(true) { "CONTENT_FILTERED" } else { "SUCCESS" };
+        json!({ "base64": data, "seed": spec.seed, "finishReason": reason })
+    };
+    let artifacts: Vec<Value> = pictures.each().map(artifact).collect();
     json!({ "result": "success", "artifacts": artifacts }).to_string()
 }

@@ -44,6 +44,7 @@ pub(super) async fn info(state: State) -> Json<Value> {
             "name": model.name,
             "device": model.device,
             "precision": model.precision,
+            "safety_checker": model.checked.then(|| state.engine.safety().name()),
             "defaults": {
                 "width": defaults.size.width(),
                 "height": defaults.size.height(),

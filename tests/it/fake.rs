@@ -81,6 +81,7 @@ impl Fake {
             precision: "none".into(),
             defaults,
             multiple: 8,
+            checked: false,
             memory: Memory { scale: 8, ..Memory::default() },
             extras: Extras::default(),
             learned: Learned::default(),
@@ -176,8 +177,12 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
     }
 }
 
-pub(crate) const ENGINE: engine::Settings =
-    engine::Settings { max_queue: 4, max_batch_rows: 4, memory_budget_bytes: None };
+pub(crate) const ENGINE: engine::Settings = engine::Settings {
+    max_queue: 4,
+    max_batch_rows: 4,
+    memory_budget_bytes: None,
+    safety: engine::Safety::Blur,
+};
 
 pub(crate) const HTTP: http::Settings = http::Settings {
     limits: Limits {

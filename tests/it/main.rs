@@ -25,6 +25,7 @@ mod package; // a model's files for SageMaker
 mod page; // the web page
 mod pictures; // against diffusers' pictures, and against their prompts
 mod progress; // events and jobs
+mod safety; // the safety checker, in every dialect
 mod scheduling; // fairness, starvation, conservation, with a fake model and real threads
 mod sdapi; // AUTOMATIC1111's API
 mod soak; // many mixed requests: nothing is lost, miscounted or leaked

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, safetensors};
 use sd_models::{
-    DeviceName, Error, Extras, Folder, LoadOptions, Pipeline, Precision, PromptSyntax, Size,
-    Source, Spec,
+    Checking, DeviceName, Error, Extras, Folder, LoadOptions, Pipeline, Precision, PromptSyntax,
+    Size, Source, Spec,
 };
 
 use crate::relative_error;
@@ -33,6 +33,7 @@ fn model(directory: PathBuf) -> Pipeline {
         vae: None,
         device: DeviceName::Cpu,
         precision: Precision::F32,
+        checking: Checking::Never,
         threads: Some(1),
         extras: Extras { loras, max_lora_bytes: 1 << 20, ..Extras::default() },
     })

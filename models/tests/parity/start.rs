@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use sd_models::{
-    DeviceName, Error, Extras, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb, Size, Source,
-    Spec, Start, Trajectory,
+    Checking, DeviceName, Error, Extras, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb, Size,
+    Source, Spec, Start, Trajectory,
 };
 
 use crate::{fixture, path, relative_error};
@@ -24,6 +24,7 @@ pub(crate) fn open(source: Source, vae: Option<Source>) -> sd_models::Result<Pip
         vae,
         device,
         precision,
+        checking: Checking::IfThere,
         threads: Some(1),
         extras: Extras::default(),
     })

@@ -18,6 +18,7 @@ enum Did {
     Begin(u64),
     Step(Vec<Spec>),
     Decode(u64),
+    Judge,
 }
 
 struct Diarist {
@@ -27,6 +28,8 @@ struct Diarist {
     capacity: usize,
     /// How long the encoding of a text takes.
     reading: Duration,
+    /// What it says of pictures, if it is asked; an error when absent.
+    objects: Option<bool>,
 }
 
 struct Sketch {
@@ -84,7 +87,15 @@ impl Model for Diarist {
     fn decode(&self, sketch: &Sketch) -> sd_models::Result<Rgb> {
         assert!(sketch.done());
         self.diary.borrow_mut().push(Did::Decode(sketch.spec.seed));
-        Ok(Rgb { width: 1, height: 1, data: vec![0; 3] })
+        Ok(Rgb { width: 16, height: 16, data: (0..16 * 16 * 3).map(|i| i as u8).collect() })
+    }
+
+    fn judge(&self, _: &Rgb) -> sd_models::Result<Option<bool>> {
+        self.diary.borrow_mut().push(Did::Judge);
+        match self.objects {
+            None => Err(Error::OutOfMemory("to judge".into())),
+            objects => Ok(objects),
+        }
     }
 }
 
@@ -97,7 +108,11 @@ struct Studio {
 
 impl Studio {
     fn new(max_queue: usize, max_batch_rows: usize) -> Self {
-        let settings = Settings { max_queue, max_batch_rows, memory_budget_bytes: None };
+        Self::with(max_queue, max_batch_rows, Safety::Blur)
+    }
+
+    fn with(max_queue: usize, max_batch_rows: usize, safety: Safety) -> Self {
+        let settings = Settings { max_queue, max_batch_rows, memory_budget_bytes: None, safety };
         let engine = Engine::new(&Device::default(), settings, Phase::Loading);
         let diary = Rc::default();
         let defaults = Defaults {
@@ -112,13 +127,14 @@ impl Studio {
             precision: "none".into(),
             defaults,
             multiple: 8,
+            checked: false,
             memory: Memory { scale: 8, ..Memory::default() },
             extras: Extras::default(),
             learned: Learned::default(),
         };
         engine.shared.enter(Phase::Ready(Arc::new(info.clone())));
         let (capacity, reading) = (usize::MAX, Duration::ZERO);
-        let model = Diarist { info, diary: Rc::clone(&diary), capacity, reading };
+        let model = Diarist { info, diary: Rc::clone(&diary), capacity, reading, objects: None };
         let worker = Worker::new(model, Hold(Arc::clone(&engine.shared)));
         Self { engine, worker, diary }
     }
@@ -427,4 +443,58 @@ async fn nobody_waits_for_company() {
     assert_eq!(stepped(&studio.turn()), [1]);
     let _two = studio.submit(0, vec![Spec { guidance_scale: 1.0, ..spec(2, 9) }]);
     assert_eq!(stepped(&studio.turn()), [1, 2], "another step count, guidance and start");
+}
+
+/// What becomes of one picture of a model that judges, and the turns that it took.
+fn judged(safety: Safety, objects: Option<bool>) -> (Result<Vec<Drawn>, Failure>, Vec<Vec<Did>>) {
+    let mut studio = Studio::with(4, 4, safety);
+    studio.worker.model.info.checked = true;
+    studio.worker.model.objects = objects;
+    let ticket = studio.submit(1, vec![spec(1, 1)]);
+    let mut turns = Vec::new();
+    while !studio.idle() {
+        turns.push(studio.turn());
+    }
+    (ticket.wait().now_or_never().expect("settled"), turns)
+}
+
+#[test]
+fn a_picture_is_judged_a_turn_after_it_is_decoded() {
+    let mut studio = Studio::with(4, 8, Safety::Blur);
+    studio.worker.model.info.checked = true;
+    studio.worker.model.objects = Some(false);
+    let _long = studio.submit(1, vec![spec(9, 6)]);
+    let _short = studio.submit(1, vec![spec(1, 1), spec(2, 1)]);
+    let mut after = Vec::new();
+    while !studio.idle() {
+        let did = studio.turn();
+        let pictures: Vec<Did> =
+            did.into_iter().filter(|did| matches!(did, Did::Decode(_) | Did::Judge)).collect();
+        assert!(pictures.len() <= 1, "nobody waits for more between two steps: {pictures:?}");
+        after.extend(pictures);
+    }
+    let (one, two, long) = (Did::Decode(1), Did::Decode(2), Did::Decode(9));
+    assert_eq!(after, [one, Did::Judge, two, Did::Judge, long, Did::Judge]);
+}
+
+#[test]
+fn an_objection_is_flagged_blurred_or_an_error() {
+    let original: Vec<u8> = (0..16 * 16 * 3).map(|i| i as u8).collect();
+    let one = |judged: Result<Vec<Drawn>, Failure>| judged.expect("drawn").remove(0);
+    for safety in [Safety::Flag, Safety::Blur, Safety::Block] {
+        let passed = one(judged(safety, Some(false)).0);
+        assert_eq!((passed.nsfw, passed.warnings.len()), (Some(false), 0));
+        assert_eq!(passed.rgb.data, original);
+        let failed = judged(safety, None).0.expect_err("not judged, not shown");
+        assert_eq!(failed, Failure::OutOfMemory);
+    }
+    let flagged = one(judged(Safety::Flag, Some(true)).0);
+    assert_eq!((flagged.nsfw, flagged.warnings.len()), (Some(true), 1));
+    assert_eq!(flagged.rgb.data, original);
+    let blurred = one(judged(Safety::Blur, Some(true)).0);
+    assert_eq!(blurred.nsfw, Some(true));
+    assert!(blurred.warnings[0].ends_with("it is blurred") && blurred.rgb.data != original);
+    let (blocked, turns) = judged(Safety::Block, Some(true));
+    assert_eq!(blocked.expect_err("withheld"), Failure::Withheld);
+    assert_eq!(turns.len(), 2, "{turns:?}");
 }
