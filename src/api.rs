@@ -10,7 +10,7 @@ use ::image::DynamicImage;
 use base64::Engine as _;
 use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
-use sd_models::{Loras, ModelInfo, PromptSyntax, Scheduler, Size, Spec, Start};
+use sd_models::{Hires, Loras, ModelInfo, PromptSyntax, Scheduler, Size, Spec, Start, Upscaler};
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::{Value, json};
 
@@ -24,6 +24,8 @@ const MAX_GUIDANCE: f64 = 100.0;
 const MAX_LORA_SCALE: f64 = 100.0;
 /// How much of a picture that comes in is painted anew, as in diffusers.
 const DEFAULT_STRENGTH: f64 = 0.8;
+/// How much of a picture's latents is painted anew when they have been enlarged, as in AUTOMATIC1111.
+const DEFAULT_HIRES_STRENGTH: f64 = 0.75;
 /// Of an error, which may quote the client.
 const MAX_MESSAGE_BYTES: usize = 600;
 /// Fields of one request, known or not.
@@ -148,6 +150,8 @@ impl Draw {
         let size = fields.size(own.unwrap_or(defaults.size), limits.max_pixels)?;
         let steps = ["num_inference_steps", "steps"];
         let steps = fields.whole(&steps, 1..=limits.max_steps as u64)?;
+        let steps = steps.map_or(defaults.steps, |steps| steps as usize);
+        let hires = fields.hires(size, steps, limits, model)?;
         let guidance = fields.number(&["guidance_scale", "cfg_scale"], 0.0..=MAX_GUIDANCE)?;
         let count = ["num_images_per_prompt", "n"];
         let count = fields.whole(&count, 1..=limits.max_images as u64)?.unwrap_or(1);
@@ -163,11 +167,12 @@ impl Draw {
             negative_prompt,
             loras,
             size,
-            steps: steps.map_or(defaults.steps, |steps| steps as usize),
+            steps,
             guidance_scale: guidance.unwrap_or(defaults.guidance_scale),
             seed: seed.unwrap_or_else(dice),
             scheduler: scheduler.unwrap_or(defaults.scheduler),
             start: pictures.map(|pictures| Arc::new(pictures.start(size))),
+            hires,
         };
         if let Err(error) = model.check(&spec) {
             return Err(match error {
@@ -320,6 +325,11 @@ impl Fields {
     fn spelt(&self, name: &str) -> String {
         let field = self.values.iter().find(|field| field.key == name);
         field.map_or(name, |field| &field.spelt).to_owned()
+    }
+
+    /// The whole number of this name, if it is one.
+    pub(crate) fn peek(&self, name: &str) -> Option<u64> {
+        self.values.iter().find(|field| field.key == name)?.value.as_u64()
     }
 
     /// How many there are.
@@ -505,19 +515,47 @@ impl Fields {
         let names = ["width", "height"].map(|name| self.spelt(name));
         let width = self.whole(&["width"], 8..=MAX_SIDE)?.unwrap_or(default.width() as u64);
         let height = self.whole(&["height"], 8..=MAX_SIDE)?.unwrap_or(default.height() as u64);
-        for (name, side) in names.iter().zip([width, height]) {
-            if side % 8 != 0 {
-                let reason = format!("must be a multiple of 8, not {side}");
-                return Err(Invalid::range(name, reason));
+        size(&names, [width, height], max_pixels)
+    }
+
+    /// A second pass, where a size is given for it; in the shape of the first where only one side is.
+    fn hires(
+        &mut self,
+        first: Size,
+        steps: usize,
+        limits: &Limits,
+        model: &ModelInfo,
+    ) -> Result<Option<Hires>, Invalid> {
+        let names = ["hires_width", "hires_height"].map(|name| self.spelt(name));
+        let width = self.whole(&["hires_width"], 8..=MAX_SIDE)?;
+        let height = self.whole(&["hires_height"], 8..=MAX_SIDE)?;
+        let own_steps = self.whole(&["hires_steps"], 1..=limits.max_steps as u64)?;
+        let strength = self.number(&["hires_strength"], 0.0..=1.0)?;
+        let upscaler = self.choice::<Upscaler>(&["hires_upscaler"])?;
+        let shaped = |side: u64, by: usize, of: usize| {
+            let multiple = model.multiple as u64;
+            (side * by as u64 / of as u64 / multiple).max(1) * multiple
+        };
+        let (w, h) = (first.width(), first.height());
+        let sides = match (width, height) {
+            (Some(width), Some(height)) => [width, height],
+            (Some(width), None) => [width, shaped(width, h, w)],
+            (None, Some(height)) => [shaped(height, w, h), height],
+            (None, None) => {
+                let idle = own_steps.map(|_| "hires_steps");
+                let idle = idle.or(strength.map(|_| "hires_strength"));
+                let idle = idle.or(upscaler.map(|_| "hires_upscaler"));
+                let lonely =
+                    |field| Err(Invalid::malformed(field, "is of no use without hires_width"));
+                return idle.map_or(Ok(None), lonely);
             }
-        }
-        let param = if width >= height { &names[0] } else { &names[1] };
-        Size::new(width as usize, height as usize)
-            .filter(|size| size.pixels() <= max_pixels)
-            .ok_or_else(|| {
-                let size = format!("{width}x{height}");
-                Invalid::range(param, format!("is too large: {size} exceeds {max_pixels} pixels"))
-            })
+        };
+        Ok(Some(Hires {
+            size: size(&names, sides, limits.max_pixels)?,
+            steps: own_steps.map_or(steps, |steps| steps as usize),
+            strength: strength.unwrap_or(DEFAULT_HIRES_STRENGTH),
+            upscaler: upscaler.unwrap_or_default(),
+        }))
     }
 
     pub(crate) fn flag(&mut self, names: &[&'static str]) -> Result<Option<bool>, Invalid> {
@@ -579,6 +617,27 @@ impl Fields {
             }
         }
     }
+}
+
+/// A size of these sides, whose names are the client's.
+fn size(
+    names: &[String; 2],
+    [width, height]: [u64; 2],
+    max_pixels: usize,
+) -> Result<Size, Invalid> {
+    for (name, side) in names.iter().zip([width, height]) {
+        if side % 8 != 0 {
+            let reason = format!("must be a multiple of 8, not {side}");
+            return Err(Invalid::range(name, reason));
+        }
+    }
+    let param = if width >= height { &names[0] } else { &names[1] };
+    Size::new(width as usize, height as usize)
+        .filter(|size| size.pixels() <= max_pixels)
+        .ok_or_else(|| {
+            let size = format!("{width}x{height}");
+            Invalid::range(param, format!("is too large: {size} exceeds {max_pixels} pixels"))
+        })
 }
 
 /// The type of a value, for people.

@@ -14,7 +14,7 @@ use image::{
     DynamicImage, ExtendedColorType, GrayImage, ImageDecoder as _, ImageEncoder, ImageFormat,
     ImageReader, Limits, RgbImage,
 };
-use sd_models::{Rgb, Size, Spec};
+use sd_models::{Hires, Rgb, Size, Spec};
 
 /// Visually lossless at a quarter of PNG's size.
 pub const JPEG_QUALITY: u8 = 92;
@@ -78,10 +78,11 @@ pub fn infotext(spec: &Spec, model: &str) -> String {
     if !spec.negative_prompt.is_empty() {
         text += &format!("\nNegative prompt: {}", clean(&spec.negative_prompt));
     }
-    let strength = spec.start.as_ref().map(|start| start.strength);
-    let strength = strength.map(|strength| format!("Denoising strength: {strength}, "));
+    let strength = spec.strength().map(|strength| format!("Denoising strength: {strength}, "));
+    let hires = spec.hires.iter().flat_map(|hires| hires_parameters(spec, hires));
+    let hires: String = hires.map(|(name, value)| format!("{name}: {value}, ")).collect();
     text += &format!(
-        "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}, Model: {model}, {}\
+        "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}, Model: {model}, {}{hires}\
          Version: sd-server {}",
         spec.steps,
         spec.scheduler.title(),
@@ -92,6 +93,21 @@ pub fn infotext(spec: &Spec, model: &str) -> String {
         env!("CARGO_PKG_VERSION"),
     );
     text
+}
+
+/// What AUTOMATIC1111 calls the parameters of a second pass.
+pub(crate) fn hires_parameters(spec: &Spec, hires: &Hires) -> Vec<(&'static str, String)> {
+    let (width, height) = (hires.size.width(), hires.size.height());
+    let (w, h) = (spec.size.width(), spec.size.height());
+    let enlarged = match width * h == height * w {
+        true => ("Hires upscale", (width as f64 / w as f64).to_string()),
+        false => ("Hires resize", hires.size.to_string()),
+    };
+    let rest = [
+        ("Hires steps", hires.steps.to_string()),
+        ("Hires upscaler", hires.upscaler.title().to_owned()),
+    ];
+    std::iter::once(enlarged).chain(rest).collect()
 }
 
 /// A picture out of a PNG, JPEG, WebP, GIF (its first frame) or BMP file, turned as its EXIF

@@ -163,6 +163,7 @@ fn spec(pipeline: &Pipeline, rows: usize, seed: u64, steps: usize) -> Spec {
         seed,
         scheduler: Scheduler::Dpmpp2m,
         start: None,
+        hires: None,
     }
 }
 

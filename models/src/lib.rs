@@ -16,6 +16,7 @@ pub mod demo;
 pub mod denoiser;
 pub mod device;
 mod error;
+mod hires;
 mod lora;
 pub mod noise;
 mod ops;
@@ -23,6 +24,7 @@ mod pickle;
 pub mod pipeline;
 mod preview;
 pub mod prompt;
+mod resample;
 pub mod safety;
 pub mod sampler;
 pub mod schedule;
@@ -44,6 +46,8 @@ pub use pipeline::{
     Checking, Defaults, Extras, LoadOptions, Memory, ModelInfo, Pipeline, Trajectory,
 };
 pub use shelf::Folder;
-pub use spec::{Loras, MAX_STEPS, PromptSyntax, Rgb, Scheduler, Size, Spec, Start};
+pub use spec::{
+    Hires, Loras, MAX_STEPS, PromptSyntax, Rgb, Scheduler, Size, Spec, Start, Upscaler,
+};
 pub use textual_inversion::{Learned, LearnedWord};
 pub use weights::{Checkpoint, Source, parameters};

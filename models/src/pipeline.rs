@@ -15,6 +15,7 @@ use crate::config::{self, ClipTextConfig, UNetConfig, VaeConfig};
 use crate::denoiser::guide;
 use crate::device::{DeviceName, Precision, Work};
 use crate::error::{Error, Result};
+use crate::hires::{Enlarged, Second};
 use crate::lora::{Lora, Target};
 use crate::noise::Noise;
 use crate::ops::{device_name, device_work, free_device_bytes, keep_freed_memory};
@@ -24,7 +25,7 @@ use crate::safety::SafetyChecker;
 use crate::sampler::Sampler;
 use crate::schedule::SchedulerConfig;
 use crate::shelf::{Folder, Shelf};
-use crate::spec::{MAX_STEPS, PromptSyntax, Rgb, Scheduler, Size, Spec};
+use crate::spec::{Hires, MAX_STEPS, PromptSyntax, Rgb, Scheduler, Size, Spec};
 use crate::start::{Beginning, Kept, Painter};
 use crate::text_encoder::ClipTextModel;
 use crate::textual_inversion::Learned;
@@ -201,6 +202,9 @@ impl ModelInfo {
                 }
             }
         }
+        if let Some(hires) = &spec.hires {
+            self.check_hires(hires, spec.start.is_some())?;
+        }
         let Some(start) = &spec.start else { return Ok(()) };
         let Rgb { width, height, ref data } = start.picture;
         if (width, height) != (size.width(), size.height()) || data.len() != 3 * size.pixels() {
@@ -215,6 +219,31 @@ impl ModelInfo {
         if spec.skipped_steps() >= spec.steps {
             let (strength, steps) = (start.strength, spec.steps);
             return refuse("strength", format!("{strength} of {steps} steps is less than one"));
+        }
+        Ok(())
+    }
+
+    /// Whether the model can draw this second pass.
+    fn check_hires(&self, hires: &Hires, from_picture: bool) -> Result<()> {
+        let refuse = |field, reason: String| Err(Error::Spec { field, reason });
+        let Hires { size, steps, strength, .. } = *hires;
+        if from_picture {
+            return refuse("hires_width", "is for pictures that begin as noise".into());
+        }
+        let fits = |side: usize| side.is_multiple_of(self.multiple);
+        if !fits(size.width()) || !fits(size.height()) {
+            let reason = format!("{size} must have sides that are multiples of {}", self.multiple);
+            return refuse("hires_width", reason);
+        }
+        if steps == 0 || steps > MAX_STEPS {
+            return refuse("hires_steps", format!("must be 1 to {MAX_STEPS}"));
+        }
+        if !(0.0..=1.0).contains(&strength) {
+            return refuse("hires_strength", format!("must be from 0 to 1, not {strength}"));
+        }
+        if hires.skipped_steps() >= steps {
+            let reason = format!("{strength} of {steps} steps is less than one");
+            return refuse("hires_strength", reason);
         }
         Ok(())
     }
@@ -237,7 +266,21 @@ pub struct Trajectory {
     noise: Noise,
     /// The latents and the guided output of the last evaluation, both (1, C, h, w) f32.
     seen: Option<(Tensor, Tensor)>,
+    /// What comes after this pass.
+    second: Option<Second>,
+    /// Evaluations of the pass before this one.
+    earlier: usize,
     warnings: Vec<String>,
+}
+
+/// What a step makes of a trajectory.
+struct Advanced {
+    latents: Tensor,
+    seen: (Tensor, Tensor),
+    sampler: Sampler,
+    noise: Noise,
+    /// Whether the second pass begins.
+    turned: bool,
 }
 
 impl Trajectory {
@@ -249,7 +292,16 @@ impl Trajectory {
     /// Evaluations of the UNet behind it, and in all. Heun takes two a step, PNDM one more than
     /// steps.
     pub fn progress(&self) -> (usize, usize) {
-        (self.sampler.completed(), self.sampler.evaluations())
+        let second = self.second.as_ref().map_or(0, |second| second.sampler.evaluations());
+        let all = self.earlier + self.sampler.evaluations() + second;
+        (self.earlier + self.sampler.completed(), all)
+    }
+
+    /// Pixels times evaluations that are to be made.
+    pub fn work_left(&self) -> usize {
+        let left = self.sampler.evaluations() - self.sampler.completed();
+        let work = |second: &Second| second.size.pixels() * second.sampler.evaluations();
+        self.size.pixels() * left + self.second.as_ref().map_or(0, work)
     }
 
     /// Rows that it takes in a call of the UNet.
@@ -257,7 +309,7 @@ impl Trajectory {
         1 + usize::from(self.negative.is_some())
     }
 
-    /// The picture's size.
+    /// The size of the picture in this pass.
     pub fn size(&self) -> Size {
         self.size
     }
@@ -270,6 +322,18 @@ impl Trajectory {
     /// The latents as they are now, (1, C, h, w) f32.
     pub fn latents(&self) -> &Tensor {
         &self.latents
+    }
+
+    fn advance(&mut self, advanced: Advanced) {
+        let Advanced { latents, seen, sampler, noise, turned } = advanced;
+        if turned && let Some(second) = self.second.take() {
+            self.earlier = self.sampler.evaluations();
+            self.size = second.size;
+        }
+        self.latents = latents;
+        self.seen = Some(seen);
+        self.sampler = sampler;
+        self.noise = noise;
     }
 }
 
@@ -438,6 +502,7 @@ impl Pipeline {
         let painter = Painter { encoder: &self.encoder, device: &self.device, inpainting };
         let Beginning { latents, kept, condition } = painter.begin(spec, &sampler, &mut noise)?;
         let (size, guidance_scale) = (spec.size, spec.guidance_scale);
+        let second = spec.hires.as_ref().map(|hires| self.second(hires, spec)).transpose()?;
         Ok(Trajectory {
             size,
             guidance_scale,
@@ -450,6 +515,8 @@ impl Pipeline {
             sampler,
             noise,
             seen: None,
+            second,
+            earlier: 0,
             warnings,
         })
     }
@@ -468,6 +535,18 @@ impl Pipeline {
             }
         }
         Ok(Mix::new(loras))
+    }
+
+    /// The second pass of a picture.
+    fn second(&self, hires: &Hires, spec: &Spec) -> Result<Second> {
+        let unet = self.unet.config();
+        if unet.in_channels > unet.out_channels {
+            let reason = "is not for a UNet that was trained for inpainting".into();
+            return Err(Error::Spec { field: "hires_width", reason });
+        }
+        let (skipped, steps) = (hires.skipped_steps(), hires.steps);
+        let sampler = Sampler::after(skipped, spec.scheduler, &self.scheduler, steps)?;
+        Ok(Second::new(hires, sampler, spec.seed))
     }
 
     /// Keys and values of a prompt (1, L, ..), and what the user should know of it.
@@ -567,13 +646,24 @@ impl Pipeline {
             if let Some(kept) = &trajectory.kept {
                 latents = kept.put_back(&latents, &sampler)?;
             }
-            advanced.push((latents, output, sampler, noise));
+            let seen = (trajectory.latents.clone(), output);
+            let next = trajectory.second.as_ref().filter(|_| sampler.next().is_none());
+            advanced.push(match next {
+                None => Advanced { latents, seen, sampler, noise, turned: false },
+                Some(second) => {
+                    let scale = self.decoder.config().scale();
+                    let begun = second.begin(&latents, trajectory.size, scale)?;
+                    let Enlarged { picture, latents, noise } = begun;
+                    // Until there is an output, a look shows what was enlarged.
+                    let seen = (picture.clone(), picture);
+                    let sampler = second.sampler.clone();
+                    Advanced { latents, seen, sampler, noise, turned: true }
+                }
+            });
         }
         // Only now, when nothing can fail any more.
-        for (trajectory, (latents, output, sampler, noise)) in active.into_iter().zip(advanced) {
-            trajectory.seen = Some((std::mem::replace(&mut trajectory.latents, latents), output));
-            trajectory.sampler = sampler;
-            trajectory.noise = noise;
+        for (trajectory, advanced) in active.into_iter().zip(advanced) {
+            trajectory.advance(advanced);
         }
         Ok(())
     }

@@ -208,6 +208,7 @@ mod tests {
                 seed: k as u64,
                 scheduler,
                 start: None,
+                hires: None,
             };
             let mut trajectory = pipeline.begin(&spec).expect("begun");
             let mut previews = vec![pipeline.preview(&trajectory).expect("of noise")];

@@ -39,6 +39,8 @@ pub struct Spec {
     pub scheduler: Scheduler,
     /// The picture to begin with; noise alone when there is none.
     pub start: Option<Arc<Start>>,
+    /// A second pass in another size; none for most pictures.
+    pub hires: Option<Hires>,
 }
 
 impl Spec {
@@ -58,8 +60,105 @@ impl Spec {
 
     /// Steps that are left out because the picture does not begin as noise alone.
     pub fn skipped_steps(&self) -> usize {
-        let strength = self.start.as_ref().map_or(1.0, |start| start.strength);
-        self.steps.saturating_sub((self.steps as f64 * strength) as usize)
+        skipped(self.steps, self.start.as_ref().map_or(1.0, |start| start.strength))
+    }
+
+    /// The size and the steps of each pass.
+    pub fn passes(&self) -> impl Iterator<Item = (Size, usize)> {
+        let first = (self.size, self.steps.saturating_sub(self.skipped_steps()));
+        let second = self.hires.map(|hires| (hires.size, hires.steps - hires.skipped_steps()));
+        std::iter::once(first).chain(second)
+    }
+
+    /// How much of what there was turns into noise, in the pass that does not begin as noise alone.
+    pub fn strength(&self) -> Option<f64> {
+        let start = self.start.as_ref().map(|start| start.strength);
+        start.or(self.hires.map(|hires| hires.strength))
+    }
+
+    /// The size of the finished picture.
+    pub fn final_size(&self) -> Size {
+        self.hires.map_or(self.size, |hires| hires.size)
+    }
+}
+
+/// Of so many steps those that are left out where only a share of a picture turns into noise.
+fn skipped(steps: usize, strength: f64) -> usize {
+    steps.saturating_sub((steps as f64 * strength) as usize)
+}
+
+/// A second pass over the latents of the first in another size, which is what a model can do that
+/// was trained on small pictures (AUTOMATIC1111's "hires fix").
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Hires {
+    /// Width and height of the finished picture; what is enlarged beyond it is cut off evenly.
+    pub size: Size,
+    /// Sampler steps as if from noise alone, 1 to [`MAX_STEPS`].
+    pub steps: usize,
+    /// How much of the enlarged latents turns into noise, 0 to 1: the share of the steps that are
+    /// taken.
+    pub strength: f64,
+    /// How latents are enlarged.
+    pub upscaler: Upscaler,
+}
+
+impl Hires {
+    /// Steps that are left out because the latents do not begin as noise alone.
+    pub fn skipped_steps(&self) -> usize {
+        skipped(self.steps, self.strength)
+    }
+}
+
+/// How latents are enlarged: as torch's `interpolate`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Upscaler {
+    /// Between the two nearest on each side.
+    #[default]
+    Bilinear,
+    /// The same, and no detail is passed over where latents are made smaller.
+    BilinearAntialiased,
+    /// Between the four nearest on each side.
+    Bicubic,
+    /// The same with antialiasing, which is a softer curve.
+    BicubicAntialiased,
+    /// The one before.
+    Nearest,
+    /// The nearest.
+    NearestExact,
+}
+
+/// One row an upscaler: the name that AUTOMATIC1111 has for it.
+const UPSCALERS: [(Upscaler, &str); 6] = [
+    (Upscaler::Bilinear, "Latent"),
+    (Upscaler::BilinearAntialiased, "Latent (antialiased)"),
+    (Upscaler::Bicubic, "Latent (bicubic)"),
+    (Upscaler::BicubicAntialiased, "Latent (bicubic antialiased)"),
+    (Upscaler::Nearest, "Latent (nearest)"),
+    (Upscaler::NearestExact, "Latent (nearest-exact)"),
+];
+
+impl Upscaler {
+    /// Every upscaler.
+    pub fn all() -> impl Iterator<Item = Self> {
+        UPSCALERS.iter().map(|row| row.0)
+    }
+
+    /// Its name.
+    pub fn title(self) -> &'static str {
+        let row = UPSCALERS.iter().find(|row| row.0 == self);
+        row.expect("every variant has a row; a test walks them").1
+    }
+}
+
+impl FromStr for Upscaler {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        let row = UPSCALERS.iter().find(|row| row.1.eq_ignore_ascii_case(name));
+        row.map(|row| row.0).ok_or_else(|| {
+            let known = UPSCALERS.map(|row| row.1).join(", ");
+            format!("unknown upscaler {name:?}; known are {known}")
+        })
     }
 }
 
@@ -248,6 +347,9 @@ mod tests {
                 assert_eq!(class.parse(), Ok(scheduler));
             }
             assert_eq!(scheduler.name(), short);
+        }
+        for upscaler in Upscaler::all() {
+            assert_eq!(upscaler.title().to_lowercase().parse(), Ok(upscaler));
         }
         assert!("dpm_fast".parse::<Scheduler>().unwrap_err().contains("euler_a"));
         assert!("".parse::<Scheduler>().is_err());

@@ -55,6 +55,7 @@ fn spec(scheduler: Scheduler, steps: usize, guidance_scale: f64) -> Spec {
         scheduler,
         seed: 7,
         start: None,
+        hires: None,
         prompt_syntax: PromptSyntax::Plain,
     }
 }

@@ -1,7 +1,7 @@
 """Writes tests/fixtures/: what diffusers and transformers compute, for tests/parity.rs.
 
     python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers tokenizer text unet vae
-        start emphasis single safety]
+        start emphasis hires single safety]
 
 The committed files were made with torch 2.15.0, diffusers 0.42.1 and transformers 5.23.0 on a
 CPU. Everything is seeded: the same versions write the same numbers.
@@ -564,6 +564,58 @@ def emphasis(_):
     (HERE / "emphasis.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
+# Second passes -------------------------------------------------------------------------------
+
+# AUTOMATIC1111's names and what they mean (its modules/shared_options.py and sd_samplers).
+UPSCALERS = {
+    "Latent": dict(mode="bilinear"),
+    "Latent (antialiased)": dict(mode="bilinear", antialias=True),
+    "Latent (bicubic)": dict(mode="bicubic"),
+    "Latent (bicubic antialiased)": dict(mode="bicubic", antialias=True),
+    "Latent (nearest)": dict(mode="nearest"),
+    "Latent (nearest-exact)": dict(mode="nearest-exact"),
+}
+
+
+def enlarged(latents, target, upscaler, scale):
+    """Latents enlarged until they cover a size in pixels, cut evenly: `sample_hr_pass`."""
+    h, w = (side * scale for side in latents.shape[2:])
+    width, height = target
+    x, y = (width, width * h // w) if w * height < width * h else (height * w // h, height)
+    size = (y // scale, x // scale)
+    latents = torch.nn.functional.interpolate(latents, size=size, **UPSCALERS[upscaler])
+    left, top = (x - width) // scale, (y - height) // scale
+    return latents[:, :, top // 2 : size[0] - (top + 1) // 2, left // 2 : size[1] - (left + 1) // 2]
+
+
+@torch.no_grad()
+def hires(_):
+    """Enlarged latents, and the latents of runs that go on from such."""
+    stream, tensors = generator(21), {}
+    latents = torch.randn((1, 4, 6, 5), generator=stream)
+    tensors["latents"] = latents
+    for name in UPSCALERS:
+        for width, height in [(80, 96), (64, 72), (104, 64), (24, 40)]:
+            large = enlarged(latents, (width, height), name, 8)
+            assert large.shape[2:] == (height // 8, width // 8), (large.shape, width, height)
+            tensors[f"enlarged.{name}.{width}x{height}"] = large
+    kinds = [diffusers.StableDiffusionPipeline, diffusers.StableDiffusionImg2ImgPipeline]
+    first, second = (tiny(kind, HERE / "v1/unet", diffusers.PNDMScheduler.from_config(V1_4))
+                     for kind in kinds)
+    first.set_progress_bar_config(disable=True)
+    second.set_progress_bar_config(disable=True)
+    for name, upscaler in zip(ALL, list(UPSCALERS) * 2):
+        first.scheduler, second.scheduler = scheduler_of(name, V1_4), scheduler_of(name, V1_4)
+        common = dict(guidance_scale=3.0, output_type="latent")
+        small = first("a red house", num_inference_steps=6, width=64, height=64,
+                      generator=generator(11), **common).images
+        large = enlarged(small, (96, 80), upscaler, 8)
+        tensors[f"run.{name}.{upscaler}"] = second(
+            "a red house", image=large, num_inference_steps=10, strength=0.5,
+            generator=generator(11), **common).images
+    save(tensors, HERE / "hires.safetensors")
+
+
 # Single files --------------------------------------------------------------------------------
 
 
@@ -777,6 +829,7 @@ def main():
         "vae": vae,
         "start": start,
         "emphasis": emphasis,
+        "hires": hires,
         "single": single,
         "safety": safety,
     }

@@ -1,6 +1,7 @@
 """Writes tests/pictures/: what diffusers draws with a small model, one PNG a scheduler, and for
-some what it makes of the first picture (img2img) and of a part of it (inpaint); LoRAs of small
-random factors (loras/) and embeddings of random vectors (embeddings/), and what it draws with them.
+some what it makes of the first picture (img2img), of a part of it (inpaint), and of its latents when
+they have been enlarged (hires); LoRAs of small random factors (loras/) and embeddings of random
+vectors (embeddings/), and what it draws with them.
 
     python make_pictures.py ../demo [--out ../../tests/pictures]
 
@@ -19,7 +20,7 @@ from peft import get_peft_model_state_dict
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
-from make_fixtures import scheduler_of, CLASSES
+from make_fixtures import CLASSES, enlarged, scheduler_of
 
 PROMPT = "a red house by the sea at night"
 SEED, STEPS, GUIDANCE = 7, 20, 7.5
@@ -28,6 +29,17 @@ SEED, STEPS, GUIDANCE = 7, 20, 7.5
 CHANGED = "a blue house in the snow at sunset"
 STRENGTHS = {"img2img": 0.6, "inpaint": 0.9}
 FROM_PICTURES = ["ddim", "euler", "dpmpp_2m", "pndm", "euler_a", "heun"]
+
+# A second pass: for each sampler a size and an upscaler, and for all a strength.
+HIRES = {
+    "ddim": ((192, 192), "Latent"),
+    "euler": ((192, 160), "Latent (nearest-exact)"),
+    "dpmpp_2m": ((160, 192), "Latent (bicubic)"),
+    "pndm": ((192, 192), "Latent (antialiased)"),
+    "euler_a": ((192, 192), "Latent (bicubic antialiased)"),
+    "heun": ((160, 160), "Latent (nearest)"),
+}
+HIRES_STRENGTH, HIRES_STEPS = 0.6, 15
 
 
 # LoRAs: which layers of UNet and text encoder, rank, size of the factors, alpha.
@@ -83,6 +95,34 @@ def from_pictures(pipeline, written, out):
                 **extra,
             ).images[0]
             drawn.save(out / f"{mode}-{name}.png", optimize=True)
+
+
+def hires(pipeline, written, out):
+    """The prompt again over the enlarged latents of its picture, with noise of the same seed."""
+    again = diffusers.StableDiffusionImg2ImgPipeline(
+        **pipeline.components, requires_safety_checker=False
+    )
+    again.set_progress_bar_config(disable=True)
+    for name, (size, upscaler) in HIRES.items():
+        pipeline.scheduler = scheduler_of(name, written)
+        seeded = lambda: torch.Generator("cpu").manual_seed(SEED)
+        latents = pipeline(
+            PROMPT,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=seeded(),
+            output_type="latent",
+        ).images
+        again.scheduler = scheduler_of(name, written)
+        drawn = again(
+            PROMPT,
+            image=enlarged(latents, size, upscaler, pipeline.vae_scale_factor),
+            strength=HIRES_STRENGTH,
+            num_inference_steps=HIRES_STEPS,
+            guidance_scale=GUIDANCE,
+            generator=seeded(),
+        ).images[0]
+        drawn.save(out / f"hires-{name}.png", optimize=True)
 
 
 def kohya(networks, layers, rank, size, alpha, generator):
@@ -184,6 +224,7 @@ def main():
         ).images[0]
         image.save(arguments.out / f"{name}.png", optimize=True)
     from_pictures(pipeline, written, arguments.out)
+    hires(pipeline, written, arguments.out)
     with_loras(pipeline, written, arguments.out)
     with_words(pipeline, written, arguments.out)
 

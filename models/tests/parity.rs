@@ -10,6 +10,8 @@ use candle_core::{DType, Device, Tensor};
 
 #[path = "parity/emphasis.rs"]
 mod emphasis;
+#[path = "parity/hires.rs"]
+mod hires;
 #[path = "parity/lora.rs"]
 mod lora;
 #[path = "parity/networks.rs"]

@@ -251,8 +251,8 @@ impl Order {
 
     /// What it costs: pixels times rows times evaluations, these counted as steps.
     pub(super) fn work(&self) -> u64 {
-        let steps = self.spec.steps.saturating_sub(self.spec.skipped_steps());
-        (self.spec.size.pixels() * self.spec.rows() * steps) as u64
+        let passes = self.spec.passes().map(|(size, steps)| size.pixels() * steps);
+        (passes.sum::<usize>() * self.spec.rows()) as u64
     }
 
     /// Whether anyone still holds the ticket.

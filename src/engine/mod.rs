@@ -62,8 +62,13 @@ pub trait Trajectory {
     fn progress(&self) -> (usize, usize);
     /// Rows that one evaluation takes in a batch.
     fn rows(&self) -> usize;
-    /// Pictures of one size can share an evaluation.
+    /// The size in this pass: pictures of one size can share an evaluation.
     fn size(&self) -> Size;
+    /// Pixels times evaluations to make, in all passes.
+    fn work_left(&self) -> usize {
+        let (made, all) = self.progress();
+        self.size().pixels() * all.saturating_sub(made)
+    }
     /// What the client should know, such as a prompt that was cut.
     fn warnings(&self) -> &[String];
 }
@@ -267,8 +272,10 @@ impl Engine {
             failure
         };
         let budget = self.shared.budget();
-        let too_large =
-            |order: &job::Order| model.peak_bytes(order.spec.size, order.spec.rows()) > budget;
+        let too_large = |order: &job::Order| {
+            let rows = order.spec.rows();
+            order.spec.passes().any(|(size, _)| model.peak_bytes(size, rows) > budget)
+        };
         if orders.iter().any(too_large) {
             return Err(refuse(orders, Failure::OutOfMemory));
         }
@@ -520,6 +527,10 @@ impl Trajectory for sd_models::Trajectory {
 
     fn size(&self) -> Size {
         self.size()
+    }
+
+    fn work_left(&self) -> usize {
+        self.work_left()
     }
 
     fn warnings(&self) -> &[String] {

@@ -176,6 +176,7 @@ mod tests {
             seed: client,
             scheduler: Scheduler::Euler,
             start: None,
+            hires: None,
         };
         let client = Client::named(&client.to_string());
         let job = Job { client, ..Job::from(vec![spec; pictures]) };

@@ -119,6 +119,7 @@ fn warm<M: Model>(model: &M) -> anyhow::Result<()> {
         seed: 0,
         scheduler: defaults.scheduler,
         start: None,
+        hires: None,
     };
     let draw = || {
         let mut trajectory = model.begin(&spec)?;
@@ -209,10 +210,7 @@ impl<M: Model> Worker<M> {
 
     /// Tells those who wait how fast it goes and how much is left.
     fn report(&self, elapsed: Duration, work: u64) {
-        let left = |slot: &Slot<M::Trajectory>| {
-            let (made, all) = slot.trajectory.progress();
-            (slot.trajectory.size().pixels() * rows(slot) * all.saturating_sub(made)) as u64
-        };
+        let left = |slot: &Slot<M::Trajectory>| (slot.trajectory.work_left() * rows(slot)) as u64;
         let mut pace = self.engine.pace.lock().unwrap_or_else(PoisonError::into_inner);
         pace.measure(elapsed, work);
         pace.drawing = self.slots.iter().map(left).sum();
@@ -388,7 +386,7 @@ impl<M: Model> Worker<M> {
         let queued = begun.saturating_duration_since(order.submitted);
         let drawn = Drawn { rgb, warnings, nsfw, queued, drawn: begun.elapsed() };
         debug!(
-            size = %order.spec.size,
+            size = %order.spec.final_size(),
             steps = order.spec.steps,
             queued_ms = millis(queued),
             drawn_ms = millis(drawn.drawn),
@@ -444,9 +442,9 @@ fn step_what_fits<M: Model>(
     }
 }
 
-/// Shows the picture to those who asked for it: what nobody has judged yet, so that of a model that
-/// judges no more can be told than its colours, unless objections only matter to the client. A
-/// preview that fails is not worth more than a line.
+/// Shows the picture to those who asked for it. Nobody has judged it yet: where an objection is more
+/// than a word, a look tells no more than colours. A preview that fails is not worth more than a
+/// line.
 fn preview<M: Model>(model: &M, slot: &mut Slot<M::Trajectory>, safety: Safety) {
     if !slot.order.curious() {
         return;

@@ -198,7 +198,7 @@ fn sdapi_routes() -> Router<Arc<Shared>> {
         .route("/sdapi/v1/sd-models", get(sdapi::models))
         .route("/sdapi/v1/sd-vae", get(sdapi::nothing))
         .route("/sdapi/v1/upscalers", get(sdapi::nothing))
-        .route("/sdapi/v1/latent-upscale-modes", get(sdapi::nothing))
+        .route("/sdapi/v1/latent-upscale-modes", get(sdapi::upscalers))
         .route("/sdapi/v1/loras", get(sdapi::loras))
         .route("/sdapi/v1/embeddings", get(sdapi::embeddings))
         .route("/sdapi/v1/scripts", get(sdapi::scripts))

@@ -214,7 +214,7 @@ fn quality(compression: Option<u64>, format: Format) -> Result<Option<u8>, Inval
 
 /// What every answer and event says of its pictures.
 fn common(asked: &Asked) -> Map<String, Value> {
-    let size = asked.specs.first().map(|spec| spec.size.to_string());
+    let size = asked.specs.first().map(|spec| spec.final_size().to_string());
     let format = asked.reply.format().name();
     let common = json!({ "size": size, "output_format": format, "background": "opaque" });
     common.as_object().cloned().unwrap_or_default()

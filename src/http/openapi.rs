@@ -10,7 +10,7 @@ use super::{State, openai};
 use crate::api::{Described, Draw, Fields};
 
 /// What the fields mean.
-const MEANINGS: [(&str, &str); 24] = [
+const MEANINGS: [(&str, &str); 30] = [
     ("prompt", "What the picture shows."),
     ("negative_prompt", "What it should not show; only read when guidance is above 1."),
     ("loras", "LoRAs of the server's folder, and how much each counts (1 when absent)."),
@@ -24,6 +24,18 @@ const MEANINGS: [(&str, &str); 24] = [
     ("num_images_per_prompt", "How many pictures; the next has the next seed."),
     ("seed", "The same seed gives the same picture; random when absent."),
     ("scheduler", "The sampler, by any of its names."),
+    ("hires_width", "A second pass over the enlarged latents makes the picture this wide."),
+    (
+        "hires_height",
+        "And this high; in the shape of the first pass where one of the two is absent.",
+    ),
+    ("hires_steps", "Steps of the second pass; those of the first when absent."),
+    ("hires_strength", "How much of the enlarged latents is painted over, 0 to 1."),
+    ("hires_upscaler", "How latents are enlarged: Latent, Latent (nearest), and so on."),
+    (
+        "prompt_syntax",
+        "plain: as diffusers reads it. a1111: as AUTOMATIC1111 does, (emphasis:1.3), [less], BREAK.",
+    ),
     ("output_format", "png, jpeg or webp."),
     ("stream", "Answer with server-sent events."),
     ("preview", "With looks at the pictures in the making among the events."),
@@ -223,31 +235,7 @@ fn openai_paths(request: &Value, edit: &Value) -> Paths {
 }
 
 fn sdapi_paths(native: &Value) -> Paths {
-    // The fields that have the same meaning have the same limits.
-    let mut request = json!({ "type": "object", "properties": {} });
-    for (theirs, ours) in super::sdapi::SAME {
-        request["properties"][theirs] = native["properties"][ours].clone();
-    }
-    for (name, schema) in [
-        (
-            "seed",
-            json!({ "type": ["integer", "null"], "minimum": -1, "description": "-1 is chance." }),
-        ),
-        ("sampler_name", json!({ "type": ["string", "null"] })),
-        ("scheduler", json!({ "type": ["string", "null"] })),
-        ("batch_size", native["properties"]["num_images_per_prompt"].clone()),
-        ("n_iter", native["properties"]["num_images_per_prompt"].clone()),
-        ("override_settings", json!({ "type": ["object", "null"] })),
-        ("force_task_id", json!({ "type": ["string", "null"] })),
-        ("send_images", json!({ "type": ["boolean", "null"] })),
-    ] {
-        request["properties"][name] = schema;
-    }
-    let mut from_picture = request.clone();
-    from_picture["properties"]["init_images"] = json!({ "type": "array", "items": native["properties"]["image"], "minItems": 1, "maxItems": 1 });
-    from_picture["properties"]["mask"] = native["properties"]["mask"].clone();
-    from_picture["properties"]["denoising_strength"] = native["properties"]["strength"].clone();
-    from_picture["required"] = json!(["init_images"]);
+    let [request, from_picture] = sdapi_requests(native);
     let tag = "AUTOMATIC1111";
     let pictures =
         answer("The pictures, and what made them.", object(&["images", "parameters", "info"]));
@@ -294,6 +282,56 @@ fn sdapi_paths(native: &Value) -> Paths {
         paths.push((path, ask(summary, list())));
     }
     paths
+}
+
+/// The fields of txt2img and of img2img.
+fn sdapi_requests(native: &Value) -> [Value; 2] {
+    // The fields that have the same meaning have the same limits.
+    let mut request = json!({ "type": "object", "properties": {} });
+    for (theirs, ours) in super::sdapi::SAME {
+        request["properties"][theirs] = native["properties"][ours].clone();
+    }
+    for (name, schema) in [
+        (
+            "seed",
+            json!({ "type": ["integer", "null"], "minimum": -1, "description": "-1 is chance." }),
+        ),
+        ("sampler_name", json!({ "type": ["string", "null"] })),
+        ("scheduler", json!({ "type": ["string", "null"] })),
+        ("batch_size", native["properties"]["num_images_per_prompt"].clone()),
+        ("n_iter", native["properties"]["num_images_per_prompt"].clone()),
+        ("override_settings", json!({ "type": ["object", "null"] })),
+        ("force_task_id", json!({ "type": ["string", "null"] })),
+        ("send_images", json!({ "type": ["boolean", "null"] })),
+    ] {
+        request["properties"][name] = schema;
+    }
+    let mut from_picture = request.clone();
+    for (name, schema) in [
+        (
+            "enable_hr",
+            json!({ "type": ["boolean", "null"], "description": "Draw again over the enlarged latents." }),
+        ),
+        ("hr_scale", json!({ "type": ["number", "null"], "description": "2 when absent." })),
+        (
+            "hr_resize_x",
+            json!({ "type": ["integer", "null"], "description": "In place of hr_scale." }),
+        ),
+        (
+            "hr_resize_y",
+            json!({ "type": ["integer", "null"], "description": "In place of hr_scale." }),
+        ),
+        ("hr_second_pass_steps", native["properties"]["hires_steps"].clone()),
+        ("hr_upscaler", native["properties"]["hires_upscaler"].clone()),
+        ("denoising_strength", native["properties"]["hires_strength"].clone()),
+    ] {
+        request["properties"][name] = schema;
+    }
+    from_picture["properties"]["init_images"] = json!({ "type": "array", "items": native["properties"]["image"], "minItems": 1, "maxItems": 1 });
+    from_picture["properties"]["mask"] = native["properties"]["mask"].clone();
+    from_picture["properties"]["denoising_strength"] = native["properties"]["strength"].clone();
+    from_picture["required"] = json!(["init_images"]);
+    [request, from_picture]
 }
 
 fn own_paths() -> Paths {

@@ -11,7 +11,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use sd_models::{Scheduler, Spec};
+use sd_models::{Scheduler, Spec, Upscaler};
 use serde_json::{Map, Value, json};
 
 use super::accept::Reply;
@@ -36,8 +36,7 @@ pub(super) const SAME: [(&str, &str); 6] = [
 ];
 
 /// What would change the picture if it were done. Clients send most of these in their idle state.
-const REFUSED: [&str; 13] = [
-    "enable_hr",
+const REFUSED: [&str; 12] = [
     "resize_mode",
     "restore_faces",
     "tiling",
@@ -51,6 +50,20 @@ const REFUSED: [&str; 13] = [
     "infotext",
     "s_churn",
 ];
+
+/// What the second pass could have of its own and has not, and the word for that.
+const SHARED: [(&str, &str); 7] = [
+    ("hr_prompt", ""),
+    ("hr_negative_prompt", ""),
+    ("hr_checkpoint_name", "Use same checkpoint"),
+    ("hr_sampler_name", "Use same sampler"),
+    ("hr_scheduler", "Use same scheduler"),
+    ("hr_cfg", ""),
+    ("hr_additional_modules", "Use same choices"),
+];
+
+/// A side beyond this is no size.
+const MAX_SIDE: u64 = 65_536;
 
 /// Samplers that AUTOMATIC1111 runs on Karras' sigmas unless told otherwise, on those, and on the
 /// model's own.
@@ -89,12 +102,17 @@ async fn draw(state: State, request: Request, from_picture: bool) -> Result<Resp
         true => Some(Start::take(&mut theirs, &mut notes)?),
         false => None,
     };
-    let (mut fields, settings, model) = translate(theirs, state.settings.limits.max_images)?;
+    let (mut settings, model) = overrides(&mut theirs)?;
     let state = match model {
         Some(model) => models::choose(&state, &model).await?,
         None => state,
     };
+    let format = settings.remove("samples_format");
     set(&state, &settings).await?;
+    let mut fields = translate(&state, theirs, from_picture)?;
+    if let Some(format) = format {
+        fields.add("output_format", "override_settings.samples_format", format);
+    }
     if let Some(start) = start {
         // As there, pictures do not go back to where they came from.
         echo.retain(|name, _| !["init_images", "mask"].contains(&name.as_str()));
@@ -128,11 +146,21 @@ async fn draw(state: State, request: Request, from_picture: bool) -> Result<Resp
     Ok(Json(asked.encode(pictures, dress).await?).into_response())
 }
 
-/// Their fields in our words, what they want set, and the model that they name.
-fn translate(
-    mut theirs: Fields,
-    max_images: usize,
-) -> Result<(Fields, Object, Option<String>), ApiError> {
+/// The settings of one request, and the model that they name.
+fn overrides(theirs: &mut Fields) -> Result<(Object, Option<String>), Invalid> {
+    let Some((name, settings)) = theirs.take(&["override_settings"])? else {
+        return Ok(Default::default());
+    };
+    let Value::Object(mut settings) = settings else {
+        return Err(Invalid::malformed(&name, "must be an object"));
+    };
+    let model = settings.remove("sd_model_checkpoint");
+    let model = model.and_then(|model| model.as_str().map(str::to_owned));
+    Ok((settings, model.filter(|name| !name.is_empty())))
+}
+
+/// Their fields in our words.
+fn translate(state: &State, mut theirs: Fields, from_picture: bool) -> Result<Fields, ApiError> {
     for name in REFUSED {
         if let Some((name, value)) = theirs.take(&[name])?
             && !idle(&value)
@@ -146,6 +174,12 @@ fn translate(
             ours.add(native, &name, value);
         }
     }
+    if theirs.take(&["enable_hr"])?.is_some_and(|(_, enabled)| !idle(&enabled)) {
+        if from_picture {
+            return Err(Invalid::range("enable_hr", "is for txt2img").into());
+        }
+        hires(state, &mut theirs, &mut ours)?;
+    }
     if !ours.has("prompt") {
         ours.add("prompt", "prompt", "");
     }
@@ -157,26 +191,67 @@ fn translate(
     {
         ours.add("seed", &name, seed);
     }
-    let most = 1..=max_images as u64;
+    let most = 1..=state.settings.limits.max_images as u64;
     let batch = theirs.whole(&["batch_size"], most.clone())?.unwrap_or(1);
     ours.add("n", "batch_size x n_iter", batch * theirs.whole(&["n_iter"], most)?.unwrap_or(1));
     if let Some(scheduler) = scheduler(&mut theirs)? {
         ours.add("scheduler", "sampler_name", scheduler.name());
     }
-    let (mut settings, mut model) = Default::default();
-    if let Some((name, value)) = theirs.take(&["override_settings"])? {
-        let Value::Object(value) = value else {
-            return Err(Invalid::malformed(&name, "must be an object").into());
-        };
-        settings = value;
-        if let Some(format) = settings.remove("samples_format") {
-            ours.add("output_format", "override_settings.samples_format", format);
-        }
-        if let Some(Value::String(name)) = settings.remove("sd_model_checkpoint") {
-            model = Some(name).filter(|name| !name.is_empty());
+    Ok(ours)
+}
+
+/// Puts a second pass into our words.
+fn hires(state: &State, theirs: &mut Fields, ours: &mut Fields) -> Result<(), ApiError> {
+    for (name, same) in SHARED {
+        if let Some((name, value)) = theirs.take(&[name])?
+            && !idle(&value)
+            && value != same
+            && value != json!([same])
+        {
+            return Err(Invalid::range(&name, "must be that of the first pass").into());
         }
     }
-    Ok((ours, settings, model))
+    let model = state.engine.model()?;
+    let first = model.defaults.size;
+    // What is no size is refused when it is read.
+    let side = |name, first: usize| ours.peek(name).unwrap_or(first as u64).clamp(1, MAX_SIDE);
+    let (width, height) = (side("width", first.width()), side("height", first.height()));
+    let scale = theirs.number(&["hr_scale"], 0.1..=16.0)?.unwrap_or(2.0);
+    let x = theirs.whole(&["hr_resize_x"], 0..=MAX_SIDE)?.unwrap_or(0);
+    let y = theirs.whole(&["hr_resize_y"], 0..=MAX_SIDE)?.unwrap_or(0);
+    let (spelt, target) = match (x, y) {
+        (0, 0) => {
+            let scaled = |side: u64| (side as f64 * scale) as u64;
+            ("hr_scale", [scaled(width), scaled(height)])
+        }
+        (x, 0) => ("hr_resize_x", [x, x * height / width]),
+        (0, y) => ("hr_resize_y", [y * width / height, y]),
+        (x, y) => ("hr_resize_x", [x, y]),
+    };
+    // Latents have whole pixels.
+    let multiple = model.multiple as u64;
+    let [wide, high] = target.map(|side| (side / multiple).max(1) * multiple);
+    if (wide, high) == (width, height) {
+        // As there, nothing is done where nothing would be enlarged.
+        return Ok(());
+    }
+    ours.add("hires_width", spelt, wide);
+    ours.add("hires_height", spelt, high);
+    let most = state.settings.limits.max_steps as u64;
+    let steps = theirs.whole(&["hr_second_pass_steps"], 0..=most)?;
+    if let Some(steps) = steps.filter(|steps| *steps > 0) {
+        ours.add("hires_steps", "hr_second_pass_steps", steps);
+    }
+    for (name, native) in
+        [("hr_upscaler", "hires_upscaler"), ("denoising_strength", "hires_strength")]
+    {
+        if let Some((name, value)) = theirs.take(&[name])?
+            && (native != "hires_upscaler" || !idle(&value))
+        {
+            ours.add(native, &name, value);
+        }
+    }
+    Ok(())
 }
 
 /// The picture to begin with.
@@ -288,7 +363,9 @@ fn info(specs: &[Spec], pictures: &[Drawn], notes: Vec<String>, model: &str) -> 
         }
     }
     let nsfw: Option<Vec<bool>> = pictures.iter().map(|picture| picture.nsfw).collect();
-    let strength = first.start.as_ref().map(|start| start.strength);
+    let parameters = first.hires.iter().flat_map(|hires| image::hires_parameters(first, hires));
+    let parameters: Map<String, Value> =
+        parameters.map(|(name, value)| (name.to_owned(), value.into())).collect();
     json!({
         "prompt": first.prompt,
         "all_prompts": all(|spec| spec.prompt.as_str().into()),
@@ -313,8 +390,8 @@ fn info(specs: &[Spec], pictures: &[Drawn], notes: Vec<String>, model: &str) -> 
         "sd_vae_hash": null,
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
-        "denoising_strength": strength,
-        "extra_generation_params": {},
+        "denoising_strength": first.strength(),
+        "extra_generation_params": parameters,
         "index_of_first_image": 0,
         "infotexts": infotexts,
         "styles": [],
@@ -511,6 +588,11 @@ pub(super) async fn loras(state: State) -> Result<Json<Value>, ApiError> {
 /// The lists of what there is none of, which clients ask for before anything else.
 pub(super) async fn nothing() -> Json<Value> {
     Json(json!([]))
+}
+
+/// `GET /sdapi/v1/latent-upscale-modes`.
+pub(super) async fn upscalers() -> Json<Value> {
+    Json(Upscaler::all().map(|upscaler| json!({ "name": upscaler.title() })).collect())
 }
 
 /// `GET /sdapi/v1/embeddings`: words that prompts can hold beside those of every model.

@@ -77,7 +77,8 @@ impl Begun {
         task: Option<String>,
         specs: &[Spec],
     ) -> Self {
-        let steps = specs.iter().map(|spec| spec.steps).max().unwrap_or_default();
+        let of = |spec: &Spec| spec.steps + spec.hires.map_or(0, |hires| hires.steps);
+        let steps = specs.iter().map(of).max().unwrap_or_default();
         let (watch, previews) = (engine.watch(ticket), ticket.previews());
         let (pictures, interrupt) = (specs.len(), Notify::new());
         Self { client, task, steps, pictures, watch, previews, interrupt }

@@ -115,7 +115,7 @@ impl Model for Fake {
             let seeds = batch.iter().map(|member| member.spec.seed).collect();
             self.steps.lock().expect("unpoisoned").push(seeds);
         }
-        assert!(batch.windows(2).all(|pair| pair[0].spec.size == pair[1].spec.size));
+        assert!(batch.windows(2).all(|pair| pair[0].size() == pair[1].size()));
         for member in batch.iter() {
             match member.spec.prompt.as_str() {
                 "panic" => panic!("as the prompt asked"),
@@ -133,7 +133,7 @@ impl Model for Fake {
     }
 
     fn decode(&self, trajectory: &FakeTrajectory) -> Result<Rgb> {
-        let size = trajectory.spec.size;
+        let size = trajectory.spec.final_size();
         let data = vec![trajectory.spec.seed as u8; size.pixels() * 3];
         Ok(Rgb { width: size.width(), height: size.height(), data })
     }
@@ -141,11 +141,11 @@ impl Model for Fake {
 
 impl Trajectory for FakeTrajectory {
     fn done(&self) -> bool {
-        self.made >= self.spec.steps
+        self.made >= self.progress().1
     }
 
     fn progress(&self) -> (usize, usize) {
-        (self.made, self.spec.steps)
+        (self.made, self.spec.passes().map(|(_, steps)| steps).sum())
     }
 
     fn rows(&self) -> usize {
@@ -153,7 +153,8 @@ impl Trajectory for FakeTrajectory {
     }
 
     fn size(&self) -> Size {
-        self.spec.size
+        let first = self.spec.passes().next().is_some_and(|(_, steps)| self.made < steps);
+        if first { self.spec.size } else { self.spec.final_size() }
     }
 
     fn warnings(&self) -> &[String] {
@@ -174,6 +175,7 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
         seed,
         scheduler: Scheduler::Euler,
         start: None,
+        hires: None,
     }
 }
 

@@ -71,6 +71,31 @@ fn pictures_from_pictures_are_those_of_diffusers() {
     }
 }
 
+/// The second passes of `models/tests/make_pictures.py`.
+const HIRES: [(&str, u32, u32, &str); 6] = [
+    ("ddim", 192, 192, "Latent"),
+    ("euler", 192, 160, "Latent (nearest-exact)"),
+    ("dpmpp_2m", 160, 192, "Latent (bicubic)"),
+    ("pndm", 192, 192, "Latent (antialiased)"),
+    ("euler_a", 192, 192, "Latent (bicubic antialiased)"),
+    ("heun", 160, 160, "Latent (nearest)"),
+];
+
+#[test]
+fn second_passes_are_those_of_diffusers() {
+    let server = Server::ready(&["--dtype", "f32"]);
+    for (scheduler, width, height, upscaler) in HIRES {
+        let body = serde_json::json!({
+            "prompt": REFERENCE[0], "seed": 7, "steps": 20, "scheduler": scheduler,
+            "hires_width": width, "hires_height": height, "hires_steps": 15,
+            "hires_strength": 0.6, "hires_upscaler": upscaler,
+        });
+        let reply = server.post(&["accept: image/png"], body.to_string());
+        let ours = image::load_from_memory(&reply.body).expect("a picture").to_rgb8();
+        println!("{}", distance(&ours, &format!("hires-{scheduler}")));
+    }
+}
+
 #[test]
 fn pictures_with_loras_are_those_of_diffusers() {
     let folder = repository("tests/pictures/loras").display().to_string();

@@ -113,7 +113,6 @@ async fn samplers_and_schedules_are_one_word_here() -> Result<()> {
 async fn what_cannot_be_done_is_refused_by_name() -> Result<()> {
     let server = free().await;
     let table = [
-        ("enable_hr", json!(true)),
         ("restore_faces", json!(true)),
         ("tiling", json!(true)),
         ("subseed_strength", json!(0.5)),
@@ -142,6 +141,66 @@ async fn what_cannot_be_done_is_refused_by_name() -> Result<()> {
     let idle = json!({ "prompt": "x", "steps": 1, "styles": [], "script_name": null,
                        "alwayson_scripts": {}, "subseed_strength": 0, "seed_resize_from_w": -1 });
     assert_eq!(post(&server.url, "/sdapi/v1/txt2img", &idle).await?.0, 200);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_pass_is_what_automatic1111_makes_of_its_fields() -> Result<()> {
+    let server = free().await;
+    let modes = get(&server.url, "/sdapi/v1/latent-upscale-modes").await?;
+    assert_eq!((&modes[0]["name"], modes.as_array().map(Vec::len)), (&"Latent".into(), Some(6)));
+    let base = json!({ "prompt": "x", "steps": 2, "width": 64, "height": 96, "enable_hr": true,
+                       "hr_prompt": "", "hr_sampler_name": null, "hr_additional_modules": [] });
+    let with = |extra: Value| {
+        let mut body = base.clone();
+        body.as_object_mut().expect("an object").extend(extra.as_object().expect("one").clone());
+        body
+    };
+    let table = [
+        (json!({}), "128x192", "Hires upscale: 2, Hires steps: 2, Hires upscaler: Latent,"),
+        (
+            json!({ "hr_scale": 1.3, "hr_second_pass_steps": 5, "hr_upscaler": "Latent (nearest)" }),
+            "80x120",
+            "Hires upscale: 1.25, Hires steps: 5, Hires upscaler: Latent (nearest),",
+        ),
+        (json!({ "hr_resize_x": 100 }), "96x144", "Hires upscale: 1.5, "),
+        (json!({ "hr_resize_y": 100 }), "64x96", ""),
+        (json!({ "hr_resize_x": 128, "hr_resize_y": 100 }), "128x96", "Hires resize: 128x96, "),
+        (json!({ "hr_scale": 1 }), "64x96", ""),
+        (json!({ "enable_hr": false }), "64x96", ""),
+    ];
+    for (extra, size, told) in table {
+        let (status, reply) = post(&server.url, "/sdapi/v1/txt2img", &with(extra)).await?;
+        assert_eq!(status, 200, "{reply}");
+        let picture = image::load_from_memory(&file(&reply["images"][0])?)?;
+        assert_eq!(format!("{}x{}", picture.width(), picture.height()), size);
+        let info: Value = serde_json::from_str(reply["info"].as_str().context("a string")?)?;
+        let text = info["infotexts"][0].as_str().context("a text")?;
+        assert!(text.contains("Size: 64x96, ") && text.contains(told), "{text}");
+        let strength = if told.is_empty() { Value::Null } else { 0.75.into() };
+        assert_eq!((&info["denoising_strength"], &info["width"]), (&strength, &64.into()));
+        assert_eq!(text.contains("Denoising strength: 0.75, "), !told.is_empty(), "{text}");
+        let parameters = info["extra_generation_params"].as_object().context("an object")?;
+        assert_eq!(parameters.is_empty(), told.is_empty(), "{info}");
+    }
+    for (name, value) in [
+        ("hr_upscaler", json!("R-ESRGAN 4x+")),
+        ("hr_prompt", json!("another")),
+        ("hr_sampler_name", json!("Heun")),
+        ("hr_scale", json!(100)),
+        ("hr_resize_x", json!(4096)),
+        ("hr_second_pass_steps", json!(1000)),
+        ("width", json!(u64::MAX)),
+        ("denoising_strength", json!(2)),
+    ] {
+        let (status, error) =
+            post(&server.url, "/sdapi/v1/txt2img", &with(json!({ name: value }))).await?;
+        let detail = error["detail"].as_str().context("a detail")?;
+        assert!((400..500).contains(&status) && detail.contains(name), "{name}: {error}");
+    }
+    let again = with(json!({ "init_images": ["x"] }));
+    let (status, error) = post(&server.url, "/sdapi/v1/img2img", &again).await?;
+    assert!(status == 422 && error["detail"].as_str().context("a")?.contains("enable_hr"));
     Ok(())
 }
 

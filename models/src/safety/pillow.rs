@@ -6,14 +6,12 @@
 
 use std::ops::Range;
 
+use crate::resample::{self, CUBIC};
 use crate::spec::Rgb;
 
 /// Bits behind the point of a weight.
 const PRECISION: u32 = 32 - 8 - 2;
-/// Pixels of the input on each side that a pixel of the output sees when nothing is made smaller.
-const SUPPORT: f64 = 2.0;
-
-/// The pixels from `first` on that make one of the output, and their weights.
+/// The pixels from `first` on that make one of the output, and their weights in fixed point.
 struct Window {
     first: usize,
     weights: Vec<i32>,
@@ -53,34 +51,13 @@ impl Window {
 
 /// The windows of a range of a line of `to` pixels in one of `from`.
 fn windows(from: usize, to: usize, range: Range<usize>) -> Vec<Window> {
-    let scale = from as f64 / to as f64;
-    let stretch = scale.max(1.0);
-    let support = SUPPORT * stretch;
-    let window = |i: usize| {
-        let center = (i as f64 + 0.5) * scale;
-        let first = (center - support + 0.5).max(0.0) as usize;
-        let end = ((center + support + 0.5) as usize).min(from);
-        let weight = |k: usize| cubic((k as f64 - center + 0.5) / stretch);
-        let weights: Vec<f64> = (first..end).map(weight).collect();
-        let all: f64 = weights.iter().sum();
-        let fixed = |w: f64| {
-            let scaled = w / all * f64::from(1 << PRECISION);
-            (scaled + 0.5_f64.copysign(scaled)) as i32
-        };
-        Window { first, weights: weights.into_iter().map(fixed).collect() }
+    let fixed = |weight: f64| {
+        let scaled = weight * f64::from(1 << PRECISION);
+        (scaled + 0.5_f64.copysign(scaled)) as i32
     };
-    range.map(window).collect()
-}
-
-/// Keys 1981, "Cubic Convolution Interpolation for Digital Image Processing", with a = -1/2.
-fn cubic(x: f64) -> f64 {
-    const A: f64 = -0.5;
-    let x = x.abs();
-    if x < 1.0 {
-        ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0
-    } else if x < 2.0 {
-        (((x - 5.0) * x + 8.0) * x - 4.0) * A
-    } else {
-        0.0
-    }
+    let window = |window: resample::Window| Window {
+        first: window.first,
+        weights: window.weights.into_iter().map(fixed).collect(),
+    };
+    resample::windows(from, to, range, &CUBIC).into_iter().map(window).collect()
 }

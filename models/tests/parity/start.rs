@@ -67,6 +67,7 @@ pub(crate) fn spec(start: Option<Start>) -> Spec {
         seed: 11,
         scheduler: "ddim".parse().unwrap(),
         start: start.map(Arc::new),
+        hires: None,
     }
 }
 

@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 
 use futures_util::FutureExt as _;
-use sd_models::{Defaults, Extras, Learned, Memory, PromptSyntax, Rgb, Scheduler};
+use sd_models::{Defaults, Extras, Hires, Learned, Memory, PromptSyntax, Rgb, Scheduler, Upscaler};
 use tokio::time::{Instant as Clock, advance};
 
 use super::*;
@@ -39,11 +39,11 @@ struct Sketch {
 
 impl Trajectory for Sketch {
     fn done(&self) -> bool {
-        self.made == self.spec.steps
+        self.made == self.progress().1
     }
 
     fn progress(&self) -> (usize, usize) {
-        (self.made, self.spec.steps)
+        (self.made, self.spec.passes().map(|(_, steps)| steps).sum())
     }
 
     fn rows(&self) -> usize {
@@ -51,7 +51,8 @@ impl Trajectory for Sketch {
     }
 
     fn size(&self) -> Size {
-        self.spec.size
+        let first = self.made < self.spec.steps;
+        if first { self.spec.size } else { self.spec.final_size() }
     }
 
     fn warnings(&self) -> &[String] {
@@ -78,6 +79,7 @@ impl Model for Diarist {
         if rows > self.capacity || batch.iter().any(|member| member.spec.prompt == "too much") {
             return Err(Error::OutOfMemory(format!("{rows} rows")));
         }
+        assert!(batch.iter().all(|member| member.size() == batch[0].size()), "one size a step");
         let specs = batch.iter().map(|member| member.spec.clone()).collect();
         self.diary.borrow_mut().push(Did::Step(specs));
         batch.iter_mut().for_each(|member| member.made += 1);
@@ -188,7 +190,13 @@ fn spec(seed: u64, steps: usize) -> Spec {
         seed,
         scheduler: Scheduler::Euler,
         start: None,
+        hires: None,
     }
+}
+
+/// A second pass.
+fn hires(side: usize, steps: usize) -> Hires {
+    Hires { size: square(side), steps, strength: 1.0, upscaler: Upscaler::Bilinear }
 }
 
 /// The seeds that shared the step of a turn.
@@ -217,6 +225,7 @@ impl Dice {
             size: square(side),
             guidance_scale: [1.0, 7.5, 7.5][self.roll(3) as usize],
             prompt: if self.roll(12) == 0 { "too much" } else { "a cat" }.into(),
+            hires: (self.roll(5) == 0).then(|| hires(128, 1 + self.roll(4) as usize)),
             ..spec(seed, 1 + self.roll(6) as usize)
         }
     }
@@ -266,7 +275,7 @@ fn check_turn(studio: &Studio, did: &[Did]) {
     for did in did {
         let Did::Step(specs) = did else { continue };
         let rows: usize = specs.iter().map(Spec::rows).sum();
-        assert!(rows <= MAX_ROWS && specs.iter().all(|spec| spec.size == specs[0].size), "{did:?}");
+        assert!(rows <= MAX_ROWS, "{did:?}");
     }
 }
 
@@ -497,4 +506,36 @@ fn an_objection_is_flagged_blurred_or_an_error() {
     let (blocked, turns) = judged(Safety::Block, Some(true));
     assert_eq!(blocked.expect_err("withheld"), Failure::Withheld);
     assert_eq!(turns.len(), 2, "{turns:?}");
+}
+
+#[test]
+fn a_second_pass_goes_on_among_those_of_its_size() {
+    let mut studio = Studio::new(4, 8);
+    let _large = studio.submit(1, vec![Spec { size: square(128), ..spec(1, 12) }]);
+    let _small = studio.submit(2, vec![spec(2, 12)]);
+    let grows = Spec { hires: Some(hires(128, 3)), ..spec(3, 2) };
+    let ticket = studio.submit(3, vec![grows]);
+    let mut company = Vec::new();
+    while !studio.idle() {
+        let seeds = stepped(&studio.turn());
+        company.extend(seeds.contains(&3).then_some(seeds));
+    }
+    assert_eq!(company, [vec![2, 3], vec![2, 3], vec![1, 3], vec![1, 3], vec![1, 3]]);
+    let progress = *ticket.progress().borrow();
+    assert_eq!((progress.made, progress.total), (5, 5), "of both passes");
+    assert!(ticket.wait().now_or_never().expect("settled").is_ok());
+}
+
+#[test]
+fn a_second_pass_that_never_fits_is_refused_at_once() {
+    let studio = Studio::new(4, 8);
+    let mut info = studio.worker.model.info.clone();
+    info.memory.decode_bytes = 10;
+    let engine = Engine::new(&Device::default(), studio.engine.shared.settings, Phase::Loading);
+    engine.shared.enter(Phase::Ready(Arc::new(info)));
+    engine.shared.device.set_budget_bytes(10 * 64 * 64);
+    let grows = |side| Spec { hires: Some(hires(side, 1)), ..spec(1, 1) };
+    assert!(engine.submit(vec![spec(1, 1)]).is_ok());
+    assert_eq!(engine.submit(vec![grows(128)]).err(), Some(Failure::OutOfMemory));
+    assert!(engine.submit(vec![grows(32)]).is_ok());
 }
