@@ -97,7 +97,7 @@ fn loader(model: config::Model) -> impl FnOnce() -> Result<Pipeline> + Send {
     || Ok(Pipeline::load(&hub::locate(model)?)?)
 }
 
-/// Models in directories, on the configured device.
+/// Models in directories and files, on the configured device.
 struct Files {
     device: engine::Device,
     engine: engine::Settings,
@@ -107,7 +107,8 @@ struct Files {
 
 impl Files {
     fn at(&self, path: &Path) -> config::Model {
-        config::Model { place: Place::Directory(path.into()), ..self.model.clone() }
+        let place = if path.is_file() { Place::Checkpoint } else { Place::Directory };
+        config::Model { place: place(path.into()), ..self.model.clone() }
     }
 }
 

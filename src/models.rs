@@ -1,9 +1,11 @@
 //! The models of a server: the one that it was started on, which stays, and those that come and go
-//! by name while it runs. SageMaker loads and unloads them itself; or they are the directories
+//! by name while it runs. SageMaker loads and unloads them itself; or they are the directories and files
 //! of a folder, loaded when they are asked for, and the one that has not been used for longest makes
 //! room. All share one device: turns, the memory of an evaluation, the queue's bounds for each.
 //! Where files come from and how a model starts is the [`Library`]'s business.
 
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -14,6 +16,7 @@ use tokio::time::{Instant, timeout_at};
 use tracing::info;
 
 use crate::engine::{Death, Engine, Phase};
+use crate::hub::is_checkpoint;
 
 /// How to get an engine for the files of a model.
 pub trait Library: Send + Sync + 'static {
@@ -32,7 +35,7 @@ pub struct Settings {
     pub max_models: usize,
     /// What their weights may take in all; what the device has left when absent.
     pub memory_bytes: Option<u64>,
-    /// The folder whose directories are models.
+    /// The folder whose directories and single files are models.
     pub folder: Option<PathBuf>,
     /// Whether SageMaker says which models are loaded.
     pub multi_model: bool,
@@ -167,11 +170,16 @@ impl Models {
         if self.engines().iter().any(lost) { Phase::DeviceLost } else { self.first().phase() }
     }
 
-    /// The names in the folder, sorted. The folder may be far away: it is read on another thread.
+    /// The names in the folder, sorted.
     pub async fn names(&self) -> Vec<String> {
-        let Some(folder) = self.shared.settings.folder.clone() else { return Vec::new() };
-        let names = tokio::task::spawn_blocking(move || names(&folder)).await;
-        names.unwrap_or_default()
+        self.files().await.into_keys().collect()
+    }
+
+    /// The models of the folder, which may be far away: it is read on another thread.
+    async fn files(&self) -> BTreeMap<String, PathBuf> {
+        let Some(folder) = self.shared.settings.folder.clone() else { return BTreeMap::new() };
+        let files = tokio::task::spawn_blocking(move || files(&folder)).await;
+        files.unwrap_or_default()
     }
 
     /// A model that is loaded. It counts as used.
@@ -195,10 +203,7 @@ impl Models {
         if let Ok(chosen) = self.get(name) {
             return Ok(chosen);
         }
-        let folder = self.shared.settings.folder.as_ref();
-        let known = self.names().await.iter().any(|known| known == name);
-        let path = folder.filter(|_| known).map(|folder| folder.join(name));
-        let path = path.ok_or_else(|| Refusal::Unknown(name.into()))?;
+        let path = self.files().await.remove(name).ok_or_else(|| Refusal::Unknown(name.into()))?;
         match self.spawn(name, path, true).await {
             // Somebody else asked for it first.
             Err(Refusal::Loaded(_)) => self.get(name),
@@ -328,13 +333,22 @@ impl Shared {
     }
 }
 
-fn names(folder: &Path) -> Vec<String> {
+/// The models of a folder: its directories, and its single files without their endings. Of two with
+/// one name the directory counts, or the file that comes last in the alphabet: a .safetensors
+/// before a .ckpt.
+fn files(folder: &Path) -> BTreeMap<String, PathBuf> {
     let entries = folder.read_dir().into_iter().flatten().flatten();
-    let models = entries.filter(|entry| entry.path().join("model_index.json").is_file());
-    let mut names: Vec<_> =
-        models.filter_map(|entry| entry.file_name().into_string().ok()).collect();
-    names.sort();
-    names
+    let (mut models, mut files) = (Vec::new(), Vec::new());
+    for path in entries.map(|entry| entry.path()) {
+        if path.join("model_index.json").is_file() {
+            models.push((path.file_name().map(OsStr::to_owned), path));
+        } else if is_checkpoint(&path) {
+            files.push((path.file_stem().map(OsStr::to_owned), path));
+        }
+    }
+    files.sort();
+    let named = |(name, path): (Option<OsString>, PathBuf)| Some((name?.into_string().ok()?, path));
+    files.into_iter().chain(models).filter_map(named).collect()
 }
 
 fn broken(error: impl fmt::Display) -> Refusal {

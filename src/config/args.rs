@@ -138,7 +138,7 @@ pub(super) enum SafetyChecker {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Several models")]
 pub(super) struct ModelsArgs {
-    /// A folder whose directories are models that requests can name. They are loaded when they are
+    /// A folder whose directories and single files are models that requests can name. They are loaded when they are
     /// asked for; the one that has not been used for longest makes room. The model of --model
     /// stays; without it none is loaded at the start
     #[arg(long, env = "SD_MODELS_DIR")]

@@ -106,6 +106,7 @@ struct Shared {
     jobs: Arc<jobs::Store>,
     shelf: Arc<shelf::Shelf>,
     underway: underway::Underway,
+    checkpoint: sdapi::Checkpoint,
 }
 
 impl Shared {
@@ -170,9 +171,20 @@ pub fn router(models: Models, settings: Settings) -> Router {
         .method_not_allowed_fallback(async || ApiError::Method)
         .layer(option_layer(cors(&settings.cors_origins)))
         .layer(middleware::from_fn_with_state(engine.clone(), observe));
-    let (jobs, shelf, underway) = Default::default();
+    let (jobs, shelf, underway, checkpoint) = Default::default();
     let _chosen = None;
-    let shared = Shared { engine, _chosen, models, settings, gate, readers, jobs, shelf, underway };
+    let shared = Shared {
+        engine,
+        _chosen,
+        models,
+        settings,
+        gate,
+        readers,
+        jobs,
+        shelf,
+        underway,
+        checkpoint,
+    };
     let state = Arc::new(shared);
     route::by_attribute(router.with_state(state))
 }

@@ -249,7 +249,7 @@ fn sdapi_paths(native: &Value) -> Paths {
         json!({ "type": "object", "properties": { "id_task": { "type": ["string", "null"] } } });
     let mut options = ask("What is set", any.clone());
     options["post"] =
-        operation(tag, "Accept what is set", json_body(any.clone()), answer("Nothing.", json!({})));
+        operation(tag, "Choose the model", json_body(any.clone()), answer("Nothing.", json!({})));
     let draw = operation(tag, "Draw", json_body(request), pictures.clone());
     let redraw = operation(tag, "Draw from a picture", json_body(from_picture), pictures);
     let stop = operation(tag, "End the client's requests", None, answer("Nothing.", any.clone()));

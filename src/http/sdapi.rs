@@ -4,6 +4,7 @@
 //! progress and one interrupt for all, here each client has its own.
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use axum::Json;
 use axum::extract::{Query, Request};
@@ -103,12 +104,12 @@ async fn draw(state: State, request: Request, from_picture: bool) -> Result<Resp
         false => None,
     };
     let (mut settings, model) = overrides(&mut theirs)?;
-    let state = match model {
+    let state = match model.or_else(|| state.checkpoint.get()) {
         Some(model) => models::choose(&state, &model).await?,
         None => state,
     };
     let format = settings.remove("samples_format");
-    set(&state, &settings).await?;
+    check(&state, &settings)?;
     let mut fields = translate(&state, theirs, from_picture)?;
     if let Some(format) = format {
         fields.add("output_format", "override_settings.samples_format", format);
@@ -488,15 +489,30 @@ pub(super) async fn interrupt(state: State, request: Request) -> Json<Value> {
     Json(json!({}))
 }
 
+/// The model that was chosen for requests that name none; without it, the one that is there.
+#[derive(Debug, Default, Clone)]
+pub(super) struct Checkpoint(Arc<Mutex<Option<String>>>);
+
+impl Checkpoint {
+    fn slot(&self) -> MutexGuard<'_, Option<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn get(&self) -> Option<String> {
+        self.slot().clone()
+    }
+}
+
 /// What there is to set, and what it is set to.
 fn options(state: &State) -> Result<Object, ApiError> {
-    let name = match state.engine.model() {
-        Ok(model) => model.name.clone(),
-        Err(Failure::Absent) => String::new(),
-        Err(failure) => return Err(failure.into()),
+    let model = match (state.checkpoint.get(), state.engine.model()) {
+        (Some(name), _) => name,
+        (None, Ok(model)) => model.name.clone(),
+        (None, Err(Failure::Absent)) => String::new(),
+        (None, Err(failure)) => return Err(failure.into()),
     };
     let options = json!({
-        "sd_model_checkpoint": name,
+        "sd_model_checkpoint": model,
         "sd_checkpoint_hash": "",
         "sd_vae": "Automatic",
         "CLIP_stop_at_last_layers": 1,
@@ -507,23 +523,13 @@ fn options(state: &State) -> Result<Object, ApiError> {
     Ok(options.as_object().cloned().unwrap_or_default())
 }
 
-/// Accepts what is so already; a setting that would change what others get cannot be had.
-async fn set(state: &State, wanted: &Object) -> Result<(), ApiError> {
+/// Accepts settings that are so already; there is nothing to change but the model.
+fn check(state: &State, wanted: &Object) -> Result<(), ApiError> {
     for (name, is) in options(state)? {
         let Some(wanted) = wanted.get(&name).filter(|value| !idle(value)) else { continue };
-        match wanted {
-            wanted if *wanted == is => {}
-            Value::String(model) if name == "sd_model_checkpoint" => {
-                if !openai::names(state).await?.contains(model) {
-                    return Err(ApiError::NoModel(model.clone()));
-                }
-                let reason = "cannot be changed for everyone; name it in override_settings";
-                return Err(Invalid::range(&name, reason).into());
-            }
-            _ => {
-                let reason = format!("cannot be set to {wanted}; it is {is}");
-                return Err(Invalid::range(&name, reason).into());
-            }
+        if *wanted != is && name != "sd_model_checkpoint" {
+            let reason = format!("cannot be set to {wanted}; it is {is}");
+            return Err(Invalid::range(&name, reason).into());
         }
     }
     Ok(())
@@ -534,12 +540,20 @@ pub(super) async fn get_options(state: State) -> Result<Json<Value>, ApiError> {
     Ok(Json(options(&state)?.into()))
 }
 
-/// `POST /sdapi/v1/options`: clients send back all that they have got, with a change in it.
+/// `POST /sdapi/v1/options`: clients send back all that they have got, with a change in it. The model
+/// is loaded before this is answered, and is that of every request of this API that names none.
 pub(super) async fn set_options(state: State, request: Request) -> Result<Json<Value>, ApiError> {
     let body = intake::take(&state, request).await?.body;
-    let wanted = serde_json::from_slice(&body)
+    let wanted: Object = serde_json::from_slice(&body)
         .map_err(|error| Invalid::body(format!("the body is not a JSON object: {error}")))?;
-    set(&state, &wanted).await?;
+    check(&state, &wanted)?;
+    let is = options(&state)?;
+    let name = wanted.get("sd_model_checkpoint").and_then(Value::as_str);
+    if let Some(name) = name.filter(|name| !name.is_empty() && is["sd_model_checkpoint"] != **name)
+    {
+        models::choose(&state, name).await?;
+        *state.checkpoint.slot() = Some(name.to_owned());
+    }
     Ok(Json(Value::Null))
 }
 

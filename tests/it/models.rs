@@ -263,6 +263,33 @@ fn a_model_without_room_is_507() {
 }
 
 #[test]
+fn single_files_of_the_folder_are_models() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tests/fixtures");
+    for (file, name) in [
+        ("single/inpaint.ckpt", "small.ckpt"),
+        ("single/v1.safetensors", "small.safetensors"),
+        ("single/inpaint.ckpt", "red.ckpt"),
+        ("tokenizer", "tokenizer"),
+    ] {
+        std::os::unix::fs::symlink(fixtures.join(file), folder.path().join(name)).expect("a link");
+    }
+    std::os::unix::fs::symlink(demo(), folder.path().join("red")).expect("a link");
+    std::fs::write(folder.path().join("notes.txt"), "no model").expect("a file");
+    let mut command = sd_server(&["--device", "cpu", "--threads", "1"]);
+    let vae = fixtures.join("single/vae.safetensors");
+    let server =
+        Server::spawn(command.arg("--models-dir").arg(folder.path()).arg("--vae").arg(vae));
+    let list = ask(&server, reqwest::Method::GET, "/v1/models", &Value::Null).json();
+    let names: Vec<_> = list["data"].as_array().expect("a list").iter().collect();
+    assert_eq!(names.iter().map(|card| &card["id"]).collect::<Vec<_>>(), ["red", "small"]);
+    let body = json!({ "prompt": "x", "steps": 1, "width": 64, "height": 64 });
+    // The safetensors file has no VAE of its own.
+    let drawn = ask(&server, reqwest::Method::POST, "/models/small", &body);
+    assert_eq!(drawn.status, 200, "{}", drawn.json());
+}
+
+#[test]
 fn a_request_may_name_a_model_of_the_folder() {
     let folder = tempfile::tempdir().expect("a directory");
     for name in ["red", "blue"] {

@@ -314,6 +314,49 @@ async fn clients_find_what_they_look_for_before_they_draw() -> Result<()> {
 }
 
 #[test]
+fn the_model_can_be_chosen_for_all_who_name_none() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
+    for name in ["red", "blue"] {
+        std::os::unix::fs::symlink(&demo, folder.path().join(name)).expect("a link");
+    }
+    let mut command = harness::sd_server(&["--device", "cpu", "--threads", "1"]);
+    let server = harness::Server::spawn(command.arg("--models-dir").arg(folder.path()));
+    server.wait_until_ready();
+    let post = |path: &str, body: &Value| {
+        let request = server.client.post(server.url(path)).body(body.to_string());
+        let reply = request.send().expect("an answer");
+        (reply.status().as_u16(), reply.json::<Value>().expect("JSON"))
+    };
+    let current = || -> Value {
+        let options = server.client.get(server.url("/sdapi/v1/options")).send();
+        options.expect("an answer").json::<Value>().expect("JSON")["sd_model_checkpoint"].clone()
+    };
+    let drawn_by = |body: &Value| -> Value {
+        let (status, reply) = post("/sdapi/v1/txt2img", body);
+        assert_eq!(status, 200, "{reply}");
+        let info = reply["info"].as_str().expect("a string");
+        serde_json::from_str::<Value>(info).expect("JSON")["sd_model_name"].clone()
+    };
+    let body = json!({ "prompt": "x", "steps": 1, "width": 64, "height": 64 });
+    assert_eq!((current(), post("/sdapi/v1/txt2img", &body).0), ("".into(), 404));
+    for name in ["red", "blue"] {
+        assert_eq!(post("/sdapi/v1/options", &json!({ "sd_model_checkpoint": name })).0, 200);
+        assert_eq!((current(), drawn_by(&body)), (name.into(), name.into()));
+    }
+    let mut own = body.clone();
+    own["override_settings"] = json!({ "sd_model_checkpoint": "red", "samples_format": "jpg" });
+    assert_eq!((drawn_by(&own), current()), ("red".into(), "blue".into()));
+    let (status, error) = post("/sdapi/v1/options", &json!({ "sd_model_checkpoint": "green" }));
+    assert_eq!(
+        (status, &error["error"], current()),
+        (404, &"model_not_found".into(), "blue".into())
+    );
+    let (status, _) = post("/sdapi/v1/options", &json!({ "samples_format": "jpg" }));
+    assert_eq!((status, current()), (422, "blue".into()));
+}
+
+#[test]
 fn a_pictures_parameters_are_read_out_of_its_file() {
     let server = harness::Server::ready(&[]);
     for (prompt, format) in
