@@ -282,7 +282,7 @@ impl Adapted<Conv2d> {
         size: (usize, usize),
         rows: &[Mix],
     ) -> Result<Tensor> {
-        let down = |down: &Conv2d, x: &Joined| down.forward_resized(x.whole()?, size);
+        let down = |down: &Conv2d, x: &Joined| down.forward_resized(&x.whole()?, size);
         let term = self.term_of(&Joined::one(x), rows, down)?;
         plus(self.layer.forward_resized(x, size)?, term)
     }

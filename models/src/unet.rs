@@ -399,7 +399,7 @@ impl Resnet {
             Some(shortcut) => {
                 self.conv2.forward_add(&y, &shortcut.forward_joined(x, mixes)?, mixes)?
             }
-            None => self.conv2.forward_add(&y, x.whole()?, mixes)?,
+            None => self.conv2.forward_add(&y, &x.whole()?, mixes)?,
         })
     }
 }

@@ -124,7 +124,7 @@ pub(crate) struct Out {
     start: *mut f32,
     len: usize,
 }
-// SAFETY: parts are handed out by the unsafe `slice` and `at`, whose callers own them.
+// SAFETY: parts are handed out by the unsafe `slice`, whose callers own them.
 unsafe impl Send for Out {}
 // SAFETY: as above.
 unsafe impl Sync for Out {}
@@ -167,12 +167,6 @@ impl Out {
         assert!(first + len <= self.len, "output part");
         // SAFETY: the part lies inside the output, and the caller owns it.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(first), len) }
-    }
-
-    pub(crate) fn at(self, first: usize) -> *mut f32 {
-        assert!(first < self.len, "output part");
-        // SAFETY: the element lies inside the output.
-        unsafe { self.start.add(first) }
     }
 }
 

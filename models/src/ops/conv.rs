@@ -118,15 +118,16 @@ impl Conv2d {
 
     fn run(&self, joined: &Joined, size: (usize, usize), added: Added<'_>) -> Result<Tensor> {
         let x = &joined.first;
-        let (batch, h, w, c) = x.dims4()?;
-        if joined.second.is_none() && c != self.inputs {
-            candle_core::bail!("a convolution of {} channels was given {c}", self.inputs);
+        let (batch, h, w, _) = x.dims4()?;
+        let (c1, c2) = joined.channels()?;
+        if c1 + c2 != self.inputs {
+            candle_core::bail!("a convolution of {} channels was given {c1} + {c2}", self.inputs);
         }
         let (rows, columns) = (self.geometry.output(size.0), self.geometry.output(size.1));
         let shape = (batch, rows, columns, self.outputs);
         match &self.weights {
             Weights::Cpu { packed, bias } => {
-                let source = host(x)?;
+                let (source, skip) = (host(x)?, joined.second.as_ref().map(host).transpose()?);
                 let shift = added.per_sample.map(Tensor::contiguous).transpose()?;
                 let (shift, residual) = (shift.as_ref().map(host), added.residual.map(host));
                 let (shift, residual) = (shift.transpose()?, residual.transpose()?);
@@ -135,17 +136,20 @@ impl Conv2d {
                     bias: Some(bias),
                     row_bias: shift.map(|s| (s, rows * columns)),
                     residual: residual.as_ref().map(|r| r.data()).transpose()?,
+                    activation: None,
                 };
                 let fields = Fields {
-                    data: source.data()?,
-                    picture: (h, w, c),
+                    first: (source.data()?, c1),
+                    second: (skip.as_ref().map_or(Ok(&[][..]), |s| s.data())?, c2),
+                    picture: (h, w),
                     resized: size,
                     output: (rows, columns),
                     geometry: self.geometry,
-                    zeros: vec![0.0; c],
+                    zeros: vec![0.0; c1.max(c2)],
                 };
                 let count = batch * rows * columns;
-                let fast = self.geometry == Geometry::SAME && winograd::pays(rows, columns, c);
+                let fast =
+                    self.geometry == Geometry::SAME && c2 == 0 && winograd::pays(rows, columns, c1);
                 let out = if fast {
                     winograd::convolve(&fields, batch, packed, epilogue)
                 } else {
@@ -161,7 +165,8 @@ impl Conv2d {
                 filter.convolve(joined, field, after)
             }
             Weights::Device { weight, bias } => {
-                let y = reference(x, size, weight, self.geometry)?.broadcast_add(bias)?;
+                let x = joined.whole()?;
+                let y = reference(&x, size, weight, self.geometry)?.broadcast_add(bias)?;
                 let y = match added.per_sample {
                     Some(shift) => y.broadcast_add(&shift.reshape((batch, 1, 1, ()))?)?,
                     None => y,
@@ -203,9 +208,12 @@ fn reference(
 
 /// The receptive fields of a convolution, one row for each output pixel.
 pub(super) struct Fields<'a> {
-    data: &'a [f32],
-    /// Height, width, channels of the picture in memory.
-    pub(super) picture: (usize, usize, usize),
+    /// A picture and its channels.
+    first: (&'a [f32], usize),
+    /// One of the same size whose channels follow, if it has any.
+    second: (&'a [f32], usize),
+    /// Height and width of the picture in memory.
+    picture: (usize, usize),
     /// Height and width that the kernel sees.
     resized: (usize, usize),
     pub(super) output: (usize, usize),
@@ -215,16 +223,31 @@ pub(super) struct Fields<'a> {
 }
 
 impl Fields<'_> {
-    /// The channels of a pixel of the padded and resized picture.
+    pub(super) fn channels(&self) -> usize {
+        self.first.1 + self.second.1
+    }
+
+    /// The channels of a pixel of the padded and resized picture, if there is one picture.
     pub(super) fn input(&self, sample: usize, y: usize, x: usize) -> &[f32] {
-        let (h, w, c) = self.picture;
+        self.part(self.first, sample, y, x)
+    }
+
+    /// The same of one of the two.
+    fn part<'p>(
+        &'p self,
+        (data, channels): (&'p [f32], usize),
+        sample: usize,
+        y: usize,
+        x: usize,
+    ) -> &'p [f32] {
+        let (h, w) = self.picture;
         let before = self.geometry.before;
         let inside = |at: usize, side: usize| at >= before && at < before + side;
         if !inside(y, self.resized.0) || !inside(x, self.resized.1) {
-            return &self.zeros;
+            return &self.zeros[..channels];
         }
         let (y, x) = ((y - before) * h / self.resized.0, (x - before) * w / self.resized.1);
-        &self.data[((sample * h + y) * w + x) * c..][..c]
+        &data[((sample * h + y) * w + x) * channels..][..channels]
     }
 }
 
@@ -232,11 +255,14 @@ impl Rows for Fields<'_> {
     fn run(&self, row: usize, k: usize) -> &[f32] {
         let (rows, columns) = self.output;
         let (sample, place) = (row / (rows * columns), row % (rows * columns));
-        let (tap, channel) = (k / self.picture.2, k % self.picture.2);
+        let (tap, channel) = (k / self.channels(), k % self.channels());
         let Geometry { kernel, stride, .. } = self.geometry;
         let y = place / columns * stride + tap / kernel;
         let x = place % columns * stride + tap % kernel;
-        &self.input(sample, y, x)[channel..]
+        match channel.checked_sub(self.first.1) {
+            None => &self.part(self.first, sample, y, x)[channel..],
+            Some(channel) => &self.part(self.second, sample, y, x)[channel..],
+        }
     }
 }
 
@@ -273,6 +299,20 @@ mod tests {
                 let want = (&y + &residual).unwrap();
                 assert!(difference(&conv.forward_add(&x, &residual).unwrap(), &want) < 1e-6);
             }
+        }
+    }
+
+    #[test]
+    fn two_pictures_are_read_as_one() {
+        for geometry in [Geometry::POINT, Geometry::SAME] {
+            let (x, skip) = (tensor(&[2, 16, 17, 48], 1), tensor(&[2, 16, 17, 20], 2));
+            let weight = tensor(&[33, 68, geometry.kernel, geometry.kernel], 3);
+            let bias = tensor(&[33], 4);
+            let conv = Conv2d::new(&weight, &bias, geometry, &Device::Cpu, DType::F32).unwrap();
+            let joined = Joined::new(&x, &skip).unwrap();
+            let want = reference(&joined.whole().unwrap(), (16, 17), &weight, geometry).unwrap();
+            let want = want.broadcast_add(&bias).unwrap();
+            assert!(difference(&conv.forward_joined(&joined).unwrap(), &want) < 1e-5);
         }
     }
 }

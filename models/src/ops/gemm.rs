@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use super::activation::{Activation, gate};
 use super::buffers::{Out, Scratch, written};
 pub(crate) use super::packed::{NR, Packed};
 use super::simd::Isa;
@@ -18,7 +19,10 @@ use super::simd::Isa;
 pub(crate) const MR: usize = 12;
 /// Depth of a block: a panel block (KC x NR f32) fills two thirds of the first-level cache.
 const KC: usize = 256;
-/// Rows of a block: MC x KC f32 stay in the second-level cache while all panels pass.
+/// Depth that is summed before it is stored. It may not depend on the number of rows: a row's sums
+/// would too.
+const DEPTH: usize = 3 * KC;
+/// Rows of a block: MC x DEPTH f32 stay in the second-level cache while all panels pass.
 const MC: usize = 384;
 
 /// Where the rows of the left matrix come from.
@@ -67,12 +71,14 @@ pub(crate) fn interleave<const N: usize>(rows: &[&[f32]; N], tile: &mut [f32]) {
 /// What is done to the result before it is stored.
 #[derive(Default, Clone, Copy)]
 pub(crate) struct Epilogue<'a> {
-    /// Added to every row, (n).
+    /// Added to every row, (n); of gated weights as the columns of their panels lie.
     pub(crate) bias: Option<&'a [f32]>,
     /// Added to every row of the sample that it belongs to, (samples, n) and rows per sample.
     pub(crate) row_bias: Option<(&'a [f32], usize)>,
-    /// Added elementwise, (rows, n).
+    /// Added elementwise, (rows, n); before the gate, (rows, 2n), if the weights are gated.
     pub(crate) residual: Option<&'a [f32]>,
+    /// Of every element, last.
+    pub(crate) activation: Option<Activation>,
 }
 
 impl Epilogue<'_> {
@@ -86,6 +92,9 @@ impl Epilogue<'_> {
         }
         if let Some(residual) = self.residual {
             add(c, &residual[row * n..][columns.clone()]);
+        }
+        if let Some(activation) = self.activation {
+            activation.apply(c);
         }
     }
 }
@@ -106,30 +115,18 @@ pub(crate) fn gemm(
     if rows * weights.n == 0 {
         return Vec::new();
     }
-    // SAFETY: the areas of product() cover the output, and multiply() writes all of its area.
-    unsafe { written(rows * weights.n, |out| product(rows, a, weights, epilogue, out)) }
+    let kernel = Kernel::detect();
+    let product = |out| Product { a, weights, epilogue, kernel, out };
+    // SAFETY: run() covers the output with areas, and multiply() writes all of its area.
+    unsafe { written(rows * weights.n, |out| product(out).run(rows)) }
 }
 
-fn product(rows: usize, a: &impl Rows, weights: &Packed, epilogue: Epilogue<'_>, out: Out) {
-    let kernel = Kernel::detect();
-    let panels = weights.n.div_ceil(NR);
-    let blocks = rows.div_ceil(MC);
-    let block_rows = rows.div_ceil(blocks).next_multiple_of(MR);
-    let tasks = 4 * rayon::current_num_threads();
-    let chunk = panels.div_ceil(tasks.div_ceil(blocks).min(panels));
-    let chunks = panels.div_ceil(chunk);
-    (0..blocks * chunks).into_par_iter().for_each(|task| {
-        let (block, part) = (task / chunks, task % chunks);
-        let first = block * block_rows;
-        let area = Area {
-            rows: first..rows.min(first + block_rows),
-            panels: part * chunk..panels.min((part + 1) * chunk),
-        };
-        if !area.rows.is_empty() {
-            multiply(&area, a, weights, kernel, out);
-            finish(&area, weights.n, epilogue, out);
-        }
-    });
+struct Product<'a, A> {
+    a: &'a A,
+    weights: &'a Packed,
+    epilogue: Epilogue<'a>,
+    kernel: Kernel,
+    out: Out,
 }
 
 /// One task's rectangle of the output.
@@ -138,67 +135,92 @@ struct Area {
     panels: Range<usize>,
 }
 
-fn multiply(area: &Area, a: &impl Rows, weights: &Packed, kernel: Kernel, out: Out) {
-    let n = weights.n;
-    let tiles = area.rows.len().div_ceil(MR);
-    let mut packed = Scratch::new(tiles * MR * KC.min(weights.k));
-    let mut edge = Scratch::new(MR * NR);
-    let mut wide = Scratch::new(KC * NR);
-    for k0 in (0..weights.k).step_by(KC) {
-        let kc = KC.min(weights.k - k0);
-        let packed = &mut packed[..tiles * MR * kc];
-        for (t, tile) in packed.chunks_exact_mut(MR * kc).enumerate() {
-            pack_tile(a, area.rows.end, area.rows.start + t * MR, k0, tile);
-        }
-        for p in area.panels.clone() {
-            let panel = weights.panel(p, k0, kc, &mut wide);
-            let columns = NR.min(n - p * NR);
-            for (t, tile) in packed.chunks_exact(MR * kc).enumerate() {
-                let row = area.rows.start + t * MR;
-                let rows = MR.min(area.rows.end - row);
-                let c = out.at(row * n + p * NR);
-                if columns == NR {
-                    // SAFETY: the rectangle of `rows` x NR at `c` lies inside this task's area.
-                    unsafe { kernel.run(tile, panel, kc, rows, c, n, k0 > 0) };
-                } else {
-                    let tile_c = edge.as_mut_ptr();
-                    // SAFETY: `edge` has MR x NR floats.
-                    unsafe { kernel.run(tile, panel, kc, rows, tile_c, NR, false) };
-                    // SAFETY: `rows` x `columns` at `c` lie inside this task's area.
-                    unsafe { add_edge(&edge, rows, columns, c, n, k0 > 0) };
+impl<A: Rows> Product<'_, A> {
+    fn run(&self, rows: usize) {
+        let panels = self.weights.n.div_ceil(self.weights.width());
+        let blocks = rows.div_ceil(MC.min(MC * DEPTH / self.depth()).max(MR));
+        let block_rows = rows.div_ceil(blocks).next_multiple_of(MR);
+        let tasks = 4 * rayon::current_num_threads();
+        let chunk = panels.div_ceil(tasks.div_ceil(blocks).min(panels));
+        let chunks = panels.div_ceil(chunk);
+        (0..blocks * chunks).into_par_iter().for_each(|task| {
+            let (block, part) = (task / chunks, task % chunks);
+            let first = block * block_rows;
+            let area = Area {
+                rows: first..rows.min(first + block_rows),
+                panels: part * chunk..panels.min((part + 1) * chunk),
+            };
+            if !area.rows.is_empty() {
+                self.multiply(&area);
+            }
+        });
+    }
+
+    /// What is summed before it is stored: all of it where a gate must meet its value.
+    fn depth(&self) -> usize {
+        if self.weights.gated { self.weights.k } else { DEPTH.min(self.weights.k) }
+    }
+
+    fn multiply(&self, area: &Area) {
+        let (k, depth) = (self.weights.k, self.depth());
+        let rows = area.rows.len().next_multiple_of(MR);
+        let mut left = Scratch::new(rows * depth);
+        // A panel of results, while it is summed and finished.
+        let mut sums = Scratch::new(rows * NR);
+        let mut wide = Scratch::new(KC * NR);
+        for first in (0..k).step_by(depth) {
+            let depth = depth.min(k - first);
+            let left = &mut left[..rows * depth];
+            for (t, tile) in left.chunks_exact_mut(MR * depth).enumerate() {
+                pack_tile(self.a, area.rows.end, area.rows.start + t * MR, first, tile);
+            }
+            for p in area.panels.clone() {
+                for k0 in (0..depth).step_by(KC) {
+                    let kc = KC.min(depth - k0);
+                    let panel = self.weights.panel(p, first + k0, kc, &mut wide);
+                    let tiles = left.chunks_exact(MR * depth).zip(sums.chunks_exact_mut(MR * NR));
+                    for (t, (tile, sums)) in tiles.enumerate() {
+                        let rows = MR.min(area.rows.len() - t * MR);
+                        let (tile, c) = (&tile[k0 * MR..], sums.as_mut_ptr());
+                        // SAFETY: `sums` holds MR x NR floats.
+                        unsafe { self.kernel.run(tile, panel, kc, rows, c, NR, k0 > 0) };
+                    }
                 }
+                self.store(&area.rows, p, &mut sums, first..first + depth);
             }
         }
     }
-}
 
-/// Copies or adds the valid part of an edge tile.
-///
-/// # Safety
-/// `rows` x `columns` floats at `c` with row stride `ldc` are the caller's to write.
-unsafe fn add_edge(
-    edge: &[f32],
-    rows: usize,
-    columns: usize,
-    c: *mut f32,
-    ldc: usize,
-    accumulate: bool,
-) {
-    for i in 0..rows {
-        // SAFETY: the caller owns this rectangle.
-        let row = unsafe { std::slice::from_raw_parts_mut(c.add(i * ldc), columns) };
-        for (c, e) in row.iter_mut().zip(&edge[i * NR..]) {
-            *c = if accumulate { *c + e } else { *e };
+    /// Takes the sums over `depth` of a panel into the output, and finishes it after the last.
+    fn store(&self, rows: &Range<usize>, p: usize, sums: &mut [f32], depth: Range<usize>) {
+        let Packed { k, n, gated, .. } = *self.weights;
+        let width = self.weights.width();
+        let columns = p * width..n.min((p + 1) * width);
+        if gated {
+            if let Some(residual) = self.epilogue.residual {
+                for (row, sums) in rows.clone().zip(sums.chunks_exact_mut(NR)) {
+                    let (values, gates) = sums.split_at_mut(width);
+                    let (of_values, of_gates) = residual[row * 2 * n..][..2 * n].split_at(n);
+                    add(values, &of_values[columns.clone()]);
+                    add(gates, &of_gates[columns.clone()]);
+                }
+            }
+            let bias = self.epilogue.bias.map(|bias| &bias[p * NR..][..NR]);
+            gate(&mut sums[..rows.len() * NR], bias.unwrap_or(&[0.0; NR]));
         }
-    }
-}
-
-fn finish(area: &Area, n: usize, epilogue: Epilogue<'_>, out: Out) {
-    let columns = area.panels.start * NR..n.min(area.panels.end * NR);
-    for row in area.rows.clone() {
-        // SAFETY: this part of the row lies inside this task's area.
-        let c = unsafe { out.slice(row * n + columns.start, columns.len()) };
-        epilogue.apply(row, n, &columns, c);
+        for (row, sums) in rows.clone().zip(sums.chunks_exact(NR)) {
+            // SAFETY: this part of the row lies inside this task's area.
+            let c = unsafe { self.out.slice(row * n + columns.start, columns.len()) };
+            let sums = &sums[..columns.len()];
+            if depth.start == 0 {
+                c.copy_from_slice(sums);
+            } else {
+                add(c, sums);
+            }
+            if depth.end == k && !gated {
+                self.epilogue.apply(row, n, &columns, c);
+            }
+        }
     }
 }
 
@@ -479,7 +501,14 @@ mod tests {
 
     #[test]
     fn any_shape_and_any_batch_give_the_same_rows() {
-        for (rows, k, n) in [(1, 1, 1), (13, 300, 33), (500, 17, 70), (40, 600, 4), (3, 5, 257)] {
+        for (rows, k, n) in [
+            (1, 1, 1),
+            (13, 300, 33),
+            (500, 17, 70),
+            (30, DEPTH + 99, 40),
+            (40, 600, 4),
+            (3, 5, 257),
+        ] {
             let (a, w, bias) = (random(rows * k, 4), random(k * n, 5), random(n, 6));
             let weight = Weight::Stored(Numbers::Floats(&w), &[n, k]);
             let packed = Packed::new(&weight, 1, DType::F32).unwrap();

@@ -12,11 +12,10 @@ pub(crate) struct Joined {
 impl Joined {
     /// Two pictures of one size.
     pub(crate) fn new(first: &Tensor, second: &Tensor) -> Result<Self> {
-        #[cfg(feature = "cuda")]
-        if super::cuda::has_products(first.device(), first.dtype())? {
-            return Ok(Self { first: first.clone(), second: Some(second.clone()) });
+        if first.dims()[..3] != second.dims()[..3] {
+            bail!("pictures of {:?} and {:?} cannot be joined", first.dims(), second.dims());
         }
-        Ok(Self { first: Tensor::cat(&[first, second], 3)?, second: None })
+        Ok(Self { first: first.clone(), second: Some(second.clone()) })
     }
 
     /// One picture.
@@ -31,11 +30,17 @@ impl Joined {
         Ok(Self { first: narrow(&self.first)?, second })
     }
 
-    /// The picture, if it is one tensor.
-    pub(crate) fn whole(&self) -> Result<&Tensor> {
+    /// The picture as one tensor.
+    pub(crate) fn whole(&self) -> Result<Tensor> {
         match &self.second {
-            None => Ok(&self.first),
-            Some(_) => bail!("a residual needs one tensor, and a skip was joined to it"),
+            None => Ok(self.first.clone()),
+            Some(second) => Tensor::cat(&[&self.first, second], 3),
         }
+    }
+
+    /// Channels of the first and of the second.
+    pub(super) fn channels(&self) -> Result<(usize, usize)> {
+        let second = self.second.as_ref().map_or(Ok(0), |second| second.dim(3))?;
+        Ok((self.first.dim(3)?, second))
     }
 }

@@ -2,10 +2,11 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::activation::{Activation, activate, geglu};
+use super::activation::{Activation, geglu_reference};
 #[cfg(feature = "cuda")]
 use super::cuda;
-use super::gemm::{Epilogue, Matrix, Packed, gemm};
+use super::gemm::{Epilogue, Matrix, gemm};
+use super::packed::{Packed, gated_columns};
 use super::{Weight, host, to_host};
 
 /// A linear layer; its weights are packed for the CPU, or lie on another device.
@@ -91,7 +92,12 @@ impl Linear {
         term: &Tensor,
         activation: Activation,
     ) -> Result<Tensor> {
-        activate(&self.forward_add(x, term)?, activation)
+        match &self.weights {
+            Weights::Cpu { .. } => {
+                self.run(x, After { activation: Some(activation), residual: Some(term) })
+            }
+            _ => activation.reference(&self.forward_add(x, term)?),
+        }
     }
 
     fn run(&self, x: &Tensor, after: After<'_>) -> Result<Tensor> {
@@ -106,12 +112,11 @@ impl Linear {
                 let epilogue = Epilogue {
                     bias: bias.as_deref(),
                     residual: residual.as_ref().map(|r| r.data()).transpose()?,
-                    ..Epilogue::default()
+                    activation: after.activation,
+                    row_bias: None,
                 };
                 let a = Matrix { data: source.data()?, stride: k };
-                let out = gemm(rows, &a, packed, epilogue);
-                let y = Tensor::from_vec(out, shape, x.device())?;
-                after.activation.map_or(Ok(y.clone()), |activation| activate(&y, activation))
+                Tensor::from_vec(gemm(rows, &a, packed, epilogue), shape, x.device())
             }
             #[cfg(feature = "cuda")]
             Weights::Cuda(filter) => {
@@ -125,7 +130,7 @@ impl Linear {
                 }
                 let y = y.reshape(shape)?;
                 match after {
-                    After { activation: Some(activation), .. } => activate(&y, activation),
+                    After { activation: Some(activation), .. } => activation.reference(&y),
                     After { residual: Some(residual), .. } => y + residual,
                     After { .. } => Ok(y),
                 }
@@ -154,24 +159,33 @@ impl Geglu {
                 return Ok(Self(Linear { weights: Weights::Cuda(filter), out: taps.dim(0)? }));
             }
         }
-        Ok(Self(Linear::new(weight, Some(bias), device, dtype)?))
+        if !device.is_cpu() {
+            return Ok(Self(Linear::new(weight, Some(bias), device, dtype)?));
+        }
+        let packed = Packed::gated(&weight, dtype)?;
+        let bias = to_host(bias)?;
+        // As the columns of the panels lie.
+        let columns = gated_columns(packed.n);
+        let bias = columns.into_iter().map(|at| at.map_or(0.0, |at| bias[at])).collect();
+        Ok(Self(Linear { out: packed.n, weights: Weights::Cpu { packed, bias: Some(bias) } }))
     }
 
     /// (.., in) -> (.., D)
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = self.0.forward(x)?;
         match &self.0.weights {
-            #[cfg(feature = "cuda")]
-            Weights::Cuda(filter) => filter.linear(x, cuda::After::default()),
-            _ => geglu(&self.0.forward(x)?),
+            Weights::Device { .. } => geglu_reference(&y),
+            _ => Ok(y),
         }
     }
 
     /// As `forward`, with `term` (.., 2D) added to the linear layer's outputs.
     pub(crate) fn forward_add(&self, x: &Tensor, term: &Tensor) -> Result<Tensor> {
         match &self.0.weights {
+            Weights::Cpu { .. } => self.0.forward_add(x, term),
             #[cfg(feature = "cuda")]
-            Weights::Cuda(filter) => geglu(&(filter.ungated(x)? + term)?),
-            _ => geglu(&self.0.forward_add(x, term)?),
+            Weights::Cuda(filter) => geglu_reference(&(filter.ungated(x)? + term)?),
+            Weights::Device { .. } => geglu_reference(&self.0.forward_add(x, term)?),
         }
     }
 }
@@ -188,6 +202,8 @@ mod tests {
         let layer = Linear::new(&w, Some(&b), &Device::Cpu, DType::F32).unwrap();
         let want = x.broadcast_matmul(&w.t().unwrap()).unwrap().broadcast_add(&b).unwrap();
         assert!(difference(&layer.forward(&x).unwrap(), &want) < 1e-5);
+        let got = layer.forward_activate(&x, Activation::Silu).unwrap();
+        assert!(difference(&got, &want.silu().unwrap()) < 1e-5);
         let want = (want + &r).unwrap();
         assert!(difference(&layer.forward_add(&x, &r).unwrap(), &want) < 1e-5);
         let (got, want) = (layer.forward_add_activate(&x, &r, Activation::Silu), want.silu());
@@ -199,8 +215,20 @@ mod tests {
         let (x, w, b) = (tensor(&[2, 9, 70], 1), tensor(&[46, 70], 2), tensor(&[46], 3));
         let term = tensor(&[2, 9, 46], 4);
         let linear = Linear::new(&w, Some(&b), &Device::Cpu, DType::F32).unwrap();
-        let want = geglu(&(linear.forward(&x).unwrap() + &term).unwrap()).unwrap();
+        let want = geglu_reference(&(linear.forward(&x).unwrap() + &term).unwrap()).unwrap();
         let gate = Geglu::new(&w, &b, &Device::Cpu, DType::F32).unwrap();
         assert!(difference(&gate.forward_add(&x, &term).unwrap(), &want) < 1e-6);
+    }
+
+    #[test]
+    fn geglu_agrees_with_candle() {
+        for (inputs, width) in [(70, 37), (300, 64), (5, 3), (1300, 16)] {
+            let x = (tensor(&[2, 9, inputs], 1) * 4.0).unwrap();
+            let (w, b) = (tensor(&[2 * width, inputs], 2), tensor(&[2 * width], 3));
+            let layer = Geglu::new(&w, &b, &Device::Cpu, DType::F32).unwrap();
+            let product = x.broadcast_matmul(&w.t().unwrap()).unwrap().broadcast_add(&b).unwrap();
+            let want = geglu_reference(&product).unwrap();
+            assert!(difference(&layer.forward(&x).unwrap(), &want) < 1e-5, "{inputs} {width}");
+        }
     }
 }

@@ -1,5 +1,7 @@
 //! Group and layer normalisation, with statistics in f32 sums of short runs joined in f64.
 
+use std::ops::Range;
+
 use candle_core::{D, DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
@@ -34,6 +36,9 @@ impl Affine {
         Ok(Self::Device { weight: place(weight)?, bias: place(bias)? })
     }
 }
+
+/// A picture, and its channels among those of all.
+type Part<'a> = (&'a [f32], Range<usize>);
 
 /// Group normalisation (Wu and He 2018) over (B, H, W, C), with or without SiLU behind it.
 pub(crate) struct GroupNorm {
@@ -71,7 +76,7 @@ impl GroupNorm {
 
     fn run(&self, joined: &Joined, with_silu: bool) -> Result<Tensor> {
         let x = &joined.first;
-        let (batch, h, w, channels) = x.dims4()?;
+        let (batch, h, w, _) = x.dims4()?;
         let (weight, bias) = match &self.affine {
             Affine::Cpu { weight, bias } => (weight, bias),
             Affine::Device { weight, bias } => {
@@ -85,48 +90,71 @@ impl GroupNorm {
                 )? {
                     return Ok(y);
                 }
-                let y = group_norm_reference(x, weight, bias, self.groups, self.eps)?;
+                let x = joined.whole()?;
+                let y = group_norm_reference(&x, weight, bias, self.groups, self.eps)?;
                 return if with_silu { y.silu() } else { Ok(y) };
             }
         };
-        let source = host(x)?;
-        let data = source.data()?;
-        let sample = h * w * channels;
-        let coefficients: Vec<_> =
-            data.chunks_exact(sample).map(|data| self.coefficients(data, weight)).collect();
+        let (c1, c2) = joined.channels()?;
+        let (first, second) = (host(x)?, joined.second.as_ref().map(host).transpose()?);
+        let second = second.as_ref().map_or(Ok(&[][..]), |second| second.data())?;
+        let parts = [(first.data()?, 0..c1), (second, c1..c1 + c2)];
+        let parts = if c2 == 0 { &parts[..1] } else { &parts[..] };
+        let (pixels, channels) = (h * w, c1 + c2);
+        let coefficients: Vec<_> = (0..batch)
+            .map(|sample| self.coefficients(parts, sample * pixels..(sample + 1) * pixels, weight))
+            .collect();
         let normalized = |run: usize, mut out: &mut [f32]| {
-            let mut first = run * RUN * channels;
+            let mut first = run * RUN;
             // A run may hold the end of one sample and the start of the next.
             while !out.is_empty() {
-                let (mean, scale) = &coefficients[first / sample];
-                let len = out.len().min(sample - first % sample);
-                let (part, rest) = out.split_at_mut(len);
-                normalize(&data[first..][..len], (mean, scale, bias), part);
-                if with_silu {
-                    silu(part);
+                let (mean, scale) = &coefficients[first / pixels];
+                let count = (out.len() / channels).min(pixels - first % pixels);
+                let (piece, rest) = out.split_at_mut(count * channels);
+                for (data, own) in parts {
+                    let data = &data[first * own.len()..][..count * own.len()];
+                    let affine = (&mean[own.clone()], &scale[own.clone()], &bias[own.clone()]);
+                    normalize(data, affine, own.start, channels, piece);
                 }
-                first += len;
+                if with_silu {
+                    silu(piece);
+                }
+                first += count;
                 out = rest;
             }
         };
-        // SAFETY: normalize() writes all of what it is given.
-        let out = unsafe { written_in_chunks(data.len(), RUN * channels, normalized) };
+        // SAFETY: the channels of the parts are all that a pixel has, and normalize() writes its
+        // own in every pixel.
+        let out =
+            unsafe { written_in_chunks(batch * pixels * channels, RUN * channels, normalized) };
         Tensor::from_vec(out, (batch, h, w, channels), x.device())
     }
 
-    /// Mean and scale of every channel of one sample: y = (x - mean) * scale + bias.
-    fn coefficients(&self, data: &[f32], weight: &[f32]) -> (Vec<f32>, Vec<f32>) {
+    /// Mean and scale of every channel of one sample, the `pixels` of both parts:
+    /// y = (x - mean) * scale + bias.
+    fn coefficients(
+        &self,
+        parts: &[Part<'_>],
+        pixels: Range<usize>,
+        weight: &[f32],
+    ) -> (Vec<f32>, Vec<f32>) {
         let channels = weight.len();
-        let runs: Vec<(Vec<f32>, Vec<f32>)> = data
-            .par_chunks(RUN * channels)
-            .map(|run| {
+        let count = (pixels.len() * channels / self.groups) as f64;
+        let runs: Vec<(Vec<f32>, Vec<f32>)> = pixels
+            .clone()
+            .into_par_iter()
+            .step_by(RUN)
+            .map(|first| {
+                let run = first..pixels.end.min(first + RUN);
                 let (mut sum, mut squares) = (vec![0f32; channels], vec![0f32; channels]);
-                sums(run, &mut sum, &mut squares);
+                for (data, own) in parts {
+                    let data = &data[run.start * own.len()..run.end * own.len()];
+                    sums(data, &mut sum[own.clone()], &mut squares[own.clone()]);
+                }
                 (sum, squares)
             })
             .collect();
         let per_group = channels / self.groups;
-        let count = (data.len() / self.groups) as f64;
         let (mut means, mut scale) = (vec![0f32; channels], vec![0f32; channels]);
         for group in 0..self.groups {
             let own = group * per_group..(group + 1) * per_group;
@@ -158,11 +186,19 @@ vectorized! {
 }
 
 vectorized! {
-    /// out = (data - mean) * scale + bias, the three (C) each
-    fn normalize(data: &[f32], affine: (&[f32], &[f32], &[f32]), out: &mut [f32]) {
+    /// out = (data - mean) * scale + bias, the three (C) each, in the channels from `first` on of
+    /// the `channels` that a pixel of `out` has
+    fn normalize(
+        data: &[f32],
+        affine: (&[f32], &[f32], &[f32]),
+        first: usize,
+        channels: usize,
+        out: &mut [f32],
+    ) {
         let (mean, scale, bias) = affine;
-        let channels = mean.len();
-        for (out, data) in out.chunks_exact_mut(channels).zip(data.chunks_exact(channels)) {
+        let width = mean.len();
+        for (out, data) in out.chunks_exact_mut(channels).zip(data.chunks_exact(width)) {
+            let out = &mut out[first..][..width];
             let affine = mean.iter().zip(scale).zip(bias);
             for ((out, x), ((mean, scale), bias)) in out.iter_mut().zip(data).zip(affine) {
                 *out = (x - mean) * scale + bias;
@@ -281,6 +317,17 @@ mod tests {
             let want = want.silu().unwrap();
             assert!(difference(&norm.forward_silu(&x).unwrap(), &want) < 1e-5);
         }
+    }
+
+    #[test]
+    fn two_pictures_are_normalised_as_one() {
+        // The groups of 17 straddle the border.
+        let (x, skip) = (tensor(&[2, 9, 8, 40], 1), tensor(&[2, 9, 8, 28], 2));
+        let (weight, bias) = (tensor(&[68], 3), tensor(&[68], 4));
+        let norm = GroupNorm::new(&weight, &bias, 4, 1e-5, &Device::Cpu).unwrap();
+        let joined = Joined::new(&x, &skip).unwrap();
+        let want = norm.forward_silu(&joined.whole().unwrap()).unwrap();
+        assert_eq!(difference(&norm.forward_silu_joined(&joined).unwrap(), &want), 0.0);
     }
 
     #[test]

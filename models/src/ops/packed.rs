@@ -3,7 +3,7 @@
 
 use std::mem::MaybeUninit;
 
-use candle_core::{DType, Result};
+use candle_core::{DType, Result, bail};
 use half::bf16;
 
 use super::buffers::{Aligned, Scratch};
@@ -20,7 +20,10 @@ const DEPTH: usize = 128;
 pub(crate) struct Packed {
     panels: Panels,
     pub(crate) k: usize,
+    /// Columns of the result.
     pub(crate) n: usize,
+    /// Whether half of a panel's columns are the gates of the other half.
+    pub(crate) gated: bool,
 }
 
 enum Panels {
@@ -34,16 +37,21 @@ impl Packed {
     /// run over taps, then inputs: the order in which pixels lie in memory. In bf16 or f32.
     pub(crate) fn new(weight: &Weight<'_>, taps: usize, dtype: DType) -> Result<Self> {
         let (n, k) = weight.matrix();
-        let panels = weight.numbers(|numbers| {
-            if dtype == DType::BF16 {
-                Panels::Bf16(pack(numbers, (k, n), taps, narrow))
-            } else {
-                Panels::F32(pack(numbers, (k, n), taps, |row, out| {
-                    out.write_copy_of_slice(row);
-                }))
-            }
-        })?;
-        Ok(Self { panels, k, n })
+        let panels = Panels::new(weight, &columns(n), taps, dtype)?;
+        Ok(Self { panels, k, n, gated: false })
+    }
+
+    /// Packs a weight (2n, k) whose second half are the gates of the first: every panel holds
+    /// NR / 2 values and their gates.
+    pub(crate) fn gated(weight: &Weight<'_>, dtype: DType) -> Result<Self> {
+        let (n, k) = weight.matrix();
+        let panels = Panels::new(weight, &gated_columns(n / 2), 1, dtype)?;
+        Ok(Self { panels, k, n: n / 2, gated: true })
+    }
+
+    /// Columns of the result that a panel makes.
+    pub(crate) fn width(&self) -> usize {
+        if self.gated { NR / 2 } else { NR }
     }
 
     /// Rows `k0 .. k0 + kc` of a panel, in `wide` if they have to be widened.
@@ -66,25 +74,60 @@ impl Packed {
     }
 }
 
+/// The row of a weight that each column of the panels holds, if any.
+type Columns = Vec<Option<usize>>;
+
+fn columns(n: usize) -> Columns {
+    (0..n.next_multiple_of(NR)).map(|j| (j < n).then_some(j)).collect()
+}
+
+/// In every panel NR / 2 of the first n rows, and those that lie n further.
+pub(crate) fn gated_columns(n: usize) -> Columns {
+    let half = NR / 2;
+    let row = |j: usize| {
+        let value = j / NR * half + j % half;
+        (value < n).then_some(if j % NR < half { value } else { n + value })
+    };
+    (0..n.div_ceil(half) * NR).map(row).collect()
+}
+
+impl Panels {
+    fn new(weight: &Weight<'_>, columns: &Columns, taps: usize, dtype: DType) -> Result<Self> {
+        let (_, k) = weight.matrix();
+        if k == 0 {
+            bail!("a layer without inputs");
+        }
+        weight.numbers(|numbers| {
+            if dtype == DType::BF16 {
+                Self::Bf16(pack(numbers, columns, (k, taps), narrow))
+            } else {
+                let copy = |row: &[f32], out: &mut [MaybeUninit<f32>]| {
+                    out.write_copy_of_slice(row);
+                };
+                Self::F32(pack(numbers, columns, (k, taps), copy))
+            }
+        })
+    }
+}
+
 /// `turn` writes a row of a panel in its type.
 fn pack<T: Copy + Default + Send + Sync>(
     numbers: Numbers<'_>,
-    (k, n): (usize, usize),
-    taps: usize,
+    columns: &Columns,
+    (k, taps): (usize, usize),
     turn: impl Fn(&[f32], &mut [MaybeUninit<T>]) + Sync,
 ) -> Aligned<T> {
     let inputs = k / taps;
     let panel = |p: usize, panel: &mut [MaybeUninit<T>]| {
-        let columns = NR.min(n - p * NR);
+        let columns = &columns[p * NR..][..NR];
         let (mut block, mut rows) = (Scratch::new(NR * DEPTH), Scratch::new(NR * DEPTH));
         for first in (0..k).step_by(DEPTH) {
             let len = DEPTH.min(k - first);
             let (block, rows) = (&mut block[..NR * len], &mut rows[..NR * len]);
-            for (j, column) in block.chunks_exact_mut(len).enumerate() {
-                if j < columns {
-                    numbers.read((p * NR + j) * k + first, column);
-                } else {
-                    column.fill(0.0);
+            for (column, row) in columns.iter().zip(block.chunks_exact_mut(len)) {
+                match column {
+                    Some(at) => numbers.read(at * k + first, row),
+                    None => row.fill(0.0),
                 }
             }
             let block = &*block;
@@ -96,7 +139,7 @@ fn pack<T: Copy + Default + Send + Sync>(
         }
     };
     // SAFETY: the places of all i < k are all rows of the panel, and `turn` writes all of a row.
-    unsafe { Aligned::written(n.next_multiple_of(NR) * k, k * NR, panel) }
+    unsafe { Aligned::written(columns.len() * k, k * NR, panel) }
 }
 
 vectorized! {
@@ -141,7 +184,7 @@ mod tests {
 
     #[test]
     fn every_number_finds_its_place() {
-        for (n, inputs, taps) in [(1, 1, 1), (33, 5, 9), (70, 300, 1), (32, 40, 9), (3, 0, 9)] {
+        for (n, inputs, taps) in [(1, 1, 1), (33, 5, 9), (70, 300, 1), (32, 40, 9)] {
             let (k, values) = (inputs * taps, random(n * inputs * taps, 1));
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
             let numbers = Numbers::new(&bytes, DType::F32).unwrap();

@@ -51,7 +51,7 @@ pub(super) fn convolve(
     let (rows, columns) = fields.output;
     let problem = |out| Problem {
         fields,
-        channels: fields.picture.2,
+        channels: fields.channels(),
         tiles: (rows.div_ceil(SIDE), columns.div_ceil(SIDE)),
         samples,
         weights,

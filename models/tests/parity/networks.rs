@@ -121,3 +121,29 @@ fn vae_with_the_names_of_sd_1() {
 fn vae_without_quantising_convolutions_and_attention() {
     vae("narrow");
 }
+
+/// What rounding the weights to bf16 costs: at most what the other engines' bf16 does.
+#[test]
+fn bf16_weights_stay_close_to_f32() {
+    let source = Source::Demo;
+    let config = UNetConfig::read(&source).unwrap();
+    let weights = Weights::open(&source, "unet", "diffusion_pytorch_model", false).unwrap();
+    let load = |dtype| UNet2DConditionModel::load(config.clone(), &weights, CPU, dtype).unwrap();
+    // Numbers without a pattern, with a variance of one.
+    let noise = |shape: &[usize]| {
+        let at = Tensor::arange(0f32, shape.iter().product::<usize>() as f32, CPU).unwrap();
+        let waves = (at.affine(12.9898, 0.7).unwrap().sin().unwrap() * 2f64.sqrt()).unwrap();
+        waves.reshape(shape).unwrap()
+    };
+    let context = noise(&[2, 77, config.cross_attention_dim]);
+    let latents = noise(&[2, config.in_channels, 16, 16]);
+    let run = |model: &UNet2DConditionModel| {
+        let kv = model.keys_values(&context, &[]).unwrap();
+        model.forward(&latents, &[900.0, 300.0], &[kv], &[]).unwrap()
+    };
+    let (f32, bf16) = (run(&load(DType::F32)), run(&load(DType::BF16)));
+    let norm = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();
+    let error = norm(&(bf16 - &f32).unwrap()) / norm(&f32);
+    println!("bf16 beside f32: relative L2 {error:.1e}");
+    assert!(error > 0.0 && error <= 2.5e-2, "relative L2 {error:.1e}");
+}
