@@ -42,6 +42,10 @@ const MEANINGS: [(&str, &str); 30] = [
     ("model", "The model; OpenAI's names mean the one that is here."),
     ("quality", "Accepted; changes nothing."),
     ("style", "Accepted; changes nothing."),
+    ("moderation", "Accepted; changes nothing."),
+    ("input_fidelity", "Accepted; changes nothing."),
+    ("user", "Accepted; changes nothing."),
+    ("safety_identifier", "Accepted; changes nothing."),
     ("size", "Width x height, or auto for the model's own."),
     ("background", "There are no transparent pictures here."),
     ("output_compression", "The quality of JPEG."),
@@ -90,6 +94,7 @@ pub(super) async fn document(state: State) -> Result<Json<Value>, ApiError> {
             "securitySchemes": {
                 "bearer": { "type": "http", "scheme": "bearer" },
                 "basic": { "type": "http", "scheme": "basic" },
+                "key": { "type": "apiKey", "in": "header", "name": "X-Api-Key" },
             },
         },
     })))
@@ -147,7 +152,7 @@ fn operation(tag: &str, summary: &str, body: Option<Value>, answer: Value) -> Va
         operation["requestBody"] = json!({ "required": true, "content": content });
     }
     if tag != "server" {
-        operation["security"] = json!([{}, { "bearer": [] }, { "basic": [] }]);
+        operation["security"] = json!([{}, { "bearer": [] }, { "basic": [] }, { "key": [] }]);
     }
     operation
 }
