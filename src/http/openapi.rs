@@ -10,7 +10,7 @@ use super::{State, openai};
 use crate::api::{Described, Draw, Fields};
 
 /// What the fields mean.
-const MEANINGS: [(&str, &str); 30] = [
+const MEANINGS: [(&str, &str); 34] = [
     ("prompt", "What the picture shows."),
     ("negative_prompt", "What it should not show; only read when guidance is above 1."),
     ("loras", "LoRAs of the server's folder, and how much each counts (1 when absent)."),
