@@ -17,6 +17,7 @@ pub mod denoiser;
 pub mod device;
 mod error;
 mod hires;
+mod info;
 mod lora;
 pub mod noise;
 mod ops;
@@ -41,10 +42,9 @@ pub mod weights;
 pub use adapted::Mix;
 pub use device::{DeviceName, Precision, Work};
 pub use error::{Error, Result};
+pub use info::{Defaults, Memory, ModelInfo};
 pub use ops::{keep_freed_memory, return_freed_memory};
-pub use pipeline::{
-    Checking, Defaults, Extras, LoadOptions, Memory, ModelInfo, Pipeline, Trajectory,
-};
+pub use pipeline::{Checking, Extras, LoadOptions, Pipeline, Trajectory};
 pub use shelf::Folder;
 pub use spec::{
     Hires, Loras, MAX_STEPS, PromptSyntax, Rgb, Scheduler, Size, Spec, Start, Upscaler,

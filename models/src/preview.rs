@@ -155,10 +155,8 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::{DeviceName, Precision};
-    use crate::pipeline::{Checking, Extras, LoadOptions, Pipeline};
+    use crate::pipeline::tests::demo;
     use crate::spec::{Scheduler, Size, Spec};
-    use crate::weights::Source;
 
     /// The correlation of a preview with a picture whose squares of pixels are averaged.
     fn likeness(preview: &Rgb, picture: &Rgb) -> f64 {
@@ -183,17 +181,7 @@ mod tests {
 
     #[test]
     fn a_preview_resembles_the_picture() {
-        let (source, device) = (Source::Demo, DeviceName::Cpu);
-        let options = LoadOptions {
-            source,
-            vae: None,
-            device,
-            precision: Precision::F32,
-            checking: Checking::Never,
-            threads: None,
-            extras: Extras::default(),
-        };
-        let pipeline = Pipeline::load(&options).expect("the demo model");
+        let pipeline = demo();
         let mut ends = Vec::new();
         let prompts = ["a red house by the sea at night", "a green tree in the snow"];
         for (k, scheduler) in Scheduler::all().enumerate() {

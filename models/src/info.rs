@@ -1,0 +1,168 @@
+//! What is known of a loaded model without touching it: what a request gets that leaves things
+//! out, what it may ask for, and an estimate of the memory that this takes.
+
+use candle_core::{DType, Device};
+
+use crate::config::{UNetConfig, VaeConfig};
+use crate::error::{Error, Result};
+use crate::pipeline::Extras;
+use crate::spec::{Hires, MAX_STEPS, Rgb, Scheduler, Size, Spec};
+use crate::textual_inversion::Learned;
+use crate::weights::activation_dtype;
+
+/// What a request that leaves things out gets.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Defaults {
+    /// The size that the UNet was trained on.
+    pub size: Size,
+    /// Sampler steps, as diffusers.
+    pub steps: usize,
+    /// Classifier-free guidance, as diffusers.
+    pub guidance_scale: f64,
+    /// The sampler of the model's scheduler configuration.
+    pub scheduler: Scheduler,
+}
+
+/// What is known of a loaded model without touching it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelInfo {
+    /// `demo`, or the name of the directory.
+    pub name: String,
+    /// `cpu` or `cuda:N`.
+    pub device: String,
+    /// `f32`, `bf16` or `f16`.
+    pub precision: String,
+    /// What a request that leaves things out gets.
+    pub defaults: Defaults,
+    /// Sides must be multiples of this many pixels.
+    pub multiple: usize,
+    /// Whether a safety checker looks at its pictures.
+    pub checked: bool,
+    /// What a picture takes while it is drawn.
+    pub memory: Memory,
+    /// What requests can add to it.
+    pub extras: Extras,
+    /// The words that prompts can hold beside those of the tokenizer.
+    pub learned: Learned,
+}
+
+/// An estimate of the memory that activations take, from the networks' shapes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// Bytes of one row of a UNet evaluation for each latent pixel.
+    pub row_bytes: u64,
+    /// Bytes of one row for each pair of latent pixels: attention scores, where they are stored.
+    pub score_bytes: u64,
+    /// Bytes of decoding for each pixel of the picture.
+    pub decode_bytes: u64,
+    /// Pixels of a latent's side.
+    pub scale: u64,
+}
+
+impl Memory {
+    /// The skips of all levels, and at the first the widest moment of a transformer block: the
+    /// feed forward's 8 C and 4 C beside input, residual and norm. The decoder is widest where
+    /// its last level begins: the input of two levels' width, normed, beside two outputs.
+    pub(crate) fn of(unet: &UNetConfig, vae: &VaeConfig, device: &Device, dtype: DType) -> Self {
+        let bytes = activation_dtype(device, dtype).size_in_bytes();
+        let layers = unet.layers_per_block + 1;
+        let levels = unet.block_out_channels.iter().enumerate();
+        let skips: usize = levels.map(|(level, c)| (layers * c) >> (2 * level)).sum();
+        let first = unet.block_out_channels[0];
+        let wide = vae.block_out_channels.get(1).unwrap_or(&vae.block_out_channels[0]);
+        let decode = 2 * wide + 3 * vae.block_out_channels[0];
+        // Our kernels never store scores; candle's composition does, twice: on GPUs in f32.
+        let stored = !device.is_cpu() && dtype == DType::F32;
+        let scores = if stored { unet.heads[0] * 8 } else { 0 };
+        Self {
+            row_bytes: ((skips + 16 * first) * bytes) as u64,
+            score_bytes: scores as u64,
+            decode_bytes: (decode * bytes) as u64,
+            scale: vae.scale() as u64,
+        }
+    }
+}
+
+impl ModelInfo {
+    /// An estimate of the most that activations take while `rows` rows of this size are stepped
+    /// or one picture is decoded, in bytes.
+    pub fn peak_bytes(&self, size: Size, rows: usize) -> u64 {
+        let memory = self.memory;
+        let pixels = size.pixels() as u64;
+        let latent = pixels / memory.scale.max(1).pow(2);
+        let step = rows as u64 * latent * (memory.row_bytes + latent * memory.score_bytes);
+        step.max(pixels * memory.decode_bytes)
+    }
+
+    /// Whether the model can draw this.
+    pub fn check(&self, spec: &Spec) -> Result<()> {
+        let refuse = |field, reason: String| Err(Error::Spec { field, reason });
+        let size = spec.size;
+        let fits = |side: usize| side.is_multiple_of(self.multiple);
+        if !fits(size.width()) || !fits(size.height()) {
+            let reason = format!("{size} must have sides that are multiples of {}", self.multiple);
+            return refuse("width", reason);
+        }
+        if spec.steps == 0 || spec.steps > MAX_STEPS {
+            return refuse("num_inference_steps", format!("must be 1 to {MAX_STEPS}"));
+        }
+        if !spec.guidance_scale.is_finite() {
+            return refuse("guidance_scale", "must be a finite number".into());
+        }
+        let (_, named) = spec.text()?;
+        for (field, loras) in [("loras", &spec.loras), ("prompt", &named)] {
+            for (name, scale) in loras {
+                if let Err(reason) = self.extras.loras.find(name) {
+                    return refuse(field, format!("names a LoRA: {reason}"));
+                }
+                if !scale.is_finite() {
+                    return refuse(field, format!("of {name:?} must have a finite scale"));
+                }
+            }
+        }
+        if let Some(hires) = &spec.hires {
+            self.check_hires(hires, spec.start.is_some())?;
+        }
+        let Some(start) = &spec.start else { return Ok(()) };
+        let Rgb { width, height, ref data } = start.picture;
+        if (width, height) != (size.width(), size.height()) || data.len() != 3 * size.pixels() {
+            return refuse("image", format!("is {width}x{height}, but the picture is {size}"));
+        }
+        if start.mask.as_ref().is_some_and(|mask| mask.len() != size.pixels()) {
+            return refuse("mask", format!("must have a byte for each pixel of {size}"));
+        }
+        if !(0.0..=1.0).contains(&start.strength) {
+            return refuse("strength", format!("must be from 0 to 1, not {}", start.strength));
+        }
+        if spec.skipped_steps() >= spec.steps {
+            let (strength, steps) = (start.strength, spec.steps);
+            return refuse("strength", format!("{strength} of {steps} steps is less than one"));
+        }
+        Ok(())
+    }
+
+    /// Whether the model can draw this second pass.
+    fn check_hires(&self, hires: &Hires, from_picture: bool) -> Result<()> {
+        let refuse = |field, reason: String| Err(Error::Spec { field, reason });
+        let Hires { size, steps, strength, .. } = *hires;
+        if from_picture {
+            return refuse("hires_width", "is for pictures that begin as noise".into());
+        }
+        let fits = |side: usize| side.is_multiple_of(self.multiple);
+        if !fits(size.width()) || !fits(size.height()) {
+            let reason = format!("{size} must have sides that are multiples of {}", self.multiple);
+            return refuse("hires_width", reason);
+        }
+        if steps == 0 || steps > MAX_STEPS {
+            return refuse("hires_steps", format!("must be 1 to {MAX_STEPS}"));
+        }
+        if !(0.0..=1.0).contains(&strength) {
+            return refuse("hires_strength", format!("must be from 0 to 1, not {strength}"));
+        }
+        if hires.skipped_steps() >= steps {
+            let reason = format!("{strength} of {steps} steps is less than one");
+            return refuse("hires_strength", reason);
+        }
+        Ok(())
+    }
+}
