@@ -63,6 +63,17 @@ EMBEDDINGS = {
 WITH_WORDS = "a <glow-cat> house by the sea,ember, <dusk>"
 
 
+def draw(pipeline, prompt, path):
+    """Writes what the pipeline makes of a prompt."""
+    image = pipeline(
+        prompt,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator("cpu").manual_seed(SEED),
+    ).images[0]
+    image.save(path, optimize=True)
+
+
 def mask(size):
     """White, where the picture is painted anew, is its lower left part."""
     image = Image.new("L", size)
@@ -162,13 +173,7 @@ def with_loras(pipeline, written, out):
     pipeline.scheduler = scheduler_of("ddim", written)
     for name, scales in WITH_LORAS.items():
         pipeline.set_adapters(list(scales), list(scales.values()))
-        image = pipeline(
-            PROMPT,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            generator=torch.Generator("cpu").manual_seed(SEED),
-        ).images[0]
-        image.save(out / f"{name}.png", optimize=True)
+        draw(pipeline, PROMPT, out / f"{name}.png")
     pipeline.unload_lora_weights()
 
 
@@ -192,13 +197,7 @@ def with_words(pipeline, written, out):
                 torch.save({**content, "name": word, "step": 1, "sd_checkpoint": None}, folder / file)
         pipeline.load_textual_inversion(folder, weight_name=file)
     pipeline.scheduler = scheduler_of("ddim", written)
-    image = pipeline(
-        WITH_WORDS,
-        num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE,
-        generator=torch.Generator("cpu").manual_seed(SEED),
-    ).images[0]
-    image.save(out / "words.png", optimize=True)
+    draw(pipeline, WITH_WORDS, out / "words.png")
 
 
 def main():
@@ -216,13 +215,7 @@ def main():
     written = diffusers.PNDMScheduler.load_config(arguments.model / "scheduler")
     for name in CLASSES:
         pipeline.scheduler = scheduler_of(name, written)
-        image = pipeline(
-            PROMPT,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            generator=torch.Generator("cpu").manual_seed(SEED),
-        ).images[0]
-        image.save(arguments.out / f"{name}.png", optimize=True)
+        draw(pipeline, PROMPT, arguments.out / f"{name}.png")
     from_pictures(pipeline, written, arguments.out)
     hires(pipeline, written, arguments.out)
     with_loras(pipeline, written, arguments.out)
