@@ -36,30 +36,30 @@ debian() {
     touch "$work/debian/.whole"
 }
 
-# The packages of distroless/cc, unpacked by nobody's scripts.
-cc() {
-    [[ -e $work/cc ]] && return
-    local packages=(base-files netbase tzdata ca-certificates libc6 libssl3 libgcc-s1 libgomp1 libstdc++6)
-    rm -rf "$work/cc.new"
-    mkdir "$work/cc.new"
+# The packages of distroless/base-nossl, unpacked by nobody's scripts.
+base() {
+    [[ -e $work/base ]] && return
+    local packages=(base-files netbase tzdata ca-certificates libc6)
+    rm -rf "$work/base.new"
+    mkdir "$work/base.new"
     chroot "$work/debian" sh -c \
         "cd /var/tmp && apt-get update --quiet=2 && apt-get download --quiet=2 ${packages[*]}"
-    for package in "$work"/debian/var/tmp/*.deb; do dpkg-deb --extract "$package" "$work/cc.new"; done
-    rm -rf "$work"/debian/var/tmp/*.deb "$work"/cc.new/usr/share/{doc,man,locale,lintian}
-    cat "$work"/cc.new/usr/share/ca-certificates/mozilla/*.crt >"$work/ca-certificates.crt"
-    install -D --mode=644 "$work/ca-certificates.crt" "$work/cc.new/etc/ssl/certs/ca-certificates.crt"
-    echo "root:x:0:0:root:/root:/sbin/nologin" >"$work/cc.new/etc/passwd"
-    mv "$work/cc.new" "$work/cc"
+    for package in "$work"/debian/var/tmp/*.deb; do dpkg-deb --extract "$package" "$work/base.new"; done
+    rm -rf "$work"/debian/var/tmp/*.deb "$work"/base.new/usr/share/{doc,man,locale,lintian}
+    cat "$work"/base.new/usr/share/ca-certificates/mozilla/*.crt >"$work/ca-certificates.crt"
+    install -D --mode=644 "$work/ca-certificates.crt" "$work/base.new/etc/ssl/certs/ca-certificates.crt"
+    echo "root:x:0:0:root:/root:/sbin/nologin" >"$work/base.new/etc/passwd"
+    mv "$work/base.new" "$work/base"
 }
 
 build() {
     debian
-    cc
+    base
     local sysroot container
     sysroot=$(rustc --print sysroot)
     import "$rust" "$work/debian" --env RUSTUP_HOME=/usr/local/rustup \
         --env CARGO_HOME=/usr/local/cargo --env PATH=/usr/local/rustup/bin:/usr/bin:/bin
-    import "$distroless" "$work/cc" --env PATH=/usr/bin:/bin --env SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
+    import "$distroless" "$work/base" --env PATH=/usr/bin:/bin --env SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
     if [[ -z $1 ]]; then
         stage cpu
     else

@@ -56,17 +56,15 @@ def model(aws, binary, tarball, tmp_path, log, monkeypatch):
 
 
 def test_deploy_and_predict(model, log):
-    from sagemaker.deserializers import JSONDeserializer
-    from sagemaker.predictor import Predictor
-    from sagemaker.serializers import JSONSerializer
+    # What "Your own Stable Diffusion endpoint with AWS SageMaker" calls its endpoint with, and the
+    # two fields that it reads (github.com/DanielKneipp/aws-sagemaker-stable-diffusion).
+    from sagemaker.huggingface.model import HuggingFacePredictor
 
     model.deploy(1, "local", endpoint_name="local")
     try:
-        predictor = Predictor(
-            "local", model.sagemaker_session, JSONSerializer(), JSONDeserializer()
-        )
-        reply = predictor.predict(FOX)
-        assert reply["seed"] == 7
+        predictor = HuggingFacePredictor("local", sagemaker_session=model.sagemaker_session)
+        reply = predictor.predict(data=FOX)
+        assert reply["prompt"] == "a fox"
         with Image.open(io.BytesIO(base64.b64decode(reply["data"]))) as image:
             assert image.size == (128, 128)
     finally:
