@@ -104,7 +104,8 @@ pub(crate) fn hires_parameters(spec: &Spec, hires: &Hires) -> Vec<(&'static str,
         false => ("Hires resize", hires.size.to_string()),
     };
     let rest = [
-        ("Hires steps", hires.steps.to_string()),
+        // Those that are taken, as there.
+        ("Hires steps", (hires.steps - hires.skipped_steps()).to_string()),
         ("Hires upscaler", hires.upscaler.title().to_owned()),
     ];
     std::iter::once(enlarged).chain(rest).collect()

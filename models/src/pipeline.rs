@@ -168,6 +168,17 @@ impl Trajectory {
         &self.latents
     }
 
+    /// The latents without noise as far as they can be told, (1, C, h, w) f32.
+    fn foreseen(&self) -> Result<Tensor> {
+        match &self.seen {
+            Some((x, output)) if !self.done() => {
+                let seen = self.sampler.denoised(x, output)?;
+                self.kept.as_ref().map_or(Ok(seen.clone()), |kept| kept.put_back_clean(&seen))
+            }
+            _ => Ok(self.latents.clone()),
+        }
+    }
+
     fn advance(&mut self, advanced: Advanced) {
         let Advanced { latents, seen, sampler, noise, turned } = advanced;
         if turned && let Some(second) = self.second.take() {
@@ -524,17 +535,13 @@ impl Pipeline {
                 self.preview.get_or_init(|| fitted)
             }
         };
-        match &trajectory.seen {
-            Some((x, output)) if !trajectory.done() => {
-                preview.draw(&trajectory.sampler.denoised(x, output)?)
-            }
-            _ => preview.draw(&trajectory.latents),
-        }
+        preview.draw(&trajectory.foreseen()?)
     }
 
-    /// The picture of a trajectory as it is now.
+    /// The picture of a trajectory; of one that is not done, what the UNet saw of it behind the
+    /// noise at the last evaluation, as AUTOMATIC1111 gives it out when it is interrupted.
     pub fn decode(&self, trajectory: &Trajectory) -> Result<Rgb> {
-        let latents = (&trajectory.latents / self.decoder.config().scaling_factor)?;
+        let latents = (trajectory.foreseen()? / self.decoder.config().scaling_factor)?;
         let picture = self.decoder.forward(&latents)?; // (1, H, W, 3)
         let (_, height, width, _) = picture.dims4()?;
         let values = picture.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;

@@ -200,11 +200,18 @@ mod tests {
             };
             let mut trajectory = pipeline.begin(&spec).expect("begun");
             let mut previews = vec![pipeline.preview(&trajectory).expect("of noise")];
+            let mut half_made = None;
             while !trajectory.done() {
                 pipeline.step(&mut [&mut trajectory]).expect("a step");
                 previews.push(pipeline.preview(&trajectory).expect("a preview"));
+                let (made, all) = trajectory.progress();
+                if 2 * made >= all && half_made.is_none() {
+                    half_made = Some(pipeline.decode(&trajectory).expect("what there is of it"));
+                }
             }
             let picture = pipeline.decode(&trajectory).expect("a picture");
+            let interrupted = half_made.map_or(0.0, |half| likeness(&half, &picture));
+            assert!(interrupted > 0.75, "{scheduler}: {interrupted:.2}");
             let likeness: Vec<f64> = previews.iter().map(|p| likeness(p, &picture)).collect();
             let (noise, half) = (likeness[0], likeness[likeness.len() / 2]);
             println!("{scheduler}: {likeness:.2?}");

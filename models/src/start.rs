@@ -35,7 +35,15 @@ impl Kept {
     /// Latents (1, C, h, w) that are those of the sampler where the picture is painted anew, and
     /// elsewhere the picture's under as much noise.
     pub(crate) fn put_back(&self, latents: &Tensor, sampler: &Sampler) -> Result<Tensor> {
-        let known = sampler.noised(&self.picture, &self.noise)?;
+        self.beside(&sampler.noised(&self.picture, &self.noise)?, latents)
+    }
+
+    /// The same without any noise, for latents that have none.
+    pub(crate) fn put_back_clean(&self, latents: &Tensor) -> Result<Tensor> {
+        self.beside(&self.picture, latents)
+    }
+
+    fn beside(&self, known: &Tensor, latents: &Tensor) -> Result<Tensor> {
         let keep = self.mask.affine(-1.0, 1.0)?;
         Ok((known.broadcast_mul(&keep)? + latents.broadcast_mul(&self.mask)?)?)
     }

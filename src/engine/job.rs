@@ -4,6 +4,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use sd_models::{Rgb, Spec};
@@ -99,9 +100,11 @@ impl From<Vec<Spec>> for Job {
 /// A job's number; later jobs have greater ones.
 pub(super) type JobId = u64;
 
-/// A finished picture.
+/// A finished picture, or what there was of one when its job was interrupted.
 #[derive(Debug, Clone)]
 pub struct Drawn {
+    /// Which picture of the job.
+    pub index: usize,
     /// The pixels.
     pub rgb: Rgb,
     /// What the client should know, such as a prompt that was cut.
@@ -139,7 +142,8 @@ pub struct Preview {
 const PREVIEW_PAUSE: Duration = Duration::from_millis(500);
 
 type Previews = watch::Sender<Option<Preview>>;
-type Settled = (usize, Result<Drawn, Failure>);
+/// Nothing, of a picture that was interrupted before there was anything to see.
+type Settled = (usize, Result<Option<Drawn>, Failure>);
 
 /// The claim on the pictures of one job. Dropping it withdraws the job.
 #[derive(Debug)]
@@ -150,6 +154,7 @@ pub struct Ticket {
     deadline: Option<tokio::time::Instant>,
     progress: watch::Receiver<Progress>,
     previews: Option<watch::Receiver<Option<Preview>>>,
+    pub(super) interrupted: Arc<AtomicBool>,
     phase: watch::Receiver<Phase>,
 }
 
@@ -167,6 +172,7 @@ pub(super) struct Order {
     progress: watch::Sender<Progress>,
     /// Of those who asked for previews, and when they were last shown one.
     previews: Option<(Previews, Option<Instant>)>,
+    interrupted: Arc<AtomicBool>,
     outcome: Option<&'static str>,
     metrics: Arc<Metrics>,
     _busy: watch::Receiver<()>,
@@ -181,6 +187,7 @@ pub(super) fn open(id: JobId, job: Job, engine: &Shared) -> (Ticket, Vec<Order>)
     let (made, progress) = watch::channel(Progress::default());
     let previews = preview.then(|| Previews::new(None));
     let looks = previews.as_ref().map(watch::Sender::subscribe);
+    let interrupted = Arc::<AtomicBool>::default();
     let submitted = Instant::now();
     let order = |(index, spec)| Order {
         spec,
@@ -192,17 +199,29 @@ pub(super) fn open(id: JobId, job: Job, engine: &Shared) -> (Ticket, Vec<Order>)
         settled: settled.clone(),
         progress: made.clone(),
         previews: previews.clone().map(|previews| (previews, None)),
+        interrupted: Arc::clone(&interrupted),
         outcome: None,
         metrics: Arc::clone(&engine.metrics),
         _busy: engine.busy.subscribe(),
     };
     let phase = engine.phase.subscribe();
     let orders = specs.into_iter().enumerate().map(order).collect();
-    (Ticket { job: id, pictures, count, deadline, progress, previews: looks, phase }, orders)
+    let ticket = Ticket {
+        job: id,
+        pictures,
+        count,
+        deadline,
+        progress,
+        previews: looks,
+        interrupted,
+        phase,
+    };
+    (ticket, orders)
 }
 
 impl Ticket {
-    /// The pictures in the order of their specs, or the first failure.
+    /// The pictures in the order of their specs, or the first failure. Only where the job was
+    /// interrupted may some be missing.
     pub async fn wait(mut self) -> Result<Vec<Drawn>, Failure> {
         let Self { pictures, count, deadline, phase, .. } = &mut self;
         let late = async {
@@ -238,7 +257,7 @@ async fn collect(
     for _ in 0..count {
         // The orders are gone without a word when the model thread has panicked.
         let (index, picture) = pictures.recv().await.ok_or(Failure::Model)?;
-        drawn[index] = Some(picture?);
+        drawn[index] = picture?;
     }
     Ok(drawn.into_iter().flatten().collect())
 }
@@ -258,6 +277,11 @@ impl Order {
     /// Whether anyone still holds the ticket.
     pub(super) fn wanted(&self) -> bool {
         !self.settled.is_closed()
+    }
+
+    /// Whether the client takes what there is of it.
+    pub(super) fn interrupted(&self) -> bool {
+        self.interrupted.load(Ordering::Relaxed)
     }
 
     /// Whether it is time for a preview.
@@ -286,7 +310,13 @@ impl Order {
     /// The end of this picture. Nobody may be listening any more, which is fine.
     pub(super) fn settle(mut self, result: Result<Drawn, Failure>) {
         self.outcome = Some(if result.is_ok() { "drawn" } else { "failed" });
-        let _ = self.settled.try_send((self.index, result));
+        let _ = self.settled.try_send((self.index, result.map(Some)));
+    }
+
+    /// The end of an interrupted picture of which there is nothing to see.
+    pub(super) fn leave_out(mut self) {
+        self.outcome = Some("cancelled");
+        let _ = self.settled.try_send((self.index, Ok(None)));
     }
 
     /// The end of a picture that is not even taken on.

@@ -12,7 +12,7 @@ mod pace;
 mod queue;
 mod worker;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{io, thread};
@@ -37,7 +37,7 @@ pub trait Model: 'static {
     fn begin(&self, spec: &Spec) -> sd_models::Result<Self::Trajectory>;
     /// One evaluation for each member; all have the same size.
     fn step(&self, batch: &mut [&mut Self::Trajectory]) -> sd_models::Result<()>;
-    /// The picture of a finished trajectory.
+    /// The picture of a trajectory; of one that is not finished, what can be told of it.
     fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb>;
     /// Whether a picture should not be shown; `None` from a model that has nothing to tell by.
     fn judge(&self, _picture: &Rgb) -> sd_models::Result<Option<bool>> {
@@ -183,6 +183,7 @@ pub struct Watch {
     job: u64,
     shared: Arc<Shared>,
     progress: watch::Receiver<Progress>,
+    interrupted: Arc<AtomicBool>,
 }
 
 impl Engine {
@@ -301,7 +302,8 @@ impl Engine {
     /// A view of the job of this ticket.
     pub fn watch(&self, ticket: &Ticket) -> Watch {
         let shared = Arc::clone(&self.shared);
-        Watch { job: ticket.job, shared, progress: ticket.progress() }
+        let (progress, interrupted) = (ticket.progress(), Arc::clone(&ticket.interrupted));
+        Watch { job: ticket.job, shared, progress, interrupted }
     }
 
     /// Rows of one evaluation.
@@ -450,6 +452,11 @@ impl Watch {
     /// Evaluations made and to make.
     pub fn made(&self) -> Progress {
         *self.progress.borrow()
+    }
+
+    /// Ends the drawing after the step that is being made: the job comes to what there is of it.
+    pub fn interrupt(&self) {
+        self.interrupted.store(true, Ordering::Relaxed);
     }
 
     /// Where the job stands. An estimate: it does not know who is still to come or to leave.

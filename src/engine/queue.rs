@@ -125,6 +125,7 @@ impl Queue {
 
     fn forget_unwanted(&mut self) {
         drop(self.take_out(|order| !order.wanted()));
+        self.take_out(Order::interrupted).into_iter().for_each(Order::leave_out);
     }
 
     /// Takes pictures out of the queue and off their clients' account.

@@ -139,6 +139,15 @@ struct Slot<T> {
     begun: Instant,
     /// The picture, when it only has to be judged.
     decoded: Option<Rgb>,
+    /// Whether it is taken as it is.
+    cut_short: bool,
+}
+
+impl<T: Trajectory> Slot<T> {
+    /// Whether nothing is left but to decode it.
+    fn done(&self) -> bool {
+        self.cut_short || self.trajectory.done()
+    }
 }
 
 struct Worker<M: Model> {
@@ -198,6 +207,7 @@ impl<M: Model> Worker<M> {
         let (device, mut had) = (self.engine.device.clone(), self.had);
         let turn = device.turn(&mut had);
         self.slots.retain(|slot| slot.order.wanted());
+        self.cut_short();
         self.admit();
         let loads = self.loads();
         self.caps.retain(|(size, _)| loads.iter().any(|load| load.0 == *size));
@@ -208,12 +218,22 @@ impl<M: Model> Worker<M> {
         self.report(began.elapsed(), work);
     }
 
+    /// Draws no further what is interrupted, and leaves out what nothing can be seen of yet.
+    fn cut_short(&mut self) {
+        for slot in &mut self.slots {
+            slot.cut_short |= slot.order.interrupted();
+        }
+        let unseen =
+            |slot: &mut Slot<M::Trajectory>| slot.cut_short && slot.trajectory.progress().0 == 0;
+        self.slots.extract_if(.., unseen).for_each(|slot| slot.order.leave_out());
+    }
+
     /// Tells those who wait how fast it goes and how much is left.
     fn report(&self, elapsed: Duration, work: u64) {
         let left = |slot: &Slot<M::Trajectory>| (slot.trajectory.work_left() * rows(slot)) as u64;
         let mut pace = self.engine.pace.lock().unwrap_or_else(PoisonError::into_inner);
         pace.measure(elapsed, work);
-        pace.drawing = self.slots.iter().map(left).sum();
+        pace.drawing = self.slots.iter().filter(|slot| !slot.done()).map(left).sum();
         pace.pictures = self.slots.len();
         pace.sizes = self.loads().len();
     }
@@ -233,7 +253,13 @@ impl<M: Model> Worker<M> {
             match begun {
                 Ok(trajectory) => {
                     order.advance(0, trajectory.progress().1);
-                    self.slots.push(Slot { order, trajectory, begun: began, decoded: None });
+                    self.slots.push(Slot {
+                        order,
+                        trajectory,
+                        begun: began,
+                        decoded: None,
+                        cut_short: false,
+                    });
                 }
                 Err(error) => order.settle(Err(self.failure(&error, "begin"))),
             }
@@ -276,7 +302,7 @@ impl<M: Model> Worker<M> {
     /// Rows in the making for each size.
     fn loads(&self) -> Vec<(Size, usize)> {
         let mut loads: Vec<(Size, usize)> = Vec::new();
-        for slot in self.slots.iter().filter(|slot| !slot.trajectory.done()) {
+        for slot in self.slots.iter().filter(|slot| !slot.done()) {
             let size = slot.trajectory.size();
             match loads.iter_mut().find(|load| load.0 == size) {
                 Some(load) => load.1 += rows(slot),
@@ -295,7 +321,7 @@ impl<M: Model> Worker<M> {
         let mut members: Vec<_> = self
             .slots
             .iter_mut()
-            .filter(|slot| slot.trajectory.size() == size && !slot.trajectory.done())
+            .filter(|slot| slot.trajectory.size() == size && !slot.done())
             .take_while(|slot| {
                 let fits = taken == 0 || taken + rows(slot) <= max_rows;
                 taken += rows(slot);
@@ -345,7 +371,7 @@ impl<M: Model> Worker<M> {
     /// Decodes one finished picture or judges one that is decoded, if there is one; the next waits
     /// for a step of the others.
     fn retire(&mut self) {
-        let Some(place) = self.slots.iter().position(|slot| slot.trajectory.done()) else { return };
+        let Some(place) = self.slots.iter().position(Slot::done) else { return };
         let mut slot = self.slots.remove(place);
         let began = Instant::now();
         let (stage, done) = match slot.decoded.take() {
@@ -367,6 +393,10 @@ impl<M: Model> Worker<M> {
     fn hand_over(&self, slot: Slot<M::Trajectory>, mut rgb: Rgb, nsfw: Option<bool>) {
         let Slot { order, trajectory, begun, .. } = slot;
         let mut warnings = trajectory.warnings().to_vec();
+        if !trajectory.done() {
+            let (made, all) = trajectory.progress();
+            warnings.push(format!("interrupted after {made} of {all} evaluations"));
+        }
         let safety = self.engine.settings.safety;
         if let Some(nsfw) = nsfw {
             let verdict = if nsfw { safety.name() } else { "pass" };
@@ -384,7 +414,8 @@ impl<M: Model> Worker<M> {
         }
         self.engine.metrics.time(Id::PictureSeconds, &[], begun.elapsed());
         let queued = begun.saturating_duration_since(order.submitted);
-        let drawn = Drawn { rgb, warnings, nsfw, queued, drawn: begun.elapsed() };
+        let index = order.key().1;
+        let drawn = Drawn { index, rgb, warnings, nsfw, queued, drawn: begun.elapsed() };
         debug!(
             size = %order.spec.final_size(),
             steps = order.spec.steps,

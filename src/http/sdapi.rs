@@ -63,6 +63,12 @@ const SHARED: [(&str, &str); 7] = [
     ("hr_additional_modules", "Use same choices"),
 ];
 
+/// How much of a picture is painted over, where nothing is said.
+const DEFAULT_STRENGTH: f64 = 0.75;
+
+/// A strength below this takes no step at all.
+const MIN_STRENGTH: f64 = 1e-3;
+
 /// A side beyond this is no size.
 const MAX_SIDE: u64 = 65_536;
 
@@ -87,7 +93,7 @@ pub(super) async fn img2img(state: State, request: Request) -> Result<Response, 
     draw(state, request, true).await
 }
 
-/// Draws, unless it is interrupted, and answers as AUTOMATIC1111 does.
+/// Draws and answers as AUTOMATIC1111 does.
 async fn draw(state: State, request: Request, from_picture: bool) -> Result<Response, ApiError> {
     let Intake { body, client, deadline, permit: _permit, .. } =
         intake::take(&state, request).await?;
@@ -126,16 +132,16 @@ async fn draw(state: State, request: Request, from_picture: bool) -> Result<Resp
     asked.preview = true;
     let ticket = asked.submit(&client, Some(deadline))?;
     let begun = Begun::new(&state.engine, &ticket, client, task, &asked.specs);
-    let begun = state.underway.enter(begun);
-    let pictures = tokio::select! {
-        pictures = ticket.wait() => pictures?,
-        // Clients take any status but 200 for a failure of the server.
-        () = begun.interrupted() => {
-            notes.push("interrupted: no picture was finished".into());
-            asked.specs.truncate(1);
-            Vec::new()
-        }
-    };
+    let _underway = state.underway.enter(begun);
+    let pictures = ticket.wait().await?;
+    // As there, an interrupted request is answered with what there is, and with 200 if there is
+    // nothing: clients take any other status for a failure of the server.
+    if pictures.is_empty() {
+        notes.push("interrupted before there was anything to see".into());
+        asked.specs.truncate(1);
+    } else {
+        asked.specs = pictures.iter().map(|drawn| asked.specs[drawn.index].clone()).collect();
+    }
     let dress = move |asked: &Asked, pictures: &[Drawn], files: Vec<Vec<u8>>| {
         let images: Vec<String> = files.iter().map(|file| BASE64_STANDARD.encode(file)).collect();
         json!({
@@ -239,18 +245,20 @@ fn hires(state: &State, theirs: &mut Fields, ours: &mut Fields) -> Result<(), Ap
     ours.add("hires_width", spelt, wide);
     ours.add("hires_height", spelt, high);
     let most = state.settings.limits.max_steps as u64;
-    let steps = theirs.whole(&["hr_second_pass_steps"], 0..=most)?;
-    if let Some(steps) = steps.filter(|steps| *steps > 0) {
-        ours.add("hires_steps", "hr_second_pass_steps", steps);
-    }
-    for (name, native) in
-        [("hr_upscaler", "hires_upscaler"), ("denoising_strength", "hires_strength")]
+    let strength = theirs.number(&["denoising_strength"], 0.0..=1.0)?;
+    let strength = strength.unwrap_or(DEFAULT_STRENGTH);
+    ours.add("hires_strength", "denoising_strength", strength);
+    let steps = theirs.whole(&["hr_second_pass_steps"], 0..=most)?.filter(|steps| *steps > 0);
+    let steps = steps.or(ours.peek("num_inference_steps"));
+    let steps = steps.unwrap_or(model.defaults.steps as u64) as f64;
+    // There the steps are those that are taken, here those of which a share is: more, as far as
+    // may be.
+    let whole = (steps / strength.max(MIN_STRENGTH)).ceil() as u64;
+    ours.add("hires_steps", "hr_second_pass_steps", whole.clamp(1, most));
+    if let Some((name, value)) = theirs.take(&["hr_upscaler"])?
+        && value != ""
     {
-        if let Some((name, value)) = theirs.take(&[name])?
-            && (native != "hires_upscaler" || !idle(&value))
-        {
-            ours.add(native, &name, value);
-        }
+        ours.add("hires_upscaler", &name, value);
     }
     Ok(())
 }
@@ -294,7 +302,7 @@ impl Start {
                 notes.push("inpainting_fill: the masked part began as it was".into());
             }
         }
-        Ok(Self { image, mask, inverted, strength: strength.unwrap_or(0.75) })
+        Ok(Self { image, mask, inverted, strength: strength.unwrap_or(DEFAULT_STRENGTH) })
     }
 
     /// Puts it into our words.
@@ -481,7 +489,7 @@ pub(super) async fn task(state: State, request: Request) -> Result<Json<Value>, 
     })))
 }
 
-/// `POST /sdapi/v1/interrupt`: gives up all that the client has under way.
+/// `POST /sdapi/v1/interrupt`: ends all that the client has under way with what there is of it.
 pub(super) async fn interrupt(state: State, request: Request) -> Json<Value> {
     for begun in state.underway.of(&intake::client(&request)) {
         begun.interrupt();

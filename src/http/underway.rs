@@ -5,7 +5,7 @@ use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sd_models::Spec;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 
 use crate::engine::{Client, Engine, Outlook, Preview, Progress, Ticket, Watch};
 use crate::image::{self, Format, JPEG_QUALITY};
@@ -27,7 +27,6 @@ pub(super) struct Begun {
     pictures: usize,
     watch: Watch,
     previews: Option<watch::Receiver<Option<Preview>>>,
-    interrupt: Notify,
 }
 
 /// A place among the requests, given up when it is dropped.
@@ -77,11 +76,10 @@ impl Begun {
         task: Option<String>,
         specs: &[Spec],
     ) -> Self {
-        let of = |spec: &Spec| spec.steps + spec.hires.map_or(0, |hires| hires.steps);
+        let of = |spec: &Spec| spec.passes().map(|(_, steps)| steps).sum();
         let steps = specs.iter().map(of).max().unwrap_or_default();
         let (watch, previews) = (engine.watch(ticket), ticket.previews());
-        let (pictures, interrupt) = (specs.len(), Notify::new());
-        Self { client, task, steps, pictures, watch, previews, interrupt }
+        Self { client, task, steps, pictures: specs.len(), watch, previews }
     }
 
     /// Where it stands.
@@ -113,12 +111,8 @@ impl Begun {
         tokio::task::spawn_blocking(encode).await.ok()?.ok()
     }
 
-    /// Gives the request up.
+    /// Ends the request with what there is.
     pub(super) fn interrupt(&self) {
-        self.interrupt.notify_one();
-    }
-
-    pub(super) async fn interrupted(&self) {
-        self.interrupt.notified().await;
+        self.watch.interrupt();
     }
 }

@@ -37,8 +37,8 @@ fn file(image: &Value) -> Result<Vec<u8>> {
     Ok(BASE64_STANDARD.decode(image.as_str().context("base64")?)?)
 }
 
-/// What SillyTavern sends, less its prompt.
-fn sillytavern() -> Value {
+/// What clients send who leave nothing out.
+fn wordy() -> Value {
     json!({
         "prompt": "a cat", "negative_prompt": "dogs", "sampler_name": "Euler a",
         "scheduler": "automatic", "steps": 2, "cfg_scale": 7, "width": 64, "height": 72,
@@ -53,7 +53,7 @@ fn sillytavern() -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_picture_comes_with_its_info() -> Result<()> {
     let server = free().await;
-    let mut body = sillytavern();
+    let mut body = wordy();
     (body["batch_size"], body["n_iter"]) = (2.into(), 2.into());
     let (status, reply) = post(&server.url, "/sdapi/v1/txt2img", &body).await?;
     assert_eq!(status, 200, "{reply}");
@@ -68,7 +68,7 @@ async fn a_picture_comes_with_its_info() -> Result<()> {
     for (image, text) in images.iter().zip(info["infotexts"].as_array().context("texts")?) {
         assert_eq!(infotext(&file(image)?), *text);
     }
-    let chance = post(&server.url, "/sdapi/v1/txt2img", &sillytavern()).await?.1;
+    let chance = post(&server.url, "/sdapi/v1/txt2img", &wordy()).await?.1;
     assert_ne!(chance["info"], reply["info"], "-1 is chance");
 
     let body = json!({ "send_images": false, "seed": 5, "steps": 1 });
@@ -164,6 +164,8 @@ async fn a_second_pass_is_what_automatic1111_makes_of_its_fields() -> Result<()>
             "Hires upscale: 1.25, Hires steps: 5, Hires upscaler: Latent (nearest),",
         ),
         (json!({ "hr_resize_x": 100 }), "96x144", "Hires upscale: 1.5, "),
+        // Not more than --max-steps, of which a hundredth is taken.
+        (json!({ "hr_scale": 3, "denoising_strength": 0.01 }), "192x288", "Hires steps: 1, "),
         (json!({ "hr_resize_y": 100 }), "64x96", ""),
         (json!({ "hr_resize_x": 128, "hr_resize_y": 100 }), "128x96", "Hires resize: 128x96, "),
         (json!({ "hr_scale": 1 }), "64x96", ""),
@@ -177,14 +179,18 @@ async fn a_second_pass_is_what_automatic1111_makes_of_its_fields() -> Result<()>
         let info: Value = serde_json::from_str(reply["info"].as_str().context("a string")?)?;
         let text = info["infotexts"][0].as_str().context("a text")?;
         assert!(text.contains("Size: 64x96, ") && text.contains(told), "{text}");
-        let strength = if told.is_empty() { Value::Null } else { 0.75.into() };
+        let strength = if told.contains("steps: 1,") { 0.01 } else { 0.75 };
+        let strength = if told.is_empty() { Value::Null } else { strength.into() };
         assert_eq!((&info["denoising_strength"], &info["width"]), (&strength, &64.into()));
-        assert_eq!(text.contains("Denoising strength: 0.75, "), !told.is_empty(), "{text}");
+        let written = format!("Denoising strength: {strength}, ");
+        assert_eq!(text.contains(&written), !told.is_empty(), "{text}");
         let parameters = info["extra_generation_params"].as_object().context("an object")?;
         assert_eq!(parameters.is_empty(), told.is_empty(), "{info}");
     }
     for (name, value) in [
         ("hr_upscaler", json!("R-ESRGAN 4x+")),
+        // There it enlarges pixels.
+        ("hr_upscaler", json!("None")),
         ("hr_prompt", json!("another")),
         ("hr_sampler_name", json!("Heun")),
         ("hr_scale", json!(100)),
@@ -235,12 +241,42 @@ async fn progress_is_told_and_an_interrupt_is_heard() -> Result<()> {
     assert_eq!(ask("task(2)").await?.1["active"], false);
 
     assert_eq!(post(&server.url, "/sdapi/v1/interrupt", &json!({})).await?, (200, json!({})));
+    // The step that was being made.
+    strings.step();
     let (status, reply) = drawing.await??;
-    assert_eq!((status, &reply["images"]), (200, &json!([])));
-    assert!(reply["info"].as_str().is_some_and(|info| info.contains("interrupted")), "{reply}");
+    assert_eq!((status, reply["images"].as_array().map(Vec::len)), (200, Some(1)), "{reply}");
+    let info: Value = serde_json::from_str(reply["info"].as_str().context("a string")?)?;
+    assert_eq!(info["warnings"], json!(["interrupted after 2 of 4 evaluations"]));
+    assert_eq!(infotext(&file(&reply["images"][0])?), info["infotexts"][0]);
     while progress["state"]["job_count"] != 0 {
         progress = get(&server.url, "/sdapi/v1/progress").await?;
     }
+    Ok(())
+}
+
+/// A batch holds two of these; the third waits, and is not drawn at all.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_interrupt_ends_what_waits() -> Result<()> {
+    let (server, strings) = start(HTTP).await;
+    let first = json!({ "prompt": "a cat", "steps": 4, "batch_size": 3, "seed": 5 });
+    let url = server.url.clone();
+    let first = tokio::spawn(async move { post(&url, "/sdapi/v1/txt2img", &first).await });
+    strings.step();
+    let url = server.url.clone();
+    let second = json!({ "prompt": "a dog", "steps": 4, "width": 1024, "height": 1024 });
+    let second = tokio::spawn(async move { post(&url, "/sdapi/v1/txt2img", &second).await });
+    while get(&server.url, "/sdapi/v1/progress").await?["state"]["job_count"] != 2 {}
+    post(&server.url, "/sdapi/v1/interrupt", &json!({})).await?;
+    drop(strings.permits);
+    let (status, reply) = first.await??;
+    let info: Value = serde_json::from_str(reply["info"].as_str().context("a string")?)?;
+    assert_eq!((status, reply["images"].as_array().map(Vec::len)), (200, Some(2)), "{reply}");
+    assert_eq!(info["all_seeds"], json!([5, 6]));
+    let (status, reply) = second.await??;
+    let seen = reply["images"].as_array().context("images")?.len();
+    let info: Value = serde_json::from_str(reply["info"].as_str().context("a string")?)?;
+    assert_eq!((status, seen), (200, 0));
+    assert_eq!(info["warnings"], json!(["interrupted before there was anything to see"]));
     Ok(())
 }
 

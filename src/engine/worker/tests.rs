@@ -87,7 +87,7 @@ impl Model for Diarist {
     }
 
     fn decode(&self, sketch: &Sketch) -> sd_models::Result<Rgb> {
-        assert!(sketch.done());
+        assert!(sketch.made > 0);
         self.diary.borrow_mut().push(Did::Decode(sketch.spec.seed));
         Ok(Rgb { width: 16, height: 16, data: (0..16 * 16 * 3).map(|i| i as u8).collect() })
     }
@@ -538,4 +538,38 @@ fn a_second_pass_that_never_fits_is_refused_at_once() {
     assert!(engine.submit(vec![spec(1, 1)]).is_ok());
     assert_eq!(engine.submit(vec![grows(128)]).err(), Some(Failure::OutOfMemory));
     assert!(engine.submit(vec![grows(32)]).is_ok());
+}
+
+#[test]
+fn an_interrupt_is_answered_with_what_there_is() {
+    let mut studio = Studio::new(10, 4);
+    let ticket = studio.submit(1, vec![spec(1, 9), spec(2, 9), spec(3, 9)]);
+    let other = studio.submit(2, vec![spec(4, 3)]);
+    assert_eq!(stepped(&studio.turn()), [1, 4]);
+    let watch = studio.engine.watch(&ticket);
+    watch.interrupt();
+    let did = studio.turn();
+    assert!(did.contains(&Did::Decode(1)) && !did.contains(&Did::Begin(2)), "{did:?}");
+    let drawn = ticket.wait().now_or_never().expect("it is over").expect("no failure");
+    let seen: Vec<_> = drawn.iter().map(|drawn| (drawn.index, &drawn.warnings[..])).collect();
+    assert_eq!(seen, [(0, &["interrupted after 1 of 9 evaluations".to_owned()][..])]);
+    assert_eq!(studio.counted("cancelled"), 2);
+    while !studio.idle() {
+        studio.turn();
+    }
+    let drawn = other.wait().now_or_never().expect("it is over").expect("no failure");
+    assert!(drawn[0].warnings.is_empty(), "its neighbour is drawn to the end");
+}
+
+/// What is about to be evaluated for the first time is not worth decoding.
+#[test]
+fn an_interrupted_picture_of_which_there_is_nothing_to_see_is_left_out() {
+    let mut studio = Studio::new(10, 4);
+    let first = studio.submit(1, vec![Spec { size: square(128), ..spec(1, 9) }]);
+    studio.turn();
+    let ticket = studio.submit(2, vec![spec(2, 9)]);
+    studio.engine.watch(&ticket).interrupt();
+    assert!(!studio.turn().contains(&Did::Begin(2)));
+    assert_eq!(ticket.wait().now_or_never().map(|drawn| drawn.map(|d| d.len())), Some(Ok(0)));
+    assert_eq!(first.progress().borrow().made, 2);
 }
