@@ -1,28 +1,36 @@
-"""sd-server beside PyTorch (diffusers) and OpenVINO on the CPU: seconds for one guided UNet step (2 rows) and one VAE
-decode, everything in one run, the programs in turn so that a slow spell of the machine falls on all of them.
+"""sd-server beside PyTorch (diffusers) and OpenVINO on the CPU: seconds for one guided UNet step (2 rows), one VAE
+decode and one whole picture, everything in one run, the programs in turn so that a slow spell of the machine falls on
+all of them.
 
-    python compare.py MODEL_DIR [--sizes 256 512] [--dtypes f32 bf16] [--threads 2] [--rounds 3]
+    cargo build --release && python benches/compare.py MODEL_DIR [--sizes 256 512] [--dtypes f32 bf16] [--threads 2]
+        [--rounds 3] [--steps 20]
 
 MODEL_DIR is Stable Diffusion in the diffusers layout; weights may be random, since the time does not depend on them.
+A picture is prompt to PNG, ours through HTTP, theirs by diffusers' pipeline in its own process; --steps 0 leaves it out.
 Needs torch, diffusers, openvino from PyPI. Prints one line for each program and round, then the median of the rounds
 and its ratio to the best peer's.
 """
 import argparse
+import contextlib
+import io
+import json
 import os
 import re
 import statistics
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LINE = re.compile(r"^(\S+).* unet_step_s ([\d.]+) vae_decode_s ([\d.]+)")
+LINE = re.compile(r"^(\S+).* unet_step_s ([\d.]+) vae_decode_s ([\d.]+)(?: picture_s ([\d.]+))?")
 RUNS = 3
+PROMPT = "a red house by the sea"
 
 
 def median_seconds(call):
     """The median of RUNS calls after two that are not counted."""
-    import time
     call(), call()
     times = []
     for _ in range(RUNS):
@@ -32,32 +40,54 @@ def median_seconds(call):
     return statistics.median(times)
 
 
-def torch_peer(model, size, dtype, threads):
+def picture_seconds(draw, steps):
+    """One picture after a short one that is not counted: the first of a process is slower."""
+    draw(1)
+    start = time.perf_counter()
+    draw(steps)
+    return time.perf_counter() - start
+
+
+def pipeline(model, kind, size):
+    """diffusers' own pipeline, from the prompt to the bytes of a PNG, as a function of the steps."""
+    from diffusers import StableDiffusionPipeline
+    pipe = StableDiffusionPipeline.from_pretrained(model, torch_dtype=kind, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(steps):
+        pipe(PROMPT, height=size, width=size, num_inference_steps=steps, guidance_scale=7.5).images[0].save(io.BytesIO(), "PNG")
+
+    return pipe, draw
+
+
+def torch_peer(model, size, dtype, threads, steps):
     """diffusers' modules in eager mode, channels last, which is their fastest without compiling."""
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     kind = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    load = lambda cls, part: cls.from_pretrained(model / part, torch_dtype=kind).eval().to(memory_format=torch.channels_last)
-    unet, vae = load(UNet2DConditionModel, "unet"), load(AutoencoderKL, "vae")
-    latent = torch.randn(2, unet.config.in_channels, size // 8, size // 8, dtype=kind)
+    pipe, draw = pipeline(model, kind, size)
+    unet, vae = (module.eval().to(memory_format=torch.channels_last) for module in (pipe.unet, pipe.vae))
+    side = size // pipe.vae_scale_factor
+    latent = torch.randn(2, unet.config.in_channels, side, side, dtype=kind)
     context = torch.randn(2, 77, unet.config.cross_attention_dim, dtype=kind)
-    return median_seconds(lambda: unet(latent, 500, context)), median_seconds(lambda: vae.decode(latent[:1]))
+    step, decode = median_seconds(lambda: unet(latent, 500, context)), median_seconds(lambda: vae.decode(latent[:1]))
+    return step, decode, picture_seconds(draw, steps) if steps else None
 
 
-def openvino_peer(model, size, dtype, threads):
-    """The same modules converted and compiled by OpenVINO for this size."""
+def openvino_peer(model, size, dtype, threads, steps):
+    """The same modules converted and compiled by OpenVINO for this size, in diffusers' pipeline."""
     import numpy as np
     import openvino as ov
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    torch.set_num_threads(threads)
     config = {"INFERENCE_PRECISION_HINT": dtype, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    pipe, draw = pipeline(model, torch.float32, size)
 
     class Step(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.unet = UNet2DConditionModel.from_pretrained(model / "unet").eval()
+            self.unet = pipe.unet.eval()
 
         def forward(self, latent, t, context):
             return self.unet(latent, t, context, return_dict=False)[0]
@@ -65,33 +95,70 @@ def openvino_peer(model, size, dtype, threads):
     class Decode(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.vae = AutoencoderKL.from_pretrained(model / "vae").eval()
+            self.vae = pipe.vae.eval()
 
         def forward(self, latent):
             return self.vae.decode(latent, return_dict=False)[0]
 
-    def measure(module, example):
+    def compiled(module, *example):
         with torch.no_grad():
             converted = ov.convert_model(module, example_input=example)
         names = [port.get_any_name() for port in converted.inputs]
         converted.reshape({name: list(e.shape) for name, e in zip(names, example)})
         request = ov.Core().compile_model(converted, "CPU", config).create_infer_request()
-        inputs = [np.asarray(e) for e in example]
-        return median_seconds(lambda: request.infer(inputs))
+        return lambda *inputs: request.infer([np.asarray(e) for e in inputs])[0]
 
-    step = Step()
-    latent = torch.randn(2, step.unet.config.in_channels, size // 8, size // 8)
-    context = torch.randn(2, 77, step.unet.config.cross_attention_dim)
-    seconds = measure(step, (latent, torch.tensor([500.0, 500.0]), context))
-    del step
-    return seconds, measure(Decode(), (latent[:1],))
+    side = size // pipe.vae_scale_factor
+    latent = torch.randn(2, pipe.unet.config.in_channels, side, side)
+    context = torch.randn(2, 77, pipe.unet.config.cross_attention_dim)
+    t = torch.tensor([500.0, 500.0])
+    step, decode = compiled(Step(), latent, t, context), compiled(Decode(), latent[:1])
+    seconds = median_seconds(lambda: step(latent, t, context)), median_seconds(lambda: decode(latent[:1]))
+    if not steps:
+        return *seconds, None
+    pipe.unet.forward = lambda latent, t, encoder_hidden_states, **_: (
+        torch.from_numpy(step(latent, t.expand(2).float(), encoder_hidden_states)),)
+    pipe.vae.decode = lambda latent, **_: (torch.from_numpy(decode(latent)),)
+    return *seconds, picture_seconds(draw, steps)
 
 
 PEERS = {"torch": torch_peer, "openvino": openvino_peer}
 
 
-def run(program, model, size, dtype, threads):
-    """One program in a process of its own: (step, decode) in seconds."""
+@contextlib.contextmanager
+def server(model, dtype, threads, environment):
+    """Our server on the model, ready: its address."""
+    command = [ROOT / "target/release/sd-server", "serve", "--model", model, "--device", "cpu", "--dtype", dtype,
+               "--threads", str(threads), "--host", "127.0.0.1", "--port", "0", "--log", "warn"]
+    if "CARGO_TARGET_DIR" in environment:
+        command[0] = Path(environment["CARGO_TARGET_DIR"]) / "release/sd-server"
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        url = process.stdout.readline().removeprefix("listening on ").strip()
+        while subprocess.run([command[0], "healthcheck", "--port", url.rpartition(":")[2]], capture_output=True).returncode:
+            if process.poll() is not None:
+                sys.exit("the server ended before it was ready")
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def our_picture(model, size, dtype, threads, steps, environment):
+    with server(model, dtype, threads, environment) as url:
+        def draw(steps):
+            wanted = {"prompt": PROMPT, "width": size, "height": size, "steps": steps, "guidance_scale": 7.5, "seed": 1}
+            headers = {"Content-Type": "application/json", "Accept": "image/png"}
+            request = urllib.request.Request(f"{url}/invocations", json.dumps(wanted).encode(), headers)
+            with urllib.request.urlopen(request) as reply:
+                reply.read()
+
+        return picture_seconds(draw, steps)
+
+
+def run(program, model, size, dtype, threads, steps):
+    """One program in a process of its own: step, decode, picture (if any) in seconds."""
     environment = dict(os.environ, RAYON_NUM_THREADS=str(threads), OMP_NUM_THREADS=str(threads),
                        # torch returns every activation to the kernel otherwise: worth a third of its time.
                        MALLOC_MMAP_THRESHOLD_="8589934592", MALLOC_TRIM_THRESHOLD_="17179869184")
@@ -99,11 +166,14 @@ def run(program, model, size, dtype, threads):
         command = ["cargo", "bench", "--quiet", "--bench", "networks", "--", str(model), str(size), dtype, str(RUNS)]
     else:
         command = [sys.executable, __file__, str(model), "--peer", program, "--sizes", str(size), "--dtypes", dtype,
-                   "--threads", str(threads)]
+                   "--threads", str(threads), "--steps", str(steps)]
     output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
     line = next(line for line in output.splitlines() if LINE.match(line))
+    if program == "sd-server" and steps:
+        seconds = our_picture(model, size, dtype, threads, steps, environment)
+        line = re.sub(r"(vae_decode_s [\d.]+)", rf"\1 picture_s {seconds:.3f}", line)
     print(line, flush=True)
-    return tuple(float(value) for value in LINE.match(line).groups()[1:])
+    return tuple(float(value) for value in LINE.match(line).groups()[1:] if value)
 
 
 def compare(args):
@@ -113,9 +183,10 @@ def compare(args):
             rounds = {program: [] for program in programs}
             for _ in range(args.rounds):
                 for program in programs:
-                    rounds[program].append(run(program, args.model, size, dtype, args.threads))
+                    rounds[program].append(run(program, args.model, size, dtype, args.threads, args.steps))
             medians = {p: [statistics.median(column) for column in zip(*r)] for p, r in rounds.items()}
-            for i, what in enumerate(("UNet step", "VAE decode")):
+            whats = ("UNet step", "VAE decode", f"picture of {args.steps} steps")
+            for i, what in enumerate(whats[: 3 if args.steps else 2]):
                 ours, best = medians["sd-server"][i], min(medians[p][i] for p in PEERS)
                 row = ", ".join(f"{p} {medians[p][i]:.3f} s" for p in programs)
                 print(f"{what}, {size} px, {dtype}, median of {args.rounds}: {row}; ours / best peer {ours / best:.2f}", flush=True)
@@ -128,11 +199,13 @@ def main():
     arg.add_argument("--dtypes", nargs="+", default=["f32", "bf16"], choices=["f32", "bf16"])
     arg.add_argument("--threads", type=int, default=2)
     arg.add_argument("--rounds", type=int, default=3)
+    arg.add_argument("--steps", type=int, default=20)
     arg.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     args = arg.parse_args()
     if args.peer:
-        step, decode = PEERS[args.peer](args.model, args.sizes[0], args.dtypes[0], args.threads)
-        print(f"{args.peer} {args.dtypes[0]} {args.sizes[0]}px unet_step_s {step:.3f} vae_decode_s {decode:.3f}")
+        step, decode, picture = PEERS[args.peer](args.model, args.sizes[0], args.dtypes[0], args.threads, args.steps)
+        print(f"{args.peer} {args.dtypes[0]} {args.sizes[0]}px unet_step_s {step:.3f} vae_decode_s {decode:.3f}",
+              f"picture_s {picture:.3f}" if args.steps else "")
     else:
         compare(args)
 
