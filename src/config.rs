@@ -299,6 +299,11 @@ impl GenerateArgs {
             ("image", self.image.as_deref().map(base64).transpose()?),
             ("mask", self.mask.as_deref().map(base64).transpose()?),
             ("strength", text(self.strength)),
+            ("hires_width", text(self.hires_width)),
+            ("hires_height", text(self.hires_height)),
+            ("hires_steps", text(self.hires_steps)),
+            ("hires_strength", text(self.hires_strength)),
+            ("hires_upscaler", self.hires_upscaler),
         ];
         let fields = fields
             .into_iter()

@@ -222,6 +222,9 @@ pub struct Size {
 }
 
 impl Size {
+    /// The least that can be drawn.
+    pub const SMALLEST: Self = Self { width: 8, height: 8 };
+
     /// A size, if both sides are positive multiples of 8.
     pub fn new(width: usize, height: usize) -> Option<Self> {
         let valid = |side: usize| side >= 8 && side.is_multiple_of(8);

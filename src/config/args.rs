@@ -351,6 +351,22 @@ pub(super) struct GenerateArgs {
     /// How much of --image is painted over, 0 to 1; 0.8 when absent
     #[arg(long, requires = "image")]
     pub(super) strength: Option<f64>,
+    /// Draw again over the enlarged latents, to this width: a model draws best in its own size
+    #[arg(long)]
+    pub(super) hires_width: Option<u64>,
+    /// And to this height; in the shape of the first pass where one of the two is absent
+    #[arg(long)]
+    pub(super) hires_height: Option<u64>,
+    /// Steps of the second pass, of which --hires-strength is the share that is taken; --steps when
+    /// absent
+    #[arg(long)]
+    pub(super) hires_steps: Option<u64>,
+    /// How much of the enlarged latents is painted over, 0 to 1; 0.75 when absent
+    #[arg(long)]
+    pub(super) hires_strength: Option<f64>,
+    /// How latents are enlarged: Latent, "Latent (nearest)" and so on, as AUTOMATIC1111 calls them
+    #[arg(long)]
+    pub(super) hires_upscaler: Option<String>,
     #[command(flatten)]
     pub(super) model: ModelArgs,
 }

@@ -168,7 +168,7 @@ pub fn router(models: Models, settings: Settings) -> Router {
         .merge(openai)
         .merge(sdapi)
         .fallback(async || ApiError::NotFound)
-        .method_not_allowed_fallback(async || ApiError::Method)
+        .method_not_allowed_fallback(other_method)
         .layer(option_layer(cors(&settings.cors_origins)))
         .layer(middleware::from_fn_with_state(engine.clone(), observe));
     let (jobs, shelf, underway, checkpoint) = Default::default();
@@ -187,6 +187,12 @@ pub fn router(models: Models, settings: Settings) -> Router {
     };
     let state = Arc::new(shared);
     route::by_attribute(router.with_state(state))
+}
+
+/// A method that a route does not take. To ask what it takes is no error: the answer is the header
+/// `Allow`, and SillyTavern finds out in this way whether there is a server.
+async fn other_method(method: Method) -> Result<StatusCode, ApiError> {
+    if method == Method::OPTIONS { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::Method) }
 }
 
 /// SageMaker's routes to load, unload and use many models.

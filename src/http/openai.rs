@@ -229,17 +229,16 @@ async fn data(
 ) -> Result<Vec<Value>, ApiError> {
     let state = state.clone();
     let data = move |asked: &Asked, pictures: &[Drawn], files: Vec<Vec<u8>>| {
-        let format = asked.reply.format();
-        let drawn = asked.specs.iter().zip(pictures).zip(files);
-        let object = drawn.map(|((spec, picture), file)| {
-            let mut object = json!({ "seed": spec.seed });
-            match &url {
-                Some(origin) => {
-                    let name = state.shelf.keep(file, format, &state.settings);
-                    object["url"] = format!("{origin}/files/{name}").into();
-                }
-                None => object["b64_json"] = BASE64_STANDARD.encode(file).into(),
+        let (field, values): (_, Vec<String>) = match url {
+            Some(origin) => {
+                let names = state.shelf.keep(files, asked.reply.format(), &state.settings)?;
+                ("url", names.iter().map(|name| format!("{origin}/files/{name}")).collect())
             }
+            None => ("b64_json", files.iter().map(|file| BASE64_STANDARD.encode(file)).collect()),
+        };
+        let drawn = asked.specs.iter().zip(pictures).zip(values);
+        let object = drawn.map(|((spec, picture), value)| {
+            let mut object = json!({ "seed": spec.seed, field: value });
             if let Some(nsfw) = picture.nsfw {
                 object["nsfw"] = nsfw.into();
             }
@@ -248,9 +247,9 @@ async fn data(
             }
             object
         });
-        object.collect()
+        Ok(object.collect())
     };
-    asked.encode(pictures, data).await
+    asked.encode(pictures, data).await?
 }
 
 /// Scheme and host as the client sees them, also through a proxy that says so.

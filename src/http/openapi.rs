@@ -3,11 +3,13 @@
 //! is written here is only what no code can say: the sentences, and the shapes of answers.
 
 use axum::Json;
+use sd_models::{Defaults, Extras, Learned, Memory, ModelInfo, Scheduler, Size};
 use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
 use super::{State, openai};
 use crate::api::{Described, Draw, Fields};
+use crate::engine::Failure;
 
 /// What the fields mean.
 const MEANINGS: [(&str, &str); 34] = [
@@ -55,7 +57,11 @@ const MEANINGS: [(&str, &str); 34] = [
 
 /// `GET /openapi.json`.
 pub(super) async fn document(state: State) -> Result<Json<Value>, ApiError> {
-    let model = state.engine.model()?;
+    let (model, artist) = match state.engine.model() {
+        Ok(model) => (ModelInfo::clone(&model), model.name.clone()),
+        Err(Failure::Absent) => (any(), "the models that GET /v1/models lists".to_owned()),
+        Err(failure) => return Err(failure.into()),
+    };
     let limits = state.settings.limits;
     let read = |fields| drop(Draw::read(fields, &limits, &model, || 0));
     let native = Fields::described(read);
@@ -83,7 +89,7 @@ pub(super) async fn document(state: State) -> Result<Json<Value>, ApiError> {
         "info": {
             "title": "sd-server",
             "version": env!("CARGO_PKG_VERSION"),
-            "description": format!("Pictures from prompts, drawn by {}.", model.name),
+            "description": format!("Pictures from prompts, drawn by {artist}."),
         },
         "tags": [
             { "name": "native" }, { "name": "OpenAI" }, { "name": "AUTOMATIC1111" }, { "name": "server" },
@@ -98,6 +104,26 @@ pub(super) async fn document(state: State) -> Result<Json<Value>, ApiError> {
             },
         },
     })))
+}
+
+/// A model like any other, where there is none yet: the fields of a request are the same for all.
+fn any() -> ModelInfo {
+    ModelInfo {
+        name: String::new(),
+        device: String::new(),
+        precision: String::new(),
+        defaults: Defaults {
+            size: Size::SMALLEST,
+            steps: 1,
+            guidance_scale: 1.0,
+            scheduler: Scheduler::Pndm,
+        },
+        multiple: 8,
+        checked: false,
+        memory: Memory::default(),
+        extras: Extras::default(),
+        learned: Learned::default(),
+    }
 }
 
 /// The schema of a request's fields.

@@ -13,6 +13,7 @@ use axum::response::IntoResponse;
 
 use super::error::ApiError;
 use super::{Settings, State};
+use crate::api::Invalid;
 use crate::image::Format;
 
 /// The pictures, the oldest first.
@@ -38,22 +39,37 @@ impl Shelf {
         files
     }
 
-    /// Keeps a picture and returns its name.
-    pub(super) fn keep(&self, data: Vec<u8>, format: Format, settings: &Settings) -> String {
-        let name = format!("{:032x}.{}", super::random(), format.name());
+    /// Keeps the pictures of a request, for which older ones may have to go, and returns their
+    /// names. Those that never fit together are refused, and nothing goes.
+    pub(super) fn keep(
+        &self,
+        pictures: Vec<Vec<u8>>,
+        format: Format,
+        settings: &Settings,
+    ) -> Result<Vec<String>, Invalid> {
+        let (bytes, most) = (pictures.iter().map(Vec::len).sum(), settings.max_url_bytes);
+        let Some(mut room) = most.checked_sub(bytes) else {
+            let reason = format!(
+                "cannot be url: these pictures have {bytes} bytes, and {most} are kept in all; \
+                 ask for b64_json"
+            );
+            return Err(Invalid::range("response_format", reason));
+        };
         let mut files = self.files(settings.url_retention);
-        let mut room = settings.max_url_bytes.saturating_sub(data.len());
-        // From the newest on, as many as fit beside the new one.
+        // From the newest on, as many as fit beside the new ones.
         let kept = files.iter().rev().take_while(|file| {
-            let fits = file.data.len() <= room;
-            room = room.saturating_sub(file.data.len());
-            fits
+            let left = room.checked_sub(file.data.len());
+            room = left.unwrap_or(0);
+            left.is_some()
         });
         let gone = files.len() - kept.count();
         files.drain(..gone);
-        let file = File { name: name.clone(), format, data: data.into(), since: Instant::now() };
-        files.push_back(file);
-        name
+        let since = Instant::now();
+        let name = || format!("{:032x}.{}", super::random(), format.name());
+        let new = pictures.into_iter().map(|data| (name(), Bytes::from(data)));
+        let first = files.len();
+        files.extend(new.map(|(name, data)| File { name, format, data, since }));
+        Ok(files.range(first..).map(|file| file.name.clone()).collect())
     }
 }
 

@@ -7,16 +7,16 @@ import urllib.request
 from contextlib import contextmanager
 
 # One CPU thread, so that the tests do not depend on the machine.
-ARGUMENTS = ["--model", "demo", "--device", "cpu", "--threads", "1", "--host", "127.0.0.1", "--port", "0"]
+ARGUMENTS = ["--device", "cpu", "--threads", "1", "--host", "127.0.0.1", "--port", "0"]
 STARTUP_SECONDS = 120
 
 
 @contextmanager
-def serving(binary, log, *arguments):
+def serving(binary, log, *arguments, model=("--model", "demo")):
     """The address of a server that is ready to draw."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SD_")}
     with open(log, "w", encoding="utf-8") as errors:
-        command = [binary, *ARGUMENTS, *arguments]
+        command = [binary, *model, *ARGUMENTS, *arguments]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, env=inherited
         )

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
+from server import serving
+
 # The last four keep Chromium from asking its maker's hosts, which a closed network refuses.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
@@ -29,7 +31,7 @@ def browser():
 
 
 @contextmanager
-def opened(browser, url, **device):
+def opened(browser, url, status="demo", **device):
     """The page, ready to draw. Nothing may go to another host or wrong in its script."""
     context = browser.new_context(**(device or DESK))
     page = context.new_page()
@@ -40,7 +42,7 @@ def opened(browser, url, **device):
     page.on("console", lambda said: said.type == "error" and troubles.append(said.text))
     page.on("request", lambda asked: asked.url.startswith((url, "blob:", "data:")) or foreign.append(asked.url))
     page.goto(url)
-    expect(page.locator("#model")).to_contain_text("demo")
+    expect(page.locator("#model")).to_contain_text(status)
     yield page
     context.close()
     assert not foreign
@@ -197,3 +199,40 @@ def test_the_documentation(browser, server):
         page.click("text=POST /v1/invocations")
         expect(page.locator("details[open]")).to_contain_text("num_inference_steps")
         shoot(page, "docs")
+
+
+def test_a_model_is_chosen(browser, binary, tmp_path):
+    demo = Path(__file__).parents[2] / "models" / "demo"
+    for name in ["red", "blue"]:
+        (tmp_path / "models" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "models" / name).symlink_to(demo)
+    folder = ("--models-dir", str(tmp_path / "models"))
+    with serving(binary, tmp_path / "log", "--api-key", "sesame", model=folder) as url:
+        with opened(browser, url, status="choose a model") as page:
+            # The list of models asks for the key.
+            page.fill("#key", "sesame")
+            page.click("#key-dialog button[value=save]")
+            expect(page.locator("#which option")).to_have_text(["blue", "red"])
+            page.select_option("#which", "red")
+            shoot(page, "models")
+            with page.expect_request("**/models/red") as sent:
+                ask(page, "a boat")
+            # What is left blank is the model's own.
+            assert not {"width", "height", "scheduler", "model"} & set(sent.value.post_data_json)
+            drawn(page, 1)
+            assert page.inner_text("#parameters").startswith("a boat · red · 128×128 · 2 steps · guidance 7.5 · seed ")
+            page.reload()
+            expect(page.locator("#which")).to_have_value("red")
+            page.click("text=API")
+            page.wait_for_selector("text=POST /v1/images/generations")
+    both = ("--model", "demo", *folder)
+    with serving(binary, tmp_path / "log", model=both) as url, opened(browser, url) as page:
+        expect(page.locator("#which option")).to_have_text(["demo", "blue", "red"])
+        page.select_option("#which", "blue")
+        with page.expect_request("**/models/blue"):
+            ask(page, "a boat")
+        drawn(page, 1)
+        page.select_option("#which", "demo")
+        with page.expect_request("**/v1/invocations"):
+            ask(page, "a boat")
+        drawn(page, 2)

@@ -34,6 +34,18 @@ fn generate_writes_a_picture_with_its_parameters() {
         let picture = image::open(folder.path().join(format!("again-{k}.jpg"))).expect("a JPEG");
         assert_eq!((picture.width(), picture.height()), (64, 72));
     }
+
+    let sizes = ["--steps", "2", "-W", "64", "-H", "96", "--hires-width", "128"];
+    let second = ["--hires-steps", "4", "--hires-strength", "0.5", "--hires-upscaler", "Latent"];
+    let args = [&["generate", "x", "-o", path][..], &sizes, &second, &model].concat();
+    assert!(run(&args).status.success());
+    let png = std::fs::read(path).expect("a file");
+    let told = infotext(&png);
+    assert!(told.contains("Hires upscale: 2, Hires steps: 2, Hires upscaler: Latent,"), "{told}");
+    let picture = image::load_from_memory(&png).expect("a picture");
+    assert_eq!((picture.width(), picture.height()), (128, 192));
+    let lonely = run(&[&["generate", "x", "--hires-steps", "4"][..], &model].concat());
+    assert!(text(&lonely.stderr).contains("hires_steps is of no use without hires_width"));
 }
 
 #[test]

@@ -312,6 +312,9 @@ fn a_request_may_name_a_model_of_the_folder() {
     assert_eq!((&list["data"][0]["id"], &list["data"][1]["id"]), (&"blue".into(), &"red".into()));
     let unknown = ask(&server, reqwest::Method::POST, "/models/owner/green", &request);
     assert_eq!(unknown.status, 404);
+    let document = ask(&server, reqwest::Method::GET, "/openapi.json", &Value::Null);
+    let described = document.json()["info"]["description"].as_str().map(str::to_owned);
+    assert!(described.is_some_and(|text| text.contains("GET /v1/models")), "without a first model");
     let closed = ask(&server, reqwest::Method::GET, "/models", &Value::Null);
     assert_eq!(closed.status, 404, "only SageMaker manages models over HTTP");
 }

@@ -104,6 +104,15 @@ async fn a_url_is_good_for_a_while() -> Result<()> {
     let last = [draw(2).await?, draw(3).await?, draw(4).await?];
     assert_eq!(reqwest::get(&first).await?.status(), 404, "it made room");
     assert_eq!(reqwest::get(&last[2]).await?.status(), 200);
+    let large = json!({ "prompt": "a cat", "n": 3, "response_format": "url" });
+    let (status, error) = post(&server, &large).await?;
+    assert_eq!((status, &error["error"]["param"]), (422, &"response_format".into()), "{error}");
+    assert_eq!(reqwest::get(&last[2]).await?.status(), 200, "nothing goes in vain");
+    let both = json!({ "prompt": "a cat", "n": 2, "response_format": "url" });
+    for object in post(&server, &both).await?.1["data"].as_array().context("data")? {
+        let url = object["url"].as_str().context("a URL")?;
+        assert_eq!(reqwest::get(url).await?.status(), 200, "they go together");
+    }
 
     let short = std::time::Duration::from_millis(1);
     let server = free(http::Settings { url_retention: short, ..HTTP }).await;

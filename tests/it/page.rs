@@ -53,5 +53,8 @@ async fn the_page_is_whole_and_asks_nobody_else() -> Result<()> {
     assert_eq!(fields["steps"]["maximum"], HTTP.limits.max_steps);
     assert!(fields["image"]["description"].is_string() && fields["width"]["minimum"] == 8);
     assert_eq!(reqwest::Client::new().delete(&server.url).send().await?.status(), 405);
+    let images = format!("{}/v1/images/generations", server.url);
+    let asked = reqwest::Client::new().request(reqwest::Method::OPTIONS, images).send().await?;
+    assert_eq!((asked.status().as_u16(), &asked.headers()["allow"]), (204, &"POST".parse()?));
     Ok(())
 }

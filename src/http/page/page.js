@@ -1,13 +1,15 @@
 // The page: a form, a stream of events, and a history that stays in this browser. It speaks the
-// native dialect at v1/invocations, which takes an API key, and knows nothing that /info does not say.
+// native dialect at v1/invocations, which takes an API key, and knows nothing that /info and /v1/models do not say. Another model than the first is at models/NAME.
 
 const $ = id => document.getElementById(id);
 const form = $("form");
 /** The history's most pictures; the oldest goes first. */
 const KEPT = 300;
-const CHOICES = ["prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler", "n"];
+const CHOICES = ["model", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler", "n"];
 
 let limits = {};
+/** The model that the server was started on; null where all are chosen by name. */
+let first = null;
 /** The picture to start from: { blob, mask }, the mask a canvas that is white where it changes. */
 let start = null;
 /** The record on the stage that is described, and those that came with it. */
@@ -21,13 +23,13 @@ let drawing = null;
 
 const key = () => localStorage.getItem("key");
 
-async function call(path, options = {}) {
+async function call(path, { quiet, ...options } = {}) {
   const headers = { ...options.headers };
   if (key()) headers.authorization = `Bearer ${key()}`;
   const reply = await fetch(path, { ...options, headers });
   if (reply.ok) return reply;
   const { error } = await reply.json().catch(() => ({}));
-  if (reply.status === 401) $("key-dialog").showModal();
+  if (reply.status === 401 && !quiet) $("key-dialog").showModal();
   throw new Error(error?.message ?? `the server answered ${reply.status}`);
 }
 
@@ -52,11 +54,7 @@ async function greet() {
   try {
     const info = await (await fetch("info")).json();
     limits = info.limits;
-    if (info.model) {
-      $("model").textContent = `${info.model.name} · ${info.model.device} · ${info.model.precision}`;
-      settle(info);
-      return;
-    }
+    if (info.phase === "ready") return await settle(info);
     $("model").textContent = info.phase === "loading" ? "the model is loading…" : `the server is ${info.phase}`;
   } catch {
     $("model").textContent = "the server does not answer";
@@ -64,15 +62,37 @@ async function greet() {
   setTimeout(greet, 1500);
 }
 
-/** Fills the form with what the model likes, and then with what was chosen last. */
-function settle({ model, schedulers }) {
-  $("sampler").replaceChildren(...schedulers.map(({ name, title }) => new Option(title, name)));
+/** Fills the form with what the model likes, and then with what was chosen last. What is left blank
+ * is the model's own. */
+async function settle({ model, schedulers }) {
+  first = model?.name ?? null;
+  $("model").textContent = model ? `${first} · ${model.device} · ${model.precision}` : "choose a model";
+  const own = model ? [] : [new Option("the model's own", "")];
+  $("sampler").replaceChildren(...own, ...schedulers.map(({ name, title }) => new Option(title, name)));
+  $("width").placeholder = $("height").placeholder = model ? "" : "its own";
   $("steps").max = limits.max_steps;
   $("count").max = limits.max_images;
-  const { width, height, num_inference_steps: steps, guidance_scale, scheduler } = model.defaults;
-  put({ width, height, steps, guidance_scale, scheduler });
+  const { num_inference_steps: steps = 50, guidance_scale = 7.5, ...rest } = model?.defaults ?? {};
+  put({ ...rest, steps, guidance_scale });
+  await offer();
   const last = JSON.parse(localStorage.getItem("choices") ?? "null");
-  if (last?.model === model.name) put(last);
+  if ([...$("which").options].some(({ value }) => value === last?.model)) put(last);
+}
+
+/** Fills in which models there are. */
+async function offer() {
+  let names = first === null ? [] : [first];
+  try {
+    const reply = await call("v1/models", { quiet: first !== null });
+    names = (await reply.json()).data.map(({ id }) => id);
+    if (!names.length) $("model").textContent = "no model is here";
+  } catch (error) {
+    if (first === null) fail(error.message);
+  }
+  const chosen = $("which").value;
+  $("which").replaceChildren(...names.map(name => new Option(name)));
+  $("models").hidden = names.length < 2 && first !== null;
+  put({ model: chosen });
 }
 
 // ---- the form
@@ -80,7 +100,9 @@ function settle({ model, schedulers }) {
 /** Puts values into the fields of the form that have their names. */
 function put(values) {
   for (const name of CHOICES) {
-    if (values[name] !== undefined && form.elements[name]) form.elements[name].value = values[name];
+    const field = form.elements[name];
+    const known = !field.options || [...field.options].some(({ value }) => value === values[name]);
+    if (values[name] !== undefined && known) field.value = values[name];
   }
   echo();
 }
@@ -94,7 +116,7 @@ function choices() {
   const values = {};
   for (const name of CHOICES) {
     const { value, type } = form.elements[name];
-    values[name] = ["number", "range"].includes(type) ? Number(value) : value;
+    values[name] = value !== "" && ["number", "range"].includes(type) ? Number(value) : value;
   }
   return values;
 }
@@ -115,12 +137,17 @@ async function draw() {
   if (drawing) return;
   if (!locked()) $("seed").value = dice();
   const asked = choices();
-  localStorage.setItem("choices", JSON.stringify({ ...asked, model: $("model").textContent.split(" · ")[0] }));
+  localStorage.setItem("choices", JSON.stringify(asked));
   if ($("seed").value !== "") asked.seed = $("seed").value;
   // Seeds are of 64 bits, more than a number holds here: the digits go into the text as they are.
   const seed = /^\d+$/.test(asked.seed ?? "") ? BigInt(asked.seed) : null;
   const body = { ...asked, stream: true, preview: true, output_format: "png" };
+  const blank = ([name, value]) => value === "" && name !== "prompt";
+  for (const [name] of Object.entries(asked).filter(blank)) delete body[name];
   delete body.seed;
+  delete body.model;
+  const named = asked.model && asked.model !== first;
+  const path = named ? `models/${asked.model.split("/").map(encodeURIComponent).join("/")}` : "v1/invocations";
   drawing = new AbortController();
   wait(true);
   try {
@@ -130,7 +157,7 @@ async function draw() {
       if (start.mask) body.mask = await base64(await new Promise(done => start.mask.toBlob(done)));
     }
     const text = JSON.stringify(body).replace(/}$/, seed === null ? "}" : `,"seed":${seed}}`);
-    const reply = await call("v1/invocations", {
+    const reply = await call(path, {
       method: "POST", body: text, signal: drawing.signal,
       headers: { "content-type": "application/json" },
     });
@@ -204,7 +231,9 @@ function show(record, others = [record]) {
   }));
   const { width, height, steps, guidance_scale, scheduler, seed, negative_prompt } = record;
   const not = negative_prompt ? ` — not: ${negative_prompt}` : "";
-  $("parameters").textContent = `${record.prompt}${not} · ${width}×${height} · ${steps} steps · guidance ${guidance_scale} · ${scheduler} · seed ${seed}`;
+  const told = [`${record.prompt}${not}`, `${width}×${height}`, `${steps} steps`, `guidance ${guidance_scale}`, scheduler, `seed ${seed}`];
+  if (record.model && record.model !== first) told.splice(1, 0, record.model);
+  $("parameters").textContent = told.filter(Boolean).join(" · ");
   $("download").href = address(record);
   $("download").download = `${seed}.png`;
   $("caption").hidden = false;
@@ -245,7 +274,9 @@ async function keep(result, asked) {
     const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
     // JSON.parse has rounded a long seed; the one that was asked for counts up.
     const exact = asked.seed ? String(BigInt.asUintN(64, BigInt(asked.seed) + BigInt(place))) : String(seed);
-    const record = { ...asked, seed: exact, blob: new Blob([bytes], { type: result.content_type }) };
+    const blob = new Blob([bytes], { type: result.content_type });
+    const { width, height } = await createImageBitmap(blob);
+    const record = { ...asked, width, height, seed: exact, blob };
     try {
       record.id = await store("readwrite", pictures => pictures.add(record));
     } catch {
@@ -300,7 +331,8 @@ async function begin(blob) {
   const area = Math.min(Number($("width").value) * Number($("height").value), limits.max_pixels ?? 1 << 20);
   const scale = Math.sqrt(area / (picture.width * picture.height));
   const side = length => Math.max(8, Math.floor(length * scale / 8) * 8);
-  put({ width: side(picture.width), height: side(picture.height) });
+  // Where none is chosen, the picture's own.
+  if (area) put({ width: side(picture.width), height: side(picture.height) });
   URL.revokeObjectURL($("start-picture").src);
   $("start-picture").src = URL.createObjectURL(blob);
   $("drop").hidden = true;
@@ -390,6 +422,7 @@ $("key-dialog").onclose = () => {
   if ($("key").value) localStorage.setItem("key", $("key").value); else localStorage.removeItem("key");
   $("key").value = "";
   $("error").hidden = true;
+  offer();
 };
 document.addEventListener("keydown", event => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
