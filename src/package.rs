@@ -106,9 +106,7 @@ fn bar(root: &Path, files: &[String]) -> Result<ProgressBar> {
 
 /// Writes beside the target and renames: there is never half a tarball under its name.
 fn tarball(root: &Path, files: &[String], target: &Path, bar: &ProgressBar) -> Result<()> {
-    let mut part = target.as_os_str().to_owned();
-    part.push(".part");
-    let part = PathBuf::from(part);
+    let part = part(target);
     let archive = || -> Result<()> {
         let gzip = Gzip::new(BufWriter::new(File::create(&part)?))?;
         let mut tar = tar::Builder::new(gzip);
@@ -132,9 +130,34 @@ fn tarball(root: &Path, files: &[String], target: &Path, bar: &ProgressBar) -> R
     made
 }
 
+/// Writes beside the target and renames, as a tarball is written; within it where it is there, since
+/// that may be another disk.
 fn directory(root: &Path, files: &[String], target: &Path, bar: &ProgressBar) -> Result<()> {
-    fs::create_dir_all(target)?;
-    ensure!(target.read_dir()?.next().is_none(), "the directory is not empty");
+    let there = target.is_dir();
+    let part = if there { target.join(PART) } else { part(target) };
+    let others = |entry: io::Result<fs::DirEntry>| entry.is_ok_and(|entry| entry.path() != part);
+    ensure!(!there || !target.read_dir()?.any(others), "the directory is not empty");
+    let made = copied(root, files, &part, bar).and_then(|()| {
+        if !there {
+            return Ok(fs::rename(&part, target)?);
+        }
+        for entry in part.read_dir()? {
+            let entry = entry?;
+            fs::rename(entry.path(), target.join(entry.file_name()))?;
+        }
+        Ok(fs::remove_dir(&part)?)
+    });
+    if made.is_err() {
+        let _ = fs::remove_dir_all(&part);
+    }
+    made
+}
+
+fn copied(root: &Path, files: &[String], target: &Path, bar: &ProgressBar) -> Result<()> {
+    // What is left of one that was killed.
+    if target.exists() {
+        fs::remove_dir_all(target)?;
+    }
     for name in files {
         bar.set_message(name.clone());
         let path = target.join(name);
@@ -143,6 +166,15 @@ fn directory(root: &Path, files: &[String], target: &Path, bar: &ProgressBar) ->
         io::copy(&mut from, &mut File::create(path)?)?;
     }
     Ok(())
+}
+
+/// What the names of things end in that are not whole.
+const PART: &str = ".part";
+
+fn part(target: &Path) -> PathBuf {
+    let mut name = target.file_name().unwrap_or_default().to_owned();
+    name.push(PART);
+    target.with_file_name(name)
 }
 
 /// By the `aws` command: it resumes parts, uses every kind of credentials, and whoever deploys has

@@ -139,6 +139,16 @@ pub struct UNetConfig {
 }
 
 impl UNetConfig {
+    /// The width of all cross attentions together.
+    pub(crate) fn contexts(&self) -> usize {
+        let channels = &self.block_out_channels;
+        let width = |(crosses, channels): (&bool, &usize)| if *crosses { *channels } else { 0 };
+        let down: usize = self.down_cross_attention.iter().zip(channels).map(width).sum();
+        let up: usize = self.up_cross_attention.iter().zip(channels.iter().rev()).map(width).sum();
+        let middle = channels.last().copied().unwrap_or_default();
+        self.layers_per_block * down + middle + (self.layers_per_block + 1) * up
+    }
+
     /// Reads `unet/config.json`.
     pub fn read(source: &Source) -> Result<Self> {
         let mut keys = Keys::read(source, "unet/config.json")?;

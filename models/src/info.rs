@@ -6,7 +6,8 @@ use candle_core::{DType, Device};
 use crate::config::{UNetConfig, VaeConfig};
 use crate::error::{Error, Result};
 use crate::pipeline::Extras;
-use crate::spec::{Hires, MAX_STEPS, Rgb, Scheduler, Size, Spec};
+use crate::prompt;
+use crate::spec::{Hires, MAX_STEPS, PromptSyntax, Rgb, Scheduler, Size, Spec};
 use crate::textual_inversion::Learned;
 use crate::weights::activation_dtype;
 
@@ -51,6 +52,10 @@ pub struct ModelInfo {
 pub struct Memory {
     /// Bytes of one row of a UNet evaluation for each latent pixel.
     pub row_bytes: u64,
+    /// Bytes for each latent pixel of a row that has LoRAs, beside those.
+    pub lora_bytes: u64,
+    /// Bytes of a prompt's keys and values, of one window.
+    pub window_bytes: u64,
     /// Bytes of one row for each pair of latent pixels: attention scores, where they are stored.
     pub score_bytes: u64,
     /// Bytes of decoding for each pixel of the picture.
@@ -62,8 +67,15 @@ pub struct Memory {
 impl Memory {
     /// The skips of all levels, and at the first the widest moment of a transformer block: the
     /// feed forward's 8 C and 4 C beside input, residual and norm. The decoder is widest where
-    /// its last level begins: the input of two levels' width, normed, beside two outputs.
-    pub(crate) fn of(unet: &UNetConfig, vae: &VaeConfig, device: &Device, dtype: DType) -> Self {
+    /// its last level begins: the input of two levels' width, normed, beside two outputs. What a
+    /// LoRA adds to the feed forward is as wide as its outputs.
+    pub(crate) fn of(
+        unet: &UNetConfig,
+        window: usize,
+        vae: &VaeConfig,
+        device: &Device,
+        dtype: DType,
+    ) -> Self {
         let bytes = activation_dtype(device, dtype).size_in_bytes();
         let layers = unet.layers_per_block + 1;
         let levels = unet.block_out_channels.iter().enumerate();
@@ -76,6 +88,8 @@ impl Memory {
         let scores = if stored { unet.heads[0] * 8 } else { 0 };
         Self {
             row_bytes: ((skips + 16 * first) * bytes) as u64,
+            lora_bytes: (8 * first * bytes) as u64,
+            window_bytes: (2 * unet.contexts() * window * bytes) as u64,
             score_bytes: scores as u64,
             decode_bytes: (decode * bytes) as u64,
             scale: vae.scale() as u64,
@@ -84,14 +98,28 @@ impl Memory {
 }
 
 impl ModelInfo {
-    /// An estimate of the most that activations take while `rows` rows of this size are stepped
-    /// or one picture is decoded, in bytes.
-    pub fn peak_bytes(&self, size: Size, rows: usize) -> u64 {
+    /// An estimate of what a picture takes in an evaluation in this size, in bytes: that of an
+    /// evaluation is the sum.
+    pub fn step_bytes(&self, spec: &Spec, size: Size) -> u64 {
         let memory = self.memory;
-        let pixels = size.pixels() as u64;
-        let latent = pixels / memory.scale.max(1).pow(2);
-        let step = rows as u64 * latent * (memory.row_bytes + latent * memory.score_bytes);
-        step.max(pixels * memory.decode_bytes)
+        let latent = size.pixels() as u64 / memory.scale.max(1).pow(2);
+        let lora = if spec.has_loras() { memory.lora_bytes } else { 0 };
+        let row = latent * (memory.row_bytes + lora + latent * memory.score_bytes);
+        let windows = |prompt| match spec.prompt_syntax {
+            PromptSyntax::Plain => 1,
+            PromptSyntax::A1111 => prompt::most_windows(prompt) as u64,
+        };
+        let negative = (spec.rows() == 2).then_some(&spec.negative_prompt);
+        let windows: u64 = [&spec.prompt].into_iter().chain(negative).map(|p| windows(p)).sum();
+        // They are kept for each picture, and side by side for the evaluation.
+        spec.rows() as u64 * row + 2 * windows * memory.window_bytes
+    }
+
+    /// An estimate of the most that a picture takes while it is stepped or decoded, in bytes.
+    pub fn peak_bytes(&self, spec: &Spec) -> u64 {
+        let decode = |size: Size| size.pixels() as u64 * self.memory.decode_bytes;
+        let peak = |(size, _)| self.step_bytes(spec, size).max(decode(size));
+        spec.passes().map(peak).max().unwrap_or_default()
     }
 
     /// Whether the model can draw this.

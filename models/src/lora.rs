@@ -8,6 +8,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{DType, Device, Tensor};
@@ -16,6 +17,7 @@ use serde_json::Value;
 use crate::checkpoint;
 use crate::error::{Error, Result};
 use crate::ops::{Conv2d, Geometry, Linear};
+use crate::shelf::Shelf;
 use crate::weights::Weights;
 
 /// A weight to which a LoRA may add.
@@ -53,6 +55,28 @@ pub(crate) struct Lora {
     linears: HashMap<String, (Linear, Linear)>,
     convs: HashMap<String, (Conv2d, Linear)>,
     bytes: u64,
+}
+
+/// The LoRAs that a model can be given, those used last in memory. It may be used from any thread.
+pub(crate) struct LoraShelf {
+    pub(crate) read: Shelf<Lora>,
+    pub(crate) target: Target,
+}
+
+impl LoraShelf {
+    /// The LoRA of this name, read if need be.
+    pub(crate) fn get(&self, field: &'static str, name: &str) -> Result<Arc<Lora>> {
+        self.read.get(field, name, |path| {
+            let lora = Lora::read(path, &self.target)?;
+            let bytes = lora.bytes();
+            Ok((lora, bytes))
+        })
+    }
+
+    /// Whether it is in memory.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.read.has(name)
+    }
 }
 
 /// What a tensor is to its weight.

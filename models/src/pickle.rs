@@ -140,11 +140,10 @@ fn call(object: &Object) -> Option<&[Object]> {
     match (class_name.as_str(), &args[..]) {
         ("_rebuild_tensor_v2", args) => Some(args),
         ("_rebuild_parameter", [tensor, ..]) => call(tensor),
-        ("_rebuild_from_type_v2", [Object::Class { class_name, .. }, _, Object::Tuple(args), ..])
-            if class_name == "_rebuild_tensor_v2" =>
-        {
-            Some(args)
-        }
+        (
+            "_rebuild_from_type_v2",
+            [Object::Class { class_name, .. }, _, Object::Tuple(args), ..],
+        ) if class_name == "_rebuild_tensor_v2" => Some(args),
         _ => None,
     }
 }
@@ -260,7 +259,8 @@ mod tests {
 
     #[test]
     fn hostile_pickles_are_refused_in_a_sentence() {
-        let storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x02tQ";
+        let storage =
+            b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x02tQ";
         let view = |rest: &[u8]| tensor(&[b"(", &storage[..], rest].concat());
         assert_eq!(refusal(&view(b"K\0K\x02\x85K\x01\x85\x89}t")), "", "this one is sound");
         let written = "tensor w: is not written as PyTorch does";

@@ -5,7 +5,6 @@
 //! trajectory with guidance takes two rows of that call, one without takes one.
 
 use std::collections::VecDeque;
-use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use candle_core::{DType, Device, Tensor};
@@ -17,7 +16,7 @@ use crate::device::{DeviceName, Precision, Work};
 use crate::error::{Error, Result};
 use crate::hires::{Enlarged, Second};
 use crate::info::{Defaults, Memory, ModelInfo};
-use crate::lora::{Lora, Target};
+use crate::lora::{LoraShelf, Target};
 use crate::noise::Noise;
 use crate::ops::{device_name, device_work, free_device_bytes, keep_freed_memory};
 use crate::preview::Preview;
@@ -207,8 +206,7 @@ pub struct Pipeline {
     scheduler: SchedulerConfig,
     /// Fitted when it is first asked for.
     preview: OnceLock<Preview>,
-    loras: Shelf<Lora>,
-    target: Target,
+    loras: Arc<LoraShelf>,
     /// The prompts encoded last, the newest at the end.
     encoded: Mutex<VecDeque<(Prompt, Encoded)>>,
 }
@@ -257,7 +255,8 @@ impl Pipeline {
         let vae = VaeConfig::read(of_vae)?;
         let encoder = Encoder::load(vae.clone(), &weights, &device, dtype)?;
         let decoder = Decoder::load(vae, &weights, &device, dtype)?;
-        let memory = Memory::of(unet.config(), decoder.config(), &device, dtype);
+        let window = tokenizer.window();
+        let memory = Memory::of(unet.config(), window, decoder.config(), &device, dtype);
         agree(&text_encoder, &unet, &decoder)?;
         let checked = options.checking.decide(has_checker)?;
         let safety_checker =
@@ -299,8 +298,7 @@ impl Pipeline {
             safety_checker,
             scheduler,
             preview: OnceLock::new(),
-            loras: Shelf::new(loras, max_lora_bytes),
-            target,
+            loras: Arc::new(LoraShelf { read: Shelf::new(loras, max_lora_bytes), target }),
             encoded: Mutex::default(),
         })
     }
@@ -333,6 +331,20 @@ impl Pipeline {
     /// Whether the model can draw this.
     pub fn check(&self, spec: &Spec) -> Result<()> {
         self.info.check(spec)
+    }
+
+    /// What has to be read from files before [`Self::begin`] finds all of it in memory: work for
+    /// another thread. Nothing for most pictures. What cannot be read is for `begin` to tell.
+    pub fn files(&self, spec: &Spec) -> Option<Box<dyn FnOnce() + Send>> {
+        let (_, named) = spec.text().ok()?;
+        let names = spec.loras.iter().chain(&named).map(|(name, _)| name);
+        let missing: Vec<_> = names.filter(|name| !self.loras.has(name)).cloned().collect();
+        let loras = Arc::clone(&self.loras);
+        if missing.is_empty() {
+            return None;
+        }
+        let read = move |name: String| drop(loras.get("loras", &name));
+        Some(Box::new(move || missing.into_iter().for_each(read)))
     }
 
     /// Encodes the prompts and what there is of a picture, and draws the noise.
@@ -378,15 +390,10 @@ impl Pipeline {
 
     /// The LoRAs that were asked for, those that a prompt named among them.
     fn mix(&self, asked: &[(String, f64)], named: &[(String, f64)]) -> Result<Mix> {
-        let read = |path: &Path| {
-            let lora = Lora::read(path, &self.target)?;
-            let bytes = lora.bytes();
-            Ok((lora, bytes))
-        };
         let mut loras = Vec::new();
         for (field, used) in [("loras", asked), ("prompt", named)] {
             for (name, scale) in used {
-                loras.push((self.loras.get(field, name, read)?, *scale));
+                loras.push((self.loras.get(field, name)?, *scale));
             }
         }
         Ok(Mix::new(loras))
@@ -631,10 +638,17 @@ fn name(source: &Source) -> String {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::spec::Loras;
 
     /// The built-in model in f32 on the CPU.
     pub(crate) fn demo() -> Pipeline {
+        open(Extras::default())
+    }
+
+    fn open(extras: Extras) -> Pipeline {
         let options = LoadOptions {
             source: Source::Demo,
             vae: None,
@@ -642,9 +656,25 @@ pub(crate) mod tests {
             precision: Precision::F32,
             checking: Checking::Never,
             threads: None,
-            extras: Extras::default(),
+            extras,
         };
         Pipeline::load(&options).expect("the demo model")
+    }
+
+    fn spec(loras: Loras) -> Spec {
+        Spec {
+            prompt: "a cat".into(),
+            prompt_syntax: PromptSyntax::Plain,
+            negative_prompt: String::new(),
+            loras,
+            size: Size::new(64, 64).expect("multiples of 8"),
+            steps: 1,
+            guidance_scale: 7.5,
+            seed: 0,
+            scheduler: "ddim".parse().expect("a sampler"),
+            start: None,
+            hires: None,
+        }
     }
 
     #[test]
@@ -669,6 +699,37 @@ pub(crate) mod tests {
         encode("a cat");
         assert_ne!(of("a cat"), cat);
         assert_eq!(contexts().len(), KEPT_PROMPTS);
+    }
+
+    #[test]
+    fn loras_are_read_before_a_picture_begins() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let file = file.join("../tests/pictures/loras/attention.safetensors");
+        let loras = Folder { directory: None, files: vec![file], endings: &["safetensors"] };
+        let extras = Extras { loras, max_lora_bytes: 1 << 20, ..Extras::default() };
+        let pipeline = open(extras);
+        let plain = spec(vec![]);
+        let adapted = spec(vec![("attention".to_owned(), 0.5)]);
+        let named = Spec {
+            prompt: "a cat <lora:attention:0.5>".into(),
+            prompt_syntax: PromptSyntax::A1111,
+            ..spec(vec![])
+        };
+        assert!(pipeline.files(&plain).is_none());
+        assert!(pipeline.files(&named).is_some());
+        let work = pipeline.files(&adapted).expect("a file");
+        std::thread::spawn(work).join().expect("read");
+        assert!(pipeline.files(&adapted).is_none() && pipeline.files(&named).is_none());
+        assert!(pipeline.begin(&named).is_ok());
+        // Terms and a share of the windows are what it takes more than without.
+        let info = pipeline.info();
+        let bytes = |spec| info.step_bytes(spec, spec.size);
+        let memory = info.memory;
+        assert_eq!(bytes(&adapted) - bytes(&plain), 2 * 64 * memory.lora_bytes);
+        let wordy = Spec { prompt: "a cat ".repeat(100), ..named.clone() };
+        assert_eq!(bytes(&wordy) - bytes(&plain), 4 * memory.window_bytes);
+        let kv = pipeline.encode("a cat", PromptSyntax::Plain, &Mix::default()).expect("encoded").0;
+        assert_eq!(memory.window_bytes, 4 * kv.elem_count() as u64);
     }
 
     #[test]

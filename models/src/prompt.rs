@@ -80,6 +80,14 @@ pub fn windows(prompt: &str, tokenizer: &ClipTokenizer) -> Result<(Vec<Window>, 
     Ok((windows.into_iter().map(close).collect(), cut))
 }
 
+/// About as many windows as a prompt can fill, from its length alone.
+pub(crate) fn most_windows(prompt: &str) -> usize {
+    // A token of text is rarely less than three bytes; a break ends a window early.
+    const BYTES: usize = 3 * 75;
+    let breaks = prompt.matches("BREAK").count();
+    (prompt.len().div_ceil(BYTES) + breaks).clamp(1, MAX_WINDOWS)
+}
+
 /// Windows -> the context (1, windows x tokens, D) f32: the hidden states times their weights, with
 /// the mean of each window brought back to what it was.
 pub fn encode(windows: Vec<Window>, encoder: &ClipTextModel, mix: &Mix) -> Result<Tensor> {

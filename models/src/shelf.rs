@@ -2,7 +2,7 @@
 //! memory.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
 
@@ -57,6 +57,8 @@ pub(crate) struct Shelf<T> {
     /// What they may take in all; the one that is needed now is there even if it takes more.
     max_bytes: u64,
     read: Mutex<Vec<Read<T>>>,
+    /// Held while a file is read, so that each is read once; who asks for another waits for neither.
+    reading: Mutex<()>,
 }
 
 struct Read<T> {
@@ -67,7 +69,7 @@ struct Read<T> {
 
 impl<T> Shelf<T> {
     pub(crate) fn new(folder: Folder, max_bytes: u64) -> Self {
-        Self { folder, max_bytes, read: Mutex::default() }
+        Self { folder, max_bytes, read: Mutex::default(), reading: Mutex::default() }
     }
 
     /// The content of a file, read if need be; `read` says how many bytes it takes. What was not
@@ -78,29 +80,47 @@ impl<T> Shelf<T> {
         name: &str,
         read: impl FnOnce(&Path) -> Result<(T, u64)>,
     ) -> Result<Arc<T>> {
-        let mut kept = self.read.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = kept.iter().position(|read| read.name == name);
-        let entry = match found {
-            Some(place) => kept.remove(place),
-            None => {
-                let path = self.folder.find(name);
-                let path = path.map_err(|reason| Error::Spec { field, reason })?;
-                // A file that is of no use is the request's error, not the server's.
-                let (content, bytes) = read(&path).map_err(|error| match error {
-                    Error::File { .. } | Error::Config { .. } | Error::Tensor { .. } => {
-                        Error::Spec { field, reason: error.to_string() }
-                    }
-                    other => other,
-                })?;
-                Read { name: name.to_owned(), bytes, content: Arc::new(content) }
+        if let Some(content) = self.kept(name) {
+            return Ok(content);
+        }
+        let _reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(content) = self.kept(name) {
+            return Ok(content);
+        }
+        let path = self.folder.find(name).map_err(|reason| Error::Spec { field, reason })?;
+        // A file that is of no use is the request's error, not the server's.
+        let (content, bytes) = read(&path).map_err(|error| match error {
+            Error::File { .. } | Error::Config { .. } | Error::Tensor { .. } => {
+                Error::Spec { field, reason: error.to_string() }
             }
-        };
-        let content = Arc::clone(&entry.content);
-        kept.push(entry);
+            other => other,
+        })?;
+        let content = Arc::new(content);
+        let mut kept = self.lock();
+        kept.push(Read { name: name.to_owned(), bytes, content: Arc::clone(&content) });
         while kept.len() > 1 && kept.iter().map(|read| read.bytes).sum::<u64>() > self.max_bytes {
             kept.remove(0);
         }
         Ok(content)
+    }
+
+    /// Whether a file is in memory. Never waits for one that is being read.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.lock().iter().any(|read| read.name == name)
+    }
+
+    /// The content of a file in memory, which is now the one used last.
+    fn kept(&self, name: &str) -> Option<Arc<T>> {
+        let mut kept = self.lock();
+        let place = kept.iter().position(|read| read.name == name)?;
+        let entry = kept.remove(place);
+        let content = Arc::clone(&entry.content);
+        kept.push(entry);
+        Some(content)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Read<T>>> {
+        self.read.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -131,6 +151,8 @@ mod tests {
         let reads = Mutex::new(String::new());
         let get = |name: &str, bytes| {
             let read = |_: &Path| {
+                // Whoever looks meanwhile does not wait.
+                assert!(!shelf.has(name));
                 reads.lock().expect("unpoisoned").push_str(name);
                 Ok((name.to_owned(), bytes))
             };

@@ -58,6 +58,12 @@ impl Spec {
         }
     }
 
+    /// Whether anything is to be added to the model's weights.
+    pub(crate) fn has_loras(&self) -> bool {
+        let named = self.prompt_syntax == PromptSyntax::A1111 && self.prompt.contains("<lora:");
+        named || !self.loras.is_empty()
+    }
+
     /// Steps that are left out because the picture does not begin as noise alone.
     pub fn skipped_steps(&self) -> usize {
         skipped(self.steps, self.start.as_ref().map_or(1.0, |start| start.strength))

@@ -33,6 +33,10 @@ pub trait Model: 'static {
     type Trajectory: Trajectory;
     /// Name, device, defaults and limits.
     fn info(&self) -> &ModelInfo;
+    /// What has to be read from files before `begin` finds all in memory: work for another thread.
+    fn files(&self, _spec: &Spec) -> Option<Box<dyn FnOnce() + Send>> {
+        None
+    }
     /// Encodes the text and draws the noise.
     fn begin(&self, spec: &Spec) -> sd_models::Result<Self::Trajectory>;
     /// One evaluation for each member; all have the same size.
@@ -155,7 +159,7 @@ pub struct Engine {
 struct Shared {
     settings: Settings,
     queue: Mutex<Queue>,
-    /// Signalled when an order arrives and when the queue closes.
+    /// Signalled when an order arrives, when its files have been read, and when the queue closes.
     arrived: Condvar,
     phase: watch::Sender<Phase>,
     pace: Mutex<Pace>,
@@ -273,10 +277,7 @@ impl Engine {
             failure
         };
         let budget = self.shared.budget();
-        let too_large = |order: &job::Order| {
-            let rows = order.spec.rows();
-            order.spec.passes().any(|(size, _)| model.peak_bytes(size, rows) > budget)
-        };
+        let too_large = |order: &job::Order| model.peak_bytes(&order.spec) > budget;
         if orders.iter().any(too_large) {
             return Err(refuse(orders, Failure::OutOfMemory));
         }
@@ -489,6 +490,10 @@ impl Model for sd_models::Pipeline {
 
     fn info(&self) -> &ModelInfo {
         self.info()
+    }
+
+    fn files(&self, spec: &Spec) -> Option<Box<dyn FnOnce() + Send>> {
+        self.files(spec)
     }
 
     fn begin(&self, spec: &Spec) -> sd_models::Result<Self::Trajectory> {

@@ -16,6 +16,8 @@ pub(super) struct Queue {
     orders: VecDeque<Waiting>,
     capacity: usize,
     closed: bool,
+    /// Jobs that were taken.
+    arrivals: u64,
     /// Virtual time: the start of the picture that left last.
     now: u64,
     /// When the work of each client ends, in virtual time; only of those ahead of `now`.
@@ -37,7 +39,14 @@ pub(super) enum Refused {
 
 impl Queue {
     pub(super) fn new(capacity: usize) -> Self {
-        Self { orders: VecDeque::new(), capacity, closed: false, now: 0, ends: HashMap::new() }
+        Self {
+            orders: VecDeque::new(),
+            capacity,
+            closed: false,
+            arrivals: 0,
+            now: 0,
+            ends: HashMap::new(),
+        }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -47,6 +56,11 @@ impl Queue {
     /// Whether nothing waits and nothing more will.
     pub(super) fn is_over(&self) -> bool {
         self.closed && self.orders.is_empty()
+    }
+
+    /// Jobs that were ever taken: by this it can be told whether any came.
+    pub(super) fn arrivals(&self) -> u64 {
+        self.arrivals
     }
 
     pub(super) fn len(&self) -> usize {
@@ -80,6 +94,7 @@ impl Queue {
         if !self.orders.is_empty() && self.orders.len() + job.len() > self.capacity {
             evicted = self.make_room(job).ok_or(Refused::Full)?;
         }
+        self.arrivals += 1;
         for order in job.drain(..) {
             let end = self.ends.entry(order.client.clone()).or_default();
             let start = self.now.max(*end);

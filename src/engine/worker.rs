@@ -1,15 +1,17 @@
 //! The one thread that owns the model. It loads and warms it and then repeats three verbs:
 //! *admit* waiting pictures into free rows, *step* the pictures of one size by one evaluation,
 //! *retire* one finished picture. Between two steps everything may change: pictures join, leave
-//! and are given up when nobody waits for them.
+//! and are given up when nobody waits for them. Only files are read elsewhere: a picture that needs
+//! some has its place meanwhile, and the others step on.
 
 use std::ops::Deref;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fmt, thread};
 
 use anyhow::Context as _;
-use sd_models::{Error, ModelInfo, PromptSyntax, Rgb, Size, Spec};
+use sd_models::{Defaults, Error, ModelInfo, PromptSyntax, Rgb, Size, Spec};
 use tracing::{debug, error, info, warn};
 
 use super::batch::Rotation;
@@ -40,6 +42,7 @@ pub(super) fn main<M: Model>(shared: Arc<Shared>, load: impl FnOnce() -> anyhow:
     };
     let mut had = Duration::ZERO;
     let turn = engine.device.turn(&mut had);
+    let defaults = model.info().defaults;
     if let Err(error) = warm(&model) {
         return engine.enter(Phase::Dead(error.into()));
     }
@@ -47,14 +50,16 @@ pub(super) fn main<M: Model>(shared: Arc<Shared>, load: impl FnOnce() -> anyhow:
     let budget = budget(&model, &engine);
     engine.device.set_budget_bytes(budget);
     drop(turn);
-    let size = info.defaults.size;
+    let (size, max_rows) = (defaults.size, engine.settings.max_batch_rows as u64);
+    let usual = blank(&defaults, size);
+    let row_bytes = info.step_bytes(&usual, size).div_ceil(usual.rows() as u64).max(1);
     info!(
         model = info.name,
         device = info.device,
         precision = info.precision,
         load_ms = millis(started.elapsed()),
         memory_budget_bytes = budget,
-        rows = max_rows(&info, budget, size, engine.settings.max_batch_rows),
+        rows = max_rows.min(budget / row_bytes),
         %size,
         "ready"
     );
@@ -73,11 +78,6 @@ fn budget<M: Model>(model: &M, engine: &Shared) -> u64 {
     sd_models::return_freed_memory();
     let share = |free: u64| free / 100 * BUDGET_PERCENT;
     engine.settings.memory_budget_bytes.or(model.free_bytes().map(share)).unwrap_or(u64::MAX)
-}
-
-/// Rows of this size that fit into the budget, and no more than may share an evaluation.
-fn max_rows(info: &ModelInfo, budget: u64, size: Size, max: usize) -> usize {
-    (1..=max).rev().find(|rows| info.peak_bytes(size, *rows) <= budget).unwrap_or(0)
 }
 
 /// The thread's hold on the engine. However the thread ends, by a return or by a panic, the
@@ -108,19 +108,7 @@ fn warm<M: Model>(model: &M) -> anyhow::Result<()> {
         WARM_UP_SIDE.min(defaults.size.width()),
         WARM_UP_SIDE.min(defaults.size.height()),
     );
-    let spec = Spec {
-        prompt: String::new(),
-        prompt_syntax: PromptSyntax::Plain,
-        negative_prompt: String::new(),
-        loras: Vec::new(),
-        size: small.unwrap_or(defaults.size),
-        steps: 1,
-        guidance_scale: defaults.guidance_scale,
-        seed: 0,
-        scheduler: defaults.scheduler,
-        start: None,
-        hires: None,
-    };
+    let spec = blank(defaults, small.unwrap_or(defaults.size));
     let draw = || {
         let mut trajectory = model.begin(&spec)?;
         while !trajectory.done() {
@@ -130,6 +118,23 @@ fn warm<M: Model>(model: &M) -> anyhow::Result<()> {
         model.judge(&model.decode(&trajectory)?)
     };
     draw().context("the model loads but does not draw").map(drop)
+}
+
+/// A picture of nothing in one step.
+fn blank(defaults: &Defaults, size: Size) -> Spec {
+    Spec {
+        prompt: String::new(),
+        prompt_syntax: PromptSyntax::Plain,
+        negative_prompt: String::new(),
+        loras: Vec::new(),
+        size,
+        steps: 1,
+        guidance_scale: defaults.guidance_scale,
+        seed: 0,
+        scheduler: defaults.scheduler,
+        start: None,
+        hires: None,
+    }
 }
 
 /// A picture in the making and whom it is for.
@@ -150,11 +155,63 @@ impl<T: Trajectory> Slot<T> {
     }
 }
 
+/// A picture that has a place, and waits for its files.
+struct Reading {
+    order: Order,
+    done: Arc<AtomicBool>,
+}
+
+impl Reading {
+    fn done(&self) -> bool {
+        self.done.load(Ordering::Acquire)
+    }
+}
+
+/// The end of a thread that reads files, however it ends.
+struct Read {
+    engine: Arc<Shared>,
+    done: Arc<AtomicBool>,
+}
+
+impl Drop for Read {
+    fn drop(&mut self) {
+        self.done.store(true, Ordering::Release);
+        // The worker looks under this lock: it cannot miss the change.
+        drop(self.engine.queue());
+        self.engine.arrived.notify_one();
+    }
+}
+
+/// What the pictures of one size take of an evaluation.
+struct Load {
+    size: Size,
+    rows: usize,
+    bytes: u64,
+}
+
+impl Load {
+    /// Adds up what pictures take, by size.
+    fn all<'a>(info: &ModelInfo, pictures: impl Iterator<Item = (Size, &'a Spec)>) -> Vec<Self> {
+        let mut loads: Vec<Self> = Vec::new();
+        for (size, spec) in pictures {
+            let (rows, bytes) = (spec.rows(), info.step_bytes(spec, size));
+            match loads.iter_mut().find(|load| load.size == size) {
+                Some(load) => (load.rows, load.bytes) = (load.rows + rows, load.bytes + bytes),
+                None => loads.push(Self { size, rows, bytes }),
+            }
+        }
+        loads
+    }
+}
+
 struct Worker<M: Model> {
     /// Dropped first: the phase has changed before the pictures in the making are given up.
     engine: Hold,
     model: M,
     slots: Vec<Slot<M::Trajectory>>,
+    reading: Vec<Reading>,
+    /// Jobs that had arrived when the queue was last looked through.
+    seen: u64,
     rotation: Rotation,
     /// Rows that a size may have in an evaluation after the device had no memory for more; until
     /// no picture of that size is left.
@@ -173,6 +230,8 @@ impl<M: Model> Worker<M> {
             engine,
             model,
             slots: Vec::new(),
+            reading: Vec::new(),
+            seen: 0,
             rotation: Rotation::default(),
             caps: Vec::new(),
             had: Duration::ZERO,
@@ -193,12 +252,23 @@ impl<M: Model> Worker<M> {
     /// Sleeps until there is something to draw; false when the engine has stopped, or has drawn
     /// all that it ever will.
     fn wait(&self) -> bool {
-        let stopped = || matches!(*self.engine.phase.borrow(), Phase::Stopped);
         let mut queue = self.engine.queue();
-        while self.slots.is_empty() && queue.is_empty() && !stopped() && !queue.is_over() {
+        loop {
+            if matches!(*self.engine.phase.borrow(), Phase::Stopped) {
+                return false;
+            }
+            if !self.slots.is_empty() || self.reading.iter().any(Reading::done) {
+                return true;
+            }
+            match self.reading.is_empty() {
+                true if queue.is_over() => return false,
+                true if !queue.is_empty() => return true,
+                // Those who were passed over wait for what is being read.
+                false if queue.arrivals() != self.seen => return true,
+                _ => {}
+            }
             queue = self.engine.arrived.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
-        !(stopped() || self.slots.is_empty() && queue.is_over())
     }
 
     /// One round of the loop.
@@ -207,10 +277,11 @@ impl<M: Model> Worker<M> {
         let (device, mut had) = (self.engine.device.clone(), self.had);
         let turn = device.turn(&mut had);
         self.slots.retain(|slot| slot.order.wanted());
+        self.reading.retain(|reading| reading.order.wanted());
         self.cut_short();
         self.admit();
         let loads = self.loads();
-        self.caps.retain(|(size, _)| loads.iter().any(|load| load.0 == *size));
+        self.caps.retain(|(size, _)| loads.iter().any(|load| load.size == *size));
         let work = self.step();
         self.retire();
         drop(turn);
@@ -225,7 +296,9 @@ impl<M: Model> Worker<M> {
         }
         let unseen =
             |slot: &mut Slot<M::Trajectory>| slot.cut_short && slot.trajectory.progress().0 == 0;
-        self.slots.extract_if(.., unseen).for_each(|slot| slot.order.leave_out());
+        let unseen = self.slots.extract_if(.., unseen).map(|slot| slot.order);
+        let unread = self.reading.extract_if(.., |reading| reading.order.interrupted());
+        unseen.chain(unread.map(|reading| reading.order)).for_each(Order::leave_out);
     }
 
     /// Tells those who wait how fast it goes and how much is left.
@@ -233,8 +306,10 @@ impl<M: Model> Worker<M> {
         let left = |slot: &Slot<M::Trajectory>| (slot.trajectory.work_left() * rows(slot)) as u64;
         let mut pace = self.engine.pace.lock().unwrap_or_else(PoisonError::into_inner);
         pace.measure(elapsed, work);
-        pace.drawing = self.slots.iter().filter(|slot| !slot.done()).map(left).sum();
-        pace.pictures = self.slots.len();
+        let drawing = self.slots.iter().filter(|slot| !slot.done()).map(left);
+        let reading = self.reading.iter().map(|reading| reading.order.work());
+        pace.drawing = drawing.chain(reading).sum();
+        pace.pictures = self.slots.len() + self.reading.len();
         pace.sizes = self.loads().len();
     }
 
@@ -244,7 +319,7 @@ impl<M: Model> Worker<M> {
         let round = Instant::now();
         let busy = !self.slots.is_empty();
         while !self.lost {
-            let Some(order) = self.next_order() else { return };
+            let Some(order) = self.next_ready() else { return };
             let began = Instant::now();
             let queued = began.saturating_duration_since(order.submitted);
             self.engine.metrics.time(Id::QueueSeconds, &[], queued);
@@ -269,18 +344,47 @@ impl<M: Model> Worker<M> {
         }
     }
 
+    /// The first picture whose files have been read, or that needs none.
+    fn next_ready(&mut self) -> Option<Order> {
+        if let Some(place) = self.reading.iter().position(Reading::done) {
+            return Some(self.reading.remove(place).order);
+        }
+        loop {
+            let order = self.next_order()?;
+            let Some(work) = self.model.files(&order.spec) else { return Some(order) };
+            let done = Arc::<AtomicBool>::default();
+            let read = Read { engine: Arc::clone(&self.engine.0), done: Arc::clone(&done) };
+            let work = move || {
+                let _read = read;
+                work();
+            };
+            // Where there can be no thread, the picture reads its files when it begins.
+            let _ = thread::Builder::new().name("files".into()).spawn(work);
+            self.reading.push(Reading { order, done });
+        }
+    }
+
     /// The first picture for whose size there are rows. One that has to wait for rows holds back
     /// the later ones of its size, so that two rows are found before one.
-    fn next_order(&self) -> Option<Order> {
-        let max_rows = self.engine.settings.max_batch_rows;
-        let mut free: usize =
-            (MAX_BUCKETS * max_rows).saturating_sub(self.slots.iter().map(rows).sum());
-        let loads = self.loads();
+    fn next_order(&mut self) -> Option<Order> {
+        let (engine, info) = (&self.engine, self.model.info());
+        let reading = || self.reading.iter().map(|reading| &reading.order.spec);
+        let drawing = self.slots.iter().map(|slot| slot.trajectory.rows());
+        let taken: usize = drawing.chain(reading().map(Spec::rows)).sum();
+        let mut free = (MAX_BUCKETS * engine.settings.max_batch_rows).saturating_sub(taken);
+        let reading = reading().map(|spec| (spec.size, spec));
+        let loads = Load::all(info, stepping(&self.slots).chain(reading));
         let mut held_back: Vec<Size> = Vec::new();
-        self.engine.queue().next(|order| {
+        let mut queue = engine.queue();
+        self.seen = queue.arrivals();
+        queue.next(|order| {
             let (size, rows) = (order.spec.size, order.spec.rows());
-            let load = loads.iter().find(|load| load.0 == size).map_or(0, |load| load.1);
-            let fits = rows <= free && (load == 0 || load + rows <= self.max_rows(size));
+            let load = loads.iter().find(|load| load.size == size);
+            let joins = |load: &Load| {
+                let bytes = load.bytes + info.step_bytes(&order.spec, size);
+                load.rows + rows <= self.max_rows(size) && bytes <= engine.budget()
+            };
+            let fits = rows <= free && load.is_none_or(joins);
             if held_back.contains(&size) {
                 return false;
             }
@@ -294,38 +398,32 @@ impl<M: Model> Worker<M> {
 
     /// Rows of one evaluation of this size.
     fn max_rows(&self, size: Size) -> usize {
-        let Shared { settings, .. } = &*self.engine;
-        let rows = max_rows(self.model.info(), self.engine.budget(), size, settings.max_batch_rows);
+        let rows = self.engine.settings.max_batch_rows;
         self.caps.iter().find(|cap| cap.0 == size).map_or(rows, |cap| rows.min(cap.1))
     }
 
-    /// Rows in the making for each size.
-    fn loads(&self) -> Vec<(Size, usize)> {
-        let mut loads: Vec<(Size, usize)> = Vec::new();
-        for slot in self.slots.iter().filter(|slot| !slot.done()) {
-            let size = slot.trajectory.size();
-            match loads.iter_mut().find(|load| load.0 == size) {
-                Some(load) => load.1 += rows(slot),
-                None => loads.push((size, rows(slot))),
-            }
-        }
-        loads
+    /// What is in the making, for each size.
+    fn loads(&self) -> Vec<Load> {
+        Load::all(self.model.info(), stepping(&self.slots))
     }
 
     /// One evaluation for the pictures of the size whose turn it is: the oldest, if not all fit.
     /// Returns the work done.
     fn step(&mut self) -> u64 {
-        let Some(size) = self.rotation.next(&self.loads()) else { return 0 };
-        let max_rows = self.max_rows(size);
-        let mut taken = 0;
+        let loads: Vec<_> = self.loads().iter().map(|load| (load.size, load.rows)).collect();
+        let Some(size) = self.rotation.next(&loads) else { return 0 };
+        let (max_rows, budget, info) =
+            (self.max_rows(size), self.engine.budget(), self.model.info());
+        let (mut taken, mut bytes) = (0, 0);
         let mut members: Vec<_> = self
             .slots
             .iter_mut()
             .filter(|slot| slot.trajectory.size() == size && !slot.done())
             .take_while(|slot| {
-                let fits = taken == 0 || taken + rows(slot) <= max_rows;
+                let first = taken == 0;
                 taken += rows(slot);
-                fits
+                bytes += info.step_bytes(&slot.order.spec, size);
+                first || taken <= max_rows && bytes <= budget
             })
             .collect();
         let began = Instant::now();
@@ -451,8 +549,9 @@ impl<M: Model> Worker<M> {
     /// The device is gone: everyone hears of it.
     fn give_up(self) {
         let waiting = self.engine.queue().clear();
+        let reading = self.reading.into_iter().map(|reading| reading.order);
         let drawing = self.slots.into_iter().map(|slot| slot.order);
-        for order in drawing.chain(waiting) {
+        for order in drawing.chain(reading).chain(waiting) {
             order.settle(Err(Failure::DeviceLost));
         }
     }
@@ -488,6 +587,12 @@ fn preview<M: Model>(model: &M, slot: &mut Slot<M::Trajectory>, safety: Safety) 
         Ok(None) => {}
         Err(error) => debug!("no preview: {}", chain(&error)),
     }
+}
+
+/// The pictures that are not done, and their sizes.
+fn stepping<T: Trajectory>(slots: &[Slot<T>]) -> impl Iterator<Item = (Size, &Spec)> {
+    let stepping = slots.iter().filter(|slot| !slot.done());
+    stepping.map(|slot| (slot.trajectory.size(), &slot.order.spec))
 }
 
 fn rows<T: Trajectory>(slot: &Slot<T>) -> usize {

@@ -128,6 +128,40 @@ fn a_directory_holds_the_same_files() {
 }
 
 #[test]
+fn a_directory_is_whole_or_not_there() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let model = model(folder.path());
+    let directory = |output: &Path| package(&model, output, &["--layout", "directory"]);
+    // The last file to be copied can be listed but not read.
+    let last = model.join("vae/diffusion_pytorch_model.safetensors");
+    fs::remove_file(&last).expect("it is ours");
+    symlink("/proc/self/mem", &last).expect("a link");
+    let (new, there) = (folder.path().join("new"), folder.path().join("there"));
+    fs::create_dir(&there).expect("a directory");
+    for output in [&new, &there] {
+        let done = directory(output);
+        assert_eq!(done.status.code(), Some(1));
+        let said = String::from_utf8_lossy(&done.stderr);
+        assert!(said.contains(&format!("cannot write {}", output.display())), "{said}");
+    }
+    assert!(!new.exists() && files(&there).is_empty());
+    assert!(!folder.path().join("new.part").exists() && !there.join(".part").exists());
+    fs::remove_file(&last).expect("it is ours");
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
+    symlink(demo.join("vae/diffusion_pytorch_model.safetensors"), &last).expect("a link");
+    // What a killed process left is no hindrance, nor part of it.
+    for part in [folder.path().join("new.part"), there.join(".part")] {
+        fs::create_dir(&part).expect("a directory");
+        fs::write(part.join("stray"), "half").expect("a file");
+    }
+    for output in [&new, &there] {
+        made(&directory(output));
+        assert_eq!(files(output), FILES);
+    }
+    assert!(!folder.path().join("new.part").exists() && !there.join(".part").exists());
+}
+
+#[test]
 fn uploading_is_the_aws_command() {
     let folder = tempfile::tempdir().expect("a directory");
     let model = model(folder.path());

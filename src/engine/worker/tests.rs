@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::mpsc::{self, Receiver, Sender};
 
 use futures_util::FutureExt as _;
 use sd_models::{Defaults, Extras, Hires, Learned, Memory, PromptSyntax, Rgb, Scheduler, Upscaler};
@@ -28,6 +29,8 @@ struct Diarist {
     capacity: usize,
     /// How long the encoding of a text takes.
     reading: Duration,
+    /// Each lets one picture's files be read, when its other end is dropped.
+    files: RefCell<Vec<Receiver<()>>>,
     /// What it says of pictures, if it is asked; an error when absent.
     objects: Option<bool>,
 }
@@ -65,6 +68,14 @@ impl Model for Diarist {
 
     fn info(&self) -> &ModelInfo {
         &self.info
+    }
+
+    fn files(&self, spec: &Spec) -> Option<Box<dyn FnOnce() + Send>> {
+        if spec.loras.is_empty() {
+            return None;
+        }
+        let gate = self.files.borrow_mut().remove(0);
+        Some(Box::new(move || gate.recv().unwrap_or_default()))
     }
 
     fn begin(&self, spec: &Spec) -> sd_models::Result<Sketch> {
@@ -136,7 +147,8 @@ impl Studio {
         };
         engine.shared.enter(Phase::Ready(Arc::new(info.clone())));
         let (capacity, reading) = (usize::MAX, Duration::ZERO);
-        let model = Diarist { info, diary: Rc::clone(&diary), capacity, reading, objects: None };
+        let (diary_of, files, objects) = (Rc::clone(&diary), RefCell::default(), None);
+        let model = Diarist { info, diary: diary_of, capacity, reading, files, objects };
         let worker = Worker::new(model, Hold(Arc::clone(&engine.shared)));
         Self { engine, worker, diary }
     }
@@ -145,6 +157,13 @@ impl Studio {
     fn turn(&mut self) -> Vec<Did> {
         self.worker.turn();
         self.diary.take()
+    }
+
+    /// A file that is being read until this is dropped.
+    fn file(&self) -> Sender<()> {
+        let (held, gate) = mpsc::channel();
+        self.worker.model.files.borrow_mut().push(gate);
+        held
     }
 
     fn idle(&self) -> bool {
@@ -572,4 +591,55 @@ fn an_interrupted_picture_of_which_there_is_nothing_to_see_is_left_out() {
     assert!(!studio.turn().contains(&Did::Begin(2)));
     assert_eq!(ticket.wait().now_or_never().map(|drawn| drawn.map(|d| d.len())), Some(Ok(0)));
     assert_eq!(first.progress().borrow().made, 2);
+}
+
+/// A picture that needs a file.
+fn adapted(seed: u64, steps: usize) -> Spec {
+    Spec { loras: vec![("style".into(), 1.0)], ..spec(seed, steps) }
+}
+
+#[test]
+fn the_others_step_on_while_a_file_is_read() {
+    let mut studio = Studio::new(4, 8);
+    let file = studio.file();
+    let _drawing = studio.submit(1, vec![spec(1, 3)]);
+    let ticket = studio.submit(2, vec![adapted(2, 1)]);
+    assert_eq!(stepped(&studio.turn()), [1]);
+    let _later = studio.submit(3, vec![spec(3, 1)]);
+    assert_eq!(stepped(&studio.turn()), [1, 3], "who comes later goes first");
+    while !studio.idle() {
+        assert!(!studio.turn().contains(&Did::Begin(2)));
+    }
+    // Nothing is left but to wait, and to draw for those who come.
+    let _last = studio.submit(4, vec![spec(4, 1)]);
+    assert!(studio.worker.wait());
+    assert_eq!(stepped(&studio.turn()), [4]);
+    studio.engine.drain();
+    drop(file);
+    assert!(studio.worker.wait(), "until the file has been read");
+    let did = studio.turn();
+    assert!(did.contains(&Did::Begin(2)) && stepped(&did) == [2], "{did:?}");
+    assert!(ticket.wait().now_or_never().expect("settled").is_ok());
+    assert!(!studio.worker.wait(), "all is drawn");
+}
+
+#[test]
+fn who_waits_for_a_file_has_a_place() {
+    let mut studio = Studio::new(4, 2);
+    let (first, second) = (studio.file(), studio.file());
+    let leaves = studio.submit(1, vec![adapted(1, 1)]);
+    let _second = studio.submit(2, vec![spec(2, 1)]);
+    let _other = studio.submit(3, vec![Spec { size: square(128), ..spec(3, 2) }]);
+    assert_eq!(stepped(&studio.turn()), [3], "another size has places of its own");
+    studio.engine.watch(&leaves).interrupt();
+    let did = studio.turn();
+    assert!(did.contains(&Did::Begin(2)), "the place of one who left is free: {did:?}");
+    assert_eq!(leaves.wait().now_or_never().map(|drawn| drawn.map(|d| d.len())), Some(Ok(0)));
+    drop((first, second));
+    let ticket = studio.submit(4, vec![adapted(4, 1)]);
+    while studio.worker.wait() {
+        studio.turn();
+        studio.engine.drain();
+    }
+    assert!(ticket.wait().now_or_never().expect("settled").is_ok());
 }
