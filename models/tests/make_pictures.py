@@ -1,9 +1,10 @@
 """Writes tests/pictures/: what diffusers draws with a small model, one PNG a scheduler, and for
 some what it makes of the first picture (img2img), of a part of it (inpaint), and of its latents when
 they have been enlarged (hires); LoRAs of small random factors (loras/) and embeddings of random
-vectors (embeddings/), and what it draws with them.
+vectors (embeddings/), and what it draws with them; and what it draws with the
+changes for inpainting that lie with the model.
 
-    python make_pictures.py ../demo [--out ../../tests/pictures]
+    python make_pictures.py ../demo [--out ../../tests/pictures] [--only inpainting]
 
 Made with torch 2.15.0 and diffusers 0.42.1 on a CPU in f32: the prompts below, no negative
 prompt, seed 7, 20 steps, guidance 7.5, the model's own size. To be run again when the weights of
@@ -18,9 +19,12 @@ import diffusers
 import torch
 from peft import get_peft_model_state_dict
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from make_fixtures import CLASSES, enlarged, scheduler_of
+
+# What belongs to the weights of the demo model and to no others.
+DEMO = Path(__file__).resolve().parents[1] / "demo"
 
 PROMPT = "a red house by the sea at night"
 SEED, STEPS, GUIDANCE = 7, 20, 7.5
@@ -61,6 +65,12 @@ EMBEDDINGS = {
     "dusk.bin": ("<dusk>", 2),
 }
 WITH_WORDS = "a <glow-cat> house by the sea,ember, <dusk>"
+
+
+# The model for inpainting: what is to be where the house was, for each sampler a strength.
+PAINTED = "a yellow balloon by the sea at night"
+HOLE = (28, 32, 100, 116)
+PAINTERS = {"ddim": 1.0, "euler_a": 1.0, "dpmpp_2m": 0.8}
 
 
 def draw(pipeline, prompt, path):
@@ -200,10 +210,58 @@ def with_words(pipeline, written, out):
     draw(pipeline, WITH_WORDS, out / "words.png")
 
 
+def inpainting(pipeline, written, out):
+    """A UNet of nine channels, made of the model's own and the changes that were trained."""
+    config = diffusers.UNet2DConditionModel.load_config(DEMO / "unet")
+    unet = diffusers.UNet2DConditionModel.from_config(config, in_channels=9)
+    tensors = load_file(DEMO / "unet" / "diffusion_pytorch_model.safetensors")
+    unet.load_state_dict(tensors | load_file(DEMO / "inpainting.safetensors"))
+    painting = diffusers.StableDiffusionInpaintPipeline(
+        **pipeline.components | {"unet": unet.float().eval()}, requires_safety_checker=False
+    )
+    painting.set_progress_bar_config(disable=True)
+    image = Image.open(out / "ddim.png").convert("RGB")
+    hole = Image.new("L", image.size)
+    ImageDraw.Draw(hole).rectangle(HOLE, fill=255)
+    hole.save(out / "hole.png", optimize=True)
+    for name, strength in PAINTERS.items():
+        painting.scheduler = scheduler_of(name, written)
+        drawn = painting(
+            PAINTED,
+            image=image,
+            mask_image=hole,
+            width=image.width,
+            height=image.height,
+            strength=strength,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator("cpu").manual_seed(SEED),
+        ).images[0]
+        drawn.save(out / f"inpainting-{name}.png", optimize=True)
+
+
+def samplers(pipeline, written, out):
+    """The prompt by every sampler."""
+    for name in CLASSES:
+        pipeline.scheduler = scheduler_of(name, written)
+        draw(pipeline, PROMPT, out / f"{name}.png")
+
+
+PARTS = {
+    "samplers": samplers,
+    "from_pictures": from_pictures,
+    "hires": hires,
+    "loras": with_loras,
+    "words": with_words,
+    "inpainting": inpainting,
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="a model in diffusers' layout")
     top = Path(__file__).resolve().parents[2]
+    parser.add_argument("--only", nargs="*", choices=PARTS, help="some of the pictures")
     parser.add_argument("--out", type=Path, default=top / "tests" / "pictures")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -213,13 +271,8 @@ def main():
     )
     pipeline.set_progress_bar_config(disable=True)
     written = diffusers.PNDMScheduler.load_config(arguments.model / "scheduler")
-    for name in CLASSES:
-        pipeline.scheduler = scheduler_of(name, written)
-        draw(pipeline, PROMPT, arguments.out / f"{name}.png")
-    from_pictures(pipeline, written, arguments.out)
-    hires(pipeline, written, arguments.out)
-    with_loras(pipeline, written, arguments.out)
-    with_words(pipeline, written, arguments.out)
+    for part in arguments.only or PARTS:
+        PARTS[part](pipeline, written, arguments.out)
 
 
 if __name__ == "__main__":

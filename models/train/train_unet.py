@@ -20,6 +20,7 @@ UNET = dict(
 TEXT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=77, hidden_act="quick_gelu", projection_dim=128)
 CAPTION_DROP = 0.1
 EMA = 0.996
+ALPHAS = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
 
 
 def models(model, tokenizer):
@@ -50,6 +51,22 @@ class Pool:
 def loss_weight(alpha):
     """As if the error were measured on v instead of noise, within limits: very noisy steps decide the colours, and count for little otherwise."""
     return (1 / alpha).clamp(max=30) / 9
+
+
+def loss_of(unet, latents, context, blank, unprompted, guidance, condition=None):
+    """How wrong the predicted noise is, guided where the caption is not blank; `condition` (B, C, h, w) goes beside the latents of a UNet for inpainting."""
+    t = torch.randint(1000, (len(latents),))
+    alpha = ALPHAS[t].view(-1, 1, 1, 1)
+    noise = torch.randn_like(latents)
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    if condition is not None:
+        noisy = torch.cat([noisy, condition], 1)
+    guess = unet(noisy, t, context).sample
+    if guidance != 1:
+        with torch.no_grad():
+            unguided = unet(noisy, t, unprompted.expand(len(latents), -1, -1)).sample
+        guess = torch.where(blank.view(-1, 1, 1, 1), guess, unguided + guidance * (guess - unguided))
+    return (loss_weight(alpha) * (guess - noise).square()).mean()
 
 
 def average_gradients(params, done):
@@ -107,7 +124,6 @@ def main():
     def state():
         return {"step": step, "params": {n: p.detach() for n, p in zip(names, params)}, "average": dict(zip(names, average)), "optimizer": optimizer.state_dict()}
 
-    alphas = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
     empty = tokenizer([""], padding="max_length", max_length=77, return_tensors="pt").input_ids
     pool = Pool(args.cache)
     torch.manual_seed(args.seed + 1000 * step + rank)
@@ -120,16 +136,9 @@ def main():
         z, ids = pool.batch(args.batch)
         blank = torch.rand(args.batch) < CAPTION_DROP
         ids[blank] = empty
-        t = torch.randint(1000, (args.batch,))
-        alpha = alphas[t].view(-1, 1, 1, 1)
-        noise = torch.randn_like(z)
-        noisy = alpha.sqrt() * z + (1 - alpha).sqrt() * noise
-        guess = unet(noisy, t, text(ids).last_hidden_state).sample
-        if args.guidance != 1:
-            with torch.no_grad():
-                unguided = unet(noisy, t, text(empty).last_hidden_state.expand(args.batch, -1, -1)).sample
-            guess = torch.where(blank.view(-1, 1, 1, 1), guess, unguided + args.guidance * (guess - unguided))
-        loss = (loss_weight(alpha) * (guess - noise).square()).mean()
+        with torch.no_grad():
+            unprompted = text(empty).last_hidden_state
+        loss = loss_of(unet, z, text(ids).last_hidden_state, blank, unprompted, args.guidance)
         optimizer.zero_grad()
         loss.backward()
         done = (time.time() - begin) / (60 * args.minutes)

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use candle_core::{Device, safetensors};
 use image::RgbImage;
 use sd_models::Scheduler;
 use serde_json::Value;
@@ -17,15 +18,22 @@ const REFERENCE: [&str; 6] =
 /// The prompt of the pictures that are made from another.
 const CHANGED: &str = "a blue house in the snow at sunset";
 
+/// And of those that a model for inpainting makes.
+const PAINTED: &str = "a yellow balloon by the sea at night";
+
 fn repository(path: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
 /// What the command draws in f32 on the CPU.
 fn drawn(args: &[&str]) -> RgbImage {
+    drawn_by("demo", args)
+}
+
+fn drawn_by(model: &str, args: &[&str]) -> RgbImage {
     let folder = tempfile::tempdir().expect("a directory");
     let path = folder.path().join("out.png");
-    let mut command = sd_server(&["generate", "--model", "demo", "--device", "cpu"]);
+    let mut command = sd_server(&["generate", "--model", model, "--device", "cpu"]);
     let done = command.args(args).arg("-o").arg(&path).output().expect("the binary starts");
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     image::open(&path).expect("a picture").to_rgb8()
@@ -113,6 +121,67 @@ fn pictures_with_loras_are_those_of_diffusers() {
     for (name, loras) in cases {
         let ours = drawn(&[&REFERENCE[..], &["f32", "--scheduler", "ddim"], loras].concat());
         println!("{}", distance(&ours, name));
+    }
+}
+
+/// The portion of a picture's pixels that pass.
+fn portion(picture: &RgbImage, passes: impl Fn(u32, u32, [i32; 3]) -> bool) -> f64 {
+    let pixels = picture.enumerate_pixels();
+    let passed = pixels.filter(|(x, y, pixel)| passes(*x, *y, pixel.0.map(i32::from))).count();
+    passed as f64 / f64::from(picture.width() * picture.height())
+}
+
+/// The built-in model with a UNet for inpainting, of its own tensors and those that were trained.
+fn inpainting_model(root: &Path) {
+    let demo = repository("models/demo");
+    for folder in ["scheduler", "text_encoder", "tokenizer", "unet", "vae"] {
+        std::fs::create_dir(root.join(folder)).expect("a directory");
+        for entry in demo.join(folder).read_dir().expect("a directory") {
+            let path = entry.expect("an entry").path();
+            let name = path.file_name().expect("a name");
+            std::fs::copy(&path, root.join(folder).join(name)).expect("copied");
+        }
+    }
+    let index = "model_index.json";
+    std::fs::copy(demo.join(index), root.join(index)).expect("copied");
+    let unet = root.join("unet/diffusion_pytorch_model.safetensors");
+    let read = |path: &Path| safetensors::load(path, &Device::Cpu).expect("tensors");
+    let mut tensors = read(&unet);
+    tensors.extend(read(&demo.join("inpainting.safetensors")));
+    safetensors::save(&tensors, &unet).expect("written");
+    let config = root.join("unet/config.json");
+    let text = std::fs::read_to_string(&config).expect("JSON");
+    let mut keys: Value = serde_json::from_str(&text).expect("JSON");
+    keys["in_channels"] = 9.into();
+    std::fs::write(config, keys.to_string()).expect("written");
+}
+
+/// The hole of `models/tests/make_pictures.py`.
+fn in_hole(x: u32, y: u32) -> bool {
+    (28..=100).contains(&x) && (32..=116).contains(&y)
+}
+
+#[test]
+fn a_model_trained_for_inpainting_paints_what_diffusers_paints() {
+    let folder = tempfile::tempdir().expect("a directory");
+    inpainting_model(folder.path());
+    let model = folder.path().to_str().expect("UTF-8");
+    let path = |name: &str| repository(&format!("tests/pictures/{name}.png")).display().to_string();
+    let (picture, mask) = (path("ddim"), path("hole"));
+    let before = image::open(&picture).expect("a picture").to_rgb8();
+    for (scheduler, strength) in [("ddim", "1"), ("euler_a", "1"), ("dpmpp_2m", "0.8")] {
+        let args = [&[PAINTED], &REFERENCE[1..], &["f32", "--scheduler", scheduler]].concat();
+        let extra = ["--image", &picture, "--mask", &mask, "--strength", strength];
+        let after = drawn_by(model, &[&args[..], &extra].concat());
+        println!("{}", distance(&after, &format!("inpainting-{scheduler}")));
+        let yellow = |x, y, [r, g, b]: [i32; 3]| in_hole(x, y) && r > 120 && g > 90 && b < r - 60;
+        let far = |x, y, [r, g, b]: [i32; 3]| {
+            let [r0, g0, b0] = before.get_pixel(x, y).0.map(i32::from);
+            !in_hole(x, y) && (r - r0).abs() + (g - g0).abs() + (b - b0).abs() > 90
+        };
+        let (yellow, far) = (portion(&after, yellow), portion(&after, far));
+        println!("{scheduler}: yellow {yellow:.3}, changed outside of the hole {far:.3}");
+        assert!(yellow > 0.1 && far < 0.02, "{scheduler}: {yellow}, {far}");
     }
 }
 
