@@ -397,11 +397,7 @@ impl ModelArgs {
 impl Model {
     /// Bytes of a number of its weights.
     pub fn weight_bytes(&self) -> u64 {
-        match self.precision {
-            Precision::F32 => 4,
-            Precision::F16 | Precision::Bf16 => 2,
-            Precision::Auto => 4 - 2 * u64::from(self.half()),
-        }
+        self.precision.weight_bytes(self.half())
     }
 
     /// Whether f16 files will do.

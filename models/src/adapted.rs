@@ -187,6 +187,11 @@ impl Adapted<Linear> {
         Self { layer, parts }
     }
 
+    /// Whether its products are those of bf16 on tiles.
+    pub(crate) fn on_tiles(&self) -> bool {
+        self.layer.on_tiles()
+    }
+
     fn term_of(&self, x: &Tensor, rows: &[Mix]) -> Result<Option<Tensor>> {
         self.term(rows, |lora, name, rows| low_linear(x, lora, name, rows))
     }

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use candle_core::{DType, Device};
 
 use crate::error::{Error, Result};
-use crate::ops::open_cuda;
+use crate::ops::{knows_bf16, open_cuda};
 
 /// A device as the user names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,11 +69,12 @@ impl fmt::Display for DeviceName {
 /// The numbers in which a model is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
-    /// f16 on CUDA, f32 on the CPU.
+    /// f16 on CUDA; on the CPU bf16 where the processor has instructions for it, else f32.
     Auto,
     /// Half precision; CUDA only.
     F16,
-    /// Brain floats. On the CPU the weights are bf16 and everything else stays f32.
+    /// Brain floats. On the CPU the weights are bf16 and everything else stays f32, but for the
+    /// operands of products where AMX computes them.
     Bf16,
     /// Single precision.
     F32,
@@ -83,6 +84,7 @@ impl Precision {
     /// The type of weights and, on CUDA, of activations.
     pub fn resolve(self, device: &Device) -> Result<DType> {
         match (self, device.is_cpu()) {
+            (Self::Auto, true) if knows_bf16() => Ok(DType::BF16),
             (Self::Auto, true) | (Self::F32, _) => Ok(DType::F32),
             (Self::Auto | Self::F16, false) => Ok(DType::F16),
             (Self::Bf16, _) => Ok(DType::BF16),
@@ -90,6 +92,16 @@ impl Precision {
                 field: "dtype",
                 reason: "f16 needs a CUDA device; the CPU computes in f32 or bf16".into(),
             }),
+        }
+    }
+
+    /// Bytes of a number of the weights, on a GPU or on the CPU.
+    pub fn weight_bytes(self, gpu: bool) -> u64 {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::Auto if gpu || knows_bf16() => 2,
+            Self::Auto => 4,
         }
     }
 }

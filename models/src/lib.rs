@@ -43,7 +43,7 @@ pub use adapted::Mix;
 pub use device::{DeviceName, Precision, Work};
 pub use error::{Error, Result};
 pub use info::{Defaults, Memory, ModelInfo};
-pub use ops::{keep_freed_memory, return_freed_memory};
+pub use ops::{instructions, keep_freed_memory, return_freed_memory};
 pub use pipeline::{Checking, Extras, LoadOptions, Pipeline, Trajectory};
 pub use shelf::Folder;
 pub use spec::{

@@ -230,7 +230,8 @@ impl Layer {
     /// (B, L, hidden) -> (B, L, hidden)
     fn forward(&self, x: &Tensor, heads: usize, activation: Activation) -> Result<Tensor> {
         let n = self.layer_norm1.forward(x)?;
-        let y = self_attention(&self.qkv_proj.forward(&n)?, Attention { heads, causal: false })?;
+        let kind = Attention { heads, causal: false, tiles: self.out_proj.on_tiles() };
+        let y = self_attention(&self.qkv_proj.forward(&n)?, kind)?;
         let x = self.out_proj.forward_add(&y, x)?;
         let n = self.fc1.forward_activate(&self.layer_norm2.forward(&x)?, activation)?;
         Ok(self.fc2.forward_add(&n, &x)?)

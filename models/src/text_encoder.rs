@@ -124,7 +124,8 @@ impl Layer {
     ) -> Result<Tensor> {
         let n = self.layer_norm1.forward(x)?;
         let qkv = self.qkv_proj.forward(&n, mixes)?;
-        let y = self_attention(&qkv, Attention { heads, causal: true })?;
+        let kind = Attention { heads, causal: true, tiles: self.out_proj.on_tiles() };
+        let y = self_attention(&qkv, kind)?;
         let x = self.out_proj.forward_add(&y, x, mixes)?;
         let n = self.layer_norm2.forward(&x)?;
         let n = self.fc1.forward_activate(&n, activation, mixes)?;

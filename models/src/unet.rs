@@ -453,7 +453,7 @@ impl SelfAttention {
 
     /// x (B, L, C), residual (B, L, C) -> (B, L, C)
     fn forward_add(&self, x: &Tensor, residual: &Tensor, mixes: &[Mix]) -> Result<Tensor> {
-        let kind = Attention { heads: self.heads, causal: false };
+        let kind = Attention { heads: self.heads, causal: false, tiles: self.to_out.on_tiles() };
         let y = self_attention(&self.to_qkv.forward(x, mixes)?, kind)?;
         Ok(self.to_out.forward_add(&y, residual, mixes)?)
     }
@@ -488,7 +488,7 @@ impl CrossAttention {
         mixes: &[Mix],
     ) -> Result<Tensor> {
         let q = self.to_q.forward(x, mixes)?;
-        let kind = Attention { heads: self.heads, causal: false };
+        let kind = Attention { heads: self.heads, causal: false, tiles: self.to_out.on_tiles() };
         let mut outputs = Vec::with_capacity(kv.len());
         let mut row = 0;
         for kv in kv {

@@ -233,7 +233,7 @@ impl PixelAttention {
         let (batch, h, w, channels) = x.dims4()?;
         let tokens = (batch, h * w, channels);
         let n = self.norm.forward(x)?.reshape(tokens)?;
-        let kind = Attention { heads: 1, causal: false };
+        let kind = Attention { heads: 1, causal: false, tiles: self.to_out.on_tiles() };
         let y = self_attention(&self.to_qkv.forward(&n)?, kind)?;
         let y = self.to_out.forward_add(&y, &x.reshape(tokens)?)?;
         Ok(y.reshape((batch, h, w, channels))?)

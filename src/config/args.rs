@@ -110,7 +110,8 @@ pub(super) struct ModelArgs {
     /// auto, cpu, cuda or cuda:N; auto takes the first GPU if there is one
     #[arg(long, env = "SD_DEVICE", default_value = "auto", value_parser = parse::<DeviceName>)]
     pub(super) device: DeviceName,
-    /// auto, f16, bf16 or f32; auto is f16 on a GPU and f32 on the CPU
+    /// auto, f16, bf16 or f32; auto is f16 on a GPU, bf16 on a CPU with
+    /// AMX or AVX512-BF16, else f32
     #[arg(long, env = "SD_DTYPE", default_value = "auto", value_parser = parse::<Precision>)]
     pub(super) dtype: Precision,
     /// What becomes of a picture that the model's safety checker objects to. When absent: blur, if

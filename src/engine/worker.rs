@@ -53,9 +53,11 @@ pub(super) fn main<M: Model>(shared: Arc<Shared>, load: impl FnOnce() -> anyhow:
     let (size, max_rows) = (defaults.size, engine.settings.max_batch_rows as u64);
     let usual = blank(&defaults, size);
     let row_bytes = info.step_bytes(&usual, size).div_ceil(usual.rows() as u64).max(1);
+    let (instructions, warning) = sd_models::instructions();
     info!(
         model = info.name,
         device = info.device,
+        instructions,
         precision = info.precision,
         load_ms = millis(started.elapsed()),
         memory_budget_bytes = budget,
@@ -63,6 +65,9 @@ pub(super) fn main<M: Model>(shared: Arc<Shared>, load: impl FnOnce() -> anyhow:
         %size,
         "ready"
     );
+    if let Some(warning) = warning {
+        warn!("{warning}");
+    }
     for (name, reason) in &info.learned.skipped {
         warn!(name, reason, "an embedding is left out");
     }

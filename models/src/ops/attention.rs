@@ -3,18 +3,21 @@
 //! On the CPU the whole computation is transposed: 32 queries lie along the vector lanes, so the
 //! running maximum, the sum and the rescaling of the online softmax need no horizontal operation,
 //! and the block of probabilities comes out of the kernel in just the layout in which the second
-//! product wants its right-hand panel.
+//! product wants its right-hand panel. The products are those of vectors in f32 ([`Vectors`]), or of
+//! tiles in bf16 ([`super::amx`]).
+
+use std::ops::Range;
 
 use candle_core::{D, DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
 use super::buffers::{Aligned, Scratch};
-use super::gemm::{Kernel, MR, NR, interleave};
+use super::gemm::{Kernel, MR, NR, Rows, interleave};
 use super::on_cpu;
 use super::simd::{exp, vectorized};
 
 /// Keys of a block: BLOCK x NR probabilities stay in the first-level cache.
-const BLOCK: usize = 16 * MR;
+pub(super) const BLOCK: usize = 16 * MR;
 
 /// How queries attend to keys.
 #[derive(Debug, Clone, Copy)]
@@ -23,6 +26,8 @@ pub(crate) struct Attention {
     pub(crate) heads: usize,
     /// No query sees a later key.
     pub(crate) causal: bool,
+    /// On the CPU: operands are rounded to bf16 and multiplied on tiles.
+    pub(crate) tiles: bool,
 }
 
 /// q (B, Lq, C), k and v (B, Lk, C) -> (B, Lq, C); scores are scaled by 1 / sqrt(C / heads).
@@ -42,52 +47,122 @@ pub(crate) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, kind: Attention) -> 
     let (q, k, v) = (Strided::new(q)?, Strided::new(k)?, Strided::new(v)?);
     let (q, k, v) = (q.view()?, k.view()?, v.view()?);
     let problem = Problem { queries, keys, width, scale: (width as f32).powf(-0.5), kind };
-    let heads: Vec<Head> = (0..batch * kind.heads)
-        .into_par_iter()
-        .map(|i| {
-            let (sample, first) = (i / kind.heads, i % kind.heads * width);
-            problem.pack(&k, &v, sample, first)
-        })
-        .collect();
-    let mut out = vec![0f32; batch * queries * channels];
-    // One task owns the rows of 32 queries for all heads: a dense piece of the output.
-    let tiles = queries.div_ceil(NR);
-    let pieces = out.chunks_mut(queries * channels).flat_map(|s| s.chunks_mut(NR * channels));
-    let pieces: Vec<_> = pieces.enumerate().collect();
-    let split = if pieces.len() < 4 * rayon::current_num_threads() { kind.heads } else { 1 };
-    if split == 1 {
-        pieces.into_par_iter().for_each(|(i, piece)| {
-            for head in 0..kind.heads {
-                let packed = &heads[i / tiles * kind.heads + head];
-                let place = Place { sample: i / tiles, tile: i % tiles, first: head * width };
-                problem.attend(&q, packed, place, |row, values| {
-                    piece[row * channels + head * width..][..width].copy_from_slice(values);
-                });
-            }
-        });
-    } else {
-        // Few queries: heads go to different threads, and their columns are put together after.
-        let columns: Vec<Vec<f32>> = (0..pieces.len() * kind.heads)
+    #[cfg(target_arch = "x86_64")]
+    if kind.tiles {
+        return problem.solve::<super::amx::Head>(batch, &q, &k, &v);
+    }
+    problem.solve::<Vectors>(batch, &q, &k, &v)
+}
+
+impl Problem {
+    fn solve<H: Head>(
+        &self,
+        batch: usize,
+        q: &View<'_>,
+        k: &View<'_>,
+        v: &View<'_>,
+    ) -> Result<Tensor> {
+        let Self { queries, width, kind, .. } = *self;
+        let channels = kind.heads * width;
+        let heads: Vec<H> = (0..batch * kind.heads)
             .into_par_iter()
-            .map(|task| {
-                let (i, head) = (task / kind.heads, task % kind.heads);
-                let packed = &heads[i / tiles * kind.heads + head];
-                let place = Place { sample: i / tiles, tile: i % tiles, first: head * width };
-                let mut column = Vec::with_capacity(NR * width);
-                problem.attend(&q, packed, place, |_, values| column.extend_from_slice(values));
-                column
+            .map(|i| {
+                let (sample, first) = (i / kind.heads, i % kind.heads * width);
+                H::pack(self.columns(k, sample, first), self.columns(v, sample, first))
             })
             .collect();
-        for (i, piece) in pieces {
-            for head in 0..kind.heads {
-                let column = &columns[i * kind.heads + head];
-                for (row, values) in piece.chunks_exact_mut(channels).zip(column.chunks(width)) {
-                    row[head * width..][..width].copy_from_slice(values);
+        let mut out = vec![0f32; batch * queries * channels];
+        // One task owns the rows of 32 queries for all heads: a dense piece of the output.
+        let tiles = queries.div_ceil(NR);
+        let pieces = out.chunks_mut(queries * channels).flat_map(|s| s.chunks_mut(NR * channels));
+        let pieces: Vec<_> = pieces.enumerate().collect();
+        let split = if pieces.len() < 4 * rayon::current_num_threads() { kind.heads } else { 1 };
+        if split == 1 {
+            pieces.into_par_iter().for_each(|(i, piece)| {
+                for head in 0..kind.heads {
+                    let packed = &heads[i / tiles * kind.heads + head];
+                    let place = Place { sample: i / tiles, tile: i % tiles, first: head * width };
+                    self.attend(q, packed, place, |row, values| {
+                        piece[row * channels + head * width..][..width].copy_from_slice(values);
+                    });
+                }
+            });
+        } else {
+            // Few queries: heads go to different threads, and their columns are put together after.
+            let columns: Vec<Vec<f32>> = (0..pieces.len() * kind.heads)
+                .into_par_iter()
+                .map(|task| {
+                    let (i, head) = (task / kind.heads, task % kind.heads);
+                    let packed = &heads[i / tiles * kind.heads + head];
+                    let place = Place { sample: i / tiles, tile: i % tiles, first: head * width };
+                    let mut column = Vec::with_capacity(NR * width);
+                    self.attend(q, packed, place, |_, values| column.extend_from_slice(values));
+                    column
+                })
+                .collect();
+            for (i, piece) in pieces {
+                for head in 0..kind.heads {
+                    let column = &columns[i * kind.heads + head];
+                    for (row, values) in piece.chunks_exact_mut(channels).zip(column.chunks(width))
+                    {
+                        row[head * width..][..width].copy_from_slice(values);
+                    }
                 }
             }
         }
+        Tensor::from_vec(out, (batch, queries, channels), &candle_core::Device::Cpu)
     }
-    Tensor::from_vec(out, (batch, queries, channels), &candle_core::Device::Cpu)
+
+    fn columns<'a>(&self, view: &'a View<'_>, sample: usize, first: usize) -> Columns<'a> {
+        Columns { view, sample, first, count: self.keys, width: self.width }
+    }
+
+    /// Attends with 32 queries of one head and hands over each query's result (width).
+    fn attend<H: Head>(
+        &self,
+        q: &View<'_>,
+        head: &H,
+        place: Place,
+        mut emit: impl FnMut(usize, &[f32]),
+    ) {
+        let first_query = place.tile * NR;
+        let count = NR.min(self.queries - first_query);
+        // Columns past the last query hold anything: no column sees another.
+        let mut panel = Scratch::new(self.width * NR);
+        for j in 0..count {
+            let row = q.row(place.sample, first_query + j, place.first, self.width);
+            for (value, slot) in row.iter().zip(panel.chunks_exact_mut(NR)) {
+                slot[j] = value * self.scale;
+            }
+        }
+        let mut queries = H::queries(panel);
+        let mut scores = Scratch::new(BLOCK * NR);
+        let mut sums = Scratch::new(self.width.next_multiple_of(H::GROUP) * NR);
+        sums.fill(0.0);
+        let (mut max, mut total) = ([f32::NEG_INFINITY; NR], [0f32; NR]);
+        let last = if self.kind.causal { first_query + count } else { self.keys };
+        for key0 in (0..self.keys.min(last)).step_by(BLOCK) {
+            let keys = BLOCK.min(self.keys - key0);
+            let scores = &mut scores[..keys.next_multiple_of(H::GROUP) * NR];
+            head.scores(&mut queries, key0, scores);
+            let seen = &mut scores[..keys * NR];
+            if self.kind.causal {
+                mask(seen, key0, first_query);
+            }
+            let mut factor = [0f32; NR];
+            softmax_block(seen, &mut max, &mut total, &mut factor);
+            rescale(&mut sums, &factor);
+            head.add(&mut queries, key0..key0 + keys, scores, &mut sums);
+        }
+        let mut row = vec![0f32; self.width];
+        for j in 0..count {
+            let inverse = 1.0 / total[j];
+            for (value, column) in row.iter_mut().zip(sums.chunks_exact(NR)) {
+                *value = column[j] * inverse;
+            }
+            emit(j, &row);
+        }
+    }
 }
 
 /// Attention of tokens to each other: (B, L, 3C), queries, keys and values side by side ->
@@ -138,11 +213,55 @@ impl View<'_> {
     }
 }
 
-/// Keys and values of one head as left-hand tiles: keys [group of 12][channel][12], values
-/// [group of 12 channels][key][12].
-struct Head {
+/// The keys or values of one head: a matrix of rows that may lie apart.
+#[derive(Clone, Copy)]
+pub(super) struct Columns<'a> {
+    view: &'a View<'a>,
+    sample: usize,
+    first: usize,
+    pub(super) count: usize,
+    pub(super) width: usize,
+}
+
+impl Rows for Columns<'_> {
+    fn run(&self, row: usize, k: usize) -> &[f32] {
+        &self.view.row(self.sample, row, self.first, self.width)[k..]
+    }
+}
+
+/// Keys and values of one head, packed for two products.
+pub(super) trait Head: Send + Sync {
+    /// Keys and channels come in groups of as many: a divisor of [`BLOCK`].
+    const GROUP: usize;
+    /// The queries of a task, and what the products are computed with.
+    type Queries;
+
+    fn pack(keys: Columns<'_>, values: Columns<'_>) -> Self;
+
+    /// From queries [channel][NR].
+    fn queries(panel: Scratch) -> Self::Queries;
+
+    /// Scores [key][NR] of the keys from `key0` on, whole groups of them.
+    fn scores(&self, queries: &mut Self::Queries, key0: usize, scores: &mut [f32]);
+
+    /// Adds to `sums`, [channel][NR] in whole groups, the values of `keys` keys from `key0` on,
+    /// weighted by [key][NR], of which there are whole groups: rows past the last key hold
+    /// anything.
+    fn add(
+        &self,
+        queries: &mut Self::Queries,
+        keys: Range<usize>,
+        weights: &mut [f32],
+        sums: &mut [f32],
+    );
+}
+
+/// As left-hand tiles: keys [group of 12][channel][12], values [group of 12 channels][key][12].
+struct Vectors {
     keys: Aligned,
     values: Aligned,
+    count: usize,
+    width: usize,
 }
 
 struct Problem {
@@ -161,76 +280,54 @@ struct Place {
     first: usize,
 }
 
-impl Problem {
-    fn pack(&self, k: &View<'_>, v: &View<'_>, sample: usize, first: usize) -> Head {
-        let width = self.width;
-        let mut keys = Aligned::zeros(self.keys.next_multiple_of(MR) * width);
+impl Head for Vectors {
+    const GROUP: usize = MR;
+    type Queries = (Kernel, Scratch);
+
+    fn pack(k: Columns<'_>, v: Columns<'_>) -> Self {
+        let Columns { count, width, .. } = k;
+        let mut keys = Aligned::zeros(count.next_multiple_of(MR) * width);
         for (g, tile) in keys.as_mut_slice().chunks_exact_mut(MR * width).enumerate() {
             // Places past the last key repeat it; their scores are never read.
-            let key = |i: usize| (g * MR + i).min(self.keys - 1);
-            interleave::<MR>(&std::array::from_fn(|i| k.row(sample, key(i), first, width)), tile);
+            let key = |i: usize| k.run((g * MR + i).min(count - 1), 0);
+            interleave::<MR>(&std::array::from_fn(key), tile);
         }
-        let mut values = Aligned::zeros(width.next_multiple_of(MR) * self.keys);
-        for (g, tile) in values.as_mut_slice().chunks_mut(MR * self.keys).enumerate() {
+        let mut values = Aligned::zeros(width.next_multiple_of(MR) * count);
+        for (g, tile) in values.as_mut_slice().chunks_mut(MR * count).enumerate() {
             let columns = g * MR..width.min((g + 1) * MR);
-            for (key, slot) in tile.chunks_exact_mut(MR).enumerate().take(self.keys) {
-                let row = v.row(sample, key, first, width);
-                if let Some(part) = row.get(columns.clone()) {
+            for (key, slot) in tile.chunks_exact_mut(MR).enumerate().take(count) {
+                if let Some(part) = v.run(key, 0).get(columns.clone()) {
                     slot[..part.len()].copy_from_slice(part);
                 }
             }
         }
-        Head { keys, values }
+        Self { keys, values, count, width }
     }
 
-    /// Attends with 32 queries of one head and hands over each query's result (width).
-    fn attend(&self, q: &View<'_>, head: &Head, place: Place, mut emit: impl FnMut(usize, &[f32])) {
-        let kernel = Kernel::detect();
-        let first_query = place.tile * NR;
-        let count = NR.min(self.queries - first_query);
-        // Columns past the last query hold anything: no column sees another.
-        let mut panel = Scratch::new(self.width * NR);
-        for j in 0..count {
-            let row = q.row(place.sample, first_query + j, place.first, self.width);
-            for (value, slot) in row.iter().zip(panel.chunks_exact_mut(NR)) {
-                slot[j] = value * self.scale;
-            }
+    fn queries(panel: Scratch) -> Self::Queries {
+        (Kernel::detect(), panel)
+    }
+
+    fn scores(&self, (kernel, panel): &mut Self::Queries, key0: usize, scores: &mut [f32]) {
+        for (t, tile) in scores.chunks_exact_mut(MR * NR).enumerate() {
+            let a = &self.keys.as_slice()[(key0 + t * MR) * self.width..];
+            // SAFETY: `tile` holds MR x NR floats.
+            unsafe { kernel.run(a, panel, self.width, MR, tile.as_mut_ptr(), NR, false) };
         }
-        let mut scores = Scratch::new(BLOCK * NR);
-        let mut sum = Scratch::new(self.width.next_multiple_of(MR) * NR);
-        sum.fill(0.0);
-        let (mut max, mut total) = ([f32::NEG_INFINITY; NR], [0f32; NR]);
-        let last = if self.kind.causal { first_query + count } else { self.keys };
-        for key0 in (0..self.keys.min(last)).step_by(BLOCK) {
-            let keys = BLOCK.min(self.keys - key0);
-            let scores = &mut scores[..keys.next_multiple_of(MR) * NR];
-            for (t, tile) in scores.chunks_exact_mut(MR * NR).enumerate() {
-                let a = &head.keys.as_slice()[(key0 + t * MR) * self.width..];
-                let c = tile.as_mut_ptr();
-                // SAFETY: `tile` holds MR x NR floats.
-                unsafe { kernel.run(a, &panel, self.width, MR, c, NR, false) };
-            }
-            let scores = &mut scores[..keys * NR];
-            if self.kind.causal {
-                mask(scores, key0, first_query);
-            }
-            let mut factor = [0f32; NR];
-            softmax_block(scores, &mut max, &mut total, &mut factor);
-            rescale(&mut sum, &factor);
-            for (t, tile) in sum.chunks_exact_mut(MR * NR).enumerate() {
-                let rows = MR.min(self.width - t * MR);
-                let a = &head.values.as_slice()[(t * self.keys + key0) * MR..];
-                // SAFETY: `tile` holds MR x NR floats.
-                unsafe { kernel.run(a, scores, keys, rows, tile.as_mut_ptr(), NR, true) };
-            }
-        }
-        let mut row = vec![0f32; self.width];
-        for j in 0..count {
-            let inverse = 1.0 / total[j];
-            for (value, column) in row.iter_mut().zip(sum.chunks_exact(NR)) {
-                *value = column[j] * inverse;
-            }
-            emit(j, &row);
+    }
+
+    fn add(
+        &self,
+        (kernel, _): &mut Self::Queries,
+        keys: Range<usize>,
+        weights: &mut [f32],
+        sums: &mut [f32],
+    ) {
+        for (t, tile) in sums.chunks_exact_mut(MR * NR).enumerate() {
+            let rows = MR.min(self.width - t * MR);
+            let a = &self.values.as_slice()[(t * self.count + keys.start) * MR..];
+            // SAFETY: `tile` holds MR x NR floats.
+            unsafe { kernel.run(a, weights, keys.len(), rows, tile.as_mut_ptr(), NR, true) };
         }
     }
 }
@@ -320,20 +417,46 @@ mod tests {
             let q = (tensor(&[2, queries, heads * width], 1) * 4.0).unwrap();
             let (k, v) =
                 (tensor(&[2, keys, heads * width], 2), tensor(&[2, keys, heads * width], 3));
-            let kind = Attention { heads, causal: false };
+            let kind = Attention { heads, causal: false, tiles: false };
             let got = attention(&q, &k, &v, kind).unwrap();
             assert!(difference(&got, &reference(&q, &k, &v, kind).unwrap()) < 1e-5);
         }
         let (q, k, v) = (tensor(&[2, 77, 48], 4), tensor(&[2, 77, 48], 5), tensor(&[2, 77, 48], 6));
-        let kind = Attention { heads: 3, causal: true };
+        let kind = Attention { heads: 3, causal: true, tiles: false };
         let got = attention(&q, &k, &v, kind).unwrap();
         assert!(difference(&got, &reference(&q, &k, &v, kind).unwrap()) < 1e-5);
+    }
+
+    /// Probabilities too are rounded to bf16, whose numbers are 2^-8 apart.
+    #[test]
+    #[cfg(target_arch = "x86_64")]
+    fn attention_on_tiles_is_as_close_as_bf16() {
+        for (queries, keys, heads, width) in
+            [(64, 64, 2, 40), (1, 1, 1, 8), (33, 77, 8, 20), (300, 500, 1, 64), (5, 400, 3, 7)]
+        {
+            let round = |t: Tensor| t.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap();
+            let q = round((tensor(&[2, queries, heads * width], 1) * 4.0).unwrap());
+            let k = round(tensor(&[2, keys, heads * width], 2));
+            let v = round(tensor(&[2, keys, heads * width], 3));
+            for causal in [false, queries == keys] {
+                let kind = Attention { heads, causal, tiles: false };
+                let want = attention(&q, &k, &v, kind).unwrap();
+                let got = attention(&q, &k, &v, Attention { tiles: true, ..kind }).unwrap();
+                let difference = difference(&got, &want);
+                assert!(difference < 1e-2, "{queries} {keys} {width}: {difference}");
+                let row = |t: &Tensor| t.narrow(0, 1, 1).unwrap().contiguous().unwrap();
+                let kind = Attention { tiles: true, ..kind };
+                let alone = attention(&row(&q), &row(&k), &row(&v), kind).unwrap();
+                let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                assert_eq!(values(&alone), values(&row(&got)), "a sample depends on its batch");
+            }
+        }
     }
 
     #[test]
     fn columns_of_a_wider_tensor_serve() {
         let qkv = tensor(&[2, 50, 3 * 32], 7);
-        let kind = Attention { heads: 4, causal: false };
+        let kind = Attention { heads: 4, causal: false, tiles: false };
         let got = self_attention(&qkv, kind).unwrap();
         let dense = |i: usize| qkv.narrow(2, i * 32, 32).unwrap().contiguous().unwrap();
         let want = attention(&dense(0), &dense(1), &dense(2), kind).unwrap();
@@ -343,7 +466,7 @@ mod tests {
     #[test]
     fn large_scores_do_not_overflow() {
         let q = (tensor(&[1, 40, 16], 8) * 1e3).unwrap();
-        let kind = Attention { heads: 1, causal: false };
+        let kind = Attention { heads: 1, causal: false, tiles: false };
         let got = attention(&q, &q, &q, kind).unwrap();
         assert!(got.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|v| v.is_finite()));
     }

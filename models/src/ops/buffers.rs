@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::ops::{Deref, DerefMut};
 
+use half::bf16;
 use rayon::prelude::*;
 
 use super::memory::prefer_huge_pages;
@@ -24,8 +25,8 @@ thread_local! {
     static KEPT: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Scratch of a thread that is in use at a time: the loops here nest three deep.
-const MAX_KEPT: usize = 4;
+/// Scratch of a thread that is in use at a time: attention on tiles has most.
+const MAX_KEPT: usize = 6;
 
 /// [`Aligned`] floats that hold whatever this thread left in them: a task's scratch is as large as
 /// its work, and clearing it would take as long as writing it.
@@ -41,6 +42,16 @@ impl Scratch {
             floats = vec![0f32; len + LINE];
         }
         Self(Aligned::within(floats, len))
+    }
+}
+
+impl Scratch {
+    /// The same memory as twice as many halves.
+    pub(crate) fn halves(&mut self) -> &mut [bf16] {
+        let floats = &mut **self;
+        let len = 2 * floats.len();
+        // SAFETY: the memory is borrowed as a whole, and all bits are a number in either type.
+        unsafe { std::slice::from_raw_parts_mut(floats.as_mut_ptr().cast(), len) }
     }
 }
 
@@ -73,17 +84,20 @@ impl DerefMut for Scratch {
     }
 }
 
-impl Aligned {
+impl<T: Copy + Default> Aligned<T> {
+    /// Numbers in a cache line.
+    const LINE: usize = LINE * size_of::<f32>() / size_of::<T>();
+
     pub(crate) fn zeros(len: usize) -> Self {
-        Self::within(vec![0f32; len + LINE], len)
+        Self::within(vec![T::default(); len + Self::LINE], len)
     }
 
-    fn within(numbers: Vec<f32>, len: usize) -> Self {
-        let first = numbers.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
+    fn within(numbers: Vec<T>, len: usize) -> Self {
+        let first = numbers.as_ptr().align_offset(LINE * size_of::<f32>()).min(Self::LINE);
         Self { numbers, first, len }
     }
 
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [T] {
         &mut self.numbers[self.first..self.first + self.len]
     }
 }
@@ -98,9 +112,8 @@ impl<T: Copy + Default + Send> Aligned<T> {
         chunk: usize,
         write: impl Fn(usize, &mut [MaybeUninit<T>]) + Sync,
     ) -> Self {
-        let line = LINE * size_of::<f32>() / size_of::<T>();
-        let mut numbers: Vec<T> = Vec::with_capacity(len + line);
-        let first = numbers.as_ptr().align_offset(LINE * size_of::<f32>()).min(line);
+        let mut numbers: Vec<T> = Vec::with_capacity(len + Self::LINE);
+        let first = numbers.as_ptr().align_offset(LINE * size_of::<f32>()).min(Self::LINE);
         numbers.resize(first, T::default());
         let room = &mut numbers.spare_capacity_mut()[..len];
         prefer_huge_pages(room);

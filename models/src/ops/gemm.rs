@@ -11,6 +11,8 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::activation::{Activation, gate};
+#[cfg(target_arch = "x86_64")]
+use super::amx;
 use super::buffers::{Out, Scratch, written};
 pub(crate) use super::packed::{NR, Packed};
 use super::simd::Isa;
@@ -121,25 +123,35 @@ pub(crate) fn gemm(
     unsafe { written(rows * weights.n, |out| product(out).run(rows)) }
 }
 
-struct Product<'a, A> {
-    a: &'a A,
-    weights: &'a Packed,
+pub(super) struct Product<'a, A> {
+    pub(super) a: &'a A,
+    pub(super) weights: &'a Packed,
     epilogue: Epilogue<'a>,
     kernel: Kernel,
     out: Out,
 }
 
 /// One task's rectangle of the output.
-struct Area {
-    rows: Range<usize>,
-    panels: Range<usize>,
+pub(super) struct Area {
+    pub(super) rows: Range<usize>,
+    pub(super) panels: Range<usize>,
+}
+
+/// How large the blocks of a product are.
+struct Blocking {
+    /// Rows of a tile; a divisor of MC.
+    rows: usize,
+    /// Depth that is summed before it is stored.
+    depth: usize,
 }
 
 impl<A: Rows> Product<'_, A> {
     fn run(&self, rows: usize) {
         let panels = self.weights.n.div_ceil(self.weights.width());
-        let blocks = rows.div_ceil(MC.min(MC * DEPTH / self.depth()).max(MR));
-        let block_rows = rows.div_ceil(blocks).next_multiple_of(MR);
+        let blocking = self.blocking();
+        let most = MC.min(MC * blocking.depth / self.depth()).max(blocking.rows);
+        let blocks = rows.div_ceil(most);
+        let block_rows = rows.div_ceil(blocks).next_multiple_of(blocking.rows);
         let tasks = 4 * rayon::current_num_threads();
         let chunk = panels.div_ceil(tasks.div_ceil(blocks).min(panels));
         let chunks = panels.div_ceil(chunk);
@@ -150,15 +162,29 @@ impl<A: Rows> Product<'_, A> {
                 rows: first..rows.min(first + block_rows),
                 panels: part * chunk..panels.min((part + 1) * chunk),
             };
-            if !area.rows.is_empty() {
-                self.multiply(&area);
+            if area.rows.is_empty() {
+                return;
             }
+            #[cfg(target_arch = "x86_64")]
+            if self.weights.tiled() {
+                return amx::multiply(self, &area);
+            }
+            self.multiply(&area);
         });
     }
 
+    fn blocking(&self) -> Blocking {
+        #[cfg(target_arch = "x86_64")]
+        if self.weights.tiled() {
+            return Blocking { rows: amx::ROWS, depth: amx::DEPTH };
+        }
+        Blocking { rows: MR, depth: DEPTH }
+    }
+
     /// What is summed before it is stored: all of it where a gate must meet its value.
-    fn depth(&self) -> usize {
-        if self.weights.gated { self.weights.k } else { DEPTH.min(self.weights.k) }
+    pub(super) fn depth(&self) -> usize {
+        let k = self.weights.k;
+        if self.weights.gated { k } else { self.blocking().depth.min(k) }
     }
 
     fn multiply(&self, area: &Area) {
@@ -192,7 +218,13 @@ impl<A: Rows> Product<'_, A> {
     }
 
     /// Takes the sums over `depth` of a panel into the output, and finishes it after the last.
-    fn store(&self, rows: &Range<usize>, p: usize, sums: &mut [f32], depth: Range<usize>) {
+    pub(super) fn store(
+        &self,
+        rows: &Range<usize>,
+        p: usize,
+        sums: &mut [f32],
+        depth: Range<usize>,
+    ) {
         let Packed { k, n, gated, .. } = *self.weights;
         let width = self.weights.width();
         let columns = p * width..n.min((p + 1) * width);

@@ -70,6 +70,11 @@ impl Linear {
         Ok(Weights::Device { weight: place(weight)?, bias: bias.map(place).transpose()? })
     }
 
+    /// Whether its products are those of bf16 on tiles.
+    pub(crate) fn on_tiles(&self) -> bool {
+        matches!(&self.weights, Weights::Cpu { packed, .. } if packed.tiled())
+    }
+
     /// (.., in) -> (.., out)
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.run(x, After::default())

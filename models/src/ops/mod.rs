@@ -9,6 +9,8 @@
 #![expect(unsafe_code, reason = "vector instructions, disjoint writes, launches of our kernels")]
 
 mod activation;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 mod buffers;
 mod conv;
@@ -40,6 +42,8 @@ pub(crate) use linear::{Geglu, Linear};
 pub use memory::{keep_freed_memory, return_freed_memory};
 pub(crate) use norm::{GroupNorm, LayerNorm};
 pub(crate) use numbers::{Numbers, Weight};
+pub use simd::instructions;
+pub(crate) use simd::knows_bf16;
 
 /// Without the feature `cuda` there is no such device; candle says so.
 #[cfg(not(feature = "cuda"))]

@@ -2,6 +2,7 @@
 //! from where they are stored.
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use candle_core::{DType, Result, bail};
 use half::bf16;
@@ -9,12 +10,14 @@ use half::bf16;
 use super::buffers::{Aligned, Scratch};
 use super::gemm::interleave;
 use super::numbers::{Numbers, Weight};
-use super::simd::vectorized;
+use super::simd::{has_tiles, vectorized};
 
 /// Columns of a panel.
 pub(crate) const NR: usize = 32;
 /// Numbers of a column that are turned at a time: NR times as many stay in the first-level cache.
 const DEPTH: usize = 128;
+/// Rows of a panel in pairs are a multiple of this: the depth of a tile.
+pub(crate) const STEP: usize = 32;
 
 /// A (k, n) matrix in panels: panel p holds columns p * NR .. as [k][NR], the last one padded.
 pub(crate) struct Packed {
@@ -30,22 +33,51 @@ enum Panels {
     F32(Aligned<f32>),
     /// Half the memory; widened block by block on the way to the kernel.
     Bf16(Aligned<bf16>),
+    /// For tiles, which take two rows at a time: [k / 2][NR][2], zeros after the last row.
+    Pairs(Aligned<bf16>),
+}
+
+/// How panels hold their numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Layout {
+    F32,
+    Bf16,
+    Pairs,
+}
+
+impl Layout {
+    /// What this processor multiplies fastest.
+    fn of(dtype: DType) -> Self {
+        match dtype {
+            DType::BF16 if has_tiles() => Self::Pairs,
+            DType::BF16 => Self::Bf16,
+            _ => Self::F32,
+        }
+    }
 }
 
 impl Packed {
     /// Packs a weight (n, inputs, taps) as the matrix whose column j is output j and whose rows
     /// run over taps, then inputs: the order in which pixels lie in memory. In bf16 or f32.
     pub(crate) fn new(weight: &Weight<'_>, taps: usize, dtype: DType) -> Result<Self> {
+        Self::laid_out(weight, taps, Layout::of(dtype))
+    }
+
+    pub(super) fn laid_out(weight: &Weight<'_>, taps: usize, layout: Layout) -> Result<Self> {
         let (n, k) = weight.matrix();
-        let panels = Panels::new(weight, &columns(n), taps, dtype)?;
+        let panels = Panels::new(weight, &columns(n), taps, layout)?;
         Ok(Self { panels, k, n, gated: false })
     }
 
     /// Packs a weight (2n, k) whose second half are the gates of the first: every panel holds
     /// NR / 2 values and their gates.
     pub(crate) fn gated(weight: &Weight<'_>, dtype: DType) -> Result<Self> {
+        Self::gated_and_laid_out(weight, Layout::of(dtype))
+    }
+
+    pub(super) fn gated_and_laid_out(weight: &Weight<'_>, layout: Layout) -> Result<Self> {
         let (n, k) = weight.matrix();
-        let panels = Panels::new(weight, &gated_columns(n / 2), 1, dtype)?;
+        let panels = Panels::new(weight, &gated_columns(n / 2), 1, layout)?;
         Ok(Self { panels, k, n: n / 2, gated: true })
     }
 
@@ -63,15 +95,43 @@ impl Packed {
         wide: &'a mut Scratch,
     ) -> &'a [f32] {
         let range = (p * self.k + k0) * NR..(p * self.k + k0 + kc) * NR;
+        let wide = &mut wide[..kc * NR];
         match &self.panels {
             Panels::F32(panels) => &panels.as_slice()[range],
             Panels::Bf16(panels) => {
-                let wide = &mut wide[..kc * NR];
                 widen(&panels.as_slice()[range], wide);
+                wide
+            }
+            Panels::Pairs(panels) => {
+                let panel = &panels.as_slice()[p * self.k.next_multiple_of(STEP) * NR..];
+                for (k, row) in (k0..).zip(wide.chunks_exact_mut(NR)) {
+                    for (j, number) in row.iter_mut().enumerate() {
+                        *number = panel[in_pairs(k, j)].to_f32();
+                    }
+                }
                 wide
             }
         }
     }
+
+    /// Whether the panels lie in pairs, for tiles.
+    pub(super) fn tiled(&self) -> bool {
+        matches!(self.panels, Panels::Pairs(_))
+    }
+
+    /// Rows of a panel in pairs, from a multiple of [`STEP`] on and up to one; none if they lie
+    /// otherwise.
+    pub(super) fn pairs(&self, p: usize, rows: Range<usize>) -> &[bf16] {
+        let Panels::Pairs(panels) = &self.panels else { return &[] };
+        let first = p * self.k.next_multiple_of(STEP);
+        let last = first + rows.end.next_multiple_of(STEP);
+        &panels.as_slice()[(first + rows.start) * NR..last * NR]
+    }
+}
+
+/// Where a panel in pairs has column j of row k.
+fn in_pairs(k: usize, j: usize) -> usize {
+    (k / 2 * NR + j) * 2 + k % 2
 }
 
 /// The row of a weight that each column of the panels holds, if any.
@@ -92,30 +152,43 @@ pub(crate) fn gated_columns(n: usize) -> Columns {
 }
 
 impl Panels {
-    fn new(weight: &Weight<'_>, columns: &Columns, taps: usize, dtype: DType) -> Result<Self> {
+    fn new(weight: &Weight<'_>, columns: &Columns, taps: usize, layout: Layout) -> Result<Self> {
         let (_, k) = weight.matrix();
         if k == 0 {
             bail!("a layer without inputs");
         }
-        weight.numbers(|numbers| {
-            if dtype == DType::BF16 {
-                Self::Bf16(pack(numbers, columns, (k, taps), narrow))
-            } else {
-                let copy = |row: &[f32], out: &mut [MaybeUninit<f32>]| {
-                    out.write_copy_of_slice(row);
+        weight.numbers(|numbers| match layout {
+            Layout::F32 => {
+                let place = |row: &[f32], k: usize, panel: &mut [MaybeUninit<f32>]| {
+                    panel[k * NR..][..NR].write_copy_of_slice(row);
                 };
-                Self::F32(pack(numbers, columns, (k, taps), copy))
+                Self::F32(pack(numbers, columns, (k, taps), k, place))
+            }
+            Layout::Bf16 => {
+                let place = |row: &[f32], k: usize, panel: &mut [MaybeUninit<bf16>]| {
+                    panel[k * NR..][..NR].write_copy_of_slice(&narrowed(row));
+                };
+                Self::Bf16(pack(numbers, columns, (k, taps), k, place))
+            }
+            Layout::Pairs => {
+                let place = |row: &[f32], k: usize, panel: &mut [MaybeUninit<bf16>]| {
+                    for (j, number) in narrowed(row).into_iter().enumerate() {
+                        panel[in_pairs(k, j)].write(number);
+                    }
+                };
+                Self::Pairs(pack(numbers, columns, (k, taps), k.next_multiple_of(STEP), place))
             }
         })
     }
 }
 
-/// `turn` writes a row of a panel in its type.
+/// `place` writes a row of a panel, which has `depth` rows: zeros after the k of the weight.
 fn pack<T: Copy + Default + Send + Sync>(
     numbers: Numbers<'_>,
     columns: &Columns,
     (k, taps): (usize, usize),
-    turn: impl Fn(&[f32], &mut [MaybeUninit<T>]) + Sync,
+    depth: usize,
+    place: impl Fn(&[f32], usize, &mut [MaybeUninit<T>]) + Sync,
 ) -> Aligned<T> {
     let inputs = k / taps;
     let panel = |p: usize, panel: &mut [MaybeUninit<T>]| {
@@ -133,26 +206,40 @@ fn pack<T: Copy + Default + Send + Sync>(
             let block = &*block;
             interleave::<NR>(&std::array::from_fn(|j| &block[j * len..][..len]), rows);
             for (i, row) in (first..).zip(rows.chunks_exact(NR)) {
-                let place = i % taps * inputs + i / taps;
-                turn(row, &mut panel[place * NR..][..NR]);
+                place(row, i % taps * inputs + i / taps, panel);
             }
         }
+        for row in k..depth {
+            place(&[0.0; NR], row, panel);
+        }
     };
-    // SAFETY: the places of all i < k are all rows of the panel, and `turn` writes all of a row.
-    unsafe { Aligned::written(columns.len() * k, k * NR, panel) }
+    // SAFETY: the places of all i < k, and those after them, are all rows of the panel, and
+    // `place` writes all of a row.
+    unsafe { Aligned::written(columns.len() * depth, depth * NR, panel) }
+}
+
+fn narrowed(row: &[f32]) -> [bf16; NR] {
+    let mut halves = [bf16::ZERO; NR];
+    narrow(row, &mut halves);
+    halves
 }
 
 vectorized! {
-    /// Rounds to the nearest, ties to even.
-    fn narrow(wide: &[f32], narrow: &mut [MaybeUninit<bf16>]) {
+    pub(super) fn narrow(wide: &[f32], narrow: &mut [bf16]) {
         for (wide, narrow) in wide.iter().zip(narrow) {
-            let bits = wide.to_bits();
-            let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1));
-            // What is not a number stays so.
-            let bits = if wide.is_nan() { bits | 1 << 22 } else { rounded };
-            narrow.write(bf16::from_bits((bits >> 16) as u16));
+            *narrow = bf16::from_bits(rounded(*wide));
         }
     }
+}
+
+/// The bits of the nearest bf16, of two as near the even one.
+#[inline(always)]
+pub(super) fn rounded(wide: f32) -> u16 {
+    let bits = wide.to_bits();
+    let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1));
+    // What is not a number stays so.
+    let bits = if wide.is_nan() { bits | 1 << 22 } else { rounded };
+    (bits >> 16) as u16
 }
 
 vectorized! {
@@ -173,12 +260,10 @@ mod tests {
         let mut wide = random(4096, 2);
         wide.extend([0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, 1e-41]);
         wide.extend([0x3F80_8000, 0x3F81_8000, 0x3F80_8001, 0x7F80_0001].map(f32::from_bits));
-        let mut narrowed = vec![MaybeUninit::uninit(); wide.len()];
+        let mut narrowed = vec![bf16::ZERO; wide.len()];
         narrow(&wide, &mut narrowed);
         for (wide, narrow) in wide.iter().zip(&narrowed) {
-            // SAFETY: narrow() has written all.
-            let got = unsafe { narrow.assume_init() };
-            assert_eq!(got.to_bits(), bf16::from_f32(*wide).to_bits(), "{wide}");
+            assert_eq!(narrow.to_bits(), bf16::from_f32(*wide).to_bits(), "{wide}");
         }
     }
 
@@ -189,21 +274,29 @@ mod tests {
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
             let numbers = Numbers::new(&bytes, DType::F32).unwrap();
             let shape = [n, inputs, taps];
-            let pack = |dtype| Packed::new(&Weight::Stored(numbers, &shape), taps, dtype).unwrap();
+            let weight = Weight::Stored(numbers, &shape);
             let mut wide = Scratch::new(k * NR);
-            for (dtype, turned) in [
-                (DType::F32, values.clone()),
-                (DType::BF16, values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect()),
-            ] {
-                let packed = pack(dtype);
+            let rounded: Vec<f32> = values.iter().map(|v| bf16::from_f32(*v).to_f32()).collect();
+            for (layout, turned) in
+                [(Layout::F32, &values), (Layout::Bf16, &rounded), (Layout::Pairs, &rounded)]
+            {
+                let packed = Packed::laid_out(&weight, taps, layout).unwrap();
                 for j in 0..n.next_multiple_of(NR) {
                     let panel = packed.panel(j / NR, 0, k, &mut wide);
                     for (tap, input) in (0..k).map(|i| (i / inputs, i % inputs)) {
                         let got = panel[(tap * inputs + input) * NR + j % NR];
                         let want = if j < n { turned[j * k + input * taps + tap] } else { 0.0 };
-                        assert_eq!(got, want, "{shape:?} {dtype:?} {j} {tap} {input}");
+                        assert_eq!(got, want, "{shape:?} {layout:?} {j} {tap} {input}");
                     }
                 }
+                let rows = packed.pairs(0, 0..k).len() / NR;
+                assert_eq!(rows, if packed.tiled() { k.next_multiple_of(STEP) } else { 0 });
+                assert!(
+                    packed.pairs(0, 0..k)[..]
+                        .iter()
+                        .skip(k.div_ceil(2) * 2 * NR)
+                        .all(|v| *v == bf16::ZERO)
+                );
             }
         }
     }

@@ -29,6 +29,45 @@ impl Isa {
     }
 }
 
+/// Whether products of bf16 are done on tiles.
+pub(super) fn has_tiles() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return super::amx::usable();
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Whether this processor was made to compute in bf16.
+pub(crate) fn knows_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return has_tiles() || is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// The instructions that the kernels of the CPU use, and what is to be said of those that they
+/// should use and do not.
+pub fn instructions() -> (&'static str, Option<&'static str>) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use super::amx::{Found, find};
+
+        let vectors = match Isa::detect() {
+            Isa::Avx512 => "AVX-512",
+            Isa::Avx2 => "AVX2",
+            Isa::Portable => "SSE2",
+        };
+        match find() {
+            Found::Absent => (vectors, None),
+            Found::Usable => ("AVX-512, AMX", None),
+            Found::Refused => (vectors, Some("the system does not permit AMX")),
+            Found::Wrong => (vectors, Some("AMX is not used: its sums were wrong when tried")),
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    ("portable", None)
+}
+
 macro_rules! vectorized {
     ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
         $(#[$doc])*

@@ -1,0 +1,103 @@
+//! The products of attention on tiles: 32 keys, and then 32 channels, times 32 queries.
+
+use std::ops::Range;
+
+use half::bf16;
+
+use super::super::attention::{self, BLOCK, Columns};
+use super::super::buffers::{Aligned, Scratch};
+use super::super::gemm::Rows as _;
+use super::super::packed::{NR, STEP, narrow, rounded};
+use super::super::simd::vectorized;
+use super::{ROWS, Unit, pack};
+
+/// Keys [group][step of channels][ROWS][STEP], values [group of channels][step of
+/// keys][ROWS][STEP], zeros after the last.
+pub(in crate::ops) struct Head {
+    keys: Aligned<bf16>,
+    values: Aligned<bf16>,
+    /// Keys in a group of values.
+    count: usize,
+    /// Channels in a group of keys.
+    width: usize,
+}
+
+/// Queries in pairs of channels, and room for weights in pairs of keys.
+pub(in crate::ops) struct Queries {
+    unit: Unit,
+    panel: Scratch,
+    weights: Scratch,
+}
+
+impl attention::Head for Head {
+    const GROUP: usize = ROWS;
+    type Queries = Queries;
+
+    fn pack(k: Columns<'_>, v: Columns<'_>) -> Self {
+        let (count, width) = (k.count.next_multiple_of(STEP), k.width.next_multiple_of(STEP));
+        let mut line = Scratch::new(width / 2);
+        let line = line.halves();
+        let mut keys = Aligned::zeros(count * width);
+        for (g, tile) in keys.as_mut_slice().chunks_exact_mut(ROWS * width).enumerate() {
+            pack(&k, g * ROWS..k.count, 0..k.width, line, tile);
+        }
+        let mut values = Aligned::zeros(width * count);
+        for key in 0..v.count {
+            narrow(v.run(key, 0), &mut line[..v.width]);
+            for (c, value) in line[..v.width].iter().enumerate() {
+                let row = (c / ROWS * count + key / STEP * STEP) + c % ROWS;
+                values.as_mut_slice()[row * STEP + key % STEP] = *value;
+            }
+        }
+        Self { keys, values, count, width }
+    }
+
+    fn queries(panel: Scratch) -> Queries {
+        let padded = (panel.len() / NR).next_multiple_of(STEP);
+        let mut rows = Scratch::new(padded * NR);
+        rows[..panel.len()].copy_from_slice(&panel);
+        rows[panel.len()..].fill(0.0);
+        let mut panel = Scratch::new(padded / 2 * NR);
+        pair(&rows, &mut panel);
+        Queries { unit: Unit::new(), panel, weights: Scratch::new(BLOCK / 2 * NR) }
+    }
+
+    fn scores(&self, queries: &mut Queries, key0: usize, scores: &mut [f32]) {
+        let Queries { unit, panel, .. } = queries;
+        let keys = self.keys.as_slice()[key0 * self.width..].chunks_exact(ROWS * self.width);
+        for (keys, scores) in keys.zip(scores.as_chunks_mut().0) {
+            unit.block(keys, panel.halves(), scores, false);
+        }
+    }
+
+    fn add(
+        &self,
+        queries: &mut Queries,
+        keys: Range<usize>,
+        weights: &mut [f32],
+        sums: &mut [f32],
+    ) {
+        let Queries { unit, weights: pairs, .. } = queries;
+        let depth = weights.len() / NR;
+        weights[keys.len() * NR..].fill(0.0);
+        pair(weights, &mut pairs[..depth / 2 * NR]);
+        let pairs = &pairs.halves()[..depth * NR];
+        let values = self.values.as_slice().chunks_exact(ROWS * self.count);
+        for (values, sums) in values.zip(sums.as_chunks_mut().0) {
+            let values = &values[keys.start * ROWS..][..depth * ROWS];
+            unit.block(values, pairs, sums, true);
+        }
+    }
+}
+
+vectorized! {
+    /// Rows [k][NR] rounded to bf16 and in pairs, [k / 2][NR][2]: a pair fills the place of one.
+    fn pair(rows: &[f32], pairs: &mut [f32]) {
+        for (rows, pairs) in rows.chunks_exact(2 * NR).zip(pairs.chunks_exact_mut(NR)) {
+            let (first, second) = rows.split_at(NR);
+            for ((pair, a), b) in pairs.iter_mut().zip(first).zip(second) {
+                *pair = f32::from_bits(u32::from(rounded(*a)) | u32::from(rounded(*b)) << 16);
+            }
+        }
+    }
+}
