@@ -52,10 +52,11 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     // The orders are gone, and with them the sender of progress: the bar ends by itself.
     let _ = bar.await;
 
-    let mut out = std::io::stdout();
+    let (mut out, hashes) = (std::io::stdout(), image::Hashes::default());
     for (k, (spec, picture)) in specs.iter().zip(&pictures?).enumerate() {
         let path = numbered(&config.output, k, specs.len());
-        let infotext = image::infotext(spec, &model.name);
+        let loras = hashes.of(spec, &model.extras.loras);
+        let infotext = image::infotext(spec, &model.name, &loras);
         let file = image::encode(&picture.rgb, config.format, image::JPEG_QUALITY, &infotext)?;
         std::fs::write(&path, file).with_context(|| format!("cannot write {}", path.display()))?;
         for warning in &picture.warnings {

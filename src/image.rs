@@ -2,6 +2,7 @@
 //! came in to pixels. Not for the model thread, but for what it must not let out (`blurred`), and not
 //! for async threads: both take milliseconds of a whole core.
 
+mod hashes;
 pub(crate) mod infotext;
 
 use std::io::Cursor;
@@ -15,6 +16,11 @@ use image::{
     ImageReader, Limits, RgbImage,
 };
 use sd_models::{Hires, Rgb, Size, Spec};
+
+pub use hashes::Hashes;
+
+/// What AUTOMATIC1111 calls the list of LoRAs with their hashes.
+pub(crate) const LORA_HASHES: &str = "Lora hashes";
 
 /// Visually lossless at a quarter of PNG's size.
 pub const JPEG_QUALITY: u8 = 92;
@@ -66,8 +72,9 @@ impl std::str::FromStr for Format {
     }
 }
 
-/// The parameters of a picture in the form that AUTOMATIC1111 writes and many tools read.
-pub fn infotext(spec: &Spec, model: &str) -> String {
+/// The parameters of a picture in the form that AUTOMATIC1111 writes and many tools read; `loras`
+/// are those of [`Hashes::of`].
+pub fn infotext(spec: &Spec, model: &str, loras: &str) -> String {
     // A zero byte would end the text inside the file.
     let clean = |text: &str| text.replace('\0', "");
     let mut text = clean(&spec.prompt);
@@ -81,8 +88,12 @@ pub fn infotext(spec: &Spec, model: &str) -> String {
     let strength = spec.strength().map(|strength| format!("Denoising strength: {strength}, "));
     let hires = spec.hires.iter().flat_map(|hires| hires_parameters(spec, hires));
     let hires: String = hires.map(|(name, value)| format!("{name}: {value}, ")).collect();
+    let loras = match loras {
+        "" => String::new(),
+        loras => format!("{LORA_HASHES}: \"{loras}\", "),
+    };
     text += &format!(
-        "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}, Model: {model}, {}{hires}\
+        "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}, Model: {model}, {}{hires}{loras}\
          Version: sd-server {}",
         spec.steps,
         spec.scheduler.title(),

@@ -18,7 +18,7 @@ use super::dialect::{Dialect, Heard, Pictures};
 use super::error::ApiError;
 use crate::api::{Draw, Fields, Invalid};
 use crate::engine::{Client, Drawn, Engine, Failure, Job, Ticket};
-use crate::image::{self, JPEG_QUALITY};
+use crate::image::{self, Hashes, JPEG_QUALITY};
 use crate::telemetry::Id;
 
 /// The seed for those who see every header.
@@ -43,6 +43,7 @@ pub(super) struct Asked {
     dialect: Dialect,
     model: Arc<ModelInfo>,
     engine: Engine,
+    hashes: Hashes,
 }
 
 /// A finished answer.
@@ -101,8 +102,8 @@ impl Asked {
         if settings.log_prompts {
             info!(prompt = specs[0].prompt, "accepted");
         }
-        let quality = JPEG_QUALITY;
-        Ok(Self { specs, reply, quality, preview, dialect, model, engine })
+        let (quality, hashes) = (JPEG_QUALITY, state.hashes.clone());
+        Ok(Self { specs, reply, quality, preview, dialect, model, engine, hashes })
     }
 
     /// The model that draws them.
@@ -158,10 +159,15 @@ impl Asked {
         tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::Encode)?
     }
 
+    /// The LoRAs of a picture by their hashes. Reads files.
+    pub(super) fn loras(&self, spec: &Spec) -> String {
+        self.hashes.of(spec, &self.model.extras.loras)
+    }
+
     fn files(&self, pictures: &[Drawn]) -> Result<Vec<Vec<u8>>, ApiError> {
         let file = |(spec, picture): (&Spec, &Drawn)| {
             let began = Instant::now();
-            let infotext = image::infotext(spec, &self.model.name);
+            let infotext = image::infotext(spec, &self.model.name, &self.loras(spec));
             let file = image::encode(&picture.rgb, self.reply.format(), self.quality, &infotext);
             self.engine.metrics().time(Id::StageSeconds, &["encode"], began.elapsed());
             file.map_err(|error| {

@@ -44,6 +44,7 @@ use tracing::{Instrument, debug, error, info, info_span};
 
 use crate::api::Limits;
 use crate::engine::Engine;
+use crate::image;
 use crate::models::{Chosen, Models};
 use crate::telemetry::Id;
 use error::{ApiError, Reason};
@@ -107,6 +108,7 @@ struct Shared {
     shelf: Arc<shelf::Shelf>,
     underway: underway::Underway,
     checkpoint: sdapi::Checkpoint,
+    hashes: image::Hashes,
 }
 
 impl Shared {
@@ -171,7 +173,7 @@ pub fn router(models: Models, settings: Settings) -> Router {
         .method_not_allowed_fallback(other_method)
         .layer(option_layer(cors(&settings.cors_origins)))
         .layer(middleware::from_fn_with_state(engine.clone(), observe));
-    let (jobs, shelf, underway, checkpoint) = Default::default();
+    let (jobs, shelf, underway, checkpoint, hashes) = Default::default();
     let _chosen = None;
     let shared = Shared {
         engine,
@@ -184,6 +186,7 @@ pub fn router(models: Models, settings: Settings) -> Router {
         shelf,
         underway,
         checkpoint,
+        hashes,
     };
     let state = Arc::new(shared);
     route::by_attribute(router.with_state(state))

@@ -12,7 +12,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Response};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use sd_models::{Scheduler, Spec, Upscaler};
+use sd_models::{ModelInfo, Scheduler, Spec, Upscaler};
 use serde_json::{Map, Value, json};
 
 use super::accept::Reply;
@@ -147,10 +147,21 @@ async fn draw(state: State, request: Request, from_picture: bool) -> Result<Resp
         json!({
             "images": if send_images { images } else { Vec::new() },
             "parameters": echo,
-            "info": info(&asked.specs, pictures, notes, &asked.model().name).to_string(),
+            "info": info(asked, pictures, notes).to_string(),
         })
     };
     Ok(Json(asked.encode(pictures, dress).await?).into_response())
+}
+
+/// The model that is asked what there is beside it; none where none is chosen, and none is loaded
+/// for that.
+fn artist(state: &State) -> Result<Option<Arc<ModelInfo>>, ApiError> {
+    let chosen = state.checkpoint.get().and_then(|name| state.models.get(&name).ok());
+    match chosen.as_ref().map_or(&state.engine, |chosen| &chosen.engine).model() {
+        Ok(model) => Ok(Some(model)),
+        Err(Failure::Absent) => Ok(None),
+        Err(failure) => Err(failure.into()),
+    }
 }
 
 /// The settings of one request, and the model that they name.
@@ -361,10 +372,12 @@ fn scheduler(theirs: &mut Fields) -> Result<Option<Scheduler>, Invalid> {
 }
 
 /// What AUTOMATIC1111 tells of its pictures.
-fn info(specs: &[Spec], pictures: &[Drawn], notes: Vec<String>, model: &str) -> Value {
+fn info(asked: &Asked, pictures: &[Drawn], notes: Vec<String>) -> Value {
+    let (specs, model) = (&asked.specs, &asked.model().name);
     let Some(first) = specs.first() else { return Value::Null };
+    let loras = asked.loras(first);
     let all = |of: fn(&Spec) -> Value| specs.iter().map(of).collect::<Vec<_>>();
-    let infotexts: Vec<_> = specs.iter().map(|spec| image::infotext(spec, model)).collect();
+    let infotexts: Vec<_> = specs.iter().map(|spec| image::infotext(spec, model, &loras)).collect();
     let mut warnings = notes;
     for warning in pictures.iter().flat_map(|picture| &picture.warnings) {
         if !warnings.contains(warning) {
@@ -373,6 +386,8 @@ fn info(specs: &[Spec], pictures: &[Drawn], notes: Vec<String>, model: &str) -> 
     }
     let nsfw: Option<Vec<bool>> = pictures.iter().map(|picture| picture.nsfw).collect();
     let parameters = first.hires.iter().flat_map(|hires| image::hires_parameters(first, hires));
+    let hashes = (!loras.is_empty()).then_some((image::LORA_HASHES, loras));
+    let parameters = parameters.chain(hashes);
     let parameters: Map<String, Value> =
         parameters.map(|(name, value)| (name.to_owned(), value.into())).collect();
     json!({
@@ -598,7 +613,7 @@ pub(super) async fn models(state: State) -> Result<Json<Value>, ApiError> {
 
 /// `GET /sdapi/v1/loras`: what `<lora:name:1>` in a prompt can name.
 pub(super) async fn loras(state: State) -> Result<Json<Value>, ApiError> {
-    let model = state.engine.model()?;
+    let Some(model) = artist(&state)? else { return Ok(nothing().await) };
     let list = tokio::task::spawn_blocking(move || model.extras.loras.list()).await;
     let lora = |(name, path): (String, PathBuf)| {
         let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -619,7 +634,9 @@ pub(super) async fn upscalers() -> Json<Value> {
 
 /// `GET /sdapi/v1/embeddings`: words that prompts can hold beside those of every model.
 pub(super) async fn embeddings(state: State) -> Result<Json<Value>, ApiError> {
-    let model = state.engine.model()?;
+    let Some(model) = artist(&state)? else {
+        return Ok(Json(json!({ "loaded": {}, "skipped": {} })));
+    };
     let item = |vectors, reason: Option<&str>| {
         let shape = model.learned.width;
         json!({

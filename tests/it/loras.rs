@@ -49,6 +49,8 @@ fn every_dialect_can_name_loras() {
     let one = json!([{ "name": "everywhere", "scale": 0.8 }]);
     let native = drawn(&server, &one);
     assert!(infotext(&native).starts_with("a red house <lora:everywhere:0.8>\nSteps: 3"));
+    // What hashlib.sha256 makes of the file behind its header.
+    assert!(infotext(&native).contains(", Lora hashes: \"everywhere: 41135439c692\", Version: "));
     assert_ne!(pixels(&native), pixels(&drawn(&server, &json!(null))));
     let whole = json!([{ "name": "everywhere", "scale": null }]);
     assert_ne!(pixels(&native), pixels(&drawn(&server, &whole)));
@@ -68,6 +70,10 @@ fn every_dialect_can_name_loras() {
     });
     let (status, reply) = post(&server, "/sdapi/v1/txt2img", &sdapi);
     assert_eq!(status, 200, "{reply}");
+    let info: Value =
+        serde_json::from_str(reply["info"].as_str().expect("a string")).expect("JSON");
+    let hashes = &info["extra_generation_params"]["Lora hashes"];
+    assert_eq!(hashes, "everywhere: 41135439c692");
     let same = file(&reply["images"][0]);
     assert_eq!(pixels(&same), pixels(&native));
     // As it was typed, which is what AUTOMATIC1111 would read again.

@@ -357,8 +357,17 @@ fn the_model_can_be_chosen_for_all_who_name_none() {
         std::os::unix::fs::symlink(&demo, folder.path().join(name)).expect("a link");
     }
     let mut command = harness::sd_server(&["--device", "cpu", "--threads", "1"]);
-    let server = harness::Server::spawn(command.arg("--models-dir").arg(folder.path()));
+    let loras = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pictures/loras");
+    command.arg("--models-dir").arg(folder.path()).arg("--loras-dir").arg(loras);
+    let server = harness::Server::spawn(&mut command);
     server.wait_until_ready();
+    let list = |path: &str| {
+        let reply = server.client.get(server.url(path)).send().expect("an answer");
+        reply.json::<Value>().expect("JSON")
+    };
+    let loras = || list("/sdapi/v1/loras").as_array().map(Vec::len);
+    assert_eq!(loras(), Some(0), "there is no model yet to use them with");
+    assert_eq!(list("/sdapi/v1/embeddings"), json!({ "loaded": {}, "skipped": {} }));
     let post = |path: &str, body: &Value| {
         let request = server.client.post(server.url(path)).body(body.to_string());
         let reply = request.send().expect("an answer");
@@ -379,6 +388,7 @@ fn the_model_can_be_chosen_for_all_who_name_none() {
     for name in ["red", "blue"] {
         assert_eq!(post("/sdapi/v1/options", &json!({ "sd_model_checkpoint": name })).0, 200);
         assert_eq!((current(), drawn_by(&body)), (name.into(), name.into()));
+        assert_eq!(loras(), Some(3));
     }
     let mut own = body.clone();
     own["override_settings"] = json!({ "sd_model_checkpoint": "red", "samples_format": "jpg" });
