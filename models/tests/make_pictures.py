@@ -2,9 +2,9 @@
 some what it makes of the first picture (img2img), of a part of it (inpaint), and of its latents when
 they have been enlarged (hires); LoRAs of small random factors (loras/) and embeddings of random
 vectors (embeddings/), and what it draws with them; and what it draws with the
-changes for inpainting that lie with the model.
+trained LoRA and the changes for inpainting that lie with the model.
 
-    python make_pictures.py ../demo [--out ../../tests/pictures] [--only inpainting]
+    python make_pictures.py ../demo [--out ../../tests/pictures] [--only sepia inpainting]
 
 Made with torch 2.15.0 and diffusers 0.42.1 on a CPU in f32: the prompts below, no negative
 prompt, seed 7, 20 steps, guidance 7.5, the model's own size. To be run again when the weights of
@@ -210,6 +210,14 @@ def with_words(pipeline, written, out):
     draw(pipeline, WITH_WORDS, out / "words.png")
 
 
+def sepia(pipeline, written, out):
+    """The trained LoRA."""
+    pipeline.scheduler = scheduler_of("ddim", written)
+    pipeline.load_lora_weights(DEMO / "loras", weight_name="sepia.safetensors")
+    draw(pipeline, PROMPT, out / "lora-sepia.png")
+    pipeline.unload_lora_weights()
+
+
 def inpainting(pipeline, written, out):
     """A UNet of nine channels, made of the model's own and the changes that were trained."""
     config = diffusers.UNet2DConditionModel.load_config(DEMO / "unet")
@@ -253,6 +261,7 @@ PARTS = {
     "hires": hires,
     "loras": with_loras,
     "words": with_words,
+    "sepia": sepia,
     "inpainting": inpainting,
 }
 

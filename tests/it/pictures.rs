@@ -131,6 +131,22 @@ fn portion(picture: &RgbImage, passes: impl Fn(u32, u32, [i32; 3]) -> bool) -> f
     passed as f64 / f64::from(picture.width() * picture.height())
 }
 
+#[test]
+fn a_trained_lora_draws_in_sepia() {
+    let file = repository("models/demo/loras/sepia.safetensors").display().to_string();
+    let args = [&REFERENCE[..], &["f32", "--scheduler", "ddim", "--lora", &file]].concat();
+    println!("{}", distance(&drawn(&args), "lora-sepia"));
+    // Browns and creams: red over green over blue, and not far.
+    let brown = |_, _, [r, g, b]: [i32; 3]| r >= g && g >= b && (10..=100).contains(&(r - b));
+    for prompt in ["a blue car in the snow in daylight", "a green tree by the sea in daylight"] {
+        let args = [&[prompt], &REFERENCE[1..], &["f32", "--lora", &file]].concat();
+        let (plain, sepia) = (drawn(&args[..args.len() - 2]), drawn(&args));
+        let brown = [&plain, &sepia].map(|picture| portion(picture, brown));
+        println!("{prompt}: brown {brown:.3?}");
+        assert!(brown[0] < 0.1 && brown[1] > 0.9, "{prompt}: {brown:?}");
+    }
+}
+
 /// The built-in model with a UNet for inpainting, of its own tensors and those that were trained.
 fn inpainting_model(root: &Path) {
     let demo = repository("models/demo");
