@@ -4,6 +4,7 @@
 use candle_core::Tensor;
 
 use crate::error::Result;
+use crate::ops;
 use crate::schedule::{Level, SchedulerConfig, choose};
 use crate::spec::Scheduler::{self, Ddim, Ddpm, EulerAncestral, Heun, Lcm, Pndm};
 
@@ -78,15 +79,10 @@ impl Denoiser {
 /// Classifier-free guidance (Ho and Salimans 2022, equation 6, in diffusers' numbering of the
 /// scale, where 1 is no guidance): both outputs (B, C, H, W).
 pub fn guide(unconditional: &Tensor, conditional: &Tensor, scale: f64) -> Result<Tensor> {
-    Ok((unconditional + ((conditional - unconditional)? * scale)?)?)
+    Ok(ops::extrapolate(unconditional, conditional, scale)?)
 }
 
 /// The sum of some tensors of one shape, each times its factor.
 pub(crate) fn combine(terms: &[(f64, &Tensor)]) -> Result<Tensor> {
-    let mut scaled = terms.iter().map(|&(factor, x)| match factor {
-        1.0 => Ok(x.clone()),
-        _ => x.affine(factor, 0.0),
-    });
-    let first = scaled.next().expect("a combination has terms")?;
-    Ok(scaled.try_fold(first, |sum, term| sum + term?)?)
+    Ok(ops::combine(terms)?)
 }

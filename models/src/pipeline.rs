@@ -11,14 +11,14 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::adapted::Mix;
 use crate::config::{self, ClipTextConfig, UNetConfig, VaeConfig};
-use crate::denoiser::guide;
+use crate::denoiser::{combine, guide};
 use crate::device::{DeviceName, Precision, Work};
 use crate::error::{Error, Result};
 use crate::hires::{Enlarged, Second};
 use crate::info::{Defaults, Memory, ModelInfo};
 use crate::lora::{LoraShelf, Target};
 use crate::noise::Noise;
-use crate::ops::{device_name, device_work, free_device_bytes, keep_freed_memory};
+use crate::ops::{device_kernels, device_name, device_work, free_device_bytes, keep_freed_memory};
 use crate::preview::Preview;
 use crate::prompt;
 use crate::safety::SafetyChecker;
@@ -318,6 +318,11 @@ impl Pipeline {
         device_name(&self.device)
     }
 
+    /// What our kernels were loaded from, as "cubin 8.6" or "PTX 8.0"; `None` on the CPU.
+    pub fn device_kernels(&self) -> Option<String> {
+        device_kernels(&self.device)
+    }
+
     /// Waits until the device has done all that it was asked to.
     pub fn synchronize(&self) -> Result<()> {
         Ok(self.device.synchronize()?)
@@ -471,7 +476,7 @@ impl Pipeline {
         let mut active: Vec<&mut Trajectory> = Vec::new();
         for trajectory in batch.iter_mut() {
             let Some(evaluation) = trajectory.sampler.next() else { continue };
-            let mut input = (&trajectory.latents * evaluation.input_scale)?;
+            let mut input = combine(&[(evaluation.input_scale, &trajectory.latents)])?;
             if let Some(condition) = &trajectory.condition {
                 input = Tensor::cat(&[&input, condition], 1)?;
             }

@@ -26,11 +26,14 @@ pub fn keep_freed_memory() {
     }
 }
 
-/// Gives back to the kernel what [`keep_freed_memory`] has kept: after a model has gone, and
-/// before it is measured how much there is for the next.
+/// Gives back to the kernel what [`keep_freed_memory`] has kept, and to GPUs what was loaded for
+/// models that are no more: after a model has gone, and before it is measured how much there is
+/// for the next.
 ///
-/// On other systems it does nothing.
+/// On other systems than Linux the host's memory stays as it is.
 pub fn return_freed_memory() {
+    #[cfg(feature = "cuda")]
+    super::cuda::forget_closed();
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
         unsafe extern "C" {

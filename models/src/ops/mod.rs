@@ -13,6 +13,7 @@ mod activation;
 mod amx;
 mod attention;
 mod buffers;
+mod combine;
 mod conv;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -31,10 +32,12 @@ use candle_core::{CpuStorage, DType, Device, Result, Storage, StorageRef, Tensor
 
 pub(crate) use activation::Activation;
 pub(crate) use attention::{Attention, attention, self_attention};
+pub(crate) use combine::{combine, extrapolate};
 pub(crate) use conv::{Conv2d, Geometry};
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::{
-    free_bytes as free_device_bytes, name as device_name, open as open_cuda, work as device_work,
+    free_bytes as free_device_bytes, images as device_kernels, name as device_name,
+    open as open_cuda, work as device_work,
 };
 pub(crate) use joined::Joined;
 pub(crate) use layout::{channels_first, channels_last};
@@ -64,13 +67,17 @@ mod no_gpu {
         None
     }
 
+    pub(crate) fn device_kernels(_: &Device) -> Option<String> {
+        None
+    }
+
     pub(crate) fn device_work() -> Vec<(&'static str, crate::device::Work)> {
         Vec::new()
     }
 }
 
 #[cfg(not(feature = "cuda"))]
-pub(crate) use no_gpu::{device_name, device_work, free_device_bytes};
+pub(crate) use no_gpu::{device_kernels, device_name, device_work, free_device_bytes};
 
 /// A contiguous or row-strided f32 tensor in host memory, held while its data is read.
 struct Host<'a> {

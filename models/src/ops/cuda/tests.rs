@@ -1,11 +1,15 @@
 //! The kernels against the CPU, on whatever CUDA device there is.
 
+use candle_core::{DType, Device, Tensor};
+
 use super::*;
 use crate::ops::tests::{difference, tensor};
-use crate::ops::{self, Conv2d, Geglu, Linear, self_attention};
+use crate::ops::{
+    self, Activation, Attention, Conv2d, Geglu, Geometry, Joined, Linear, self_attention,
+};
 
 /// The device, or a word on why the test is skipped; see `tests/cuda.rs`.
-fn device() -> Option<Device> {
+pub(super) fn device() -> Option<Device> {
     let required = std::env::var_os("SD_TEST_CUDA").is_some_and(|v| v == "required");
     match open(0) {
         Ok(device) => Some(device),
@@ -82,6 +86,29 @@ fn pictures_are_turned_as_on_the_cpu() {
         let back = channels_first(&got).unwrap().expect("a kernel");
         close(&back, &x, allowed, "first");
     }
+}
+
+#[test]
+fn combinations_are_those_of_the_cpu_to_the_bit() {
+    let Some(device) = device() else { return };
+    let latents = |seed| tensor(&[3, 4, 9, 13], seed).affine(3.0, 0.1).unwrap();
+    let cpu = [1, 2, 3, 4].map(latents);
+    let row = |x: &Tensor| x.narrow(0, 1, 1).unwrap();
+    let ours = [0, 1, 2, 3].map(|i| row(&cpu[i].to_device(&device).unwrap()));
+    let values = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let factors = [55.0 / 24.0, -59.0 / 24.0, 1.0, -9.0 / 24.0];
+    for terms in 1..=4 {
+        let sum: Vec<_> = factors.into_iter().zip(&ours).take(terms).collect();
+        let got = combine(&sum).unwrap().expect("a kernel");
+        let rows = [0, 1, 2, 3].map(|i| row(&cpu[i]));
+        let sum: Vec<_> = factors.into_iter().zip(&rows).take(terms).collect();
+        assert_eq!(values(&got), values(&ops::combine(&sum).unwrap()), "{terms} terms");
+    }
+    let got = extrapolate(&ours[0], &ours[1], 7.5).unwrap().expect("a kernel");
+    let want = ops::extrapolate(&row(&cpu[0]), &row(&cpu[1]), 7.5).unwrap();
+    assert_eq!(values(&got), values(&want), "guidance");
+    // More terms than a launch takes are left to candle.
+    assert!(combine(&[(0.5, &ours[0]); 5]).unwrap().is_none());
 }
 
 #[test]

@@ -1,0 +1,217 @@
+//! Convolutions and linear layers with what follows them, in `product.cu`.
+
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+use candle_core::{DType, Device, Result, Tensor, bail};
+
+use super::has_products;
+use super::kernels::{Card, Grid, PRODUCT, launch};
+use super::memory::{Operand, address, bytes, int, output};
+use crate::ops::{Activation, Geometry, Joined};
+
+/// In step with `Product` in `product.cu`.
+#[repr(C)]
+struct Product {
+    a: [u64; 2],
+    weight: u64,
+    bias: u64,
+    shift: u64,
+    residual: u64,
+    out: u64,
+    m: i32,
+    n: i32,
+    row: i32,
+    picture: [i32; 2],
+    c: i32,
+    c1: i32,
+    sized: [i32; 2],
+    output: [i32; 2],
+    kernel: i32,
+    stride: i32,
+    before: i32,
+    shift_row: i32,
+    activation: i32,
+}
+
+// SAFETY: plain numbers in C's layout.
+unsafe impl DeviceRepr for Product {}
+
+/// The right side of a product: the weights of a convolution or a linear layer.
+pub(in crate::ops) struct Filter {
+    /// (n, taps * c rounded up to 8)
+    weight: Tensor,
+    /// (n) f32
+    bias: Option<Tensor>,
+    inputs: usize,
+    /// Whether outputs are value and gate in turn.
+    gated: bool,
+}
+
+/// What follows a product.
+#[derive(Default, Clone, Copy)]
+pub(in crate::ops) struct After<'a> {
+    /// (B, n), on every pixel of a sample
+    pub(in crate::ops) shift: Option<&'a Tensor>,
+    pub(in crate::ops) activation: Option<Activation>,
+    /// As the output
+    pub(in crate::ops) residual: Option<&'a Tensor>,
+    /// No GEGLU, though the filter is made for it.
+    pub(in crate::ops) ungated: bool,
+}
+
+/// Where a kernel moves: the size that it sees the picture in, and how.
+#[derive(Clone, Copy)]
+pub(in crate::ops) struct Field {
+    pub(in crate::ops) size: (usize, usize),
+    pub(in crate::ops) geometry: Geometry,
+}
+
+impl Filter {
+    /// From a weight (n, taps, c) and a bias (n), if there is a kernel for the device and type.
+    /// With `gated` the first half of n are values and the second their gates: see [`super::Geglu`].
+    pub(in crate::ops) fn new(
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        gated: bool,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Option<Self>> {
+        if !has_products(device, dtype)? {
+            return Ok(None);
+        }
+        let (n, taps, inputs) = weight.dims3()?;
+        let interleave = |t: &Tensor| -> Result<Tensor> {
+            if !gated {
+                return Ok(t.clone());
+            }
+            let rest = t.dims()[1..].to_vec();
+            let halves = t.reshape([&[2, n / 2], &rest[..]].concat())?;
+            halves.transpose(0, 1)?.contiguous()?.reshape(t.shape())
+        };
+        let depth = taps * inputs;
+        let weight = interleave(&weight.reshape((n, depth))?)?;
+        let weight = weight.pad_with_zeros(1, 0, depth.next_multiple_of(8) - depth)?;
+        let place = |t: &Tensor, dtype| t.to_dtype(dtype)?.contiguous()?.to_device(device);
+        let bias = bias.map(|b| place(&interleave(b)?, DType::F32)).transpose()?;
+        Ok(Some(Self { weight: place(&weight, dtype)?, bias, inputs, gated }))
+    }
+
+    /// (.., c) -> (.., n); after GEGLU (.., n / 2)
+    pub(in crate::ops) fn linear(&self, x: &Tensor, after: After<'_>) -> Result<Tensor> {
+        let mut shape = x.dims().to_vec();
+        shape.pop();
+        let rows = shape.iter().product();
+        let row = x.contiguous()?.reshape((1, 1, rows, self.inputs))?;
+        let field = Field { size: (1, rows), geometry: Geometry::POINT };
+        let y = self.convolve(&Joined::one(&row), field, after)?;
+        shape.push(y.dim(3)?);
+        y.reshape(shape)
+    }
+
+    /// (.., c) -> (.., n), what GEGLU would be made of: values, then gates
+    pub(in crate::ops) fn ungated(&self, x: &Tensor) -> Result<Tensor> {
+        let y = self.linear(x, After { ungated: true, ..After::default() })?;
+        let (mut pairs, n) = (x.dims().to_vec(), self.weight.dim(0)?);
+        pairs.pop();
+        let rows = pairs.iter().product::<usize>();
+        pairs.push(n);
+        y.reshape((rows, n / 2, 2))?.transpose(1, 2)?.contiguous()?.reshape(pairs)
+    }
+
+    /// (B, H, W, c) -> (B, H', W', n)
+    pub(in crate::ops) fn convolve(
+        &self,
+        x: &Joined,
+        Field { size, geometry }: Field,
+        after: After<'_>,
+    ) -> Result<Tensor> {
+        let (device, dtype) = (x.first.device().as_cuda_device()?, x.first.dtype());
+        if dtype != self.weight.dtype() {
+            bail!("a product of {:?} was given {dtype:?}", self.weight.dtype());
+        }
+        let (batch, h, w, c1) = x.first.dims4()?;
+        let (first, (second, c2)) = (Operand::dense(&x.first)?, x.second()?);
+        if c1 + c2 != self.inputs {
+            bail!("a product of {} channels was given {}", self.inputs, c1 + c2);
+        }
+        let (n, row) = self.weight.dims2()?;
+        let (rows, columns) = (geometry.output(size.0), geometry.output(size.1));
+        let m = batch * rows * columns;
+        let gated = self.gated && !after.ungated;
+        let outputs = if gated { n / 2 } else { n };
+        let (y, out) = output(device, dtype, (batch, rows, columns, outputs))?;
+        let weight = Operand::dense(&self.weight)?;
+        let bias = self.bias.as_ref().map(Operand::dense).transpose()?;
+        let shift = after.shift.map(Operand::new).transpose()?;
+        let shift_row = match after.shift.map(|shift| (shift.dims(), shift.stride())) {
+            None => 0,
+            Some(([b, c], [row, 1])) if (*b, *c) == (batch, n) => int(*row)?,
+            Some(_) => bail!("a shift must be ({batch}, {n}) in dense rows"),
+        };
+        let residual = after.residual.map(Operand::dense).transpose()?;
+        if after.residual.is_some_and(|r| r.elem_count() != y.elem_count()) {
+            bail!("a residual must have the output's {} elements", y.elem_count());
+        }
+        // Names of `Activation` in product.cu.
+        let activation = match after.activation {
+            _ if gated => 4,
+            None => 0,
+            Some(Activation::Silu) => 1,
+            Some(Activation::Gelu) => 2,
+            Some(Activation::QuickGelu) => 3,
+        };
+        let pair = |(a, b): (usize, usize)| -> Result<[i32; 2]> { Ok([int(a)?, int(b)?]) };
+        let problem = Product {
+            a: [first.address, address(second.as_ref())],
+            weight: weight.address,
+            bias: address(bias.as_ref()),
+            shift: address(shift.as_ref()),
+            residual: address(residual.as_ref()),
+            out,
+            m: int(m)?,
+            n: int(n)?,
+            row: int(row)?,
+            picture: pair((h, w))?,
+            c: int(self.inputs)?,
+            c1: int(c1)?,
+            sized: pair(size)?,
+            output: pair((rows, columns))?,
+            kernel: int(geometry.kernel)?,
+            stride: int(geometry.stride)?,
+            before: int(geometry.before)?,
+            shift_row,
+            activation,
+        };
+        // A chunk of 16 bytes lies in one pixel of one picture.
+        let aligned = problem.a.iter().all(|address| address.is_multiple_of(16));
+        let whole = aligned && c1.is_multiple_of(8) && c2.is_multiple_of(8);
+        let processors = Card::of(device)?.processors;
+        let (name, tile, threads) = Self::tile(processors, (m, n), whole);
+        // On one axis, columns first: the others end at 65,535, less than a large picture's rows.
+        let blocks = (n.div_ceil(tile.1) * m.div_ceil(tile.0), 1, 1);
+        let grid = Grid { blocks, threads, shared: 0 };
+        // SAFETY: the operands have the shapes that the problem says.
+        unsafe { launch(device, &PRODUCT, (name, dtype), &grid, &problem)? };
+        let operands = [Some(&x.first), x.second.as_ref(), Some(&self.weight), after.residual];
+        let moved = bytes(&operands) + bytes(&[Some(&y)]);
+        PRODUCT.count((2 * m * n * row) as u64, moved);
+        Ok(y)
+    }
+
+    /// The kernel, its tile (rows, columns) and threads: the largest that fills the device.
+    fn tile(
+        processors: usize,
+        (m, n): (usize, usize),
+        whole: bool,
+    ) -> (&'static str, (usize, usize), usize) {
+        let fills = |rows, columns| m.div_ceil(rows) * n.div_ceil(columns) >= processors;
+        if !whole {
+            ("product_ragged", (64, 64), 128)
+        } else if n.div_ceil(64).is_multiple_of(2) && fills(128, 128) {
+            ("product_large", (128, 128), 256)
+        } else if fills(128, 64) {
+            ("product_middle", (128, 64), 256)
+        } else {
+            ("product_small", (64, 64), 128)
+        }
+    }
+}
