@@ -22,6 +22,7 @@ use crate::hub::{Download, Hub, is_checkpoint};
 use crate::image::Format;
 use crate::package::{Layout, Package};
 use crate::telemetry::LogFormat;
+use crate::verify::Verify;
 use crate::{engine, http, models};
 use args::{
     Args, BenchArgs, Command, GenerateArgs, ModelArgs, PackageArgs, SafetyChecker, ServeArgs,
@@ -58,12 +59,7 @@ pub enum Action {
     /// Put load on a running server.
     Bench(Box<Plan>),
     /// Compare a device with the CPU, and time it.
-    Verify {
-        /// The model and the device.
-        model: Box<Model>,
-        /// Whether to print JSON.
-        json: bool,
-    },
+    Verify(Box<Verify>),
     /// Ask a running server whether it is ready.
     Healthcheck {
         /// Host and port.
@@ -169,7 +165,9 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
         Command::Package(args) => Action::Package(Box::new(args.resolve()?)),
         Command::Bench(args) if args.verify => {
             let model = Model { checking: Checking::Never, ..args.model.resolve()? };
-            Action::Verify { model: Box::new(model), json: args.json }
+            let (max_rows, evaluations) = (args.max_rows, args.evaluations);
+            let (size, json) = (args.size, args.json);
+            Action::Verify(Box::new(Verify { model, size, max_rows, evaluations, json }))
         }
         Command::Bench(args) => Action::Bench(Box::new(args.resolve()?)),
         Command::Healthcheck(args) => {

@@ -57,7 +57,7 @@ pub fn run(config: Config) -> Result<()> {
             Ok(writeln!(std::io::stdout(), "{}", path.display())?)
         }
         Action::Bench(plan) => block_on(bench::run(*plan)),
-        Action::Verify { model, json } => verify::run(*model, json),
+        Action::Verify(asked) => verify::run(*asked),
         Action::Healthcheck { address } => healthcheck::run(&address),
     }
 }

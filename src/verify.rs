@@ -3,11 +3,13 @@
 
 use std::fmt;
 use std::io::Write as _;
+use std::iter::successors;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use sd_models::{
-    DeviceName, Error, LoadOptions, Pipeline, Precision, Rgb, Scheduler, Spec, Trajectory, Work,
+    DeviceName, Error, LoadOptions, Pipeline, Precision, Rgb, Scheduler, Size, Spec, Trajectory,
+    Work,
 };
 use serde::Serialize;
 
@@ -16,10 +18,8 @@ use crate::hub;
 
 /// Steps of the pictures that are compared.
 const COMPARED_STEPS: usize = 2;
-/// Evaluations that are timed, after two that are not.
-const TIMED: usize = 10;
-/// Rows of an evaluation: a picture with guidance takes two.
-const ROWS: [usize; 5] = [1, 2, 4, 8, 16];
+/// Evaluations before those that are timed.
+const WARM_UP: usize = 2;
 
 /// Cards whose limits are known: a part of the name, f16 operations a second on the tensor cores
 /// without sparsity and with f32 sums, bytes a second of memory. From NVIDIA's data sheets.
@@ -31,12 +31,30 @@ const CARDS: [(&str, f64, f64); 5] = [
     ("H100", 989e12, 3350e9),
 ];
 
+/// What to do.
+#[derive(Debug)]
+pub struct Verify {
+    /// The model and the device.
+    pub model: Model,
+    /// Of the pictures; the model's own if `None`.
+    pub size: Option<Size>,
+    /// Rows of the largest evaluation that is timed: 1, 2, 4 and so on up to it. A picture with
+    /// guidance takes two.
+    pub max_rows: usize,
+    /// Evaluations that are timed for each number of rows.
+    pub evaluations: usize,
+    /// Whether to print JSON.
+    pub json: bool,
+}
+
 #[derive(Debug, Serialize)]
 struct Report {
     version: &'static str,
     model: String,
     device: String,
     name: Option<String>,
+    /// What our kernels were loaded from.
+    kernels: Option<String>,
     precision: String,
     size: String,
     load_seconds: f64,
@@ -70,19 +88,28 @@ struct Counted {
     bytes: u64,
 }
 
-pub(crate) fn run(model: Model, json: bool) -> Result<()> {
-    let options = hub::locate(model)?;
+/// Pictures of one size on one model.
+struct Bench {
+    pipeline: Pipeline,
+    size: Size,
+    evaluations: usize,
+}
+
+pub(crate) fn run(asked: Verify) -> Result<()> {
+    let options = hub::locate(asked.model)?;
     let began = Instant::now();
     let pipeline = Pipeline::load(&options)?;
     let load_seconds = began.elapsed().as_secs_f64();
     let info = pipeline.info().clone();
     let free = pipeline.free_device_bytes();
-    let (mean, max) = compare(&pipeline, options)?;
+    let size = asked.size.unwrap_or(info.defaults.size);
+    let bench = Bench { pipeline, size, evaluations: asked.evaluations };
+    let (mean, max) = bench.compare(options)?;
     let allowed = if info.precision == "f32" { (0.5, 2) } else { (3.0, 64) };
 
     let before = Pipeline::work();
-    let mut two = begin(&pipeline, 2)?;
-    step(&pipeline, &mut two)?;
+    let mut two = bench.begin(2)?;
+    bench.step(&mut two)?;
     let step_work = Pipeline::work().into_iter().zip(before).map(|((kind, now), (_, then))| {
         let Work { launches, flops, bytes } = now;
         let counted = Counted {
@@ -93,21 +120,13 @@ pub(crate) fn run(model: Model, json: bool) -> Result<()> {
         (kind, counted)
     });
     let step_work: Vec<_> = step_work.collect();
-    pipeline.decode(&two[0])?;
+    bench.pipeline.decode(&two[0])?;
     let began = Instant::now();
-    pipeline.decode(&two[0])?;
+    bench.pipeline.decode(&two[0])?;
     let decode_seconds = began.elapsed().as_secs_f64();
-    let mut rows = Vec::new();
-    for count in ROWS {
-        match time(&pipeline, count, decode_seconds) {
-            Ok(timing) => rows.push(timing),
-            // A card that is full at so many rows has something to tell of the others.
-            Err(error) if !rows.is_empty() && is_full(&error) => break,
-            Err(error) => return Err(error),
-        }
-    }
+    let rows = bench.times(asked.max_rows, decode_seconds)?;
 
-    let name = pipeline.device_name();
+    let name = bench.pipeline.device_name();
     let share = name.as_deref().and_then(card).and_then(|(flops, bandwidth)| {
         let least = step_work
             .iter()
@@ -119,20 +138,21 @@ pub(crate) fn run(model: Model, json: bool) -> Result<()> {
         model: info.name,
         device: info.device,
         name,
+        kernels: bench.pipeline.device_kernels(),
         precision: info.precision,
-        size: info.defaults.size.to_string(),
+        size: size.to_string(),
         load_seconds,
         mean_difference: mean,
         max_difference: max,
         allowed,
         decode_seconds,
         rows,
-        free_bytes: (free, pipeline.free_device_bytes()),
+        free_bytes: (free, bench.pipeline.free_device_bytes()),
         step: step_work,
         roofline_share: share,
     };
     let mut out = std::io::stdout();
-    if json {
+    if asked.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
     } else {
         write!(out, "{report}")?;
@@ -150,63 +170,81 @@ fn is_full(error: &anyhow::Error) -> bool {
     error.chain().filter_map(|cause| cause.downcast_ref()).any(full)
 }
 
-/// A picture with guidance, or without where there is one row.
-fn spec(pipeline: &Pipeline, rows: usize, seed: u64, steps: usize) -> Spec {
-    Spec {
-        prompt: "a red house by the sea at night".into(),
-        prompt_syntax: sd_models::PromptSyntax::Plain,
-        loras: Vec::new(),
-        negative_prompt: String::new(),
-        size: pipeline.info().defaults.size,
-        steps,
-        guidance_scale: if rows == 1 { 1.0 } else { 7.5 },
-        seed,
-        scheduler: Scheduler::Dpmpp2m,
-        start: None,
-        hires: None,
-    }
-}
-
-/// Mean and maximum of the differences between the device's picture and the CPU's in f32.
-fn compare(pipeline: &Pipeline, options: LoadOptions) -> Result<(f64, u8)> {
-    let cpu = LoadOptions { device: DeviceName::Cpu, precision: Precision::F32, ..options };
-    let draw = |pipeline: &Pipeline| -> Result<Rgb> {
-        let mut picture = pipeline.begin(&spec(pipeline, 2, 7, COMPARED_STEPS))?;
-        while !picture.done() {
-            pipeline.step(&mut [&mut picture])?;
+impl Bench {
+    /// A picture with guidance, or without where there is one row.
+    fn spec(&self, rows: usize, seed: u64, steps: usize) -> Spec {
+        Spec {
+            prompt: "a red house by the sea at night".into(),
+            prompt_syntax: sd_models::PromptSyntax::Plain,
+            loras: Vec::new(),
+            negative_prompt: String::new(),
+            size: self.size,
+            steps,
+            guidance_scale: if rows == 1 { 1.0 } else { 7.5 },
+            seed,
+            scheduler: Scheduler::Dpmpp2m,
+            start: None,
+            hires: None,
         }
-        Ok(pipeline.decode(&picture)?)
-    };
-    let (ours, theirs) = (draw(pipeline)?, draw(&Pipeline::load(&cpu)?)?);
-    let each = || ours.data.iter().zip(&theirs.data).map(|(a, b)| a.abs_diff(*b));
-    let mean = each().map(f64::from).sum::<f64>() / ours.data.len() as f64;
-    Ok((mean, each().max().unwrap_or_default()))
-}
-
-fn begin(pipeline: &Pipeline, rows: usize) -> Result<Vec<Trajectory>> {
-    let pictures = rows.div_ceil(2) as u64;
-    let begin = |seed| Ok(pipeline.begin(&spec(pipeline, rows, seed, TIMED + 2))?);
-    (0..pictures).map(begin).collect()
-}
-
-fn step(pipeline: &Pipeline, pictures: &mut [Trajectory]) -> Result<()> {
-    Ok(pipeline.step(&mut pictures.iter_mut().collect::<Vec<_>>())?)
-}
-
-fn time(pipeline: &Pipeline, rows: usize, decode_seconds: f64) -> Result<Timing> {
-    let mut pictures = begin(pipeline, rows)?;
-    step(pipeline, &mut pictures)?;
-    step(pipeline, &mut pictures)?;
-    pipeline.synchronize()?;
-    let began = Instant::now();
-    for _ in 0..TIMED {
-        step(pipeline, &mut pictures)?;
     }
-    pipeline.synchronize()?;
-    let seconds = began.elapsed().as_secs_f64() / TIMED as f64;
-    let count = pictures.len() as f64;
-    let all = pipeline.info().defaults.steps as f64 * seconds + count * decode_seconds;
-    Ok(Timing { rows, steps_per_second: 1.0 / seconds, pictures_per_second: count / all })
+
+    /// Mean and maximum of the differences between the device's picture and the CPU's in f32.
+    fn compare(&self, options: LoadOptions) -> Result<(f64, u8)> {
+        let cpu = LoadOptions { device: DeviceName::Cpu, precision: Precision::F32, ..options };
+        let draw = |pipeline: &Pipeline| -> Result<Rgb> {
+            let mut picture = pipeline.begin(&self.spec(2, 7, COMPARED_STEPS))?;
+            while !picture.done() {
+                pipeline.step(&mut [&mut picture])?;
+            }
+            Ok(pipeline.decode(&picture)?)
+        };
+        let (ours, theirs) = (draw(&self.pipeline)?, draw(&Pipeline::load(&cpu)?)?);
+        let each = || ours.data.iter().zip(&theirs.data).map(|(a, b)| a.abs_diff(*b));
+        let mean = each().map(f64::from).sum::<f64>() / ours.data.len() as f64;
+        Ok((mean, each().max().unwrap_or_default()))
+    }
+
+    fn begin(&self, rows: usize) -> Result<Vec<Trajectory>> {
+        let pictures = rows.div_ceil(2) as u64;
+        let steps = WARM_UP + self.evaluations;
+        let begin = |seed| Ok(self.pipeline.begin(&self.spec(rows, seed, steps))?);
+        (0..pictures).map(begin).collect()
+    }
+
+    fn step(&self, pictures: &mut [Trajectory]) -> Result<()> {
+        Ok(self.pipeline.step(&mut pictures.iter_mut().collect::<Vec<_>>())?)
+    }
+
+    /// Timings of more and more rows, as far as the card has room for them.
+    fn times(&self, max_rows: usize, decode_seconds: f64) -> Result<Vec<Timing>> {
+        let mut rows = Vec::new();
+        for count in successors(Some(1), |count| Some(2 * count)).take_while(|n| *n <= max_rows) {
+            match self.time(count, decode_seconds) {
+                Ok(timing) => rows.push(timing),
+                // A card that is full at so many rows has something to tell of the others.
+                Err(error) if !rows.is_empty() && is_full(&error) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(rows)
+    }
+
+    fn time(&self, rows: usize, decode_seconds: f64) -> Result<Timing> {
+        let mut pictures = self.begin(rows)?;
+        for _ in 0..WARM_UP {
+            self.step(&mut pictures)?;
+        }
+        self.pipeline.synchronize()?;
+        let began = Instant::now();
+        for _ in 0..self.evaluations {
+            self.step(&mut pictures)?;
+        }
+        self.pipeline.synchronize()?;
+        let seconds = began.elapsed().as_secs_f64() / self.evaluations as f64;
+        let count = pictures.len() as f64;
+        let all = self.pipeline.info().defaults.steps as f64 * seconds + count * decode_seconds;
+        Ok(Timing { rows, steps_per_second: 1.0 / seconds, pictures_per_second: count / all })
+    }
 }
 
 /// Operations and bytes a second of a card: the longest of the known names wins.
@@ -220,6 +258,9 @@ impl fmt::Display for Report {
         let name = self.name.as_deref().unwrap_or("the host");
         writeln!(f, "sd-server {}: {} on {} ({name})", self.version, self.model, self.device)?;
         writeln!(f, "{}, {}, loaded in {:.1} s", self.size, self.precision, self.load_seconds)?;
+        if let Some(kernels) = &self.kernels {
+            writeln!(f, "kernels          {kernels}")?;
+        }
         let (mean, max) = self.allowed;
         writeln!(
             f,

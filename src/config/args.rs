@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use axum::http::HeaderValue;
 use clap::builder::FalseyValueParser;
 use clap::{Parser, Subcommand};
-use sd_models::{DeviceName, Precision, Scheduler};
+use sd_models::{DeviceName, Precision, Scheduler, Size};
 
 use crate::http::Key;
 use crate::package::Layout;
@@ -425,6 +425,15 @@ pub(super) struct BenchArgs {
     pub(super) verify: bool,
     #[command(flatten)]
     pub(super) model: ModelArgs,
+    /// With --verify: the pictures' size, as in 512x512; the model's own when absent
+    #[arg(long, requires = "verify", value_parser = size)]
+    pub(super) size: Option<Size>,
+    /// With --verify: rows of the largest step that is timed, from 1 in powers of two
+    #[arg(long, requires = "verify", default_value = "16", value_parser = at_least::<1>)]
+    pub(super) max_rows: usize,
+    /// With --verify: steps that are timed for each number of rows
+    #[arg(long, requires = "verify", default_value = "10", value_parser = at_least::<1>)]
+    pub(super) evaluations: usize,
     /// Requests a second, arriving at random (Poisson) whether or not earlier ones are answered.
     /// This shows what happens under more load than the server can bear
     #[arg(long, conflicts_with = "clients", value_parser = positive)]
@@ -475,6 +484,13 @@ fn positive(text: &str) -> Result<f64, String> {
         Ok(number) if number > 0.0 && number <= 1e6 => Ok(number),
         _ => Err("must be a positive number".into()),
     }
+}
+
+fn size(text: &str) -> Result<Size, String> {
+    let sides = text.split_once('x').and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
+    sides
+        .and_then(|(width, height)| Size::new(width, height))
+        .ok_or_else(|| "must be two multiples of 8, as in 512x512".into())
 }
 
 fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> {

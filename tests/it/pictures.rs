@@ -264,13 +264,17 @@ fn share(picture: &RgbImage, check: &Value) -> f64 {
 
 /// A small part of `models/train/evaluate.py`, through HTTP: the held-out prompts marked `ci`, each
 /// with the kinds of check that its picture fails.
-fn judged(dtype: &str) -> Vec<(String, Vec<String>)> {
+pub(crate) fn judged(
+    server: &Server,
+    steps: usize,
+    scheduler: &str,
+) -> impl Iterator<Item = (String, Vec<String>)> {
     let rules = std::fs::read(repository("models/train/rules.json")).expect("the rules");
     let cases: Vec<Value> = serde_json::from_slice(&rules).expect("JSON");
-    let server = Server::ready(&["--dtype", dtype]);
-    let judge = |case: &Value| {
+    let judge = move |case: Value| {
         let body = serde_json::json!({
-            "prompt": case["prompt"], "seed": case["seed"], "steps": 20, "output_format": "png",
+            "prompt": case["prompt"], "seed": case["seed"], "steps": steps, "scheduler": scheduler,
+            "output_format": "png",
         });
         let reply = server.post(&["accept: image/png"], body.to_string());
         let picture = image::load_from_memory(&reply.body).expect("a picture").to_rgb8();
@@ -283,14 +287,15 @@ fn judged(dtype: &str) -> Vec<(String, Vec<String>)> {
         let failed = checks.filter(|check| !passes(check));
         (case["prompt"].to_string(), failed.map(|check| check["what"].to_string()).collect())
     };
-    cases.iter().filter(|case| case["ci"] == true).map(judge).collect()
+    cases.into_iter().filter(|case| case["ci"] == true).map(judge)
 }
 
 /// The bounds are what the committed weights reach (`models/demo/README.md`), less one.
 #[test]
 fn pictures_show_what_their_prompts_say() {
     for dtype in ["f32", "bf16"] {
-        let judged = judged(dtype);
+        let server = Server::ready(&["--dtype", dtype]);
+        let judged: Vec<_> = judged(&server, 20, "pndm").collect();
         for (prompt, failed) in &judged {
             println!("{dtype}: {prompt}: wrong {failed:?}");
         }
