@@ -131,14 +131,14 @@ fn attention_agrees_with_the_cpu() {
             let q = exact(&[2, queries, channels], 1, dtype).affine(4.0, 0.0).unwrap();
             let (k, v) =
                 (exact(&[2, keys, channels], 2, dtype), exact(&[2, keys, channels], 3, dtype));
-            let kind = Attention { heads, causal };
+            let kind = Attention { heads, causal, tiles: false };
             let placed = [&q, &k, &v].map(|t| place(t, dtype, &device));
             let got = attention(&placed[0], &placed[1], &placed[2], kind).unwrap();
             let want = ops::attention(&q, &k, &v, kind).unwrap();
             close(&got.expect("a kernel"), &want, allowed, &what);
         }
         let qkv = exact(&[2, 50, 3 * 32], 7, dtype);
-        let kind = Attention { heads: 2, causal: false };
+        let kind = Attention { heads: 2, causal: false, tiles: false };
         let got = self_attention(&place(&qkv, dtype, &device), kind).unwrap();
         close(&got, &self_attention(&qkv, kind).unwrap(), allowed, "columns");
     }
@@ -148,7 +148,7 @@ fn attention_agrees_with_the_cpu() {
 fn large_scores_do_not_overflow() {
     let Some(device) = device() else { return };
     let q = exact(&[1, 40, 16], 8, DType::F16).affine(256.0, 0.0).unwrap();
-    let kind = Attention { heads: 1, causal: false };
+    let kind = Attention { heads: 1, causal: false, tiles: false };
     let placed = place(&q, DType::F16, &device);
     let got = attention(&placed, &placed, &placed, kind).unwrap().expect("a kernel");
     close(&got, &ops::attention(&q, &q, &q, kind).unwrap(), 3e-3, "large scores");
@@ -158,7 +158,7 @@ fn large_scores_do_not_overflow() {
 fn widths_without_a_kernel_are_composed() {
     let Some(device) = device() else { return };
     let q = exact(&[1, 9, 2 * 12], 1, DType::F16);
-    let kind = Attention { heads: 2, causal: false };
+    let kind = Attention { heads: 2, causal: false, tiles: false };
     let placed = place(&q, DType::F16, &device);
     assert!(attention(&placed, &placed, &placed, kind).unwrap().is_none());
     let got = ops::attention(&placed, &placed, &placed, kind).unwrap();
