@@ -9,6 +9,8 @@ import openai
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
+from server import serving
+
 SMALL = {"size": "64x96", "extra_body": {"steps": 2, "seed": 7}}
 
 
@@ -161,6 +163,23 @@ def test_errors_are_the_clients_own(client, error, status, param, asked):
     assert (raised.value.status_code, raised.value.param) == (status, param)
     assert raised.value.type == "invalid_request_error" and raised.value.code
     assert raised.value.body["message"]
+
+
+def test_a_full_or_slow_server_is_the_clients_own_error_too(binary, tmp_path):
+    with (
+        serving(binary, tmp_path / "log", "--max-requests", "1") as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none needed", max_retries=0) as client,
+    ):
+        long = {"size": "256x256", "extra_body": {"steps": 150}}
+        with pytest.raises(openai.InternalServerError) as raised:
+            client.images.generate(prompt="x", extra_headers={"x-request-timeout-ms": "100"}, **long)
+        assert (raised.value.status_code, raised.value.type, raised.value.code) == (504, "server_error", "deadline")
+        assert raised.value.response.headers["x-should-retry"] == "false"
+        with client.images.generate(prompt="x", stream=True, **long):
+            with pytest.raises(openai.RateLimitError) as raised:
+                client.images.generate(prompt="x", **SMALL)
+        assert raised.value.type == "rate_limit_error"
+        assert int(raised.value.response.headers["retry-after"]) >= 1
 
 
 def test_models(client):

@@ -143,6 +143,7 @@ def test_a_picture_to_start_from_and_a_mask(browser, server, tmp_path):
         page.mouse.down()
         page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"], steps=5)
         page.mouse.up()
+        page.mouse.click(box["x"] + box["width"] * 88 / 96, box["y"] + box["height"] / 8)
         shoot(page, "mask")
         page.click("#done")
         expect(page.locator("#paint")).to_have_text("Change the mask")
@@ -153,6 +154,7 @@ def test_a_picture_to_start_from_and_a_mask(browser, server, tmp_path):
         mask = Image.open(io.BytesIO(base64.b64decode(asked["mask"]))).convert("L")
         assert mask.size == (96, 64) and asked["strength"] == 0.9
         assert mask.getpixel((24, 32)) == 255 and mask.getpixel((72, 32)) == 0
+        assert mask.getpixel((88, 8)) == 255, "a tap is a dot"
         drawn(page, 1)
         shoot(page, "masked")
         page.click("#remove")

@@ -384,7 +384,8 @@ function masked() {
     context.lineWidth = Number($("brush").value) / 100 * Math.max(canvas.width, canvas.height);
     context.beginPath();
     context.moveTo(...last);
-    context.lineTo(x, y);
+    // A tap is a dot, but a line without any length is nothing.
+    context.lineTo(x, y + 0.01);
     context.stroke();
     last = [x, y];
   };
