@@ -643,3 +643,25 @@ fn who_waits_for_a_file_has_a_place() {
     }
     assert!(ticket.wait().now_or_never().expect("settled").is_ok());
 }
+
+#[test]
+fn what_a_prompt_takes_counts_for_its_step() {
+    let mut studio = Studio::new(4, 8);
+    studio.worker.model.info.memory.window_bytes = 1000;
+    studio.engine.shared.device.set_budget_bytes(10_000);
+    // Three windows and one: 8000 bytes. One and one: 4000.
+    let long = |seed| Spec {
+        prompt: "word ".repeat(100),
+        prompt_syntax: PromptSyntax::A1111,
+        ..spec(seed, 2)
+    };
+    let _tickets =
+        [long(1), long(2), spec(3, 2), spec(4, 2)].map(|spec| studio.submit(spec.seed, vec![spec]));
+    let mut company = Vec::new();
+    while !studio.idle() {
+        company.push(stepped(&studio.turn()));
+    }
+    company.retain(|seeds| !seeds.is_empty());
+    let expected: [&[u64]; 6] = [&[1], &[1], &[2], &[2], &[3, 4], &[3, 4]];
+    assert_eq!(company, expected);
+}
