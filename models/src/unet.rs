@@ -17,7 +17,7 @@ use crate::ops::{
     Activation, Attention, Conv2d, Geglu, Geometry, GroupNorm, Joined, LayerNorm, Linear,
     attention, channels_first, channels_last, self_attention,
 };
-use crate::weights::{Params, Weights, activation_dtype};
+use crate::weights::{LinearPart, Params, Weights, activation_dtype};
 
 /// Kernel 3, every second pixel.
 const DOWN: Geometry = Geometry { kernel: 3, stride: 2, before: 1, after: 1 };
@@ -77,8 +77,8 @@ impl UNet2DConditionModel {
         );
         let up = shape.up_blocks(&p.pp("up_blocks"))?;
         let model = Self {
-            time_proj: shape.times.build(device, dtype)?,
-            to_kv: shape.contexts.build(device, dtype)?,
+            time_proj: shape.times.build(&p)?,
+            to_kv: shape.contexts.build(&p)?,
             time: [
                 Adapted::linear(&time.pp("linear_1"), first, temb)?,
                 Adapted::linear(&time.pp("linear_2"), temb, temb)?,
@@ -191,18 +191,17 @@ impl UNet2DConditionModel {
 }
 
 /// What the blocks are built from.
-struct Shape<'a> {
+struct Shape<'a, 'w> {
     config: &'a UNetConfig,
-    times: Stack,
-    contexts: Stack,
+    times: Stack<'w>,
+    contexts: Stack<'w>,
 }
 
 /// Linear layers of many blocks over one input, gathered while the blocks are built: one product
 /// computes them all.
-pub(crate) struct Stack {
+pub(crate) struct Stack<'w> {
     inputs: usize,
-    /// Weights (out, in) and biases (out).
-    layers: RefCell<Vec<(Tensor, Option<Tensor>)>>,
+    layers: RefCell<Vec<LinearPart<'w>>>,
     parts: RefCell<Vec<Part>>,
 }
 
@@ -213,28 +212,21 @@ struct Columns {
     count: usize,
 }
 
-impl Stack {
+impl<'w> Stack<'w> {
     fn new(inputs: usize) -> Self {
         Self { inputs, layers: RefCell::default(), parts: RefCell::default() }
     }
 
-    fn add(&self, p: &Params<'_>, outputs: usize, bias: bool) -> Result<Columns> {
-        let weight = p.tensor("weight", &[outputs, self.inputs])?;
-        let bias = bias.then(|| p.tensor("bias", &[outputs])).transpose()?;
+    fn add(&self, p: &Params<'w>, outputs: usize, bias: bool) -> Result<Columns> {
         let mut layers = self.layers.borrow_mut();
-        let before =
-            layers.iter().map(|(weight, _)| weight.dim(0)).sum::<candle_core::Result<_>>()?;
-        layers.push((weight, bias));
+        let first = layers.iter().map(LinearPart::outputs).sum();
+        layers.push(p.part(self.inputs, outputs, bias)?);
         self.parts.borrow_mut().push(Part::at(p, Site::linear(self.inputs, outputs)));
-        Ok(Columns { first: before, count: outputs })
+        Ok(Columns { first, count: outputs })
     }
 
-    fn build(self, device: &Device, dtype: DType) -> Result<Adapted<Linear>> {
-        let (weights, biases): (Vec<_>, Vec<_>) = self.layers.into_inner().into_iter().unzip();
-        let biases: Option<Vec<_>> = biases.into_iter().collect();
-        let bias = biases.map(|biases| Tensor::cat(&biases, 0)).transpose()?;
-        let layer = Linear::new(&Tensor::cat(&weights, 0)?, bias.as_ref(), device, dtype)?;
-        Ok(Adapted::new(layer, self.parts.into_inner()))
+    fn build(self, p: &Params<'w>) -> Result<Adapted<Linear>> {
+        Ok(Adapted::new(p.stack(&self.layers.into_inner())?, self.parts.into_inner()))
     }
 }
 
@@ -245,8 +237,8 @@ impl Columns {
     }
 }
 
-impl Shape<'_> {
-    fn down_blocks(&self, p: &Params<'_>) -> Result<Vec<DownBlock>> {
+impl<'w> Shape<'_, 'w> {
+    fn down_blocks(&self, p: &Params<'w>) -> Result<Vec<DownBlock>> {
         let channels = &self.config.block_out_channels;
         let mut inputs = channels[0];
         let mut blocks = Vec::new();
@@ -268,7 +260,7 @@ impl Shape<'_> {
         Ok(blocks)
     }
 
-    fn up_blocks(&self, p: &Params<'_>) -> Result<Vec<UpBlock>> {
+    fn up_blocks(&self, p: &Params<'w>) -> Result<Vec<UpBlock>> {
         let channels = &self.config.block_out_channels;
         let levels = channels.len();
         // What each layer's skip holds, in the order in which they are taken.
@@ -298,14 +290,14 @@ impl Shape<'_> {
         Ok(blocks)
     }
 
-    fn resnet(&self, p: &Params<'_>, inputs: usize, outputs: usize) -> Result<Resnet> {
+    fn resnet(&self, p: &Params<'w>, inputs: usize, outputs: usize) -> Result<Resnet> {
         let norm = Norm { groups: self.config.norm_num_groups, eps: self.config.norm_eps };
         Resnet::load(p, inputs, outputs, Some(&self.times), norm)
     }
 
     fn maybe_transformer(
         &self,
-        p: &Params<'_>,
+        p: &Params<'w>,
         index: usize,
         level: usize,
         cross: bool,
@@ -314,7 +306,7 @@ impl Shape<'_> {
         cross.then(|| self.transformer(&p, level)).transpose()
     }
 
-    fn transformer(&self, p: &Params<'_>, level: usize) -> Result<Transformer> {
+    fn transformer(&self, p: &Params<'w>, level: usize) -> Result<Transformer> {
         let config = self.config;
         let channels = config.block_out_channels[level];
         let conv = !config.use_linear_projection;
@@ -355,11 +347,11 @@ pub(crate) struct Resnet {
 }
 
 impl Resnet {
-    pub(crate) fn load(
-        p: &Params<'_>,
+    pub(crate) fn load<'w>(
+        p: &Params<'w>,
         inputs: usize,
         outputs: usize,
-        times: Option<&Stack>,
+        times: Option<&Stack<'w>>,
         norm: Norm,
     ) -> Result<Self> {
         let shortcut = p.pp("conv_shortcut");
@@ -468,7 +460,12 @@ struct CrossAttention {
 }
 
 impl CrossAttention {
-    fn load(p: &Params<'_>, channels: usize, contexts: &Stack, heads: usize) -> Result<Self> {
+    fn load<'w>(
+        p: &Params<'w>,
+        channels: usize,
+        contexts: &Stack<'w>,
+        heads: usize,
+    ) -> Result<Self> {
         Ok(Self {
             to_q: Adapted::linears(p, &["to_q"], channels, channels, false)?,
             k: contexts.add(&p.pp("to_k"), channels, false)?,

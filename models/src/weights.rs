@@ -396,6 +396,18 @@ impl Drop for Stored<'_> {
     }
 }
 
+/// A linear layer where its file holds it.
+pub(crate) struct LinearPart<'a> {
+    weight: Stored<'a>,
+    bias: Option<Tensor>,
+}
+
+impl LinearPart<'_> {
+    pub(crate) fn outputs(&self) -> usize {
+        self.weight.shape[0]
+    }
+}
+
 fn shards(name: &str, index: &[u8], folder: &str) -> Result<Vec<String>> {
     #[derive(serde::Deserialize)]
     struct Index {
@@ -487,13 +499,26 @@ impl<'a> Params<'a> {
         outputs: usize,
         bias: bool,
     ) -> Result<Linear> {
-        let each = |name, shape: &[usize]| {
-            names.iter().map(|n| self.pp(n).tensor(name, shape)).collect::<Result<Vec<_>>>()
-        };
-        let weight = Tensor::cat(&each("weight", &[outputs, inputs])?, 0)?;
-        let bias = bias.then(|| each("bias", &[outputs])).transpose()?;
-        let bias = bias.map(|parts| Tensor::cat(&parts, 0)).transpose()?;
-        Ok(Linear::new(&weight, bias.as_ref(), self.device, self.dtype)?)
+        let parts = names.iter().map(|name| self.pp(name).part(inputs, outputs, bias));
+        Ok(self.stack(&parts.collect::<Result<Vec<_>>>()?)?)
+    }
+
+    /// A linear layer that is to be computed with others.
+    pub(crate) fn part(&self, inputs: usize, outputs: usize, bias: bool) -> Result<LinearPart<'a>> {
+        let weight = self.stored("weight", &[outputs, inputs])?;
+        let bias = bias.then(|| self.tensor("bias", &[outputs])).transpose()?;
+        Ok(LinearPart { weight, bias })
+    }
+
+    /// Linear layers over one input as one, their outputs side by side. All have a bias, or none.
+    pub(crate) fn stack(&self, parts: &[LinearPart<'_>]) -> candle_core::Result<Linear> {
+        let numbers: Vec<_> = parts.iter().map(|part| part.weight.numbers).collect();
+        let inputs = parts.first().map_or(0, |part| part.weight.shape[1]);
+        let shape = [parts.iter().map(LinearPart::outputs).sum(), inputs];
+        let biases: Option<Vec<_>> = parts.iter().map(|part| part.bias.as_ref()).collect();
+        let bias = biases.map(|biases| Tensor::cat(&biases, 0)).transpose()?;
+        let weight = Weight::Stored(Numbers::Parts(&numbers), &shape);
+        Linear::new(weight, bias.as_ref(), self.device, self.dtype)
     }
 
     /// A linear layer that the file may hold as a convolution of kernel 1.

@@ -19,6 +19,8 @@ pub(crate) enum Numbers<'a> {
     F32(&'a [[u8; 4]]),
     F16(&'a [[u8; 2]]),
     Bf16(&'a [[u8; 2]]),
+    /// Several, one behind the other.
+    Parts(&'a [Self]),
 }
 
 impl<'a> Numbers<'a> {
@@ -37,6 +39,7 @@ impl<'a> Numbers<'a> {
             Self::Floats(numbers) => numbers.len(),
             Self::F32(numbers) => numbers.len(),
             Self::F16(numbers) | Self::Bf16(numbers) => numbers.len(),
+            Self::Parts(parts) => parts.iter().map(Self::len).sum(),
         }
     }
 
@@ -63,6 +66,16 @@ impl<'a> Numbers<'a> {
             Self::Bf16(numbers) => {
                 for (out, number) in out.iter_mut().zip(&numbers[range]) {
                     *out = bf16::from_le_bytes(*number).to_f32();
+                }
+            }
+            Self::Parts(parts) => {
+                let (mut first, mut rest) = (first, out);
+                for part in *parts {
+                    let before = first.min(part.len());
+                    let count = rest.len().min(part.len() - before);
+                    let (out, after) = rest.split_at_mut(count);
+                    part.read(before, out);
+                    (first, rest) = (first - before, after);
                 }
             }
         }
@@ -148,5 +161,18 @@ mod tests {
             assert_eq!(floats(&bytes, DType::BF16), want);
         }
         assert!(Numbers::new(&[0; 16], DType::I64).is_none());
+    }
+
+    #[test]
+    fn parts_are_read_as_one() {
+        let values = random(1000, 1);
+        let parts = [0..300, 300..300, 300..301, 301..1000].map(|at| Numbers::Floats(&values[at]));
+        let all = Numbers::Parts(&parts);
+        assert_eq!(all.floats(), values);
+        for (first, count) in [(0, 0), (0, 301), (299, 3), (300, 1), (301, 699), (1000, 0)] {
+            let mut some = vec![0.0; count];
+            all.read(first, &mut some);
+            assert_eq!(some, values[first..first + count]);
+        }
     }
 }
