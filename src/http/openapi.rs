@@ -31,7 +31,10 @@ const MEANINGS: [(&str, &str); 34] = [
         "hires_height",
         "And this high; in the shape of the first pass where one of the two is absent.",
     ),
-    ("hires_steps", "Steps of the second pass; those of the first when absent."),
+    (
+        "hires_steps",
+        "Steps of the second pass, of which hires_strength is the share that is taken.",
+    ),
     ("hires_strength", "How much of the enlarged latents is painted over, 0 to 1."),
     ("hires_upscaler", "How latents are enlarged: Latent, Latent (nearest), and so on."),
     (
