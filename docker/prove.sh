@@ -2,11 +2,10 @@
 # Builds the cpu image for real and runs it as a container, without a Docker engine, a registry or
 # a rootless daemon:
 #
-#     docker/prove.sh build DIRECTORY [BINARY]   # the image sd-server:cpu, in a store in DIRECTORY
-#     docker/prove.sh run DIRECTORY              # its promises, and DIRECTORY/picture.png
+#     docker/prove.sh build DIRECTORY   # the image sd-server:cpu, in a store in DIRECTORY
+#     docker/prove.sh run DIRECTORY     # its promises, and DIRECTORY/picture.png
 #
-# With a BINARY that is built already the first takes a minute: that goes into the runtime stage in
-# place of the build stage's. Needs root, buildah, debootstrap, curl, and the Rust toolchain of rust-toolchain.toml. The two
+# Needs root, buildah, debootstrap, curl, and the Rust toolchain of rust-toolchain.toml. The two
 # base images are made of Debian's packages under their official names; the toolchain is the
 # host's, bound in. Everything stays in DIRECTORY.
 set -euo pipefail
@@ -55,28 +54,16 @@ base() {
 build() {
     debian
     base
-    local sysroot container
+    local sysroot
     sysroot=$(rustc --print sysroot)
     import "$rust" "$work/debian" --env RUSTUP_HOME=/usr/local/rustup \
         --env CARGO_HOME=/usr/local/cargo --env PATH=/usr/local/rustup/bin:/usr/bin:/bin
     import "$distroless" "$work/base" --env PATH=/usr/bin:/bin --env SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt
-    if [[ -z $1 ]]; then
-        stage cpu
-    else
-        stage runtime
-        container=$(buildah "${store[@]}" from --pull=never sd-server:runtime)
-        buildah "${store[@]}" copy --quiet "$container" "$1" /usr/local/bin/sd-server >/dev/null
-        buildah "${store[@]}" commit --quiet --rm "$container" sd-server:cpu >/dev/null
-    fi
-    buildah "${store[@]}" images
-}
-
-# stage TARGET: the Dockerfile up to there.
-stage() {
     buildah "${store[@]}" build --format docker --isolation chroot --pull=never --layers \
         --volume "$sysroot:/usr/local/rustup:ro" --volume /etc/ssl/certs:/etc/ssl/certs:ro \
         --file docker/Dockerfile --ignorefile docker/Dockerfile.dockerignore \
-        --target "$1" --tag "sd-server:$1" .
+        --target cpu --tag sd-server:cpu .
+    buildah "${store[@]}" images
 }
 
 # contained USER COMMAND...: the image's binary as process 1 on a read-only root, without a
@@ -139,4 +126,4 @@ run() {
     buildah "${store[@]}" rm "$container" >/dev/null
 }
 
-"$action" "${3:-}"
+"$action"
