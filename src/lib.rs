@@ -72,6 +72,8 @@ fn block_on(work: impl Future<Output = Result<()>>) -> Result<()> {
 
 /// Binds first, so that `/ping` can say 503 while the model loads.
 async fn listen_and_serve(config: config::Serve) -> Result<()> {
+    // Before anyone can know that there is a server to end.
+    let shutdown = signal();
     let address = (config.host.as_str(), config.port);
     let listener = TcpListener::bind(address)
         .await
@@ -85,7 +87,7 @@ async fn listen_and_serve(config: config::Serve) -> Result<()> {
     };
     let files = Files { device, engine: config.engine, model: config.model };
     let models = Models::new(first, files, config.models);
-    serve(models, config.http, listener, config.drain_timeout, signal()).await
+    serve(models, config.http, listener, config.drain_timeout, shutdown).await
 }
 
 /// Starts an engine on the configured model, which the model thread fetches and loads.
@@ -173,17 +175,19 @@ pub async fn serve(
     }
 }
 
-/// Completes at SIGTERM or SIGINT. As process 1 of a container nobody else would handle them.
-async fn signal() {
+/// Completes at SIGTERM or SIGINT, from this call on and not only when it is waited for. As process
+/// 1 of a container nobody else would handle them.
+fn signal() -> impl Future<Output = ()> {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut term), Ok(mut int)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        tracing::warn!("signals cannot be handled; only SIGKILL will end this process");
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = term.recv() => info!("SIGTERM"),
-        _ = int.recv() => info!("SIGINT"),
+    let handlers = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    async move {
+        let (Ok(mut term), Ok(mut int)) = handlers else {
+            tracing::warn!("signals cannot be handled; only SIGKILL will end this process");
+            return std::future::pending().await;
+        };
+        tokio::select! {
+            _ = term.recv() => info!("SIGTERM"),
+            _ = int.recv() => info!("SIGINT"),
+        }
     }
 }
