@@ -27,6 +27,7 @@ pub(crate) struct Attention {
     /// No query sees a later key.
     pub(crate) causal: bool,
     /// On the CPU: operands are rounded to bf16 and multiplied on tiles.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for AMX alone"))]
     pub(crate) tiles: bool,
 }
 

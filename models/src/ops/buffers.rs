@@ -47,6 +47,7 @@ impl Scratch {
 
 impl Scratch {
     /// The same memory as twice as many halves.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for AMX alone"))]
     pub(crate) fn halves(&mut self) -> &mut [bf16] {
         let floats = &mut **self;
         let len = 2 * floats.len();

@@ -121,6 +121,7 @@ impl Packed {
 
     /// Rows of a panel in pairs, from a multiple of [`STEP`] on and up to one; none if they lie
     /// otherwise.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for AMX alone"))]
     pub(super) fn pairs(&self, p: usize, rows: Range<usize>) -> &[bf16] {
         let Panels::Pairs(panels) = &self.panels else { return &[] };
         let first = p * self.k.next_multiple_of(STEP);
