@@ -21,7 +21,7 @@ trap 'kill "${processes[@]}" 2>/dev/null || true; wait; rm -rf "$scratch"' EXIT
 
 # Starts a server with so many rows a step and prints its address when it is ready.
 start() {
-    "$server" --model demo --device cpu --host 127.0.0.1 --port 0 --log warn --max-batch-rows "$1" \
+    "$server" --model demo --device cpu --dtype f32 --host 127.0.0.1 --port 0 --log warn --max-batch-rows "$1" \
         >"$scratch/$1" &
     processes+=($!)
     for _ in $(seq 600); do
