@@ -129,7 +129,7 @@ PEERS = {"torch": torch_peer, "openvino": openvino_peer}
 def server(model, dtype, threads, environment):
     """Our server on the model, ready: its address."""
     command = [ROOT / "target/release/sd-server", "serve", "--model", model, "--device", "cpu", "--dtype", dtype,
-               "--threads", str(threads), "--host", "127.0.0.1", "--port", "0", "--log", "warn"]
+               "--threads", str(threads), "--request-timeout-ms", "3600000", "--host", "127.0.0.1", "--port", "0", "--log", "warn"]
     if "CARGO_TARGET_DIR" in environment:
         command[0] = Path(environment["CARGO_TARGET_DIR"]) / "release/sd-server"
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
