@@ -1,0 +1,107 @@
+//! What a pipeline keeps, reads and forgets, on the built-in model.
+
+use std::path::Path;
+
+use super::*;
+use crate::spec::Loras;
+
+/// The built-in model in f32 on the CPU.
+pub(crate) fn demo() -> Pipeline {
+    open(Extras::default())
+}
+
+fn open(extras: Extras) -> Pipeline {
+    let options = LoadOptions {
+        source: Source::Demo,
+        vae: None,
+        device: DeviceName::Cpu,
+        precision: Precision::F32,
+        checking: Checking::Never,
+        threads: None,
+        extras,
+    };
+    Pipeline::load(&options).expect("the demo model")
+}
+
+fn spec(loras: Loras) -> Spec {
+    Spec {
+        prompt: "a cat".into(),
+        prompt_syntax: PromptSyntax::Plain,
+        negative_prompt: String::new(),
+        loras,
+        size: Size::new(64, 64).expect("multiples of 8"),
+        steps: 1,
+        guidance_scale: 7.5,
+        seed: 0,
+        scheduler: "ddim".parse().expect("a sampler"),
+        start: None,
+        hires: None,
+    }
+}
+
+#[test]
+fn a_prompt_is_encoded_once_and_not_kept_for_ever() {
+    let pipeline = demo();
+    let encode = |prompt: &str| {
+        pipeline.encode(prompt, PromptSyntax::Plain, &Mix::default()).expect("encoded").0
+    };
+    let contexts = || -> Vec<_> {
+        let kept = pipeline.encoded.lock().expect("unpoisoned");
+        kept.iter().map(|((text, ..), encoded)| (text.clone(), encoded.context.id())).collect()
+    };
+    let of = |prompt: &str| contexts().into_iter().find(|(text, _)| text == prompt);
+    drop((encode(""), encode("a cat")));
+    let (empty, cat) = (of(""), of("a cat"));
+    for k in 0..KEPT_PROMPTS - 1 {
+        encode(&format!("picture {k}"));
+        encode("");
+        assert_eq!(of(""), empty, "what is used again stays");
+    }
+    assert_eq!(of("a cat"), None, "what is not makes room");
+    encode("a cat");
+    assert_ne!(of("a cat"), cat);
+    assert_eq!(contexts().len(), KEPT_PROMPTS);
+}
+
+#[test]
+fn loras_are_read_before_a_picture_begins() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let file = file.join("../tests/pictures/loras/attention.safetensors");
+    let loras = Folder { directory: None, files: vec![file], endings: &["safetensors"] };
+    let extras = Extras { loras, max_lora_bytes: 1 << 20, ..Extras::default() };
+    let pipeline = open(extras);
+    let plain = spec(vec![]);
+    let adapted = spec(vec![("attention".to_owned(), 0.5)]);
+    let named = Spec {
+        prompt: "a cat <lora:attention:0.5>".into(),
+        prompt_syntax: PromptSyntax::A1111,
+        ..spec(vec![])
+    };
+    assert!(pipeline.files(&plain).is_none());
+    assert!(pipeline.files(&named).is_some());
+    let work = pipeline.files(&adapted).expect("a file");
+    std::thread::spawn(work).join().expect("read");
+    assert!(pipeline.files(&adapted).is_none() && pipeline.files(&named).is_none());
+    assert!(pipeline.begin(&named).is_ok());
+    // Terms and a share of the windows are what it takes more than without.
+    let info = pipeline.info();
+    let bytes = |spec| info.step_bytes(spec, spec.size);
+    let memory = info.memory;
+    assert_eq!(bytes(&adapted) - bytes(&plain), 2 * 64 * memory.lora_bytes);
+    let wordy = Spec { prompt: "a cat ".repeat(100), ..named.clone() };
+    assert_eq!(bytes(&wordy) - bytes(&plain), 4 * memory.window_bytes);
+    let kv = pipeline.encode("a cat", PromptSyntax::Plain, &Mix::default()).expect("encoded").0;
+    assert_eq!(memory.window_bytes, 4 * kv.elem_count() as u64);
+}
+
+#[test]
+fn keys_and_values_are_there_while_a_picture_needs_them() {
+    let pipeline = demo();
+    let encode =
+        || pipeline.encode("a cat", PromptSyntax::Plain, &Mix::default()).expect("encoded").0;
+    let (first, second) = (encode(), encode());
+    assert!(Arc::ptr_eq(&first, &second), "two pictures share them");
+    drop((first, second));
+    let kept = pipeline.encoded.lock().expect("unpoisoned");
+    assert!(kept.iter().all(|(_, encoded)| encoded.kv.upgrade().is_none()));
+}
