@@ -12,7 +12,7 @@ use candle_core::{D, DType, Device, Tensor};
 
 use self::config::{Config, Preprocessor};
 use crate::error::{Error, Result};
-use crate::ops::{Activation, Attention, LayerNorm, Linear, self_attention};
+use crate::ops::{Activation, Attention, LayerNorm, Linear, in_pool, self_attention};
 use crate::spec::Rgb;
 use crate::weights::{Params, Source, Weights};
 
@@ -172,14 +172,15 @@ impl SafetyChecker {
             self.patch_embedding.forward(&patches.to_device(&self.device)?.to_dtype(dtype)?)?;
         let class = self.class_embedding.reshape((1, 1, width))?;
         let tokens = Tensor::cat(&[&class, &patches], 1)?; // (1, 1 + n n, hidden)
-        let mut x = self.pre_layernorm.forward(&tokens.broadcast_add(&self.position_embedding)?)?;
+        let x = self.pre_layernorm.forward(&tokens.broadcast_add(&self.position_embedding)?)?;
         let activation = match self.config.hidden_act.as_str() {
             "gelu" => Activation::Gelu,
             _ => Activation::QuickGelu,
         };
-        for layer in &self.layers {
-            x = layer.forward(&x, self.config.num_attention_heads, activation)?;
-        }
+        let heads = self.config.num_attention_heads;
+        let x = in_pool(&self.device, || {
+            self.layers.iter().try_fold(x, |x, layer| layer.forward(&x, heads, activation))
+        })?;
         let pooled = self.post_layernorm.forward(&x.narrow(1, 0, 1)?.contiguous()?)?;
         let embedding = self.visual_projection.forward(&pooled)?.to_dtype(DType::F32)?;
         Ok(embedding.reshape((1, self.config.projection_dim))?)

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::adapted::{Adapted, Mix};
 use crate::config::ClipTextConfig;
 use crate::error::Result;
-use crate::ops::{Activation, Attention, LayerNorm, Linear, self_attention};
+use crate::ops::{Activation, Attention, LayerNorm, Linear, in_pool, self_attention};
 use crate::weights::{Params, Weights};
 
 const QKV: [&str; 3] = ["q_proj", "k_proj", "v_proj"];
@@ -92,10 +92,13 @@ impl ClipTextModel {
             "gelu" => Activation::Gelu,
             _ => Activation::QuickGelu,
         };
-        for layer in &self.layers {
-            x = layer.forward(&x, self.config.num_attention_heads, activation, &mixes)?;
-        }
-        Ok(self.final_layer_norm.forward(&x)?.to_dtype(DType::F32)?)
+        let heads = self.config.num_attention_heads;
+        in_pool(&self.device, || {
+            for layer in &self.layers {
+                x = layer.forward(&x, heads, activation, &mixes)?;
+            }
+            Ok(self.final_layer_norm.forward(&x)?.to_dtype(DType::F32)?)
+        })
     }
 }
 

@@ -15,7 +15,7 @@ use crate::error::Result;
 use crate::lora::Site;
 use crate::ops::{
     Activation, Attention, Conv2d, Geglu, Geometry, GroupNorm, Joined, LayerNorm, Linear,
-    attention, channels_first, channels_last, self_attention,
+    attention, channels_first, channels_last, in_pool, self_attention,
 };
 use crate::weights::{LinearPart, Params, Weights, activation_dtype};
 
@@ -109,12 +109,23 @@ impl UNet2DConditionModel {
     /// A context (B, L, D) f32 -> keys and values of every cross attention, side by side, for
     /// [`Self::forward`]: they are the same at every step.
     pub fn keys_values(&self, context: &Tensor, mixes: &[Mix]) -> Result<Tensor> {
-        Ok(self.to_kv.forward(&context.to_dtype(self.dtype)?.contiguous()?, mixes)?)
+        let context = context.to_dtype(self.dtype)?.contiguous()?;
+        in_pool(&self.device, || Ok(self.to_kv.forward(&context, mixes)?))
     }
 
     /// latents (B, C, H, W) f32, a timestep for each row, keys and values for the rows in their
     /// order (b, L, ..), where L may change from one to the next -> the prediction (B, C, H, W) f32.
     pub fn forward(
+        &self,
+        latents: &Tensor,
+        timesteps: &[f64],
+        kv: &[Tensor],
+        mixes: &[Mix],
+    ) -> Result<Tensor> {
+        in_pool(&self.device, || self.predict(latents, timesteps, kv, mixes))
+    }
+
+    fn predict(
         &self,
         latents: &Tensor,
         timesteps: &[f64],

@@ -6,7 +6,9 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::config::VaeConfig;
 use crate::error::Result;
-use crate::ops::{Attention, Conv2d, Geometry, GroupNorm, Linear, channels_last, self_attention};
+use crate::ops::{
+    Attention, Conv2d, Geometry, GroupNorm, Linear, channels_last, in_pool, self_attention,
+};
 use crate::unet::{Norm, Resnet};
 use crate::weights::{Params, Weights, activation_dtype};
 
@@ -79,6 +81,10 @@ impl Decoder {
     /// Latents (B, C, h, w) f32, already divided by the scaling factor -> pictures
     /// (B, H, W, 3) f32, nominally in -1..1.
     pub fn forward(&self, latents: &Tensor) -> Result<Tensor> {
+        in_pool(latents.device(), || self.draw(latents))
+    }
+
+    fn draw(&self, latents: &Tensor) -> Result<Tensor> {
         let mut x = channels_last(latents, self.dtype)?;
         if let Some(conv) = &self.post_quant_conv {
             x = conv.forward(&x)?;
@@ -164,6 +170,10 @@ impl Encoder {
     /// Pictures (B, H, W, 3) in -1..1 -> mean and log variance of the latents, each
     /// (B, C, h, w) f32 and not yet multiplied with the scaling factor.
     pub fn forward(&self, pictures: &Tensor) -> Result<(Tensor, Tensor)> {
+        in_pool(pictures.device(), || self.read(pictures))
+    }
+
+    fn read(&self, pictures: &Tensor) -> Result<(Tensor, Tensor)> {
         let mut x = self.conv_in.forward(&pictures.to_dtype(self.dtype)?.contiguous()?)?;
         for (resnets, downsample) in &self.down {
             for resnet in resnets {

@@ -104,6 +104,13 @@ fn host(tensor: &Tensor) -> Result<Host<'_>> {
     }
 }
 
+/// Runs a network on a thread of the pool. A parallel loop that begins outside of the pool puts its
+/// thread to sleep until it is done, and a step has some 200 of them. (On other devices there is
+/// nothing to gain.)
+pub(crate) fn in_pool<T: Send>(device: &Device, network: impl FnOnce() -> T + Send) -> T {
+    if device.is_cpu() { rayon::scope(|_| network()) } else { network() }
+}
+
 fn on_cpu(tensor: &Tensor) -> bool {
     matches!(tensor.device(), Device::Cpu)
 }
@@ -115,7 +122,14 @@ fn to_host(tensor: &Tensor) -> Result<Vec<f32>> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use candle_core::Tensor;
+    use candle_core::{Device, Tensor};
+
+    #[test]
+    fn a_network_of_the_cpu_runs_inside_of_the_pool() {
+        let thread = || rayon::current_thread_index();
+        assert_eq!(thread(), None);
+        assert!(super::in_pool(&Device::Cpu, thread).is_some());
+    }
 
     /// Deterministic numbers in (-1, 1) by a linear congruence: good enough to tell kernels apart.
     pub(crate) fn random(len: usize, seed: u64) -> Vec<f32> {
