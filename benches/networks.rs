@@ -67,7 +67,7 @@ fn main() -> Result<()> {
     let one = latents.narrow(0, 0, 1)?;
     let (decode, _) = median(runs, || Ok(vae.forward(&one)?))?;
     println!(
-        "sd-server {precision} {size}px unet_step_s {step:.3} vae_decode_s {decode:.3} \
+        "sd-server {precision} {size}px unet_step_s {step:.4} vae_decode_s {decode:.4} \
          load_s {load:.2} peak_mib {}",
         peak_mib().unwrap_or_default()
     );

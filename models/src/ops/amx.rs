@@ -338,9 +338,10 @@ fn pack(
     let line = &mut line[..columns.len().next_multiple_of(STEP)];
     line[columns.len()..].fill(bf16::ZERO);
     for (i, row) in rows.take(ROWS).enumerate() {
+        let place = [a.place(row)];
         let mut k = columns.start;
         while k < columns.end {
-            let run = a.run(row, k);
+            let [run] = a.runs(&place, k);
             let run = &run[..run.len().min(columns.end - k)];
             narrow(run, &mut line[k - columns.start..][..run.len()]);
             k += run.len();

@@ -11,7 +11,7 @@ use std::ops::Range;
 use candle_core::{D, DType, Result, Tensor, bail};
 use rayon::prelude::*;
 
-use super::buffers::{Aligned, Scratch};
+use super::buffers::{Aligned, Out, Scratch, written};
 use super::gemm::{Kernel, MR, NR, Rows, interleave};
 use super::on_cpu;
 use super::simd::{exp, vectorized};
@@ -72,45 +72,29 @@ impl Problem {
                 H::pack(self.columns(k, sample, first), self.columns(v, sample, first))
             })
             .collect();
-        let mut out = vec![0f32; batch * queries * channels];
-        // One task owns the rows of 32 queries for all heads: a dense piece of the output.
+        // A task has 32 queries of all heads, a dense piece of the output, or of one if such pieces
+        // are few.
         let tiles = queries.div_ceil(NR);
-        let pieces = out.chunks_mut(queries * channels).flat_map(|s| s.chunks_mut(NR * channels));
-        let pieces: Vec<_> = pieces.enumerate().collect();
-        let split = if pieces.len() < 4 * rayon::current_num_threads() { kind.heads } else { 1 };
-        if split == 1 {
-            pieces.into_par_iter().for_each(|(i, piece)| {
-                for head in 0..kind.heads {
-                    let packed = &heads[i / tiles * kind.heads + head];
-                    let place = Place { sample: i / tiles, tile: i % tiles, first: head * width };
-                    self.attend(q, packed, place, |row, values| {
-                        piece[row * channels + head * width..][..width].copy_from_slice(values);
+        let few = batch * tiles < 4 * rayon::current_num_threads();
+        let share = if few { 1 } else { kind.heads };
+        let shares = kind.heads / share;
+        let attend = |out: Out| {
+            (0..batch * tiles * shares).into_par_iter().for_each(|task| {
+                let (tile, first) = (task / shares, task % shares * share);
+                let (sample, tile) = (tile / tiles, tile % tiles);
+                for (head, packed) in (first..).zip(&heads[sample * kind.heads + first..][..share])
+                {
+                    let place = Place { sample, tile, first: head * width };
+                    self.attend(q, packed, place, |query, values| {
+                        let row = (sample * queries + query) * channels;
+                        // SAFETY: no other task has these queries and this head.
+                        unsafe { out.slice(row + head * width, width) }.copy_from_slice(values);
                     });
                 }
             });
-        } else {
-            // Few queries: heads go to different threads, and their columns are put together after.
-            let columns: Vec<Vec<f32>> = (0..pieces.len() * kind.heads)
-                .into_par_iter()
-                .map(|task| {
-                    let (i, head) = (task / kind.heads, task % kind.heads);
-                    let packed = &heads[i / tiles * kind.heads + head];
-                    let place = Place { sample: i / tiles, tile: i % tiles, first: head * width };
-                    let mut column = Vec::with_capacity(NR * width);
-                    self.attend(q, packed, place, |_, values| column.extend_from_slice(values));
-                    column
-                })
-                .collect();
-            for (i, piece) in pieces {
-                for head in 0..kind.heads {
-                    let column = &columns[i * kind.heads + head];
-                    for (row, values) in piece.chunks_exact_mut(channels).zip(column.chunks(width))
-                    {
-                        row[head * width..][..width].copy_from_slice(values);
-                    }
-                }
-            }
-        }
+        };
+        // SAFETY: every query gets the values of every head.
+        let out = unsafe { written(batch * queries * channels, attend) };
         Tensor::from_vec(out, (batch, queries, channels), &candle_core::Device::Cpu)
     }
 
@@ -128,14 +112,12 @@ impl Problem {
     ) {
         let first_query = place.tile * NR;
         let count = NR.min(self.queries - first_query);
-        // Columns past the last query hold anything: no column sees another.
+        // Columns past the last query repeat it: no column sees another.
+        let query = |j: usize| first_query + j.min(count - 1);
+        let rows = |j| q.row(place.sample, query(j), place.first, self.width);
         let mut panel = Scratch::new(self.width * NR);
-        for j in 0..count {
-            let row = q.row(place.sample, first_query + j, place.first, self.width);
-            for (value, slot) in row.iter().zip(panel.chunks_exact_mut(NR)) {
-                slot[j] = value * self.scale;
-            }
-        }
+        interleave::<NR>(&std::array::from_fn(rows), &mut panel);
+        rescale(&mut panel, &[self.scale; NR]);
         let mut queries = H::queries(panel);
         let mut scores = Scratch::new(BLOCK * NR);
         let mut sums = Scratch::new(self.width.next_multiple_of(H::GROUP) * NR);
@@ -155,13 +137,27 @@ impl Problem {
             rescale(&mut sums, &factor);
             head.add(&mut queries, key0..key0 + keys, scores, &mut sums);
         }
-        let mut row = vec![0f32; self.width];
-        for j in 0..count {
-            let inverse = 1.0 / total[j];
-            for (value, column) in row.iter_mut().zip(sums.chunks_exact(NR)) {
-                *value = column[j] * inverse;
+        rescale(&mut sums, &total.map(|total| 1.0 / total));
+        let mut rows = Scratch::new(NR * self.width);
+        turn(&sums, self.width, &mut rows);
+        for (j, row) in rows.chunks_exact(self.width).take(count).enumerate() {
+            emit(first_query + j, row);
+        }
+    }
+}
+
+/// From [channel][NR], of which there are whole groups of four, to [NR][channel] of `width` channels.
+fn turn(sums: &[f32], width: usize, rows: &mut [f32]) {
+    const FOUR: usize = 4;
+    let mut square = [0f32; FOUR * NR];
+    for (columns, first) in sums.chunks_exact(FOUR * NR).zip((0..width).step_by(FOUR)) {
+        interleave::<FOUR>(&std::array::from_fn(|i| &columns[i * NR..][..NR]), &mut square);
+        for (row, part) in rows.chunks_exact_mut(width).zip(square.chunks_exact(FOUR)) {
+            let row = &mut row[first..];
+            match row.first_chunk_mut::<FOUR>() {
+                Some(row) => row.copy_from_slice(part),
+                None => row.copy_from_slice(&part[..row.len()]),
             }
-            emit(j, &row);
         }
     }
 }
@@ -224,9 +220,21 @@ pub(super) struct Columns<'a> {
     pub(super) width: usize,
 }
 
+impl Columns<'_> {
+    pub(super) fn row(&self, row: usize) -> &[f32] {
+        self.view.row(self.sample, row, self.first, self.width)
+    }
+}
+
 impl Rows for Columns<'_> {
-    fn run(&self, row: usize, k: usize) -> &[f32] {
-        &self.view.row(self.sample, row, self.first, self.width)[k..]
+    type Place = usize;
+
+    fn place(&self, row: usize) -> usize {
+        row
+    }
+
+    fn runs<const N: usize>(&self, rows: &[usize; N], k: usize) -> [&[f32]; N] {
+        rows.map(|row| &self.row(row)[k..])
     }
 }
 
@@ -290,15 +298,17 @@ impl Head for Vectors {
         let mut keys = Aligned::zeros(count.next_multiple_of(MR) * width);
         for (g, tile) in keys.as_mut_slice().chunks_exact_mut(MR * width).enumerate() {
             // Places past the last key repeat it; their scores are never read.
-            let key = |i: usize| k.run((g * MR + i).min(count - 1), 0);
+            let key = |i: usize| k.row((g * MR + i).min(count - 1));
             interleave::<MR>(&std::array::from_fn(key), tile);
         }
         let mut values = Aligned::zeros(width.next_multiple_of(MR) * count);
         for (g, tile) in values.as_mut_slice().chunks_mut(MR * count).enumerate() {
             let columns = g * MR..width.min((g + 1) * MR);
             for (key, slot) in tile.chunks_exact_mut(MR).enumerate().take(count) {
-                if let Some(part) = v.run(key, 0).get(columns.clone()) {
-                    slot[..part.len()].copy_from_slice(part);
+                let part = &v.row(key)[columns.clone()];
+                match part.first_chunk::<MR>() {
+                    Some(part) => slot.copy_from_slice(part),
+                    None => slot[..part.len()].copy_from_slice(part),
                 }
             }
         }

@@ -156,6 +156,9 @@ pub(crate) unsafe fn written(len: usize, write: impl FnOnce(Out)) -> Vec<f32> {
     out
 }
 
+/// Numbers that are not worth a second thread.
+pub(crate) const FEWEST: usize = 16 << 10;
+
 /// As [`written`], by many threads: `write` gets the number of each chunk and the chunk.
 ///
 /// # Safety
@@ -169,12 +172,18 @@ pub(crate) unsafe fn written_in_chunks(
         // SAFETY: no two chunks overlap.
         write(i, unsafe { out.slice(i * chunk, chunk.min(len - i * chunk)) });
     };
-    let all = |out| (0..len.div_ceil(chunk)).into_par_iter().for_each(|i| part(out, i));
+    let chunks = (0..len.div_ceil(chunk)).into_par_iter().with_min_len(FEWEST.div_ceil(chunk));
+    let all = |out| chunks.for_each(|i| part(out, i));
     // SAFETY: the chunks cover the vector, and the caller writes all of each.
     unsafe { written(len, all) }
 }
 
 impl Out {
+    /// All of `floats`, which are not to be touched otherwise while parts of it live.
+    pub(crate) fn of(floats: &mut [f32]) -> Self {
+        Self { start: floats.as_mut_ptr(), len: floats.len() }
+    }
+
     /// # Safety
     /// No other thread touches these elements while the slice lives.
     pub(crate) unsafe fn slice<'a>(self, first: usize, len: usize) -> &'a mut [f32] {

@@ -15,7 +15,7 @@ use super::activation::{Activation, gate};
 use super::amx;
 use super::buffers::{Out, Scratch, written};
 pub(crate) use super::packed::{NR, Packed};
-use super::simd::Isa;
+use super::simd::{Isa, vectorized};
 
 /// Rows of a tile: 12 x 2 accumulators of 16 lanes leave 8 of AVX-512's 32 registers free.
 pub(crate) const MR: usize = 12;
@@ -27,20 +27,31 @@ const DEPTH: usize = 3 * KC;
 /// Rows of a block: MC x DEPTH f32 stay in the second-level cache while all panels pass.
 const MC: usize = 384;
 
+/// Tiles of a block that is not parted any more.
+const FEWEST_TILES: usize = 3;
+/// Panels that a block is packed for, unless a thread had none.
+const FEWEST_PANELS: usize = 4;
+
 /// Where the rows of the left matrix come from.
 pub(crate) trait Rows: Sync {
-    /// A row from column `k` to the end of the run of memory that the column is in. Runs end at
-    /// the same columns in all rows.
-    fn run(&self, row: usize, k: usize) -> &[f32];
+    /// Where a row begins: found once for all of its runs.
+    type Place: Copy;
+
+    fn place(&self, row: usize) -> Self::Place;
+
+    /// The rows of some places from column `k` to the end of the run of memory that the column is
+    /// in. Runs end at the same columns in all rows.
+    fn runs<const N: usize>(&self, places: &[Self::Place; N], k: usize) -> [&[f32]; N];
 }
 
 /// Packs rows `row0 ..` and columns `k0 .. k0 + tile.len() / MR` as [k][MR]. Places past the last
 /// of `rows` repeat it.
 fn pack_tile(a: &impl Rows, rows: usize, row0: usize, k0: usize, tile: &mut [f32]) {
+    let places: [_; MR] = std::array::from_fn(|i| a.place((row0 + i).min(rows - 1)));
     let mut k = k0;
     let mut rest = tile;
     while !rest.is_empty() {
-        let runs: [&[f32]; MR] = std::array::from_fn(|i| a.run((row0 + i).min(rows - 1), k));
+        let runs = a.runs(&places, k);
         let len = runs[0].len().min(rest.len() / MR);
         let (part, tail) = rest.split_at_mut(len * MR);
         interleave(&runs.map(|run| &run[..len]), part);
@@ -85,6 +96,7 @@ pub(crate) struct Epilogue<'a> {
 
 impl Epilogue<'_> {
     /// Finishes `c`, which holds `columns` of a row of n.
+    #[inline(always)]
     pub(crate) fn apply(&self, row: usize, n: usize, columns: &Range<usize>, c: &mut [f32]) {
         if let Some(bias) = self.bias {
             add(c, &bias[columns.clone()]);
@@ -101,6 +113,7 @@ impl Epilogue<'_> {
     }
 }
 
+#[inline(always)]
 fn add(c: &mut [f32], d: &[f32]) {
     for (c, d) in c.iter_mut().zip(d) {
         *c += d;
@@ -150,10 +163,13 @@ impl<A: Rows> Product<'_, A> {
         let panels = self.weights.n.div_ceil(self.weights.width());
         let blocking = self.blocking();
         let most = MC.min(MC * blocking.depth / self.depth()).max(blocking.rows);
-        let blocks = rows.div_ceil(most);
+        let threads = rayon::current_num_threads();
+        // Rows are parted first: each part of the panels packs its rows anew.
+        let worth = rows / (FEWEST_TILES * blocking.rows) / threads * threads;
+        let blocks = rows.div_ceil(most).max(worth.min(2 * threads));
         let block_rows = rows.div_ceil(blocks).next_multiple_of(blocking.rows);
-        let tasks = 4 * rayon::current_num_threads();
-        let chunk = panels.div_ceil(tasks.div_ceil(blocks).min(panels));
+        let chunks = (4 * threads).div_ceil(blocks).min(panels);
+        let chunk = panels.div_ceil(chunks).max(FEWEST_PANELS.min(panels.div_ceil(threads)));
         let chunks = panels.div_ceil(chunk);
         (0..blocks * chunks).into_par_iter().for_each(|task| {
             let (block, part) = (task / chunks, task % chunks);
@@ -240,17 +256,34 @@ impl<A: Rows> Product<'_, A> {
             let bias = self.epilogue.bias.map(|bias| &bias[p * NR..][..NR]);
             gate(&mut sums[..rows.len() * NR], bias.unwrap_or(&[0.0; NR]));
         }
+        let epilogue = (depth.end == k && !gated).then_some(self.epilogue);
+        put(sums, depth.start > 0, self.out, (rows, &columns), n, epilogue);
+    }
+}
+
+vectorized! {
+    /// Sums [row][NR] become some columns of some rows of `out` (.., n), or are added to those;
+    /// then the epilogue.
+    fn put(
+        sums: &[f32],
+        accumulate: bool,
+        out: Out,
+        area: (&Range<usize>, &Range<usize>),
+        n: usize,
+        epilogue: Option<Epilogue<'_>>,
+    ) {
+        let (rows, columns) = area;
         for (row, sums) in rows.clone().zip(sums.chunks_exact(NR)) {
-            // SAFETY: this part of the row lies inside this task's area.
-            let c = unsafe { self.out.slice(row * n + columns.start, columns.len()) };
+            // SAFETY: store() is given rows and a panel of the area of its task.
+            let c = unsafe { out.slice(row * n + columns.start, columns.len()) };
             let sums = &sums[..columns.len()];
-            if depth.start == 0 {
-                c.copy_from_slice(sums);
-            } else {
+            if accumulate {
                 add(c, sums);
+            } else {
+                c.copy_from_slice(sums);
             }
-            if depth.end == k && !gated {
-                self.epilogue.apply(row, n, &columns, c);
+            if let Some(epilogue) = epilogue {
+                epilogue.apply(row, n, columns, c);
             }
         }
     }
@@ -264,9 +297,15 @@ pub(crate) struct Matrix<'a> {
     pub(crate) stride: usize,
 }
 
-impl Rows for Matrix<'_> {
-    fn run(&self, row: usize, k: usize) -> &[f32] {
-        &self.data[row * self.stride..][k..self.stride]
+impl<'a> Rows for Matrix<'a> {
+    type Place = &'a [f32];
+
+    fn place(&self, row: usize) -> &'a [f32] {
+        &self.data[row * self.stride..][..self.stride]
+    }
+
+    fn runs<const N: usize>(&self, places: &[&'a [f32]; N], k: usize) -> [&[f32]; N] {
+        places.map(|row| &row[k..])
     }
 }
 
@@ -348,7 +387,6 @@ mod x86 {
     use std::arch::x86_64::*;
 
     use super::{MR, NR, Tile};
-
     /// Transposes columns k .. k + 4 of the rows into the tile, in squares of four.
     ///
     /// # Safety
@@ -401,6 +439,11 @@ mod x86 {
         for _ in 0..tile.kc {
             // SAFETY: a and b advance kc times by one step of the tile and the panel.
             unsafe {
+                // Panels and tiles lie one behind the other: what comes from further away than the
+                // first-level cache is on its way before it is needed.
+                _mm_prefetch::<_MM_HINT_T0>(a.wrapping_add(64 * MR).cast());
+                _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(32 * NR).cast());
+                _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(32 * NR + 16).cast());
                 let b0 = _mm512_loadu_ps(b);
                 let b1 = _mm512_loadu_ps(b.add(16));
                 for (i, sum) in sum.iter_mut().enumerate() {

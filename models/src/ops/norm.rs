@@ -6,7 +6,7 @@ use candle_core::{D, DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use super::activation::silu;
-use super::buffers::written_in_chunks;
+use super::buffers::{FEWEST, written_in_chunks};
 use super::simd::vectorized;
 use super::{Joined, host, to_host};
 
@@ -101,9 +101,7 @@ impl GroupNorm {
         let parts = [(first.data()?, 0..c1), (second, c1..c1 + c2)];
         let parts = if c2 == 0 { &parts[..1] } else { &parts[..] };
         let (pixels, channels) = (h * w, c1 + c2);
-        let coefficients: Vec<_> = (0..batch)
-            .map(|sample| self.coefficients(parts, sample * pixels..(sample + 1) * pixels, weight))
-            .collect();
+        let coefficients = self.coefficients(parts, (batch, pixels), weight);
         let normalized = |run: usize, mut out: &mut [f32]| {
             let mut first = run * RUN;
             // A run may hold the end of one sample and the start of the next.
@@ -130,22 +128,22 @@ impl GroupNorm {
         Tensor::from_vec(out, (batch, h, w, channels), x.device())
     }
 
-    /// Mean and scale of every channel of one sample, the `pixels` of both parts:
-    /// y = (x - mean) * scale + bias.
+    /// Mean and scale of every channel of each sample: y = (x - mean) * scale + bias.
     fn coefficients(
         &self,
         parts: &[Part<'_>],
-        pixels: Range<usize>,
+        (batch, pixels): (usize, usize),
         weight: &[f32],
-    ) -> (Vec<f32>, Vec<f32>) {
+    ) -> Vec<(Vec<f32>, Vec<f32>)> {
         let channels = weight.len();
-        let count = (pixels.len() * channels / self.groups) as f64;
-        let runs: Vec<(Vec<f32>, Vec<f32>)> = pixels
-            .clone()
+        let count = (pixels * channels / self.groups) as f64;
+        let per_sample = pixels.div_ceil(RUN);
+        let runs: Vec<(Vec<f32>, Vec<f32>)> = (0..batch * per_sample)
             .into_par_iter()
-            .step_by(RUN)
-            .map(|first| {
-                let run = first..pixels.end.min(first + RUN);
+            .with_min_len(FEWEST.div_ceil(RUN * channels))
+            .map(|run| {
+                let (sample, first) = (run / per_sample, run % per_sample * RUN);
+                let run = sample * pixels + first..sample * pixels + pixels.min(first + RUN);
                 let (mut sum, mut squares) = (vec![0f32; channels], vec![0f32; channels]);
                 for (data, own) in parts {
                     let data = &data[run.start * own.len()..run.end * own.len()];
@@ -155,22 +153,25 @@ impl GroupNorm {
             })
             .collect();
         let per_group = channels / self.groups;
-        let (mut means, mut scale) = (vec![0f32; channels], vec![0f32; channels]);
-        for group in 0..self.groups {
-            let own = group * per_group..(group + 1) * per_group;
-            let total = |runs: &mut dyn Iterator<Item = &Vec<f32>>| -> f64 {
-                runs.flat_map(|run| &run[own.clone()]).map(|v| f64::from(*v)).sum()
-            };
-            let mean = total(&mut runs.iter().map(|run| &run.0)) / count;
-            let variance =
-                (total(&mut runs.iter().map(|run| &run.1)) / count - mean * mean).max(0.0);
-            let inverse = 1.0 / (variance + self.eps).sqrt();
-            for c in own.clone() {
-                means[c] = mean as f32;
-                scale[c] = (f64::from(weight[c]) * inverse) as f32;
+        let of_sample = |runs: &[(Vec<f32>, Vec<f32>)]| {
+            let (mut means, mut scale) = (vec![0f32; channels], vec![0f32; channels]);
+            for group in 0..self.groups {
+                let own = group * per_group..(group + 1) * per_group;
+                let total = |runs: &mut dyn Iterator<Item = &Vec<f32>>| -> f64 {
+                    runs.flat_map(|run| &run[own.clone()]).map(|v| f64::from(*v)).sum()
+                };
+                let mean = total(&mut runs.iter().map(|run| &run.0)) / count;
+                let variance =
+                    (total(&mut runs.iter().map(|run| &run.1)) / count - mean * mean).max(0.0);
+                let inverse = 1.0 / (variance + self.eps).sqrt();
+                for c in own.clone() {
+                    means[c] = mean as f32;
+                    scale[c] = (f64::from(weight[c]) * inverse) as f32;
+                }
             }
-        }
-        (means, scale)
+            (means, scale)
+        };
+        runs.chunks(per_sample).map(of_sample).collect()
     }
 }
 

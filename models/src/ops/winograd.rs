@@ -10,7 +10,7 @@ use std::ops::{Add, Mul, Range, Sub};
 
 use rayon::prelude::*;
 
-use super::buffers::{Out, Scratch, written};
+use super::buffers::{Aligned, Out, Scratch, written};
 use super::conv::Fields;
 use super::gemm::{Epilogue, Kernel, MR, NR, Packed, interleave};
 use super::simd::vectorized;
@@ -19,6 +19,8 @@ use super::simd::vectorized;
 const SIDE: usize = 4;
 /// Inputs of a tile's side.
 const PATCH: usize = SIDE + 2;
+/// Rows and columns past the padding that the last tiles of a picture may have.
+pub(super) const BEYOND: usize = SIDE - 1;
 /// Products of a tile.
 const POINTS: usize = PATCH * PATCH;
 /// Channels that are transformed at a time.
@@ -27,6 +29,8 @@ const LANES: usize = 16;
 const PASS: usize = 8;
 /// Depth of a block: its weights (DEPTH x NR) and a tile stay in the first-level cache.
 const DEPTH: usize = 160;
+/// Numbers of transformed weights that are kept.
+const MOST_KEPT: usize = 640 << 10;
 /// Transformed input in memory at a time, in floats.
 const CHUNK: usize = 24 << 20;
 
@@ -46,6 +50,7 @@ pub(super) fn convolve(
     fields: &Fields<'_>,
     samples: usize,
     weights: &Packed,
+    kept: Option<&Kept>,
     epilogue: Epilogue<'_>,
 ) -> Vec<f32> {
     let (rows, columns) = fields.output;
@@ -55,6 +60,7 @@ pub(super) fn convolve(
         tiles: (rows.div_ceil(SIDE), columns.div_ceil(SIDE)),
         samples,
         weights,
+        kept,
         epilogue,
         out,
     };
@@ -70,8 +76,29 @@ struct Problem<'a> {
     tiles: (usize, usize),
     samples: usize,
     weights: &'a Packed,
+    kept: Option<&'a Kept>,
     epilogue: Epilogue<'a>,
     out: Out,
+}
+
+/// The weights of a small layer, transformed once: [panel][point][channel][NR].
+pub(super) struct Kept(Aligned);
+
+impl Kept {
+    /// None if they are many, since they are four times as large then, or of no use.
+    pub(super) fn new(weights: &Packed) -> Option<Self> {
+        let (panels, channels) = (weights.n.div_ceil(NR), weights.k / 9);
+        let size = POINTS * channels * NR;
+        let suits = channels.is_multiple_of(LANES) && !weights.tiled();
+        if !suits || panels * size > MOST_KEPT {
+            return None;
+        }
+        let mut kept = Aligned::zeros(panels * size);
+        for (panel, out) in kept.as_mut_slice().chunks_exact_mut(size).enumerate() {
+            transform_panel(weights, panel, out);
+        }
+        Some(Self(kept))
+    }
 }
 
 impl Problem<'_> {
@@ -83,10 +110,7 @@ impl Problem<'_> {
         for first in (0..groups).step_by(per_chunk) {
             let chunk = first..groups.min(first + per_chunk);
             let inputs = &mut inputs[..chunk.len() * size];
-            inputs
-                .par_chunks_exact_mut(size)
-                .enumerate()
-                .for_each(|(i, packed)| self.transform_group(first + i, packed));
+            self.transform(&chunk, inputs);
             self.multiply(&chunk, inputs);
         }
     }
@@ -102,24 +126,47 @@ impl Problem<'_> {
         (tile / per_sample, place / self.tiles.1 * SIDE, place % self.tiles.1 * SIDE)
     }
 
-    /// Transforms MR tiles into `packed`, [point][channel][MR]. Places past the last tile repeat
-    /// it.
-    fn transform_group(&self, group: usize, packed: &mut [f32]) {
-        let patches: Vec<[&[f32]; POINTS]> = (0..MR)
-            .map(|i| {
-                let (sample, y, x) = self.origin((group * MR + i).min(self.count() - 1));
-                std::array::from_fn(|p| self.fields.input(sample, y + p / PATCH, x + p % PATCH))
-            })
-            .collect();
+    /// Transforms the groups of a chunk, MR tiles each, into [group][point][channel][MR]. Places
+    /// past the last tile repeat it.
+    fn transform(&self, chunk: &Range<usize>, inputs: &mut [f32]) {
+        let blocks = self.channels / LANES;
+        // Few groups share their channels between threads.
+        let parts = (4 * rayon::current_num_threads()).div_ceil(chunk.len()).min(blocks);
+        let length = blocks.div_ceil(parts);
+        let parts = blocks.div_ceil(length);
+        let out = Out::of(inputs);
+        (0..chunk.len() * parts).into_par_iter().for_each(|task| {
+            let (group, part) = (task / parts, task % parts);
+            let channels = part * length * LANES..blocks.min((part + 1) * length) * LANES;
+            self.transform_group(chunk.start + group, &channels, |point, channel| {
+                let place = (group * POINTS + point) * self.channels + channel;
+                // SAFETY: no other task has these channels of this group.
+                unsafe { out.slice(place * MR, LANES * MR) }
+            });
+        });
+    }
+
+    /// Transforms some channels of a group, LANES at a time, to where `place` has a point and the
+    /// channels from one on.
+    fn transform_group<'o>(
+        &self,
+        group: usize,
+        channels: &Range<usize>,
+        place: impl Fn(usize, usize) -> &'o mut [f32],
+    ) {
+        let patches: [[&[f32]; POINTS]; MR] = std::array::from_fn(|i| {
+            let (sample, y, x) = self.origin((group * MR + i).min(self.count() - 1));
+            std::array::from_fn(|p| self.fields.input((sample, y + p / PATCH, x + p % PATCH)))
+        });
         // [point][tile][LANES]
         let mut scratch = Scratch::new(POINTS * MR * LANES);
-        for c in (0..self.channels).step_by(LANES) {
+        for c in channels.clone().step_by(LANES) {
             for (i, patch) in patches.iter().enumerate() {
                 transform_input(patch, c, i, &mut scratch);
             }
             for (p, rows) in scratch.chunks_exact(MR * LANES).enumerate() {
-                let place = &mut packed[(p * self.channels + c) * MR..][..LANES * MR];
-                interleave::<MR>(&std::array::from_fn(|i| &rows[i * LANES..][..LANES]), place);
+                let rows = std::array::from_fn(|i| &rows[i * LANES..][..LANES]);
+                interleave::<MR>(&rows, place(p, c));
             }
         }
     }
@@ -127,35 +174,34 @@ impl Problem<'_> {
     /// The 36 products and the way back, for the groups of a chunk.
     fn multiply(&self, chunk: &Range<usize>, inputs: &[f32]) {
         let panels = self.weights.n.div_ceil(NR);
-        let splits = (2 * rayon::current_num_threads()).div_ceil(panels).min(chunk.len());
-        let length = chunk.len().div_ceil(splits);
+        let tasks = 2 * rayon::current_num_threads();
+        // Each task transforms its weights anew, if they are not kept.
+        let tasks = if self.kept.is_some() { 2 * tasks } else { tasks };
+        let length = chunk.len().div_ceil(tasks.div_ceil(panels).min(chunk.len()));
+        let splits = chunk.len().div_ceil(length);
         (0..panels * splits).into_par_iter().for_each(|task| {
-            let (panel, part) = (task / splits, task % splits);
+            // Groups first: a thread goes on with the pixels that it had.
+            let (part, panel) = (task / panels, task % panels);
             let mine = part * length..chunk.len().min((part + 1) * length);
-            if mine.is_empty() {
-                return;
-            }
-            let weights = self.transform_panel(panel);
+            let size = POINTS * self.channels * NR;
+            let mut transformed = Scratch::new(if self.kept.is_some() { 0 } else { size });
+            let weights = match self.kept {
+                Some(Kept(all)) => &all.as_slice()[panel * size..][..size],
+                None => {
+                    transform_panel(self.weights, panel, &mut transformed);
+                    &transformed
+                }
+            };
             let mut products = Scratch::new(PASS * POINTS * MR * NR);
             for first in mine.clone().step_by(PASS) {
                 let pass = first..mine.end.min(first + PASS);
-                self.products(&pass, inputs, &weights, &mut products);
+                self.products(&pass, inputs, weights, &mut products);
                 let group = POINTS * MR * NR;
                 for (g, product) in pass.zip(products.chunks_exact(group)) {
                     self.store_group(chunk.start + g, panel, product);
                 }
             }
         });
-    }
-
-    /// A panel of weights as [point][channel][NR].
-    fn transform_panel(&self, panel: usize) -> Scratch {
-        let channels = self.channels;
-        let mut wide = Scratch::new(9 * channels * NR);
-        let taps = self.weights.panel(panel, 0, 9 * channels, &mut wide); // [tap][channel][NR]
-        let mut out = Scratch::new(POINTS * channels * NR);
-        transform_weights(taps, &mut out);
-        out
     }
 
     /// products: [group of the pass][point][MR][NR]
@@ -178,27 +224,24 @@ impl Problem<'_> {
 
     /// Transforms the products of a group back and writes the pixels that exist.
     fn store_group(&self, group: usize, panel: usize, product: &[f32]) {
-        let n = self.weights.n;
-        let columns = panel * NR..n.min((panel + 1) * NR);
-        let (height, width) = self.fields.output;
-        let mut pixels = [[0f32; NR]; SIDE * SIDE];
+        let columns = panel * NR..self.weights.n.min((panel + 1) * NR);
         for i in 0..MR.min(self.count() - group * MR) {
-            transform_output(product, i, &mut pixels);
             let (sample, y0, x0) = self.origin(group * MR + i);
-            for (p, values) in pixels.iter().enumerate() {
+            let (height, width) = self.fields.output;
+            let pixel = |p: usize| {
                 let (y, x) = (y0 + p / SIDE, x0 + p % SIDE);
-                if y >= height || x >= width {
-                    continue;
-                }
-                let row = (sample * height + y) * width + x;
-                // SAFETY: these columns of this pixel belong to this tile and panel alone, and
-                // lie inside the output, whose length convolve() has set.
-                let c = unsafe { self.out.slice(row * n + columns.start, columns.len()) };
-                c.copy_from_slice(&values[..columns.len()]);
-                self.epilogue.apply(row, n, &columns, c);
-            }
+                (y < height && x < width).then_some((sample * height + y) * width + x)
+            };
+            let pixels = std::array::from_fn(pixel);
+            store_tile(product, i, self.out, &pixels, &columns, self.weights.n, &self.epilogue);
         }
     }
+}
+
+/// A panel of weights as [point][channel][NR].
+fn transform_panel(weights: &Packed, panel: usize, out: &mut [f32]) {
+    let mut wide = Scratch::new(weights.k * NR);
+    transform_weights(weights.panel(panel, 0, weights.k, &mut wide), out); // from [tap][channel][NR]
 }
 
 /// One value for each of sixteen channels.
@@ -320,8 +363,18 @@ vectorized! {
 }
 
 vectorized! {
-    /// The products [point][MR][NR] of one tile to its 4 x 4 pixels.
-    fn transform_output(product: &[f32], tile: usize, pixels: &mut [[f32; NR]; SIDE * SIDE]) {
+    /// The products [point][MR][NR] of one tile to some columns of its pixels of `out` (.., n),
+    /// and the epilogue.
+    fn store_tile(
+        product: &[f32],
+        tile: usize,
+        out: Out,
+        pixels: &[Option<usize>; SIDE * SIDE],
+        columns: &Range<usize>,
+        n: usize,
+        epilogue: &Epilogue<'_>,
+    ) {
+        let mut values = [[0f32; NR]; SIDE * SIDE];
         for half in (0..NR).step_by(LANES) {
             let mut rows = [[Lanes([0.0; LANES]); PATCH]; SIDE];
             for x in 0..PATCH {
@@ -332,9 +385,17 @@ vectorized! {
             }
             for (y, row) in rows.into_iter().enumerate() {
                 for (x, value) in output(row).into_iter().enumerate() {
-                    pixels[y * SIDE + x][half..][..LANES].copy_from_slice(&value.0);
+                    values[y * SIDE + x][half..][..LANES].copy_from_slice(&value.0);
                 }
             }
+        }
+        for (pixel, values) in pixels.iter().zip(&values) {
+            let Some(pixel) = *pixel else { continue };
+            // SAFETY: these columns of this pixel belong to this tile and panel alone, and lie
+            // inside the output, whose length convolve() has set.
+            let c = unsafe { out.slice(pixel * n + columns.start, columns.len()) };
+            c.copy_from_slice(&values[..columns.len()]);
+            epilogue.apply(pixel, n, columns, c);
         }
     }
 }

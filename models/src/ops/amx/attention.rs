@@ -6,7 +6,6 @@ use half::bf16;
 
 use super::super::attention::{self, BLOCK, Columns};
 use super::super::buffers::{Aligned, Scratch};
-use super::super::gemm::Rows as _;
 use super::super::packed::{NR, STEP, narrow, rounded};
 use super::super::simd::vectorized;
 use super::{ROWS, Unit, pack};
@@ -43,7 +42,7 @@ impl attention::Head for Head {
         }
         let mut values = Aligned::zeros(width * count);
         for key in 0..v.count {
-            narrow(v.run(key, 0), &mut line[..v.width]);
+            narrow(v.row(key), &mut line[..v.width]);
             for (c, value) in line[..v.width].iter().enumerate() {
                 let row = (c / ROWS * count + key / STEP * STEP) + c % ROWS;
                 values.as_mut_slice()[row * STEP + key % STEP] = *value;
