@@ -387,17 +387,20 @@ impl Resnet {
             Some(time) => self.conv1.forward_shift(&y, &time.of(times)?, mixes)?,
             None => self.conv1.forward(&y, mixes)?,
         };
-        self.second_half(x, &y, mixes)
+        self.second_half(x, y, mixes)
     }
 
     /// The block of a VAE: (B, H, W, in) -> (B, H, W, out)
     pub(crate) fn forward_timeless(&self, x: &Tensor) -> Result<Tensor> {
         let y = self.conv1.forward(&self.norm1.forward_silu(x)?, &[])?;
-        self.second_half(&Joined::one(x), &y, &[])
+        self.second_half(&Joined::one(x), y, &[])
     }
 
-    fn second_half(&self, x: &Joined, y: &Tensor, mixes: &[Mix]) -> Result<Tensor> {
-        let y = self.norm2.forward_silu(y)?;
+    fn second_half(&self, x: &Joined, y: Tensor, mixes: &[Mix]) -> Result<Tensor> {
+        let normalized = self.norm2.forward_silu(&y)?;
+        // At the end of a VAE one such picture is 128 MiB.
+        drop(y);
+        let y = normalized;
         Ok(match &self.conv_shortcut {
             Some(shortcut) => {
                 self.conv2.forward_add(&y, &shortcut.forward_joined(x, mixes)?, mixes)?

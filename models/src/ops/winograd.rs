@@ -32,7 +32,7 @@ const DEPTH: usize = 160;
 /// Numbers of transformed weights that are kept.
 const MOST_KEPT: usize = 640 << 10;
 /// Transformed input in memory at a time, in floats.
-const CHUNK: usize = 24 << 20;
+const CHUNK: usize = 8 << 20;
 
 const A: f32 = 0.75;
 const B: f32 = 1.5;
