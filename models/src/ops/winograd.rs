@@ -33,6 +33,8 @@ const DEPTH: usize = 160;
 const MOST_KEPT: usize = 640 << 10;
 /// Transformed input in memory at a time, in floats.
 const CHUNK: usize = 8 << 20;
+/// Groups for which the weights are transformed at least, if there are so many.
+const FEWEST_GROUPS: usize = 48;
 
 const A: f32 = 0.75;
 const B: f32 = 1.5;
@@ -105,7 +107,7 @@ impl Problem<'_> {
     fn run(&self) {
         let groups = self.count().div_ceil(MR);
         let size = POINTS * MR * self.channels;
-        let per_chunk = (CHUNK / size).clamp(1, groups);
+        let per_chunk = (CHUNK / size).max(FEWEST_GROUPS).min(groups);
         let mut inputs = Scratch::new(per_chunk * size);
         for first in (0..groups).step_by(per_chunk) {
             let chunk = first..groups.min(first + per_chunk);
