@@ -39,7 +39,9 @@ impl Scratch {
             fits.map(|at| kept.remove(at)).or_else(|| kept.pop()).unwrap_or_default()
         });
         if floats.len() < len + LINE {
-            floats = vec![0f32; len + LINE];
+            floats = Vec::with_capacity(len + LINE);
+            prefer_huge_pages(floats.spare_capacity_mut());
+            floats.resize(len + LINE, 0.0);
         }
         Self(Aligned::within(floats, len))
     }
@@ -150,6 +152,7 @@ unsafe impl Sync for Out {}
 /// `write` writes every element, and reads none before.
 pub(crate) unsafe fn written(len: usize, write: impl FnOnce(Out)) -> Vec<f32> {
     let mut out: Vec<f32> = Vec::with_capacity(len);
+    prefer_huge_pages(out.spare_capacity_mut());
     write(Out { start: out.as_mut_ptr(), len });
     // SAFETY: the capacity is `len` or more, and the caller has written all of it.
     unsafe { out.set_len(len) };

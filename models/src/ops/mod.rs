@@ -105,8 +105,8 @@ fn host(tensor: &Tensor) -> Result<Host<'_>> {
 }
 
 /// Runs a network on a thread of the pool. A parallel loop that begins outside of the pool puts its
-/// thread to sleep until it is done, and a step has some 200 of them. (On other devices there is
-/// nothing to gain.)
+/// thread to sleep until it is done, and a step has some 200 of them. A network takes no lock that
+/// somebody could hold who waits for the pool. (On other devices there is nothing to gain.)
 pub(crate) fn in_pool<T: Send>(device: &Device, network: impl FnOnce() -> T + Send) -> T {
     if device.is_cpu() { rayon::scope(|_| network()) } else { network() }
 }

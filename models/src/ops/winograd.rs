@@ -34,7 +34,7 @@ const MOST_KEPT: usize = 640 << 10;
 /// Transformed input in memory at a time, in floats.
 const CHUNK: usize = 8 << 20;
 /// Groups for which the weights are transformed at least, if there are so many.
-const FEWEST_GROUPS: usize = 48;
+const FEWEST_GROUPS: usize = 24;
 
 const A: f32 = 0.75;
 const B: f32 = 1.5;
