@@ -62,8 +62,8 @@ fn main() -> Result<()> {
     let context = Tensor::randn(0f32, 1f32, (2, 77, unet.config().cross_attention_dim), &device)?;
     // Once for all steps of a picture, so outside of what is timed.
     let kv = [unet.keys_values(&context, &[])?];
-    let (step, prediction) =
-        median(runs, || Ok(unet.forward(&latents, &[TIMESTEP, TIMESTEP], &kv, &[])?))?;
+    let times = unet.times(&[TIMESTEP, TIMESTEP], &[])?;
+    let (step, prediction) = median(runs, || Ok(unet.forward(&latents, &times, &kv, &[])?))?;
     let one = latents.narrow(0, 0, 1)?;
     let (decode, _) = median(runs, || Ok(vae.forward(&one)?))?;
     println!(

@@ -107,8 +107,8 @@ pub(crate) fn run(asked: Verify) -> Result<()> {
     let (mean, max) = bench.compare(options)?;
     let allowed = if info.precision == "f32" { (0.5, 2) } else { (3.0, 64) };
 
-    let before = Pipeline::work();
     let mut two = bench.begin(2)?;
+    let before = Pipeline::work();
     bench.step(&mut two)?;
     let step_work = Pipeline::work().into_iter().zip(before).map(|((kind, now), (_, then))| {
         let Work { launches, flops, bytes } = now;

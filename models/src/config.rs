@@ -149,6 +149,13 @@ impl UNetConfig {
         self.layers_per_block * down + middle + (self.layers_per_block + 1) * up
     }
 
+    /// The width of what all residual blocks make of the time together.
+    pub(crate) fn times(&self) -> usize {
+        let channels = &self.block_out_channels;
+        let middle = channels.last().copied().unwrap_or_default();
+        (2 * self.layers_per_block + 1) * channels.iter().sum::<usize>() + 2 * middle
+    }
+
     /// Reads `unet/config.json`.
     pub fn read(source: &Source) -> Result<Self> {
         let mut keys = Keys::read(source, "unet/config.json")?;

@@ -18,6 +18,8 @@ use crate::spec::{Hires, Size, Upscaler};
 pub(crate) struct Second {
     pub(crate) size: Size,
     pub(crate) sampler: Sampler,
+    /// What the UNet makes of the sampler's timesteps (evaluations, ..).
+    pub(crate) times: Tensor,
     upscaler: Upscaler,
     seed: u64,
 }
@@ -32,8 +34,8 @@ pub(crate) struct Enlarged {
 
 impl Second {
     /// A pass whose sampler leaves out what the latents are already.
-    pub(crate) fn new(hires: &Hires, sampler: Sampler, seed: u64) -> Self {
-        Self { size: hires.size, sampler, upscaler: hires.upscaler, seed }
+    pub(crate) fn new(hires: &Hires, sampler: Sampler, times: Tensor, seed: u64) -> Self {
+        Self { size: hires.size, sampler, times, upscaler: hires.upscaler, seed }
     }
 
     /// Begins with the latents of the first pass; `scale` is pixels of a latent's side. The noise is

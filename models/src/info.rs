@@ -56,6 +56,8 @@ pub struct Memory {
     pub lora_bytes: u64,
     /// Bytes of a prompt's keys and values, of one window.
     pub window_bytes: u64,
+    /// Bytes of what the UNet makes of a timestep.
+    pub time_bytes: u64,
     /// Bytes of one row for each pair of latent pixels: attention scores, where they are stored.
     pub score_bytes: u64,
     /// Bytes of decoding for each pixel of the picture.
@@ -90,6 +92,7 @@ impl Memory {
             row_bytes: ((skips + 16 * first) * bytes) as u64,
             lora_bytes: (8 * first * bytes) as u64,
             window_bytes: (2 * unet.contexts() * window * bytes) as u64,
+            time_bytes: (unet.times() * bytes) as u64,
             score_bytes: scores as u64,
             decode_bytes: (decode * bytes) as u64,
             scale: vae.scale() as u64,
@@ -111,8 +114,11 @@ impl ModelInfo {
         };
         let negative = (spec.rows() == 2).then_some(&spec.negative_prompt);
         let windows: u64 = [&spec.prompt].into_iter().chain(negative).map(|p| windows(p)).sum();
-        // They are kept for each picture, and side by side for the evaluation.
-        spec.rows() as u64 * row + 2 * windows * memory.window_bytes
+        // Keys and values are kept for each picture, and side by side for the evaluation.
+        let kept = 2 * windows * memory.window_bytes;
+        // Two evaluations a step at the most.
+        let evaluations = 2 * spec.passes().map(|(_, steps)| steps as u64).sum::<u64>();
+        spec.rows() as u64 * row + kept + evaluations * memory.time_bytes
     }
 
     /// An estimate of the most that a picture takes while it is stepped or decoded, in bytes.

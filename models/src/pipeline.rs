@@ -106,6 +106,8 @@ pub struct Trajectory {
     /// Stacked onto the latents before the UNet.
     condition: Option<Tensor>,
     sampler: Sampler,
+    /// What the UNet makes of the sampler's timesteps (evaluations, ..).
+    times: Tensor,
     noise: Noise,
     /// The latents and the guided output of the last evaluation, both (1, C, h, w) f32.
     seen: Option<(Tensor, Tensor)>,
@@ -183,6 +185,7 @@ impl Trajectory {
         if turned && let Some(second) = self.second.take() {
             self.earlier = self.sampler.evaluations();
             self.size = second.size;
+            self.times = second.times;
         }
         self.latents = latents;
         self.seen = Some(seen);
@@ -374,7 +377,8 @@ impl Pipeline {
         let painter = Painter { encoder: &self.encoder, device: &self.device, inpainting };
         let Beginning { latents, kept, condition } = painter.begin(spec, &sampler, &mut noise)?;
         let (size, guidance_scale) = (spec.size, spec.guidance_scale);
-        let second = spec.hires.as_ref().map(|hires| self.second(hires, spec)).transpose()?;
+        let times = self.times(&sampler, &mix)?;
+        let second = spec.hires.as_ref().map(|hires| self.second(hires, spec, &mix)).transpose()?;
         Ok(Trajectory {
             size,
             guidance_scale,
@@ -385,6 +389,7 @@ impl Pipeline {
             kept,
             condition,
             sampler,
+            times,
             noise,
             seen: None,
             second,
@@ -405,7 +410,7 @@ impl Pipeline {
     }
 
     /// The second pass of a picture.
-    fn second(&self, hires: &Hires, spec: &Spec) -> Result<Second> {
+    fn second(&self, hires: &Hires, spec: &Spec, mix: &Mix) -> Result<Second> {
         let unet = self.unet.config();
         if unet.in_channels > unet.out_channels {
             let reason = "is not for a UNet that was trained for inpainting".into();
@@ -413,7 +418,14 @@ impl Pipeline {
         }
         let (skipped, steps) = (hires.skipped_steps(), hires.steps);
         let sampler = Sampler::after(skipped, spec.scheduler, &self.scheduler, steps)?;
-        Ok(Second::new(hires, sampler, spec.seed))
+        let times = self.times(&sampler, mix)?;
+        Ok(Second::new(hires, sampler, times, spec.seed))
+    }
+
+    /// What the UNet makes of a sampler's timesteps (evaluations, ..).
+    fn times(&self, sampler: &Sampler, mix: &Mix) -> Result<Tensor> {
+        let timesteps: Vec<_> = sampler.timesteps().collect();
+        self.unet.times(&timesteps, &vec![mix.clone(); timesteps.len()])
     }
 
     /// Keys and values of a prompt (1, L, ..), and what the user should know of it.
@@ -471,7 +483,7 @@ impl Pipeline {
     /// One evaluation of the UNet for each trajectory that is not done; all of one size. An error
     /// leaves every trajectory as it was, so that the step can be tried again.
     pub fn step(&self, batch: &mut [&mut Trajectory]) -> Result<()> {
-        let (mut latents, mut kv, mut timesteps) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut latents, mut kv, mut times) = (Vec::new(), Vec::new(), Vec::new());
         let mut mixes = Vec::new();
         let mut active: Vec<&mut Trajectory> = Vec::new();
         for trajectory in batch.iter_mut() {
@@ -480,11 +492,12 @@ impl Pipeline {
             if let Some(condition) = &trajectory.condition {
                 input = Tensor::cat(&[&input, condition], 1)?;
             }
+            let time = trajectory.times.narrow(0, trajectory.sampler.completed(), 1)?;
             // diffusers' order: the unconditional row first.
             for of_row in trajectory.negative.iter().chain([&trajectory.kv]) {
                 latents.push(input.clone());
                 kv.push(Tensor::clone(of_row));
-                timesteps.push(evaluation.timestep);
+                times.push(time.clone());
                 mixes.push(trajectory.mix.clone());
             }
             active.push(trajectory);
@@ -492,8 +505,8 @@ impl Pipeline {
         if active.is_empty() {
             return Ok(());
         }
-        let (latents, kv) = (Tensor::cat(&latents, 0)?, stacked(&kv)?);
-        let output = self.unet.forward(&latents, &timesteps, &kv, &mixes)?;
+        let (latents, times) = (Tensor::cat(&latents, 0)?, Tensor::cat(&times, 0)?);
+        let output = self.unet.forward(&latents, &times, &stacked(&kv)?, &mixes)?;
         let mut row = 0;
         let mut advanced = Vec::new();
         for trajectory in &active {

@@ -69,6 +69,11 @@ impl Sampler {
         self.completed
     }
 
+    /// The timesteps of the whole run's evaluations.
+    pub(crate) fn timesteps(&self) -> impl Iterator<Item = f64> {
+        self.schedule.steps.iter().map(|step| step.evaluation.timestep)
+    }
+
     /// What the UNet is to evaluate; nothing when the latents are finished.
     pub fn next(&self) -> Option<Evaluation> {
         self.schedule.steps.get(self.completed).map(|step| step.evaluation)

@@ -113,36 +113,42 @@ impl UNet2DConditionModel {
         in_pool(&self.device, || Ok(self.to_kv.forward(&context, mixes)?))
     }
 
-    /// latents (B, C, H, W) f32, a timestep for each row, keys and values for the rows in their
+    /// Timesteps -> what every residual block makes of them, side by side (T, ..), for
+    /// [`Self::forward`]: a schedule's are known before its first step.
+    pub fn times(&self, timesteps: &[f64], mixes: &[Mix]) -> Result<Tensor> {
+        in_pool(&self.device, || {
+            let embedded = self.time_embedding(timesteps, mixes)?;
+            Ok(self.time_proj.forward(&embedded, mixes)?)
+        })
+    }
+
+    /// latents (B, C, H, W) f32, times for the rows (B, ..), keys and values for the rows in their
     /// order (b, L, ..), where L may change from one to the next -> the prediction (B, C, H, W) f32.
     pub fn forward(
         &self,
         latents: &Tensor,
-        timesteps: &[f64],
+        times: &Tensor,
         kv: &[Tensor],
         mixes: &[Mix],
     ) -> Result<Tensor> {
-        in_pool(&self.device, || self.predict(latents, timesteps, kv, mixes))
+        in_pool(&self.device, || self.predict(latents, times, kv, mixes))
     }
 
     fn predict(
         &self,
         latents: &Tensor,
-        timesteps: &[f64],
+        times: &Tensor,
         kv: &[Tensor],
         mixes: &[Mix],
     ) -> Result<Tensor> {
-        // 1. Time, for every block at once
-        let times = self.time_embedding(timesteps, mixes)?;
-        let times = self.time_proj.forward(&times, mixes)?;
-        // 2. In
+        // 1. In
         let x = channels_last(latents, self.dtype)?;
         let mut x = self.conv_in.forward(&x, mixes)?; // (B, H, W, first)
-        // 3. Down
+        // 2. Down
         let mut skips = vec![x.clone()];
         for block in &self.down {
             for (resnet, transformer) in &block.layers {
-                x = resnet.forward(&Joined::one(&x), &times, mixes)?;
+                x = resnet.forward(&Joined::one(&x), times, mixes)?;
                 if let Some(transformer) = transformer {
                     x = transformer.forward(&x, kv, mixes)?;
                 }
@@ -153,16 +159,16 @@ impl UNet2DConditionModel {
                 skips.push(x.clone());
             }
         }
-        // 4. Middle
-        x = self.mid.0.forward(&Joined::one(&x), &times, mixes)?;
+        // 3. Middle
+        x = self.mid.0.forward(&Joined::one(&x), times, mixes)?;
         x = self.mid.1.forward(&x, kv, mixes)?;
-        x = self.mid.2.forward(&Joined::one(&x), &times, mixes)?;
-        // 5. Up
+        x = self.mid.2.forward(&Joined::one(&x), times, mixes)?;
+        // 4. Up
         for block in &self.up {
             for (resnet, transformer) in &block.layers {
                 // There is a skip for every layer: load() built both ends from one config.
                 let skip = skips.pop().ok_or_else(|| candle_core::Error::msg("no skip left"))?;
-                x = resnet.forward(&Joined::new(&x, &skip)?, &times, mixes)?;
+                x = resnet.forward(&Joined::new(&x, &skip)?, times, mixes)?;
                 if let Some(transformer) = transformer {
                     x = transformer.forward(&x, kv, mixes)?;
                 }
@@ -172,13 +178,13 @@ impl UNet2DConditionModel {
                 x = upsample.forward_resized(&x, (h, w), mixes)?;
             }
         }
-        // 6. Out
+        // 5. Out
         let x = self.conv_out.forward(&self.norm_out.forward_silu(&x)?, mixes)?;
         Ok(channels_first(&x)?)
     }
 
     /// Sinusoidal embedding, two linear layers and the SiLU that every residual block begins with:
-    /// (B) -> (B, 4 * first). The angles are computed in f32 as the reference does.
+    /// (T) -> (T, 4 * first). The angles are computed in f32 as the reference does.
     fn time_embedding(&self, timesteps: &[f64], mixes: &[Mix]) -> Result<Tensor> {
         let width = self.config.block_out_channels[0];
         let half = width / 2;

@@ -236,6 +236,5 @@ fn a_step_takes_few_launches_and_a_picture_little_memory() {
     assert!(peak(&more) <= 2_791_728_742, "{} bytes at the most", peak(&more));
     assert_eq!(peak(&few), peak(&more), "memory must not grow with the steps");
     assert_eq!(step("/copied/device_to_host"), 0, "a step must not wait for the device");
-    // The time embedding's (2, 320) f32, and nothing else.
-    assert_eq!(step("/copied/host_to_device"), 2 * 320 * 4);
+    assert_eq!(step("/copied/host_to_device"), 0, "a step needs nothing of the host");
 }

@@ -457,7 +457,9 @@ pub(crate) mod tests {
             let context = tensor(&[2, 77, config.cross_attention_dim], 1);
             let kv = model.keys_values(&context, &[]).unwrap();
             let latents = (tensor(&[2, config.in_channels, 16, 16], 2) * 3f64.sqrt()).unwrap();
-            model.forward(&latents, &[900.0, 300.0], &[kv], &[]).unwrap()
+            model
+                .forward(&latents, &model.times(&[900.0, 300.0], &[]).unwrap(), &[kv], &[])
+                .unwrap()
         };
         let want = run(DType::F32);
         MODELLED.set(true);

@@ -88,6 +88,10 @@ fn loras_are_read_before_a_picture_begins() {
     let bytes = |spec| info.step_bytes(spec, spec.size);
     let memory = info.memory;
     assert_eq!(bytes(&adapted) - bytes(&plain), 2 * 64 * memory.lora_bytes);
+    let bytes_of_times = 4 * pipeline.begin(&plain).expect("begun").times.elem_count() as u64;
+    assert_eq!(memory.time_bytes, bytes_of_times, "one step of DDIM");
+    let longer = Spec { steps: 4, ..plain.clone() };
+    assert_eq!(bytes(&longer) - bytes(&plain), 2 * 3 * memory.time_bytes);
     let wordy = Spec { prompt: "a cat ".repeat(100), ..named.clone() };
     assert_eq!(bytes(&wordy) - bytes(&plain), 4 * memory.window_bytes);
     let kv = pipeline.encode("a cat", PromptSyntax::Plain, &Mix::default()).expect("encoded").0;

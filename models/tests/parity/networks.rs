@@ -58,14 +58,15 @@ fn unet(name: &str, half: bool) {
     for case in cases {
         let latents = &expected[&format!("{}.latents", case.trim_end_matches(".half"))];
         let kv = model.keys_values(&expected["context"], &[]).unwrap();
-        let ours = model.forward(latents, &timesteps, &[kv], &[]).unwrap();
+        let times = model.times(&timesteps, &[]).unwrap();
+        let ours = model.forward(latents, &times, &[kv], &[]).unwrap();
         let reference = &expected[&format!("{case}.output")];
         assert_close(&format!("unet {name} {case}"), &ours, reference);
-        for (row, &timestep) in timesteps.iter().enumerate() {
+        for row in 0..timesteps.len() {
             let one = |x: &Tensor| x.narrow(0, row, 1).unwrap();
-            let (latents, context) = (one(latents), one(&expected["context"]));
+            let (latents, context, time) = (one(latents), one(&expected["context"]), one(&times));
             let kv = model.keys_values(&context, &[]).unwrap();
-            let alone = model.forward(&latents, &[timestep], &[kv], &[]).unwrap();
+            let alone = model.forward(&latents, &time, &[kv], &[]).unwrap();
             assert_close(&format!("unet {name} {case} row {row}"), &alone, &one(reference));
         }
     }
@@ -139,7 +140,7 @@ fn bf16_weights_stay_close_to_f32() {
     let latents = noise(&[2, config.in_channels, 16, 16]);
     let run = |model: &UNet2DConditionModel| {
         let kv = model.keys_values(&context, &[]).unwrap();
-        model.forward(&latents, &[900.0, 300.0], &[kv], &[]).unwrap()
+        model.forward(&latents, &model.times(&[900.0, 300.0], &[]).unwrap(), &[kv], &[]).unwrap()
     };
     let (f32, bf16) = (run(&load(DType::F32)), run(&load(DType::BF16)));
     let norm = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();

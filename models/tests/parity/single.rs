@@ -100,7 +100,8 @@ fn networks_of_sd_2_are_found_under_their_names() {
     let config = UNetConfig::read(&directory).unwrap();
     let unet = UNet2DConditionModel::load(config, &open("unet"), cpu, f32).unwrap();
     let expected = fixture("v2/unet/expected.safetensors");
-    let times: Vec<f64> = floats(&expected["timesteps"]).into_iter().map(f64::from).collect();
+    let timesteps: Vec<f64> = floats(&expected["timesteps"]).into_iter().map(f64::from).collect();
+    let times = unet.times(&timesteps, &[]).unwrap();
     let kv = unet.keys_values(&expected["context"], &[]).unwrap();
     let output = unet.forward(&expected["8x8.latents"], &times, &[kv], &[]).unwrap();
     assert!(relative_error(&output, &expected["8x8.output"]) < 1e-4);
