@@ -236,18 +236,18 @@ impl Lora {
     fn add(&mut self, pair: &Pair<'_>, alphas: &Alphas, target: &Target) -> Result<()> {
         let Target { device, dtype, .. } = target;
         let (down, up) = pair.tensors(alphas)?;
-        let numbers = down.elem_count() + up.elem_count();
-        self.bytes += (numbers * dtype.size_in_bytes()) as u64;
         let up = Linear::new(&up, None, device, *dtype)?;
         let name = pair.name.to_owned();
         match pair.site.geometry {
             None => {
                 let down = Linear::new(&down, None, device, *dtype)?;
+                self.bytes += (down.bytes() + up.bytes()) as u64;
                 self.linears.insert(name, (down, up));
             }
             Some(geometry) => {
                 let none = Tensor::zeros(down.dim(0)?, DType::F32, &Device::Cpu)?;
                 let down = Conv2d::new(&down, &none, geometry, device, *dtype)?;
+                self.bytes += (down.bytes() + up.bytes()) as u64;
                 self.convs.insert(name, (down, up));
             }
         }

@@ -10,8 +10,8 @@ use rayon::prelude::*;
 
 use super::memory::prefer_huge_pages;
 
-/// Floats in a cache line.
-const LINE: usize = 16;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// Numbers that start on a cache line.
 pub(crate) struct Aligned<T = f32> {
@@ -25,8 +25,9 @@ thread_local! {
     static KEPT: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Scratch of a thread that is in use at a time: attention on tiles has most.
-const MAX_KEPT: usize = 6;
+/// Scratch of a thread that is in use at a time, at the most: attention on tiles has its queries,
+/// scores, weights, sums and results.
+const MAX_KEPT: usize = 5;
 
 /// [`Aligned`] floats that hold whatever this thread left in them: a task's scratch is as large as
 /// its work, and clearing it would take as long as writing it.
@@ -34,15 +35,18 @@ pub(crate) struct Scratch(Aligned);
 
 impl Scratch {
     pub(crate) fn new(len: usize) -> Self {
-        let mut floats = KEPT.with_borrow_mut(|kept| {
-            let fits = kept.iter().position(|floats| floats.len() >= len + LINE);
-            fits.map(|at| kept.remove(at)).or_else(|| kept.pop()).unwrap_or_default()
+        let room = len + Aligned::<f32>::PER_LINE;
+        let kept = KEPT.with_borrow_mut(|kept| {
+            let fits = kept.iter().position(|floats| floats.len() >= room);
+            fits.map(|at| kept.remove(at)).or_else(|| kept.pop())
         });
-        if floats.len() < len + LINE {
-            floats = Vec::with_capacity(len + LINE);
+        // The largest, where none fits, goes before a larger one takes its place.
+        let floats = kept.filter(|floats| floats.len() >= room).unwrap_or_else(|| {
+            let mut floats = Vec::with_capacity(room);
             prefer_huge_pages(floats.spare_capacity_mut());
-            floats.resize(len + LINE, 0.0);
-        }
+            floats.resize(room, 0.0);
+            floats
+        });
         Self(Aligned::within(floats, len))
     }
 }
@@ -89,15 +93,19 @@ impl DerefMut for Scratch {
 
 impl<T: Copy + Default> Aligned<T> {
     /// Numbers in a cache line.
-    const LINE: usize = LINE * size_of::<f32>() / size_of::<T>();
+    const PER_LINE: usize = LINE / size_of::<T>();
 
     pub(crate) fn zeros(len: usize) -> Self {
-        Self::within(vec![T::default(); len + Self::LINE], len)
+        Self::within(vec![T::default(); len + Self::PER_LINE], len)
     }
 
     fn within(numbers: Vec<T>, len: usize) -> Self {
-        let first = numbers.as_ptr().align_offset(LINE * size_of::<f32>()).min(Self::LINE);
-        Self { numbers, first, len }
+        Self { first: Self::first(numbers.as_ptr()), numbers, len }
+    }
+
+    /// How far after the start of some numbers a cache line begins.
+    fn first(start: *const T) -> usize {
+        start.align_offset(LINE).min(Self::PER_LINE)
     }
 
     pub(crate) fn as_mut_slice(&mut self) -> &mut [T] {
@@ -115,12 +123,16 @@ impl<T: Copy + Default + Send> Aligned<T> {
         chunk: usize,
         write: impl Fn(usize, &mut [MaybeUninit<T>]) + Sync,
     ) -> Self {
-        let mut numbers: Vec<T> = Vec::with_capacity(len + Self::LINE);
-        let first = numbers.as_ptr().align_offset(LINE * size_of::<f32>()).min(Self::LINE);
+        let mut numbers: Vec<T> = Vec::with_capacity(len + Self::PER_LINE);
+        let first = Self::first(numbers.as_ptr());
         numbers.resize(first, T::default());
         let room = &mut numbers.spare_capacity_mut()[..len];
         prefer_huge_pages(room);
-        let chunks = room.par_chunks_mut(chunk.max(1)).enumerate();
+        let chunk = chunk.max(1);
+        // Whoever loads is not of the pool, and would wait for its only thread once for every call.
+        let alone = rayon::current_num_threads() == 1;
+        let least = if alone { usize::MAX } else { FEWEST_PACKED.div_ceil(chunk) };
+        let chunks = room.par_chunks_mut(chunk).enumerate().with_min_len(least);
         chunks.for_each(|(i, chunk)| write(i, chunk));
         // SAFETY: the chunks cover the room, and the caller has written all of each.
         unsafe { numbers.set_len(first + len) };
@@ -161,6 +173,8 @@ pub(crate) unsafe fn written(len: usize, write: impl FnOnce(Out)) -> Vec<f32> {
 
 /// Numbers that are not worth a second thread.
 pub(crate) const FEWEST: usize = 16 << 10;
+/// The same of weights, which are packed beside networks that run.
+const FEWEST_PACKED: usize = 128 << 10;
 
 /// As [`written`], by many threads: `write` gets the number of each chunk and the chunk.
 ///
@@ -182,16 +196,13 @@ pub(crate) unsafe fn written_in_chunks(
 }
 
 impl Out {
-    /// All of `floats`, which are not to be touched otherwise while parts of it live.
-    pub(crate) fn of(floats: &mut [f32]) -> Self {
-        Self { start: floats.as_mut_ptr(), len: floats.len() }
-    }
-
     /// # Safety
     /// No other thread touches these elements while the slice lives.
     pub(crate) unsafe fn slice<'a>(self, first: usize, len: usize) -> &'a mut [f32] {
         assert!(first + len <= self.len, "output part");
-        // SAFETY: the part lies inside the output, and the caller owns it.
+        // SAFETY: the part lies inside the output, and the caller owns it. Its floats may not have
+        // been written yet, which the function asks for; by the contract of `written` nobody reads
+        // one before, and no bits that memory can hold are invalid as a float.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(first), len) }
     }
 }
@@ -221,6 +232,15 @@ mod tests {
         let second = Scratch::new(1000);
         assert_ne!(second.as_ptr(), place, "two at a time do not share");
         drop((first, second));
+        // None of what is kept is large enough for this one.
+        let larger = Scratch::new(5000);
+        assert_eq!((larger.len(), larger.as_ptr().align_offset(64)), (5000, 0));
+        let many: Vec<_> = (1..=2 * MAX_KEPT).map(|i| Scratch::new(100 * i)).collect();
+        drop((larger, many));
+        KEPT.with_borrow(|kept| {
+            let sizes: Vec<_> = kept.iter().map(Vec::len).collect();
+            assert!(kept.len() == MAX_KEPT && sizes.is_sorted(), "{sizes:?}");
+        });
         for _ in 0..10 {
             let smaller = Scratch::new(10);
             assert_eq!((smaller.len(), smaller.as_ptr().align_offset(64)), (10, 0));

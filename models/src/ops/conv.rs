@@ -91,6 +91,18 @@ impl Conv2d {
         Ok(Weights::Device { weight: place(weight)?, bias: place(bias)? })
     }
 
+    /// Bytes of its weights as they lie in memory.
+    pub(crate) fn bytes(&self) -> usize {
+        match &self.weights {
+            Weights::Cpu { packed, kept, .. } => {
+                packed.bytes() + kept.as_ref().map_or(0, winograd::Kept::bytes)
+            }
+            #[cfg(feature = "cuda")]
+            Weights::Cuda(filter) => filter.bytes(),
+            Weights::Device { weight, .. } => weight.elem_count() * weight.dtype().size_in_bytes(),
+        }
+    }
+
     /// (B, H, W, in) -> (B, H', W', out)
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.forward_joined(&Joined::one(x))
@@ -303,9 +315,14 @@ mod tests {
         let vae_down = Geometry { kernel: 3, stride: 2, before: 0, after: 1 };
         for geometry in [Geometry::SAME, Geometry::POINT, down, vae_down] {
             // The last is Winograd's with weights that are too many to be kept.
-            for (h, w, inputs, outputs) in
-                [(8, 8, 16, 32), (5, 7, 3, 4), (1, 1, 40, 33), (18, 17, 32, 70), (13, 16, 144, 161)]
-            {
+            for (h, w, inputs, outputs) in [
+                (8, 8, 16, 32),
+                (5, 7, 3, 4),
+                (1, 1, 40, 33),
+                (18, 17, 32, 70),
+                (13, 16, 144, 161),
+                (2, 30, 176, 33),
+            ] {
                 if h + geometry.before + geometry.after < geometry.kernel {
                     continue;
                 }
@@ -327,6 +344,17 @@ mod tests {
                 assert!(difference(&conv.forward_add(&x, &residual).unwrap(), &want) < 1e-6);
             }
         }
+    }
+
+    /// More than is transformed at a time, and more than one pass for each part of it.
+    #[test]
+    fn a_large_picture_is_taken_in_pieces() {
+        let (x, weight, bias) =
+            (tensor(&[1, 112, 112, 320], 1), tensor(&[33, 320, 3, 3], 2), tensor(&[33], 3));
+        let conv = Conv2d::new(&weight, &bias, Geometry::SAME, &Device::Cpu, DType::F32).unwrap();
+        let want = reference(&x, (112, 112), &weight, Geometry::SAME).unwrap();
+        let want = want.broadcast_add(&bias).unwrap();
+        assert!(difference(&conv.forward(&x).unwrap(), &want) < 1e-5);
     }
 
     #[test]

@@ -27,9 +27,10 @@ const DEPTH: usize = 3 * KC;
 /// Rows of a block: MC x DEPTH f32 stay in the second-level cache while all panels pass.
 const MC: usize = 384;
 
-/// Tiles of a block that is not parted any more.
+/// Tiles that a block keeps when it is made smaller for another thread to have one.
 const FEWEST_TILES: usize = 3;
-/// Panels that a block is packed for, unless a thread had none.
+/// Panels that a task takes at least, since it packs its rows for them; fewer where a thread would
+/// have none.
 const FEWEST_PANELS: usize = 4;
 
 /// Where the rows of the left matrix come from.
@@ -53,6 +54,7 @@ fn pack_tile(a: &impl Rows, rows: usize, row0: usize, k0: usize, tile: &mut [f32
     while !rest.is_empty() {
         let runs = a.runs(&places, k);
         let len = runs[0].len().min(rest.len() / MR);
+        assert!(len > 0, "rows shorter than the weights are deep");
         let (part, tail) = rest.split_at_mut(len * MR);
         interleave(&runs.map(|run| &run[..len]), part);
         k += len;
@@ -81,14 +83,15 @@ pub(crate) fn interleave<const N: usize>(rows: &[&[f32]; N], tile: &mut [f32]) {
     }
 }
 
-/// What is done to the result before it is stored.
+/// What is done to the result before it is stored. Gated weights know a bias, in the order of their
+/// panels' columns, and a residual (rows, 2n), both added before the gate, and nothing else.
 #[derive(Default, Clone, Copy)]
 pub(crate) struct Epilogue<'a> {
-    /// Added to every row, (n); of gated weights as the columns of their panels lie.
+    /// Added to every row, (n).
     pub(crate) bias: Option<&'a [f32]>,
     /// Added to every row of the sample that it belongs to, (samples, n) and rows per sample.
     pub(crate) row_bias: Option<(&'a [f32], usize)>,
-    /// Added elementwise, (rows, n); before the gate, (rows, 2n), if the weights are gated.
+    /// Added elementwise, (rows, n).
     pub(crate) residual: Option<&'a [f32]>,
     /// Of every element, last.
     pub(crate) activation: Option<Activation>,
@@ -162,9 +165,11 @@ impl<A: Rows> Product<'_, A> {
     fn run(&self, rows: usize) {
         let panels = self.weights.n.div_ceil(self.weights.width());
         let blocking = self.blocking();
+        // As much as stays in the second-level cache: fewer rows where a gate wants all of the depth.
         let most = MC.min(MC * blocking.depth / self.depth()).max(blocking.rows);
         let threads = rayon::current_num_threads();
-        // Rows are parted first: each part of the panels packs its rows anew.
+        // Rows are parted first, into up to two blocks for each thread, and then the panels until
+        // there are four tasks for each: every part of the panels packs its rows anew.
         let worth = rows / (FEWEST_TILES * blocking.rows) / threads * threads;
         let blocks = rows.div_ceil(most).max(worth.min(2 * threads));
         let block_rows = rows.div_ceil(blocks).next_multiple_of(blocking.rows);
@@ -223,9 +228,7 @@ impl<A: Rows> Product<'_, A> {
                     let tiles = left.chunks_exact(MR * depth).zip(sums.chunks_exact_mut(MR * NR));
                     for (t, (tile, sums)) in tiles.enumerate() {
                         let rows = MR.min(area.rows.len() - t * MR);
-                        let (tile, c) = (&tile[k0 * MR..], sums.as_mut_ptr());
-                        // SAFETY: `sums` holds MR x NR floats.
-                        unsafe { self.kernel.run(tile, panel, kc, rows, c, NR, k0 > 0) };
+                        self.kernel.run(&tile[k0 * MR..], panel, sums, rows, k0 > 0);
                     }
                 }
                 self.store(&area.rows, p, &mut sums, first..first + depth);
@@ -318,25 +321,14 @@ impl Kernel {
         Self(Isa::detect())
     }
 
-    /// c (rows, NR) (+)= a tile ([kc][MR]) x b panel ([kc][NR]); row i of c starts at c + i * ldc.
-    ///
-    /// # Safety
-    /// `rows` x NR floats at `c` with row stride `ldc` are the caller's to write.
-    #[expect(clippy::too_many_arguments, reason = "the signature of every GEMM kernel")]
-    pub(crate) unsafe fn run(
-        self,
-        a: &[f32],
-        b: &[f32],
-        kc: usize,
-        rows: usize,
-        c: *mut f32,
-        ldc: usize,
-        accumulate: bool,
-    ) {
-        assert!(a.len() >= kc * MR && b.len() >= kc * NR && rows <= MR, "gemm tile");
-        let tile = Tile { a: a.as_ptr(), b: b.as_ptr(), kc, c, ldc, accumulate };
-        // SAFETY: lengths are asserted above, `c` is the caller's promise, and the instructions
-        // of each arm were found on this processor.
+    /// c [rows][NR] (+)= a [k][MR] x b [k][NR], for as many k as b has.
+    pub(crate) fn run(self, a: &[f32], b: &[f32], c: &mut [f32], rows: usize, accumulate: bool) {
+        let k = b.len() / NR;
+        assert!((1..=MR).contains(&rows), "gemm tile of {rows} rows");
+        assert!(a.len() >= k * MR && c.len() >= rows * NR, "gemm tile");
+        let tile = Tile { a: a.as_ptr(), b: b.as_ptr(), k, c: c.as_mut_ptr(), accumulate };
+        // SAFETY: rows and lengths are asserted above, and the instructions of each arm were found
+        // on this processor.
         unsafe {
             match self.0 {
                 #[cfg(target_arch = "x86_64")]
@@ -352,30 +344,29 @@ impl Kernel {
 struct Tile {
     a: *const f32,
     b: *const f32,
-    kc: usize,
+    k: usize,
     c: *mut f32,
-    ldc: usize,
     accumulate: bool,
 }
 
 /// The reference kernel, for every processor.
 ///
 /// # Safety
-/// The pointers of `tile` are valid for `kc` steps and `rows` rows.
+/// The pointers of `tile` are valid for its k and for `rows` rows, MR at the most.
 unsafe fn portable(tile: &Tile, rows: usize) {
     for i in 0..rows {
         let mut sum = [0f32; NR];
-        for k in 0..tile.kc {
-            // SAFETY: k < kc and i < MR.
+        for k in 0..tile.k {
+            // SAFETY: k < tile.k and i < MR.
             let a = unsafe { *tile.a.add(k * MR + i) };
-            // SAFETY: k < kc.
+            // SAFETY: k < tile.k.
             let b = unsafe { std::slice::from_raw_parts(tile.b.add(k * NR), NR) };
             for (s, b) in sum.iter_mut().zip(b) {
                 *s += a * b;
             }
         }
-        // SAFETY: row i of c is the caller's to write.
-        let c = unsafe { std::slice::from_raw_parts_mut(tile.c.add(i * tile.ldc), NR) };
+        // SAFETY: i < rows.
+        let c = unsafe { std::slice::from_raw_parts_mut(tile.c.add(i * NR), NR) };
         for (c, s) in c.iter_mut().zip(&sum) {
             *c = if tile.accumulate { *c + s } else { *s };
         }
@@ -387,6 +378,7 @@ mod x86 {
     use std::arch::x86_64::*;
 
     use super::{MR, NR, Tile};
+
     /// Transposes columns k .. k + 4 of the rows into the tile, in squares of four.
     ///
     /// # Safety
@@ -436,8 +428,8 @@ mod x86 {
     unsafe fn rows512<const R: usize>(tile: &Tile) {
         let mut sum = [[_mm512_setzero_ps(); 2]; R];
         let (mut a, mut b) = (tile.a, tile.b);
-        for _ in 0..tile.kc {
-            // SAFETY: a and b advance kc times by one step of the tile and the panel.
+        for _ in 0..tile.k {
+            // SAFETY: a and b advance k times by one step of the tile and the panel.
             unsafe {
                 // Panels and tiles lie one behind the other: what comes from further away than the
                 // first-level cache is on its way before it is needed.
@@ -457,9 +449,9 @@ mod x86 {
         }
         for (i, sum) in sum.iter().enumerate() {
             for (j, sum) in sum.iter().enumerate() {
-                // SAFETY: row i of c is the caller's to write.
+                // SAFETY: i is below the number of rows.
                 unsafe {
-                    let c = tile.c.add(i * tile.ldc + j * 16);
+                    let c = tile.c.add(i * NR + j * 16);
                     let old =
                         if tile.accumulate { _mm512_loadu_ps(c) } else { _mm512_setzero_ps() };
                     _mm512_storeu_ps(c, _mm512_add_ps(old, *sum));
@@ -476,7 +468,7 @@ mod x86 {
         for i in (0..rows).step_by(3) {
             // SAFETY: the caller's promise, for at most three rows from row i on.
             unsafe {
-                let part = Tile { a: tile.a.add(i), c: tile.c.add(i * tile.ldc), ..*tile };
+                let part = Tile { a: tile.a.add(i), c: tile.c.add(i * NR), ..*tile };
                 match rows - i {
                     1 => rows256::<1>(&part),
                     2 => rows256::<2>(&part),
@@ -490,8 +482,8 @@ mod x86 {
     unsafe fn rows256<const R: usize>(tile: &Tile) {
         let mut sum = [[_mm256_setzero_ps(); 4]; R];
         let (mut a, mut b) = (tile.a, tile.b);
-        for _ in 0..tile.kc {
-            // SAFETY: a and b advance kc times by one step of the tile and the panel.
+        for _ in 0..tile.k {
+            // SAFETY: a and b advance k times by one step of the tile and the panel.
             unsafe {
                 for (i, sum) in sum.iter_mut().enumerate() {
                     let a = _mm256_set1_ps(*a.add(i));
@@ -505,9 +497,9 @@ mod x86 {
         }
         for (i, sum) in sum.iter().enumerate() {
             for (j, sum) in sum.iter().enumerate() {
-                // SAFETY: row i of c is the caller's to write.
+                // SAFETY: i is below the number of rows.
                 unsafe {
-                    let c = tile.c.add(i * tile.ldc + j * 8);
+                    let c = tile.c.add(i * NR + j * 8);
                     let old =
                         if tile.accumulate { _mm256_loadu_ps(c) } else { _mm256_setzero_ps() };
                     _mm256_storeu_ps(c, _mm256_add_ps(old, *sum));
@@ -519,54 +511,31 @@ mod x86 {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::DType;
+    use half::bf16;
 
     use super::*;
     use crate::ops::numbers::{Numbers, Weight};
+    use crate::ops::packed::Layout;
+    use crate::ops::simd::tests::sets;
     use crate::ops::tests::random;
-
-    /// Every instruction set of this processor.
-    fn kernels() -> Vec<Kernel> {
-        let mut all = vec![Kernel(Isa::Portable)];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                all.push(Kernel(Isa::Avx2));
-            }
-            if is_x86_feature_detected!("avx512f") {
-                all.push(Kernel(Isa::Avx512));
-            }
-        }
-        all
-    }
 
     #[test]
     fn every_kernel_agrees_with_the_sum_in_f64() {
-        for kernel in kernels() {
+        for kernel in sets().into_iter().map(Kernel) {
             for rows in 1..=MR {
                 for kc in [1, 2, 7, 64, 255] {
                     let (a, b) = (random(kc * MR, 1), random(kc * NR, 2));
                     for accumulate in [false, true] {
-                        let ldc = NR + 5;
-                        let mut c = random(MR * ldc, 3);
-                        let old = c.clone();
-                        // SAFETY: c holds MR rows of ldc >= NR floats.
-                        unsafe { kernel.run(&a, &b, kc, rows, c.as_mut_ptr(), ldc, accumulate) };
-                        for i in 0..MR {
-                            for j in 0..ldc {
-                                let want = if i < rows && j < NR {
-                                    let sum: f64 = (0..kc)
-                                        .map(|k| {
-                                            f64::from(a[k * MR + i]) * f64::from(b[k * NR + j])
-                                        })
-                                        .sum();
-                                    sum + if accumulate { f64::from(old[i * ldc + j]) } else { 0.0 }
-                                } else {
-                                    f64::from(old[i * ldc + j])
-                                };
-                                let got = f64::from(c[i * ldc + j]);
-                                assert!((got - want).abs() < 1e-4, "{rows} {kc} {i} {j}");
-                            }
+                        let old = random(MR * NR, 3);
+                        let mut c = old.clone();
+                        kernel.run(&a, &b, &mut c, rows, accumulate);
+                        for (at, got) in c.iter().map(|v| f64::from(*v)).enumerate() {
+                            let (i, j, old) = (at / NR, at % NR, f64::from(old[at]));
+                            let product = |k| f64::from(a[k * MR + i]) * f64::from(b[k * NR + j]);
+                            let sum: f64 = (0..kc).map(product).sum();
+                            let kept = if accumulate { old } else { 0.0 };
+                            let want = if i < rows { kept + sum } else { old };
+                            assert!((got - want).abs() < 1e-4, "{rows} {kc} {i} {j}");
                         }
                     }
                 }
@@ -576,17 +545,22 @@ mod tests {
 
     #[test]
     fn any_shape_and_any_batch_give_the_same_rows() {
-        for (rows, k, n) in [
+        let shapes = [
             (1, 1, 1),
             (13, 300, 33),
             (500, 17, 70),
             (30, DEPTH + 99, 40),
             (40, 600, 4),
             (3, 5, 257),
-        ] {
-            let (a, w, bias) = (random(rows * k, 4), random(k * n, 5), random(n, 6));
+        ];
+        let in_both = |shape| [(shape, Layout::F32), (shape, Layout::Bf16)];
+        for ((rows, k, n), layout) in shapes.into_iter().flat_map(in_both) {
+            let (a, bias) = (random(rows * k, 4), random(n, 6));
+            // Numbers that bf16 has.
+            let w: Vec<f32> =
+                random(k * n, 5).iter().map(|w| bf16::from_f32(*w).to_f32()).collect();
             let weight = Weight::Stored(Numbers::Floats(&w), &[n, k]);
-            let packed = Packed::new(&weight, 1, DType::F32).unwrap();
+            let packed = Packed::laid_out(&weight, 1, layout).unwrap();
             let matrix = Matrix { data: &a, stride: k };
             let epilogue = Epilogue { bias: Some(&bias), ..Epilogue::default() };
             let out = gemm(rows, &matrix, &packed, epilogue);

@@ -1,6 +1,6 @@
 //! y = x W^T + b, with what follows it.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::activation::{Activation, geglu_reference};
 #[cfg(feature = "cuda")]
@@ -75,6 +75,16 @@ impl Linear {
         matches!(&self.weights, Weights::Cpu { packed, .. } if packed.tiled())
     }
 
+    /// Bytes of its weights as they lie in memory.
+    pub(crate) fn bytes(&self) -> usize {
+        match &self.weights {
+            Weights::Cpu { packed, .. } => packed.bytes(),
+            #[cfg(feature = "cuda")]
+            Weights::Cuda(filter) => filter.bytes(),
+            Weights::Device { weight, .. } => weight.elem_count() * weight.dtype().size_in_bytes(),
+        }
+    }
+
     /// (.., in) -> (.., out)
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.run(x, After::default())
@@ -98,10 +108,9 @@ impl Linear {
         activation: Activation,
     ) -> Result<Tensor> {
         match &self.weights {
-            Weights::Cpu { .. } => {
-                self.run(x, After { activation: Some(activation), residual: Some(term) })
-            }
-            _ => activation.reference(&self.forward_add(x, term)?),
+            #[cfg(feature = "cuda")]
+            Weights::Cuda(_) => activation.reference(&self.forward_add(x, term)?),
+            _ => self.run(x, After { activation: Some(activation), residual: Some(term) }),
         }
     }
 
@@ -112,6 +121,9 @@ impl Linear {
         shape.push(self.out);
         match &self.weights {
             Weights::Cpu { packed, bias } => {
+                if k != packed.k {
+                    bail!("a linear layer of {} inputs was given {k}", packed.k);
+                }
                 let source = host(x)?;
                 let residual = after.residual.map(host).transpose()?;
                 let epilogue = Epilogue {
@@ -134,11 +146,8 @@ impl Linear {
                     y = y.broadcast_add(bias)?;
                 }
                 let y = y.reshape(shape)?;
-                match after {
-                    After { activation: Some(activation), .. } => activation.reference(&y),
-                    After { residual: Some(residual), .. } => y + residual,
-                    After { .. } => Ok(y),
-                }
+                let y = after.residual.map_or(Ok(y.clone()), |residual| y + residual)?;
+                after.activation.map_or(Ok(y.clone()), |activation| activation.reference(&y))
             }
         }
     }

@@ -18,7 +18,10 @@ pub fn keep_freed_memory() {
         }
         // SAFETY: mallopt only sets parameters of the allocator and takes its own lock.
         unsafe {
-            mallopt(M_MMAP_THRESHOLD, ONE_GIB);
+            // Before 2.35 glibc takes no more than half of a heap.
+            if mallopt(M_MMAP_THRESHOLD, ONE_GIB) == 0 {
+                mallopt(M_MMAP_THRESHOLD, 32 << 20);
+            }
             mallopt(M_TRIM_THRESHOLD, i32::MAX);
             // Arenas of other threads are made of heaps of 64 MiB, which they return.
             mallopt(M_ARENA_MAX, 1);

@@ -1,8 +1,8 @@
 //! The operations of the networks, each with one small file.
 //!
 //! Activations are channels-last throughout: pictures are (B, H, W, C), tokens (B, L, C), both
-//! contiguous. On the CPU they are f32 and every operation here runs our own kernel; on CUDA
-//! devices our kernels are those of [`cuda`], and where there is none the operation is composed
+//! contiguous. On the CPU they are f32 and all that a network computes runs on our own kernels
+//! (copies, and the samplers' sums of latents, are candle's); on CUDA devices our kernels are those of [`cuda`], and where there is none the operation is composed
 //! from candle's, in the tensor's own type, with norms and softmax accumulated in f32. That
 //! composition is also the reference that the kernels are tested against.
 
@@ -79,7 +79,7 @@ mod no_gpu {
 #[cfg(not(feature = "cuda"))]
 pub(crate) use no_gpu::{device_kernels, device_name, device_work, free_device_bytes};
 
-/// A contiguous or row-strided f32 tensor in host memory, held while its data is read.
+/// A contiguous f32 tensor in host memory, held while its data is read.
 struct Host<'a> {
     storage: StorageRef<'a>,
     start: usize,
@@ -88,10 +88,14 @@ struct Host<'a> {
 
 impl Host<'_> {
     fn data(&self) -> Result<&[f32]> {
-        match &*self.storage {
-            Storage::Cpu(CpuStorage::F32(data)) => Ok(&data[self.start..self.start + self.len]),
-            _ => bail!("a kernel of the CPU was given a tensor that is not f32 in host memory"),
-        }
+        Ok(&floats(&self.storage)?[self.start..self.start + self.len])
+    }
+}
+
+fn floats(storage: &Storage) -> Result<&[f32]> {
+    match storage {
+        Storage::Cpu(CpuStorage::F32(floats)) => Ok(floats),
+        _ => bail!("a kernel of the CPU was given a tensor that is not f32 in host memory"),
     }
 }
 
@@ -122,13 +126,56 @@ fn to_host(tensor: &Tensor) -> Result<Vec<f32>> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use candle_core::{Device, Tensor};
+    use super::*;
 
     #[test]
     fn a_network_of_the_cpu_runs_inside_of_the_pool() {
         let thread = || rayon::current_thread_index();
         assert_eq!(thread(), None);
-        assert!(super::in_pool(&Device::Cpu, thread).is_some());
+        assert!(in_pool(&Device::Cpu, thread).is_some());
+    }
+
+    /// As LoRAs and guidance read single rows of a batch.
+    #[test]
+    fn a_sample_is_read_where_it_lies() {
+        let (x, cpu) = (tensor(&[3, 9, 8, 32], 1), &Device::Cpu);
+        let (weight, bias) = (tensor(&[32], 2), tensor(&[32], 3));
+        let group = GroupNorm::new(&weight, &bias, 8, 1e-5, cpu).unwrap();
+        let layer = LayerNorm::new(&weight, &bias, 1e-5, cpu).unwrap();
+        let linear = Linear::new(&tensor(&[40, 32], 4), None, cpu, DType::F32).unwrap();
+        let (kernel, bias) = (tensor(&[40, 32, 3, 3], 5), tensor(&[40], 6));
+        let conv = Conv2d::new(&kernel, &bias, Geometry::SAME, cpu, DType::F32).unwrap();
+        let all =
+            |x: &Tensor| [group.forward(x), layer.forward(x), linear.forward(x), conv.forward(x)];
+        for row in 0..3 {
+            let own = |t: &Tensor| t.narrow(0, row, 1).unwrap();
+            for (alone, together) in all(&own(&x)).into_iter().zip(all(&x)) {
+                assert_eq!(difference(&alone.unwrap(), &own(&together.unwrap())), 0.0);
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let cpu = &Device::Cpu;
+        let (weight, bias) = (tensor(&[32], 2), tensor(&[32], 3));
+        let group = GroupNorm::new(&weight, &bias, 8, 1e-5, cpu).unwrap();
+        let layer = LayerNorm::new(&weight, &bias, 1e-5, cpu).unwrap();
+        let linear = Linear::new(&tensor(&[40, 32], 4), None, cpu, DType::F32).unwrap();
+        for channels in [16, 48] {
+            let x = tensor(&[1, 4, 4, channels], 1);
+            let refused = [group.forward(&x), layer.forward(&x), linear.forward(&x)];
+            assert!(refused.iter().all(Result::is_err), "{channels} channels for 32");
+        }
+        let kernel = tensor(&[4, 15], 1);
+        assert!(Conv2d::new(&kernel, &bias, Geometry::SAME, cpu, DType::F32).is_err());
+        let kind = Attention { heads: 2, causal: false, tiles: false };
+        let (q, k) = (tensor(&[1, 3, 32], 1), tensor(&[1, 5, 32], 2));
+        for v in [tensor(&[1, 4, 32], 3), tensor(&[1, 5, 16], 3), tensor(&[2, 5, 32], 3)] {
+            assert!(attention(&q, &k, &v, kind).is_err());
+        }
+        let none = k.narrow(1, 0, 0).unwrap();
+        assert!(attention(&q, &none, &none, kind).is_err());
     }
 
     /// Deterministic numbers in (-1, 1) by a linear congruence: good enough to tell kernels apart.
@@ -145,7 +192,7 @@ pub(crate) mod tests {
     /// A random tensor on the CPU.
     pub(crate) fn tensor(shape: &[usize], seed: u64) -> Tensor {
         let data = random(shape.iter().product(), seed);
-        Tensor::from_vec(data, shape, &candle_core::Device::Cpu).unwrap()
+        Tensor::from_vec(data, shape, &Device::Cpu).unwrap()
     }
 
     /// max |a - b| / max |b|

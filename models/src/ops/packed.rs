@@ -86,7 +86,16 @@ impl Packed {
         if self.gated { NR / 2 } else { NR }
     }
 
-    /// Rows `k0 .. k0 + kc` of a panel, in `wide` if they have to be widened.
+    /// Bytes of the panels.
+    pub(crate) fn bytes(&self) -> usize {
+        match &self.panels {
+            Panels::F32(panels) => size_of_val(panels.as_slice()),
+            Panels::Bf16(panels) | Panels::Pairs(panels) => size_of_val(panels.as_slice()),
+        }
+    }
+
+    /// Rows `k0 .. k0 + kc` of a panel, in `wide` if they have to be widened; none of panels in
+    /// pairs.
     pub(crate) fn panel<'a>(
         &'a self,
         p: usize,
@@ -95,22 +104,14 @@ impl Packed {
         wide: &'a mut Scratch,
     ) -> &'a [f32] {
         let range = (p * self.k + k0) * NR..(p * self.k + k0 + kc) * NR;
-        let wide = &mut wide[..kc * NR];
         match &self.panels {
             Panels::F32(panels) => &panels.as_slice()[range],
             Panels::Bf16(panels) => {
+                let wide = &mut wide[..kc * NR];
                 widen(&panels.as_slice()[range], wide);
                 wide
             }
-            Panels::Pairs(panels) => {
-                let panel = &panels.as_slice()[p * self.k.next_multiple_of(STEP) * NR..];
-                for (k, row) in (k0..).zip(wide.chunks_exact_mut(NR)) {
-                    for (j, number) in row.iter_mut().enumerate() {
-                        *number = panel[in_pairs(k, j)].to_f32();
-                    }
-                }
-                wide
-            }
+            Panels::Pairs(_) => &[],
         }
     }
 
@@ -155,8 +156,8 @@ pub(crate) fn gated_columns(n: usize) -> Columns {
 impl Panels {
     fn new(weight: &Weight<'_>, columns: &Columns, taps: usize, layout: Layout) -> Result<Self> {
         let (_, k) = weight.matrix();
-        if k == 0 {
-            bail!("a layer without inputs");
+        if k == 0 || !k.is_multiple_of(taps) {
+            bail!("a weight of {k} numbers for each output is none of {taps} taps");
         }
         weight.numbers(|numbers| match layout {
             Layout::F32 => {
@@ -214,8 +215,8 @@ fn pack<T: Copy + Default + Send + Sync>(
             place(&[0.0; NR], row, panel);
         }
     };
-    // SAFETY: the places of all i < k, and those after them, are all rows of the panel, and
-    // `place` writes all of a row.
+    // SAFETY: since `taps` divides k, the places of all i < k, and those after them, are all rows of
+    // the panel, and `place` writes all of a row.
     unsafe { Aligned::written(columns.len() * depth, depth * NR, panel) }
 }
 
@@ -283,9 +284,14 @@ mod tests {
             {
                 let packed = Packed::laid_out(&weight, taps, layout).unwrap();
                 for j in 0..n.next_multiple_of(NR) {
+                    let pairs = packed.pairs(j / NR, 0..k);
                     let panel = packed.panel(j / NR, 0, k, &mut wide);
                     for (tap, input) in (0..k).map(|i| (i / inputs, i % inputs)) {
-                        let got = panel[(tap * inputs + input) * NR + j % NR];
+                        let (row, column) = (tap * inputs + input, j % NR);
+                        let got = match layout {
+                            Layout::Pairs => pairs[in_pairs(row, column)].to_f32(),
+                            _ => panel[row * NR + column],
+                        };
                         let want = if j < n { turned[j * k + input * taps + tap] } else { 0.0 };
                         assert_eq!(got, want, "{shape:?} {layout:?} {j} {tap} {input}");
                     }

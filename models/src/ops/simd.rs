@@ -3,8 +3,8 @@
 //! whichever the processor has. The loops hold no intrinsics: the compiler vectorises them. In
 //! their bodies `FMA` says whether a product and a sum are one instruction.
 
-/// Instruction sets for which there is a copy of every loop.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Instruction sets for which there is a copy of every loop, the best first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Isa {
     #[cfg(target_arch = "x86_64")]
     Avx512,
@@ -14,8 +14,15 @@ pub(crate) enum Isa {
 }
 
 impl Isa {
-    /// The best one of this processor.
+    /// The best one of this processor, and in tests of those that [`tests::ALLOWED`] names.
     pub(crate) fn detect() -> Self {
+        #[cfg(test)]
+        return Self::best().max(*tests::ALLOWED);
+        #[cfg(not(test))]
+        Self::best()
+    }
+
+    fn best() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
             if is_x86_feature_detected!("avx512f") {
@@ -96,7 +103,7 @@ pub(crate) use vectorized;
 
 /// a * b + c, rounded once if `FMA`. (Without the instruction that would be a call of libm.)
 #[inline(always)]
-pub(crate) fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
+fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
 }
 
@@ -141,8 +148,43 @@ pub(crate) fn erf<const FMA: bool>(x: f32) -> f32 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::ops) mod tests {
+    use std::process::Command;
+    use std::sync::LazyLock;
+
     use super::*;
+
+    const VARIABLE: &str = "SD_TEST_ISA";
+
+    /// The best instruction set that the variable allows.
+    pub(super) static ALLOWED: LazyLock<Isa> = LazyLock::new(|| {
+        let allowed = std::env::var(VARIABLE).unwrap_or_default();
+        let named = |isa: &Isa| format!("{isa:?}") == allowed;
+        sets().into_iter().find(named).unwrap_or_else(Isa::best)
+    });
+
+    /// Those of this processor, the best first.
+    pub(in crate::ops) fn sets() -> Vec<Isa> {
+        #[cfg(target_arch = "x86_64")]
+        let all = [Isa::Avx512, Isa::Avx2, Isa::Portable];
+        #[cfg(not(target_arch = "x86_64"))]
+        let all = [Isa::Portable];
+        all.into_iter().filter(|isa| *isa >= Isa::best()).collect()
+    }
+
+    /// What a lesser processor would run: loops are compiled for each of them.
+    #[test]
+    fn the_kernels_pass_their_tests_with_every_instruction_set() {
+        if std::env::var_os(VARIABLE).is_some() {
+            return;
+        }
+        for isa in &sets()[1..] {
+            let tests = std::env::current_exe().unwrap();
+            let done = Command::new(tests).arg("ops::").env(VARIABLE, format!("{isa:?}")).output();
+            let done = done.unwrap();
+            assert!(done.status.success(), "{isa:?}: {}", String::from_utf8_lossy(&done.stdout));
+        }
+    }
 
     #[test]
     fn exp_and_erf_are_close() {

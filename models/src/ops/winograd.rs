@@ -31,9 +31,10 @@ const PASS: usize = 8;
 const DEPTH: usize = 160;
 /// Numbers of transformed weights that are kept.
 const MOST_KEPT: usize = 640 << 10;
-/// Transformed input in memory at a time, in floats.
+/// Transformed input in memory at a time, in floats, if that is enough for [`FEWEST_GROUPS`].
 const CHUNK: usize = 8 << 20;
-/// Groups for which the weights are transformed at least, if there are so many.
+/// Groups that are in memory at a time at least, if there are so many: weights that are not kept are
+/// transformed anew for the next.
 const FEWEST_GROUPS: usize = 24;
 
 const A: f32 = 0.75;
@@ -66,6 +67,9 @@ pub(super) fn convolve(
         epilogue,
         out,
     };
+    if samples * rows * columns * weights.n == 0 {
+        return Vec::new();
+    }
     // SAFETY: the tiles of all groups and the columns of all panels cover the output, and
     // store_group() writes those of its group and panel.
     unsafe { written(samples * rows * columns * weights.n, |out| problem(out).run()) }
@@ -87,7 +91,8 @@ struct Problem<'a> {
 pub(super) struct Kept(Aligned);
 
 impl Kept {
-    /// None if they are many, since they are four times as large then, or of no use.
+    /// None if they are many, since they are four times as large then (eight times those in bf16), or
+    /// of no use.
     pub(super) fn new(weights: &Packed) -> Option<Self> {
         let (panels, channels) = (weights.n.div_ceil(NR), weights.k / 9);
         let size = POINTS * channels * NR;
@@ -101,6 +106,10 @@ impl Kept {
         }
         Some(Self(kept))
     }
+
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(self.0.as_slice())
+    }
 }
 
 impl Problem<'_> {
@@ -108,12 +117,12 @@ impl Problem<'_> {
         let groups = self.count().div_ceil(MR);
         let size = POINTS * MR * self.channels;
         let per_chunk = (CHUNK / size).max(FEWEST_GROUPS).min(groups);
-        let mut inputs = Scratch::new(per_chunk * size);
         for first in (0..groups).step_by(per_chunk) {
             let chunk = first..groups.min(first + per_chunk);
-            let inputs = &mut inputs[..chunk.len() * size];
-            self.transform(&chunk, inputs);
-            self.multiply(&chunk, inputs);
+            // SAFETY: the tasks of transform() cover all channels of all groups of the chunk, and
+            // transform_group() writes all points of its own.
+            let inputs = unsafe { written(chunk.len() * size, |out| self.transform(&chunk, out)) };
+            self.multiply(&chunk, &inputs);
         }
     }
 
@@ -130,13 +139,12 @@ impl Problem<'_> {
 
     /// Transforms the groups of a chunk, MR tiles each, into [group][point][channel][MR]. Places
     /// past the last tile repeat it.
-    fn transform(&self, chunk: &Range<usize>, inputs: &mut [f32]) {
+    fn transform(&self, chunk: &Range<usize>, out: Out) {
         let blocks = self.channels / LANES;
         // Few groups share their channels between threads.
         let parts = (4 * rayon::current_num_threads()).div_ceil(chunk.len()).min(blocks);
         let length = blocks.div_ceil(parts);
         let parts = blocks.div_ceil(length);
-        let out = Out::of(inputs);
         (0..chunk.len() * parts).into_par_iter().for_each(|task| {
             let (group, part) = (task / parts, task % parts);
             let channels = part * length * LANES..blocks.min((part + 1) * length) * LANES;
@@ -217,8 +225,7 @@ impl Problem<'_> {
                 for (slot, g) in pass.clone().enumerate() {
                     let a = &inputs[((g * POINTS + p) * depth + k0) * MR..][..kc * MR];
                     let c = &mut products[(slot * POINTS + p) * MR * NR..][..MR * NR];
-                    // SAFETY: `c` has MR rows of NR floats.
-                    unsafe { kernel.run(a, b, kc, MR, c.as_mut_ptr(), NR, k0 > 0) };
+                    kernel.run(a, b, c, MR, k0 > 0);
                 }
             }
         }

@@ -95,6 +95,11 @@ impl Filter {
         Ok(Some(Self { weight: place(&weight, dtype)?, bias, inputs, gated }))
     }
 
+    /// Bytes of its weight.
+    pub(in crate::ops) fn bytes(&self) -> usize {
+        self.weight.elem_count() * self.weight.dtype().size_in_bytes()
+    }
+
     /// (.., c) -> (.., n); after GEGLU (.., n / 2)
     pub(in crate::ops) fn linear(&self, x: &Tensor, after: After<'_>) -> Result<Tensor> {
         let mut shape = x.dims().to_vec();
