@@ -1,13 +1,16 @@
-"""Judges pictures against prompts: draws the held-out prompts of rules.json with a model, or takes pictures made elsewhere, and counts how many are right.
+"""Judges pictures against prompts: draws the held-out prompts of rules.json with a model or a server, or takes pictures made elsewhere, and counts how many are right.
 
 A check passes when the share of the pixels in its box that lie within `tolerance` (Euclidean distance in RGB) of one of its colours is at least `min_share` and at most
 `max_share`; a picture is right when all its checks pass.
 
     python evaluate.py models/demo
+    python evaluate.py --url http://localhost:8080      # what a server draws
     python evaluate.py --pictures DIR      # 000.png, 001.png, ... in the order of rules.json
 """
 import argparse
+import io
 import json
+import urllib.request
 from collections import Counter
 from pathlib import Path
 import numpy as np
@@ -40,9 +43,19 @@ def drawn(model, cases, steps, guidance, batch=8):
         yield from pipeline([c["prompt"] for c in part], num_inference_steps=steps, guidance_scale=guidance, generator=seeds).images
 
 
+def served(url, cases, steps, guidance):
+    """Pictures by a running server, with its model's scheduler."""
+    for case in cases:
+        asked = {"prompt": case["prompt"], "seed": case["seed"], "steps": steps, "guidance_scale": guidance}
+        headers = {"Content-Type": "application/json", "Accept": "image/png"}
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/invocations", json.dumps(asked).encode(), headers)) as reply:
+            yield Image.open(io.BytesIO(reply.read())).convert("RGB")
+
+
 def main():
     arg = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arg.add_argument("model", nargs="?", help="model directory")
+    arg.add_argument("--url", help="judge what a server draws instead")
     arg.add_argument("--pictures", type=Path, help="judge the PNGs in this directory instead")
     arg.add_argument("--rules", type=Path, default=Path(__file__).with_name("rules.json"))
     arg.add_argument("--steps", type=int, default=20)
@@ -54,6 +67,8 @@ def main():
     cases = json.loads(args.rules.read_text())[:args.limit]
     if args.pictures:
         pictures = (Image.open(args.pictures / f"{i:03}.png").convert("RGB") for i in range(len(cases)))
+    elif args.url:
+        pictures = served(args.url, cases, args.steps, args.guidance)
     else:
         pictures = drawn(args.model, cases, args.steps, args.guidance)
     right, wrong = 0, Counter()
