@@ -92,7 +92,8 @@ impl Problem {
                     self.attend(q, packed, tile, |query, values| {
                         let row = (sample * queries + query) * channels;
                         // SAFETY: no other task has these queries and this head.
-                        unsafe { out.slice(row + first_channel, width) }.copy_from_slice(values);
+                        let row = unsafe { out.slice(row + first_channel, width) };
+                        row.write_copy_of_slice(values);
                     });
                 }
             });

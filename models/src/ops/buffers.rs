@@ -149,7 +149,7 @@ impl<T> Aligned<T> {
 /// An output that several threads write at once, each its own part.
 #[derive(Clone, Copy)]
 pub(crate) struct Out {
-    start: *mut f32,
+    start: *mut MaybeUninit<f32>,
     len: usize,
 }
 // SAFETY: parts are handed out by the unsafe `slice`, whose callers own them.
@@ -161,11 +161,12 @@ unsafe impl Sync for Out {}
 /// long.
 ///
 /// # Safety
-/// `write` writes every element, and reads none before.
+/// `write` writes every element.
 pub(crate) unsafe fn written(len: usize, write: impl FnOnce(Out)) -> Vec<f32> {
     let mut out: Vec<f32> = Vec::with_capacity(len);
-    prefer_huge_pages(out.spare_capacity_mut());
-    write(Out { start: out.as_mut_ptr(), len });
+    let room = &mut out.spare_capacity_mut()[..len];
+    prefer_huge_pages(room);
+    write(Out { start: room.as_mut_ptr(), len });
     // SAFETY: the capacity is `len` or more, and the caller has written all of it.
     unsafe { out.set_len(len) };
     out
@@ -179,11 +180,11 @@ const FEWEST_PACKED: usize = 128 << 10;
 /// As [`written`], by many threads: `write` gets the number of each chunk and the chunk.
 ///
 /// # Safety
-/// `write` writes all of each chunk, and reads nothing before.
+/// `write` writes all of each chunk.
 pub(crate) unsafe fn written_in_chunks(
     len: usize,
     chunk: usize,
-    write: impl Fn(usize, &mut [f32]) + Sync,
+    write: impl Fn(usize, &mut [MaybeUninit<f32>]) + Sync,
 ) -> Vec<f32> {
     let part = |out: Out, i: usize| {
         // SAFETY: no two chunks overlap.
@@ -198,11 +199,9 @@ pub(crate) unsafe fn written_in_chunks(
 impl Out {
     /// # Safety
     /// No other thread touches these elements while the slice lives.
-    pub(crate) unsafe fn slice<'a>(self, first: usize, len: usize) -> &'a mut [f32] {
+    pub(crate) unsafe fn slice<'a>(self, first: usize, len: usize) -> &'a mut [MaybeUninit<f32>] {
         assert!(first + len <= self.len, "output part");
-        // SAFETY: the part lies inside the output, and the caller owns it. Its floats may not have
-        // been written yet, which the function asks for; by the contract of `written` nobody reads
-        // one before, and no bits that memory can hold are invalid as a float.
+        // SAFETY: the part lies inside the output, and the caller owns it.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(first), len) }
     }
 }
@@ -214,8 +213,10 @@ mod tests {
     #[test]
     fn every_chunk_is_written_in_its_place() {
         for (len, chunk) in [(0, 4), (1, 4), (8, 4), (1003, 16)] {
-            let write = |i: usize, part: &mut [f32]| {
-                part.iter_mut().zip(i * chunk..).for_each(|(value, at)| *value = at as f32);
+            let write = |i: usize, part: &mut [MaybeUninit<f32>]| {
+                for (value, at) in part.iter_mut().zip(i * chunk..) {
+                    value.write(at as f32);
+                }
             };
             // SAFETY: all of each part is written.
             let all = unsafe { written_in_chunks(len, chunk, write) };

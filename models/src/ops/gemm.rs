@@ -6,6 +6,7 @@
 //! Every output element is summed over k in the same order whatever its neighbours, so a row's
 //! result does not depend on the batch that it is in.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -64,6 +65,13 @@ fn pack_tile(a: &impl Rows, rows: usize, row0: usize, k0: usize, tile: &mut [f32
 
 /// Writes N slices of one length n as the columns of `tile`, [n][N].
 pub(crate) fn interleave<const N: usize>(rows: &[&[f32]; N], tile: &mut [f32]) {
+    let tile: *mut [f32] = tile;
+    // SAFETY: the same floats, borrowed as a whole, and into_columns() writes floats alone.
+    into_columns(rows, unsafe { &mut *(tile as *mut [MaybeUninit<f32>]) });
+}
+
+/// As [`interleave`], for a tile that holds nothing yet: all of it is written.
+pub(crate) fn into_columns<const N: usize>(rows: &[&[f32]; N], tile: &mut [MaybeUninit<f32>]) {
     const { assert!(N.is_multiple_of(4), "squares of four") };
     let len = rows[0].len();
     assert!(tile.len() == len * N && rows.iter().all(|row| row.len() == len), "interleave");
@@ -78,7 +86,7 @@ pub(crate) fn interleave<const N: usize>(rows: &[&[f32]; N], tile: &mut [f32]) {
     }
     for (k, column) in tile.chunks_exact_mut(N).enumerate().skip(done) {
         for (value, row) in column.iter_mut().zip(rows) {
-            *value = row[k];
+            value.write(row[k]);
         }
     }
 }
@@ -280,11 +288,14 @@ vectorized! {
             // SAFETY: store() is given rows and a panel of the area of its task.
             let c = unsafe { out.slice(row * n + columns.start, columns.len()) };
             let sums = &sums[..columns.len()];
-            if accumulate {
+            let c = if accumulate {
+                // SAFETY: the sums over the depth before have been written here.
+                let c = unsafe { c.assume_init_mut() };
                 add(c, sums);
+                c
             } else {
-                c.copy_from_slice(sums);
-            }
+                c.write_copy_of_slice(sums)
+            };
             if let Some(epilogue) = epilogue {
                 epilogue.apply(row, n, columns, c);
             }
@@ -376,6 +387,7 @@ unsafe fn portable(tile: &Tile, rows: usize) {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
+    use std::mem::MaybeUninit;
 
     use super::{MR, NR, Tile};
 
@@ -386,7 +398,7 @@ mod x86 {
     pub(super) unsafe fn interleave4<const N: usize>(
         rows: &[&[f32]; N],
         k: usize,
-        tile: &mut [f32],
+        tile: &mut [MaybeUninit<f32>],
     ) {
         for i in (0..N).step_by(4) {
             // SAFETY: the caller's promise; SSE is part of the architecture.
@@ -395,7 +407,7 @@ mod x86 {
                 let (mut a, mut b, mut c, mut d) = (load(0), load(1), load(2), load(3));
                 _MM_TRANSPOSE4_PS(&mut a, &mut b, &mut c, &mut d);
                 for (j, column) in [a, b, c, d].into_iter().enumerate() {
-                    _mm_storeu_ps(tile.as_mut_ptr().add((k + j) * N + i), column);
+                    _mm_storeu_ps(tile.as_mut_ptr().add((k + j) * N + i).cast(), column);
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! Group and layer normalisation. The statistics of a group are sums in f64, those of a token are
 //! taken in two passes in f32.
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use candle_core::{D, DType, Device, Result, Tensor, bail};
@@ -106,7 +107,7 @@ impl GroupNorm {
         let parts = if c2 == 0 { &parts[..1] } else { &parts[..] };
         let (pixels, channels) = (h * w, c1 + c2);
         let coefficients = self.coefficients(parts, (batch, pixels), weight);
-        let normalized = |run: usize, mut out: &mut [f32]| {
+        let normalized = |run: usize, mut out: &mut [MaybeUninit<f32>]| {
             let mut first = run * RUN;
             // A run may hold the end of one sample and the start of the next.
             while !out.is_empty() {
@@ -119,14 +120,15 @@ impl GroupNorm {
                     normalize(data, affine, own.start, channels, piece);
                 }
                 if with_silu {
-                    silu(piece);
+                    // SAFETY: the channels of the parts are all that a pixel has, and normalize()
+                    // has written its own in every pixel.
+                    silu(unsafe { piece.assume_init_mut() });
                 }
                 first += count;
                 out = rest;
             }
         };
-        // SAFETY: the channels of the parts are all that a pixel has, and normalize() writes its
-        // own in every pixel.
+        // SAFETY: as above.
         let out =
             unsafe { written_in_chunks(batch * pixels * channels, RUN * channels, normalized) };
         Tensor::from_vec(out, (batch, h, w, channels), x.device())
@@ -201,7 +203,7 @@ vectorized! {
         affine: (&[f32], &[f32], &[f32]),
         first: usize,
         channels: usize,
-        out: &mut [f32],
+        out: &mut [MaybeUninit<f32>],
     ) {
         let (mean, scale, bias) = affine;
         let width = mean.len();
@@ -209,7 +211,7 @@ vectorized! {
             let out = &mut out[first..][..width];
             let affine = mean.iter().zip(scale).zip(bias);
             for ((out, x), ((mean, scale), bias)) in out.iter_mut().zip(data).zip(affine) {
-                *out = (x - mean) * scale + bias;
+                out.write((x - mean) * scale + bias);
             }
         }
     }
@@ -264,25 +266,31 @@ impl LayerNorm {
         if x.dims().last() != Some(&width) {
             bail!("a norm of {width} channels was given {:?}", x.dims());
         }
-        let normalized = |run: usize, out: &mut [f32]| {
+        let normalized = |run: usize, out: &mut [MaybeUninit<f32>]| {
             let data = &data[run * RUN * width..][..out.len()];
             normalize_rows(data, weight, bias, self.eps as f32, out);
         };
-        // SAFETY: normalize_rows() writes all of what it is given.
+        // SAFETY: normalize_rows() writes all rows of what it is given, which is nothing but rows.
         let out = unsafe { written_in_chunks(data.len(), RUN * width, normalized) };
         Tensor::from_vec(out, x.shape(), x.device())
     }
 }
 
 vectorized! {
-    fn normalize_rows(data: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
+    fn normalize_rows(
+        data: &[f32],
+        weight: &[f32],
+        bias: &[f32],
+        eps: f32,
+        out: &mut [MaybeUninit<f32>],
+    ) {
         let width = weight.len();
         for (out, row) in out.chunks_exact_mut(width).zip(data.chunks_exact(width)) {
             let mean = sum_of(row, |x| x) / width as f32;
             let variance = sum_of(row, |x| (x - mean) * (x - mean)) / width as f32;
             let inverse = 1.0 / (variance + eps).sqrt();
             for (((out, x), weight), bias) in out.iter_mut().zip(row).zip(weight).zip(bias) {
-                *out = (x - mean) * inverse * weight + bias;
+                out.write((x - mean) * inverse * weight + bias);
             }
         }
     }

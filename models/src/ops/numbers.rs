@@ -1,5 +1,7 @@
 //! Numbers on their way from a file into a layer: most of what loading a model is.
 
+use std::mem::MaybeUninit;
+
 use candle_core::{DType, Device, Result, Tensor};
 use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
@@ -83,8 +85,15 @@ impl<'a> Numbers<'a> {
 
     /// All of them, by all threads.
     pub(crate) fn floats(&self) -> Vec<f32> {
-        let part = |i: usize, out: &mut [f32]| self.read(i * CHUNK, out);
-        // SAFETY: read() writes all of what it is given.
+        let part = |i: usize, out: &mut [MaybeUninit<f32>]| {
+            let mut block = [0.0; BLOCK];
+            for (first, out) in (i * CHUNK..).step_by(BLOCK).zip(out.chunks_mut(BLOCK)) {
+                let block = &mut block[..out.len()];
+                self.read(first, block);
+                out.write_copy_of_slice(block);
+            }
+        };
+        // SAFETY: the blocks are all of a chunk.
         unsafe { written_in_chunks(self.len(), CHUNK, part) }
     }
 }

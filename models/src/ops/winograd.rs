@@ -6,13 +6,14 @@
 //! are needed, and 36 small matrix products run on the kernel of [`super::gemm`]. A tile's result
 //! does not depend on the tiles beside it.
 
+use std::mem::MaybeUninit;
 use std::ops::{Add, Mul, Range, Sub};
 
 use rayon::prelude::*;
 
 use super::buffers::{Aligned, Out, Scratch, written};
 use super::conv::Fields;
-use super::gemm::{Epilogue, Kernel, MR, NR, Packed, interleave};
+use super::gemm::{Epilogue, Kernel, MR, NR, Packed, into_columns};
 use super::simd::vectorized;
 
 /// Outputs of a tile's side.
@@ -162,7 +163,7 @@ impl Problem<'_> {
         &self,
         group: usize,
         channels: &Range<usize>,
-        place: impl Fn(usize, usize) -> &'o mut [f32],
+        place: impl Fn(usize, usize) -> &'o mut [MaybeUninit<f32>],
     ) {
         let patches: [[&[f32]; POINTS]; MR] = std::array::from_fn(|i| {
             let (sample, y, x) = self.origin((group * MR + i).min(self.count() - 1));
@@ -176,7 +177,7 @@ impl Problem<'_> {
             }
             for (p, rows) in scratch.chunks_exact(MR * LANES).enumerate() {
                 let rows = std::array::from_fn(|i| &rows[i * LANES..][..LANES]);
-                interleave::<MR>(&rows, place(p, c));
+                into_columns::<MR>(&rows, place(p, c));
             }
         }
     }
@@ -403,7 +404,7 @@ vectorized! {
             // SAFETY: these columns of this pixel belong to this tile and panel alone, and lie
             // inside the output, whose length convolve() has set.
             let c = unsafe { out.slice(pixel * n + columns.start, columns.len()) };
-            c.copy_from_slice(&values[..columns.len()]);
+            let c = c.write_copy_of_slice(&values[..columns.len()]);
             epilogue.apply(pixel, n, columns, c);
         }
     }
