@@ -51,8 +51,8 @@ pub fn return_freed_memory() {
 /// Asks for pages of 2 MiB under a large block that is about to be written for the first time:
 /// the weights of a model are a million small pages, each a fault at load and an entry that
 /// address translation must find at every step; activations and scratch of large pictures on small
-/// pages cost a sixth of a step, where chance has them so. Pages at both ends are shared with what lies
-/// beside the block: one block follows another, and small ones stay as they are.
+/// pages cost a sixth of a step, where chance has them so. Pages at both ends are shared with what
+/// lies beside the block: one block follows another, and small ones stay as they are.
 pub(super) fn prefer_huge_pages<T>(block: &mut [T]) {
     #[cfg(target_os = "linux")]
     {

@@ -2,9 +2,10 @@
 //!
 //! Activations are channels-last throughout: pictures are (B, H, W, C), tokens (B, L, C), both
 //! contiguous. On the CPU they are f32 and all that a network computes runs on our own kernels
-//! (copies, and the samplers' sums of latents, are candle's); on CUDA devices our kernels are those of [`cuda`], and where there is none the operation is composed
-//! from candle's, in the tensor's own type, with norms and softmax accumulated in f32. That
-//! composition is also the reference that the kernels are tested against.
+//! (copies, and the samplers' sums of latents, are candle's); on CUDA devices our kernels are those
+//! of [`cuda`], and where there is none the operation is composed from candle's, in the tensor's own
+//! type, with norms and softmax accumulated in f32. That composition is also the reference that the
+//! kernels are tested against.
 
 #![expect(unsafe_code, reason = "vector instructions, disjoint writes, launches of our kernels")]
 
