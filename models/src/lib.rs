@@ -1,53 +1,36 @@
-//! Stable Diffusion v1.x and v2.x, from the files of a model to the pixels of a picture.
+//! Stable Diffusion v1.x and v2.x, from the files of a model to the pixels of an image.
 //!
-//! The road: a [`Spec`] goes into [`Pipeline::begin`], which encodes the prompt ([`prompt`],
-//! [`tokenizer`], [`text_encoder`]) and draws the noise ([`noise`]), over a picture where there is
-//! one to begin with; the [`Trajectory`] that comes out is taken step by step through
-//! [`Pipeline::step`] (the [`unet`] for many trajectories at once, then each one's [`denoiser`] and
-//! [`sampler`]) and ends in [`Pipeline::decode`] (the [`vae`]), and where the model brings a checker
-//! in [`Pipeline::judge`] ([`safety`]).
+//! A [`Spec`] goes into [`Pipeline::begin`], which encodes the prompt ([`text`],
+//! [`networks::ClipTextModel`]) and draws the noise ([`noise`]), for image-to-image on the latents of
+//! an input image. [`Pipeline::step`] takes the [`Trajectory`] that `begin` returns from step to
+//! step: the UNet ([`networks::UNet2DConditionModel`]) for many trajectories at once, then each one's [`denoiser`]
+//! and [`sampler`]. [`Pipeline::decode`] runs the VAE ([`networks::Decoder`]), and
+//! [`Pipeline::check_safety`] the safety checker ([`networks::SafetyChecker`]) of models that have one.
 //!
 //! This crate does not know that a server exists: no runtime, no environment, no clock.
 
-mod adapted;
-mod checkpoint;
-pub mod config;
-pub mod demo;
 pub mod denoiser;
-pub mod device;
 mod error;
-mod hires;
-mod info;
-mod lora;
+pub mod files;
+mod layers;
+pub mod networks;
 pub mod noise;
 mod ops;
-mod pickle;
+mod picture;
 pub mod pipeline;
-mod preview;
-pub mod prompt;
-mod resample;
-pub mod safety;
 pub mod sampler;
 pub mod schedule;
-mod shelf;
-mod spec;
-mod start;
-pub mod text_encoder;
-mod textual_inversion;
-pub mod tokenizer;
-pub mod unet;
-pub mod vae;
-pub mod weights;
+pub mod text;
 
-pub use adapted::Mix;
-pub use device::{DeviceName, Precision, Work};
 pub use error::{Error, Result};
-pub use info::{Defaults, Memory, ModelInfo};
+pub use files::{AssetDir, Checkpoint, Source};
+pub use layers::LoraStack;
 pub use ops::{instructions, keep_freed_memory, return_freed_memory};
-pub use pipeline::{Checking, Extras, LoadOptions, Pipeline, Trajectory};
-pub use shelf::Folder;
-pub use spec::{
-    Hires, Loras, MAX_STEPS, PromptSyntax, Rgb, Scheduler, Size, Spec, Start, Upscaler,
+pub use picture::{Rgb, Size};
+pub use pipeline::{
+    AddOns, Defaults, DeviceName, Hires, Img2Img, LoadOptions, MAX_STEPS, MemoryEstimate,
+    ModelInfo, Pipeline, Precision, PromptSyntax, SafetyMode, Scheduler, Spec, Trajectory,
+    Upscaler, Work, check_pipeline, parameters,
 };
-pub use textual_inversion::{Learned, LearnedWord};
-pub use weights::{Checkpoint, Source, parameters};
+pub(crate) use pipeline::{device, spec};
+pub use text::{Embeddings, Loras, PlaceholderToken};

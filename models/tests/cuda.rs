@@ -9,7 +9,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use sd_models::{
-    Checking, DeviceName, Extras, Folder, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb,
+    AddOns, AssetDir, DeviceName, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb, SafetyMode,
     Scheduler, Size, Source, Spec, Trajectory,
 };
 use serde_json::{Value, json};
@@ -17,16 +17,17 @@ use serde_json::{Value, json};
 fn load(device: DeviceName, precision: Precision) -> Pipeline {
     let source = Source::Demo;
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/pictures/loras");
-    let loras = Folder { directory: Some(directory), files: Vec::new(), endings: &["safetensors"] };
-    let extras = Extras { loras, max_lora_bytes: 1 << 24, ..Extras::default() };
+    let loras =
+        AssetDir { directory: Some(directory), files: Vec::new(), endings: &["safetensors"] };
+    let add_ons = AddOns { loras, max_lora_bytes: 1 << 24, ..AddOns::default() };
     Pipeline::load(&LoadOptions {
         source,
         device,
         precision,
-        checking: Checking::Never,
+        safety: SafetyMode::Never,
         threads: None,
         vae: None,
-        extras,
+        add_ons,
     })
     .unwrap()
 }
@@ -54,7 +55,7 @@ fn spec(scheduler: Scheduler, steps: usize, guidance_scale: f64) -> Spec {
         guidance_scale,
         scheduler,
         seed: 7,
-        start: None,
+        img2img: None,
         hires: None,
         prompt_syntax: PromptSyntax::Plain,
     }
@@ -190,10 +191,10 @@ fn full_size_picture() {
         source,
         device,
         precision,
-        checking: Checking::Never,
+        safety: SafetyMode::Never,
         threads: None,
         vae: None,
-        extras: Extras::default(),
+        add_ons: AddOns::default(),
     };
     let pipeline = Pipeline::load(&options).unwrap();
     let size = Size::new(512, 512).unwrap();

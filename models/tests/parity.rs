@@ -12,6 +12,8 @@ use candle_core::{DType, Device, Tensor};
 mod emphasis;
 #[path = "parity/hires.rs"]
 mod hires;
+#[path = "parity/img2img.rs"]
+mod img2img;
 #[path = "parity/lora.rs"]
 mod lora;
 #[path = "parity/networks.rs"]
@@ -24,8 +26,6 @@ mod safety;
 mod sampler;
 #[path = "parity/single.rs"]
 mod single;
-#[path = "parity/start.rs"]
-mod start;
 #[path = "parity/tokenizer.rs"]
 mod tokenizer;
 

@@ -359,15 +359,14 @@ pub(crate) mod tests {
     use candle_core::{DType, Device, Tensor};
 
     use super::*;
-    use crate::config::UNetConfig;
+    use crate::files::Source;
+    use crate::networks::{UNet2DConditionModel, UNetConfig};
     use crate::ops::activation::Activation;
     use crate::ops::gemm::{Epilogue, Matrix, gemm};
     use crate::ops::numbers::{Numbers, Weight};
     use crate::ops::packed::{Layout, Packed};
     use crate::ops::simd::vectorized;
     use crate::ops::tests::{random, tensor};
-    use crate::unet::UNet2DConditionModel;
-    use crate::weights::{Source, Weights};
 
     thread_local! {
         /// Whether layers that this thread builds in bf16 take tiles even where there are none.
@@ -450,7 +449,7 @@ pub(crate) mod tests {
         let device = Device::Cpu;
         let config = UNetConfig::read(&Source::Demo).unwrap();
         let stem = "diffusion_pytorch_model";
-        let weights = Weights::open(&Source::Demo, "unet", stem, false).unwrap();
+        let weights = &Source::Demo.weights("unet", stem, false).unwrap();
         let run = |dtype| {
             let model = UNet2DConditionModel::load(config.clone(), &weights, &device, dtype);
             let model = model.unwrap();
@@ -458,7 +457,12 @@ pub(crate) mod tests {
             let kv = model.keys_values(&context, &[]).unwrap();
             let latents = (tensor(&[2, config.in_channels, 16, 16], 2) * 3f64.sqrt()).unwrap();
             model
-                .forward(&latents, &model.times(&[900.0, 300.0], &[]).unwrap(), &[kv], &[])
+                .forward(
+                    &latents,
+                    &model.time_embeddings(&[900.0, 300.0], &[]).unwrap(),
+                    &[kv],
+                    &[],
+                )
                 .unwrap()
         };
         let want = run(DType::F32);

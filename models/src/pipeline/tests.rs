@@ -2,25 +2,34 @@
 
 use std::path::Path;
 
+use super::prompts::CACHED_PROMPTS;
 use super::*;
-use crate::spec::Loras;
+use crate::files::{AssetDir, Source};
+use crate::picture::Size;
+use crate::text::Loras;
 
 /// The built-in model in f32 on the CPU.
 pub(crate) fn demo() -> Pipeline {
-    open(Extras::default())
+    open(AddOns::default())
 }
 
-fn open(extras: Extras) -> Pipeline {
+fn open(add_ons: AddOns) -> Pipeline {
     let options = LoadOptions {
         source: Source::Demo,
         vae: None,
         device: DeviceName::Cpu,
         precision: Precision::F32,
-        checking: Checking::Never,
+        safety: SafetyMode::Never,
         threads: None,
-        extras,
+        add_ons,
     };
     Pipeline::load(&options).expect("the demo model")
+}
+
+/// Keys and values of a prompt.
+fn encoded(pipeline: &Pipeline, prompt: &str) -> Arc<Tensor> {
+    let (syntax, loras) = (PromptSyntax::Plain, LoraStack::default());
+    pipeline.prompts.encode(&pipeline.model, prompt, syntax, &loras).expect("encoded").0
 }
 
 fn spec(loras: Loras) -> Spec {
@@ -34,7 +43,7 @@ fn spec(loras: Loras) -> Spec {
         guidance_scale: 7.5,
         seed: 0,
         scheduler: "ddim".parse().expect("a sampler"),
-        start: None,
+        img2img: None,
         hires: None,
     }
 }
@@ -42,17 +51,15 @@ fn spec(loras: Loras) -> Spec {
 #[test]
 fn a_prompt_is_encoded_once_and_not_kept_for_ever() {
     let pipeline = demo();
-    let encode = |prompt: &str| {
-        pipeline.encode(prompt, PromptSyntax::Plain, &Mix::default()).expect("encoded").0
-    };
+    let encode = |prompt: &str| encoded(&pipeline, prompt);
     let contexts = || -> Vec<_> {
-        let kept = pipeline.encoded.lock().expect("unpoisoned");
+        let kept = pipeline.prompts.encoded.lock().expect("unpoisoned");
         kept.iter().map(|((text, ..), encoded)| (text.clone(), encoded.context.id())).collect()
     };
     let of = |prompt: &str| contexts().into_iter().find(|(text, _)| text == prompt);
     drop((encode(""), encode("a cat")));
     let (empty, cat) = (of(""), of("a cat"));
-    for k in 0..KEPT_PROMPTS - 1 {
+    for k in 0..CACHED_PROMPTS.get() - 1 {
         encode(&format!("picture {k}"));
         encode("");
         assert_eq!(of(""), empty, "what is used again stays");
@@ -60,16 +67,16 @@ fn a_prompt_is_encoded_once_and_not_kept_for_ever() {
     assert_eq!(of("a cat"), None, "what is not makes room");
     encode("a cat");
     assert_ne!(of("a cat"), cat);
-    assert_eq!(contexts().len(), KEPT_PROMPTS);
+    assert_eq!(contexts().len(), CACHED_PROMPTS.get());
 }
 
 #[test]
 fn loras_are_read_before_a_picture_begins() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR"));
     let file = file.join("../tests/pictures/loras/attention.safetensors");
-    let loras = Folder { directory: None, files: vec![file], endings: &["safetensors"] };
-    let extras = Extras { loras, max_lora_bytes: 1 << 20, ..Extras::default() };
-    let pipeline = open(extras);
+    let loras = AssetDir { directory: None, files: vec![file], endings: &["safetensors"] };
+    let add_ons = AddOns { loras, max_lora_bytes: 1 << 20, ..AddOns::default() };
+    let pipeline = open(add_ons);
     let plain = spec(vec![]);
     let adapted = spec(vec![("attention".to_owned(), 0.5)]);
     let named = Spec {
@@ -77,35 +84,35 @@ fn loras_are_read_before_a_picture_begins() {
         prompt_syntax: PromptSyntax::A1111,
         ..spec(vec![])
     };
-    assert!(pipeline.files(&plain).is_none());
-    assert!(pipeline.files(&named).is_some());
-    let work = pipeline.files(&adapted).expect("a file");
+    assert!(pipeline.prefetch(&plain).is_none());
+    assert!(pipeline.prefetch(&named).is_some());
+    let work = pipeline.prefetch(&adapted).expect("a file");
     std::thread::spawn(work).join().expect("read");
-    assert!(pipeline.files(&adapted).is_none() && pipeline.files(&named).is_none());
+    assert!(pipeline.prefetch(&adapted).is_none() && pipeline.prefetch(&named).is_none());
     assert!(pipeline.begin(&named).is_ok());
     // Terms and a share of the windows are what it takes more than without.
     let info = pipeline.info();
     let bytes = |spec| info.step_bytes(spec, spec.size);
     let memory = info.memory;
     assert_eq!(bytes(&adapted) - bytes(&plain), 2 * 64 * memory.lora_bytes);
-    let bytes_of_times = 4 * pipeline.begin(&plain).expect("begun").times.elem_count() as u64;
+    let bytes_of_times =
+        4 * pipeline.begin(&plain).expect("begun").time_embeddings.elem_count() as u64;
     assert_eq!(memory.time_bytes, bytes_of_times, "one step of DDIM");
     let longer = Spec { steps: 4, ..plain.clone() };
     assert_eq!(bytes(&longer) - bytes(&plain), 2 * 3 * memory.time_bytes);
     let wordy = Spec { prompt: "a cat ".repeat(100), ..named.clone() };
-    assert_eq!(bytes(&wordy) - bytes(&plain), 4 * memory.window_bytes);
-    let kv = pipeline.encode("a cat", PromptSyntax::Plain, &Mix::default()).expect("encoded").0;
-    assert_eq!(memory.window_bytes, 4 * kv.elem_count() as u64);
+    assert_eq!(bytes(&wordy) - bytes(&plain), 4 * memory.chunk_bytes);
+    let kv = encoded(&pipeline, "a cat");
+    assert_eq!(memory.chunk_bytes, 4 * kv.elem_count() as u64);
 }
 
 #[test]
 fn keys_and_values_are_there_while_a_picture_needs_them() {
     let pipeline = demo();
-    let encode =
-        || pipeline.encode("a cat", PromptSyntax::Plain, &Mix::default()).expect("encoded").0;
+    let encode = || encoded(&pipeline, "a cat");
     let (first, second) = (encode(), encode());
     assert!(Arc::ptr_eq(&first, &second), "two pictures share them");
     drop((first, second));
-    let kept = pipeline.encoded.lock().expect("unpoisoned");
+    let kept = pipeline.prompts.encoded.lock().expect("unpoisoned");
     assert!(kept.iter().all(|(_, encoded)| encoded.kv.upgrade().is_none()));
 }

@@ -1,13 +1,11 @@
 //! Prompts with emphasis and of several windows, against the algorithm written out in Python.
 
-use sd_models::config::ClipTextConfig;
-use sd_models::prompt::{self, Window};
-use sd_models::text_encoder::ClipTextModel;
-use sd_models::tokenizer::ClipTokenizer;
-use sd_models::weights::Weights;
-use sd_models::{Mix, PromptSyntax, Source, Spec};
+use sd_models::networks::{ClipTextConfig, ClipTextModel};
+use sd_models::pipeline::encode_chunks;
+use sd_models::text::{ClipTokenizer, PromptChunk, chunks};
+use sd_models::{LoraStack, PromptSyntax, Source, Spec};
 
-use crate::start::{finish, load, spec};
+use crate::img2img::{finish, load, spec};
 use crate::{fixture, path, read, relative_error};
 
 const TOLERANCE: f32 = 1e-4;
@@ -33,10 +31,10 @@ fn windows_and_weights_are_those_of_the_reference() {
     let (v1, v2) = (tokenizer(""), tokenizer("v2"));
     let mut failures = Vec::new();
     for row in rows() {
-        let (windows, cut) = prompt::windows(&row.prompt, &v1).unwrap();
+        let (windows, cut) = chunks(&row.prompt, &v1).unwrap();
         assert_eq!(windows.len() + cut, row.ids.len(), "{}", row.prompt);
-        let (others, _) = prompt::windows(&row.prompt, &v2).unwrap();
-        for (k, Window { ids, weights }) in windows.iter().enumerate() {
+        let (others, _) = chunks(&row.prompt, &v2).unwrap();
+        for (k, PromptChunk { ids, weights }) in windows.iter().enumerate() {
             let close = |(a, b): (&f32, &f32)| (a - b).abs() < 1e-6;
             let weighed = weights.iter().zip(&row.weights[k]).all(close);
             if *ids != row.ids[k] || others[k].ids != row.v2[k] || !weighed {
@@ -50,7 +48,7 @@ fn windows_and_weights_are_those_of_the_reference() {
 #[test]
 fn contexts_are_those_of_the_reference() {
     let source = Source::Directory(path("v1"));
-    let weights = Weights::open(&source, "text_encoder", "model", false).unwrap();
+    let weights = source.weights("text_encoder", "model", false).unwrap();
     let config = ClipTextConfig::read(&source).unwrap();
     let (cpu, f32) = (&candle_core::Device::Cpu, candle_core::DType::F32);
     let encoder = ClipTextModel::load(config, &weights, cpu, f32).unwrap();
@@ -58,9 +56,11 @@ fn contexts_are_those_of_the_reference() {
     let mut compared = 0;
     for (i, row) in rows().iter().enumerate() {
         let Some(reference) = expected.get(&format!("context.{i}")) else { continue };
-        let (windows, _) = prompt::windows(&row.prompt, &tokenizer).unwrap();
-        let error =
-            relative_error(&prompt::encode(windows, &encoder, &Mix::default()).unwrap(), reference);
+        let (windows, _) = chunks(&row.prompt, &tokenizer).unwrap();
+        let error = relative_error(
+            &encode_chunks(windows, &encoder, &LoraStack::default()).unwrap(),
+            reference,
+        );
         println!("{:?}: {error:.1e}", row.prompt);
         assert!(error <= TOLERANCE, "{:?}: {error:.1e}", row.prompt);
         compared += 1;

@@ -1,8 +1,8 @@
-//! Second passes against torch's `interpolate` and diffusers' img2img of the latents that it gives.
+//! HiresPass passes against torch's `interpolate` and diffusers' img2img of the latents that it gives.
 
-use sd_models::{Error, Hires, Pipeline, Size, Spec, Start, Trajectory, Upscaler};
+use sd_models::{Error, Hires, Img2Img, Pipeline, Size, Spec, Trajectory, Upscaler};
 
-use crate::start::{inpainting_model, load, spec};
+use crate::img2img::{inpainting_model, load, spec};
 use crate::{fixture, path, relative_error};
 
 const TOLERANCE: f32 = 1e-4;
@@ -34,7 +34,7 @@ fn latents_are_enlarged_as_torch_enlarges_them() {
         let size = Size::new(width.parse().unwrap(), height.parse().unwrap()).unwrap();
         let from = Size::new(40, 48).unwrap();
         let upscaler = upscaler.parse().unwrap();
-        let ours = Upscaler::enlarge(upscaler, &expected["latents"], (from, size), 8).unwrap();
+        let ours = Upscaler::upscale(upscaler, &expected["latents"], (from, size), 8).unwrap();
         let error = relative_error(&ours, reference);
         println!("{rest}: {error:.1e}");
         assert!(error <= 1e-6, "{rest}: {error:.1e}");
@@ -52,7 +52,7 @@ fn a_narrow_picture_is_not_blown_up() {
     );
     let sizes = (Size::new(8, 160_000).unwrap(), Size::new(1024, 1024).unwrap());
     for upscaler in Upscaler::all() {
-        let large = upscaler.enlarge(latents.as_ref().unwrap(), sizes, 8).unwrap();
+        let large = upscaler.upscale(latents.as_ref().unwrap(), sizes, 8).unwrap();
         assert_eq!(large.dims(), [1, 4, 128, 128], "{}", upscaler.title());
     }
 }
@@ -112,7 +112,7 @@ fn a_second_pass_that_cannot_be_is_refused_by_name() {
         assert!(matches!(error, Error::Spec { field, .. } if field == wrong), "{error}");
     }
     let picture = sd_models::Rgb { width: 64, height: 64, data: vec![0; 64 * 64 * 3] };
-    let start = Start { picture, strength: 0.5, mask: None };
+    let start = Img2Img { picture, strength: 0.5, mask: None };
     let both = Spec { hires: Some(good), ..spec(Some(start)) };
     assert!(matches!(model.check(&both), Err(Error::Spec { field: "hires_width", .. })));
     let inpainting = load(inpainting_model("hires"));

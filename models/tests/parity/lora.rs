@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, safetensors};
 use sd_models::{
-    Checking, DeviceName, Error, Extras, Folder, LoadOptions, Pipeline, Precision, PromptSyntax,
-    Size, Source, Spec,
+    AddOns, AssetDir, DeviceName, Error, LoadOptions, Pipeline, Precision, PromptSyntax,
+    SafetyMode, Size, Source, Spec,
 };
 
+use crate::img2img::{finish, spec as base};
 use crate::relative_error;
-use crate::start::{finish, spec as base};
 
 /// The files that `make_pictures.py` wrote for the built-in model.
 fn folder() -> PathBuf {
@@ -27,15 +27,16 @@ fn scratch(test: &str) -> PathBuf {
 
 /// The built-in model with the LoRAs of a folder, of which few stay in memory.
 fn model(directory: PathBuf) -> Pipeline {
-    let loras = Folder { directory: Some(directory), files: Vec::new(), endings: &["safetensors"] };
+    let loras =
+        AssetDir { directory: Some(directory), files: Vec::new(), endings: &["safetensors"] };
     Pipeline::load(&LoadOptions {
         source: Source::Demo,
         vae: None,
         device: DeviceName::Cpu,
         precision: Precision::F32,
-        checking: Checking::Never,
+        safety: SafetyMode::Never,
         threads: Some(1),
-        extras: Extras { loras, max_lora_bytes: 1 << 20, ..Extras::default() },
+        add_ons: AddOns { loras, max_lora_bytes: 1 << 20, ..AddOns::default() },
     })
     .unwrap()
 }

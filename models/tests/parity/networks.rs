@@ -1,12 +1,10 @@
 //! Text encoders, UNets and VAEs with small random weights against transformers and diffusers.
 
 use candle_core::{DType, Device, Tensor};
-use sd_models::config::{ClipTextConfig, UNetConfig, VaeConfig};
-use sd_models::text_encoder::ClipTextModel;
-use sd_models::unet::UNet2DConditionModel;
-use sd_models::vae::{Decoder, Encoder};
-use sd_models::weights::Weights;
-use sd_models::{Mix, Source};
+use sd_models::networks::{
+    ClipTextConfig, ClipTextModel, Decoder, Encoder, UNet2DConditionModel, UNetConfig, VaeConfig,
+};
+use sd_models::{LoraStack, Source};
 
 use crate::{fixture, floats, path, relative_error};
 
@@ -21,12 +19,12 @@ fn assert_close(what: &str, ours: &Tensor, reference: &Tensor) {
 
 fn text_encoder(name: &str) {
     let source = Source::Directory(path(name));
-    let weights = Weights::open(&source, "text_encoder", "model", false).unwrap();
+    let weights = source.weights("text_encoder", "model", false).unwrap();
     let config = ClipTextConfig::read(&source).unwrap();
     let model = ClipTextModel::load(config, &weights, CPU, DType::F32).unwrap();
     let expected = fixture(&format!("{name}/text_encoder/expected.safetensors"));
     let ids = expected["ids"].to_dtype(DType::U32).unwrap().to_vec2::<u32>().unwrap();
-    let ours = model.forward(&ids, &Mix::default()).unwrap();
+    let ours = model.forward(&ids, &LoraStack::default()).unwrap();
     assert_close(&format!("text encoder {name}"), &ours, &expected["last_hidden_state"]);
 }
 
@@ -43,7 +41,7 @@ fn text_encoder_of_sd_2() {
 /// The UNet's error for each size of latents, three rows with their own timesteps and contexts.
 fn unet(name: &str, half: bool) {
     let source = Source::Directory(path(name));
-    let weights = Weights::open(&source, "unet", "diffusion_pytorch_model", half).unwrap();
+    let weights = source.weights("unet", "diffusion_pytorch_model", half).unwrap();
     let config = UNetConfig::read(&source).unwrap();
     let model = UNet2DConditionModel::load(config, &weights, CPU, DType::F32).unwrap();
     let expected = fixture(&format!("{name}/unet/expected.safetensors"));
@@ -58,7 +56,7 @@ fn unet(name: &str, half: bool) {
     for case in cases {
         let latents = &expected[&format!("{}.latents", case.trim_end_matches(".half"))];
         let kv = model.keys_values(&expected["context"], &[]).unwrap();
-        let times = model.times(&timesteps, &[]).unwrap();
+        let times = model.time_embeddings(&timesteps, &[]).unwrap();
         let ours = model.forward(latents, &times, &[kv], &[]).unwrap();
         let reference = &expected[&format!("{case}.output")];
         assert_close(&format!("unet {name} {case}"), &ours, reference);
@@ -94,10 +92,10 @@ fn unet_from_its_half_precision_file() {
 
 fn vae(name: &str) {
     let source = Source::Directory(path(name));
-    let weights = Weights::open(&source, "vae", "diffusion_pytorch_model", false).unwrap();
+    let weights = source.weights("vae", "diffusion_pytorch_model", false).unwrap();
     let config = || VaeConfig::read(&source).unwrap();
     let decoder = Decoder::load(config(), &weights, CPU, DType::F32).unwrap();
-    let weights = Weights::open(&source, "vae", "diffusion_pytorch_model", false).unwrap();
+    let weights = source.weights("vae", "diffusion_pytorch_model", false).unwrap();
     let encoder = Encoder::load(config(), &weights, CPU, DType::F32).unwrap();
     let expected = fixture(&format!("{name}/vae/expected.safetensors"));
     for case in ["4x4", "3x5"] {
@@ -128,7 +126,7 @@ fn vae_without_quantising_convolutions_and_attention() {
 fn bf16_weights_stay_close_to_f32() {
     let source = Source::Demo;
     let config = UNetConfig::read(&source).unwrap();
-    let weights = Weights::open(&source, "unet", "diffusion_pytorch_model", false).unwrap();
+    let weights = source.weights("unet", "diffusion_pytorch_model", false).unwrap();
     let load = |dtype| UNet2DConditionModel::load(config.clone(), &weights, CPU, dtype).unwrap();
     // Numbers without a pattern, with a variance of one.
     let noise = |shape: &[usize]| {
@@ -140,7 +138,9 @@ fn bf16_weights_stay_close_to_f32() {
     let latents = noise(&[2, config.in_channels, 16, 16]);
     let run = |model: &UNet2DConditionModel| {
         let kv = model.keys_values(&context, &[]).unwrap();
-        model.forward(&latents, &model.times(&[900.0, 300.0], &[]).unwrap(), &[kv], &[]).unwrap()
+        model
+            .forward(&latents, &model.time_embeddings(&[900.0, 300.0], &[]).unwrap(), &[kv], &[])
+            .unwrap()
     };
     let (f32, bf16) = (run(&load(DType::F32)), run(&load(DType::BF16)));
     let norm = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().sqrt();

@@ -1,11 +1,11 @@
 //! The safety checker against diffusers' own: what it is shown, what it makes of it, what it says.
 
 use candle_core::{DType, Device, Tensor};
-use sd_models::safety::SafetyChecker;
+use sd_models::networks::SafetyChecker;
 use sd_models::{Error, Rgb, Source};
 use serde_json::{Value, json};
 
-use crate::start::{copy, open};
+use crate::img2img::{copy, open};
 use crate::{fixture, floats, path, relative_error};
 
 const TOLERANCE: f32 = 1e-4;
@@ -42,7 +42,7 @@ fn pictures_are_seen_and_judged_as_diffusers_does() {
         let seen = seen.into_iter().fold(0_f32, |most, x| most.max(x.abs()));
         let embedding = checker.embed(&row("pixels", i)).unwrap().squeeze(0).unwrap();
         let error = relative_error(&embedding, &row("embeddings", i));
-        let verdict = checker.judge(&rgb).unwrap();
+        let verdict = checker.check(&rgb).unwrap();
         println!("{picture:?}: pixels {seen:.1e}, embedding {error:.1e}, {verdict:?}");
         assert!(seen <= 1e-6, "{picture:?} is seen differently: {seen}");
         assert!(error <= TOLERANCE, "{picture:?}: {error:.1e}");
@@ -83,7 +83,8 @@ fn a_model_is_checked_when_its_index_says_so() {
     let named = model("named", &index(Some("StableDiffusionSafetyChecker")));
     let pipeline = open(named.clone(), None).unwrap();
     assert!(pipeline.info().checked);
-    let judged = |pipeline: &sd_models::Pipeline, i: usize| pipeline.judge(&painted(PAINTED[i]));
+    let judged =
+        |pipeline: &sd_models::Pipeline, i: usize| pipeline.check_safety(&painted(PAINTED[i]));
     assert_eq!(judged(&pipeline, 0).unwrap(), Some(false));
     assert_eq!(judged(&pipeline, 2).unwrap(), Some(true));
 

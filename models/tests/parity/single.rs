@@ -3,13 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
-use sd_models::config::{ClipTextConfig, UNetConfig, VaeConfig};
-use sd_models::text_encoder::ClipTextModel;
-use sd_models::unet::UNet2DConditionModel;
-use sd_models::weights::Weights;
-use sd_models::{Checkpoint, Mix, Pipeline, Source};
+use sd_models::networks::{
+    ClipTextConfig, ClipTextModel, UNet2DConditionModel, UNetConfig, VaeConfig,
+};
+use sd_models::{Checkpoint, LoraStack, Pipeline, Source};
 
-use crate::start::{copy, finish, inpainting_model, load, open, spec};
+use crate::img2img::{copy, finish, inpainting_model, load, open, spec};
 use crate::{fixture, floats, path, relative_error};
 
 fn checkpoint(file: PathBuf) -> Source {
@@ -88,20 +87,20 @@ fn what_shapes_tell_is_inferred() {
 fn networks_of_sd_2_are_found_under_their_names() {
     let (single, directory) =
         (checkpoint(path("single/v2.safetensors")), Source::Directory(path("v2")));
-    let open = |folder| Weights::open(&single, folder, "", false).unwrap();
+    let open = |folder| single.weights(folder, "", false).unwrap();
     let (cpu, f32) = (&Device::Cpu, DType::F32);
     let config = ClipTextConfig::read(&directory).unwrap();
     let text = ClipTextModel::load(config, &open("text_encoder"), cpu, f32).unwrap();
     let expected = fixture("v2/text_encoder/expected.safetensors");
     let ids = expected["ids"].to_dtype(DType::U32).unwrap().to_vec2().unwrap();
-    let states = text.forward(&ids, &Mix::default()).unwrap();
+    let states = text.forward(&ids, &LoraStack::default()).unwrap();
     assert!(relative_error(&states, &expected["last_hidden_state"]) < 1e-4);
 
     let config = UNetConfig::read(&directory).unwrap();
     let unet = UNet2DConditionModel::load(config, &open("unet"), cpu, f32).unwrap();
     let expected = fixture("v2/unet/expected.safetensors");
     let timesteps: Vec<f64> = floats(&expected["timesteps"]).into_iter().map(f64::from).collect();
-    let times = unet.times(&timesteps, &[]).unwrap();
+    let times = unet.time_embeddings(&timesteps, &[]).unwrap();
     let kv = unet.keys_values(&expected["context"], &[]).unwrap();
     let output = unet.forward(&expected["8x8.latents"], &times, &[kv], &[]).unwrap();
     assert!(relative_error(&output, &expected["8x8.output"]) < 1e-4);

@@ -1,7 +1,7 @@
 //! The tokenizer against transformers' `CLIPTokenizer`, on prompts that are hard to cut.
 
 use sd_models::Source;
-use sd_models::tokenizer::ClipTokenizer;
+use sd_models::text::ClipTokenizer;
 
 use crate::{path, read};
 

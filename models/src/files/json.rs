@@ -1,0 +1,108 @@
+//! JSON files whose every key is accounted for.
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use super::source::Source;
+use crate::error::{Error, Result};
+
+/// A JSON object whose keys are taken out one by one.
+pub struct Keys {
+    file: String,
+    map: Map<String, Value>,
+}
+
+impl Keys {
+    /// Reads a file of the model.
+    pub fn read(source: &Source, file: &str) -> Result<Self> {
+        let value = serde_json::from_slice(&source.require(file)?)
+            .map_err(|error| Error::config(file, format!("not JSON: {error}")))?;
+        Self::new(file, value)
+    }
+
+    pub(crate) fn new(file: impl Into<String>, value: Value) -> Result<Self> {
+        match value {
+            Value::Object(map) => Ok(Self { file: file.into(), map }),
+            _ => Err(Error::config(file, "not a JSON object")),
+        }
+    }
+
+    /// The keys of an object inside; none where it is absent or null.
+    pub(crate) fn nested(&mut self, key: &str) -> Result<Self> {
+        let file = format!("{}: {key}", self.file);
+        Self::new(file, Value::Object(self.take(key, Map::new())?))
+    }
+
+    /// Puts the keys of another object in place of these.
+    pub(crate) fn overlay(&mut self, other: Self) {
+        self.map.extend(other.map);
+    }
+
+    /// The value of a key; `default` where the key is absent or null.
+    pub fn take<T: DeserializeOwned>(&mut self, key: &str, default: T) -> Result<T> {
+        match self.map.remove(key) {
+            None | Some(Value::Null) => Ok(default),
+            Some(value) => serde_json::from_value(value.clone())
+                .map_err(|e| Error::config(&self.file, format!("{key}: {value}: {e}"))),
+        }
+    }
+
+    /// Refuses a key unless it is absent, null or one of the `accepted` values.
+    pub fn only(&mut self, key: &str, accepted: &[Value]) -> Result<()> {
+        match self.map.remove(key) {
+            None | Some(Value::Null) => Ok(()),
+            Some(value) if accepted.contains(&value) => Ok(()),
+            Some(value) => {
+                let wanted: Vec<_> = accepted.iter().map(Value::to_string).collect();
+                let wanted = if wanted.is_empty() { "null".into() } else { wanted.join(" or ") };
+                Err(Error::config(
+                    &self.file,
+                    format!("{key}: {value} is not supported; it must be {wanted}"),
+                ))
+            }
+        }
+    }
+
+    /// Drops keys that have no influence on inference.
+    pub fn drop_idle(&mut self, keys: &[&str]) {
+        self.map.retain(|key, _| !key.starts_with('_') && !keys.contains(&key.as_str()));
+    }
+
+    /// Refuses what is left, unless it is null or false.
+    pub fn finish(self) -> Result<()> {
+        let idle = |value: &Value| value.is_null() || *value == Value::Bool(false);
+        match self.map.iter().find(|(_, value)| !idle(value)) {
+            None => Ok(()),
+            Some((key, value)) => {
+                Err(Error::config(&self.file, format!("unknown key {key} (= {value})")))
+            }
+        }
+    }
+
+    pub(crate) fn invalid(&self, key: &str, reason: impl std::fmt::Display) -> Error {
+        Error::config(&self.file, format!("{key}: {reason}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn keys(value: &Value) -> Keys {
+        Keys { file: "unet/config.json".into(), map: value.as_object().unwrap().clone() }
+    }
+
+    #[test]
+    fn unsupported_values_are_refused_by_name() {
+        let mut k = keys(&json!({"act_fn": "mish", "x": 1, "_name": "a", "y": null}));
+        let error = k.only("act_fn", &[json!("silu")]).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "unet/config.json: act_fn: \"mish\" is not supported; it must be \"silu\""
+        );
+        k.drop_idle(&[]);
+        assert_eq!(k.finish().unwrap_err().to_string(), "unet/config.json: unknown key x (= 1)");
+    }
+}

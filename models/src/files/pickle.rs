@@ -1,0 +1,303 @@
+//! Where the tensors of a PyTorch file lie. The pickle in it is read as data by candle's machine, one
+//! operation after another: nothing that it names is looked up, let alone called, and nothing that it
+//! repeats or nests grows beyond bounds. What the objects mean is read here, since candle takes the
+//! length of their tuples on trust.
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::{BufReader, Read as _};
+use std::path::Path;
+
+use candle_core::DType;
+use candle_core::pickle::{Object, Stack};
+use zip::{CompressionMethod, ZipArchive};
+
+/// Name, type, shape and range of bytes in the file.
+type Tensor = (String, DType, Vec<usize>, (usize, usize));
+type Zip = ZipArchive<BufReader<File>>;
+
+/// Far more than the pickle of any checkpoint of Stable Diffusion, which is some 100 KB.
+const MAX_PICKLE_BYTES: u64 = 8 << 20;
+/// Objects in objects: a tensor in its state is seven deep.
+const MAX_DEPTH: usize = 100;
+/// Objects that are written once and meant again, counted each time.
+const MAX_COPIED: usize = 4 << 20;
+
+/// The tensors of a file of so many bytes. The error is what comes after the file's name.
+pub(crate) fn tensors(path: &Path, length: u64) -> Result<Vec<Tensor>, String> {
+    let (content, folder, mut zip) = read(path).map_err(|reason| {
+        format!("not a checkpoint of PyTorch 1.6 or later that can be read: {reason}")
+    })?;
+    let Object::Dict(top) = &content else { return Err("holds no tensors by name".into()) };
+    // Training writes the tensors under a key of their own, other tools at the top.
+    let inner = ["state_dict", "string_to_param"].into_iter().find_map(|wanted| {
+        let of_key = |(key, value): &'_ (Object, Object)| match (key, value) {
+            (Object::Unicode(key), Object::Dict(inner)) if key == wanted => Some(inner.clone()),
+            _ => None,
+        };
+        top.iter().find_map(of_key).filter(|inner| inner.iter().any(|(_, v)| call(v).is_some()))
+    });
+    let mut tensors = Vec::new();
+    for (name, value) in inner.as_ref().unwrap_or(top) {
+        let (Object::Unicode(name), Some(args)) = (name, call(value)) else { continue };
+        let named = |reason: &str| format!("tensor {name}: {reason}");
+        let view = View::read(args).ok_or_else(|| named("is not written as PyTorch does"))?;
+        let Some(dtype) = view.dtype else { continue };
+        let place = view.place(dtype, &folder, &mut zip, length).map_err(|e| named(&e))?;
+        tensors.push((name.clone(), dtype, view.size, place));
+    }
+    Ok(tensors)
+}
+
+/// What the file's pickle holds, and the folder of its numbers.
+fn read(path: &Path) -> Result<(Object, String, Zip), String> {
+    let file = File::open(path).map_err(|error| error.to_string())?;
+    let mut zip = ZipArchive::new(BufReader::new(file)).map_err(|error| error.to_string())?;
+    let names: Vec<_> = zip.file_names().filter_map(Result::ok).map(Cow::into_owned).collect();
+    let name = names.iter().find(|name| *name == "data.pkl" || name.ends_with("/data.pkl"));
+    let name = name.ok_or("it has no data.pkl")?;
+    let entry = zip.by_name(name).map_err(|error| error.to_string())?;
+    let mut bytes = Vec::new();
+    let all = entry.take(MAX_PICKLE_BYTES + 1).read_to_end(&mut bytes);
+    all.map_err(|error| format!("{name}: {error}"))?;
+    if bytes.len() as u64 > MAX_PICKLE_BYTES {
+        return Err(format!("{name}: is larger than {MAX_PICKLE_BYTES} bytes"));
+    }
+    let content = unpickled(&bytes).map_err(|reason| format!("{name}: {reason}"))?;
+    Ok((content, name.trim_end_matches(".pkl").to_owned(), zip))
+}
+
+/// The object that a pickle describes.
+fn unpickled(mut rest: &[u8]) -> Result<Object, String> {
+    let mut machine = Stack::empty();
+    let (mut depths, mut copied): (Vec<usize>, _) = (Vec::new(), 0);
+    loop {
+        let operation = *rest.first().ok_or("ends too early")?;
+        if let [b'X', a, b, c, d, text @ ..] = rest
+            && u32::from_le_bytes([*a, *b, *c, *d]) as usize > text.len()
+        {
+            return Err("ends within a text".into());
+        }
+        if machine.read(&mut rest).map_err(|error| brief(&error))? {
+            return machine.finalize().map_err(|error| brief(&error));
+        }
+        let objects = machine.stack();
+        let mut nested = 0;
+        // To remember an object or to mean it again is a copy here.
+        if let (b'q' | b'r' | b'h' | b'j', Some(top)) = (operation, objects.last()) {
+            let (count, depth) = extent(top);
+            (copied, nested) = (copied + count, depth);
+        }
+        let (kept, taken) = depths.split_at(objects.len().saturating_sub(1).min(depths.len()));
+        let depth = match (operation, taken) {
+            (b'q' | b'r' | b'h' | b'j' | 0x80, _) => nested,
+            // Into a list or a dictionary.
+            (b'a' | b'e' | b's' | b'u', [into, items @ ..]) => {
+                items.iter().max().map_or(*into, |deepest| deepest + 1).max(*into)
+            }
+            (_, taken) => taken.iter().max().map_or(1, |deepest| deepest + 1),
+        };
+        if depth > MAX_DEPTH || copied > MAX_COPIED {
+            return Err("nests or repeats its objects too often".into());
+        }
+        depths.truncate(kept.len());
+        depths.resize(objects.len(), depth);
+    }
+}
+
+/// Objects in an object, itself and a share of its text among them, and how deep they are nested.
+fn extent(object: &Object) -> (usize, usize) {
+    let inside = |parts: &mut dyn Iterator<Item = &Object>| {
+        parts.map(extent).fold((1, 0), |(n, deep), (m, depth)| (n + m, deep.max(depth)))
+    };
+    let (count, depth) = match object {
+        Object::Tuple(items) | Object::List(items) => inside(&mut items.iter()),
+        Object::Dict(items) => inside(&mut items.iter().flat_map(|(key, value)| [key, value])),
+        Object::Reduce { callable, args } | Object::Build { callable, args } => {
+            inside(&mut [&**callable, &**args].into_iter())
+        }
+        Object::PersistentLoad(id) => inside(&mut std::iter::once(&**id)),
+        Object::Unicode(text) => (1 + text.len() / size_of::<Object>(), 0),
+        Object::Class { module_name, class_name } => {
+            (1 + (module_name.len() + class_name.len()) / size_of::<Object>(), 0)
+        }
+        _ => (1, 0),
+    };
+    (count, depth + 1)
+}
+
+/// An error without the objects that it may quote.
+fn brief(error: &candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().chars().take(120).collect()
+}
+
+/// What a tensor is rebuilt from, (storage, offset, size, stride, ..), if an object is one.
+fn call(object: &Object) -> Option<&[Object]> {
+    let Object::Reduce { callable, args } = object else { return None };
+    let (Object::Class { class_name, .. }, Object::Tuple(args)) = (&**callable, &**args) else {
+        return None;
+    };
+    match (class_name.as_str(), &args[..]) {
+        ("_rebuild_tensor_v2", args) => Some(args),
+        ("_rebuild_parameter", [tensor, ..]) => call(tensor),
+        (
+            "_rebuild_from_type_v2",
+            [Object::Class { class_name, .. }, _, Object::Tuple(args), ..],
+        ) if class_name == "_rebuild_tensor_v2" => Some(args),
+        _ => None,
+    }
+}
+
+/// A part of a storage.
+struct View {
+    /// `None` for numbers that no model of ours has.
+    dtype: Option<DType>,
+    storage: String,
+    offset: usize,
+    size: Vec<usize>,
+    stride: Vec<usize>,
+}
+
+impl View {
+    fn read(args: &[Object]) -> Option<Self> {
+        let [Object::PersistentLoad(storage), offset, size, stride, ..] = args else { return None };
+        let Object::Tuple(storage) = &**storage else { return None };
+        let [_, Object::Class { class_name, .. }, Object::Unicode(key), ..] = &storage[..] else {
+            return None;
+        };
+        let number = |object: &Object| match object {
+            Object::Int(number) => usize::try_from(*number).ok(),
+            Object::Long(number) => usize::try_from(*number).ok(),
+            _ => None,
+        };
+        let numbers = |object: &Object| match object {
+            Object::Tuple(items) => items.iter().map(number).collect::<Option<Vec<_>>>(),
+            _ => None,
+        };
+        let dtype = match class_name.as_str() {
+            "FloatStorage" => Some(DType::F32),
+            "DoubleStorage" => Some(DType::F64),
+            "HalfStorage" => Some(DType::F16),
+            "BFloat16Storage" => Some(DType::BF16),
+            "ByteStorage" => Some(DType::U8),
+            "LongStorage" => Some(DType::I64),
+            _ => None,
+        };
+        let (size, stride) = (numbers(size)?, numbers(stride)?);
+        let offset = number(offset)?;
+        (size.len() == stride.len()).then(|| Self {
+            dtype,
+            storage: key.clone(),
+            offset,
+            size,
+            stride,
+        })
+    }
+
+    /// Its bytes in the file.
+    fn place(
+        &self,
+        dtype: DType,
+        folder: &str,
+        zip: &mut Zip,
+        length: u64,
+    ) -> Result<(usize, usize), String> {
+        let outside = || "does not lie within the file".to_owned();
+        let mut elements = 1_usize;
+        for (size, stride) in self.size.iter().zip(&self.stride).rev() {
+            if *size > 1 && *stride != elements {
+                return Err("is not contiguous".into());
+            }
+            elements = elements.checked_mul(*size).ok_or_else(outside)?;
+        }
+        let name = format!("{folder}/{}", self.storage);
+        let entry = zip.by_name(&name).map_err(|error| error.to_string())?;
+        if entry.compression() != CompressionMethod::Stored {
+            return Err("is compressed".into());
+        }
+        let bytes = |count: usize| count.checked_mul(dtype.size_in_bytes());
+        let range = || {
+            let (skip, bytes) = (bytes(self.offset)? as u64, bytes(elements)? as u64);
+            let end = skip.checked_add(bytes).filter(|end| *end <= entry.size())?;
+            let data = entry.data_start()?;
+            let end = data.checked_add(end).filter(|end| *end <= length)?;
+            Some((usize::try_from(data + skip).ok()?, usize::try_from(end).ok()?))
+        };
+        range().ok_or_else(outside)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Cursor, Write as _};
+
+    use zip::ZipWriter;
+    use zip::write::SimpleFileOptions;
+
+    use super::*;
+    use crate::files::Weights;
+
+    /// What a file of this pickle is refused with.
+    fn refusal(pickle: &[u8]) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
+        let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
+        for (name, bytes) in [("m/data.pkl", pickle), ("m/data/0", &[0; 8])] {
+            zip.start_file(name, stored).unwrap();
+            zip.write_all(bytes).unwrap();
+        }
+        let path = folder.path().join("hostile.ckpt");
+        std::fs::write(&path, zip.finish().unwrap().into_inner()).unwrap();
+        Weights::whole(&path).err().map(|error| error.to_string()).unwrap_or_default()
+    }
+
+    /// A dictionary of one tensor w, rebuilt from these arguments.
+    fn tensor(args: &[u8]) -> Vec<u8> {
+        let call = b"\x80\x02}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n";
+        [call, args, b"Rs."].concat()
+    }
+
+    #[test]
+    fn hostile_pickles_are_refused_in_a_sentence() {
+        let storage =
+            b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x02tQ";
+        let view = |rest: &[u8]| tensor(&[b"(", &storage[..], rest].concat());
+        assert_eq!(refusal(&view(b"K\0K\x02\x85K\x01\x85\x89}t")), "", "this one is sound");
+        let written = "tensor w: is not written as PyTorch does";
+        let (outside, often) = ("tensor w: does not lie within the file", "nests or repeats");
+        let huge = b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f";
+        let cases: [(Vec<u8>, &str); 12] = [
+            (tensor(b")"), written),
+            (tensor(b"K\x01\x85"), written),
+            (tensor(b"(K\x01QK\0))t"), written),
+            (tensor(b"(X\x01\0\0\0a\x85QK\0))t"), written),
+            (view(b"K\0K\x02\x85)t"), written),
+            (view(b"K\x01K\x02\x85K\x01\x85t"), outside),
+            (view(&[b"K\0", &huge[..], b"\x85K\x01\x85t"].concat()), outside),
+            (view(&[&huge[..], b"K\x02\x85K\x01\x85t"].concat()), outside),
+            ([b"N", &[0x85; 100_000][..], b"."].concat(), often),
+            ([b"N", &b"q\0h\0\x86".repeat(60)[..], b"."].concat(), often),
+            (b"X\xff\xff\xff\xffa.".to_vec(), "ends within a text"),
+            (b"}".to_vec(), "ends too early"),
+        ];
+        for (pickle, words) in cases {
+            let refusal = refusal(&pickle);
+            let start = &pickle[..pickle.len().min(90)];
+            assert!(refusal.starts_with("hostile.ckpt: "), "{:?}: {refusal}", start.escape_ascii());
+            assert!(refusal.contains(words) && refusal.lines().count() == 1, "{refusal}");
+        }
+    }
+
+    #[test]
+    fn parts_of_one_storage_are_found_where_they_begin() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/single/views.ckpt");
+        let file = std::fs::read(&path).unwrap();
+        let tensors = tensors(&path, file.len() as u64).unwrap();
+        let values = |wanted: &str| {
+            let (_, _, _, (start, end)) = tensors.iter().find(|(name, ..)| name == wanted).unwrap();
+            let floats = file[*start..*end].chunks_exact(4);
+            floats.map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<_>>()
+        };
+        assert_eq!((values("q"), values("k")), (vec![0.0, 1.0, 2.0], vec![3.0, 4.0, 5.0]));
+    }
+}

@@ -1,0 +1,165 @@
+//! Where the files of a model are: a directory in diffusers' layout, a single file ([`super::ldm`]),
+//! or the built-in model.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::demo;
+use super::mapped::{Bytes, map};
+use super::tensors::Weights;
+use crate::error::{Error, Result};
+
+/// The folder of the safety checker, whose files may be beside a single-file checkpoint.
+pub(crate) const SAFETY_CHECKER: &str = "safety_checker";
+
+/// Where a model's files come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// The model that is part of the binary.
+    Demo,
+    /// A directory in diffusers' layout.
+    Directory(PathBuf),
+    /// A single file in the names of the original code: `.safetensors`, or a pickle, of which
+    /// nothing is executed.
+    Checkpoint(Checkpoint),
+}
+
+/// A single-file checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// The file.
+    pub file: PathBuf,
+    /// A directory with CLIP's `vocab.json` and `merges.txt`, which such a file lacks.
+    pub vocabulary: Option<PathBuf>,
+}
+
+impl Checkpoint {
+    /// The file of that name in diffusers' layout beside the checkpoint.
+    fn beside(&self, name: &str) -> PathBuf {
+        self.file.with_file_name(name)
+    }
+
+    /// A small file: what lies beside the checkpoint, or else what can be inferred from it.
+    fn read(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
+        let vocabulary = name.strip_prefix("tokenizer/").zip(self.vocabulary.as_ref());
+        let vocabulary = vocabulary.map(|(name, directory)| directory.join(name));
+        for path in [Some(self.beside(name)), vocabulary].into_iter().flatten() {
+            if let Some(bytes) = read(path)? {
+                return Ok(Some(bytes));
+            }
+        }
+        let described = Weights::whole(&self.file)?.outline().describe(name)?;
+        Ok(described.map(|value| Cow::Owned(value.to_string().into_bytes())))
+    }
+}
+
+/// A file; `None` if there is no such file.
+fn read(path: PathBuf) -> Result<Option<Cow<'static, [u8]>>> {
+    match std::fs::read(&path) {
+        Ok(bytes) => Ok(Some(Cow::Owned(bytes))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::File { path, source }),
+    }
+}
+
+impl Source {
+    /// Reads a small file whole; `None` if the model has no such file.
+    pub fn read(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
+        match self {
+            Self::Demo => Ok(demo::file(name).map(Cow::Borrowed)),
+            Self::Directory(root) => read(root.join(name)),
+            Self::Checkpoint(checkpoint) => checkpoint.read(name),
+        }
+    }
+
+    /// Reads a small file that every model must have.
+    pub fn require(&self, name: &str) -> Result<Cow<'static, [u8]>> {
+        self.read(name)?.ok_or_else(|| Error::File {
+            path: self.path(name),
+            source: io::Error::from(io::ErrorKind::NotFound),
+        })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        match self {
+            Self::Demo => Path::new("demo").join(name),
+            Self::Directory(root) => root.join(name),
+            Self::Checkpoint(checkpoint) => checkpoint.beside(name),
+        }
+    }
+
+    /// A large file; `None` if the model has no such file.
+    fn map(&self, name: &str) -> Result<Option<Bytes>> {
+        if let Self::Demo = self {
+            return Ok(demo::file(name).map(Bytes::Static));
+        }
+        let path = self.path(name);
+        match map(&path) {
+            Ok(map) => Ok(Some(Bytes::Mapped(map))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(Error::File { path, source }),
+        }
+    }
+
+    /// The tensors of a network, from the safetensors in `folder`: `stem.safetensors`, its `.fp16`
+    /// variant, or the shards of an index. The variant comes first if `half` says that f16 is enough.
+    pub fn weights(&self, folder: &str, stem: &str, half: bool) -> Result<Weights> {
+        // A safety checker is in no single file, but it may lie beside one.
+        if let Self::Checkpoint(checkpoint) = self
+            && folder != SAFETY_CHECKER
+        {
+            let whole = Weights::whole(&checkpoint.file)?;
+            let rename = whole.outline().renamer(folder);
+            return Ok(whole.renamed(rename));
+        }
+        let plain = [format!("{stem}.safetensors"), format!("{stem}.safetensors.index.json")];
+        let variant =
+            [format!("{stem}.fp16.safetensors"), format!("{stem}.safetensors.index.fp16.json")];
+        let names = if half { [variant, plain] } else { [plain, variant] }.concat();
+        for name in &names {
+            let name = format!("{folder}/{name}");
+            if name.ends_with(".json") {
+                if let Some(index) = self.read(&name)? {
+                    return self.load(shards(&name, &index, folder)?);
+                }
+            } else if self.map(&name)?.is_some() {
+                return self.load(vec![name]);
+            }
+        }
+        Err(Error::File {
+            path: self.path(&format!("{folder}/{}", names[0])),
+            source: io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("no such file, nor any of {}", names[1..].join(", ")),
+            ),
+        })
+    }
+
+    fn load(&self, names: Vec<String>) -> Result<Weights> {
+        let mut weights = Weights::default();
+        for name in names {
+            let bytes = self.map(&name)?.ok_or_else(|| Error::File {
+                path: self.path(&name),
+                source: io::Error::from(io::ErrorKind::NotFound),
+            })?;
+            weights.add(name, bytes)?;
+        }
+        Ok(weights)
+    }
+}
+
+fn shards(name: &str, index: &[u8], folder: &str) -> Result<Vec<String>> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let index: Index =
+        serde_json::from_slice(index).map_err(|e| Error::config(name, e.to_string()))?;
+    let files: BTreeSet<String> = index.weight_map.into_values().collect();
+    if let Some(file) = files.iter().find(|f| f.contains('/') || f.contains("..")) {
+        return Err(Error::config(name, format!("weight_map: {file:?} is not a file name")));
+    }
+    Ok(files.into_iter().map(|file| format!("{folder}/{file}")).collect())
+}

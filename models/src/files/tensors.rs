@@ -1,0 +1,221 @@
+//! The tensors of a network by name and shape. They lie in memory maps, from which each layer packs
+//! its own, one at a time; then their pages are let go, so that a model is never in memory twice.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::{Dtype, SafeTensors};
+
+use super::ldm::{LdmCheckpoint, Renamed};
+use super::mapped::{Bytes, map};
+use super::pickle;
+use crate::error::{Error, Result};
+use crate::ops::{Geometry, Numbers, Weight};
+
+/// A weight to which a LoRA may add.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LoraTarget {
+    pub(crate) inputs: usize,
+    pub(crate) outputs: usize,
+    /// A convolution's; a linear layer has none.
+    pub(crate) geometry: Option<Geometry>,
+}
+
+impl LoraTarget {
+    pub(crate) fn linear(inputs: usize, outputs: usize) -> Self {
+        Self { inputs, outputs, geometry: None }
+    }
+}
+
+/// The weights of a network by name.
+pub(crate) type LoraTargets = BTreeMap<String, LoraTarget>;
+
+struct TensorFile {
+    name: String,
+    bytes: Bytes,
+    /// Where the tensors' data begins.
+    data: usize,
+}
+
+struct Entry {
+    file: usize,
+    dtype: DType,
+    shape: Vec<usize>,
+    /// Relative to the file's data.
+    range: (usize, usize),
+}
+
+/// The tensors of one network.
+#[derive(Default)]
+pub struct Weights {
+    files: Vec<TensorFile>,
+    entries: BTreeMap<String, Entry>,
+    /// What has been asked for: the rest is reported by [`Weights::finish`].
+    read: RefCell<BTreeSet<String>>,
+    /// The weights of the layers that were built for LoRAs to add to.
+    lora_targets: RefCell<LoraTargets>,
+    /// What the headers of the files say beside tensors.
+    notes: BTreeMap<String, String>,
+}
+
+impl Weights {
+    /// All tensors of a single file under the names that they have there.
+    pub(crate) fn whole(path: &Path) -> Result<Self> {
+        let failed = |source| Error::File { path: path.to_owned(), source };
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let bytes = Bytes::Mapped(map(path).map_err(failed)?);
+        let mut weights = Self::default();
+        if path.extension().is_some_and(|end| end.eq_ignore_ascii_case("safetensors")) {
+            weights.add(name, bytes)?;
+        } else {
+            let tensors = pickle::tensors(path, bytes.all().len() as u64);
+            let tensors = tensors.map_err(|reason| Error::config(&name, reason))?;
+            for (tensor, dtype, shape, range) in tensors {
+                weights.entries.insert(tensor, Entry { file: 0, dtype, shape, range });
+            }
+            weights.files.push(TensorFile { name, bytes, data: 0 });
+        }
+        Ok(weights)
+    }
+
+    pub(super) fn outline(&self) -> LdmCheckpoint<'_> {
+        let shapes = self.entries.iter().map(|(name, entry)| (name.as_str(), &entry.shape[..]));
+        LdmCheckpoint::new(&self.files[0].name, shapes.collect())
+    }
+
+    /// The tensors under other names, without those that get none.
+    pub(super) fn renamed(mut self, rename: impl Fn(&str, &[usize]) -> Vec<Renamed>) -> Self {
+        for (name, entry) in std::mem::take(&mut self.entries) {
+            for Renamed { name, shape, part: (k, parts) } in rename(&name, &entry.shape) {
+                let Entry { file, dtype, range: (start, end), .. } = entry;
+                let length = (end - start) / parts;
+                let range = (start + k * length, start + (k + 1) * length);
+                self.entries.insert(name, Entry { file, dtype, shape, range });
+            }
+        }
+        self
+    }
+
+    pub(super) fn add(&mut self, name: String, bytes: Bytes) -> Result<()> {
+        let (header, metadata) = SafeTensors::read_metadata(bytes.all())
+            .map_err(|e| Error::config(&name, format!("not a safetensors file: {e}")))?;
+        for (tensor, info) in metadata.tensors() {
+            let dtype = match info.dtype {
+                Dtype::F32 => DType::F32,
+                Dtype::F16 => DType::F16,
+                Dtype::BF16 => DType::BF16,
+                Dtype::I64 => DType::I64,
+                other => {
+                    let reason = format!("type {other:?}, expected F32, F16 or BF16");
+                    return Err(Error::Tensor { file: name, tensor, reason });
+                }
+            };
+            let (file, shape, range) = (self.files.len(), info.shape.clone(), info.data_offsets);
+            self.entries.insert(tensor, Entry { file, dtype, shape, range });
+        }
+        self.notes.extend(metadata.metadata().clone().unwrap_or_default());
+        // read_metadata has checked that the header and all data lie inside the file.
+        let data = header + size_of::<u64>();
+        self.files.push(TensorFile { name, bytes, data });
+        Ok(())
+    }
+
+    /// How many numbers they hold in all.
+    pub(crate) fn parameters(&self) -> u64 {
+        self.entries.values().map(|e| e.shape.iter().product::<usize>() as u64).sum()
+    }
+
+    /// The names of all tensors.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// The shape of a tensor, if there is one of this name.
+    pub(crate) fn shape(&self, name: &str) -> Option<&[usize]> {
+        Some(&self.entries.get(name)?.shape)
+    }
+
+    /// What a header says under this key.
+    pub(crate) fn note(&self, key: &str) -> Option<&str> {
+        self.notes.get(key).map(String::as_str)
+    }
+
+    /// Notes down that LoRAs may add to a weight of this name.
+    pub(crate) fn add_lora_target(&self, name: String, target: LoraTarget) {
+        self.lora_targets.borrow_mut().insert(name, target);
+    }
+
+    /// The weights that LoRAs may add to, once the network is built.
+    pub(crate) fn lora_targets(&self) -> LoraTargets {
+        self.lora_targets.borrow().clone()
+    }
+
+    pub(crate) fn file_names(&self) -> String {
+        self.files.iter().map(|f| f.name.as_str()).collect::<Vec<_>>().join(", ")
+    }
+
+    /// A tensor as f32 on the CPU.
+    pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let stored = self.stored(name, shape)?;
+        Ok(Tensor::from_vec(stored.numbers.floats(), shape, &Device::Cpu)?)
+    }
+
+    pub(crate) fn stored(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'_>> {
+        let error = |file: &str, reason: String| Error::Tensor {
+            file: file.to_owned(),
+            tensor: name.to_owned(),
+            reason,
+        };
+        let entry = self.entries.get(name).ok_or_else(|| {
+            error(&self.file_names(), format!("missing; expected shape {shape:?}"))
+        })?;
+        let file = &self.files[entry.file];
+        if entry.shape != shape {
+            let reason = format!("expected shape {shape:?}, found {:?}", entry.shape);
+            return Err(error(&file.name, reason));
+        }
+        self.read.borrow_mut().insert(name.to_owned());
+        let range = file.data + entry.range.0..file.data + entry.range.1;
+        let numbers = Numbers::new(&file.bytes.all()[range.clone()], entry.dtype);
+        let numbers = numbers.ok_or_else(|| {
+            error(&file.name, format!("type {:?}, expected F32, F16 or BF16", entry.dtype))
+        })?;
+        Ok(StoredTensor { numbers, shape: &entry.shape, bytes: &file.bytes, range })
+    }
+
+    /// Checks that every tensor was asked for; `unused` says which ones are known to be idle.
+    pub fn finish(&self, unused: impl Fn(&str) -> bool) -> Result<()> {
+        let read = self.read.borrow();
+        match self.entries.iter().find(|(name, _)| !read.contains(*name) && !unused(name)) {
+            None => Ok(()),
+            Some((name, entry)) => Err(Error::Tensor {
+                file: self.files[entry.file].name.clone(),
+                tensor: name.clone(),
+                reason: "no part of the network that the configuration describes".into(),
+            }),
+        }
+    }
+}
+
+/// A tensor where its file holds it, until it has been packed or copied.
+pub(crate) struct StoredTensor<'a> {
+    pub(crate) numbers: Numbers<'a>,
+    pub(crate) shape: &'a [usize],
+    bytes: &'a Bytes,
+    range: Range<usize>,
+}
+
+impl<'a> From<&StoredTensor<'a>> for Weight<'a> {
+    fn from(stored: &StoredTensor<'a>) -> Self {
+        Self::Stored(stored.numbers, stored.shape)
+    }
+}
+
+impl Drop for StoredTensor<'_> {
+    fn drop(&mut self) {
+        self.bytes.release(self.range.clone());
+    }
+}

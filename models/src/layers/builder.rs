@@ -1,0 +1,161 @@
+//! Layers out of the tensors of a network: a place in the network's tree of names, from which each
+//! layer packs its weights for a device.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::error::Result;
+use crate::files::{LoraTarget, StoredTensor, Weights};
+use crate::ops::{Conv2d, Geglu, Geometry, GroupNorm, LayerNorm, Linear, Numbers, Weight};
+
+/// A linear layer where its file holds it.
+pub(crate) struct LinearPart<'a> {
+    weight: StoredTensor<'a>,
+    bias: Option<Tensor>,
+}
+
+impl LinearPart<'_> {
+    pub(crate) fn outputs(&self) -> usize {
+        self.weight.shape[0]
+    }
+}
+
+/// A place in a network's tree of names, from which layers are built for a device.
+#[derive(Clone)]
+pub(crate) struct LayerBuilder<'a> {
+    weights: &'a Weights,
+    prefix: String,
+    device: &'a Device,
+    dtype: DType,
+}
+
+impl<'a> LayerBuilder<'a> {
+    /// The root of the tree.
+    pub(crate) fn new(weights: &'a Weights, device: &'a Device, dtype: DType) -> Self {
+        Self { weights, prefix: String::new(), device, dtype }
+    }
+
+    /// A child: `pp("down_blocks").pp(0)` is `down_blocks.0`.
+    pub(crate) fn pp(&self, name: impl std::fmt::Display) -> Self {
+        let prefix = match self.prefix.as_str() {
+            "" => name.to_string(),
+            prefix => format!("{prefix}.{name}"),
+        };
+        Self { prefix, ..self.clone() }
+    }
+
+    /// Whether the file has this tensor.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.weights.shape(&self.pp(name).prefix).is_some()
+    }
+
+    /// The first of the names under which the file has a weight: old files use other words.
+    pub(crate) fn either<'n>(&self, names: [&'n str; 2]) -> &'n str {
+        if self.pp(names[1]).has("weight") { names[1] } else { names[0] }
+    }
+
+    /// Notes down that LoRAs may add to the weight of this place, and returns its name.
+    pub(crate) fn lora_target(&self, target: LoraTarget) -> String {
+        // Older and newer files of text encoders differ in it.
+        let name = self.prefix.strip_prefix("text_model.").unwrap_or(&self.prefix).to_owned();
+        self.weights.add_lora_target(name.clone(), target);
+        name
+    }
+
+    /// A tensor as f32 on the CPU.
+    pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        self.weights.tensor(&self.pp(name).prefix, shape)
+    }
+
+    fn stored(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'a>> {
+        self.weights.stored(&self.pp(name).prefix, shape)
+    }
+
+    /// A tensor on the device, in the type of the network.
+    pub(crate) fn placed(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let dtype = activation_dtype(self.device, self.dtype);
+        Ok(self.tensor(name, shape)?.to_dtype(dtype)?.to_device(self.device)?)
+    }
+
+    pub(crate) fn linear(&self, inputs: usize, outputs: usize) -> Result<Linear> {
+        let weight = self.stored("weight", &[outputs, inputs])?;
+        let bias = self.tensor("bias", &[outputs])?;
+        Ok(Linear::new(&weight, Some(&bias), self.device, self.dtype)?)
+    }
+
+    pub(crate) fn geglu(&self, inputs: usize, outputs: usize) -> Result<Geglu> {
+        let weight = self.stored("weight", &[2 * outputs, inputs])?;
+        let bias = self.tensor("bias", &[2 * outputs])?;
+        Ok(Geglu::new(&weight, &bias, self.device, self.dtype)?)
+    }
+
+    /// Several linear layers over one input as one, their outputs side by side.
+    pub(crate) fn linears(
+        &self,
+        names: &[&str],
+        inputs: usize,
+        outputs: usize,
+        bias: bool,
+    ) -> Result<Linear> {
+        let parts = names.iter().map(|name| self.pp(name).part(inputs, outputs, bias));
+        Ok(self.stack(&parts.collect::<Result<Vec<_>>>()?)?)
+    }
+
+    /// A linear layer that is to be computed with others.
+    pub(crate) fn part(&self, inputs: usize, outputs: usize, bias: bool) -> Result<LinearPart<'a>> {
+        let weight = self.stored("weight", &[outputs, inputs])?;
+        let bias = bias.then(|| self.tensor("bias", &[outputs])).transpose()?;
+        Ok(LinearPart { weight, bias })
+    }
+
+    /// Linear layers over one input as one, their outputs side by side. All have a bias, or none.
+    pub(crate) fn stack(&self, parts: &[LinearPart<'_>]) -> candle_core::Result<Linear> {
+        let numbers: Vec<_> = parts.iter().map(|part| part.weight.numbers).collect();
+        let inputs = parts.first().map_or(0, |part| part.weight.shape[1]);
+        let shape = [parts.iter().map(LinearPart::outputs).sum(), inputs];
+        let biases: Option<Vec<_>> = parts.iter().map(|part| part.bias.as_ref()).collect();
+        let bias = biases.map(|biases| Tensor::cat(&biases, 0)).transpose()?;
+        let weight = Weight::Stored(Numbers::Parts(&numbers), &shape);
+        Linear::new(weight, bias.as_ref(), self.device, self.dtype)
+    }
+
+    /// A linear layer that the file may hold as a convolution of kernel 1.
+    pub(crate) fn linear_or_conv(
+        &self,
+        inputs: usize,
+        outputs: usize,
+        conv: bool,
+    ) -> Result<Linear> {
+        if !conv {
+            return self.linear(inputs, outputs);
+        }
+        let weight = self.stored("weight", &[outputs, inputs, 1, 1])?;
+        let bias = self.tensor("bias", &[outputs])?;
+        Ok(Linear::new(&weight, Some(&bias), self.device, self.dtype)?)
+    }
+
+    pub(crate) fn conv(&self, inputs: usize, outputs: usize, geometry: Geometry) -> Result<Conv2d> {
+        let kernel = geometry.kernel;
+        let weight = self.stored("weight", &[outputs, inputs, kernel, kernel])?;
+        let bias = self.tensor("bias", &[outputs])?;
+        Ok(Conv2d::new(&weight, &bias, geometry, self.device, self.dtype)?)
+    }
+
+    pub(crate) fn group_norm(&self, channels: usize, groups: usize, eps: f64) -> Result<GroupNorm> {
+        let (weight, bias) = self.affine(channels)?;
+        Ok(GroupNorm::new(&weight, &bias, groups, eps, self.device)?)
+    }
+
+    pub(crate) fn layer_norm(&self, channels: usize, eps: f64) -> Result<LayerNorm> {
+        let (weight, bias) = self.affine(channels)?;
+        Ok(LayerNorm::new(&weight, &bias, eps, self.device)?)
+    }
+
+    fn affine(&self, channels: usize) -> Result<(Tensor, Tensor)> {
+        Ok((self.tensor("weight", &[channels])?, self.tensor("bias", &[channels])?))
+    }
+}
+
+/// The type of activations: f32 on the CPU, that of the weights elsewhere.
+pub(crate) fn activation_dtype(device: &Device, dtype: DType) -> DType {
+    if device.is_cpu() { DType::F32 } else { dtype }
+}

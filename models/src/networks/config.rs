@@ -1,0 +1,381 @@
+//! The networks' own JSON files, field for field under the same names.
+//!
+//! A key that this program does not know, or a value that it cannot compute, is an error that
+//! names file and key: nothing that could change the picture is passed over. Keys that only say
+//! how a file was made or trained are listed as such.
+
+use serde_json::json;
+
+use crate::error::Result;
+use crate::files::{Keys, Source};
+
+/// A value for all blocks, or one for each.
+#[derive(serde::Deserialize)]
+#[serde(untagged)]
+enum OneOrEach {
+    One(usize),
+    Each(Vec<usize>),
+}
+
+impl OneOrEach {
+    fn each(self, count: usize) -> Option<Vec<usize>> {
+        match self {
+            Self::One(value) => Some(vec![value; count]),
+            Self::Each(values) => (values.len() == count).then_some(values),
+        }
+    }
+}
+
+/// `unet/config.json` of a `UNet2DConditionModel`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct UNetConfig {
+    /// Height and width of the latents it was trained on.
+    pub sample_size: usize,
+    /// Channels of the latents, with whatever is stacked onto them.
+    pub in_channels: usize,
+    /// Channels of the output.
+    pub out_channels: usize,
+    /// Channels of each level.
+    pub block_out_channels: Vec<usize>,
+    /// Which levels, going down, have cross attention.
+    pub down_cross_attention: Vec<bool>,
+    /// Which levels, going up, have cross attention.
+    pub up_cross_attention: Vec<bool>,
+    /// Residual blocks of a level going down; going up there is one more.
+    pub layers_per_block: usize,
+    /// Heads of each level: the JSON's `attention_head_dim` means this in SD 1.x and 2.x.
+    pub heads: Vec<usize>,
+    /// Width of the text encoder's output.
+    pub cross_attention_dim: usize,
+    /// Groups of every group norm.
+    pub norm_num_groups: usize,
+    /// Epsilon of the residual blocks' norms.
+    pub norm_eps: f64,
+    /// Whether `proj_in` and `proj_out` are linear layers rather than convolutions of kernel 1.
+    pub use_linear_projection: bool,
+    /// Whether cosines come before sines in the time embedding.
+    pub flip_sin_to_cos: bool,
+    /// Shift of the time embedding's frequencies.
+    pub freq_shift: f64,
+}
+
+impl UNetConfig {
+    /// Keys and values of all cross attentions together: the last dimension of
+    /// `UNet2DConditionModel::keys_values`.
+    pub(crate) fn kv_width(&self) -> usize {
+        let channels = &self.block_out_channels;
+        let width = |(crosses, channels): (&bool, &usize)| if *crosses { *channels } else { 0 };
+        let down: usize = self.down_cross_attention.iter().zip(channels).map(width).sum();
+        let up: usize = self.up_cross_attention.iter().zip(channels.iter().rev()).map(width).sum();
+        let middle = channels.last().copied().unwrap_or_default();
+        2 * (self.layers_per_block * down + middle + (self.layers_per_block + 1) * up)
+    }
+
+    /// Time embeddings of all residual blocks together: the last dimension of
+    /// `UNet2DConditionModel::time_embeddings`.
+    pub(crate) fn time_width(&self) -> usize {
+        let channels = &self.block_out_channels;
+        let middle = channels.last().copied().unwrap_or_default();
+        (2 * self.layers_per_block + 1) * channels.iter().sum::<usize>() + 2 * middle
+    }
+
+    /// Reads `unet/config.json`.
+    pub fn read(source: &Source) -> Result<Self> {
+        let mut keys = Keys::read(source, "unet/config.json")?;
+        keys.only("_class_name", &[json!("UNet2DConditionModel")])?;
+        let block_out_channels: Vec<usize> =
+            keys.take("block_out_channels", vec![320, 640, 1280, 1280])?;
+        let levels = block_out_channels.len();
+        let down = blocks(&mut keys, "down_block_types", ["DownBlock2D", "CrossAttnDownBlock2D"])?;
+        let up = blocks(&mut keys, "up_block_types", ["UpBlock2D", "CrossAttnUpBlock2D"])?;
+        if down.len() != levels || up.len() != levels {
+            return Err(keys.invalid("block_out_channels", "another length than the block types"));
+        }
+        let heads = keys.take("attention_head_dim", OneOrEach::One(8))?;
+        let heads = keys.take("num_attention_heads", heads)?.each(levels);
+        let heads = heads.ok_or_else(|| keys.invalid("attention_head_dim", "wrong length"))?;
+        let config = Self {
+            sample_size: keys.take("sample_size", 64)?,
+            in_channels: keys.take("in_channels", 4)?,
+            out_channels: keys.take("out_channels", 4)?,
+            down_cross_attention: down,
+            up_cross_attention: up,
+            layers_per_block: keys.take("layers_per_block", 2)?,
+            cross_attention_dim: keys.take("cross_attention_dim", 1280)?,
+            norm_num_groups: keys.take("norm_num_groups", 32)?,
+            norm_eps: keys.take("norm_eps", 1e-5)?,
+            use_linear_projection: keys.take("use_linear_projection", false)?,
+            flip_sin_to_cos: keys.take("flip_sin_to_cos", true)?,
+            freq_shift: keys.take("freq_shift", 0.0)?,
+            block_out_channels,
+            heads,
+        };
+        config.check(&keys)?;
+        refuse_other_unets(&mut keys)?;
+        keys.finish()?;
+        Ok(config)
+    }
+
+    fn check(&self, keys: &Keys) -> Result<()> {
+        let groups = self.norm_num_groups;
+        if self.block_out_channels.is_empty() || self.layers_per_block == 0 {
+            return Err(keys.invalid("block_out_channels", "a UNet needs at least one block"));
+        }
+        for (channels, heads) in self.block_out_channels.iter().zip(&self.heads) {
+            if groups == 0 || *channels == 0 || channels % groups != 0 {
+                let reason = format!("{groups} does not divide {channels} channels");
+                return Err(keys.invalid("norm_num_groups", reason));
+            }
+            if *heads == 0 || channels % heads != 0 {
+                let reason = format!("{heads} heads do not divide {channels} channels");
+                return Err(keys.invalid("attention_head_dim", reason));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Which blocks of a list are of the second of two types; any other type is refused.
+fn blocks(keys: &mut Keys, key: &str, types: [&str; 2]) -> Result<Vec<bool>> {
+    let names: Vec<String> = keys.take(key, Vec::new())?;
+    let names = if names.is_empty() { defaults(types) } else { names };
+    names
+        .iter()
+        .map(|name| match types.iter().position(|known| known == name) {
+            Some(index) => Ok(index == 1),
+            None => Err(keys.invalid(key, format!("{name:?} is not supported"))),
+        })
+        .collect()
+}
+
+/// SD 1.x: three blocks with cross attention; the innermost has none.
+fn defaults(types: [&str; 2]) -> Vec<String> {
+    let mut names = vec![types[1].to_owned(); 3];
+    let inner = if types[0].starts_with("Up") { 0 } else { names.len() };
+    names.insert(inner, types[0].to_owned());
+    names
+}
+
+/// What other members of the family have (XL, unCLIP, Kandinsky, LCM's guidance embedding).
+fn refuse_other_unets(keys: &mut Keys) -> Result<()> {
+    const NULL: [&str; 15] = [
+        "addition_embed_type",
+        "addition_time_embed_dim",
+        "class_embed_type",
+        "cross_attention_norm",
+        "encoder_hid_dim",
+        "encoder_hid_dim_type",
+        "mid_block_only_cross_attention",
+        "num_class_embeds",
+        "projection_class_embeddings_input_dim",
+        "reverse_transformer_layers_per_block",
+        "time_cond_proj_dim",
+        "time_embedding_act_fn",
+        "time_embedding_dim",
+        "timestep_post_act",
+        "resnet_pre_norm",
+    ];
+    for key in NULL {
+        keys.only(key, &[json!(false), json!(null)])?;
+    }
+    keys.only("act_fn", &[json!("silu"), json!("swish")])?;
+    keys.only("attention_type", &[json!("default")])?;
+    keys.only("conv_in_kernel", &[json!(3)])?;
+    keys.only("conv_out_kernel", &[json!(3)])?;
+    keys.only("downsample_padding", &[json!(1)])?;
+    keys.only("mid_block_scale_factor", &[json!(1), json!(1.0)])?;
+    keys.only("mid_block_type", &[json!("UNetMidBlock2DCrossAttn")])?;
+    keys.only("only_cross_attention", &[json!(false)])?;
+    keys.only("resnet_out_scale_factor", &[json!(1), json!(1.0)])?;
+    keys.only("resnet_time_scale_shift", &[json!("default")])?;
+    keys.only("time_embedding_type", &[json!("positional")])?;
+    keys.only("transformer_layers_per_block", &[json!(1)])?;
+    // Scores and softmax are accumulated in f32 everywhere, which is what upcast_attention asks.
+    keys.drop_idle(&["addition_embed_type_num_heads", "dropout", "upcast_attention"]);
+    Ok(())
+}
+
+/// `vae/config.json` of an `AutoencoderKL`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VaeConfig {
+    /// Channels of a picture.
+    pub in_channels: usize,
+    /// Channels of a decoded picture.
+    pub out_channels: usize,
+    /// Channels of the latents.
+    pub latent_channels: usize,
+    /// Channels of each level, outermost first; every level but the last halves the sides.
+    pub block_out_channels: Vec<usize>,
+    /// Residual blocks of an encoder level; a decoder level has one more.
+    pub layers_per_block: usize,
+    /// Groups of every group norm.
+    pub norm_num_groups: usize,
+    /// What the latents are multiplied with after encoding.
+    pub scaling_factor: f64,
+    /// Whether the middle has attention.
+    pub mid_block_add_attention: bool,
+    /// Whether there is a convolution of kernel 1 behind the encoder.
+    pub use_quant_conv: bool,
+    /// Whether there is a convolution of kernel 1 before the decoder.
+    pub use_post_quant_conv: bool,
+}
+
+impl VaeConfig {
+    /// Reads `vae/config.json`.
+    pub fn read(source: &Source) -> Result<Self> {
+        let mut keys = Keys::read(source, "vae/config.json")?;
+        keys.only("_class_name", &[json!("AutoencoderKL")])?;
+        let block_out_channels: Vec<usize> = keys.take("block_out_channels", vec![64])?;
+        for (key, name) in
+            [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")]
+        {
+            let types: Vec<String> = keys.take(key, vec![name.into()])?;
+            if types.len() != block_out_channels.len() || types.iter().any(|t| t != name) {
+                let count = block_out_channels.len();
+                return Err(keys.invalid(key, format!("{types:?} must be {count} times {name:?}")));
+            }
+        }
+        keys.only("act_fn", &[json!("silu"), json!("swish")])?;
+        keys.only("latents_mean", &[])?;
+        keys.only("latents_std", &[])?;
+        keys.only("shift_factor", &[json!(0), json!(0.0)])?;
+        let config = Self {
+            in_channels: keys.take("in_channels", 3)?,
+            out_channels: keys.take("out_channels", 3)?,
+            latent_channels: keys.take("latent_channels", 4)?,
+            layers_per_block: keys.take("layers_per_block", 1)?,
+            norm_num_groups: keys.take("norm_num_groups", 32)?,
+            scaling_factor: keys.take("scaling_factor", 0.18215)?,
+            mid_block_add_attention: keys.take("mid_block_add_attention", true)?,
+            use_quant_conv: keys.take("use_quant_conv", true)?,
+            use_post_quant_conv: keys.take("use_post_quant_conv", true)?,
+            block_out_channels,
+        };
+        let groups = config.norm_num_groups;
+        if config.block_out_channels.is_empty() {
+            return Err(keys.invalid("block_out_channels", "a VAE needs at least one block"));
+        }
+        if let Some(channels) =
+            config.block_out_channels.iter().find(|c| groups == 0 || **c == 0 || **c % groups != 0)
+        {
+            let reason = format!("{groups} does not divide {channels} channels");
+            return Err(keys.invalid("norm_num_groups", reason));
+        }
+        if config.out_channels != 3 || config.in_channels != 3 {
+            return Err(keys.invalid("out_channels", "pictures have three channels"));
+        }
+        keys.drop_idle(&["force_upcast", "sample_size"]);
+        keys.finish()?;
+        Ok(config)
+    }
+
+    /// Pixels of a latent's side.
+    pub fn scale(&self) -> usize {
+        1 << (self.block_out_channels.len() - 1)
+    }
+}
+
+/// How CLIP was made and trained, and what old files carry of the settings for generating text.
+pub(crate) const IDLE_TEXT_KEYS: [&str; 34] = [
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "diversity_penalty",
+    "dropout",
+    "dtype",
+    "encoder_no_repeat_ngram_size",
+    "eos_token_id",
+    "id2label",
+    "initializer_factor",
+    "initializer_range",
+    "label2id",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "problem_type",
+    "projection_dim",
+    "repetition_penalty",
+    "return_dict",
+    "temperature",
+    "tie_word_embeddings",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "transformers_version",
+    "typical_p",
+];
+
+/// `text_encoder/config.json` of a `CLIPTextModel`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClipTextConfig {
+    /// Tokens.
+    pub vocab_size: usize,
+    /// Width of the hidden states.
+    pub hidden_size: usize,
+    /// Width inside the MLP.
+    pub intermediate_size: usize,
+    /// Layers.
+    pub num_hidden_layers: usize,
+    /// Heads.
+    pub num_attention_heads: usize,
+    /// Longest sequence.
+    pub max_position_embeddings: usize,
+    /// `quick_gelu` or `gelu`.
+    pub hidden_act: String,
+    /// Epsilon of the layer norms.
+    pub layer_norm_eps: f64,
+}
+
+impl ClipTextConfig {
+    /// Reads `text_encoder/config.json`.
+    pub fn read(source: &Source) -> Result<Self> {
+        let mut keys = Keys::read(source, "text_encoder/config.json")?;
+        keys.only("model_type", &[json!("clip_text_model")])?;
+        keys.only("use_attention_mask", &[json!(false)])?;
+        let config = Self {
+            vocab_size: keys.take("vocab_size", 49408)?,
+            hidden_size: keys.take("hidden_size", 512)?,
+            intermediate_size: keys.take("intermediate_size", 2048)?,
+            num_hidden_layers: keys.take("num_hidden_layers", 12)?,
+            num_attention_heads: keys.take("num_attention_heads", 8)?,
+            max_position_embeddings: keys.take("max_position_embeddings", 77)?,
+            hidden_act: keys.take("hidden_act", "quick_gelu".into())?,
+            layer_norm_eps: keys.take("layer_norm_eps", 1e-5)?,
+        };
+        let heads = config.num_attention_heads;
+        if heads == 0 || !config.hidden_size.is_multiple_of(heads) {
+            let reason = format!("{heads} heads do not divide {} channels", config.hidden_size);
+            return Err(keys.invalid("num_attention_heads", reason));
+        }
+        if !["quick_gelu", "gelu"].contains(&config.hidden_act.as_str()) {
+            let reason = format!("{:?} is not quick_gelu or gelu", config.hidden_act);
+            return Err(keys.invalid("hidden_act", reason));
+        }
+        keys.drop_idle(&IDLE_TEXT_KEYS);
+        keys.finish()?;
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_demo_model_is_understood() {
+        let unet = UNetConfig::read(&Source::Demo).unwrap();
+        assert_eq!(unet.block_out_channels, [64, 128, 192]);
+        assert_eq!(unet.down_cross_attention, [true, true, false]);
+        assert_eq!(unet.heads, [4, 4, 4]);
+        assert_eq!(VaeConfig::read(&Source::Demo).unwrap().scale(), 8);
+        assert_eq!(ClipTextConfig::read(&Source::Demo).unwrap().hidden_size, 128);
+    }
+}

@@ -1,0 +1,128 @@
+//! The residual block that the UNet and the VAE have in common, and linear layers of many blocks as
+//! one product.
+//!
+//! Reference: diffusers 0.42 `models/resnet.py`, `ResnetBlock2D`.
+
+use std::cell::RefCell;
+
+use candle_core::{D, Tensor};
+
+use crate::error::Result;
+use crate::files::LoraTarget;
+use crate::layers::{LayerBuilder, LinearPart, LoraLayer, LoraStack, Part};
+use crate::ops::{Conv2d, Geometry, GroupNorm, Joined, Linear};
+
+/// Groups and epsilon of a group norm.
+#[derive(Clone, Copy)]
+pub(crate) struct Norm {
+    pub(crate) groups: usize,
+    pub(crate) eps: f64,
+}
+
+/// ResnetBlock2D: norm, SiLU, convolution; time; norm, SiLU, convolution; shortcut. The VAE's have
+/// no time.
+pub(crate) struct Resnet {
+    norm1: GroupNorm,
+    conv1: LoraLayer<Conv2d>,
+    time: Option<Columns>,
+    norm2: GroupNorm,
+    conv2: LoraLayer<Conv2d>,
+    conv_shortcut: Option<LoraLayer<Conv2d>>,
+}
+
+impl Resnet {
+    pub(crate) fn load<'w>(
+        p: &LayerBuilder<'w>,
+        inputs: usize,
+        outputs: usize,
+        time_embeddings: Option<&Stack<'w>>,
+        norm: Norm,
+    ) -> Result<Self> {
+        let shortcut = p.pp("conv_shortcut");
+        Ok(Self {
+            norm1: p.pp("norm1").group_norm(inputs, norm.groups, norm.eps)?,
+            conv1: LoraLayer::conv(&p.pp("conv1"), inputs, outputs, Geometry::SAME)?,
+            time: time_embeddings
+                .map(|time_embeddings| time_embeddings.add(&p.pp("time_emb_proj"), outputs, true))
+                .transpose()?,
+            norm2: p.pp("norm2").group_norm(outputs, norm.groups, norm.eps)?,
+            conv2: LoraLayer::conv(&p.pp("conv2"), outputs, outputs, Geometry::SAME)?,
+            conv_shortcut: (inputs != outputs)
+                .then(|| LoraLayer::conv(&shortcut, inputs, outputs, Geometry::POINT))
+                .transpose()?,
+        })
+    }
+
+    /// x (B, H, W, in) and what all blocks make of the time -> (B, H, W, out)
+    pub(crate) fn forward(
+        &self,
+        x: &Joined,
+        time_embeddings: &Tensor,
+        loras: &[LoraStack],
+    ) -> Result<Tensor> {
+        let y = self.norm1.forward_silu_joined(x)?;
+        let y = match self.time {
+            Some(time) => self.conv1.forward_shift(&y, &time.of(time_embeddings)?, loras)?,
+            None => self.conv1.forward(&y, loras)?,
+        };
+        self.second_half(x, y, loras)
+    }
+
+    /// The block of a VAE: (B, H, W, in) -> (B, H, W, out)
+    pub(crate) fn forward_timeless(&self, x: &Tensor) -> Result<Tensor> {
+        let y = self.conv1.forward(&self.norm1.forward_silu(x)?, &[])?;
+        self.second_half(&Joined::one(x), y, &[])
+    }
+
+    fn second_half(&self, x: &Joined, y: Tensor, loras: &[LoraStack]) -> Result<Tensor> {
+        let normalized = self.norm2.forward_silu(&y)?;
+        // At the end of a VAE one such picture is 128 MiB.
+        drop(y);
+        let y = normalized;
+        Ok(match &self.conv_shortcut {
+            Some(shortcut) => {
+                self.conv2.forward_add(&y, &shortcut.forward_joined(x, loras)?, loras)?
+            }
+            None => self.conv2.forward_add(&y, &x.whole()?, loras)?,
+        })
+    }
+}
+/// Linear layers of many blocks over one input, gathered while the blocks are built: one product
+/// computes them all.
+pub(crate) struct Stack<'w> {
+    inputs: usize,
+    layers: RefCell<Vec<LinearPart<'w>>>,
+    parts: RefCell<Vec<Part>>,
+}
+
+/// The columns of a [`Stack`]'s product that are one layer's.
+#[derive(Clone, Copy)]
+pub(crate) struct Columns {
+    first: usize,
+    count: usize,
+}
+
+impl<'w> Stack<'w> {
+    pub(crate) fn new(inputs: usize) -> Self {
+        Self { inputs, layers: RefCell::default(), parts: RefCell::default() }
+    }
+
+    pub(crate) fn add(&self, p: &LayerBuilder<'w>, outputs: usize, bias: bool) -> Result<Columns> {
+        let mut layers = self.layers.borrow_mut();
+        let first = layers.iter().map(LinearPart::outputs).sum();
+        layers.push(p.part(self.inputs, outputs, bias)?);
+        self.parts.borrow_mut().push(Part::at(p, LoraTarget::linear(self.inputs, outputs)));
+        Ok(Columns { first, count: outputs })
+    }
+
+    pub(crate) fn build(self, p: &LayerBuilder<'w>) -> Result<LoraLayer<Linear>> {
+        Ok(LoraLayer::new(p.stack(&self.layers.into_inner())?, self.parts.into_inner()))
+    }
+}
+
+impl Columns {
+    /// (.., all) -> (.., own)
+    pub(crate) fn of(self, product: &Tensor) -> candle_core::Result<Tensor> {
+        product.narrow(D::Minus1, self.first, self.count)
+    }
+}

@@ -1,0 +1,176 @@
+//! `safety_checker/config.json` and `feature_extractor/preprocessor_config.json`, key for key.
+
+use serde_json::{Value, json};
+
+use crate::error::Result;
+use crate::files::{Keys, Source};
+use crate::networks::config::IDLE_TEXT_KEYS;
+
+/// `safety_checker/config.json` of a `StableDiffusionSafetyChecker`: CLIP's vision tower.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct SafetyConfig {
+    /// Width of the hidden states.
+    pub(super) hidden_size: usize,
+    /// Width inside the MLP.
+    pub(super) intermediate_size: usize,
+    pub(super) num_hidden_layers: usize,
+    pub(super) num_attention_heads: usize,
+    /// Pixels of a picture's side.
+    pub(super) image_size: usize,
+    /// Pixels of a patch's side.
+    pub(super) patch_size: usize,
+    /// `quick_gelu` or `gelu`.
+    pub(super) hidden_act: String,
+    /// Epsilon of the layer norms.
+    pub(super) layer_norm_eps: f64,
+    /// Width of the embeddings that are compared.
+    pub(super) projection_dim: usize,
+}
+
+impl SafetyConfig {
+    pub(super) fn read(source: &Source) -> Result<Self> {
+        Self::parse(Keys::read(source, "safety_checker/config.json")?)
+    }
+
+    fn parse(mut keys: Keys) -> Result<Self> {
+        keys.only("model_type", &[json!("clip")])?;
+        let projection_dim = keys.take("projection_dim", 512)?;
+        let mut vision = keys.nested("vision_config")?;
+        // transformers lets the older key have the last word.
+        vision.overlay(keys.nested("vision_config_dict")?);
+        keys.drop_idle(&["text_config", "text_config_dict", "logit_scale_init_value"]);
+        keys.drop_idle(&IDLE_TEXT_KEYS);
+        keys.finish()?;
+        vision.only("model_type", &[json!("clip_vision_model")])?;
+        vision.only("num_channels", &[json!(3)])?;
+        vision.only("pruned_heads", &[json!({})])?;
+        let config = Self {
+            hidden_size: vision.take("hidden_size", 768)?,
+            intermediate_size: vision.take("intermediate_size", 3072)?,
+            num_hidden_layers: vision.take("num_hidden_layers", 12)?,
+            num_attention_heads: vision.take("num_attention_heads", 12)?,
+            image_size: vision.take("image_size", 224)?,
+            patch_size: vision.take("patch_size", 32)?,
+            hidden_act: vision.take("hidden_act", "quick_gelu".into())?,
+            layer_norm_eps: vision.take("layer_norm_eps", 1e-5)?,
+            projection_dim,
+        };
+        let (heads, patch) = (config.num_attention_heads, config.patch_size);
+        if heads == 0 || !config.hidden_size.is_multiple_of(heads) {
+            let reason = format!("{heads} heads do not divide {} channels", config.hidden_size);
+            return Err(vision.invalid("num_attention_heads", reason));
+        }
+        if patch == 0 || config.image_size < patch {
+            let reason = format!("{patch} is no part of {} pixels", config.image_size);
+            return Err(vision.invalid("patch_size", reason));
+        }
+        if !["quick_gelu", "gelu"].contains(&config.hidden_act.as_str()) {
+            let reason = format!("{:?} is not quick_gelu or gelu", config.hidden_act);
+            return Err(vision.invalid("hidden_act", reason));
+        }
+        vision.drop_idle(&IDLE_TEXT_KEYS);
+        vision.finish()?;
+        Ok(config)
+    }
+}
+
+/// `feature_extractor/preprocessor_config.json` of a `CLIPImageProcessor`.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Preprocessor {
+    /// The shorter side after resizing.
+    pub(super) shortest_edge: usize,
+    /// Of red, green and blue.
+    pub(super) mean: [f32; 3],
+    pub(super) std: [f32; 3],
+    pub(super) rescale_factor: f64,
+}
+
+impl Preprocessor {
+    /// Of pictures that come out `side` pixels wide and high.
+    pub(super) fn read(source: &Source, side: usize) -> Result<Self> {
+        Self::parse(Keys::read(source, "feature_extractor/preprocessor_config.json")?, side)
+    }
+
+    fn parse(mut keys: Keys, side: usize) -> Result<Self> {
+        for step in ["do_resize", "do_center_crop", "do_rescale", "do_normalize"] {
+            keys.only(step, &[json!(true)])?;
+        }
+        // Bicubic, in Pillow's numbering.
+        keys.only("resample", &[json!(3)])?;
+        keys.only("crop_size", &[json!(side), json!({ "height": side, "width": side })])?;
+        let size: Value = keys.take("size", json!(224))?;
+        let shortest_edge = size.as_u64().or_else(|| size.get("shortest_edge")?.as_u64());
+        let shortest_edge = shortest_edge.filter(|edge| *edge >= side as u64);
+        let Some(shortest_edge) = shortest_edge.and_then(|edge| usize::try_from(edge).ok()) else {
+            let reason = format!("{size} must be a shortest edge of at least {side} pixels");
+            return Err(keys.invalid("size", reason));
+        };
+        let config = Self {
+            shortest_edge,
+            mean: keys.take("image_mean", [0.481_454_66, 0.457_827_5, 0.408_210_73])?,
+            std: keys.take("image_std", [0.268_629_54, 0.261_302_6, 0.275_777_1])?,
+            rescale_factor: keys.take("rescale_factor", 1.0 / 255.0)?,
+        };
+        keys.drop_idle(&[
+            "do_convert_rgb",
+            "feature_extractor_type",
+            "image_processor_type",
+            "processor_class",
+        ]);
+        keys.finish()?;
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(file: Value) -> Result<SafetyConfig> {
+        SafetyConfig::parse(Keys::new("safety_checker/config.json", file)?)
+    }
+
+    fn preprocessor(file: Value) -> Result<Preprocessor> {
+        let name = "feature_extractor/preprocessor_config.json";
+        Preprocessor::parse(Keys::new(name, file)?, 224)
+    }
+
+    #[test]
+    fn published_files_are_understood() {
+        // The kinds of keys that v1.4's files have, one of each.
+        let checker = json!({
+            "_name_or_path": "x", "_commit_hash": null, "architectures": ["Checker"],
+            "initializer_factor": 1.0, "logit_scale_init_value": 2.6592, "model_type": "clip",
+            "projection_dim": 768, "torch_dtype": "float32", "transformers_version": null,
+            "text_config": { "hidden_size": 768 }, "text_config_dict": { "hidden_size": 768 },
+            "vision_config": {
+                "_name_or_path": "", "add_cross_attention": false, "dropout": 0.0,
+                "id2label": { "0": "LABEL_0" }, "image_size": 224, "model_type": "clip_vision_model",
+                "num_channels": 3, "patch_size": 32, "pruned_heads": {}, "return_dict": true,
+                "top_k": 50, "typical_p": 1.0, "hidden_act": "quick_gelu",
+            },
+            "vision_config_dict": {
+                "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
+                "num_hidden_layers": 24, "patch_size": 14,
+            },
+        });
+        let extractor = json!({
+            "crop_size": 224, "do_center_crop": true, "do_normalize": true, "do_resize": true,
+            "feature_extractor_type": "CLIPFeatureExtractor", "do_convert_rgb": true,
+            "image_mean": [0.5, 0.5, 0.5], "resample": 3, "size": 224,
+        });
+        let read = config(checker.clone()).unwrap();
+        assert_eq!((read.hidden_size, read.patch_size, read.projection_dim), (1024, 14, 768));
+        let read = preprocessor(extractor.clone()).unwrap();
+        assert_eq!((read.shortest_edge, read.mean), (224, [0.5; 3]));
+
+        let (mut mish, mut nearest) = (checker, extractor);
+        mish["vision_config"]["hidden_act"] = "mish".into();
+        nearest["resample"] = 0.into();
+        let error = config(mish).unwrap_err().to_string();
+        let start = "safety_checker/config.json: vision_config: hidden_act: ";
+        assert!(error.starts_with(start), "{error}");
+        let error = preprocessor(nearest).unwrap_err().to_string();
+        assert!(error.contains("preprocessor_config.json: resample: 0"), "{error}");
+    }
+}

@@ -1,0 +1,238 @@
+//! The safety checker of Stable Diffusion v1.x: which pictures should not be shown. CLIP's vision
+//! tower turns a picture into an embedding, which is compared with those of some concepts; what
+//! becomes of a picture is its caller's decision.
+//!
+//! Reference: diffusers 0.42 `pipelines/stable_diffusion/safety_checker.py`; transformers
+//! `models/clip/modeling_clip.py`, `CLIPVisionModel`, and its `CLIPImageProcessor` over Pillow.
+
+mod config;
+
+use candle_core::{D, DType, Device, Tensor};
+
+use self::config::{Preprocessor, SafetyConfig};
+use crate::error::{Error, Result};
+use crate::files::{SAFETY_CHECKER, Source};
+use crate::layers::LayerBuilder;
+use crate::ops::{Activation, Attention, LayerNorm, Linear, in_pool, self_attention};
+use crate::picture::{Rgb, resized_part};
+
+/// Concepts that no picture should show.
+const CONCEPTS: usize = 17;
+/// Concepts that make the others weigh more.
+const SPECIAL_CONCEPTS: usize = 3;
+/// By how much.
+const SPECIAL_CARE: f32 = 0.01;
+
+/// The checker.
+pub struct SafetyChecker {
+    config: SafetyConfig,
+    preprocessor: Preprocessor,
+    device: Device,
+    /// (3 p p) -> hidden
+    patch_embedding: Linear,
+    class_embedding: Tensor,
+    position_embedding: Tensor,
+    pre_layernorm: LayerNorm,
+    layers: Vec<Layer>,
+    post_layernorm: LayerNorm,
+    visual_projection: Linear,
+    concepts: ConceptEmbeds,
+    special: ConceptEmbeds,
+}
+
+/// Embeddings of unit length (D, n) f32, and from which cosine on a picture is like one.
+struct ConceptEmbeds {
+    columns: Tensor,
+    thresholds: Vec<f32>,
+}
+
+/// How far a picture is beyond each threshold, rounded as diffusers rounds it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SafetyResult {
+    /// Of the concepts that call for care.
+    pub special: Vec<f32>,
+    /// Of the concepts that no picture should show.
+    pub concepts: Vec<f32>,
+}
+
+impl SafetyResult {
+    /// From the cosines of a picture and the thresholds.
+    fn new(special: (&[f32], &[f32]), concepts: (&[f32], &[f32])) -> Self {
+        let mut care = 0.0;
+        let mut scores = |(cosines, thresholds): (&[f32], &[f32]), calls_for_care: bool| {
+            let score = |(cosine, threshold): (&f32, &f32)| {
+                let score = ((cosine - threshold + care) * 1000.0).round_ties_even() / 1000.0;
+                if calls_for_care && score > 0.0 {
+                    care = SPECIAL_CARE;
+                }
+                score
+            };
+            cosines.iter().zip(thresholds).map(score).collect()
+        };
+        Self { special: scores(special, true), concepts: scores(concepts, false) }
+    }
+
+    /// Whether the picture should not be shown.
+    pub fn nsfw(&self) -> bool {
+        self.concepts.iter().any(|score| *score > 0.0)
+    }
+}
+
+struct Layer {
+    layer_norm1: LayerNorm,
+    qkv_proj: Linear,
+    out_proj: Linear,
+    layer_norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+}
+
+impl SafetyChecker {
+    /// Builds the checker from `safety_checker/` and `feature_extractor/`.
+    pub fn load(source: &Source, half: bool, device: &Device, dtype: DType) -> Result<Self> {
+        let config = SafetyConfig::read(source)?;
+        let preprocessor = Preprocessor::read(source, config.image_size)?;
+        let weights = source.weights(SAFETY_CHECKER, "model", half)?;
+        let root = LayerBuilder::new(&weights, device, dtype);
+        // transformers 5 writes the tower with one prefix less than older files have.
+        let new = root.pp("vision_model");
+        let p = if new.has("pre_layrnorm.weight") { new } else { new.pp("vision_model") };
+        let (width, eps, patch) = (config.hidden_size, config.layer_norm_eps, config.patch_size);
+        let embeddings = p.pp("embeddings");
+        let shape = [width, 3, patch, patch];
+        let kernel = embeddings.tensor("patch_embedding.weight", &shape)?.flatten_from(1)?;
+        let patches = (config.image_size / patch).pow(2);
+        let layers = (0..config.num_hidden_layers)
+            .map(|i| Layer::load(&p.pp("encoder").pp("layers").pp(i), &config))
+            .collect::<Result<_>>()?;
+        let outputs = config.projection_dim;
+        let checker = Self {
+            patch_embedding: Linear::new(&kernel, None, device, dtype)?,
+            class_embedding: embeddings.placed("class_embedding", &[width])?,
+            position_embedding: embeddings
+                .placed("position_embedding.weight", &[patches + 1, width])?,
+            // Their spelling.
+            pre_layernorm: p.pp("pre_layrnorm").layer_norm(width, eps)?,
+            layers,
+            post_layernorm: p.pp("post_layernorm").layer_norm(width, eps)?,
+            visual_projection: root.linears(&["visual_projection"], width, outputs, false)?,
+            concepts: ConceptEmbeds::load(&root, "concept_embeds", CONCEPTS, outputs)?,
+            special: ConceptEmbeds::load(&root, "special_care_embeds", SPECIAL_CONCEPTS, outputs)?,
+            device: device.clone(),
+            config,
+            preprocessor,
+        };
+        weights.finish(|name| name.ends_with("embeddings.position_ids"))?;
+        Ok(checker)
+    }
+
+    /// What the checker says of a picture.
+    pub fn check(&self, picture: &Rgb) -> Result<SafetyResult> {
+        let embedding = self.embed(&self.preprocess(picture)?)?;
+        let (special, concepts) =
+            (self.special.cosines(&embedding)?, self.concepts.cosines(&embedding)?);
+        Ok(SafetyResult::new(
+            (&special, &self.special.thresholds),
+            (&concepts, &self.concepts.thresholds),
+        ))
+    }
+
+    /// What the tower is shown of a picture, (3, S, S) f32 on the CPU: its middle square, S pixels
+    /// wide.
+    pub fn preprocess(&self, picture: &Rgb) -> Result<Tensor> {
+        let (edge, side) = (self.preprocessor.shortest_edge, self.config.image_size);
+        let longer = |long: usize, short: usize| edge * long / short;
+        let (width, height) = match (picture.width, picture.height) {
+            (w, h) if w <= h => (edge, longer(h, w)),
+            (w, h) => (longer(w, h), edge),
+        };
+        let corner = ((width - side) / 2, (height - side) / 2);
+        let bytes = resized_part(picture, (width, height), corner, side);
+        let value = |i: usize| {
+            let (channel, pixel) = (i / (side * side), i % (side * side));
+            let byte = bytes[3 * pixel + channel];
+            let rescaled = (f64::from(byte) * self.preprocessor.rescale_factor) as f32;
+            (rescaled - self.preprocessor.mean[channel]) / self.preprocessor.std[channel]
+        };
+        let values = (0..3 * side * side).map(value).collect();
+        Ok(Tensor::from_vec(values, (3, side, side), &Device::Cpu)?)
+    }
+
+    /// A preprocessed picture (3, S, S) -> its embedding (1, D) f32.
+    pub fn embed(&self, pixels: &Tensor) -> Result<Tensor> {
+        let (p, width) = (self.config.patch_size, self.config.hidden_size);
+        let n = self.config.image_size / p;
+        let pixels = pixels.narrow(1, 0, n * p)?.narrow(2, 0, n * p)?.contiguous()?;
+        let patches = pixels.reshape((3, n, p, n, p))?.permute((1, 3, 0, 2, 4))?;
+        let patches = patches.contiguous()?.reshape((1, n * n, 3 * p * p))?;
+        let dtype = self.position_embedding.dtype();
+        let patches =
+            self.patch_embedding.forward(&patches.to_device(&self.device)?.to_dtype(dtype)?)?;
+        let class = self.class_embedding.reshape((1, 1, width))?;
+        let tokens = Tensor::cat(&[&class, &patches], 1)?; // (1, 1 + n n, hidden)
+        let x = self.pre_layernorm.forward(&tokens.broadcast_add(&self.position_embedding)?)?;
+        let activation = match self.config.hidden_act.as_str() {
+            "gelu" => Activation::Gelu,
+            _ => Activation::QuickGelu,
+        };
+        let heads = self.config.num_attention_heads;
+        let x = in_pool(&self.device, || {
+            self.layers.iter().try_fold(x, |x, layer| layer.forward(&x, heads, activation))
+        })?;
+        let pooled = self.post_layernorm.forward(&x.narrow(1, 0, 1)?.contiguous()?)?;
+        let embedding = self.visual_projection.forward(&pooled)?.to_dtype(DType::F32)?;
+        Ok(embedding.reshape((1, self.config.projection_dim))?)
+    }
+}
+
+impl ConceptEmbeds {
+    fn load(p: &LayerBuilder<'_>, name: &str, count: usize, width: usize) -> Result<Self> {
+        let embeds = unit(&p.tensor(name, &[count, width])?)?;
+        let thresholds = p.tensor(&format!("{name}_weights"), &[count])?.to_vec1()?;
+        Ok(Self { columns: embeds.t()?.contiguous()?, thresholds })
+    }
+
+    fn cosines(&self, embedding: &Tensor) -> Result<Vec<f32>> {
+        let embedding = unit(&embedding.to_device(&Device::Cpu)?)?;
+        let cosines = embedding.matmul(&self.columns)?.flatten_all()?.to_vec1::<f32>()?;
+        if cosines.iter().any(|cosine| cosine.is_nan()) {
+            // Not above any threshold, and so it would pass.
+            return Err(Error::Compute(candle_core::Error::Msg(
+                "the picture's embedding holds values that are not numbers".into(),
+            )));
+        }
+        Ok(cosines)
+    }
+}
+
+/// Rows of unit length, as torch's `normalize` makes them.
+fn unit(rows: &Tensor) -> Result<Tensor> {
+    let norms = rows.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?.clamp(1e-12, f32::INFINITY)?;
+    Ok(rows.broadcast_div(&norms)?)
+}
+
+impl Layer {
+    fn load(p: &LayerBuilder<'_>, config: &SafetyConfig) -> Result<Self> {
+        let (width, inner, eps) =
+            (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
+        let (attention, mlp) = (p.pp("self_attn"), p.pp("mlp"));
+        Ok(Self {
+            layer_norm1: p.pp("layer_norm1").layer_norm(width, eps)?,
+            qkv_proj: attention.linears(&["q_proj", "k_proj", "v_proj"], width, width, true)?,
+            out_proj: attention.pp("out_proj").linear(width, width)?,
+            layer_norm2: p.pp("layer_norm2").layer_norm(width, eps)?,
+            fc1: mlp.pp("fc1").linear(width, inner)?,
+            fc2: mlp.pp("fc2").linear(inner, width)?,
+        })
+    }
+
+    /// (B, L, hidden) -> (B, L, hidden)
+    fn forward(&self, x: &Tensor, heads: usize, activation: Activation) -> Result<Tensor> {
+        let n = self.layer_norm1.forward(x)?;
+        let kind = Attention { heads, causal: false, tiles: self.out_proj.on_tiles() };
+        let y = self_attention(&self.qkv_proj.forward(&n)?, kind)?;
+        let x = self.out_proj.forward_add(&y, x)?;
+        let n = self.fc1.forward_activate(&self.layer_norm2.forward(&x)?, activation)?;
+        Ok(self.fc2.forward_add(&n, &x)?)
+    }
+}

@@ -1,0 +1,414 @@
+//! UNet2DConditionModel of Stable Diffusion 1.x and 2.x, all of it in this file.
+//!
+//! Reference: diffusers 0.42 `models/unets/unet_2d_condition.py`, `unet_2d_blocks.py`,
+//! `transformers/transformer_2d.py` and `attention.py`, of which it computes what
+//! [`UNetConfig`] can say. Activations are channels-last; every row has a timestep and, where there
+//! are any, LoRAs of its own (`loras`, one for each row or none at all).
+
+use candle_core::{DType, Device, Tensor};
+
+use super::config::UNetConfig;
+use super::resnet::{Columns, Norm, Resnet, Stack};
+use crate::error::Result;
+use crate::files::Weights;
+use crate::layers::{LayerBuilder, LoraLayer, LoraStack, activation_dtype};
+use crate::ops::{
+    Activation, Attention, Conv2d, Geglu, Geometry, GroupNorm, Joined, LayerNorm, Linear,
+    attention, channels_first, channels_last, in_pool, self_attention,
+};
+
+/// Kernel 3, every second pixel.
+const DOWN: Geometry = Geometry { kernel: 3, stride: 2, before: 1, after: 1 };
+
+/// The denoising network.
+pub struct UNet2DConditionModel {
+    config: UNetConfig,
+    device: Device,
+    dtype: DType,
+    time: [LoraLayer<Linear>; 2],
+    /// What every residual block makes of the time, side by side.
+    time_proj: LoraLayer<Linear>,
+    /// Keys and values of every cross attention, side by side.
+    to_kv: LoraLayer<Linear>,
+    conv_in: LoraLayer<Conv2d>,
+    down: Vec<DownBlock>,
+    mid: (Resnet, Transformer, Resnet),
+    up: Vec<UpBlock>,
+    norm_out: GroupNorm,
+    conv_out: LoraLayer<Conv2d>,
+}
+
+struct DownBlock {
+    layers: Vec<(Resnet, Option<Transformer>)>,
+    downsample: Option<LoraLayer<Conv2d>>,
+}
+
+struct UpBlock {
+    layers: Vec<(Resnet, Option<Transformer>)>,
+    upsample: Option<LoraLayer<Conv2d>>,
+}
+
+impl UNet2DConditionModel {
+    /// Builds the network from its weights; every tensor must have the shape that `config` says.
+    pub fn load(
+        config: UNetConfig,
+        weights: &Weights,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
+        let p = LayerBuilder::new(weights, device, dtype);
+        let channels = &config.block_out_channels;
+        let (first, last) = (channels[0], channels[channels.len() - 1]);
+        let temb = 4 * first;
+        let shape = Shape {
+            config: &config,
+            time_embeddings: Stack::new(temb),
+            contexts: Stack::new(config.cross_attention_dim),
+        };
+        let time = p.pp("time_embedding");
+        let middle = p.pp("mid_block");
+        let down = shape.down_blocks(&p.pp("down_blocks"))?;
+        let mid = (
+            shape.resnet(&middle.pp("resnets").pp(0), last, last)?,
+            shape.transformer(&middle.pp("attentions").pp(0), channels.len() - 1)?,
+            shape.resnet(&middle.pp("resnets").pp(1), last, last)?,
+        );
+        let up = shape.up_blocks(&p.pp("up_blocks"))?;
+        let model = Self {
+            time_proj: shape.time_embeddings.build(&p)?,
+            to_kv: shape.contexts.build(&p)?,
+            time: [
+                LoraLayer::linear(&time.pp("linear_1"), first, temb)?,
+                LoraLayer::linear(&time.pp("linear_2"), temb, temb)?,
+            ],
+            conv_in: LoraLayer::conv(&p.pp("conv_in"), config.in_channels, first, Geometry::SAME)?,
+            down,
+            mid,
+            up,
+            norm_out: p.pp("conv_norm_out").group_norm(
+                first,
+                config.norm_num_groups,
+                config.norm_eps,
+            )?,
+            conv_out: LoraLayer::conv(
+                &p.pp("conv_out"),
+                first,
+                config.out_channels,
+                Geometry::SAME,
+            )?,
+            device: device.clone(),
+            dtype: activation_dtype(device, dtype),
+            config,
+        };
+        weights.finish(|_| false)?;
+        Ok(model)
+    }
+
+    /// What the network was built from.
+    pub fn config(&self) -> &UNetConfig {
+        &self.config
+    }
+
+    /// A context (B, L, D) f32 -> keys and values of every cross attention, side by side, for
+    /// [`Self::forward`]: they are the same at every step.
+    pub fn keys_values(&self, context: &Tensor, loras: &[LoraStack]) -> Result<Tensor> {
+        let context = context.to_dtype(self.dtype)?.contiguous()?;
+        in_pool(&self.device, || Ok(self.to_kv.forward(&context, loras)?))
+    }
+
+    /// Timesteps -> what every residual block makes of them, side by side (T, ..), for
+    /// [`Self::forward`]: a schedule's are known before its first step.
+    pub fn time_embeddings(&self, timesteps: &[f64], loras: &[LoraStack]) -> Result<Tensor> {
+        in_pool(&self.device, || {
+            let embedded = self.time_embedding(timesteps, loras)?;
+            Ok(self.time_proj.forward(&embedded, loras)?)
+        })
+    }
+
+    /// latents (B, C, H, W) f32, time_embeddings for the rows (B, ..), keys and values for the rows in their
+    /// order (b, L, ..), where L may change from one to the next -> the prediction (B, C, H, W) f32.
+    pub fn forward(
+        &self,
+        latents: &Tensor,
+        time_embeddings: &Tensor,
+        kv: &[Tensor],
+        loras: &[LoraStack],
+    ) -> Result<Tensor> {
+        in_pool(&self.device, || self.predict(latents, time_embeddings, kv, loras))
+    }
+
+    fn predict(
+        &self,
+        latents: &Tensor,
+        time_embeddings: &Tensor,
+        kv: &[Tensor],
+        loras: &[LoraStack],
+    ) -> Result<Tensor> {
+        // 1. In
+        let x = channels_last(latents, self.dtype)?;
+        let mut x = self.conv_in.forward(&x, loras)?; // (B, H, W, first)
+        // 2. Down
+        let mut skips = vec![x.clone()];
+        for block in &self.down {
+            for (resnet, transformer) in &block.layers {
+                x = resnet.forward(&Joined::one(&x), time_embeddings, loras)?;
+                if let Some(transformer) = transformer {
+                    x = transformer.forward(&x, kv, loras)?;
+                }
+                skips.push(x.clone());
+            }
+            if let Some(downsample) = &block.downsample {
+                x = downsample.forward(&x, loras)?;
+                skips.push(x.clone());
+            }
+        }
+        // 3. Middle
+        x = self.mid.0.forward(&Joined::one(&x), time_embeddings, loras)?;
+        x = self.mid.1.forward(&x, kv, loras)?;
+        x = self.mid.2.forward(&Joined::one(&x), time_embeddings, loras)?;
+        // 4. Up
+        for block in &self.up {
+            for (resnet, transformer) in &block.layers {
+                // There is a skip for every layer: load() built both ends from one config.
+                let skip = skips.pop().ok_or_else(|| candle_core::Error::msg("no skip left"))?;
+                x = resnet.forward(&Joined::new(&x, &skip)?, time_embeddings, loras)?;
+                if let Some(transformer) = transformer {
+                    x = transformer.forward(&x, kv, loras)?;
+                }
+            }
+            if let (Some(upsample), Some(next)) = (&block.upsample, skips.last()) {
+                let (_, h, w, _) = next.dims4()?;
+                x = upsample.forward_resized(&x, (h, w), loras)?;
+            }
+        }
+        // 5. Out
+        let x = self.conv_out.forward(&self.norm_out.forward_silu(&x)?, loras)?;
+        Ok(channels_first(&x)?)
+    }
+
+    /// Sinusoidal embedding, two linear layers and the SiLU that every residual block begins with:
+    /// (T) -> (T, 4 * first). The angles are computed in f32 as the reference does.
+    fn time_embedding(&self, timesteps: &[f64], loras: &[LoraStack]) -> Result<Tensor> {
+        let width = self.config.block_out_channels[0];
+        let half = width / 2;
+        let scale = -(10_000f64.ln()) / (half as f64 - self.config.freq_shift);
+        let frequencies: Vec<f32> = (0..half).map(|i| (i as f64 * scale).exp() as f32).collect();
+        let mut values = Vec::with_capacity(timesteps.len() * width);
+        for t in timesteps {
+            let angles = frequencies.iter().map(|f| *t as f32 * f);
+            let (sines, cosines) = (angles.clone().map(f32::sin), angles.map(f32::cos));
+            if self.config.flip_sin_to_cos {
+                values.extend(cosines.chain(sines));
+            } else {
+                values.extend(sines.chain(cosines));
+            }
+        }
+        let x = Tensor::from_vec(values, (timesteps.len(), width), &self.device)?;
+        let x = x.to_dtype(self.dtype)?;
+        let x = self.time[0].forward_activate(&x, Activation::Silu, loras)?;
+        Ok(self.time[1].forward_activate(&x, Activation::Silu, loras)?)
+    }
+}
+
+/// What the blocks are built from.
+struct Shape<'a, 'w> {
+    config: &'a UNetConfig,
+    time_embeddings: Stack<'w>,
+    contexts: Stack<'w>,
+}
+
+impl<'w> Shape<'_, 'w> {
+    fn down_blocks(&self, p: &LayerBuilder<'w>) -> Result<Vec<DownBlock>> {
+        let channels = &self.config.block_out_channels;
+        let mut inputs = channels[0];
+        let mut blocks = Vec::new();
+        for (level, outputs) in channels.iter().copied().enumerate() {
+            let p = p.pp(level);
+            let mut layers = Vec::new();
+            for i in 0..self.config.layers_per_block {
+                let resnet = self.resnet(&p.pp("resnets").pp(i), inputs, outputs)?;
+                let cross = self.config.down_cross_attention[level];
+                layers.push((resnet, self.maybe_transformer(&p, i, level, cross)?));
+                inputs = outputs;
+            }
+            let last = level + 1 == channels.len();
+            let p = p.pp("downsamplers").pp(0).pp("conv");
+            let downsample =
+                (!last).then(|| LoraLayer::conv(&p, outputs, outputs, DOWN)).transpose()?;
+            blocks.push(DownBlock { layers, downsample });
+        }
+        Ok(blocks)
+    }
+
+    fn up_blocks(&self, p: &LayerBuilder<'w>) -> Result<Vec<UpBlock>> {
+        let channels = &self.config.block_out_channels;
+        let levels = channels.len();
+        // What each layer's skip holds, in the order in which they are taken.
+        let mut skips = vec![channels[0]];
+        for (level, c) in channels.iter().enumerate() {
+            let downsample = usize::from(level + 1 < levels);
+            skips.extend(std::iter::repeat_n(*c, self.config.layers_per_block + downsample));
+        }
+        let mut inputs = channels[levels - 1];
+        let mut blocks = Vec::new();
+        for i in 0..levels {
+            let level = levels - 1 - i;
+            let (p, outputs) = (p.pp(i), channels[level]);
+            let mut layers = Vec::new();
+            for j in 0..=self.config.layers_per_block {
+                let skip = skips.pop().unwrap_or_default();
+                let resnet = self.resnet(&p.pp("resnets").pp(j), inputs + skip, outputs)?;
+                let cross = self.config.up_cross_attention[i];
+                layers.push((resnet, self.maybe_transformer(&p, j, level, cross)?));
+                inputs = outputs;
+            }
+            let p = p.pp("upsamplers").pp(0).pp("conv");
+            let conv = || LoraLayer::conv(&p, outputs, outputs, Geometry::SAME);
+            let upsample = (level > 0).then(conv).transpose()?;
+            blocks.push(UpBlock { layers, upsample });
+        }
+        Ok(blocks)
+    }
+
+    fn resnet(&self, p: &LayerBuilder<'w>, inputs: usize, outputs: usize) -> Result<Resnet> {
+        let norm = Norm { groups: self.config.norm_num_groups, eps: self.config.norm_eps };
+        Resnet::load(p, inputs, outputs, Some(&self.time_embeddings), norm)
+    }
+
+    fn maybe_transformer(
+        &self,
+        p: &LayerBuilder<'w>,
+        index: usize,
+        level: usize,
+        cross: bool,
+    ) -> Result<Option<Transformer>> {
+        let p = p.pp("attentions").pp(index);
+        cross.then(|| self.transformer(&p, level)).transpose()
+    }
+
+    fn transformer(&self, p: &LayerBuilder<'w>, level: usize) -> Result<Transformer> {
+        let config = self.config;
+        let channels = config.block_out_channels[level];
+        let conv = !config.use_linear_projection;
+        let block = p.pp("transformer_blocks").pp(0);
+        let heads = config.heads[level];
+        let feed_forward = block.pp("ff").pp("net");
+        Ok(Transformer {
+            norm: p.pp("norm").group_norm(channels, config.norm_num_groups, 1e-6)?,
+            proj_in: LoraLayer::linear_or_conv(&p.pp("proj_in"), channels, channels, conv)?,
+            norm1: block.pp("norm1").layer_norm(channels, 1e-5)?,
+            attn1: SelfAttention::load(&block.pp("attn1"), channels, heads)?,
+            norm2: block.pp("norm2").layer_norm(channels, 1e-5)?,
+            attn2: CrossAttention::load(&block.pp("attn2"), channels, &self.contexts, heads)?,
+            norm3: block.pp("norm3").layer_norm(channels, 1e-5)?,
+            ff_in: LoraLayer::geglu(&feed_forward.pp(0).pp("proj"), channels, 4 * channels)?,
+            ff_out: LoraLayer::linear(&feed_forward.pp(2), 4 * channels, channels)?,
+            proj_out: LoraLayer::linear_or_conv(&p.pp("proj_out"), channels, channels, conv)?,
+        })
+    }
+}
+
+/// Transformer2DModel with one BasicTransformerBlock.
+struct Transformer {
+    norm: GroupNorm,
+    proj_in: LoraLayer<Linear>,
+    norm1: LayerNorm,
+    attn1: SelfAttention,
+    norm2: LayerNorm,
+    attn2: CrossAttention,
+    norm3: LayerNorm,
+    ff_in: LoraLayer<Geglu>,
+    ff_out: LoraLayer<Linear>,
+    proj_out: LoraLayer<Linear>,
+}
+
+impl Transformer {
+    /// (B, H, W, C), and keys and values of all blocks for the rows' prompts -> (B, H, W, C)
+    fn forward(&self, x: &Tensor, kv: &[Tensor], loras: &[LoraStack]) -> Result<Tensor> {
+        let (batch, h, w, channels) = x.dims4()?;
+        let tokens = (batch, h * w, channels);
+        let mut y = self.proj_in.forward(&self.norm.forward(x)?.reshape(tokens)?, loras)?;
+        // 1. Self attention
+        y = self.attn1.forward_add(&self.norm1.forward(&y)?, &y, loras)?;
+        // 2. Cross attention
+        y = self.attn2.forward_add(&self.norm2.forward(&y)?, kv, &y, loras)?;
+        // 3. Feed forward
+        let n = self.ff_in.forward(&self.norm3.forward(&y)?, loras)?;
+        y = self.ff_out.forward_add(&n, &y, loras)?;
+        let y = self.proj_out.forward_add(&y, &x.reshape(tokens)?, loras)?;
+        Ok(y.reshape((batch, h, w, channels))?)
+    }
+}
+
+struct SelfAttention {
+    to_qkv: LoraLayer<Linear>,
+    to_out: LoraLayer<Linear>,
+    heads: usize,
+}
+
+impl SelfAttention {
+    fn load(p: &LayerBuilder<'_>, channels: usize, heads: usize) -> Result<Self> {
+        Ok(Self {
+            to_qkv: LoraLayer::linears(p, &["to_q", "to_k", "to_v"], channels, channels, false)?,
+            to_out: LoraLayer::linear(&p.pp("to_out").pp(0), channels, channels)?,
+            heads,
+        })
+    }
+
+    /// x (B, L, C), residual (B, L, C) -> (B, L, C)
+    fn forward_add(&self, x: &Tensor, residual: &Tensor, loras: &[LoraStack]) -> Result<Tensor> {
+        let kind = Attention { heads: self.heads, causal: false, tiles: self.to_out.on_tiles() };
+        let y = self_attention(&self.to_qkv.forward(x, loras)?, kind)?;
+        Ok(self.to_out.forward_add(&y, residual, loras)?)
+    }
+}
+
+struct CrossAttention {
+    to_q: LoraLayer<Linear>,
+    k: Columns,
+    v: Columns,
+    to_out: LoraLayer<Linear>,
+    heads: usize,
+}
+
+impl CrossAttention {
+    fn load<'w>(
+        p: &LayerBuilder<'w>,
+        channels: usize,
+        contexts: &Stack<'w>,
+        heads: usize,
+    ) -> Result<Self> {
+        Ok(Self {
+            to_q: LoraLayer::linears(p, &["to_q"], channels, channels, false)?,
+            k: contexts.add(&p.pp("to_k"), channels, false)?,
+            v: contexts.add(&p.pp("to_v"), channels, false)?,
+            to_out: LoraLayer::linear(&p.pp("to_out").pp(0), channels, channels)?,
+            heads,
+        })
+    }
+
+    /// x (B, L, C), keys and values of all blocks for some rows each (b, M, ..), residual
+    /// (B, L, C) -> (B, L, C)
+    fn forward_add(
+        &self,
+        x: &Tensor,
+        kv: &[Tensor],
+        residual: &Tensor,
+        loras: &[LoraStack],
+    ) -> Result<Tensor> {
+        let q = self.to_q.forward(x, loras)?;
+        let kind = Attention { heads: self.heads, causal: false, tiles: self.to_out.on_tiles() };
+        let mut outputs = Vec::with_capacity(kv.len());
+        let mut row = 0;
+        for kv in kv {
+            let (rows, k, v) = (kv.dim(0)?, self.k.of(kv)?, self.v.of(kv)?);
+            outputs.push(attention(&q.narrow(0, row, rows)?, &k, &v, kind)?);
+            row += rows;
+        }
+        let y = match &outputs[..] {
+            [one] => one.clone(),
+            several => Tensor::cat(several, 0)?,
+        };
+        Ok(self.to_out.forward_add(&y, residual, loras)?)
+    }
+}

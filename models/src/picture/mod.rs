@@ -1,0 +1,9 @@
+//! Pictures as bytes, and how they are resampled.
+
+mod pillow;
+mod resample;
+mod rgb;
+
+pub(crate) use self::pillow::resized_part;
+pub(crate) use self::resample::{CUBIC, TRIANGLE, Taps, antialiased, cubic, interpolated};
+pub use self::rgb::{Rgb, Size};

@@ -1,0 +1,71 @@
+//! Pixels and their number.
+
+use std::fmt;
+
+/// Pixels of a picture, row by row, three bytes each.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Rgb {
+    /// Pixels of a row.
+    pub width: usize,
+    /// Rows.
+    pub height: usize,
+    /// `3 * width * height` bytes.
+    pub data: Vec<u8>,
+}
+
+impl fmt::Debug for Rgb {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Rgb({}x{})", self.width, self.height)
+    }
+}
+
+/// Width and height of a picture in pixels, both multiples of 8 and at least 8.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Size {
+    width: usize,
+    height: usize,
+}
+
+impl Size {
+    /// The least that can be drawn.
+    pub const SMALLEST: Self = Self { width: 8, height: 8 };
+
+    /// A size, if both sides are positive multiples of 8.
+    pub fn new(width: usize, height: usize) -> Option<Self> {
+        let valid = |side: usize| side >= 8 && side.is_multiple_of(8);
+        (valid(width) && valid(height)).then_some(Self { width, height })
+    }
+
+    /// Width in pixels.
+    pub fn width(self) -> usize {
+        self.width
+    }
+
+    /// Height in pixels.
+    pub fn height(self) -> usize {
+        self.height
+    }
+
+    /// Width times height.
+    pub fn pixels(self) -> usize {
+        self.width * self.height
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}", self.width, self.height)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sides_are_multiples_of_eight() {
+        assert!(Size::new(512, 512).is_some());
+        assert!(Size::new(0, 512).is_none());
+        assert!(Size::new(511, 512).is_none());
+    }
+}

@@ -1,0 +1,124 @@
+//! The second pass of a picture that is drawn small first and then large ("hires fix"): its latents
+//! are enlarged and put under noise, and the sampler goes on from there.
+//!
+//! Reference: AUTOMATIC1111's `StableDiffusionProcessingTxt2Img.sample_hr_pass`; the enlargements are
+//! `torch.nn.functional.interpolate`'s, the steps those of diffusers' img2img.
+
+use std::ops::Range;
+
+use candle_core::{Device, Tensor};
+
+use super::spec::{Hires, Upscaler};
+use crate::error::Result;
+use crate::noise::Noise;
+use crate::picture::{CUBIC, Size, TRIANGLE, Taps, antialiased, cubic, interpolated};
+use crate::sampler::Sampler;
+
+/// The second pass of a picture, while the first goes on.
+pub(crate) struct HiresPass {
+    pub(crate) size: Size,
+    pub(crate) sampler: Sampler,
+    /// Time embeddings of the sampler's timesteps (evaluations, time_width).
+    pub(crate) time_embeddings: Tensor,
+    upscaler: Upscaler,
+    seed: u64,
+}
+
+/// How it begins: the enlarged latents (1, C, h, w) f32, the same under noise, and what is left of
+/// the noise.
+pub(crate) struct UpscaledLatents {
+    pub(crate) clean: Tensor,
+    pub(crate) latents: Tensor,
+    pub(crate) noise: Noise,
+}
+
+impl HiresPass {
+    /// A pass whose sampler leaves out what the latents are already.
+    pub(crate) fn new(hires: &Hires, sampler: Sampler, time_embeddings: Tensor, seed: u64) -> Self {
+        Self { size: hires.size, sampler, time_embeddings, upscaler: hires.upscaler, seed }
+    }
+
+    /// Begins with the latents of the first pass; `scale` is pixels of a latent's side. The noise is
+    /// a new stream of the same seed, as it is there.
+    pub(crate) fn begin(
+        &self,
+        latents: &Tensor,
+        from: Size,
+        scale: usize,
+    ) -> Result<UpscaledLatents> {
+        let clean = self.upscaler.upscale(latents, (from, self.size), scale)?;
+        let mut noise = Noise::new(self.seed);
+        let drawn = noise.normal(clean.elem_count());
+        let drawn = Tensor::from_vec(drawn, clean.shape(), clean.device())?;
+        let latents = self.sampler.noised(&clean, &drawn)?;
+        Ok(UpscaledLatents { clean, latents, noise })
+    }
+}
+
+impl Upscaler {
+    /// The latents (1, C, h, w) f32 of a picture of one size, enlarged until they cover those of
+    /// another and cut to it in the middle: (1, C, h', w') on the same device. A latent's side is
+    /// `scale` pixels.
+    pub fn upscale(
+        self,
+        latents: &Tensor,
+        (from, to): (Size, Size),
+        scale: usize,
+    ) -> Result<Tensor> {
+        let (batch, channels, h, w) = latents.dims4()?;
+        let covering = covering(from, to);
+        // Only what is not cut off is computed: a narrow picture is long where it covers a square.
+        let middle = |covering: usize, side: usize| {
+            let first = (covering - side) / scale / 2;
+            first..first + side / scale
+        };
+        let across = self.line(w, covering.0 / scale, middle(covering.0, to.width()));
+        let down = self.line(h, covering.1 / scale, middle(covering.1, to.height()));
+        let values = latents.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+        let planes =
+            values.chunks_exact(h * w).flat_map(|plane| resampled(plane, w, &across, &down));
+        let shape = (batch, channels, down.len(), across.len());
+        Ok(Tensor::from_vec(planes.collect(), shape, latents.device())?)
+    }
+
+    /// What makes each of a range of `to` values out of `from`.
+    fn line(self, from: usize, to: usize, range: Range<usize>) -> Vec<Taps> {
+        let nearest = |shift: f64| {
+            let at = move |i: usize| ((i as f64 + shift) * from as f64 / to as f64) as usize;
+            let window = move |i| Taps { first: at(i).min(from - 1), weights: vec![1.0] };
+            range.clone().map(window).collect()
+        };
+        match self {
+            Self::Bilinear => interpolated(from, to, range, (1, TRIANGLE.value)),
+            Self::BilinearAntialiased => antialiased(from, to, range, &TRIANGLE),
+            Self::Bicubic => interpolated(from, to, range, (2, |x| cubic(x, -0.75))),
+            Self::BicubicAntialiased => antialiased(from, to, range, &CUBIC),
+            Self::Nearest => nearest(0.0),
+            Self::NearestExact => nearest(0.5),
+        }
+    }
+}
+
+/// A plane of rows of `w` values, resampled along its rows and then its columns.
+fn resampled(plane: &[f32], w: usize, across: &[Taps], down: &[Taps]) -> Vec<f32> {
+    let sum = |taps: &Taps, value: &dyn Fn(usize) -> f64| -> f64 {
+        taps.weights.iter().enumerate().map(|(k, w)| w * value(taps.first + k)).sum()
+    };
+    let row = |row: &[f32]| -> Vec<f64> {
+        across.iter().map(|taps| sum(taps, &|x| f64::from(row[x]))).collect()
+    };
+    let rows: Vec<Vec<f64>> = plane.chunks_exact(w).map(row).collect();
+    let line = |taps: &Taps| -> Vec<f32> {
+        (0..across.len()).map(|x| sum(taps, &|y| rows[y][x]) as f32).collect()
+    };
+    down.iter().flat_map(line).collect()
+}
+
+/// The size in the shape of the first that just covers the second.
+fn covering(from: Size, to: Size) -> (usize, usize) {
+    let wider = to.width() * from.height() > from.width() * to.height();
+    match wider {
+        true => (to.width(), to.width() * from.height() / from.width()),
+        false => (to.height() * from.width() / from.height(), to.height()),
+    }
+}

@@ -1,0 +1,214 @@
+//! The networks of a model and its settings, read from its files.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, DeviceLocation};
+use serde_json::json;
+
+use super::info::{Defaults, MemoryEstimate, ModelInfo};
+use super::options::{AddOns, LoadOptions, SafetyMode};
+use crate::error::{Error, Result};
+use crate::files::{AssetCache, Keys, SAFETY_CHECKER, Source, Weights};
+use crate::layers::{LoraCache, TargetIndex};
+use crate::networks::{
+    ClipTextConfig, ClipTextModel, Decoder, Encoder, SafetyChecker, UNet2DConditionModel,
+    UNetConfig, VaeConfig,
+};
+use crate::ops::keep_freed_memory;
+use crate::picture::Size;
+use crate::schedule::SchedulerConfig;
+use crate::text::{ClipTokenizer, Embeddings};
+
+/// A model in memory.
+pub(super) struct LoadedModel {
+    pub(super) info: ModelInfo,
+    pub(super) device: Device,
+    pub(super) tokenizer: ClipTokenizer,
+    pub(super) text_encoder: ClipTextModel,
+    pub(super) unet: UNet2DConditionModel,
+    /// Always loaded, also for text-to-image alone: it is a thirtieth of the model, and a server
+    /// should fail at start rather than at the first request that needs it.
+    pub(super) encoder: Encoder,
+    pub(super) decoder: Decoder,
+    pub(super) safety_checker: Option<SafetyChecker>,
+    pub(super) scheduler: SchedulerConfig,
+    pub(super) loras: Arc<LoraCache>,
+}
+
+impl LoadedModel {
+    /// Reads a model from its files. Takes seconds.
+    pub(super) fn load(options: &LoadOptions) -> Result<Self> {
+        if let Some(threads) = options.threads {
+            // An error says that the pool exists already: the first model has set its size.
+            let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+        }
+        keep_freed_memory();
+        let source = &options.source;
+        let device = options.device.open()?;
+        let dtype = options.precision.resolve(&device)?;
+        let has_checker = check_pipeline(source)?;
+        let half = dtype == DType::F16;
+        let weights = source.weights("text_encoder", "model", half)?;
+        let AddOns { loras, max_lora_bytes, .. } = options.add_ons.clone();
+        let (tokenizer, text_encoder, embeddings) = read_text(options, &weights, &device, dtype)?;
+        let text_targets = weights.lora_targets();
+        let weights = source.weights("unet", "diffusion_pytorch_model", half)?;
+        let unet = UNetConfig::read(source)?;
+        let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype)?;
+        let unet_targets = (weights.lora_targets(), unet.config().layers_per_block);
+        let targets = TargetIndex::new(unet_targets, text_targets, &device, dtype);
+        let vae_source = options.vae.as_ref().unwrap_or(source);
+        let weights = vae_source.weights("vae", "diffusion_pytorch_model", half)?;
+        let vae = VaeConfig::read(vae_source)?;
+        let encoder = Encoder::load(vae.clone(), &weights, &device, dtype)?;
+        let decoder = Decoder::load(vae, &weights, &device, dtype)?;
+        let length = tokenizer.max_length();
+        let memory = MemoryEstimate::of(unet.config(), length, decoder.config(), &device, dtype);
+        check_widths(&text_encoder, &unet, &decoder)?;
+        let checked = options.safety.loads_checker(has_checker)?;
+        let safety_checker =
+            checked.then(|| SafetyChecker::load(source, half, &device, dtype)).transpose()?;
+        let scheduler = read_scheduler(source)?;
+        let scale = decoder.config().scale();
+        let side = unet.config().sample_size * scale;
+        let size = Size::new(side, side).ok_or_else(|| {
+            Error::config("unet/config.json", format!("sample_size: {side} pixels a side"))
+        })?;
+        let defaults = Defaults {
+            size,
+            steps: 50,
+            guidance_scale: 7.5,
+            scheduler: scheduler.default_scheduler()?,
+        };
+        let info = ModelInfo {
+            name: name(source),
+            device: match device.location() {
+                DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
+                _ => "cpu".into(),
+            },
+            precision: dtype.as_str().into(),
+            defaults,
+            multiple: scale.max(8),
+            checked,
+            memory,
+            add_ons: options.add_ons.clone(),
+            embeddings,
+        };
+        let loras = LoraCache { cache: AssetCache::new(loras, max_lora_bytes), targets };
+        Ok(Self {
+            info,
+            device,
+            tokenizer,
+            text_encoder,
+            unet,
+            encoder,
+            decoder,
+            safety_checker,
+            scheduler,
+            loras: Arc::new(loras),
+        })
+    }
+}
+
+/// The noise levels that the model was trained on.
+fn read_scheduler(source: &Source) -> Result<SchedulerConfig> {
+    let file = source.require("scheduler/scheduler_config.json")?;
+    let mut scheduler = SchedulerConfig::from_json(&String::from_utf8_lossy(&file))?;
+    // What diffusers' StableDiffusionPipeline sets whatever the scheduler's class says.
+    scheduler.steps_offset.get_or_insert(1);
+    scheduler.clip_sample.get_or_insert(false);
+    Ok(scheduler)
+}
+
+/// Tokenizer and text encoder, and the words that they have learned since.
+fn read_text(
+    LoadOptions { source, add_ons, .. }: &LoadOptions,
+    weights: &Weights,
+    device: &Device,
+    dtype: DType,
+) -> Result<(ClipTokenizer, ClipTextModel, Embeddings)> {
+    let config = ClipTextConfig::read(source)?;
+    let (ids, width) = (config.vocab_size, config.hidden_size);
+    let mut tokenizer = ClipTokenizer::load(source, config.max_position_embeddings)?;
+    let mut encoder = ClipTextModel::load(config, weights, device, dtype)?;
+    let (room, most) = (tokenizer.max_length() - 2, add_ons.max_embedding_bytes);
+    let (embeddings, vectors) = Embeddings::read(&add_ons.embeddings, most, width, room)?;
+    if let Some(vectors) = vectors {
+        encoder.learn(&vectors)?;
+        tokenizer.learn(&embeddings.words, ids);
+    }
+    Ok((tokenizer, encoder, embeddings))
+}
+
+/// Checks that the output of each network fits the next.
+fn check_widths(text: &ClipTextModel, unet: &UNet2DConditionModel, vae: &Decoder) -> Result<()> {
+    let (unet, text, vae) = (unet.config(), text.config(), vae.config());
+    let refuse = |key: &str, found: usize, other: &str, wanted: usize| {
+        let reason = format!("{key}: {found}, but {other} is {wanted}");
+        Err(Error::config("unet/config.json", reason))
+    };
+    if unet.cross_attention_dim != text.hidden_size {
+        let (found, wanted) = (unet.cross_attention_dim, text.hidden_size);
+        return refuse("cross_attention_dim", found, "the text encoder's hidden_size", wanted);
+    }
+    let latent = vae.latent_channels;
+    if unet.out_channels != latent {
+        return refuse("out_channels", unet.out_channels, "the VAE's latent_channels", latent);
+    }
+    // Latents alone, or for inpainting with a mask and the latents of the masked picture.
+    if ![latent, 2 * latent + 1].contains(&unet.in_channels) {
+        return refuse("in_channels", unet.in_channels, "the VAE's latent_channels", latent);
+    }
+    Ok(())
+}
+
+fn name(source: &Source) -> String {
+    let (path, end) = match source {
+        Source::Demo => return "demo".into(),
+        Source::Directory(path) => (path, path.file_name()),
+        Source::Checkpoint(checkpoint) => (&checkpoint.file, checkpoint.file.file_stem()),
+    };
+    end.map_or_else(|| path.display().to_string(), |end| end.to_string_lossy().into_owned())
+}
+
+/// Refuses a `model_index.json` of a pipeline that is not Stable Diffusion 1.x or 2.x. Returns
+/// whether the pipeline has a safety checker.
+pub fn check_pipeline(source: &Source) -> Result<bool> {
+    let mut keys = Keys::read(source, "model_index.json")?;
+    // What a pipeline does with a picture is the request's choice here; the networks are the same.
+    let classes = ["", "Img2Img", "Inpaint"].map(|c| json!(format!("StableDiffusion{c}Pipeline")));
+    keys.only("_class_name", &classes)?;
+    // Null, or a library and its class.
+    let checker: [Option<String>; 2] = keys.take("safety_checker", [None, None])?;
+    match checker[1].as_deref() {
+        None => Ok(false),
+        Some("StableDiffusionSafetyChecker") => Ok(true),
+        Some(other) => {
+            Err(keys.invalid("safety_checker", format!("the class {other} is not supported")))
+        }
+    }
+}
+
+/// Number of parameters of a model's networks, from the headers of its files.
+pub fn parameters(source: &Source, half: bool, safety: SafetyMode) -> Result<u64> {
+    let mut networks = vec![
+        ("text_encoder", "model"),
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+    ];
+    if safety != SafetyMode::Never && check_pipeline(source)? {
+        networks.push((SAFETY_CHECKER, "model"));
+    }
+    let count = |(folder, stem)| Ok(source.weights(folder, stem, half)?.parameters());
+    networks.into_iter().map(count).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_demo_model_has_no_safety_checker() {
+        assert!(!check_pipeline(&Source::Demo).expect("a pipeline"));
+    }
+}

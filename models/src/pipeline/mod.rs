@@ -1,0 +1,298 @@
+//! A model, and the images in progress.
+//!
+//! The sampler's loop is the caller's: [`Pipeline::step`] takes one evaluation of any number of
+//! trajectories, each at its own step of its own schedule, in a single call of the UNet. A
+//! trajectory with guidance takes two batch rows of that call, one without takes one.
+
+pub(crate) mod device;
+mod hires;
+mod info;
+mod init;
+mod load;
+mod options;
+mod preview;
+mod prompts;
+pub(crate) mod spec;
+mod trajectory;
+
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{Device, Tensor};
+
+pub use self::device::{DeviceName, Precision, Work};
+use self::hires::{HiresPass, UpscaledLatents};
+pub use self::info::{Defaults, MemoryEstimate, ModelInfo};
+use self::init::{InitialLatents, LatentInit};
+use self::load::LoadedModel;
+pub use self::load::{check_pipeline, parameters};
+pub use self::options::{AddOns, LoadOptions, SafetyMode};
+use self::preview::Preview;
+use self::prompts::PromptCache;
+pub use self::prompts::encode_chunks;
+pub use self::spec::{Hires, Img2Img, MAX_STEPS, PromptSyntax, Scheduler, Spec, Upscaler};
+use self::trajectory::StepResult;
+pub use self::trajectory::Trajectory;
+use crate::denoiser::{combine, guide};
+use crate::error::{Error, Result};
+use crate::layers::LoraStack;
+use crate::noise::Noise;
+use crate::ops::{device_kernels, device_name, device_work, free_device_bytes};
+use crate::picture::Rgb;
+use crate::sampler::Sampler;
+
+/// A loaded model.
+pub struct Pipeline {
+    model: LoadedModel,
+    prompts: PromptCache,
+    /// Fitted at the first preview.
+    preview: OnceLock<Preview>,
+}
+
+impl Pipeline {
+    /// Reads a model from its files. Takes seconds.
+    pub fn load(options: &LoadOptions) -> Result<Self> {
+        let model = LoadedModel::load(options)?;
+        Ok(Self { model, prompts: PromptCache::default(), preview: OnceLock::new() })
+    }
+
+    /// What is known of the model.
+    pub fn info(&self) -> &ModelInfo {
+        &self.model.info
+    }
+
+    /// Bytes that are free on the GPU; `None` on the CPU, whose memory is the system's.
+    pub fn free_device_bytes(&self) -> Option<u64> {
+        free_device_bytes(&self.model.device)
+    }
+
+    /// The GPU's own name; `None` on the CPU.
+    pub fn device_name(&self) -> Option<String> {
+        device_name(&self.model.device)
+    }
+
+    /// What our kernels were loaded from, as "cubin 8.6" or "PTX 8.0"; `None` on the CPU.
+    pub fn device_kernels(&self) -> Option<String> {
+        device_kernels(&self.model.device)
+    }
+
+    /// Waits until the device has done all that it was asked to.
+    pub fn synchronize(&self) -> Result<()> {
+        Ok(self.model.device.synchronize()?)
+    }
+
+    /// What our kernels on GPUs were asked to do since the program began, by their kind.
+    pub fn work() -> Vec<(&'static str, Work)> {
+        device_work()
+    }
+
+    /// Whether the model can draw this.
+    pub fn check(&self, spec: &Spec) -> Result<()> {
+        self.model.info.check(spec)
+    }
+
+    /// Reads the files that [`Self::begin`] needs and that are not in memory, for another thread to
+    /// run; `None` for most images. Errors are left to `begin`, which reads such a file again.
+    pub fn prefetch(&self, spec: &Spec) -> Option<Box<dyn FnOnce() + Send>> {
+        let (_, named) = spec.text().ok()?;
+        let names = spec.loras.iter().chain(&named).map(|(name, _)| name);
+        let missing: Vec<_> = names.filter(|name| !self.model.loras.has(name)).cloned().collect();
+        let loras = Arc::clone(&self.model.loras);
+        if missing.is_empty() {
+            return None;
+        }
+        let read = move |name: String| drop(loras.get("loras", &name));
+        Some(Box::new(move || missing.into_iter().for_each(read)))
+    }
+
+    /// Encodes the prompts and what there is of a picture, and draws the noise.
+    pub fn begin(&self, spec: &Spec) -> Result<Trajectory> {
+        self.check(spec)?;
+        let skipped = spec.skipped_steps();
+        let sampler = Sampler::after(skipped, spec.scheduler, &self.model.scheduler, spec.steps)?;
+        let (prompt, named) = spec.text()?;
+        let loras = self.lora_stack(&spec.loras, &named)?;
+        let mut warnings = Vec::new();
+        let mut encode = |field, prompt: &str| -> Result<_> {
+            let (kv, warning) =
+                self.prompts.encode(&self.model, prompt, spec.prompt_syntax, &loras)?;
+            warnings.extend(warning.map(|warning| format!("{field} {warning}")));
+            Ok(kv)
+        };
+        let kv = encode("prompt", &prompt)?;
+        let guided = spec.rows() == 2;
+        let negative = guided.then(|| encode("negative_prompt", &spec.negative_prompt));
+        let negative = negative.transpose()?;
+        let mut noise = Noise::new(spec.seed);
+        let inpainting =
+            self.model.unet.config().in_channels > self.model.unet.config().out_channels;
+        let init =
+            LatentInit { encoder: &self.model.encoder, device: &self.model.device, inpainting };
+        let InitialLatents { latents, blend, mask_condition } =
+            init.begin(spec, &sampler, &mut noise)?;
+        let (size, guidance_scale) = (spec.size, spec.guidance_scale);
+        let time_embeddings = self.time_embeddings(&sampler, &loras)?;
+        let hires = spec.hires.as_ref().map(|hires| self.hires_pass(hires, spec, &loras));
+        Ok(Trajectory {
+            size,
+            guidance_scale,
+            latents,
+            kv,
+            negative,
+            loras,
+            blend,
+            mask_condition,
+            sampler,
+            time_embeddings,
+            noise,
+            last_call: None,
+            hires: hires.transpose()?,
+            base_evaluations: 0,
+            warnings,
+        })
+    }
+
+    /// The LoRAs of the request and those that its prompt names.
+    fn lora_stack(&self, asked: &[(String, f64)], named: &[(String, f64)]) -> Result<LoraStack> {
+        let mut loras = Vec::new();
+        for (field, used) in [("loras", asked), ("prompt", named)] {
+            for (name, scale) in used {
+                loras.push((self.model.loras.get(field, name)?, *scale));
+            }
+        }
+        Ok(LoraStack::new(loras))
+    }
+
+    /// The hires pass of an image.
+    fn hires_pass(&self, hires: &Hires, spec: &Spec, loras: &LoraStack) -> Result<HiresPass> {
+        let unet = self.model.unet.config();
+        if unet.in_channels > unet.out_channels {
+            let reason = "is not for a UNet that was trained for inpainting".into();
+            return Err(Error::Spec { field: "hires_width", reason });
+        }
+        let (skipped, steps) = (hires.skipped_steps(), hires.steps);
+        let sampler = Sampler::after(skipped, spec.scheduler, &self.model.scheduler, steps)?;
+        let time_embeddings = self.time_embeddings(&sampler, loras)?;
+        Ok(HiresPass::new(hires, sampler, time_embeddings, spec.seed))
+    }
+
+    /// The time embeddings of a sampler's timesteps (evaluations, time_width).
+    fn time_embeddings(&self, sampler: &Sampler, loras: &LoraStack) -> Result<Tensor> {
+        let timesteps: Vec<_> = sampler.timesteps().collect();
+        self.model.unet.time_embeddings(&timesteps, &vec![loras.clone(); timesteps.len()])
+    }
+
+    /// One evaluation of the UNet for each trajectory that is not done; all of one size. An error
+    /// leaves every trajectory as it was, so that the step can be tried again.
+    pub fn step(&self, batch: &mut [&mut Trajectory]) -> Result<()> {
+        let (mut latents, mut kv, mut times) = (Vec::new(), Vec::new(), Vec::new());
+        let mut loras = Vec::new();
+        let mut active: Vec<&mut Trajectory> = Vec::new();
+        for trajectory in batch.iter_mut() {
+            let Some(evaluation) = trajectory.sampler.next() else { continue };
+            let mut input = combine(&[(evaluation.input_scale, &trajectory.latents)])?;
+            if let Some(condition) = &trajectory.mask_condition {
+                input = Tensor::cat(&[&input, condition], 1)?;
+            }
+            let time = trajectory.time_embeddings.narrow(0, trajectory.sampler.completed(), 1)?;
+            // diffusers' order: the unconditional row first.
+            for of_row in trajectory.negative.iter().chain([&trajectory.kv]) {
+                latents.push(input.clone());
+                kv.push(Tensor::clone(of_row));
+                times.push(time.clone());
+                loras.push(trajectory.loras.clone());
+            }
+            active.push(trajectory);
+        }
+        if active.is_empty() {
+            return Ok(());
+        }
+        let (latents, times) = (Tensor::cat(&latents, 0)?, Tensor::cat(&times, 0)?);
+        let output = self.model.unet.forward(&latents, &times, &stacked(&kv)?, &loras)?;
+        let mut row = 0;
+        let mut results = Vec::new();
+        for trajectory in &active {
+            let rows = trajectory.rows();
+            let output = output.narrow(0, row, rows)?;
+            row += rows;
+            let output = match rows {
+                1 => output,
+                _ => guide(
+                    &output.narrow(0, 0, 1)?,
+                    &output.narrow(0, 1, 1)?,
+                    trajectory.guidance_scale,
+                )?,
+            };
+            let (mut sampler, mut noise) = (trajectory.sampler.clone(), trajectory.noise.clone());
+            let mut latents = sampler.advance(&trajectory.latents, &output, &mut noise)?;
+            if let Some(blend) = &trajectory.blend {
+                latents = blend.apply(&latents, &sampler)?;
+            }
+            let last_call = (trajectory.latents.clone(), output);
+            let next = trajectory.hires.as_ref().filter(|_| sampler.next().is_none());
+            results.push(match next {
+                None => StepResult { latents, last_call, sampler, noise, begins_hires: false },
+                Some(hires) => {
+                    let scale = self.model.decoder.config().scale();
+                    let begun = hires.begin(&latents, trajectory.size, scale)?;
+                    let UpscaledLatents { clean, latents, noise } = begun;
+                    // Until there is an output, a preview shows the upscaled latents.
+                    let last_call = (clean.clone(), clean);
+                    let sampler = hires.sampler.clone();
+                    StepResult { latents, last_call, sampler, noise, begins_hires: true }
+                }
+            });
+        }
+        // Only now, when nothing can fail any more.
+        for (trajectory, result) in active.into_iter().zip(results) {
+            trajectory.advance(result);
+        }
+        Ok(())
+    }
+
+    /// A small look at a trajectory: one pixel for each latent pixel, from the picture that the
+    /// UNet saw behind the noise at the last evaluation, or from the latents when nothing is left
+    /// to evaluate. The first call decodes a picture of 32 x 32 latent pixels and takes as long;
+    /// later ones take next to nothing.
+    pub fn preview(&self, trajectory: &Trajectory) -> Result<Rgb> {
+        let preview = match self.preview.get() {
+            Some(preview) => preview,
+            None => {
+                let fitted = Preview::fit(&self.model.decoder, &self.model.device)?;
+                self.preview.get_or_init(|| fitted)
+            }
+        };
+        preview.render(&trajectory.predicted_x0()?)
+    }
+
+    /// The picture of a trajectory; of one that is not done, what the UNet saw of it behind the
+    /// noise at the last evaluation, as AUTOMATIC1111 gives it out when it is interrupted.
+    pub fn decode(&self, trajectory: &Trajectory) -> Result<Rgb> {
+        let latents = (trajectory.predicted_x0()? / self.model.decoder.config().scaling_factor)?;
+        let picture = self.model.decoder.forward(&latents)?; // (1, H, W, 3)
+        let (_, height, width, _) = picture.dims4()?;
+        let values = picture.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+        if values.iter().any(|v| v.is_nan()) {
+            return Err(Error::Compute(candle_core::Error::Msg(
+                "the picture holds values that are not numbers".into(),
+            )));
+        }
+        // Halves to even, as numpy rounds.
+        let byte = |v: f32| ((v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
+        Ok(Rgb { width, height, data: values.into_iter().map(byte).collect() })
+    }
+
+    /// Whether a picture should not be shown; `None` where there is no safety checker to say so.
+    pub fn check_safety(&self, picture: &Rgb) -> Result<Option<bool>> {
+        let checker = self.model.safety_checker.as_ref();
+        checker.map(|checker| Ok(checker.check(picture)?.nsfw())).transpose()
+    }
+}
+
+/// Keys and values of rows (1, L, ..), those neighbours stacked whose L is one: (b, L, ..).
+fn stacked(kv: &[Tensor]) -> Result<Vec<Tensor>> {
+    let runs = kv.chunk_by(|a, b| a.dims() == b.dims());
+    runs.map(|run| Ok(Tensor::cat(run, 0)?)).collect()
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,116 @@
+//! One image in progress, between two UNet calls.
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+use super::hires::HiresPass;
+use super::init::InpaintBlend;
+use crate::error::Result;
+use crate::layers::LoraStack;
+use crate::noise::Noise;
+use crate::picture::Size;
+use crate::sampler::Sampler;
+
+/// One image in progress.
+pub struct Trajectory {
+    pub(super) size: Size,
+    pub(super) guidance_scale: f64,
+    /// (1, C, h, w) f32
+    pub(super) latents: Tensor,
+    /// Keys and values of the prompt (1, L, kv_width), and of the negative prompt if guided.
+    pub(super) kv: Arc<Tensor>,
+    pub(super) negative: Option<Arc<Tensor>>,
+    pub(super) loras: LoraStack,
+    pub(super) blend: Option<InpaintBlend>,
+    /// Mask and masked image (1, 1 + C, h, w), concatenated to the latents of an inpainting UNet.
+    pub(super) mask_condition: Option<Tensor>,
+    pub(super) sampler: Sampler,
+    /// Time embeddings of the sampler's timesteps (evaluations, time_width).
+    pub(super) time_embeddings: Tensor,
+    pub(super) noise: Noise,
+    /// The latents and the guided output of the last UNet call, both (1, C, h, w) f32.
+    pub(super) last_call: Option<(Tensor, Tensor)>,
+    /// The hires pass, while the base pass runs.
+    pub(super) hires: Option<HiresPass>,
+    /// Evaluations of the base pass, once the hires pass runs.
+    pub(super) base_evaluations: usize,
+    pub(super) warnings: Vec<String>,
+}
+
+/// What one step changes in a trajectory.
+pub(super) struct StepResult {
+    pub(super) latents: Tensor,
+    pub(super) last_call: (Tensor, Tensor),
+    pub(super) sampler: Sampler,
+    pub(super) noise: Noise,
+    /// Whether the hires pass begins.
+    pub(super) begins_hires: bool,
+}
+
+impl Trajectory {
+    /// Whether nothing but decoding is left to do.
+    pub fn done(&self) -> bool {
+        self.sampler.next().is_none()
+    }
+
+    /// Completed UNet evaluations, and their total. Heun takes two a step, PNDM one more than
+    /// steps.
+    pub fn progress(&self) -> (usize, usize) {
+        let hires = self.hires.as_ref().map_or(0, |hires| hires.sampler.evaluations());
+        let total = self.base_evaluations + self.sampler.evaluations() + hires;
+        (self.base_evaluations + self.sampler.completed(), total)
+    }
+
+    /// Pixels times evaluations that are left.
+    pub fn work_left(&self) -> usize {
+        let left = self.sampler.evaluations() - self.sampler.completed();
+        let work = |hires: &HiresPass| hires.size.pixels() * hires.sampler.evaluations();
+        self.size.pixels() * left + self.hires.as_ref().map_or(0, work)
+    }
+
+    /// Batch rows of a UNet call: two with guidance (unconditional, conditional), else one.
+    pub fn rows(&self) -> usize {
+        1 + usize::from(self.negative.is_some())
+    }
+
+    /// The size of the image in the current pass.
+    pub fn size(&self) -> Size {
+        self.size
+    }
+
+    /// Warnings for the user; the image is generated all the same.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// The latents as they are now, (1, C, h, w) f32.
+    pub fn latents(&self) -> &Tensor {
+        &self.latents
+    }
+
+    /// The predicted x0 of the last UNet call (diffusers' `pred_original_sample`), or the latents
+    /// if they are finished: (1, C, h, w) f32.
+    pub(super) fn predicted_x0(&self) -> Result<Tensor> {
+        match &self.last_call {
+            Some((x, output)) if !self.done() => {
+                let x0 = self.sampler.denoised(x, output)?;
+                self.blend.as_ref().map_or(Ok(x0.clone()), |blend| blend.without_noise(&x0))
+            }
+            _ => Ok(self.latents.clone()),
+        }
+    }
+
+    pub(super) fn advance(&mut self, result: StepResult) {
+        let StepResult { latents, last_call, sampler, noise, begins_hires } = result;
+        if begins_hires && let Some(hires) = self.hires.take() {
+            self.base_evaluations = self.sampler.evaluations();
+            self.size = hires.size;
+            self.time_embeddings = hires.time_embeddings;
+        }
+        self.latents = latents;
+        self.last_call = Some(last_call);
+        self.sampler = sampler;
+        self.noise = noise;
+    }
+}

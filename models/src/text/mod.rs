@@ -1,0 +1,13 @@
+//! Prompts: their syntax and their tokens.
+
+mod inversion;
+mod syntax;
+mod tags;
+mod tokenizer;
+
+pub use self::inversion::{Embeddings, PlaceholderToken};
+pub(crate) use self::syntax::max_chunks;
+pub use self::syntax::{PromptChunk, chunks};
+pub use self::tags::Loras;
+pub(crate) use self::tags::without_loras;
+pub use self::tokenizer::{ClipTokenizer, Tokens};

@@ -1,0 +1,277 @@
+//! Prompts as people write them for AUTOMATIC1111: emphasis, escapes, `BREAK`, more than one
+//! window, `<lora:name:0.8>`. Not the plain prompts of diffusers, which [`super::tokenizer`] cuts at one window.
+//!
+//! Reference: stable-diffusion-webui 1.10 `modules/prompt_parser.py` `parse_prompt_attention`,
+//! `modules/sd_hijack_clip.py`, `modules/sd_emphasis.py` and `modules/extra_networks.py`, with its
+//! defaults. Prompts that
+//! change from step to step (`[a:b:0.5]`, `[a|b]`, `AND`) are not understood: they are words.
+
+use super::tokenizer::ClipTokenizer;
+use crate::error::Result;
+
+/// What a pair of round brackets multiplies, and a pair of square ones divides.
+const EMPHASIS: f64 = 1.1;
+/// The word that begins a new window.
+const BREAK: &str = "BREAK";
+/// A window that would end within a phrase ends at the comma before it, if that is so near.
+const NEAR: usize = 20;
+/// Attention is paid to each window at each step: more than these are cut off.
+const MAX_CHUNKS: usize = 8;
+/// Beyond this a weight leaves nothing of the rest, and much further no number.
+const MAX_WEIGHT: f64 = 1e4;
+
+/// A window of tokens and how much each counts.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PromptChunk {
+    /// Begin, words, end, padding.
+    pub ids: Vec<u32>,
+    /// A weight for each token.
+    pub weights: Vec<f32>,
+}
+
+/// The windows of a prompt, at least one, and how many windows were cut off.
+pub fn chunks(prompt: &str, tokenizer: &ClipTokenizer) -> Result<(Vec<PromptChunk>, usize)> {
+    let room = tokenizer.max_length() - 2;
+    let mut chunks = Vec::new();
+    // Tokens and weights of the window that is being filled.
+    let mut open: Vec<(u32, f64)> = Vec::new();
+    let mut comma = None;
+    for part in parse(prompt) {
+        let Span::Text { text, weight } = part else {
+            chunks.push(std::mem::take(&mut open));
+            comma = None;
+            continue;
+        };
+        for ids in tokenizer.words(&text)? {
+            if ids.len() == 1 && Some(ids[0]) == tokenizer.comma() {
+                comma = Some(open.len());
+            } else if open.len() == room && comma.is_some_and(|place| room - place <= NEAR) {
+                let rest = open.split_off(comma.map_or(room, |place| place + 1));
+                chunks.push(std::mem::replace(&mut open, rest));
+                comma = None;
+            }
+            if open.len() + ids.len() > room {
+                chunks.push(std::mem::take(&mut open));
+                comma = None;
+            }
+            open.extend(ids.into_iter().map(|id| (id, weight)));
+        }
+    }
+    if !open.is_empty() || chunks.is_empty() {
+        chunks.push(open);
+    }
+    let cut = chunks.len().saturating_sub(MAX_CHUNKS);
+    chunks.truncate(MAX_CHUNKS);
+    let close = |words: Vec<(u32, f64)>| {
+        let (ids, weights): (Vec<u32>, Vec<f64>) = words.into_iter().unzip();
+        let mut all = vec![1.0];
+        let bounded = |weight: f64| weight.clamp(-MAX_WEIGHT, MAX_WEIGHT) as f32;
+        all.extend(weights.into_iter().map(bounded));
+        all.resize(tokenizer.max_length(), 1.0);
+        PromptChunk { ids: tokenizer.close(&ids), weights: all }
+    };
+    Ok((chunks.into_iter().map(close).collect(), cut))
+}
+
+/// About as many windows as a prompt can fill, from its length alone.
+pub(crate) fn max_chunks(prompt: &str) -> usize {
+    // A token of text is rarely less than three bytes; a break ends a window early.
+    const BYTES: usize = 3 * 75;
+    let breaks = prompt.matches("BREAK").count();
+    (prompt.len().div_ceil(BYTES) + breaks).clamp(1, MAX_CHUNKS)
+}
+
+/// A stretch of a prompt.
+#[derive(Debug, Clone, PartialEq)]
+enum Span {
+    Text { text: String, weight: f64 },
+    Break,
+}
+
+/// The stretches of a prompt with the product of the brackets around each.
+fn parse(prompt: &str) -> Vec<Span> {
+    let mut parts: Vec<Span> = Vec::new();
+    let (mut round, mut square) = (Vec::new(), Vec::new());
+    let mut rest = prompt;
+    while let Some(token) = Token::first(rest) {
+        rest = &rest[token.length..];
+        match token.kind {
+            Kind::Escaped(text) => parts.push(plain(text)),
+            Kind::Open => round.push(parts.len()),
+            Kind::OpenSquare => square.push(parts.len()),
+            Kind::Close(weight) if !round.is_empty() => {
+                let from = round.pop().unwrap_or_default();
+                multiply(&mut parts[from..], weight.unwrap_or(EMPHASIS));
+            }
+            Kind::CloseSquare if !square.is_empty() => {
+                let from = square.pop().unwrap_or_default();
+                multiply(&mut parts[from..], 1.0 / EMPHASIS);
+            }
+            Kind::Close(_) | Kind::CloseSquare | Kind::Text => {
+                let text = token.text;
+                for (i, piece) in split_breaks(text).into_iter().enumerate() {
+                    if i > 0 {
+                        parts.push(Span::Break);
+                    }
+                    parts.push(plain(piece));
+                }
+            }
+        }
+    }
+    // Brackets that are never closed reach to the end.
+    round.into_iter().for_each(|from| multiply(&mut parts[from..], EMPHASIS));
+    square.into_iter().for_each(|from| multiply(&mut parts[from..], 1.0 / EMPHASIS));
+    merged(parts)
+}
+
+fn plain(text: &str) -> Span {
+    Span::Text { text: text.to_owned(), weight: 1.0 }
+}
+
+fn multiply(parts: &mut [Span], factor: f64) {
+    for part in parts {
+        if let Span::Text { weight, .. } = part {
+            *weight *= factor;
+        }
+    }
+}
+
+/// Neighbours of one weight as one text: the tokenizer must see words whole.
+fn merged(parts: Vec<Span>) -> Vec<Span> {
+    let mut merged: Vec<Span> = Vec::new();
+    for part in parts {
+        match (merged.last_mut(), part) {
+            (Some(Span::Text { text, weight }), Span::Text { text: next, weight: same })
+                if *weight == same =>
+            {
+                text.push_str(&next);
+            }
+            (_, part) => merged.push(part),
+        }
+    }
+    merged
+}
+
+/// What lies between the words `BREAK`, without the space around these.
+fn split_breaks(text: &str) -> Vec<&str> {
+    let word = |c: char| c.is_alphanumeric() || c == '_';
+    let mut pieces = Vec::new();
+    let mut begun = 0;
+    for (at, found) in text.match_indices(BREAK) {
+        let end = at + found.len();
+        if text[..at].ends_with(word) || text[end..].starts_with(word) {
+            continue;
+        }
+        let before = text.get(begun..at).unwrap_or_default();
+        pieces.push(if begun == 0 { before.trim_end() } else { before.trim() });
+        begun = end;
+    }
+    let last = &text[begun..];
+    pieces.push(if begun == 0 { last } else { last.trim_start() });
+    pieces
+}
+
+/// The next thing in a prompt.
+struct Token<'a> {
+    kind: Kind<'a>,
+    text: &'a str,
+    length: usize,
+}
+
+enum Kind<'a> {
+    /// What follows a backslash.
+    Escaped(&'a str),
+    Open,
+    OpenSquare,
+    /// `)` or `:1.3)`
+    Close(Option<f64>),
+    CloseSquare,
+    Text,
+}
+
+impl<'a> Token<'a> {
+    /// The first token of a text; none when it is empty.
+    fn first(text: &'a str) -> Option<Self> {
+        let token = |kind, length| Some(Self { kind, text: &text[..length], length });
+        let first = text.chars().next()?;
+        match first {
+            '\\' => {
+                let escaped = text[1..].starts_with(['(', ')', '[', ']', '\\']);
+                let length = if escaped { 2 } else { 1 };
+                token(Kind::Escaped(&text[1..length]), length)
+            }
+            '(' => token(Kind::Open, 1),
+            '[' => token(Kind::OpenSquare, 1),
+            ')' => token(Kind::Close(None), 1),
+            ']' => token(Kind::CloseSquare, 1),
+            ':' => match weight(text) {
+                Some((weight, length)) => token(Kind::Close(Some(weight)), length),
+                None => token(Kind::Text, 1),
+            },
+            _ => {
+                token(Kind::Text, text.find(['\\', '(', ')', '[', ']', ':']).unwrap_or(text.len()))
+            }
+        }
+    }
+}
+
+/// The number of a `:1.3)` and the length of all of it.
+fn weight(text: &str) -> Option<(f64, usize)> {
+    let end = text.find(')')?;
+    let number = text[1..end].trim();
+    let digits = number.strip_prefix(['+', '-']).unwrap_or(number);
+    let only_digits = digits.chars().all(|c| c == '.' || c.is_ascii_digit());
+    Some((number.parse().ok().filter(|_| only_digits)?, end + 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn weighed(prompt: &str) -> Vec<(String, f64)> {
+        let pair = |part| match part {
+            Span::Text { text, weight } => (text, (weight * 1e4).round() / 1e4),
+            Span::Break => (BREAK.into(), -1.0),
+        };
+        parse(prompt).into_iter().map(pair).collect()
+    }
+
+    /// The examples in the docstring of `parse_prompt_attention`, and what they leave out.
+    #[test]
+    fn brackets_weigh_what_they_enclose() {
+        let table: [(&str, &[(&str, f64)]); 15] = [
+            ("normal text", &[("normal text", 1.0)]),
+            ("an (important) word", &[("an ", 1.0), ("important", 1.1), (" word", 1.0)]),
+            ("(unbalanced", &[("unbalanced", 1.1)]),
+            (r"\(literal\]", &[("(literal]", 1.0)]),
+            ("(unnecessary)(parens)", &[("unnecessaryparens", 1.1)]),
+            (
+                "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
+                &[
+                    ("a ", 1.0),
+                    ("house", 1.573),
+                    (" ", 1.1),
+                    ("on", 1.0),
+                    (" a ", 1.1),
+                    ("hill", 0.55),
+                    (", sun, ", 1.1),
+                    ("sky", 1.4641),
+                    (".", 1.1),
+                ],
+            ),
+            ("", &[]),
+            ("()", &[]),
+            ("a:b) c]", &[("a:b) c]", 1.0)]),
+            ("(a: -0.5 )b", &[("a", -0.5), ("b", 1.0)]),
+            ("(a:1..2)", &[("a:1..2", 1.1)]),
+            (r"a\", &[("a", 1.0)]),
+            ("a BREAK b", &[("a", 1.0), (BREAK, -1.0), ("b", 1.0)]),
+            ("(a BREAK b:2)", &[("a", 2.0), (BREAK, -1.0), ("b", 2.0)]),
+            ("BREAKFAST aBREAK é", &[("BREAKFAST aBREAK é", 1.0)]),
+        ];
+        for (prompt, expected) in table {
+            let expected: Vec<_> = expected.iter().map(|(t, w)| ((*t).to_owned(), *w)).collect();
+            assert_eq!(weighed(prompt), expected, "{prompt:?}");
+        }
+    }
+}

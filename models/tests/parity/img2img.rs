@@ -1,0 +1,165 @@
+//! Pictures that begin as other pictures, against diffusers' img2img and inpainting pipelines.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+use sd_models::{
+    AddOns, DeviceName, Error, Img2Img, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb,
+    SafetyMode, Size, Source, Spec, Trajectory,
+};
+
+use crate::{fixture, path, relative_error};
+
+const TOLERANCE: f32 = 1e-4;
+
+pub(crate) fn load(root: PathBuf) -> Pipeline {
+    open(Source::Directory(root), None).unwrap()
+}
+
+pub(crate) fn open(source: Source, vae: Option<Source>) -> sd_models::Result<Pipeline> {
+    let (device, precision) = (DeviceName::Cpu, Precision::F32);
+    Pipeline::load(&LoadOptions {
+        source,
+        vae,
+        device,
+        precision,
+        safety: SafetyMode::IfPresent,
+        threads: Some(1),
+        add_ons: AddOns::default(),
+    })
+}
+
+pub(crate) fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in from.read_dir().unwrap().map(Result::unwrap) {
+        let target = to.join(entry.file_name());
+        match entry.path().is_dir() {
+            true => copy(&entry.path(), &target),
+            false => drop(std::fs::copy(entry.path(), target).unwrap()),
+        }
+    }
+}
+
+/// The model of SD 1.x with another UNet, which was trained for inpainting; each test has its own.
+pub(crate) fn inpainting_model(test: &str) -> PathBuf {
+    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("inpainting-{test}"));
+    let _ = std::fs::remove_dir_all(&root);
+    copy(&path("v1"), &root);
+    std::fs::remove_dir_all(root.join("unet")).unwrap();
+    copy(&path("inpaint"), &root);
+    root
+}
+
+fn bytes(x: &Tensor) -> Vec<u8> {
+    x.to_dtype(DType::U8).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+}
+
+pub(crate) fn spec(start: Option<Img2Img>) -> Spec {
+    Spec {
+        prompt: "a red house".into(),
+        prompt_syntax: PromptSyntax::Plain,
+        negative_prompt: String::new(),
+        loras: Vec::new(),
+        size: Size::new(64, 64).unwrap(),
+        steps: 10,
+        guidance_scale: 3.0,
+        seed: 11,
+        scheduler: "ddim".parse().unwrap(),
+        img2img: start.map(Arc::new),
+        hires: None,
+    }
+}
+
+pub(crate) fn finish(model: &Pipeline, mut batch: Vec<Trajectory>) -> Vec<Tensor> {
+    while batch.iter().any(|trajectory| !trajectory.done()) {
+        model.step(&mut batch.iter_mut().collect::<Vec<_>>()).unwrap();
+    }
+    batch.iter().map(|trajectory| trajectory.latents().clone()).collect()
+}
+
+/// Every case of the fixture whose name begins so, and all of them in one batch.
+fn check(kind: &str, model: &Pipeline) {
+    let expected = fixture("start.safetensors");
+    let picture = || Rgb { width: 64, height: 64, data: bytes(&expected["picture"]) };
+    let mask = || (kind != "image").then(|| bytes(&expected["mask"]));
+    let mut cases: Vec<_> = expected.keys().filter(|k| k.starts_with(kind)).collect();
+    cases.sort_unstable();
+    assert!(cases.len() >= 12);
+    let specs: Vec<Spec> = cases
+        .iter()
+        .map(|case| {
+            let parts: Vec<_> = case.splitn(3, '.').collect();
+            let strength = parts[2].parse().unwrap();
+            let start = Img2Img { picture: picture(), strength, mask: mask() };
+            Spec { scheduler: parts[1].parse().unwrap(), ..spec(Some(start)) }
+        })
+        .collect();
+    let begun = specs.iter().map(|spec| model.begin(spec).unwrap()).collect();
+    let drawn = finish(model, begun);
+    let mut failures = Vec::new();
+    for (case, latents) in cases.iter().zip(&drawn) {
+        let error = relative_error(latents, &expected[*case]);
+        println!("{case}: {error:.1e}");
+        if error.is_nan() || error > TOLERANCE {
+            failures.push(format!("{case}: {error:.1e}"));
+        }
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
+    let alone = finish(model, vec![model.begin(&specs[1]).unwrap()]);
+    assert_eq!(relative_error(&alone[0], &drawn[1]), 0.0, "{} alone", cases[1]);
+}
+
+#[test]
+fn a_picture_begins_as_another_picture() {
+    check("image", &load(path("v1")));
+}
+
+#[test]
+fn a_part_of_a_picture_is_painted_anew() {
+    check("hole", &load(path("v1")));
+}
+
+#[test]
+fn a_unet_for_inpainting_is_told_what_to_paint() {
+    let model = load(inpainting_model("told"));
+    check("told", &model);
+    // Without a picture everything is painted.
+    let (white, all) = (vec![255; 64 * 64 * 3], Some(vec![255; 64 * 64]));
+    let picture = Rgb { width: 64, height: 64, data: white };
+    let start = Img2Img { picture, strength: 1.0, mask: all };
+    let all = finish(&model, vec![model.begin(&spec(Some(start))).unwrap()]);
+    let none = finish(&model, vec![model.begin(&spec(None)).unwrap()]);
+    assert_eq!(relative_error(&none[0], &all[0]), 0.0);
+}
+
+#[test]
+fn what_is_kept_stays_as_it_was() {
+    let model = load(path("v1"));
+    let picture = |value| Rgb { width: 64, height: 64, data: vec![value; 64 * 64 * 3] };
+    let mask = (0..64 * 64).map(|i| if i % 64 < 32 { 255 } else { 0 }).collect();
+    let start = Img2Img { picture: picture(200), strength: 0.8, mask: Some(mask) };
+    let drawn = finish(&model, vec![model.begin(&spec(Some(start.clone()))).unwrap()]);
+    let another = Spec { prompt: "a boat".into(), ..spec(Some(start)) };
+    let another = finish(&model, vec![model.begin(&another).unwrap()]);
+    let half = |x: &Tensor, from| x.narrow(3, from, 4).unwrap();
+    assert_eq!(relative_error(&half(&drawn[0], 4), &half(&another[0], 4)), 0.0);
+    assert!(relative_error(&half(&drawn[0], 0), &half(&another[0], 0)) > 0.0);
+}
+
+#[test]
+fn a_start_that_does_not_fit_is_refused_by_name() {
+    let model = load(path("v1"));
+    let picture = |side| Rgb { width: side, height: side, data: vec![0; side * side * 3] };
+    let start = Img2Img { picture: picture(64), strength: 0.5, mask: None };
+    let refused = [
+        ("image", Img2Img { picture: picture(32), ..start.clone() }),
+        ("mask", Img2Img { mask: Some(vec![0; 3]), ..start.clone() }),
+        ("strength", Img2Img { strength: f64::NAN, ..start.clone() }),
+        ("strength", Img2Img { strength: 0.05, ..start }),
+    ];
+    for (wrong, start) in refused {
+        let error = model.check(&spec(Some(start))).unwrap_err();
+        assert!(matches!(error, Error::Spec { field, .. } if field == wrong), "{error}");
+    }
+}
