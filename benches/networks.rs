@@ -13,10 +13,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_transformers::models::stable_diffusion::StableDiffusionConfig;
-use sd_models::config::{UNetConfig, VaeConfig};
-use sd_models::unet::UNet2DConditionModel;
-use sd_models::vae::Decoder;
-use sd_models::weights::Weights;
+use sd_models::networks::{Decoder, UNet2DConditionModel, UNetConfig, VaeConfig};
 use sd_models::{Precision, Source};
 
 const USAGE: &str =
@@ -46,13 +43,13 @@ fn main() -> Result<()> {
     let began = Instant::now();
     let unet = UNet2DConditionModel::load(
         UNetConfig::read(&source)?,
-        &Weights::open(&source, "unet", STEM, false)?,
+        &source.weights("unet", STEM, false)?,
         &device,
         dtype,
     )?;
     let vae = Decoder::load(
         VaeConfig::read(&source)?,
-        &Weights::open(&source, "vae", STEM, false)?,
+        &source.weights("vae", STEM, false)?,
         &device,
         dtype,
     )?;
@@ -62,7 +59,7 @@ fn main() -> Result<()> {
     let context = Tensor::randn(0f32, 1f32, (2, 77, unet.config().cross_attention_dim), &device)?;
     // Once for all steps of a picture, so outside of what is timed.
     let kv = [unet.keys_values(&context, &[])?];
-    let times = unet.times(&[TIMESTEP, TIMESTEP], &[])?;
+    let times = unet.time_embeddings(&[TIMESTEP, TIMESTEP], &[])?;
     let (step, prediction) = median(runs, || Ok(unet.forward(&latents, &times, &kv, &[])?))?;
     let one = latents.narrow(0, 0, 1)?;
     let (decode, _) = median(runs, || Ok(vae.forward(&one)?))?;

@@ -10,7 +10,7 @@ use ::image::DynamicImage;
 use base64::Engine as _;
 use base64::alphabet::STANDARD;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
-use sd_models::{Hires, Loras, ModelInfo, PromptSyntax, Scheduler, Size, Spec, Start, Upscaler};
+use sd_models::{Hires, Img2Img, Loras, ModelInfo, PromptSyntax, Scheduler, Size, Spec, Upscaler};
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::{Value, json};
 
@@ -171,7 +171,7 @@ impl Draw {
             guidance_scale: guidance.unwrap_or(defaults.guidance_scale),
             seed: seed.unwrap_or_else(dice),
             scheduler: scheduler.unwrap_or(defaults.scheduler),
-            start: pictures.map(|pictures| Arc::new(pictures.start(size))),
+            img2img: pictures.map(|pictures| Arc::new(pictures.start(size))),
             hires,
         };
         if let Err(error) = model.check(&spec) {
@@ -218,8 +218,8 @@ impl Pictures {
         Size::new(side(width), side(height)).unwrap_or(model.defaults.size)
     }
 
-    fn start(&self, size: Size) -> Start {
-        Start {
+    fn start(&self, size: Size) -> Img2Img {
+        Img2Img {
             picture: image::fit(&self.image, size),
             strength: self.strength,
             mask: self.mask.as_ref().map(|mask| image::fit_mask(mask, size)),

@@ -12,7 +12,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use clap::error::ErrorKind;
 use clap::{CommandFactory as _, FromArgMatches as _};
-use sd_models::{Checking, DeviceName, Extras, Folder, MAX_STEPS, Precision};
+use sd_models::{AddOns, AssetDir, DeviceName, MAX_STEPS, Precision, SafetyMode};
 use serde_json::{Value, json};
 
 use crate::api::Limits;
@@ -113,13 +113,13 @@ pub struct Model {
     /// The numbers it computes in.
     pub precision: Precision,
     /// Whether its safety checker is loaded.
-    pub checking: Checking,
+    pub checking: SafetyMode,
     /// What becomes of what that objects to.
     pub safety: Safety,
     /// CPU threads; all cores when absent.
     pub threads: Option<usize>,
     /// What requests can add to it by name.
-    pub extras: Extras,
+    pub add_ons: AddOns,
     /// The hub and its cache.
     pub hub: Hub,
 }
@@ -164,7 +164,7 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
         }
         Command::Package(args) => Action::Package(Box::new(args.resolve()?)),
         Command::Bench(args) if args.verify => {
-            let model = Model { checking: Checking::Never, ..args.model.resolve()? };
+            let model = Model { checking: SafetyMode::Never, ..args.model.resolve()? };
             let (max_rows, evaluations) = (args.max_rows, args.evaluations);
             let (size, json) = (args.size, args.json);
             Action::Verify(Box::new(Verify { model, size, max_rows, evaluations, json }))
@@ -308,7 +308,7 @@ impl GenerateArgs {
             .filter_map(|(name, value)| Some((name.to_owned(), value?)))
             .collect();
         let mut model = self.model.resolve()?;
-        model.extras.loras.files = files;
+        model.add_ons.loras.files = files;
         Ok(Generate { model, fields, output: self.output, format })
     }
 }
@@ -332,7 +332,7 @@ impl PackageArgs {
                 device: DeviceName::Cpu,
                 precision: self.dtype,
                 threads: None,
-                extras: Extras::default(),
+                add_ons: AddOns::default(),
                 hub: hub()?,
             },
             output,
@@ -373,14 +373,14 @@ impl ModelArgs {
             device: self.device,
             precision: self.dtype,
             threads: self.threads,
-            extras: Extras {
-                loras: Folder {
+            add_ons: AddOns {
+                loras: AssetDir {
                     directory: self.loras_dir.map(directory).transpose()?,
                     files: Vec::new(),
                     endings: &["safetensors"],
                 },
                 max_lora_bytes: self.max_lora_bytes as u64,
-                embeddings: Folder {
+                embeddings: AssetDir {
                     directory: self.embeddings_dir.map(directory).transpose()?,
                     files: Vec::new(),
                     endings: &["safetensors", "pt", "bin"],
@@ -406,13 +406,13 @@ impl Model {
 
 /// Whether a checker is loaded and what becomes of what it objects to. It errs on some harmless
 /// pictures: blurring them keeps the rest of a request, and every dialect has a place for a picture.
-fn safety(typed: Option<SafetyChecker>) -> (Checking, Safety) {
+fn safety(typed: Option<SafetyChecker>) -> (SafetyMode, Safety) {
     match typed {
-        None => (Checking::IfThere, Safety::Blur),
-        Some(SafetyChecker::Off) => (Checking::Never, Safety::Flag),
-        Some(SafetyChecker::Flag) => (Checking::Required, Safety::Flag),
-        Some(SafetyChecker::Blur) => (Checking::Required, Safety::Blur),
-        Some(SafetyChecker::Block) => (Checking::Required, Safety::Block),
+        None => (SafetyMode::IfPresent, Safety::Blur),
+        Some(SafetyChecker::Off) => (SafetyMode::Never, Safety::Flag),
+        Some(SafetyChecker::Flag) => (SafetyMode::Required, Safety::Flag),
+        Some(SafetyChecker::Blur) => (SafetyMode::Required, Safety::Blur),
+        Some(SafetyChecker::Block) => (SafetyMode::Required, Safety::Block),
     }
 }
 

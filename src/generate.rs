@@ -55,7 +55,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     let (mut out, hashes) = (std::io::stdout(), image::Hashes::default());
     for (k, (spec, picture)) in specs.iter().zip(&pictures?).enumerate() {
         let path = numbered(&config.output, k, specs.len());
-        let loras = hashes.of(spec, &model.extras.loras);
+        let loras = hashes.of(spec, &model.add_ons.loras);
         let infotext = image::infotext(spec, &model.name, &loras);
         let file = image::encode(&picture.rgb, config.format, image::JPEG_QUALITY, &infotext)?;
         std::fs::write(&path, file).with_context(|| format!("cannot write {}", path.display()))?;

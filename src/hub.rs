@@ -8,8 +8,8 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use hf_hub::api::tokio::{Api, ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 use indicatif::{ProgressBar, ProgressStyle};
-use sd_models::config::check_pipeline;
-use sd_models::{Checking, Checkpoint, LoadOptions, Source};
+use sd_models::check_pipeline;
+use sd_models::{Checkpoint, LoadOptions, SafetyMode, Source};
 use tokio::time::timeout;
 use tracing::info;
 
@@ -76,7 +76,7 @@ pub struct Download {
     /// Whether f16 weights are preferred.
     pub half: bool,
     /// Whether the safety checker comes along.
-    pub checking: Checking,
+    pub checking: SafetyMode,
 }
 
 /// Finds the files of the configured model, fetching them if need be. Not for async threads.
@@ -99,8 +99,8 @@ pub(crate) fn locate(model: Model) -> Result<LoadOptions> {
         true => Source::Directory(path),
         false => Source::Checkpoint(Checkpoint { file: path, vocabulary: None }),
     });
-    let Model { device, precision, threads, extras, .. } = model;
-    Ok(LoadOptions { source, vae, device, precision, checking, threads, extras })
+    let Model { device, precision, threads, add_ons, .. } = model;
+    Ok(LoadOptions { source, vae, device, precision, safety: checking, threads, add_ons })
 }
 
 /// CLIP's vocabulary for a checkpoint that has none beside it, from the cache or the hub.
@@ -112,7 +112,7 @@ fn vocabulary(file: &Path, hub: &Hub) -> Result<Option<PathBuf>> {
     let cached = || VOCABULARY_FILES.iter().map(|name| cache.get(name)).collect::<Option<Vec<_>>>();
     if cached().is_none() {
         let (hub, id, revision) = (hub.clone(), VOCABULARY.to_owned(), "main".to_owned());
-        let (half, checking) = (false, Checking::Never);
+        let (half, checking) = (false, SafetyMode::Never);
         let download = Download { hub, id, revision, half, checking };
         download.run_for(&VOCABULARY_FILES).with_context(|| {
             format!(
@@ -288,7 +288,7 @@ impl hf_hub::api::tokio::Progress for Meter {
 }
 
 /// A cache can hold half a model: a download may have been interrupted.
-fn is_complete(model: &Path, checking: Checking) -> bool {
+fn is_complete(model: &Path, checking: SafetyMode) -> bool {
     let weights = |folder: &str| -> Option<bool> {
         let names = model.join(folder).read_dir().ok()?;
         let names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
@@ -300,7 +300,7 @@ fn is_complete(model: &Path, checking: Checking) -> bool {
     };
     // What is wrong with an index is said when it is loaded.
     let named = || check_pipeline(&Source::Directory(model.into())).unwrap_or(false);
-    let checked = checking != Checking::Never && named();
+    let checked = checking != SafetyMode::Never && named();
     model.join("model_index.json").is_file()
         && model.join("scheduler/scheduler_config.json").is_file()
         && NETWORKS.iter().all(|(folder, _)| network(folder))
@@ -318,11 +318,11 @@ fn has_all_shards(name: &str, names: &[String]) -> bool {
 }
 
 /// The files to fetch out of those that a repository has: safetensors only, one variant each.
-pub(crate) fn needed(files: &[String], half: bool, checking: Checking) -> Result<Vec<String>> {
+pub(crate) fn needed(files: &[String], half: bool, checking: SafetyMode) -> Result<Vec<String>> {
     let has = |name: &str| files.iter().any(|file| file == name);
     ensure!(has("model_index.json"), "not a diffusers model: it has no model_index.json");
     let mut needed: Vec<String> = SMALL_FILES.map(String::from).into();
-    let checked = checking != Checking::Never && has("safety_checker/config.json");
+    let checked = checking != SafetyMode::Never && has("safety_checker/config.json");
     needed.retain(|file| {
         has(file) && (checked || !file.starts_with(CHECKER.0) && file != PREPROCESSOR)
     });
@@ -379,12 +379,12 @@ mod tests {
              unet/diffusion_pytorch_model.non_ema.safetensors
              vae/config.json vae/diffusion_pytorch_model.safetensors",
         );
-        let full = needed(&files, false, Checking::Never).expect("complete");
+        let full = needed(&files, false, SafetyMode::Never).expect("complete");
         assert!(full.contains(&"unet/diffusion_pytorch_model.safetensors".into()));
         assert_eq!(full.iter().filter(|f| f.ends_with(".safetensors")).count(), 3);
         assert!(!full.iter().any(|f| f.ends_with(".bin") || f.contains("safety")));
         assert!(!full.contains(&PREPROCESSOR.into()));
-        let half = needed(&files, true, Checking::IfThere).expect("complete");
+        let half = needed(&files, true, SafetyMode::IfPresent).expect("complete");
         assert!(half.contains(&"unet/diffusion_pytorch_model.fp16.safetensors".into()));
         assert!(half.contains(&"vae/diffusion_pytorch_model.safetensors".into()));
         assert!(half.contains(&"safety_checker/model.safetensors".into()));
@@ -392,7 +392,8 @@ mod tests {
         assert_eq!(half.iter().filter(|f| f.ends_with(".safetensors")).count(), 4);
         let pickled: Vec<String> =
             files.into_iter().filter(|file| file != "safety_checker/model.safetensors").collect();
-        let error = needed(&pickled, true, Checking::IfThere).expect_err("a checker by name only");
+        let error =
+            needed(&pickled, true, SafetyMode::IfPresent).expect_err("a checker by name only");
         assert!(error.to_string().contains("--safety-checker off"), "{error}");
     }
 
@@ -404,9 +405,9 @@ mod tests {
              unet/diffusion_pytorch_model-00002-of-00002.safetensors
              unet/diffusion_pytorch_model.safetensors.index.json",
         );
-        let unet = needed(&files, true, Checking::IfThere).expect("complete");
+        let unet = needed(&files, true, SafetyMode::IfPresent).expect("complete");
         assert_eq!(unet.iter().filter(|f| f.starts_with("unet/")).count(), 3);
-        assert!(needed(&files[..2], false, Checking::IfThere).is_err());
+        assert!(needed(&files[..2], false, SafetyMode::IfPresent).is_err());
         let names: Vec<String> =
             files.iter().filter_map(|f| f.strip_prefix("unet/")).map(Into::into).collect();
         assert!(has_all_shards(&names[0], &names));

@@ -183,7 +183,7 @@ impl Bench {
             guidance_scale: if rows == 1 { 1.0 } else { 7.5 },
             seed,
             scheduler: Scheduler::Dpmpp2m,
-            start: None,
+            img2img: None,
             hires: None,
         }
     }

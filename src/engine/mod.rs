@@ -493,7 +493,7 @@ impl Model for sd_models::Pipeline {
     }
 
     fn files(&self, spec: &Spec) -> Option<Box<dyn FnOnce() + Send>> {
-        self.files(spec)
+        self.prefetch(spec)
     }
 
     fn begin(&self, spec: &Spec) -> sd_models::Result<Self::Trajectory> {
@@ -509,7 +509,7 @@ impl Model for sd_models::Pipeline {
     }
 
     fn judge(&self, picture: &Rgb) -> sd_models::Result<Option<bool>> {
-        self.judge(picture)
+        self.check_safety(picture)
     }
 
     fn preview(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Option<Rgb>> {

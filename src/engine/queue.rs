@@ -191,7 +191,7 @@ mod tests {
             guidance_scale: 7.5,
             seed: client,
             scheduler: Scheduler::Euler,
-            start: None,
+            img2img: None,
             hires: None,
         };
         let client = Client::named(&client.to_string());

@@ -68,7 +68,7 @@ pub(super) fn main<M: Model>(shared: Arc<Shared>, load: impl FnOnce() -> anyhow:
     if let Some(warning) = warning {
         warn!("{warning}");
     }
-    for (name, reason) in &info.learned.skipped {
+    for (name, reason) in &info.embeddings.skipped {
         warn!(name, reason, "an embedding is left out");
     }
     engine.metrics.set(Id::LoadSeconds, &[], started.elapsed().as_secs_f64());
@@ -137,7 +137,7 @@ fn blank(defaults: &Defaults, size: Size) -> Spec {
         guidance_scale: defaults.guidance_scale,
         seed: 0,
         scheduler: defaults.scheduler,
-        start: None,
+        img2img: None,
         hires: None,
     }
 }

@@ -161,7 +161,7 @@ impl Asked {
 
     /// The LoRAs of a picture by their hashes. Reads files.
     pub(super) fn loras(&self, spec: &Spec) -> String {
-        self.hashes.of(spec, &self.model.extras.loras)
+        self.hashes.of(spec, &self.model.add_ons.loras)
     }
 
     fn files(&self, pictures: &[Drawn]) -> Result<Vec<Vec<u8>>, ApiError> {

@@ -3,7 +3,7 @@
 //! is written here is only what no code can say: the sentences, and the shapes of answers.
 
 use axum::Json;
-use sd_models::{Defaults, Extras, Learned, Memory, ModelInfo, Scheduler, Size};
+use sd_models::{AddOns, Defaults, Embeddings, MemoryEstimate, ModelInfo, Scheduler, Size};
 use serde_json::{Map, Value, json};
 
 use super::error::ApiError;
@@ -123,9 +123,9 @@ fn any() -> ModelInfo {
         },
         multiple: 8,
         checked: false,
-        memory: Memory::default(),
-        extras: Extras::default(),
-        learned: Learned::default(),
+        memory: MemoryEstimate::default(),
+        add_ons: AddOns::default(),
+        embeddings: Embeddings::default(),
     }
 }
 

@@ -614,7 +614,7 @@ pub(super) async fn models(state: State) -> Result<Json<Value>, ApiError> {
 /// `GET /sdapi/v1/loras`: what `<lora:name:1>` in a prompt can name.
 pub(super) async fn loras(state: State) -> Result<Json<Value>, ApiError> {
     let Some(model) = artist(&state)? else { return Ok(nothing().await) };
-    let list = tokio::task::spawn_blocking(move || model.extras.loras.list()).await;
+    let list = tokio::task::spawn_blocking(move || model.add_ons.loras.list()).await;
     let lora = |(name, path): (String, PathBuf)| {
         let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         json!({ "name": name, "alias": name, "path": file, "metadata": {} })
@@ -638,13 +638,13 @@ pub(super) async fn embeddings(state: State) -> Result<Json<Value>, ApiError> {
         return Ok(Json(json!({ "loaded": {}, "skipped": {} })));
     };
     let item = |vectors, reason: Option<&str>| {
-        let shape = model.learned.width;
+        let shape = model.embeddings.width;
         json!({
             "step": null, "sd_checkpoint": null, "sd_checkpoint_name": null, "shape": shape,
             "vectors": vectors, "reason": reason,
         })
     };
-    let learned = &model.learned;
+    let learned = &model.embeddings;
     let loaded: Map<String, Value> =
         learned.words.iter().map(|word| (word.word.clone(), item(word.count, None))).collect();
     let skipped: Map<String, Value> =

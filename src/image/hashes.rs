@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use ring::digest::{Context, SHA256};
-use sd_models::{Folder, Spec};
+use sd_models::{AssetDir, Spec};
 use serde::Deserialize;
 
 /// Of the header of a safetensors file, as its own library reads it.
@@ -30,7 +30,7 @@ type Version = (Option<SystemTime>, u64);
 impl Hashes {
     /// The LoRAs of a picture as AUTOMATIC1111 lists them, `name: hash, name: hash`; what is gone by
     /// now is left out. Reads whole files, once: not for async threads.
-    pub fn of(&self, spec: &Spec, folder: &Folder) -> String {
+    pub fn of(&self, spec: &Spec, folder: &AssetDir) -> String {
         let named = spec.text().map(|(_, named)| named).unwrap_or_default();
         let mut names: Vec<_> = spec.loras.iter().chain(&named).map(|(name, _)| name).collect();
         names.sort();

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sd_models::{
-    Defaults, Error, Extras, Learned, Memory, ModelInfo, PromptSyntax, Result, Rgb, Scheduler,
-    Size, Spec,
+    AddOns, Defaults, Embeddings, Error, MemoryEstimate, ModelInfo, PromptSyntax, Result, Rgb,
+    Scheduler, Size, Spec,
 };
 use sd_server::api::Limits;
 use sd_server::engine::{Model, Trajectory};
@@ -82,9 +82,9 @@ impl Fake {
             defaults,
             multiple: 8,
             checked: false,
-            memory: Memory { scale: 8, ..Memory::default() },
-            extras: Extras::default(),
-            learned: Learned::default(),
+            memory: MemoryEstimate { scale: 8, ..MemoryEstimate::default() },
+            add_ons: AddOns::default(),
+            embeddings: Embeddings::default(),
         };
         let (capacity, pace) = (usize::MAX, Duration::ZERO);
         let fake = Self { info, capacity, pace, steps: Arc::clone(&steps), permits: permitted };
@@ -174,7 +174,7 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
         guidance_scale: 7.5,
         seed,
         scheduler: Scheduler::Euler,
-        start: None,
+        img2img: None,
         hires: None,
     }
 }

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use sd_models::{Memory, Size, Spec};
+use sd_models::{MemoryEstimate, Size, Spec};
 use sd_server::engine::{Client, Engine, Failure, Job, Settings};
 use sd_server::http;
 
@@ -88,7 +88,7 @@ async fn a_batch_that_does_not_fit_shrinks_and_everyone_is_drawn() -> Result<()>
 async fn the_memory_budget_bounds_rows_and_refuses_what_can_never_fit() -> Result<()> {
     let (mut fake, strings) = Fake::new();
     // A row of 64x64 takes 6400 bytes.
-    fake.info.memory = Memory { row_bytes: 100, scale: 8, ..Memory::default() };
+    fake.info.memory = MemoryEstimate { row_bytes: 100, scale: 8, ..MemoryEstimate::default() };
     let settings = Settings { max_batch_rows: 16, memory_budget_bytes: Some(26_000), ..ENGINE };
     let engine = Engine::start(settings, || Ok(fake))?;
     engine.ready().await?;

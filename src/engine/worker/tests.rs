@@ -7,7 +7,9 @@ use std::rc::Rc;
 use std::sync::mpsc::{self, Receiver, Sender};
 
 use futures_util::FutureExt as _;
-use sd_models::{Defaults, Extras, Hires, Learned, Memory, PromptSyntax, Rgb, Scheduler, Upscaler};
+use sd_models::{
+    AddOns, Defaults, Embeddings, Hires, MemoryEstimate, PromptSyntax, Rgb, Scheduler, Upscaler,
+};
 use tokio::time::{Instant as Clock, advance};
 
 use super::*;
@@ -141,9 +143,9 @@ impl Studio {
             defaults,
             multiple: 8,
             checked: false,
-            memory: Memory { scale: 8, ..Memory::default() },
-            extras: Extras::default(),
-            learned: Learned::default(),
+            memory: MemoryEstimate { scale: 8, ..MemoryEstimate::default() },
+            add_ons: AddOns::default(),
+            embeddings: Embeddings::default(),
         };
         engine.shared.enter(Phase::Ready(Arc::new(info.clone())));
         let (capacity, reading) = (usize::MAX, Duration::ZERO);
@@ -208,7 +210,7 @@ fn spec(seed: u64, steps: usize) -> Spec {
         guidance_scale: 7.5,
         seed,
         scheduler: Scheduler::Euler,
-        start: None,
+        img2img: None,
         hires: None,
     }
 }
@@ -647,7 +649,7 @@ fn who_waits_for_a_file_has_a_place() {
 #[test]
 fn what_a_prompt_takes_counts_for_its_step() {
     let mut studio = Studio::new(4, 8);
-    studio.worker.model.info.memory.window_bytes = 1000;
+    studio.worker.model.info.memory.chunk_bytes = 1000;
     studio.engine.shared.device.set_budget_bytes(10_000);
     // Three windows and one: 8000 bytes. One and one: 4000.
     let long = |seed| Spec {
