@@ -3,18 +3,19 @@
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use sd_server::api::Invalid;
-use sd_server::{compat, config};
+use sd_server::cli;
+use sd_server::host::cuda_compat;
+use sd_server::request::Invalid;
 
 /// `EX_USAGE` of sysexits.h: what was typed cannot be done, and trying again will not help.
 const USAGE: u8 = 64;
 
 fn main() -> ExitCode {
-    if let Err(error) = compat::prefer(config::library_path().as_deref()) {
+    if let Err(error) = cuda_compat::prefer(cli::library_path().as_deref()) {
         // There is no log yet, and the host's own library may do.
         let _ = writeln!(std::io::stderr(), "the compatibility libcuda cannot be used: {error}");
     }
-    let config = match config::read(std::env::args_os()) {
+    let config = match cli::read(std::env::args_os()) {
         Ok(config) => config,
         Err(error) => {
             // Nothing is left to do when not even this can be printed.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use sd_models::{Rgb, Spec};
 use tokio::sync::{mpsc, watch};
 
-use super::{Phase, Shared};
+use super::state::Phase;
 use crate::telemetry::{Id, Metrics};
 
 /// Why a picture was not drawn. The causes are in the log; this is what a client may know.
@@ -179,7 +179,13 @@ pub(super) struct Order {
 }
 
 /// Opens a job: the ticket and an order for each spec.
-pub(super) fn open(id: JobId, job: Job, engine: &Shared) -> (Ticket, Vec<Order>) {
+pub(super) fn open(
+    id: JobId,
+    job: Job,
+    phase: &watch::Sender<Phase>,
+    busy: &watch::Sender<()>,
+    metrics: &Arc<Metrics>,
+) -> (Ticket, Vec<Order>) {
     let Job { specs, client, deadline, preview } = job;
     let count = specs.len();
     // Each order settles once, so a place for each means that the worker never waits.
@@ -201,10 +207,10 @@ pub(super) fn open(id: JobId, job: Job, engine: &Shared) -> (Ticket, Vec<Order>)
         previews: previews.clone().map(|previews| (previews, None)),
         interrupted: Arc::clone(&interrupted),
         outcome: None,
-        metrics: Arc::clone(&engine.metrics),
-        _busy: engine.busy.subscribe(),
+        metrics: Arc::clone(metrics),
+        _busy: busy.subscribe(),
     };
-    let phase = engine.phase.subscribe();
+    let phase = phase.subscribe();
     let orders = specs.into_iter().enumerate().map(order).collect();
     let ticket = Ticket {
         job: id,

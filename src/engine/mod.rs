@@ -8,186 +8,36 @@
 mod batch;
 mod device;
 mod job;
+mod model;
+mod monitor;
 mod pace;
 mod queue;
+mod shared;
+mod state;
 mod worker;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 use std::{io, thread};
 
-use sd_models::{ModelInfo, Rgb, Size, Spec};
+use sd_models::ModelInfo;
 use tokio::sync::watch;
 
+use crate::host::{gpu, memory};
 use crate::telemetry::{GPUS, Id, Metrics};
-use crate::{gpu, memory};
 pub use device::Device;
 pub use job::{Client, Drawn, Failure, Job, Preview, Progress, Ticket};
-use pace::Pace;
+pub use model::{Model, Trajectory};
+pub use monitor::{Outlook, Watch};
 use queue::{Queue, Refused};
-
-/// What the worker drives: `sd_models::Pipeline`, or a fake in tests.
-pub trait Model: 'static {
-    /// A picture in the making.
-    type Trajectory: Trajectory;
-    /// Name, device, defaults and limits.
-    fn info(&self) -> &ModelInfo;
-    /// What has to be read from files before `begin` finds all in memory: work for another thread.
-    fn files(&self, _spec: &Spec) -> Option<Box<dyn FnOnce() + Send>> {
-        None
-    }
-    /// Encodes the text and draws the noise.
-    fn begin(&self, spec: &Spec) -> sd_models::Result<Self::Trajectory>;
-    /// One evaluation for each member; all have the same size.
-    fn step(&self, batch: &mut [&mut Self::Trajectory]) -> sd_models::Result<()>;
-    /// The picture of a trajectory; of one that is not finished, what can be told of it.
-    fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb>;
-    /// Whether a picture should not be shown; `None` from a model that has nothing to tell by.
-    fn judge(&self, _picture: &Rgb) -> sd_models::Result<Option<bool>> {
-        Ok(None)
-    }
-    /// A small look at a picture in the making, from a model that can give one at little cost
-    /// once it is warm.
-    fn preview(&self, _trajectory: &Self::Trajectory) -> sd_models::Result<Option<Rgb>> {
-        Ok(None)
-    }
-    /// Memory that the device has left, where that is known.
-    fn free_bytes(&self) -> Option<u64> {
-        None
-    }
-}
-
-/// What the worker must know of a picture in the making.
-pub trait Trajectory {
-    /// Whether nothing is left but to decode it.
-    fn done(&self) -> bool;
-    /// Evaluations made and to make.
-    fn progress(&self) -> (usize, usize);
-    /// Rows that one evaluation takes in a batch.
-    fn rows(&self) -> usize;
-    /// The size in this pass: pictures of one size can share an evaluation.
-    fn size(&self) -> Size;
-    /// Pixels times evaluations to make, in all passes.
-    fn work_left(&self) -> usize {
-        let (made, all) = self.progress();
-        self.size().pixels() * all.saturating_sub(made)
-    }
-    /// What the client should know, such as a prompt that was cut.
-    fn warnings(&self) -> &[String];
-}
-
-/// The bounds of the engine.
-#[derive(Debug, Clone, Copy)]
-pub struct Settings {
-    /// Pictures that may wait for a place in a batch.
-    pub max_queue: usize,
-    /// Rows of one UNet evaluation; a picture with guidance takes two.
-    pub max_batch_rows: usize,
-    /// Memory that one evaluation or decoding may take; a share of what is free when absent.
-    pub memory_budget_bytes: Option<u64>,
-    /// What becomes of pictures that should not be shown.
-    pub safety: Safety,
-}
-
-/// What becomes of a picture that the model's safety checker objects to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Safety {
-    /// It goes out, and the client is told.
-    Flag,
-    /// It goes out unrecognisable, and the client is told. So do looks at all that is in the making.
-    Blur,
-    /// It does not go out. Looks at what is in the making are blurred.
-    Block,
-}
-
-impl Safety {
-    /// The word for it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Flag => "flag",
-            Self::Blur => "blur",
-            Self::Block => "block",
-        }
-    }
-}
-
-/// Where the engine stands. It moves downwards only.
-#[derive(Debug, Clone)]
-pub enum Phase {
-    /// There is no model; others may be chosen by name.
-    Absent,
-    /// The model is being fetched, read or warmed.
-    Loading,
-    /// Pictures are drawn.
-    Ready(Arc<ModelInfo>),
-    /// What was accepted is finished; nothing more is taken.
-    Draining,
-    /// What was accepted and is not finished will not be.
-    Stopped,
-    /// The device is gone, and every picture with it; only a new process can help.
-    DeviceLost,
-    /// The model thread ended.
-    Dead(Death),
-}
-
-/// Why a model thread ended.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{reason}")]
-pub struct Death {
-    reason: String,
-    /// Whether another model in the way was the reason.
-    pub out_of_memory: bool,
-}
-
-impl From<anyhow::Error> for Death {
-    fn from(error: anyhow::Error) -> Self {
-        let full = |cause: &sd_models::Error| matches!(cause, sd_models::Error::OutOfMemory(_));
-        let out_of_memory = error.chain().filter_map(|cause| cause.downcast_ref()).any(full);
-        Self { reason: format!("{error:#}"), out_of_memory }
-    }
-}
+use shared::Shared;
+pub use state::{Death, Phase, Safety, Settings};
 
 /// The handle that handlers share.
 #[derive(Debug, Clone)]
 pub struct Engine {
     shared: Arc<Shared>,
-}
-
-/// What the handle and the model thread have in common.
-#[derive(Debug)]
-struct Shared {
-    settings: Settings,
-    queue: Mutex<Queue>,
-    /// Signalled when an order arrives, when its files have been read, and when the queue closes.
-    arrived: Condvar,
-    phase: watch::Sender<Phase>,
-    pace: Mutex<Pace>,
-    device: Device,
-    jobs: AtomicU64,
-    /// Every order holds a receiver: without one, nothing is left to do.
-    busy: watch::Sender<()>,
-    metrics: Arc<Metrics>,
-    /// The model thread, until somebody waits for its end.
-    thread: Mutex<Option<thread::JoinHandle<()>>>,
-}
-
-/// Where a job stands, for those who wait for it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Outlook {
-    /// Pictures ahead of it in the queue; `None` when it has begun.
-    pub position: Option<usize>,
-    /// Until it is done, as far as can be told.
-    pub left: Option<Duration>,
-}
-
-/// A view of a job that does not hold it: it may be kept when the ticket is gone.
-#[derive(Debug, Clone)]
-pub struct Watch {
-    job: u64,
-    shared: Arc<Shared>,
-    progress: watch::Receiver<Progress>,
-    interrupted: Arc<AtomicBool>,
 }
 
 impl Engine {
@@ -271,7 +121,8 @@ impl Engine {
     pub fn submit(&self, job: impl Into<Job>) -> Result<Ticket, Failure> {
         let (model, job) = (self.model()?, job.into());
         let id = self.shared.jobs.fetch_add(1, Ordering::Relaxed);
-        let (ticket, mut orders) = job::open(id, job, &self.shared);
+        let (ticket, mut orders) =
+            job::open(id, job, &self.shared.phase, &self.shared.busy, &self.shared.metrics);
         let refuse = |orders: Vec<job::Order>, failure: Failure| {
             orders.into_iter().for_each(|order| order.refuse(failure.clone()));
             failure
@@ -302,9 +153,7 @@ impl Engine {
 
     /// A view of the job of this ticket.
     pub fn watch(&self, ticket: &Ticket) -> Watch {
-        let shared = Arc::clone(&self.shared);
-        let (progress, interrupted) = (ticket.progress(), Arc::clone(&ticket.interrupted));
-        Watch { job: ticket.job, shared, progress, interrupted }
+        Watch::new(&self.shared, ticket)
     }
 
     /// Rows of one evaluation.
@@ -404,148 +253,5 @@ impl Engine {
                 return "the engine is gone".into();
             }
         }
-    }
-}
-
-impl Shared {
-    /// The lock is held for a few moves of pointers and never across a model call.
-    fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn thread(&self) -> MutexGuard<'_, Option<thread::JoinHandle<()>>> {
-        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn pace(&self) -> Pace {
-        *self.pace.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Bytes that one evaluation or decoding may take.
-    fn budget(&self) -> u64 {
-        self.device.budget_bytes().unwrap_or(u64::MAX)
-    }
-
-    /// Seconds until there should be room for so many more pictures.
-    fn retry_after(&self, queue: &Queue, pictures: usize) -> u64 {
-        let missing = (queue.len() + pictures).saturating_sub(self.settings.max_queue).max(1);
-        self.pace().retry_after(missing, queue.len(), queue.work())
-    }
-
-    /// Moves to a later phase; an earlier one is ignored.
-    fn enter(&self, next: Phase) {
-        self.phase.send_if_modified(|phase| {
-            let later = next.rank() > phase.rank();
-            if later {
-                *phase = next;
-            }
-            later
-        });
-    }
-}
-
-impl Watch {
-    /// Evaluations made and to make; changes with each.
-    pub fn progress(&mut self) -> &mut watch::Receiver<Progress> {
-        &mut self.progress
-    }
-
-    /// Evaluations made and to make.
-    pub fn made(&self) -> Progress {
-        *self.progress.borrow()
-    }
-
-    /// Ends the drawing after the step that is being made: the job comes to what there is of it.
-    pub fn interrupt(&self) {
-        self.interrupted.store(true, Ordering::Relaxed);
-    }
-
-    /// Where the job stands. An estimate: it does not know who is still to come or to leave.
-    pub fn outlook(&self) -> Outlook {
-        let place = self.shared.queue().place(self.job);
-        let pace = self.shared.pace();
-        if let Some((position, work)) = place {
-            return Outlook { position: Some(position), left: pace.time(pace.drawing + work) };
-        }
-        let Progress { made, total, begun } = *self.progress.borrow();
-        Outlook { position: None, left: pace.time_of((total - made).div_ceil(begun.max(1))) }
-    }
-}
-
-impl Phase {
-    fn rank(&self) -> u8 {
-        match self {
-            Self::Absent | Self::Loading => 0,
-            Self::Ready(_) => 1,
-            Self::Draining => 2,
-            Self::Stopped => 3,
-            Self::DeviceLost => 4,
-            Self::Dead(_) => 5,
-        }
-    }
-}
-
-impl Model for sd_models::Pipeline {
-    type Trajectory = sd_models::Trajectory;
-
-    fn info(&self) -> &ModelInfo {
-        self.info()
-    }
-
-    fn files(&self, spec: &Spec) -> Option<Box<dyn FnOnce() + Send>> {
-        self.prefetch(spec)
-    }
-
-    fn begin(&self, spec: &Spec) -> sd_models::Result<Self::Trajectory> {
-        self.begin(spec)
-    }
-
-    fn step(&self, batch: &mut [&mut Self::Trajectory]) -> sd_models::Result<()> {
-        self.step(batch)
-    }
-
-    fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb> {
-        self.decode(trajectory)
-    }
-
-    fn judge(&self, picture: &Rgb) -> sd_models::Result<Option<bool>> {
-        self.check_safety(picture)
-    }
-
-    fn preview(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Option<Rgb>> {
-        self.preview(trajectory).map(Some)
-    }
-
-    fn free_bytes(&self) -> Option<u64> {
-        match self.info().device.as_str() {
-            "cpu" => memory::available(),
-            _ => self.free_device_bytes(),
-        }
-    }
-}
-
-impl Trajectory for sd_models::Trajectory {
-    fn done(&self) -> bool {
-        self.done()
-    }
-
-    fn progress(&self) -> (usize, usize) {
-        self.progress()
-    }
-
-    fn rows(&self) -> usize {
-        self.rows()
-    }
-
-    fn size(&self) -> Size {
-        self.size()
-    }
-
-    fn work_left(&self) -> usize {
-        self.work_left()
-    }
-
-    fn warnings(&self) -> &[String] {
-        self.warnings()
     }
 }

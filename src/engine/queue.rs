@@ -202,7 +202,8 @@ mod tests {
             memory_budget_bytes: None,
             safety: Safety::Blur,
         };
-        job::open(id, job, &Engine::absent(&Device::default(), settings).shared)
+        let engine = Engine::absent(&Device::default(), settings).shared;
+        job::open(id, job, &engine.phase, &engine.busy, &engine.metrics)
     }
 
     fn drain(queue: &mut Queue) -> Vec<u64> {

@@ -16,7 +16,9 @@ use tracing::{debug, error, info, warn};
 
 use super::batch::Rotation;
 use super::job::{Drawn, Failure, Order};
-use super::{Model, Phase, Safety, Shared, Trajectory};
+use super::model::{Model, Trajectory};
+use super::shared::Shared;
+use super::state::{Phase, Safety};
 use crate::image;
 use crate::telemetry::Id;
 

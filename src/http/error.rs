@@ -8,13 +8,13 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use crate::api::Invalid;
 use crate::engine::Failure;
-use crate::models::Refusal;
+use crate::registry::Refusal;
+use crate::request::Invalid;
 
 /// An answer that is not a picture.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum ApiError {
+pub(crate) enum ApiError {
     /// 401.
     #[error("{}", match given {
         true => "the API key is not valid",
@@ -72,7 +72,7 @@ pub(super) enum ApiError {
 }
 
 impl ApiError {
-    pub(super) fn status(&self) -> StatusCode {
+    pub(crate) fn status(&self) -> StatusCode {
         match self {
             Self::Key { .. } => StatusCode::UNAUTHORIZED,
             Self::NotFound | Self::NoJob | Self::NoFile | Self::NoModel(_) => StatusCode::NOT_FOUND,
@@ -165,25 +165,25 @@ impl ApiError {
 
 /// The reason of an error, left in the response for the log, the metrics and other dialects.
 #[derive(Debug, Clone)]
-pub(super) struct Reason {
-    pub(super) code: &'static str,
-    pub(super) message: String,
-    pub(super) param: Option<String>,
+pub(crate) struct Reason {
+    pub(crate) code: &'static str,
+    pub(crate) message: String,
+    pub(crate) param: Option<String>,
 }
 
 impl ApiError {
     /// The error as clients see it.
-    pub(super) fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         let message = self.to_string();
         json!({ "error": { "code": self.code(), "message": message, "param": self.param() } })
     }
 
-    pub(super) fn reason(&self) -> Reason {
+    pub(crate) fn reason(&self) -> Reason {
         let (code, param) = (self.code(), self.param().map(Into::into));
         Reason { code, message: self.to_string(), param }
     }
 
-    pub(super) fn response(&self) -> Response {
+    pub(crate) fn response(&self) -> Response {
         let mut response = (self.status(), Json(self.json())).into_response();
         if let Some(seconds) = self.retry_after_s() {
             response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
@@ -194,7 +194,7 @@ impl ApiError {
 }
 
 /// Puts an error into the words of another dialect; other responses pass as they are.
-pub(super) fn rephrase(
+pub(crate) fn rephrase(
     response: Response,
     describe: impl FnOnce(StatusCode, &Reason) -> Value,
 ) -> Response {

@@ -1,17 +1,71 @@
-//! Reads the parameters out of a picture's file, whoever wrote them there: AUTOMATIC1111, this
-//! server, or another that keeps to their form.
+//! The generation parameters of a picture as text, in the form of AUTOMATIC1111: writes them, and
+//! reads them out of a file.
 
 use std::io::Cursor;
 
 use anyhow::{Context as _, Result, bail};
 use exif::{Exif, In, Tag, Value};
 use image::{ImageDecoder as _, ImageFormat, ImageReader};
+use sd_models::{Hires, Spec};
+
+/// What AUTOMATIC1111 calls the list of LoRAs with their hashes.
+pub(crate) const LORA_HASHES: &str = "Lora hashes";
 
 /// The longest text that is taken out of a file: a small file may hold a large one.
 const MAX_TEXT_BYTES: usize = 1 << 20;
 
 /// The name of the text in PNG files.
 const PARAMETERS: &str = "parameters";
+
+/// The parameters of a picture in the form that AUTOMATIC1111 writes and many tools read; `loras`
+/// are those of [`Hashes::of`].
+pub fn infotext(spec: &Spec, model: &str, loras: &str) -> String {
+    // A zero byte would end the text inside the file.
+    let clean = |text: &str| text.replace('\0', "");
+    let mut text = clean(&spec.prompt);
+    // As a prompt would name them that is pasted into AUTOMATIC1111.
+    for (name, scale) in &spec.loras {
+        text += &clean(&format!(" <lora:{name}:{scale}>"));
+    }
+    if !spec.negative_prompt.is_empty() {
+        text += &format!("\nNegative prompt: {}", clean(&spec.negative_prompt));
+    }
+    let strength = spec.strength().map(|strength| format!("Denoising strength: {strength}, "));
+    let hires = spec.hires.iter().flat_map(|hires| hires_parameters(spec, hires));
+    let hires: String = hires.map(|(name, value)| format!("{name}: {value}, ")).collect();
+    let loras = match loras {
+        "" => String::new(),
+        loras => format!("{LORA_HASHES}: \"{loras}\", "),
+    };
+    text += &format!(
+        "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}, Model: {model}, {}{hires}{loras}\
+         Version: sd-server {}",
+        spec.steps,
+        spec.scheduler.title(),
+        spec.guidance_scale,
+        spec.seed,
+        spec.size,
+        strength.unwrap_or_default(),
+        env!("CARGO_PKG_VERSION"),
+    );
+    text
+}
+
+/// What AUTOMATIC1111 calls the parameters of a second pass.
+pub(crate) fn hires_parameters(spec: &Spec, hires: &Hires) -> Vec<(&'static str, String)> {
+    let (width, height) = (hires.size.width(), hires.size.height());
+    let (w, h) = (spec.size.width(), spec.size.height());
+    let enlarged = match width * h == height * w {
+        true => ("Hires upscale", (width as f64 / w as f64).to_string()),
+        false => ("Hires resize", hires.size.to_string()),
+    };
+    let rest = [
+        // Those that are taken, as there.
+        ("Hires steps", (hires.steps - hires.skipped_steps()).to_string()),
+        ("Hires upscaler", hires.upscaler.title().to_owned()),
+    ];
+    std::iter::once(enlarged).chain(rest).collect()
+}
 
 /// The text with the parameters of a picture, if its file holds one.
 pub(crate) fn find(file: &[u8]) -> Result<Option<String>> {

@@ -35,7 +35,7 @@ impl Server {
         let url = format!("http://{}", listener.local_addr().expect("an address"));
         let (shutdown, stop) = oneshot::channel::<()>();
         let stop = async move { drop(stop.await) };
-        let ended = tokio::spawn(sd_server::serve(engine, settings, listener, drain, stop));
+        let ended = tokio::spawn(sd_server::server::serve(engine, settings, listener, drain, stop));
         Self { url, shutdown: Some(shutdown), ended }
     }
 
@@ -130,7 +130,7 @@ fn a_child_whose_model_panics() {
         engine.ready().await?;
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         println!("\nlistening on http://{}", listener.local_addr()?);
-        sd_server::serve(engine, HTTP, listener, LONG, std::future::pending()).await
+        sd_server::server::serve(engine, HTTP, listener, LONG, std::future::pending()).await
     });
     // As `main` does.
     std::process::exit(i32::from(served.is_err()));

@@ -9,8 +9,8 @@ use sd_models::{
     AddOns, Defaults, Embeddings, Error, MemoryEstimate, ModelInfo, PromptSyntax, Result, Rgb,
     Scheduler, Size, Spec,
 };
-use sd_server::api::Limits;
 use sd_server::engine::{Model, Trajectory};
+use sd_server::request::Limits;
 use sd_server::{engine, http};
 
 /// Seeds of the pictures in each step, in the order of the steps.

@@ -61,7 +61,7 @@ fn every_form_of_a_prompt_is_understood() {
 #[test]
 fn a_bare_prompt_is_answered_with_a_picture() {
     let server = Server::ready(&[]);
-    // The finer points of bare prompts are tested in src/http/body.rs: these take all the steps.
+    // The finer points of bare prompts are tested in src/http/invocations/body.rs: these take all the steps.
     let table = [
         (FORM, "a red house", "a red house"),
         ("content-type: text/plain; charset=utf-8", "ein Häuschen 🏠\n", "ein Häuschen 🏠"),

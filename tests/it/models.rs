@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use sd_models::{ModelInfo, Rgb, Spec};
 use sd_server::engine::{Device, Engine, Failure, Job, Model, Phase};
-use sd_server::models::{Library, Models, Refusal, Settings};
+use sd_server::registry::{Library, Models, Refusal, Settings};
 use serde_json::{Value, json};
 
 use crate::fake::{ENGINE, Fake, FakeTrajectory, spec};

@@ -1,0 +1,306 @@
+//! `sd-server bench --verify`: whether a device draws what the CPU draws, and how fast. Made for
+//! whoever first has a card: the table or the JSON is to be pasted into an issue as it is.
+
+use std::fmt;
+use std::io::Write as _;
+use std::iter::successors;
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use sd_models::{
+    DeviceName, Error, LoadOptions, Pipeline, Precision, Rgb, Scheduler, Size, Spec, Trajectory,
+    Work,
+};
+use serde::Serialize;
+
+use crate::source::{self, Model};
+
+/// Steps of the pictures that are compared.
+const COMPARED_STEPS: usize = 2;
+/// Evaluations before those that are timed.
+const WARM_UP: usize = 2;
+
+/// Cards whose limits are known: a part of the name, f16 operations a second on the tensor cores
+/// without sparsity and with f32 sums, bytes a second of memory. From NVIDIA's data sheets.
+const CARDS: [(&str, f64, f64); 5] = [
+    ("T4", 65e12, 320e9),
+    ("A10G", 70e12, 600e9),
+    ("L4", 121e12, 300e9),
+    ("A100", 312e12, 1555e9),
+    ("H100", 989e12, 3350e9),
+];
+
+/// What to do.
+#[derive(Debug)]
+pub struct Verify {
+    /// The model and the device.
+    pub model: Model,
+    /// Of the pictures; the model's own if `None`.
+    pub size: Option<Size>,
+    /// Rows of the largest evaluation that is timed: 1, 2, 4 and so on up to it. A picture with
+    /// guidance takes two.
+    pub max_rows: usize,
+    /// Evaluations that are timed for each number of rows.
+    pub evaluations: usize,
+    /// Whether to print JSON.
+    pub json: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    version: &'static str,
+    model: String,
+    device: String,
+    name: Option<String>,
+    /// What our kernels were loaded from.
+    kernels: Option<String>,
+    precision: String,
+    size: String,
+    load_seconds: f64,
+    /// Of the picture's bytes against the CPU's in f32.
+    mean_difference: f64,
+    max_difference: u8,
+    /// What is allowed of them.
+    allowed: (f64, u8),
+    decode_seconds: f64,
+    rows: Vec<Timing>,
+    /// Free before and after the largest batch; the pool keeps what it has had.
+    free_bytes: (Option<u64>, Option<u64>),
+    /// What our kernels do in a step of two rows.
+    step: Vec<(&'static str, Counted)>,
+    /// The part of the card's limit that a step of two rows reaches, where the card is known.
+    roofline_share: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Timing {
+    rows: usize,
+    steps_per_second: f64,
+    /// With the model's default steps and one decode each.
+    pictures_per_second: f64,
+}
+
+#[derive(Debug, Clone, Copy, Serialize)]
+struct Counted {
+    launches: u64,
+    flops: u64,
+    bytes: u64,
+}
+
+/// Pictures of one size on one model.
+struct Bench {
+    pipeline: Pipeline,
+    size: Size,
+    evaluations: usize,
+}
+
+pub(crate) fn run(asked: Verify) -> Result<()> {
+    let options = source::locate(asked.model)?;
+    let began = Instant::now();
+    let pipeline = Pipeline::load(&options)?;
+    let load_seconds = began.elapsed().as_secs_f64();
+    let info = pipeline.info().clone();
+    let free = pipeline.free_device_bytes();
+    let size = asked.size.unwrap_or(info.defaults.size);
+    let bench = Bench { pipeline, size, evaluations: asked.evaluations };
+    let (mean, max) = bench.compare(options)?;
+    let allowed = if info.precision == "f32" { (0.5, 2) } else { (3.0, 64) };
+
+    let mut two = bench.begin(2)?;
+    let before = Pipeline::work();
+    bench.step(&mut two)?;
+    let step_work = Pipeline::work().into_iter().zip(before).map(|((kind, now), (_, then))| {
+        let Work { launches, flops, bytes } = now;
+        let counted = Counted {
+            launches: launches - then.launches,
+            flops: flops - then.flops,
+            bytes: bytes - then.bytes,
+        };
+        (kind, counted)
+    });
+    let step_work: Vec<_> = step_work.collect();
+    bench.pipeline.decode(&two[0])?;
+    let began = Instant::now();
+    bench.pipeline.decode(&two[0])?;
+    let decode_seconds = began.elapsed().as_secs_f64();
+    let rows = bench.times(asked.max_rows, decode_seconds)?;
+
+    let name = bench.pipeline.device_name();
+    let share = name.as_deref().and_then(card).and_then(|(flops, bandwidth)| {
+        let least = step_work
+            .iter()
+            .map(|(_, work)| (work.flops as f64 / flops).max(work.bytes as f64 / bandwidth));
+        Some(least.sum::<f64>() * rows.get(1)?.steps_per_second)
+    });
+    let report = Report {
+        version: env!("CARGO_PKG_VERSION"),
+        model: info.name,
+        device: info.device,
+        name,
+        kernels: bench.pipeline.device_kernels(),
+        precision: info.precision,
+        size: size.to_string(),
+        load_seconds,
+        mean_difference: mean,
+        max_difference: max,
+        allowed,
+        decode_seconds,
+        rows,
+        free_bytes: (free, bench.pipeline.free_device_bytes()),
+        step: step_work,
+        roofline_share: share,
+    };
+    let mut out = std::io::stdout();
+    if asked.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
+    } else {
+        write!(out, "{report}")?;
+    }
+    ensure!(
+        mean <= allowed.0 && max <= allowed.1,
+        "the device draws another picture than the CPU: mean {mean:.3}/255, max {max}/255"
+    );
+    Ok(())
+}
+
+/// Whether the device has no memory left.
+fn is_full(error: &anyhow::Error) -> bool {
+    let full = |cause: &Error| matches!(cause, Error::OutOfMemory(_));
+    error.chain().filter_map(|cause| cause.downcast_ref()).any(full)
+}
+
+impl Bench {
+    /// A picture with guidance, or without where there is one row.
+    fn spec(&self, rows: usize, seed: u64, steps: usize) -> Spec {
+        Spec {
+            prompt: "a red house by the sea at night".into(),
+            prompt_syntax: sd_models::PromptSyntax::Plain,
+            loras: Vec::new(),
+            negative_prompt: String::new(),
+            size: self.size,
+            steps,
+            guidance_scale: if rows == 1 { 1.0 } else { 7.5 },
+            seed,
+            scheduler: Scheduler::Dpmpp2m,
+            img2img: None,
+            hires: None,
+        }
+    }
+
+    /// Mean and maximum of the differences between the device's picture and the CPU's in f32.
+    fn compare(&self, options: LoadOptions) -> Result<(f64, u8)> {
+        let cpu = LoadOptions { device: DeviceName::Cpu, precision: Precision::F32, ..options };
+        let draw = |pipeline: &Pipeline| -> Result<Rgb> {
+            let mut picture = pipeline.begin(&self.spec(2, 7, COMPARED_STEPS))?;
+            while !picture.done() {
+                pipeline.step(&mut [&mut picture])?;
+            }
+            Ok(pipeline.decode(&picture)?)
+        };
+        let (ours, theirs) = (draw(&self.pipeline)?, draw(&Pipeline::load(&cpu)?)?);
+        let each = || ours.data.iter().zip(&theirs.data).map(|(a, b)| a.abs_diff(*b));
+        let mean = each().map(f64::from).sum::<f64>() / ours.data.len() as f64;
+        Ok((mean, each().max().unwrap_or_default()))
+    }
+
+    fn begin(&self, rows: usize) -> Result<Vec<Trajectory>> {
+        let pictures = rows.div_ceil(2) as u64;
+        let steps = WARM_UP + self.evaluations;
+        let begin = |seed| Ok(self.pipeline.begin(&self.spec(rows, seed, steps))?);
+        (0..pictures).map(begin).collect()
+    }
+
+    fn step(&self, pictures: &mut [Trajectory]) -> Result<()> {
+        Ok(self.pipeline.step(&mut pictures.iter_mut().collect::<Vec<_>>())?)
+    }
+
+    /// Timings of more and more rows, as far as the card has room for them.
+    fn times(&self, max_rows: usize, decode_seconds: f64) -> Result<Vec<Timing>> {
+        let mut rows = Vec::new();
+        for count in successors(Some(1), |count| Some(2 * count)).take_while(|n| *n <= max_rows) {
+            match self.time(count, decode_seconds) {
+                Ok(timing) => rows.push(timing),
+                // A card that is full at so many rows has something to tell of the others.
+                Err(error) if !rows.is_empty() && is_full(&error) => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(rows)
+    }
+
+    fn time(&self, rows: usize, decode_seconds: f64) -> Result<Timing> {
+        let mut pictures = self.begin(rows)?;
+        for _ in 0..WARM_UP {
+            self.step(&mut pictures)?;
+        }
+        self.pipeline.synchronize()?;
+        let began = Instant::now();
+        for _ in 0..self.evaluations {
+            self.step(&mut pictures)?;
+        }
+        self.pipeline.synchronize()?;
+        let seconds = began.elapsed().as_secs_f64() / self.evaluations as f64;
+        let count = pictures.len() as f64;
+        let all = self.pipeline.info().defaults.steps as f64 * seconds + count * decode_seconds;
+        Ok(Timing { rows, steps_per_second: 1.0 / seconds, pictures_per_second: count / all })
+    }
+}
+
+/// Operations and bytes a second of a card: the longest of the known names wins.
+fn card(name: &str) -> Option<(f64, f64)> {
+    let known = CARDS.iter().filter(|(part, ..)| name.split([' ', '-']).any(|word| word == *part));
+    known.max_by_key(|(part, ..)| part.len()).map(|(_, flops, bandwidth)| (*flops, *bandwidth))
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = self.name.as_deref().unwrap_or("the host");
+        writeln!(f, "sd-server {}: {} on {} ({name})", self.version, self.model, self.device)?;
+        writeln!(f, "{}, {}, loaded in {:.1} s", self.size, self.precision, self.load_seconds)?;
+        if let Some(kernels) = &self.kernels {
+            writeln!(f, "kernels          {kernels}")?;
+        }
+        let (mean, max) = self.allowed;
+        writeln!(
+            f,
+            "against the CPU  mean {:.3}/255, max {}/255 (allowed {mean} and {max})",
+            self.mean_difference, self.max_difference
+        )?;
+        writeln!(f, "decode           {:.4} s", self.decode_seconds)?;
+        writeln!(f, "rows  steps/s  pictures/s")?;
+        for Timing { rows, steps_per_second, pictures_per_second } in &self.rows {
+            writeln!(f, "{rows:4}  {steps_per_second:7.2}  {pictures_per_second:10.4}")?;
+        }
+        for (kind, Counted { launches, flops, bytes }) in &self.step {
+            let (gigaflops, megabytes) = (*flops as f64 / 1e9, *bytes as f64 / 1e6);
+            writeln!(
+                f,
+                "{kind:9}  {launches} launches a step of 2 rows, {gigaflops:.1} GFLOP, {megabytes:.1} MB"
+            )?;
+        }
+        if let (Some(before), Some(after)) = self.free_bytes {
+            let taken = before.saturating_sub(after) as f64 / f64::from(1 << 20);
+            let rows = self.rows.last().map_or(0, |timing| timing.rows);
+            writeln!(f, "memory           {taken:.0} MiB more at {rows} rows than after loading")?;
+        }
+        match self.roofline_share {
+            Some(share) => {
+                writeln!(f, "roofline         {:.0} % of this card's limit", share * 100.0)
+            }
+            None => writeln!(f, "roofline         this card's limits are not known"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cards_are_found_by_a_word_of_their_name() {
+        assert_eq!(card("NVIDIA A100-SXM4-80GB").map(|c| c.0), Some(312e12));
+        assert_eq!(card("NVIDIA A10G").map(|c| c.0), Some(70e12));
+        assert_eq!(card("Tesla T4").map(|c| c.0), Some(65e12));
+        assert_eq!(card("NVIDIA L40S"), None);
+    }
+}

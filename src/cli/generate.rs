@@ -1,0 +1,114 @@
+//! `sd-server generate`: one prompt into files, over the same engine that serves requests.
+
+use std::fmt;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use indicatif::{ProgressBar, ProgressState, ProgressStyle};
+use sd_models::MAX_STEPS;
+use tokio::sync::watch;
+
+use crate::engine::{Engine, Progress, Safety, Settings};
+use crate::image::{self, Format};
+use crate::request::{Draw, Fields, Limits};
+use crate::source::{self, Model};
+
+/// The user's own machine: nothing is forbidden that the model can do.
+const LIMITS: Limits = Limits {
+    max_pixels: usize::MAX,
+    max_steps: MAX_STEPS,
+    max_images: 1000,
+    max_prompt_bytes: usize::MAX,
+    max_input_pixels: 1 << 30,
+    max_loras: usize::MAX,
+};
+
+/// Rows of one evaluation: four pictures with guidance.
+const MAX_BATCH_ROWS: usize = 8;
+
+/// Settings of `generate`.
+#[derive(Debug)]
+pub struct Generate {
+    /// The model.
+    pub model: Model,
+    /// What becomes of pictures that should not be shown.
+    pub safety: Safety,
+    /// The request's fields under their names on the wire.
+    pub fields: Vec<(String, String)>,
+    /// Where the picture goes.
+    pub output: PathBuf,
+    /// The format that the file's extension stands for.
+    pub format: Format,
+}
+
+pub(crate) async fn run(config: Generate) -> Result<()> {
+    let settings = Settings {
+        max_queue: LIMITS.max_images,
+        max_batch_rows: MAX_BATCH_ROWS,
+        // The user's own machine again: only the device says no.
+        memory_budget_bytes: Some(u64::MAX),
+        safety: config.safety,
+    };
+    let spinner = ProgressBar::new_spinner().with_message("loading the model");
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    let engine = Engine::start(settings, move || source::load(config.model))?;
+    let model = engine.ready().await?;
+    spinner.finish_and_clear();
+
+    let seed = || getrandom::u32().unwrap_or_default().into();
+    let draw = Draw::read(Fields::form(config.fields), &LIMITS, &model, seed)?;
+    let specs = draw.specs();
+    let began = Instant::now();
+    let ticket = engine.submit(specs.clone())?;
+    let bar = tokio::spawn(show(ticket.progress()));
+    let pictures = ticket.wait().await;
+    // The orders are gone, and with them the sender of progress: the bar ends by itself.
+    let _ = bar.await;
+
+    let (mut out, hashes) = (std::io::stdout(), image::Hashes::default());
+    for (k, (spec, picture)) in specs.iter().zip(&pictures?).enumerate() {
+        let path = numbered(&config.output, k, specs.len());
+        let loras = hashes.of(spec, &model.add_ons.loras);
+        let infotext = image::infotext(spec, &model.name, &loras);
+        let file = image::encode(&picture.rgb, config.format, image::JPEG_QUALITY, &infotext)?;
+        std::fs::write(&path, file).with_context(|| format!("cannot write {}", path.display()))?;
+        for warning in &picture.warnings {
+            tracing::warn!("{warning}");
+        }
+        writeln!(out, "{} (seed {})", path.display(), spec.seed)?;
+    }
+    writeln!(out, "{:.1} s", began.elapsed().as_secs_f64())?;
+    Ok(())
+}
+
+/// Shows evaluations on a terminal until the job ends.
+async fn show(mut progress: watch::Receiver<Progress>) {
+    let bar = ProgressBar::new(0);
+    let template = "{wide_bar} step {pos}/{len} {rate} {eta} left";
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style.with_key(
+            "rate",
+            |state: &ProgressState, text: &mut dyn fmt::Write| {
+                let _ = write!(text, "{:.2} it/s", state.per_sec());
+            },
+        ));
+    }
+    while progress.changed().await.is_ok() {
+        let Progress { made, total, .. } = *progress.borrow_and_update();
+        bar.set_length(total as u64);
+        bar.set_position(made as u64);
+    }
+    bar.finish_and_clear();
+}
+
+/// `out.png`, or `out-0.png` and so on when there are several.
+fn numbered(path: &Path, k: usize, count: usize) -> PathBuf {
+    if count == 1 {
+        return path.into();
+    }
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let extension = path.extension().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!("{stem}-{k}.{extension}"))
+}

@@ -1,0 +1,477 @@
+//! What is needed ([`Config`]) out of what was typed (`args`). The only reader of the environment
+//! and of the arguments.
+
+mod args;
+pub(crate) mod bench;
+pub(crate) mod generate;
+pub(crate) mod healthcheck;
+pub(crate) mod package;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use clap::error::ErrorKind;
+use clap::{CommandFactory as _, FromArgMatches as _};
+use sd_models::{AddOns, AssetDir, DeviceName, MAX_STEPS, SafetyMode};
+use serde_json::{Value, json};
+
+use crate::engine::Safety;
+use crate::image::Format;
+use crate::request::Limits;
+use crate::server::Serve;
+use crate::source::{Download, Hub, Model, Place, is_checkpoint, is_hub_id, wants_half};
+use crate::telemetry::LogFormat;
+use crate::{engine, http, registry};
+use args::{
+    Args, BenchArgs, Command, GenerateArgs, ModelArgs, PackageArgs, SafetyChecker, ServeArgs,
+};
+use bench::device::Verify;
+use bench::load::{Load, Plan};
+use generate::Generate;
+use package::{Layout, Package};
+
+/// The model when nothing else is said.
+const DEFAULT_MODEL: &str = "CompVis/stable-diffusion-v1-4";
+
+/// Where SageMaker puts the files of a model.
+const SAGEMAKER_MODEL: &str = "/opt/ml/model";
+
+const DEFAULT_PORT: u16 = 8080;
+
+/// Everything that a run needs to know.
+#[derive(Debug)]
+pub struct Config {
+    /// What to do.
+    pub action: Action,
+    /// The look of the log.
+    pub log_format: LogFormat,
+    /// Which events are logged, in the syntax of tracing's `EnvFilter`.
+    pub log_filter: String,
+}
+
+/// One subcommand with its settings.
+#[derive(Debug)]
+pub enum Action {
+    /// Answer HTTP requests.
+    Serve(Box<Serve>),
+    /// Draw one prompt into files.
+    Generate(Box<Generate>),
+    /// Fetch a model from the hub.
+    Download(Box<Download>),
+    /// Make a model.tar.gz.
+    Package(Box<Package>),
+    /// Put load on a running server.
+    Bench(Box<Plan>),
+    /// Compare a device with the CPU, and time it.
+    Verify(Box<Verify>),
+    /// Ask a running server whether it is ready.
+    Healthcheck {
+        /// Host and port.
+        address: String,
+    },
+}
+
+/// Reads the command line and the environment.
+pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Error> {
+    let args = with_command(args.into_iter().collect());
+    let mut matches = command().try_get_matches_from(args)?;
+    let args = Args::from_arg_matches_mut(&mut matches)?;
+    let mut log_format = LogFormat::Text;
+    let mut log_filter = "warn".to_owned();
+    let action = match args.command {
+        Command::Serve(serve) => {
+            log_format = serve.log.log_format;
+            log_filter.clone_from(&serve.log.log);
+            Action::Serve(Box::new(serve.resolve()?))
+        }
+        Command::Generate(generate) => Action::Generate(Box::new(generate.resolve()?)),
+        Command::Download(args) => {
+            let half = wants_half(args.device, args.dtype);
+            let (id, revision) = (args.model, args.revision);
+            let (checking, _) = safety(args.safety_checker);
+            Action::Download(Box::new(Download { hub: hub()?, id, revision, half, checking }))
+        }
+        Command::Package(args) => Action::Package(Box::new(args.resolve()?)),
+        Command::Bench(args) if args.verify => {
+            let model = Model { checking: SafetyMode::Never, ..args.model.resolve()?.0 };
+            let (max_rows, evaluations) = (args.max_rows, args.evaluations);
+            let (size, json) = (args.size, args.json);
+            Action::Verify(Box::new(Verify { model, size, max_rows, evaluations, json }))
+        }
+        Command::Bench(args) => Action::Bench(Box::new(args.resolve()?)),
+        Command::Healthcheck(args) => {
+            Action::Healthcheck { address: format!("{}:{}", args.host, port(args.port)?) }
+        }
+    };
+    Ok(Config { action, log_format, log_filter })
+}
+
+/// The command line, on which a variable that is set to nothing counts as not set: templates and
+/// compose files can leave a variable empty, but not out.
+fn command() -> clap::Command {
+    let empty = |arg: &clap::Arg| {
+        let value = arg.get_env().and_then(std::env::var_os);
+        // A lock whose key was lost must not stand open.
+        arg.get_id() != "api_key" && value.is_some_and(|value| value.is_empty())
+    };
+    let unset = move |arg: clap::Arg| if empty(&arg) { arg.env(None::<&str>) } else { arg };
+    Args::command().mut_subcommands(|subcommand| subcommand.mut_args(unset))
+}
+
+/// The dynamic loader's path.
+pub fn library_path() -> Option<String> {
+    variable("LD_LIBRARY_PATH")
+}
+
+/// `serve` is understood where no command is given.
+fn with_command(mut args: Vec<OsString>) -> Vec<OsString> {
+    let asks = ["-h", "--help", "-V", "--version"];
+    let bare = args.get(1).is_none_or(|first| {
+        let first = first.to_string_lossy();
+        first.starts_with('-') && !asks.contains(&first.as_ref())
+    });
+    if bare {
+        args.insert(args.len().min(1), "serve".into());
+    }
+    args
+}
+
+impl ServeArgs {
+    fn resolve(self) -> Result<Serve, clap::Error> {
+        let Self { network, limits, models, .. } = self;
+        let drain_timeout = Duration::from_millis(network.drain_timeout_ms as u64);
+        let preload = self.model.model.is_some();
+        let (model, safety) = self.model.resolve()?;
+        Ok(Serve {
+            port: port(network.port)?,
+            host: network.host,
+            http: http::Settings {
+                limits: Limits {
+                    max_pixels: limits.max_pixels,
+                    max_steps: limits.max_steps.min(MAX_STEPS),
+                    max_images: limits.max_images,
+                    max_prompt_bytes: limits.max_prompt_bytes,
+                    max_input_pixels: limits.max_input_pixels,
+                    max_loras: limits.max_loras,
+                },
+                max_body_bytes: limits.max_body_bytes,
+                max_requests: limits.max_requests,
+                request_timeout: Duration::from_millis(network.request_timeout_ms as u64),
+                stream_timeout: Duration::from_millis(network.stream_timeout_ms as u64),
+                max_jobs: limits.max_jobs,
+                job_timeout: Duration::from_millis(limits.job_timeout_ms as u64),
+                job_retention: Duration::from_millis(limits.job_retention_ms as u64),
+                url_retention: Duration::from_millis(limits.url_retention_ms as u64),
+                max_url_bytes: limits.max_url_bytes,
+                idle_timeout: Duration::from_millis(network.idle_timeout_ms as u64),
+                max_connections: network.max_connections,
+                log_prompts: self.log_prompts,
+                api_keys: self.access.api_key,
+                cors_origins: self.access.cors_origin,
+            },
+            engine: engine::Settings {
+                max_queue: limits.max_queue,
+                max_batch_rows: limits.max_batch_rows,
+                memory_budget_bytes: limits.memory_budget_bytes.map(|bytes| bytes as u64),
+                safety,
+            },
+            drain_timeout,
+            preload: preload || !(models.multi_model || models.models_dir.is_some()),
+            models: registry::Settings {
+                max_models: models.max_models,
+                memory_bytes: models.models_memory_bytes.map(|bytes| bytes as u64),
+                folder: models.models_dir,
+                multi_model: models.multi_model,
+                patience: drain_timeout,
+            },
+            model,
+        })
+    }
+}
+
+impl GenerateArgs {
+    fn resolve(self) -> Result<Generate, clap::Error> {
+        let extension = self.output.extension().unwrap_or_default().to_string_lossy();
+        let format = extension.parse::<Format>().map_err(|_| {
+            usage(format!("{}: the name must end in .png, .jpg or .webp", self.output.display()))
+        })?;
+        let directory = self.output.parent().filter(|parent| !parent.as_os_str().is_empty());
+        if let Some(missing) = directory.filter(|directory| !directory.is_dir()) {
+            return Err(usage(format!("{} is not a directory", missing.display())));
+        }
+        let (mut files, mut loras): (Vec<PathBuf>, _) = (Vec::new(), Vec::new());
+        for (file, name, scale) in self.lora.iter().map(|typed| lora(typed)) {
+            // A file is asked for by its name, which must mean one.
+            let other = |known: &&PathBuf| {
+                file.as_ref().is_some_and(|f| f != *known && f.file_stem() == known.file_stem())
+            };
+            if let Some(other) = files.iter().find(other) {
+                return Err(usage(format!("--lora: {} is called {name} as well", other.display())));
+            }
+            files.extend(file);
+            loras.push(json!({ "name": name, "scale": scale }));
+        }
+        let fields = [
+            ("prompt", Some(self.prompt)),
+            ("negative_prompt", self.negative_prompt),
+            ("prompt_syntax", self.prompt_syntax),
+            ("loras", Some(Value::from(loras).to_string())),
+            ("width", text(self.width)),
+            ("height", text(self.height)),
+            ("steps", text(self.steps)),
+            ("guidance_scale", text(self.guidance_scale)),
+            ("scheduler", text(self.scheduler)),
+            ("seed", text(self.seed)),
+            ("n", text(self.num_images)),
+            ("image", self.image.as_deref().map(base64).transpose()?),
+            ("mask", self.mask.as_deref().map(base64).transpose()?),
+            ("strength", text(self.strength)),
+            ("hires_width", text(self.hires_width)),
+            ("hires_height", text(self.hires_height)),
+            ("hires_steps", text(self.hires_steps)),
+            ("hires_strength", text(self.hires_strength)),
+            ("hires_upscaler", self.hires_upscaler),
+        ];
+        let fields = fields
+            .into_iter()
+            .filter_map(|(name, value)| Some((name.to_owned(), value?)))
+            .collect();
+        let (mut model, safety) = self.model.resolve()?;
+        model.add_ons.loras.files = files;
+        Ok(Generate { model, safety, fields, output: self.output, format })
+    }
+}
+
+impl PackageArgs {
+    fn resolve(self) -> Result<Package, clap::Error> {
+        let output = self.output.unwrap_or_else(|| match self.layout {
+            Layout::Tarball => "model.tar.gz".into(),
+            Layout::Directory => "model".into(),
+        });
+        if let Some(url) = self.upload.as_ref().filter(|url| !url.starts_with("s3://")) {
+            return Err(usage(format!("--upload {url}: must start with s3://")));
+        }
+        let (checking, _) = safety(self.safety_checker);
+        Ok(Package {
+            model: Model {
+                checking,
+                vae: None,
+                place: place(Some(self.model), self.revision)?,
+                device: DeviceName::Cpu,
+                precision: self.dtype,
+                threads: None,
+                add_ons: AddOns::default(),
+                hub: hub()?,
+            },
+            output,
+            layout: self.layout,
+            upload: self.upload,
+        })
+    }
+}
+
+impl BenchArgs {
+    fn resolve(self) -> Result<Plan, clap::Error> {
+        let url = self.url.unwrap_or_default().trim_end_matches('/').to_owned();
+        if !["http://", "https://"].iter().any(|scheme| url.starts_with(scheme)) {
+            return Err(usage(format!("{url}: the URL must start with http:// or https://")));
+        }
+        let body = serde_json::from_str(&self.body)
+            .map_err(|error| usage(format!("--body is not a JSON object: {error}")))?;
+        Ok(Plan {
+            url,
+            load: self.rate.map_or(Load::Clients(self.clients), Load::Rate),
+            duration: Duration::from_secs_f64(self.duration_s),
+            timeout: Duration::from_millis(self.timeout_ms as u64),
+            body,
+            arrivals_seed: self.arrivals_seed,
+            json: self.json,
+        })
+    }
+}
+
+impl ModelArgs {
+    fn resolve(self) -> Result<(Model, Safety), clap::Error> {
+        let (checking, safety) = safety(self.safety_checker);
+        let model = Model {
+            checking,
+            place: place(self.model, self.revision)?,
+            vae: self.vae.map(existing).transpose()?,
+            device: self.device,
+            precision: self.dtype,
+            threads: self.threads,
+            add_ons: AddOns {
+                loras: AssetDir {
+                    directory: self.loras_dir.map(directory).transpose()?,
+                    files: Vec::new(),
+                    endings: &["safetensors"],
+                },
+                max_lora_bytes: self.max_lora_bytes as u64,
+                embeddings: AssetDir {
+                    directory: self.embeddings_dir.map(directory).transpose()?,
+                    files: Vec::new(),
+                    endings: &["safetensors", "pt", "bin"],
+                },
+                max_embedding_bytes: self.max_embedding_bytes as u64,
+            },
+            hub: hub()?,
+        };
+        Ok((model, safety))
+    }
+}
+
+/// Whether a checker is loaded and what becomes of what it objects to. It errs on some harmless
+/// pictures: blurring them keeps the rest of a request, and every dialect has a place for a picture.
+fn safety(typed: Option<SafetyChecker>) -> (SafetyMode, Safety) {
+    match typed {
+        None => (SafetyMode::IfPresent, Safety::Blur),
+        Some(SafetyChecker::Off) => (SafetyMode::Never, Safety::Flag),
+        Some(SafetyChecker::Flag) => (SafetyMode::Required, Safety::Flag),
+        Some(SafetyChecker::Blur) => (SafetyMode::Required, Safety::Blur),
+        Some(SafetyChecker::Block) => (SafetyMode::Required, Safety::Block),
+    }
+}
+
+fn place(typed: Option<String>, revision: String) -> Result<Place, clap::Error> {
+    let Some(model) = typed else {
+        let mounted = Path::new(SAGEMAKER_MODEL);
+        let has_files = mounted.read_dir().is_ok_and(|mut entries| entries.next().is_some());
+        return Ok(if has_files {
+            Place::Directory(mounted.into())
+        } else {
+            Place::Hub { id: DEFAULT_MODEL.into(), revision }
+        });
+    };
+    if model == "demo" {
+        return Ok(Place::Demo);
+    }
+    if Path::new(&model).is_dir() {
+        return Ok(Place::Directory(model.into()));
+    }
+    if is_checkpoint(Path::new(&model)) {
+        return Ok(Place::Checkpoint(model.into()));
+    }
+    if is_hub_id(&model) {
+        return Ok(Place::Hub { id: model, revision });
+    }
+    Err(usage(format!(
+        "--model {model}: neither `demo`, nor a directory, nor a .safetensors or .ckpt file, nor an id on the hub"
+    )))
+}
+
+fn existing(vae: PathBuf) -> Result<PathBuf, clap::Error> {
+    if vae.join("vae/config.json").is_file() || is_checkpoint(&vae) {
+        return Ok(vae);
+    }
+    let vae = vae.display();
+    Err(usage(format!(
+        "--vae {vae}: neither a .safetensors or .ckpt file nor a directory with vae/"
+    )))
+}
+
+/// The folder of an option, which must be there.
+fn directory(path: PathBuf) -> Result<PathBuf, clap::Error> {
+    if path.is_dir() {
+        return Ok(path);
+    }
+    Err(usage(format!("{} is not a directory", path.display())))
+}
+
+/// `name`, `name:0.8` or the same with a file: the file if it is one, its name, how much it counts.
+fn lora(typed: &str) -> (Option<PathBuf>, String, f64) {
+    let scaled = typed.rsplit_once(':').and_then(|(name, scale)| Some((name, scale.parse().ok()?)));
+    let (name, scale) = scaled.unwrap_or((typed, 1.0));
+    let path = Path::new(name);
+    match path.file_stem().filter(|_| path.is_file()) {
+        Some(stem) => (Some(path.into()), stem.to_string_lossy().into_owned(), scale),
+        None => (None, name.into(), scale),
+    }
+}
+
+/// `--port`, else SageMaker's variable, else our own.
+fn port(typed: Option<u16>) -> Result<u16, clap::Error> {
+    if let Some(port) = typed {
+        return Ok(port);
+    }
+    for name in ["SAGEMAKER_BIND_TO_PORT", "SD_PORT"] {
+        if let Some(value) = variable(name) {
+            let parsed = value.trim().parse();
+            return parsed.map_err(|_| usage(format!("{name}={value} is not a port")));
+        }
+    }
+    Ok(DEFAULT_PORT)
+}
+
+/// The hub as the Python libraries would find it.
+fn hub() -> Result<Hub, clap::Error> {
+    let home = || variable("HOME").map(|home| Path::new(&home).join(".cache/huggingface"));
+    let root = variable("HF_HOME").map(PathBuf::from).or_else(home);
+    let cache = variable("HF_HUB_CACHE").map(PathBuf::from);
+    let cache = cache.or_else(|| root.as_ref().map(|root| root.join("hub")));
+    let switched_on = |value: String| ["1", "true", "yes", "on"].contains(&&*value.to_lowercase());
+    let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
+    Ok(Hub {
+        // Without a home, as in some containers, what is fetched lasts as long as the container.
+        cache: cache.unwrap_or_else(|| std::env::temp_dir().join("huggingface/hub")),
+        endpoint: endpoint.trim_end_matches('/').to_owned(),
+        token: variable("HF_TOKEN"),
+        offline: variable("HF_HUB_OFFLINE").is_some_and(switched_on),
+    })
+}
+
+/// A variable that is set to something.
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// A file as a request carries it.
+fn base64(path: &Path) -> Result<String, clap::Error> {
+    let file = std::fs::read(path);
+    let file = file.map_err(|error| usage(format!("cannot read {}: {error}", path.display())))?;
+    Ok(BASE64_STANDARD.encode(file))
+}
+
+fn text<T: ToString>(value: Option<T>) -> Option<String> {
+    value.map(|value| value.to_string())
+}
+
+fn usage(message: impl fmt::Display) -> clap::Error {
+    Args::command().error(ErrorKind::ValueValidation, message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn serve_is_the_command_when_there_is_none() {
+        let words = |line: &str| -> Vec<OsString> { line.split(' ').map(Into::into).collect() };
+        let table = [
+            ("sd-server", "sd-server serve"),
+            ("sd-server serve", "sd-server serve"),
+            ("sd-server --port 1", "sd-server serve --port 1"),
+            ("sd-server --help", "sd-server --help"),
+            ("sd-server train", "sd-server train"),
+        ];
+        for (typed, understood) in table {
+            assert_eq!(with_command(words(typed)), words(understood));
+        }
+    }
+
+    #[test]
+    fn hub_ids_are_owner_and_name() {
+        assert!(is_hub_id("CompVis/stable-diffusion-v1-4"));
+        for other in ["demo2", "/opt/model", "./model", "a/b/c", "a b/c", "/", "../x"] {
+            assert!(!is_hub_id(other), "{other}");
+        }
+    }
+}

@@ -1,0 +1,308 @@
+//! `sd-server package`: a model as SageMaker wants it, either a `model.tar.gz` or the same files in a
+//! directory, for an uncompressed prefix in S3. Only the files that the server reads, without
+//! symlinks, and the same bytes every time.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use flate2::{Compress, Compression, Crc, FlushCompress, Status};
+use indicatif::{ProgressBar, ProgressStyle};
+use rayon::prelude::*;
+use sd_models::Source;
+
+use crate::source::{self, Model, Place};
+
+/// What to make of which model.
+#[derive(Debug)]
+pub struct Package {
+    /// The model, in a directory or on the hub.
+    pub model: Model,
+    /// The file or the directory to make.
+    pub output: PathBuf,
+    /// Its form.
+    pub layout: Layout,
+    /// Where to upload it: `s3://bucket/key`, or the prefix of a directory.
+    pub upload: Option<String>,
+}
+
+/// The two forms of a model's files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Layout {
+    /// One model.tar.gz, which every kind of endpoint and transform job takes.
+    Tarball,
+    /// Files as they are: nothing to unpack at the start of an endpoint.
+    Directory,
+}
+
+impl Package {
+    /// Makes the package, tells where it is.
+    pub(crate) fn run(self) -> Result<PathBuf> {
+        let (half, checking) = (self.model.half(), self.model.checking);
+        ensure!(self.model.place != Place::Demo, "the built-in model needs no package");
+        let Source::Directory(root) = source::locate(self.model)?.source else {
+            bail!("only a model in the diffusers layout can be packaged");
+        };
+        let files = source::needed(&listing(&root)?, half, checking)
+            .with_context(|| format!("cannot package {}", root.display()))?;
+        let bar = bar(&root, &files)?;
+        let cannot_write = || format!("cannot write {}", self.output.display());
+        match self.layout {
+            Layout::Tarball => tarball(&root, &files, &self.output, &bar),
+            Layout::Directory => directory(&root, &files, &self.output, &bar),
+        }
+        .with_context(cannot_write)?;
+        bar.finish_and_clear();
+        if let Some(url) = self.upload {
+            upload(&self.output, self.layout, &url)?;
+        }
+        Ok(self.output)
+    }
+}
+
+/// The files below a model's directory, two levels deep as in the diffusers layout, sorted.
+fn listing(root: &Path) -> Result<Vec<String>> {
+    let mut files = Vec::new();
+    let mut look = |folder: &str| -> io::Result<Vec<String>> {
+        let mut folders = Vec::new();
+        for entry in root.join(folder).read_dir()? {
+            let entry = entry?;
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            let name = if folder.is_empty() { name } else { format!("{folder}/{name}") };
+            // Of what a link leads to: the hub's cache is made of links.
+            match fs::metadata(entry.path())? {
+                found if found.is_file() => files.push(name),
+                found if found.is_dir() => folders.push(name),
+                _ => {}
+            }
+        }
+        Ok(folders)
+    };
+    let below = look("").with_context(|| format!("cannot read {}", root.display()))?;
+    for folder in below {
+        look(&folder).with_context(|| format!("cannot read {}", root.join(&folder).display()))?;
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn bar(root: &Path, files: &[String]) -> Result<ProgressBar> {
+    let mut length = 0;
+    for file in files {
+        let path = root.join(file);
+        let metadata = fs::metadata(&path);
+        length += metadata.with_context(|| format!("cannot read {}", path.display()))?.len();
+    }
+    let bar = ProgressBar::new(length);
+    let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+    if let Ok(style) = ProgressStyle::with_template(style) {
+        bar.set_style(style);
+    }
+    Ok(bar)
+}
+
+/// Writes beside the target and renames: there is never half a tarball under its name.
+fn tarball(root: &Path, files: &[String], target: &Path, bar: &ProgressBar) -> Result<()> {
+    let part = part(target);
+    let archive = || -> Result<()> {
+        let gzip = Gzip::new(BufWriter::new(File::create(&part)?))?;
+        let mut tar = tar::Builder::new(gzip);
+        for name in files {
+            bar.set_message(name.clone());
+            let file = File::open(root.join(name))?;
+            // Nothing of this machine: no owner, no time, and everyone may read.
+            let mut header = tar::Header::new_gnu();
+            header.set_size(file.metadata()?.len());
+            header.set_mode(0o644);
+            header.set_mtime(0);
+            tar.append_data(&mut header, name, bar.wrap_read(file))?;
+        }
+        Ok(tar.into_inner()?.finish()?)
+    };
+    let made = archive().and_then(|()| Ok(fs::rename(&part, target)?));
+    if made.is_err() {
+        // The disk may be full; half a file helps nobody.
+        let _ = fs::remove_file(&part);
+    }
+    made
+}
+
+/// Writes beside the target and renames, as a tarball is written; within it where it is there, since
+/// that may be another disk.
+fn directory(root: &Path, files: &[String], target: &Path, bar: &ProgressBar) -> Result<()> {
+    let there = target.is_dir();
+    let part = if there { target.join(PART) } else { part(target) };
+    let others = |entry: io::Result<fs::DirEntry>| entry.is_ok_and(|entry| entry.path() != part);
+    ensure!(!there || !target.read_dir()?.any(others), "the directory is not empty");
+    let made = copied(root, files, &part, bar).and_then(|()| {
+        if !there {
+            return Ok(fs::rename(&part, target)?);
+        }
+        for entry in part.read_dir()? {
+            let entry = entry?;
+            fs::rename(entry.path(), target.join(entry.file_name()))?;
+        }
+        Ok(fs::remove_dir(&part)?)
+    });
+    if made.is_err() {
+        let _ = fs::remove_dir_all(&part);
+    }
+    made
+}
+
+fn copied(root: &Path, files: &[String], target: &Path, bar: &ProgressBar) -> Result<()> {
+    // What is left of one that was killed.
+    if target.exists() {
+        fs::remove_dir_all(target)?;
+    }
+    for name in files {
+        bar.set_message(name.clone());
+        let path = target.join(name);
+        fs::create_dir_all(path.parent().unwrap_or(target))?;
+        let mut from = bar.wrap_read(File::open(root.join(name))?);
+        io::copy(&mut from, &mut File::create(path)?)?;
+    }
+    Ok(())
+}
+
+/// What the names of things end in that are not whole.
+const PART: &str = ".part";
+
+fn part(target: &Path) -> PathBuf {
+    let mut name = target.file_name().unwrap_or_default().to_owned();
+    name.push(PART);
+    target.with_file_name(name)
+}
+
+/// By the `aws` command: it resumes parts, uses every kind of credentials, and whoever deploys has
+/// it. Amazon's crates would be most of this binary.
+fn upload(path: &Path, layout: Layout, url: &str) -> Result<()> {
+    let mut aws = Command::new("aws");
+    aws.args(["s3", "cp", "--only-show-errors"]);
+    if layout == Layout::Directory {
+        aws.arg("--recursive");
+    }
+    let status = aws.arg(path).arg(url).status().context(
+        "cannot run the aws command, which uploads; it is installed with `pip install awscli`",
+    )?;
+    ensure!(status.success(), "`aws s3 cp` to {url} failed, {status}");
+    Ok(())
+}
+
+/// Bytes that are compressed by themselves, so that all cores can.
+const BLOCK: usize = 1 << 20;
+/// Blocks that are compressed together.
+const TOGETHER: usize = 32;
+
+/// gzip (RFC 1952) of one member, whose blocks are compressed in parallel and, since they have a
+/// fixed size, to the same bytes on every machine. Weights are noise to a compressor: more than
+/// the fastest level costs time and saves nothing.
+struct Gzip<W> {
+    out: W,
+    pending: Vec<u8>,
+    crc: Crc,
+}
+
+impl<W: Write> Gzip<W> {
+    fn new(mut out: W) -> io::Result<Self> {
+        // Deflate, no name, no time, the fastest level, an unknown system.
+        out.write_all(&[0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 4, 255])?;
+        Ok(Self { out, pending: Vec::with_capacity(TOGETHER * BLOCK), crc: Crc::new() })
+    }
+
+    fn compress(&mut self) -> io::Result<()> {
+        let blocks: Vec<io::Result<(Vec<u8>, Crc)>> = self
+            .pending
+            .par_chunks(BLOCK)
+            .map(|block| deflate(block, FlushCompress::Sync))
+            .collect();
+        self.pending.clear();
+        for block in blocks {
+            let (bytes, crc) = block?;
+            self.out.write_all(&bytes)?;
+            self.crc.combine(&crc);
+        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> io::Result<()> {
+        self.compress()?;
+        self.out.write_all(&deflate(&[], FlushCompress::Finish)?.0)?;
+        self.out.write_all(&self.crc.sum().to_le_bytes())?;
+        self.out.write_all(&self.crc.amount().to_le_bytes())?;
+        self.out.flush()
+    }
+}
+
+impl<W: Write> Write for Gzip<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let room = TOGETHER * BLOCK - self.pending.len();
+        let taken = bytes.len().min(room);
+        self.pending.extend_from_slice(&bytes[..taken]);
+        if taken == room {
+            self.compress()?;
+        }
+        Ok(taken)
+    }
+
+    /// Blocks stay whole until the end.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A block as deflate data that ends at a byte, and its checksum.
+fn deflate(block: &[u8], flush: FlushCompress) -> io::Result<(Vec<u8>, Crc)> {
+    let mut compress = Compress::new(Compression::fast(), false);
+    let mut out = Vec::with_capacity(block.len() + block.len() / 8 + 64);
+    loop {
+        let taken = compress.total_in() as usize;
+        let status = compress.compress_vec(&block[taken..], &mut out, flush)?;
+        let all = compress.total_in() as usize == block.len();
+        // Spare room means that there was nothing more to write.
+        if status == Status::StreamEnd || (all && out.len() < out.capacity()) {
+            break;
+        }
+        out.reserve(BLOCK);
+    }
+    let mut crc = Crc::new();
+    crc.update(block);
+    Ok((out, crc))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use super::*;
+
+    #[test]
+    fn blocks_make_one_gzip_member() {
+        let mut noise = 1_u32;
+        let mut byte = |k: usize| {
+            noise = noise.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            if k.is_multiple_of(3) { 7 } else { (noise >> 24) as u8 }
+        };
+        for length in [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, TOGETHER * BLOCK + 12_345] {
+            let data: Vec<u8> = (0..length).map(&mut byte).collect();
+            let mut packed = Vec::new();
+            let mut gzip = Gzip::new(&mut packed).expect("memory");
+            // Pieces of every size come to the same.
+            for piece in data.chunks(700_001) {
+                gzip.write_all(piece).expect("memory");
+            }
+            gzip.finish().expect("memory");
+            let mut unpacked = Vec::new();
+            let mut reader = flate2::read::GzDecoder::new(&packed[..]);
+            reader.read_to_end(&mut unpacked).expect("gzip");
+            assert!(unpacked == data, "{length}");
+            let mut again = Vec::new();
+            let mut gzip = Gzip::new(&mut again).expect("memory");
+            gzip.write_all(&data).expect("memory");
+            gzip.finish().expect("memory");
+            assert!(packed == again, "{length}");
+        }
+    }
+}

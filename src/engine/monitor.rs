@@ -1,0 +1,62 @@
+//! A view of a job from outside.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use super::job::{JobId, Progress, Ticket};
+use super::shared::Shared;
+
+/// Where a job stands, for those who wait for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Outlook {
+    /// Pictures ahead of it in the queue; `None` when it has begun.
+    pub position: Option<usize>,
+    /// Until it is done, as far as can be told.
+    pub left: Option<Duration>,
+}
+
+/// A view of a job that does not hold it: it may be kept when the ticket is gone.
+#[derive(Debug, Clone)]
+pub struct Watch {
+    job: JobId,
+    shared: Arc<Shared>,
+    progress: watch::Receiver<Progress>,
+    interrupted: Arc<AtomicBool>,
+}
+
+impl Watch {
+    /// A view of the job of this ticket.
+    pub(super) fn new(shared: &Arc<Shared>, ticket: &Ticket) -> Self {
+        let (progress, interrupted) = (ticket.progress(), Arc::clone(&ticket.interrupted));
+        Self { job: ticket.job, shared: Arc::clone(shared), progress, interrupted }
+    }
+
+    /// Evaluations made and to make; changes with each.
+    pub fn progress(&mut self) -> &mut watch::Receiver<Progress> {
+        &mut self.progress
+    }
+
+    /// Evaluations made and to make.
+    pub fn made(&self) -> Progress {
+        *self.progress.borrow()
+    }
+
+    /// Ends the drawing after the step that is being made: the job comes to what there is of it.
+    pub fn interrupt(&self) {
+        self.interrupted.store(true, Ordering::Relaxed);
+    }
+
+    /// Where the job stands. An estimate: it does not know who is still to come or to leave.
+    pub fn outlook(&self) -> Outlook {
+        let place = self.shared.queue().place(self.job);
+        let pace = self.shared.pace();
+        if let Some((position, work)) = place {
+            return Outlook { position: Some(position), left: pace.time(pace.drawing + work) };
+        }
+        let Progress { made, total, begun } = *self.progress.borrow();
+        Outlook { position: None, left: pace.time_of((total - made).div_ceil(begun.max(1))) }
+    }
+}

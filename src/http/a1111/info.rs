@@ -1,0 +1,65 @@
+//! What AUTOMATIC1111 tells of its pictures.
+
+use sd_models::Spec;
+use serde_json::{Map, Value, json};
+
+use crate::engine::Drawn;
+use crate::http::drawing::Asked;
+use crate::image;
+
+/// What AUTOMATIC1111 tells of its pictures.
+pub(crate) fn info(asked: &Asked, pictures: &[Drawn], notes: Vec<String>) -> Value {
+    let (specs, model) = (&asked.specs, &asked.model().name);
+    let Some(first) = specs.first() else { return Value::Null };
+    let loras = asked.loras(first);
+    let all = |of: fn(&Spec) -> Value| specs.iter().map(of).collect::<Vec<_>>();
+    let infotexts: Vec<_> = specs.iter().map(|spec| image::infotext(spec, model, &loras)).collect();
+    let mut warnings = notes;
+    for warning in pictures.iter().flat_map(|picture| &picture.warnings) {
+        if !warnings.contains(warning) {
+            warnings.push(warning.clone());
+        }
+    }
+    let nsfw: Option<Vec<bool>> = pictures.iter().map(|picture| picture.nsfw).collect();
+    let parameters = first.hires.iter().flat_map(|hires| image::hires_parameters(first, hires));
+    let hashes = (!loras.is_empty()).then_some((image::LORA_HASHES, loras));
+    let parameters = parameters.chain(hashes);
+    let parameters: Map<String, Value> =
+        parameters.map(|(name, value)| (name.to_owned(), value.into())).collect();
+    json!({
+        "prompt": first.prompt,
+        "all_prompts": all(|spec| spec.prompt.as_str().into()),
+        "negative_prompt": first.negative_prompt,
+        "all_negative_prompts": all(|spec| spec.negative_prompt.as_str().into()),
+        "seed": first.seed,
+        "all_seeds": all(|spec| spec.seed.into()),
+        "subseed": 0,
+        "all_subseeds": all(|_| 0.into()),
+        "subseed_strength": 0,
+        "width": first.size.width(),
+        "height": first.size.height(),
+        "sampler_name": first.scheduler.title(),
+        "cfg_scale": first.guidance_scale,
+        "steps": first.steps,
+        "batch_size": specs.len(),
+        "restore_faces": false,
+        "face_restoration_model": null,
+        "sd_model_name": model,
+        "sd_model_hash": null,
+        "sd_vae_name": null,
+        "sd_vae_hash": null,
+        "seed_resize_from_w": -1,
+        "seed_resize_from_h": -1,
+        "denoising_strength": first.strength(),
+        "extra_generation_params": parameters,
+        "index_of_first_image": 0,
+        "infotexts": infotexts,
+        "styles": [],
+        "job_timestamp": "0",
+        "clip_skip": 1,
+        "is_using_inpainting_conditioning": false,
+        "version": concat!("sd-server ", env!("CARGO_PKG_VERSION")),
+        "warnings": warnings,
+        "all_nsfw": nsfw,
+    })
+}

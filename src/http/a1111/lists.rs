@@ -1,0 +1,105 @@
+//! The lists that clients ask for at their start.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use sd_models::{ModelInfo, Scheduler, Upscaler};
+use serde_json::{Map, Value, json};
+
+use crate::engine::Failure;
+use crate::http::error::ApiError;
+use crate::http::state::AppState;
+
+/// What AUTOMATIC1111 calls a schedule: its name and its label.
+const SCHEDULES: [(&str, &str); 3] =
+    [("automatic", "Automatic"), ("uniform", "Uniform"), ("karras", "Karras")];
+
+/// The model that is asked what there is beside it; none where none is chosen, and none is loaded
+/// for that.
+fn artist(state: &AppState) -> Result<Option<Arc<ModelInfo>>, ApiError> {
+    let chosen = state.checkpoint.get().and_then(|name| state.models.get(&name).ok());
+    match chosen.as_ref().map_or(&state.engine, |chosen| &chosen.engine).model() {
+        Ok(model) => Ok(Some(model)),
+        Err(Failure::Absent) => Ok(None),
+        Err(failure) => Err(failure.into()),
+    }
+}
+
+/// `GET /sdapi/v1/samplers`.
+pub(crate) async fn samplers() -> Json<Value> {
+    let sampler = |scheduler: Scheduler| {
+        let (title, name) = (scheduler.title(), scheduler.name());
+        json!({ "name": title, "aliases": [name], "options": {} })
+    };
+    Json(Scheduler::all().map(sampler).collect())
+}
+
+/// `GET /sdapi/v1/schedulers`.
+pub(crate) async fn schedulers() -> Json<Value> {
+    let schedule = |(name, label): (&str, &str)| {
+        json!({
+            "name": name, "label": label, "aliases": null, "default_rho": -1.0,
+            "need_inner_model": false,
+        })
+    };
+    Json(SCHEDULES.into_iter().map(schedule).collect())
+}
+
+/// `GET /sdapi/v1/sd-models`.
+pub(crate) async fn models(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
+    let model = |name: &String| {
+        json!({
+            "title": name, "model_name": name, "hash": null, "sha256": null, "filename": name,
+            "config": null,
+        })
+    };
+    Ok(Json(state.model_names().await?.iter().map(model).collect()))
+}
+
+/// `GET /sdapi/v1/loras`: what `<lora:name:1>` in a prompt can name.
+pub(crate) async fn loras(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
+    let Some(model) = artist(&state)? else { return Ok(nothing().await) };
+    let list = tokio::task::spawn_blocking(move || model.add_ons.loras.list()).await;
+    let lora = |(name, path): (String, PathBuf)| {
+        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        json!({ "name": name, "alias": name, "path": file, "metadata": {} })
+    };
+    Ok(Json(list.unwrap_or_default().into_iter().map(lora).collect()))
+}
+
+/// The lists of what there is none of, which clients ask for before anything else.
+pub(crate) async fn nothing() -> Json<Value> {
+    Json(json!([]))
+}
+
+/// `GET /sdapi/v1/latent-upscale-modes`.
+pub(crate) async fn upscalers() -> Json<Value> {
+    Json(Upscaler::all().map(|upscaler| json!({ "name": upscaler.title() })).collect())
+}
+
+/// `GET /sdapi/v1/embeddings`: words that prompts can hold beside those of every model.
+pub(crate) async fn embeddings(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
+    let Some(model) = artist(&state)? else {
+        return Ok(Json(json!({ "loaded": {}, "skipped": {} })));
+    };
+    let item = |vectors, reason: Option<&str>| {
+        let shape = model.embeddings.width;
+        json!({
+            "step": null, "sd_checkpoint": null, "sd_checkpoint_name": null, "shape": shape,
+            "vectors": vectors, "reason": reason,
+        })
+    };
+    let learned = &model.embeddings;
+    let loaded: Map<String, Value> =
+        learned.words.iter().map(|word| (word.word.clone(), item(word.count, None))).collect();
+    let skipped: Map<String, Value> =
+        learned.skipped.iter().map(|(name, why)| (name.clone(), item(0, Some(why)))).collect();
+    Ok(Json(json!({ "loaded": loaded, "skipped": skipped })))
+}
+
+/// `GET /sdapi/v1/scripts`.
+pub(crate) async fn scripts() -> Json<Value> {
+    Json(json!({ "txt2img": [], "img2img": [] }))
+}

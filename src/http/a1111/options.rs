@@ -1,0 +1,69 @@
+//! The options, of which only the model can be changed.
+
+use axum::Json;
+use axum::extract::{Request, State};
+use serde_json::{Value, json};
+
+use super::translate::{Object, idle};
+use crate::engine::Failure;
+use crate::http::admission;
+use crate::http::error::ApiError;
+use crate::http::state::AppState;
+use crate::request::Invalid;
+
+/// What there is to set, and what it is set to.
+fn options(state: &AppState) -> Result<Object, ApiError> {
+    let model = match (state.checkpoint.get(), state.engine.model()) {
+        (Some(name), _) => name,
+        (None, Ok(model)) => model.name.clone(),
+        (None, Err(Failure::Absent)) => String::new(),
+        (None, Err(failure)) => return Err(failure.into()),
+    };
+    let options = json!({
+        "sd_model_checkpoint": model,
+        "sd_checkpoint_hash": "",
+        "sd_vae": "Automatic",
+        "CLIP_stop_at_last_layers": 1,
+        "samples_format": "png",
+        "randn_source": "CPU",
+        "eta_noise_seed_delta": 0,
+    });
+    Ok(options.as_object().cloned().unwrap_or_default())
+}
+
+/// Accepts settings that are so already; there is nothing to change but the model.
+pub(crate) fn check(state: &AppState, wanted: &Object) -> Result<(), ApiError> {
+    for (name, is) in options(state)? {
+        let Some(wanted) = wanted.get(&name).filter(|value| !idle(value)) else { continue };
+        if *wanted != is && name != "sd_model_checkpoint" {
+            let reason = format!("cannot be set to {wanted}; it is {is}");
+            return Err(Invalid::range(&name, reason).into());
+        }
+    }
+    Ok(())
+}
+
+/// `GET /sdapi/v1/options`.
+pub(crate) async fn get_options(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
+    Ok(Json(options(&state)?.into()))
+}
+
+/// `POST /sdapi/v1/options`: clients send back all that they have got, with a change in it. The model
+/// is loaded before this is answered, and is that of every request of this API that names none.
+pub(crate) async fn set_options(
+    State(state): State<AppState>,
+    request: Request,
+) -> Result<Json<Value>, ApiError> {
+    let body = admission::take(&state, request).await?.body;
+    let wanted: Object = serde_json::from_slice(&body)
+        .map_err(|error| Invalid::body(format!("the body is not a JSON object: {error}")))?;
+    check(&state, &wanted)?;
+    let is = options(&state)?;
+    let name = wanted.get("sd_model_checkpoint").and_then(Value::as_str);
+    if let Some(name) = name.filter(|name| !name.is_empty() && is["sd_model_checkpoint"] != **name)
+    {
+        state.choose(name).await?;
+        state.checkpoint.set(name);
+    }
+    Ok(Json(Value::Null))
+}

@@ -1,0 +1,100 @@
+//! How far a client's requests are, and their end before their time.
+
+use axum::Json;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, Request, State};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use serde_json::{Value, json};
+
+use crate::http::admission;
+use crate::http::error::ApiError;
+use crate::http::state::AppState;
+use crate::request::Invalid;
+
+/// What may be asked of progress.
+#[derive(Debug, serde::Deserialize)]
+pub(crate) struct Look {
+    #[serde(default)]
+    skip_current_image: bool,
+}
+
+/// `GET /sdapi/v1/progress`: of the client's oldest request.
+pub(crate) async fn progress(
+    State(state): State<AppState>,
+    look: Result<Query<Look>, QueryRejection>,
+    request: Request,
+) -> Result<Json<Value>, ApiError> {
+    let Query(look) = look.map_err(|error| Invalid::body(error.body_text()))?;
+    let client = admission::client(&request);
+    let begun = state.underway.of(&client);
+    let Some(first) = begun.first() else {
+        return Ok(Json(json!({
+            "progress": 0.0,
+            "eta_relative": 0.0,
+            "state": job(0, 0, 0),
+            "current_image": null,
+            "textinfo": null,
+        })));
+    };
+    let outlook = first.outlook();
+    let preview = if look.skip_current_image { None } else { first.preview().await };
+    let step = (first.share() * first.steps as f64) as usize;
+    Ok(Json(json!({
+        "progress": first.share(),
+        "eta_relative": outlook.left.map_or(0.0, |left| left.as_secs_f64()),
+        "state": job(begun.len(), step, first.steps),
+        "current_image": preview.map(|file| BASE64_STANDARD.encode(file)),
+        "textinfo": outlook.position.map(|ahead| format!("{ahead} pictures ahead")),
+    })))
+}
+
+fn job(count: usize, step: usize, steps: usize) -> Value {
+    json!({
+        "skipped": false,
+        "interrupted": false,
+        "stopping_generation": false,
+        "job": if count == 0 { "" } else { "txt2img" },
+        "job_count": count,
+        "job_timestamp": "0",
+        "job_no": 0,
+        "sampling_step": step,
+        "sampling_steps": steps,
+    })
+}
+
+/// `POST /internal/progress`: of the request with this `force_task_id`.
+pub(crate) async fn task(
+    State(state): State<AppState>,
+    request: Request,
+) -> Result<Json<Value>, ApiError> {
+    let client = admission::client(&request);
+    let mut fields = admission::take(&state, request).await?.json()?;
+    let id = fields.text(&["id_task"], 256)?;
+    let wants_preview = fields.flag(&["live_preview"])?.unwrap_or(true);
+    let begun = state.underway.of(&client);
+    let Some(begun) = begun.iter().find(|begun| begun.task.is_some() && begun.task == id) else {
+        return Ok(Json(json!({ "active": false, "queued": false, "completed": false })));
+    };
+    let outlook = begun.outlook();
+    let preview = if wants_preview { begun.preview().await } else { None };
+    let data = |file| format!("data:image/png;base64,{}", BASE64_STANDARD.encode(file));
+    Ok(Json(json!({
+        "active": outlook.position.is_none(),
+        "queued": outlook.position.is_some(),
+        "completed": false,
+        "progress": begun.share(),
+        "eta": outlook.left.map(|left| left.as_secs_f64()),
+        "live_preview": preview.map(data),
+        "id_live_preview": begun.made(),
+        "textinfo": outlook.position.map(|ahead| format!("{ahead} pictures ahead")),
+    })))
+}
+
+/// `POST /sdapi/v1/interrupt`: ends all that the client has under way with what there is of it.
+pub(crate) async fn interrupt(State(state): State<AppState>, request: Request) -> Json<Value> {
+    for begun in state.underway.of(&admission::client(&request)) {
+        begun.interrupt();
+    }
+    Json(json!({}))
+}

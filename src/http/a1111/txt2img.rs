@@ -1,0 +1,91 @@
+//! Text to picture and picture to picture.
+
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse as _, Response};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use serde_json::json;
+
+use super::info::info;
+use super::options::check;
+use super::translate::{Object, Start, overrides, translate};
+use crate::engine::Drawn;
+use crate::http::admission::{self, Intake};
+use crate::http::drawing::{Asked, Reply};
+use crate::http::error::ApiError;
+use crate::http::state::AppState;
+use crate::http::store::Begun;
+use crate::image::Format;
+use crate::request::Draw;
+
+/// `POST /sdapi/v1/txt2img`.
+pub(crate) async fn txt2img(
+    State(state): State<AppState>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    draw(state, request, false).await
+}
+
+/// `POST /sdapi/v1/img2img`.
+pub(crate) async fn img2img(
+    State(state): State<AppState>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    draw(state, request, true).await
+}
+
+/// Draws and answers as AUTOMATIC1111 does.
+async fn draw(state: AppState, request: Request, from_picture: bool) -> Result<Response, ApiError> {
+    let intake = admission::take(&state, request).await?;
+    let mut theirs = intake.json()?;
+    let mut echo: Object = serde_json::from_slice(&intake.body).unwrap_or_default();
+    let Intake { client, deadline, permit: _permit, .. } = intake;
+    let send_images = theirs.flag(&["send_images"])?.unwrap_or(true);
+    let task = theirs.text(&["force_task_id"], 256)?;
+    let mut notes = Vec::new();
+    let start = match from_picture {
+        true => Some(Start::take(&mut theirs, &mut notes)?),
+        false => None,
+    };
+    let (mut settings, model) = overrides(&mut theirs)?;
+    let state = match model.or_else(|| state.checkpoint.get()) {
+        Some(model) => state.choose(&model).await?,
+        None => state,
+    };
+    let format = settings.remove("samples_format");
+    check(&state, &settings)?;
+    let mut fields = translate(&state, theirs, from_picture)?;
+    if let Some(format) = format {
+        fields.add("output_format", "override_settings.samples_format", format);
+    }
+    if let Some(start) = start {
+        // As there, pictures do not go back to where they came from.
+        echo.retain(|name, _| !["init_images", "mask"].contains(&name.as_str()));
+        start.put(&state, &mut fields).await?;
+    }
+    let json = |draw: &Draw, _| Ok(Reply::Json(draw.format.unwrap_or(Format::Png)));
+    let mut asked = Asked::read(&state, vec![fields], json).await?;
+    asked.preview = true;
+    let ticket = asked.submit(&client, Some(deadline))?;
+    let begun = Begun::new(&state.engine, &ticket, client, task, &asked.specs);
+    let _underway = state.underway.enter(begun);
+    let pictures = ticket.wait().await?;
+    // As there, an interrupted request is answered with what there is, and with 200 if there is
+    // nothing: clients take any other status for a failure of the server.
+    if pictures.is_empty() {
+        notes.push("interrupted before there was anything to see".into());
+        asked.specs.truncate(1);
+    } else {
+        asked.specs = pictures.iter().map(|drawn| asked.specs[drawn.index].clone()).collect();
+    }
+    let dress = move |asked: &Asked, pictures: &[Drawn], files: Vec<Vec<u8>>| {
+        let images: Vec<String> = files.iter().map(|file| BASE64_STANDARD.encode(file)).collect();
+        json!({
+            "images": if send_images { images } else { Vec::new() },
+            "parameters": echo,
+            "info": info(asked, pictures, notes).to_string(),
+        })
+    };
+    Ok(Json(asked.encode(pictures, dress).await?).into_response())
+}

@@ -1,0 +1,56 @@
+//! `/info`: the server, its model and its limits.
+
+use axum::Json;
+use axum::extract::State;
+use sd_models::Scheduler;
+use serde_json::{Value, json};
+
+use crate::engine::Phase;
+use crate::http::state::AppState;
+
+/// The server, its model and its limits.
+pub(crate) async fn info(State(state): State<AppState>) -> Json<Value> {
+    let (phase, model) = match state.engine.phase() {
+        Phase::Absent => ("ready", None),
+        Phase::Loading => ("loading", None),
+        Phase::Ready(model) => ("ready", Some(model)),
+        Phase::Draining | Phase::Stopped => ("stopping", None),
+        Phase::DeviceLost | Phase::Dead(_) => ("failed", None),
+    };
+    let model = model.map(|model| {
+        let defaults = &model.defaults;
+        json!({
+            "name": model.name,
+            "device": model.device,
+            "precision": model.precision,
+            "safety_checker": model.checked.then(|| state.engine.safety().name()),
+            "defaults": {
+                "width": defaults.size.width(),
+                "height": defaults.size.height(),
+                "num_inference_steps": defaults.steps,
+                "guidance_scale": defaults.guidance_scale,
+                "scheduler": defaults.scheduler.name(),
+            },
+        })
+    });
+    let schedulers = Scheduler::all()
+        .map(|scheduler| json!({ "name": scheduler.name(), "title": scheduler.title() }));
+    let settings = &state.settings;
+    let limits = &settings.limits;
+    Json(json!({
+        "name": "sd-server",
+        "version": env!("CARGO_PKG_VERSION"),
+        "phase": phase,
+        "model": model,
+        "schedulers": schedulers.collect::<Value>(),
+        "limits": {
+            "max_pixels": limits.max_pixels,
+            "max_steps": limits.max_steps,
+            "max_images": limits.max_images,
+            "max_prompt_bytes": limits.max_prompt_bytes,
+            "max_body_bytes": settings.max_body_bytes,
+            "max_requests": settings.max_requests,
+            "request_timeout_ms": settings.request_timeout.as_millis() as u64,
+        },
+    }))
+}

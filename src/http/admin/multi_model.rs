@@ -1,0 +1,69 @@
+//! SageMaker's multi-model contract below `/models`.
+
+use std::path::PathBuf;
+
+use axum::Json;
+use axum::extract::{Path, Request, State};
+use axum::http::StatusCode;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::http::error::ApiError;
+use crate::http::state::AppState;
+use crate::registry::Loaded;
+use crate::request::Invalid;
+
+/// Of a request to load a model: two short strings.
+const MAX_BODY_BYTES: usize = 1 << 16;
+
+/// A request to load a model.
+#[derive(Debug, Deserialize)]
+struct Load {
+    /// Made up by SageMaker.
+    model_name: String,
+    /// A directory of this container.
+    url: PathBuf,
+}
+
+/// `POST /models`: 409 when it is loaded, 507 when there is no room, so that SageMaker unloads
+/// others and comes back.
+pub(crate) async fn load(
+    State(state): State<AppState>,
+    request: Request,
+) -> Result<StatusCode, ApiError> {
+    let body = axum::body::to_bytes(request.into_body(), MAX_BODY_BYTES).await;
+    let body = body.map_err(|_| ApiError::TooLarge(MAX_BODY_BYTES))?;
+    let load: Load = serde_json::from_slice(&body)
+        .map_err(|error| Invalid::body(format!("model_name and url are needed: {error}")))?;
+    state.models.load(&load.model_name, load.url).await?;
+    Ok(StatusCode::OK)
+}
+
+/// `GET /models`. There are few enough for one page.
+pub(crate) async fn list(State(state): State<AppState>) -> Json<Value> {
+    let models: Vec<Value> = state.models.loaded().iter().map(describe).collect();
+    Json(json!({ "models": models }))
+}
+
+/// `GET /models/{name}`.
+pub(crate) async fn show(
+    State(state): State<AppState>,
+    Path(name): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    let loaded = state.models.loaded();
+    let model = loaded.iter().find(|model| model.name == name);
+    model.map(describe).map(Json).ok_or(ApiError::NoModel(name))
+}
+
+/// `DELETE /models/{name}`: the memory is free when this is answered.
+pub(crate) async fn unload(
+    State(state): State<AppState>,
+    Path(name): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    state.models.unload(&name).await?;
+    Ok(StatusCode::OK)
+}
+
+fn describe(model: &Loaded) -> Value {
+    json!({ "modelName": model.name, "modelUrl": model.path })
+}

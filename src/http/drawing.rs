@@ -1,0 +1,181 @@
+//! Pictures that were asked for, from the body of the request to the body of the answer, whatever
+//! lies between: a wait, a stream of events or a job.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse as _, Response};
+use futures_util::Stream;
+use sd_models::{ModelInfo, Spec};
+use tracing::{error, info, info_span};
+
+use super::error::ApiError;
+use super::state::AppState;
+use crate::engine::{Client, Drawn, Engine, Failure, Job, Ticket};
+use crate::image::{self, Format, Hashes, JPEG_QUALITY};
+use crate::request::{Draw, Fields, Invalid};
+use crate::telemetry::Id;
+
+/// Proxies close connections on which nothing happens; a comment is sent this often.
+const HEARTBEAT: Duration = Duration::from_secs(5);
+
+/// How soon those who can wait try again in a full queue.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// The form of a reply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reply {
+    /// JSON with base64 of this format.
+    Json(Format),
+    /// The bytes of one picture.
+    Bytes(Format),
+    /// Events, the last of which holds the JSON.
+    Events(Format),
+}
+
+impl Reply {
+    /// The format of the picture.
+    pub(crate) fn format(self) -> Format {
+        let (Self::Json(format) | Self::Bytes(format) | Self::Events(format)) = self;
+        format
+    }
+}
+
+/// A valid request and the form of its answer.
+#[derive(Debug)]
+pub(crate) struct Asked {
+    pub(crate) specs: Vec<Spec>,
+    pub(crate) reply: Reply,
+    /// Of JPEG, up to 100.
+    pub(crate) quality: u8,
+    /// Whether there is a place for looks at the pictures in the making.
+    pub(crate) preview: bool,
+    model: Arc<ModelInfo>,
+    engine: Engine,
+    hashes: Hashes,
+}
+
+impl Asked {
+    /// Reads native fields, a request for each prompt, on a thread that may take its time over the
+    /// pictures in them; `choose` says how to answer, given the number of pictures.
+    pub(crate) async fn read(
+        state: &AppState,
+        requests: Vec<Fields>,
+        choose: impl FnOnce(&Draw, usize) -> Result<Reply, ApiError>,
+    ) -> Result<Self, ApiError> {
+        let (engine, settings) = (state.engine.clone(), &state.settings);
+        let model = engine.model()?;
+        // Pictures take much more memory than their files: as many at a time as can be worked on.
+        let _turn = state.readers.acquire().await;
+        let (limits, reader) = (settings.limits, Arc::clone(&model));
+        let read = move |fields| Draw::read(fields, &limits, &reader, random_seed);
+        let read = move || requests.into_iter().map(read).collect::<Result<Vec<_>, _>>();
+        // A decoder that panics was given a file that was made for it.
+        let draws = tokio::task::spawn_blocking(read).await;
+        let draws = draws.map_err(|_| Invalid::body("the request cannot be read"))??;
+        let mut specs: Vec<Spec> = draws.iter().flat_map(Draw::specs).collect();
+        let count = specs.len();
+        if count > settings.limits.max_images {
+            let most = settings.limits.max_images;
+            let reason = format!("asks for {count} pictures in all; at most {most} are allowed");
+            return Err(Invalid::range("prompt", reason).into());
+        }
+        let Some(draw) = draws.into_iter().next() else {
+            return Err(Invalid::body("the request asks for nothing").into());
+        };
+        // Several prompts are one request: picture k has seed + k.
+        let first = specs.first().map_or(0, |spec| spec.seed);
+        for (k, spec) in specs.iter_mut().enumerate() {
+            spec.seed = first.wrapping_add(k as u64);
+        }
+        let reply = choose(&draw, count)?;
+        let preview = draw.preview && matches!(reply, Reply::Events(_));
+        if settings.log_prompts {
+            info!(prompt = specs[0].prompt, "accepted");
+        }
+        let (quality, hashes) = (JPEG_QUALITY, state.hashes.clone());
+        Ok(Self { specs, reply, quality, preview, model, engine, hashes })
+    }
+
+    /// The model that draws them.
+    pub(crate) fn model(&self) -> &ModelInfo {
+        &self.model
+    }
+
+    /// Hands the pictures to the engine.
+    pub(crate) fn submit(
+        &self,
+        client: &Client,
+        deadline: Option<tokio::time::Instant>,
+    ) -> Result<Ticket, ApiError> {
+        let (specs, client) = (self.specs.clone(), client.clone());
+        Ok(self.engine.submit(Job { specs, client, deadline, preview: self.preview })?)
+    }
+
+    /// Hands the pictures to the engine as soon as there is room for them.
+    pub(crate) async fn submit_patiently(
+        &self,
+        client: &Client,
+        deadline: tokio::time::Instant,
+    ) -> Result<Ticket, ApiError> {
+        loop {
+            match self.submit(client, Some(deadline)) {
+                Err(ApiError::Failure(Failure::Full { .. })) => tokio::time::sleep(PAUSE).await,
+                submitted => return submitted,
+            }
+            if tokio::time::Instant::now() >= deadline {
+                return Err(Failure::Deadline.into());
+            }
+        }
+    }
+
+    /// Puts the pictures into their files, and with `dress` the files into an answer, on a thread
+    /// for that.
+    pub(crate) async fn encode<T: Send + 'static>(
+        self,
+        pictures: Vec<Drawn>,
+        dress: impl FnOnce(&Self, &[Drawn], Vec<Vec<u8>>) -> T + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let span = info_span!(parent: tracing::Span::current(), "encode");
+        let work = move || {
+            let _inside = span.enter();
+            let files = self.files(&pictures)?;
+            Ok(dress(&self, &pictures, files))
+        };
+        tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::Encode)?
+    }
+
+    /// The LoRAs of a picture by their hashes. Reads files.
+    pub(crate) fn loras(&self, spec: &Spec) -> String {
+        self.hashes.of(spec, &self.model.add_ons.loras)
+    }
+
+    fn files(&self, pictures: &[Drawn]) -> Result<Vec<Vec<u8>>, ApiError> {
+        let file = |(spec, picture): (&Spec, &Drawn)| {
+            let began = Instant::now();
+            let infotext = image::infotext(spec, &self.model.name, &self.loras(spec));
+            let file = image::encode(&picture.rgb, self.reply.format(), self.quality, &infotext);
+            self.engine.metrics().time(Id::StageSeconds, &["encode"], began.elapsed());
+            file.map_err(|error| {
+                error!("{error:#}");
+                ApiError::Encode
+            })
+        };
+        self.specs.iter().zip(pictures).map(file).collect()
+    }
+}
+
+/// An answer of server-sent events.
+pub(crate) fn events(
+    events: impl Stream<Item = Result<Event, Infallible>> + Send + 'static,
+) -> Response {
+    let alive = KeepAlive::new().interval(HEARTBEAT).text("waiting");
+    Sse::new(events).keep_alive(alive).into_response()
+}
+
+/// Thirty-two bits, so that a client that reads numbers as doubles can repeat the picture.
+fn random_seed() -> u64 {
+    getrandom::u32().unwrap_or_default().into()
+}

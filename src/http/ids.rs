@@ -1,0 +1,7 @@
+//! Random names.
+
+/// Too many to guess one.
+pub(crate) fn random() -> u128 {
+    let half = || u128::from(getrandom::u64().unwrap_or_default());
+    half() << 64 | half()
+}

@@ -1,0 +1,145 @@
+//! What the client wants to hear: JSON with the picture in it, or the picture itself.
+
+use axum::http::HeaderMap;
+use axum::http::header::ACCEPT;
+
+use super::body::Speech;
+use crate::http::drawing::Reply;
+use crate::http::error::ApiError;
+use crate::image::Format;
+
+/// SageMaker's name for the header on some of its roads.
+const SAGEMAKER_ACCEPT: &str = "x-amzn-sagemaker-accept";
+
+/// What clients send that have not thought about it.
+const ANYTHING: &str = "*/*";
+
+/// What bears on the choice besides the header.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wish {
+    pub(crate) speech: Speech,
+    /// What JSON holds unless the body asks for something.
+    pub(crate) usual: Format,
+    /// The body's `output_format`.
+    pub(crate) format: Option<Format>,
+    pub(crate) count: usize,
+    /// The body's `stream`.
+    pub(crate) stream: bool,
+}
+
+/// Chooses the reply that the client likes best among those that can be given.
+pub(crate) fn choose(headers: &HeaderMap, wish: Wish) -> Result<Reply, ApiError> {
+    if wish.stream {
+        return Ok(Reply::Events(wish.format.unwrap_or(wish.usual)));
+    }
+    let header = |name: &str| -> Vec<String> {
+        let values = headers.get_all(name).iter();
+        let text: Vec<_> = values.map(|v| String::from_utf8_lossy(v.as_bytes())).collect();
+        let items = text.join(",").to_ascii_lowercase();
+        items.split(',').map(str::trim).filter(|s| !s.is_empty()).map(Into::into).collect()
+    };
+    let mut ranges = header(ACCEPT.as_str());
+    if ranges.iter().all(|range| range == ANYTHING) {
+        ranges = header(SAGEMAKER_ACCEPT);
+    }
+    if ranges.is_empty() {
+        ranges.push(ANYTHING.into());
+    }
+    let mut ranges: Vec<(&str, f32)> = ranges.iter().map(|range| weighed(range)).collect();
+    ranges.retain(|(_, weight)| *weight > 0.0);
+    ranges.sort_by(|a, b| b.1.total_cmp(&a.1));
+    ranges
+        .iter()
+        .find_map(|(range, _)| wish.answer(range))
+        .ok_or_else(|| ApiError::NotAcceptable(wish.refusal(&ranges)))
+}
+
+/// A media range without its parameters, and its weight.
+fn weighed(range: &str) -> (&str, f32) {
+    let mut parts = range.split(';').map(str::trim);
+    let media = parts.next().unwrap_or_default();
+    let weight = parts.find_map(|part| part.strip_prefix("q=")).map(str::parse);
+    let weight = weight.and_then(Result::ok).filter(|w| (0.0..=1.0).contains(w)).unwrap_or(1.0);
+    (media, weight)
+}
+
+impl Wish {
+    fn answer(self, range: &str) -> Option<Reply> {
+        let json = Reply::Json(self.format.unwrap_or(self.usual));
+        let bytes = |format| (self.count == 1).then_some(Reply::Bytes(format));
+        let free = self.format.unwrap_or(Format::Png);
+        match range {
+            ANYTHING if self.speech == Speech::Text => Some(bytes(free).unwrap_or(json)),
+            ANYTHING | "application/*" | "application/json" => Some(json),
+            "image/*" => bytes(free),
+            "text/event-stream" => Some(Reply::Events(self.format.unwrap_or(self.usual))),
+            _ => {
+                let format = named(range)?;
+                bytes(format).filter(|_| self.format.is_none_or(|wanted| wanted == format))
+            }
+        }
+    }
+
+    fn refusal(self, ranges: &[(&str, f32)]) -> String {
+        let image = ranges.iter().any(|(range, _)| *range == "image/*" || named(range).is_some());
+        match self.format {
+            _ if image && self.count > 1 => {
+                let count = self.count;
+                format!("{count} images do not fit into one file; accept application/json")
+            }
+            Some(format) if image => {
+                format!("output_format asks for {} and Accept does not", format.media_type())
+            }
+            _ => "Accept names nothing that can be sent: application/json, \
+                  text/event-stream, image/png, image/jpeg or image/webp"
+                .into(),
+        }
+    }
+}
+
+fn named(range: &str) -> Option<Format> {
+    Format::ALL
+        .into_iter()
+        .find(|format| format.media_type() == range)
+        .or_else(|| (range == "image/jpg").then_some(Format::Jpeg))
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::HeaderValue;
+
+    use super::*;
+
+    fn reply(accept: &'static str, speech: Speech, count: usize) -> Option<Reply> {
+        let mut headers = HeaderMap::new();
+        headers.insert(ACCEPT, HeaderValue::from_static(accept));
+        let usual = Format::Jpeg;
+        choose(&headers, Wish { speech, usual, format: None, count, stream: false }).ok()
+    }
+
+    #[test]
+    fn the_best_liked_possible_reply_is_chosen() {
+        use Reply::{Bytes, Events, Json};
+        use Speech::{Json as J, Text as T};
+        let table = [
+            ("", J, 1, Some(Json(Format::Jpeg))),
+            ("", T, 1, Some(Bytes(Format::Png))),
+            ("*/*", T, 2, Some(Json(Format::Jpeg))),
+            ("application/json", T, 1, Some(Json(Format::Jpeg))),
+            ("application/json;jpeg", J, 1, Some(Json(Format::Jpeg))),
+            ("IMAGE/PNG", J, 1, Some(Bytes(Format::Png))),
+            ("image/png", J, 2, None),
+            ("image/png, application/json;q=0.1", J, 2, Some(Json(Format::Jpeg))),
+            ("application/json;q=0.1, image/webp; q=0.7", J, 1, Some(Bytes(Format::Webp))),
+            ("image/png;q=0, image/jpeg", J, 1, Some(Bytes(Format::Jpeg))),
+            ("text/html,*/*;q=0.8", T, 1, Some(Bytes(Format::Png))),
+            ("text/html", J, 1, None),
+            ("text/event-stream", J, 2, Some(Events(Format::Jpeg))),
+            ("image/*", J, 1, Some(Bytes(Format::Png))),
+            ("image/png;q=nonsense", J, 1, Some(Bytes(Format::Png))),
+        ];
+        for (accept, speech, count, expected) in table {
+            assert_eq!(reply(accept, speech, count), expected, "{accept:?} {speech:?} {count}");
+        }
+    }
+}

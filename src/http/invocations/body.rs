@@ -1,0 +1,145 @@
+//! The forms in which a prompt may arrive. JSON when it looks like JSON; a form when it has a
+//! `prompt` key; otherwise the body itself is the prompt, as `curl -d 'a cat'` sends it.
+
+use std::borrow::Cow;
+
+use axum::http::HeaderMap;
+use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
+
+use crate::http::error::ApiError;
+use crate::request::{Fields, Invalid};
+
+/// The type of a bare prompt of SageMaker JumpStart.
+pub(crate) const JUMPSTART_TEXT: &str = "application/x-text";
+
+/// What the client speaks, and so expects to hear when it does not say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Speech {
+    Json,
+    Text,
+}
+
+/// The kinds of body that the declared type allows.
+enum Declared {
+    Json,
+    Form,
+    /// `application/x-text` of SageMaker JumpStart may be a JSON string.
+    Text {
+        quoted: bool,
+    },
+}
+
+/// Reads the fields out of a body.
+pub(crate) fn read(headers: &HeaderMap, body: &[u8]) -> Result<(Fields, Speech), ApiError> {
+    if let Some(coding) = headers.get(CONTENT_ENCODING).filter(|coding| *coding != "identity") {
+        let message = format!("the content encoding {coding:?} is not supported; send it plain");
+        return Err(ApiError::MediaType(message));
+    }
+    let declared = declared(headers);
+    let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
+    let text = std::str::from_utf8(body)
+        .map_err(|error| Invalid::body(format!("the body is not UTF-8: {error}")))?;
+    let trimmed = text.trim();
+    if trimmed.is_empty() {
+        return Err(Invalid::body("the body is empty; send a prompt").into());
+    }
+    if trimmed.starts_with('{') {
+        return Ok((Fields::json(text)?, Speech::Json));
+    }
+    match declared? {
+        Declared::Json => Err(Invalid::body("the body is not a JSON object").into()),
+        Declared::Form => Ok((form(trimmed)?, Speech::Text)),
+        Declared::Text { quoted } => {
+            let unquoted = quoted.then(|| serde_json::from_str::<String>(trimmed).ok()).flatten();
+            Ok((Fields::prompt(unquoted.unwrap_or_else(|| trimmed.into())), Speech::Text))
+        }
+    }
+}
+
+/// Only looked at when the body is not a JSON object, so a wrong type does no harm to JSON.
+fn declared(headers: &HeaderMap) -> Result<Declared, ApiError> {
+    let Some(essence) = essence(headers) else {
+        return Ok(Declared::Text { quoted: false });
+    };
+    match essence.as_str() {
+        "application/json" => Ok(Declared::Json),
+        "application/x-www-form-urlencoded" => Ok(Declared::Form),
+        JUMPSTART_TEXT => Ok(Declared::Text { quoted: true }),
+        "text/plain" => Ok(Declared::Text { quoted: false }),
+        _ => Err(ApiError::MediaType(format!(
+            "the type {essence:?} is not supported; send application/json or text/plain"
+        ))),
+    }
+}
+
+/// The declared type without its parameters, in lower case.
+pub(crate) fn essence(headers: &HeaderMap) -> Option<String> {
+    let value = String::from_utf8_lossy(headers.get(CONTENT_TYPE)?.as_bytes());
+    Some(value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase())
+}
+
+/// A form with a `prompt` key, or else a bare prompt under the type that curl gives it.
+fn form(text: &str) -> Result<Fields, Invalid> {
+    let pairs: Vec<(String, String)> =
+        form_urlencoded::parse(text.as_bytes()).into_owned().collect();
+    if !pairs.iter().any(|(name, _)| name == "prompt") {
+        return Ok(Fields::prompt(bare(text)));
+    }
+    let broken = |(name, value): &(String, String)| {
+        (name.contains('\u{fffd}') || value.contains('\u{fffd}')) && !text.contains('\u{fffd}')
+    };
+    if pairs.iter().any(broken) {
+        return Err(Invalid::body("the form holds escapes that are not UTF-8"));
+    }
+    Ok(Fields::form(pairs))
+}
+
+/// `curl --data-urlencode 'a cat'` sends `a%20cat`; a body with spaces in it was not encoded.
+fn bare(text: &str) -> String {
+    if text.contains(char::is_whitespace) || !text.contains('%') {
+        return text.into();
+    }
+    let (decoded, rest) = form_urlencoded::parse(text.as_bytes()).next().unwrap_or_default();
+    let whole = rest.is_empty() && !text.contains(['=', '&']);
+    if whole { Cow::into_owned(decoded) } else { text.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::HeaderValue;
+
+    use super::*;
+
+    fn prompt(declared: &'static str, body: &str) -> String {
+        let mut headers = HeaderMap::new();
+        if !declared.is_empty() {
+            headers.insert(CONTENT_TYPE, HeaderValue::from_static(declared));
+        }
+        let (mut fields, speech) = read(&headers, body.as_bytes()).expect("a good body");
+        assert_eq!(speech, Speech::Text);
+        fields.text(&["prompt"], usize::MAX).expect("text").expect("a prompt")
+    }
+
+    #[test]
+    fn a_body_that_is_no_object_is_a_prompt() {
+        let form = "application/x-www-form-urlencoded";
+        let table = [
+            ("", "a red house", "a red house"),
+            ("text/plain", "a red house\r\n", "a red house"),
+            ("text/plain", "\"quoted\"", "\"quoted\""),
+            ("Text/Plain; charset=UTF-8", "caf\u{e9}", "caf\u{e9}"),
+            ("application/x-text", "plain", "plain"),
+            ("application/x-text", "\"a \\\"red\\\" house\"", "a \"red\" house"),
+            ("application/x-text", "\"unfinished", "\"unfinished"),
+            (form, "a cat", "a cat"),
+            (form, "a%20cat", "a cat"),
+            (form, "100% cat & dog = friends", "100% cat & dog = friends"),
+            (form, "e%3Dmc2", "e=mc2"),
+            (form, "prompt=a cat", "a cat"),
+            (form, "steps=3&prompt=a+cat", "a cat"),
+        ];
+        for (declared, body, expected) in table {
+            assert_eq!(prompt(declared, body), expected, "{declared:?} {body:?}");
+        }
+    }
+}

@@ -1,0 +1,74 @@
+//! A request that is answered when its pictures are drawn.
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::{Path, Request, State};
+use axum::response::Response;
+use serde_json::{Value, json};
+
+use super::render::Invocation;
+use super::{body, detect, events, lines};
+use crate::http::admission::{self, Intake};
+use crate::http::drawing::Reply;
+use crate::http::error::ApiError;
+use crate::http::state::AppState;
+
+/// SageMaker's default, and its bound on concurrent transforms of that size: 100 MB in all.
+const PAYLOAD_MB: usize = 6;
+
+const MAX_TRANSFORMS: usize = 100 / PAYLOAD_MB;
+
+/// Draws what the body asks for. When the client leaves, this future is dropped, and with it the
+/// ticket, which withdraws the job.
+pub(crate) async fn invocations(
+    State(state): State<AppState>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let intake = admission::take(&state, request).await?;
+    if lines::are_declared(&intake.headers) {
+        return lines::answer(state, intake);
+    }
+    let Intake { headers, body, client, deadline, stream_deadline, permit, .. } = intake;
+    let (fields, speech) = body::read(&headers, &body)?;
+    drop(body);
+    let heard = detect::hear(&headers, fields, speech, state.settings.limits.max_images)?;
+    let asked = Invocation::read(&state, heard, &headers).await?;
+    let stream = matches!(asked.drawing.reply, Reply::Events(_));
+    let ticket =
+        asked.drawing.submit(&client, Some(if stream { stream_deadline } else { deadline }))?;
+    if stream {
+        return Ok(events::stream(&state.engine, asked, ticket, permit));
+    }
+    let pictures = ticket.wait().await?;
+    Ok(asked.answer(pictures).await?.map(Body::from))
+}
+
+/// `POST /models/{name}/invoke`: `/invocations` of that model.
+pub(crate) async fn loaded(
+    State(state): State<AppState>,
+    Path(name): Path<String>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let chosen = state.models.get(&name)?;
+    invocations(State(state.on(chosen)), request).await
+}
+
+/// `POST /models/{owner}/{name}`, as Hugging Face's clients call a model that has an address.
+pub(crate) async fn named(
+    State(state): State<AppState>,
+    Path(name): Path<String>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let state = state.choose(&name).await?;
+    invocations(State(state), request).await
+}
+
+/// What SageMaker's batch transform asks first. One record a request keeps its time bounded, and
+/// as many requests as there are rows keep the batch full.
+pub(crate) async fn execution_parameters(State(state): State<AppState>) -> Json<Value> {
+    Json(json!({
+        "MaxConcurrentTransforms": state.engine.max_batch_rows().min(MAX_TRANSFORMS),
+        "BatchStrategy": "SINGLE_RECORD",
+        "MaxPayloadInMB": PAYLOAD_MB,
+    }))
+}

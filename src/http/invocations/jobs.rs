@@ -1,0 +1,136 @@
+//! Requests that outlive their connection: `POST /v1/jobs` answers at once with an id, under which
+//! the state, the result and the end of the job can be had. Everything is in memory, bounded in
+//! number and time, and gone with the process. Whoever knows an id may use it; ids are random.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, Request, State};
+use axum::http::StatusCode;
+use axum::http::header::LOCATION;
+use axum::response::{IntoResponse as _, Response};
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use super::render::Invocation;
+use super::{body, detect, events};
+use crate::engine::Failure;
+use crate::http::admission::{self, Intake};
+use crate::http::drawing::Reply;
+use crate::http::error::ApiError;
+use crate::http::ids::random;
+use crate::http::state::AppState;
+use crate::http::store::{Entry, JobStore};
+use crate::request::Invalid;
+
+/// Accepts a job: the body of `/invocations`, whose answer is kept.
+pub(crate) async fn create(
+    State(state): State<AppState>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let Intake { headers, body, client, permit, .. } = admission::take(&state, request).await?;
+    let timeout = admission::timeout(&headers, state.settings.job_timeout)?;
+    let (fields, speech) = body::read(&headers, &body)?;
+    let heard = detect::hear(&headers, fields, speech, state.settings.limits.max_images)?;
+    let asked = Invocation::read(&state, heard, &headers).await?;
+    if let Reply::Events(_) = asked.drawing.reply {
+        return Err(Invalid::body("a job has no events; ask for its state").into());
+    }
+    let deadline = Instant::now() + timeout;
+    let mut ticket = asked.drawing.submit(&client, Some(deadline))?;
+    drop(permit);
+    let id = format!("{:032x}", random());
+    let entry = Entry { watch: state.engine.watch(&ticket), end: None, task: None };
+    let description = describe(&id, &entry);
+    if !state.jobs.insert(id.clone(), entry, state.settings.max_jobs) {
+        return Err(ApiError::Crowded { retry_after_s: state.engine.retry_after() });
+    }
+    let (store, name, engine) = (Arc::clone(&state.jobs), id.clone(), state.engine.clone());
+    let work = async move {
+        loop {
+            match ticket.wait().await {
+                // It made room for another client; it has been accepted and so comes again.
+                Err(Failure::Full { .. }) => {
+                    ticket = asked.drawing.submit_patiently(&client, deadline).await?;
+                    store.update(&name, |entry| entry.watch = engine.watch(&ticket));
+                }
+                pictures => return asked.answer(pictures?).await,
+            }
+        }
+    };
+    let task =
+        tokio::spawn(keep(Arc::clone(&state.jobs), state.settings.job_retention, id.clone(), work));
+    state.jobs.update(&id, |entry| entry.task = Some(task.abort_handle()));
+    let location = [(LOCATION, format!("/v1/jobs/{id}"))];
+    Ok((StatusCode::ACCEPTED, location, Json(description)).into_response())
+}
+
+/// Does the work, keeps the result for its time, and forgets it.
+async fn keep(
+    store: Arc<JobStore>,
+    retention: Duration,
+    id: String,
+    work: impl Future<Output = Result<axum::http::Response<Bytes>, ApiError>>,
+) {
+    let result = Arc::new(work.await);
+    store.update(&id, |entry| entry.end = Some((Instant::now(), result)));
+    tokio::time::sleep(retention).await;
+    store.remove(&id);
+}
+
+/// The state of a job.
+pub(crate) async fn state(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    state.jobs.read(&id, |job| describe(&id, job)).map(Json)
+}
+
+/// What `/invocations` would have answered; 202 and the state while there is nothing.
+pub(crate) async fn result(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    let (end, description) = state.jobs.read(&id, |job| (job.end.clone(), describe(&id, job)))?;
+    Ok(match end {
+        None => (StatusCode::ACCEPTED, Json(description)).into_response(),
+        Some((_, end)) => match &*end {
+            Ok(answer) => answer.clone().map(Body::from),
+            Err(error) => error.response(),
+        },
+    })
+}
+
+/// Ends a job and forgets it.
+pub(crate) async fn delete(
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<StatusCode, ApiError> {
+    if state.jobs.remove(&id) { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::NoJob) }
+}
+
+fn describe(id: &str, job: &Entry) -> Value {
+    let outlook = job.watch.outlook();
+    let progress = job.watch.made();
+    let state = match &job.end {
+        Some((_, end)) if end.is_ok() => "done",
+        Some(_) => "failed",
+        None if progress.begun == 0 => "queued",
+        None => "running",
+    };
+    let mut description = match state {
+        "queued" => events::place(outlook),
+        "running" => events::step(progress, outlook),
+        _ => json!({}),
+    };
+    if let Some((_, end)) = &job.end
+        && let Err(error) = &**end
+    {
+        description = error.json();
+    }
+    description["id"] = id.into();
+    description["state"] = state.into();
+    description
+}

@@ -1,0 +1,106 @@
+//! The dialect of SageMaker JumpStart's Stable Diffusion: a prompt as `application/x-text`, answered
+//! with nested arrays of RGB values, or JSON with the native fields, where the prompt may be a
+//! list. `Accept: application/json;jpeg` asks for files in base64.
+//!
+//! JSON without that `Accept` is letter for letter the native request, and is answered so.
+
+use axum::http::HeaderMap;
+use axum::http::header::ACCEPT;
+use serde::Serialize;
+use serde_json::Value;
+
+use super::body::{JUMPSTART_TEXT, Speech, essence};
+use super::render::{Dialect, Heard, Pictures};
+use crate::engine::Drawn;
+use crate::image::Format;
+use crate::request::{Fields, Invalid};
+
+/// What asks for files.
+const FILES: [(&str, Format); 2] =
+    [("application/json;jpeg", Format::Jpeg), ("application/json;png", Format::Png)];
+
+/// The dialect in which a request expects its answer, if it is this one.
+pub(crate) fn spoken(headers: &HeaderMap) -> Option<Dialect> {
+    let accept = headers.get(ACCEPT).map(|value| String::from_utf8_lossy(value.as_bytes()));
+    let accept = accept.unwrap_or_default().to_ascii_lowercase().replace(' ', "");
+    let files = FILES.iter().find(|(media, _)| accept == *media).map(|(_, format)| *format);
+    let text = essence(headers).is_some_and(|essence| essence == JUMPSTART_TEXT);
+    let word: fn(&Pictures<'_>) -> String = match (text, files.is_some()) {
+        (true, true) => |pictures| word(pictures, "generated_image", &files_of(pictures)),
+        (true, false) => |pictures| word(pictures, "generated_image", &pixels_of(pictures)),
+        (false, true) => |pictures| word(pictures, "generated_images", &files_of(pictures)),
+        (false, false) => return None,
+    };
+    Some(Dialect { format: files.unwrap_or(Format::Jpeg), word })
+}
+
+/// A request for each prompt. Negative prompts come in pairs with them or one for all.
+pub(crate) fn hear(
+    mut fields: Fields,
+    dialect: Dialect,
+    max_images: usize,
+) -> Result<Heard, Invalid> {
+    let heard = |requests| Ok(Heard { requests, speech: Speech::Json, dialect });
+    if !fields.is_list("prompt") {
+        return heard(vec![fields]);
+    }
+    let Some((name, Value::Array(prompts))) = fields.take(&["prompt"])? else {
+        return heard(vec![fields]);
+    };
+    if prompts.is_empty() {
+        return Err(Invalid::malformed(&name, "must not be an empty list"));
+    }
+    if prompts.len() > max_images {
+        let count = prompts.len();
+        let reason = format!("asks for {count} pictures; at most {max_images} are allowed");
+        return Err(Invalid::range(&name, reason));
+    }
+    let mut negatives: Vec<Value> = Vec::new();
+    if fields.is_list("negative_prompt")
+        && let Some((name, Value::Array(list))) = fields.take(&["negative_prompt"])?
+    {
+        if list.len() != prompts.len() {
+            let reason = format!("must have as many entries as prompt, which is {}", prompts.len());
+            return Err(Invalid::malformed(&name, reason));
+        }
+        negatives = list;
+    }
+    let request = |(k, prompt): (usize, Value)| {
+        let mut fields = fields.clone();
+        fields.add("prompt", &format!("prompt[{k}]"), prompt);
+        if let Some(negative) = negatives.get(k) {
+            fields.add("negative_prompt", &format!("negative_prompt[{k}]"), negative.clone());
+        }
+        fields
+    };
+    heard(prompts.into_iter().enumerate().map(request).collect())
+}
+
+/// One picture, or all, under a name that says which.
+fn word<T: Serialize>(pictures: &Pictures<'_>, name: &str, images: &[T]) -> String {
+    let images = match images {
+        [image] if name == "generated_image" => serde_json::to_string(image),
+        images => serde_json::to_string(images),
+    };
+    let mut prompts: Vec<&str> = pictures.specs.iter().map(|spec| spec.prompt.as_str()).collect();
+    prompts.dedup();
+    let prompt = match prompts[..] {
+        [one] => Value::from(one),
+        _ => Value::from(prompts),
+    };
+    // Lists of numbers and strings can always be written.
+    format!(r#"{{"{name}":{},"prompt":{prompt}}}"#, images.unwrap_or_default())
+}
+
+fn files_of(pictures: &Pictures<'_>) -> Vec<String> {
+    pictures.base64().collect()
+}
+
+/// Each picture as rows of pixels of red, green and blue.
+fn pixels_of<'a>(pictures: &Pictures<'a>) -> Vec<Vec<Vec<&'a [u8]>>> {
+    let rows = |drawn: &'a Drawn| {
+        let rows = drawn.rgb.data.chunks(3 * drawn.rgb.width);
+        rows.map(|row| row.chunks(3).collect()).collect()
+    };
+    pictures.drawn.iter().map(rows).collect()
+}

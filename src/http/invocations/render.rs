@@ -1,0 +1,168 @@
+//! A request in any of the dialects of `/invocations`, and how its answer is worded.
+
+use axum::body::Bytes;
+use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderMap, HeaderValue, Response};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use sd_models::Spec;
+use serde_json::{Value, json};
+
+use super::accept::{self, Wish};
+use super::body::Speech;
+use crate::engine::Drawn;
+use crate::http::drawing::{Asked, Reply};
+use crate::http::error::ApiError;
+use crate::http::headers::{ATTRIBUTES, NSFW, SEED};
+use crate::http::state::AppState;
+use crate::image::Format;
+use crate::request::Fields;
+
+/// How an answer is worded.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Dialect {
+    /// The format of pictures in JSON, unless the request names one.
+    pub(crate) format: Format,
+    /// The JSON.
+    pub(crate) word: fn(&Pictures<'_>) -> String,
+}
+
+/// What there is to tell.
+#[derive(Debug)]
+pub(crate) struct Pictures<'a> {
+    pub(crate) specs: &'a [Spec],
+    pub(crate) drawn: &'a [Drawn],
+    pub(crate) files: &'a [Vec<u8>],
+    pub(crate) format: Format,
+}
+
+impl Pictures<'_> {
+    /// The files in base64.
+    pub(crate) fn base64(&self) -> impl Iterator<Item = String> {
+        self.files.iter().map(|file| BASE64_STANDARD.encode(file))
+    }
+
+    /// The files in base64, with what was asked and what came of it.
+    pub(crate) fn each(&self) -> impl Iterator<Item = (&Spec, &Drawn, String)> {
+        let drawn = self.specs.iter().zip(self.drawn).zip(self.base64());
+        drawn.map(|((spec, drawn), data)| (spec, drawn, data))
+    }
+
+    /// The warnings of all pictures, each once.
+    pub(crate) fn warnings(&self) -> Vec<&str> {
+        let mut warnings: Vec<&str> = Vec::new();
+        for warning in self.drawn.iter().flat_map(|picture| &picture.warnings) {
+            if !warnings.contains(&warning.as_str()) {
+                warnings.push(warning);
+            }
+        }
+        warnings
+    }
+
+    /// The prompt of the first picture.
+    pub(crate) fn prompt(&self) -> &str {
+        self.specs.first().map_or("", |spec| &spec.prompt)
+    }
+}
+
+/// A request in native fields.
+#[derive(Debug)]
+pub(crate) struct Heard {
+    /// One for each prompt.
+    pub(crate) requests: Vec<Fields>,
+    pub(crate) speech: Speech,
+    pub(crate) dialect: Dialect,
+}
+
+impl Heard {
+    /// A request that is native already.
+    pub(crate) fn native(fields: Fields, speech: Speech) -> Self {
+        Self { requests: vec![fields], speech, dialect: NATIVE }
+    }
+}
+
+/// A valid request with its dialect.
+#[derive(Debug)]
+pub(crate) struct Invocation {
+    pub(crate) drawing: Asked,
+    dialect: Dialect,
+}
+
+impl Invocation {
+    /// Reads what was heard; `headers` say how to answer.
+    pub(crate) async fn read(
+        state: &AppState,
+        heard: Heard,
+        headers: &HeaderMap,
+    ) -> Result<Self, ApiError> {
+        let Heard { requests, speech, dialect } = heard;
+        let drawing = Asked::read(state, requests, |draw, count| {
+            let (usual, format, stream) = (dialect.format, draw.format, draw.stream);
+            accept::choose(headers, Wish { speech, usual, format, count, stream })
+        });
+        Ok(Self { drawing: drawing.await?, dialect })
+    }
+
+    /// The answer, whole, so that it can be kept.
+    pub(crate) async fn answer(self, pictures: Vec<Drawn>) -> Result<Response<Bytes>, ApiError> {
+        let Self { drawing, dialect } = self;
+        let answer =
+            move |drawing: &Asked, drawn: &[Drawn], files| answer(drawing, dialect, drawn, files);
+        drawing.encode(pictures, answer).await
+    }
+}
+
+fn answer(
+    drawing: &Asked,
+    dialect: Dialect,
+    drawn: &[Drawn],
+    mut files: Vec<Vec<u8>>,
+) -> Response<Bytes> {
+    let (specs, format) = (&drawing.specs, drawing.reply.format());
+    let (media_type, body) = match drawing.reply {
+        Reply::Bytes(_) => (format.media_type(), files.pop().unwrap_or_default()),
+        Reply::Json(_) | Reply::Events(_) => {
+            let json = (dialect.word)(&Pictures { specs, drawn, files: &files, format });
+            ("application/json", json.into())
+        }
+    };
+    let mut answer = Response::new(Bytes::from(body));
+    let headers = answer.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(media_type));
+    let seed = specs.first().map_or(0, |spec| spec.seed);
+    headers.insert(SEED, HeaderValue::from(seed));
+    let nsfw = drawn.iter().filter_map(|picture| picture.nsfw).reduce(|a, b| a | b);
+    let objection = if nsfw == Some(true) { ";nsfw=true" } else { "" };
+    if let Ok(value) = HeaderValue::try_from(format!("seed={seed}{objection}")) {
+        headers.insert(ATTRIBUTES, value);
+    }
+    if let Some(nsfw) = nsfw {
+        headers.insert(NSFW, HeaderValue::from_static(if nsfw { "true" } else { "false" }));
+    }
+    answer
+}
+
+const NATIVE: Dialect = Dialect { format: Format::Jpeg, word: native };
+
+/// `data` and `seed` for one picture, `images` for several.
+fn native(pictures: &Pictures<'_>) -> String {
+    let image = |(spec, drawn, data): (&Spec, &Drawn, String)| {
+        let mut image = json!({ "seed": spec.seed, "data": data });
+        if let Some(nsfw) = drawn.nsfw {
+            image["nsfw"] = nsfw.into();
+        }
+        image
+    };
+    let mut images: Vec<Value> = pictures.each().map(image).collect();
+    let mut reply = match &mut images[..] {
+        [one] => one.take(),
+        _ => json!({ "images": images }),
+    };
+    reply["prompt"] = pictures.prompt().into();
+    reply["content_type"] = pictures.format.media_type().into();
+    let warnings = pictures.warnings();
+    if !warnings.is_empty() {
+        reply["warnings"] = warnings.into();
+    }
+    reply.to_string()
+}

@@ -1,0 +1,100 @@
+//! Who may come in. A key comes as `Authorization: Bearer KEY` (OpenAI's clients), as the password
+//! of `Authorization: Basic` (AUTOMATIC1111's clients) or as `X-Api-Key`. It is also the client's
+//! name: whoever shares a key shares a turn. SageMaker's routes have no lock, since its own front
+//! door checks the caller and passes no such header on.
+
+use std::sync::Arc;
+
+use axum::extract::{Request, State};
+use axum::http::header::{AUTHORIZATION, WWW_AUTHENTICATE};
+use axum::http::{HeaderMap, HeaderValue};
+use axum::middleware::Next;
+use axum::response::Response;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use subtle::ConstantTimeEq as _;
+
+use super::sagemaker_route::Routed;
+use crate::engine::Client;
+use crate::http::error::ApiError;
+use crate::http::state::Key;
+
+/// Where keys go that are not in `Authorization`.
+const API_KEY: &str = "x-api-key";
+
+/// Lets a request in that has a key. Where none are configured everyone may come in.
+pub(crate) async fn require(
+    State(keys): State<Arc<[Key]>>,
+    mut request: Request,
+    next: Next,
+) -> Result<Response, Response> {
+    let sagemaker = request.extensions().get::<Routed>().is_some();
+    if keys.is_empty() || sagemaker {
+        return Ok(next.run(request).await);
+    }
+    let given = given(request.headers());
+    let Some(place) = given.as_deref().and_then(|given| find(&keys, given)) else {
+        let mut response = ApiError::Key { given: given.is_some() }.response();
+        response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        return Err(response);
+    };
+    request.extensions_mut().insert(Client::named(&format!("key {place}")));
+    Ok(next.run(request).await)
+}
+
+/// The key that a request carries.
+fn given(headers: &HeaderMap) -> Option<Vec<u8>> {
+    let authorization = headers.get(AUTHORIZATION).and_then(authorized);
+    authorization.or_else(|| headers.get(API_KEY).map(|value| value.as_bytes().to_vec()))
+}
+
+fn authorized(value: &HeaderValue) -> Option<Vec<u8>> {
+    let (scheme, rest) = value.to_str().ok()?.split_once(' ')?;
+    let rest = rest.trim();
+    match scheme.to_ascii_lowercase().as_str() {
+        "bearer" => Some(rest.into()),
+        "basic" => {
+            let pair = BASE64_STANDARD.decode(rest).ok()?;
+            let colon = pair.iter().position(|byte| *byte == b':')?;
+            Some(pair[colon + 1..].to_vec())
+        }
+        _ => None,
+    }
+}
+
+/// Compares with every key in a time that tells nothing but lengths.
+fn find(keys: &[Key], given: &[u8]) -> Option<usize> {
+    keys.iter().enumerate().fold(None, |found, (place, key)| {
+        if key.as_bytes().ct_eq(given).into() { Some(place) } else { found }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_is_found_wherever_clients_put_it() {
+        let keys: Vec<Key> = ["first", "se:cond"].map(|key| key.parse().expect("a key")).into();
+        let basic = |pair: &str| format!("Basic {}", BASE64_STANDARD.encode(pair));
+        let table = [
+            ("authorization", "Bearer first".to_owned(), Some(0)),
+            ("authorization", "bearer  se:cond".to_owned(), Some(1)),
+            ("authorization", basic("anyone:se:cond"), Some(1)),
+            ("authorization", basic("first"), None),
+            ("authorization", "first".to_owned(), None),
+            ("authorization", "Bearer firs".to_owned(), None),
+            ("authorization", "Bearer ".to_owned(), None),
+            ("x-api-key", "first".to_owned(), Some(0)),
+            ("x-other", "first".to_owned(), None),
+        ];
+        for (name, value, place) in table {
+            let mut headers = HeaderMap::new();
+            headers.insert(name, HeaderValue::try_from(&value).expect("a header"));
+            let found = given(&headers).and_then(|given| find(&keys, &given));
+            assert_eq!(found, place, "{name}: {value}");
+        }
+        assert_eq!(format!("{keys:?}"), "[Key(..), Key(..)]");
+        assert!("".parse::<Key>().is_err() && "a b".parse::<Key>().is_err());
+    }
+}

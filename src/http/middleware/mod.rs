@@ -1,0 +1,6 @@
+//! Layers around the routes.
+
+pub(crate) mod auth;
+pub(crate) mod cors;
+pub(crate) mod observe;
+pub(crate) mod sagemaker_route;

@@ -1,0 +1,22 @@
+//! Pictures that were answered with a URL.
+
+use axum::extract::{Path, State};
+use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
+use axum::response::IntoResponse;
+
+use crate::http::error::ApiError;
+use crate::http::state::AppState;
+
+/// `GET /files/{name}`.
+pub(crate) async fn file(
+    State(state): State<AppState>,
+    Path(name): Path<String>,
+) -> Result<impl IntoResponse, ApiError> {
+    let (format, data) = state.shelf.get(&name).ok_or(ApiError::NoFile)?;
+    let headers = [
+        (CONTENT_TYPE, format.media_type()),
+        (CACHE_CONTROL, "private, max-age=3600, immutable"),
+        (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    ];
+    Ok((headers, data))
+}

@@ -1,0 +1,131 @@
+//! Generations and edits.
+
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::http::HeaderMap;
+use axum::http::header::HOST;
+use axum::response::{IntoResponse as _, Response};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+
+use super::form::Form;
+use super::render::{common, data, now};
+use super::stream::{Wish, stream};
+use super::translate::{Words, translate};
+use crate::http::admission::{self, Intake};
+use crate::http::drawing::{Asked, Reply};
+use crate::http::error::ApiError;
+use crate::http::state::AppState;
+use crate::image::{self, Format};
+use crate::request::{Fields, Invalid};
+
+/// Names that clients send who know no other server than OpenAI's. They mean whatever is here.
+const THEIR_MODELS: [&str; 3] = ["dall-e-", "gpt-image-", "chatgpt-image-"];
+
+/// `POST /v1/images/generations`.
+pub(crate) async fn generations(
+    State(state): State<AppState>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let intake = admission::take(&state, request).await?;
+    let fields = intake.json()?;
+    draw(state, intake, fields, "image_generation").await
+}
+
+/// `POST /v1/images/edits`: a form with a picture in it, and a mask whose transparent parts are to
+/// be painted anew. Without one it is the picture's own transparency that says where, and without
+/// that the whole picture is begun from.
+pub(crate) async fn edits(
+    State(state): State<AppState>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let mut intake = admission::take(&state, request).await?;
+    let body = std::mem::take(&mut intake.body);
+    let Form { texts, image, mask } = Form::read(&intake.headers, body).await?;
+    let image = image.ok_or_else(|| Invalid::malformed("image", "is required"))?;
+    let mut fields = Fields::form(texts);
+    let encoded = BASE64_STANDARD.encode(&image);
+    let (name, file) = match mask {
+        Some(mask) => ("mask", mask),
+        None => ("image", image),
+    };
+    let most = state.settings.limits.max_input_pixels;
+    let turn = state.readers.acquire().await;
+    let found = tokio::task::spawn_blocking(move || image::mask(&file, most, image::holes)).await;
+    drop(turn);
+    let holes = found.map_err(|_| Invalid::malformed(name, "cannot be read"))?;
+    let holes = holes.map_err(|reason| Invalid::range(name, reason))?;
+    if holes.is_none() && name == "mask" {
+        let reason = "has no transparent pixels; they say what is to be painted anew";
+        return Err(Invalid::range(name, reason).into());
+    }
+    if let Some(holes) = holes {
+        fields.add("mask", name, BASE64_STANDARD.encode(holes));
+        // Nothing is to be seen any more of what was there.
+        if !fields.has("strength") {
+            fields.add("strength", "strength", "1");
+        }
+    }
+    fields.add("image", "image", encoded);
+    draw(state, intake, fields, "image_edit").await
+}
+
+/// Reads OpenAI's fields, draws, and answers.
+async fn draw(
+    state: AppState,
+    intake: Intake,
+    mut fields: Fields,
+    kind: &'static str,
+) -> Result<Response, ApiError> {
+    let Intake { headers, client, deadline, stream_deadline, permit, .. } = intake;
+    let Words { model, compression, url, partial_images } = translate(&mut fields)?;
+    let state = find(state, model).await?;
+    let url = url.then(|| origin(&headers));
+    let wish = Wish { kind, url, partial_images };
+    let asked = Asked::read(&state, vec![fields], |draw, _| {
+        let format = draw.format.unwrap_or(Format::Png);
+        Ok(if draw.stream { Reply::Events(format) } else { Reply::Json(format) })
+    });
+    let mut asked = asked.await?;
+    asked.quality = quality(compression, asked.reply.format())?.unwrap_or(asked.quality);
+    let streams = matches!(asked.reply, Reply::Events(_));
+    let ticket = asked.submit(&client, Some(if streams { stream_deadline } else { deadline }))?;
+    let common = common(&asked);
+    if streams {
+        return Ok(stream(state, asked, ticket, wish, common, permit));
+    }
+    let pictures = ticket.wait().await?;
+    let data = data(&state, asked, pictures, wish.url).await?;
+    let mut reply = common;
+    reply.insert("created".into(), now().into());
+    reply.insert("data".into(), data.into());
+    Ok(Json(reply).into_response())
+}
+
+/// What `output_compression` means for a format: the quality of JPEG. Our PNG and WebP are lossless.
+fn quality(compression: Option<u64>, format: Format) -> Result<Option<u8>, Invalid> {
+    match (compression, format) {
+        (None | Some(100), Format::Png | Format::Webp) | (None, Format::Jpeg) => Ok(None),
+        (Some(percent), Format::Jpeg) => Ok(u8::try_from(percent.max(1)).ok()),
+        (Some(_), Format::Png | Format::Webp) => {
+            let reason = "is for jpeg only; png and webp are lossless here";
+            Err(Invalid::range("output_compression", reason))
+        }
+    }
+}
+
+/// Scheme and host as the client sees them, also through a proxy that says so.
+fn origin(headers: &HeaderMap) -> String {
+    let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    let scheme = header("x-forwarded-proto").filter(|scheme| *scheme == "https").unwrap_or("http");
+    let host = header("x-forwarded-host").or_else(|| header(HOST.as_str()));
+    host.map_or(String::new(), |host| format!("{scheme}://{host}"))
+}
+
+/// The server as a request sees it that names this model, which may have to be loaded first.
+/// OpenAI's names mean the one that is here.
+async fn find(state: AppState, name: Option<String>) -> Result<AppState, ApiError> {
+    let theirs = |name: &String| THEIR_MODELS.iter().any(|prefix| name.starts_with(prefix));
+    let Some(name) = name.filter(|name| !theirs(name)) else { return Ok(state) };
+    state.choose(&name).await
+}

@@ -1,0 +1,57 @@
+//! What answers and events say.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use serde_json::{Map, Value, json};
+
+use crate::engine::Drawn;
+use crate::http::drawing::Asked;
+use crate::http::error::ApiError;
+use crate::http::state::AppState;
+
+/// What every answer and event says of its pictures.
+pub(crate) fn common(asked: &Asked) -> Map<String, Value> {
+    let size = asked.specs.first().map(|spec| spec.final_size().to_string());
+    let format = asked.reply.format().name();
+    let common = json!({ "size": size, "output_format": format, "background": "opaque" });
+    common.as_object().cloned().unwrap_or_default()
+}
+
+/// One object a picture: its seed, and itself or where it is.
+pub(crate) async fn data(
+    state: &AppState,
+    asked: Asked,
+    pictures: Vec<Drawn>,
+    url: Option<String>,
+) -> Result<Vec<Value>, ApiError> {
+    let state = state.clone();
+    let data = move |asked: &Asked, pictures: &[Drawn], files: Vec<Vec<u8>>| {
+        let (field, values): (_, Vec<String>) = match url {
+            Some(origin) => {
+                let names = state.shelf.keep(files, asked.reply.format())?;
+                ("url", names.iter().map(|name| format!("{origin}/files/{name}")).collect())
+            }
+            None => ("b64_json", files.iter().map(|file| BASE64_STANDARD.encode(file)).collect()),
+        };
+        let drawn = asked.specs.iter().zip(pictures).zip(values);
+        let object = drawn.map(|((spec, picture), value)| {
+            let mut object = json!({ "seed": spec.seed, field: value });
+            if let Some(nsfw) = picture.nsfw {
+                object["nsfw"] = nsfw.into();
+            }
+            if !picture.warnings.is_empty() {
+                object["warnings"] = picture.warnings.clone().into();
+            }
+            object
+        });
+        Ok(object.collect())
+    };
+    asked.encode(pictures, data).await?
+}
+
+/// Unix time in seconds.
+pub(crate) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs()
+}

@@ -1,0 +1,52 @@
+//! The route table, and the layers around it.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::http::{Method, StatusCode};
+use axum::middleware::{from_fn_with_state, map_response};
+use tower::util::option_layer;
+
+use super::error::ApiError;
+use super::middleware::cors::cors;
+use super::middleware::observe::observe;
+use super::middleware::{auth, sagemaker_route};
+use super::state::{AppState, Key, Settings};
+use super::{a1111, admin, invocations, openai, page};
+use crate::registry::Models;
+
+/// Every route of the server. Those behind the lock need a key where keys are configured.
+pub fn router(models: Models, settings: Settings) -> Router {
+    let keys: Arc<[Key]> = settings.api_keys.as_slice().into();
+    let lock = || from_fn_with_state(Arc::clone(&keys), auth::require);
+    let cors = option_layer(cors(&settings.cors_origins));
+    let state = AppState::new(models, settings);
+    let mut router = Router::new()
+        .merge(page::routes())
+        .merge(admin::routes())
+        .merge(openai::files())
+        .merge(invocations::open_routes());
+    let mut locked = invocations::routes();
+    if state.models.multi_model() {
+        router =
+            router.merge(admin::multi_model_routes()).merge(invocations::loaded_model_routes());
+    } else {
+        locked = locked.merge(invocations::named_model_routes());
+    }
+    let errors = map_response(openai::errors);
+    let router = router
+        .merge(locked.route_layer(lock()))
+        .merge(openai::routes().route_layer(lock()).route_layer(errors))
+        .merge(a1111::routes().route_layer(lock()).route_layer(map_response(a1111::errors)))
+        .fallback(async || ApiError::NotFound)
+        .method_not_allowed_fallback(other_method)
+        .layer(cors)
+        .layer(from_fn_with_state(state.engine.clone(), observe));
+    sagemaker_route::by_attribute(router.with_state(state))
+}
+
+/// A method that a route does not take. To ask what it takes is no error: the answer is the header
+/// `Allow`, and SillyTavern finds out in this way whether there is a server.
+async fn other_method(method: Method) -> Result<StatusCode, ApiError> {
+    if method == Method::OPTIONS { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::Method) }
+}

@@ -1,0 +1,78 @@
+//! Jobs that outlive their connection, and their results: bounded in number, and gone with the
+//! process.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use axum::body::Bytes;
+use axum::http::Response;
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+
+use crate::engine::Watch;
+use crate::http::error::ApiError;
+
+/// The jobs that are kept.
+#[derive(Debug, Default)]
+pub(crate) struct JobStore {
+    jobs: Mutex<HashMap<String, Entry>>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub(crate) watch: Watch,
+    /// When it ended, and how.
+    pub(crate) end: Option<(Instant, Arc<Result<Response<Bytes>, ApiError>>)>,
+    pub(crate) task: Option<AbortHandle>,
+}
+
+/// Forgetting a job ends its task, which withdraws its pictures.
+impl Drop for Entry {
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
+}
+
+impl JobStore {
+    fn jobs(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps a job. When as many are kept as may be, the oldest result makes room; false when
+    /// none of them has ended.
+    pub(crate) fn insert(&self, id: String, entry: Entry, max: usize) -> bool {
+        let mut jobs = self.jobs();
+        if jobs.len() >= max {
+            let ended = jobs.iter().filter_map(|(id, job)| Some((job.end.as_ref()?.0, id)));
+            let Some(oldest) = ended.min().map(|(_, id)| id.clone()) else { return false };
+            jobs.remove(&oldest);
+        }
+        jobs.insert(id, entry);
+        true
+    }
+
+    pub(crate) fn update(&self, id: &str, change: impl FnOnce(&mut Entry)) {
+        if let Some(entry) = self.jobs().get_mut(id) {
+            change(entry);
+        }
+    }
+
+    /// Reads a job.
+    pub(crate) fn read<T>(&self, id: &str, read: impl FnOnce(&Entry) -> T) -> Result<T, ApiError> {
+        self.jobs().get(id).map(read).ok_or(ApiError::NoJob)
+    }
+
+    /// Forgets a job; false when there is none.
+    pub(crate) fn remove(&self, id: &str) -> bool {
+        self.jobs().remove(id).is_some()
+    }
+
+    /// How many jobs are under way and how many have ended.
+    pub(crate) fn count(&self) -> [usize; 2] {
+        let jobs = self.jobs();
+        let ended = jobs.values().filter(|job| job.end.is_some()).count();
+        [jobs.len() - ended, ended]
+    }
+}

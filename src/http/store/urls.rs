@@ -1,0 +1,82 @@
+//! Pictures that are kept for a while, for replies that hold a URL in their place. Bounded in bytes
+//! and time; the oldest goes first.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::body::Bytes;
+
+use crate::http::ids::random;
+use crate::image::Format;
+use crate::request::Invalid;
+
+/// The pictures, the oldest first.
+#[derive(Debug)]
+pub(crate) struct Shelf {
+    retention: Duration,
+    max_bytes: usize,
+    files: Mutex<VecDeque<File>>,
+}
+
+#[derive(Debug)]
+struct File {
+    name: String,
+    format: Format,
+    data: Bytes,
+    since: Instant,
+}
+
+impl Shelf {
+    /// Keeps pictures for a time, and so many bytes of them in all.
+    pub(crate) fn new(retention: Duration, max_bytes: usize) -> Self {
+        Self { retention, max_bytes, files: Mutex::default() }
+    }
+
+    fn files(&self) -> MutexGuard<'_, VecDeque<File>> {
+        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        while files.front().is_some_and(|file| file.since.elapsed() >= self.retention) {
+            files.pop_front();
+        }
+        files
+    }
+
+    /// Keeps the pictures of a request, for which older ones may have to go, and returns their
+    /// names. Those that never fit together are refused, and nothing goes.
+    pub(crate) fn keep(
+        &self,
+        pictures: Vec<Vec<u8>>,
+        format: Format,
+    ) -> Result<Vec<String>, Invalid> {
+        let (bytes, most) = (pictures.iter().map(Vec::len).sum(), self.max_bytes);
+        let Some(mut room) = most.checked_sub(bytes) else {
+            let reason = format!(
+                "cannot be url: these pictures have {bytes} bytes, and {most} are kept in all; \
+                 ask for b64_json"
+            );
+            return Err(Invalid::range("response_format", reason));
+        };
+        let mut files = self.files();
+        // From the newest on, as many as fit beside the new ones.
+        let kept = files.iter().rev().take_while(|file| {
+            let left = room.checked_sub(file.data.len());
+            room = left.unwrap_or(0);
+            left.is_some()
+        });
+        let gone = files.len() - kept.count();
+        files.drain(..gone);
+        let since = Instant::now();
+        let name = || format!("{:032x}.{}", random(), format.name());
+        let new = pictures.into_iter().map(|data| (name(), Bytes::from(data)));
+        let first = files.len();
+        files.extend(new.map(|(name, data)| File { name, format, data, since }));
+        Ok(files.range(first..).map(|file| file.name.clone()).collect())
+    }
+
+    /// The picture of a name.
+    pub(crate) fn get(&self, name: &str) -> Option<(Format, Bytes)> {
+        let files = self.files();
+        let file = files.iter().find(|file| file.name == name)?;
+        Some((file.format, file.data.clone()))
+    }
+}

@@ -1,0 +1,52 @@
+//! Pictures that came in, to pixels.
+
+use std::io::Cursor;
+
+use image::imageops::FilterType;
+use image::{DynamicImage, ImageDecoder as _, ImageReader, Limits};
+use sd_models::{Rgb, Size};
+
+/// A picture out of a PNG, JPEG, WebP, GIF (its first frame) or BMP file, turned as its EXIF
+/// orientation says. The error is what comes after "the picture".
+pub fn decode(file: &[u8], max_pixels: usize) -> Result<DynamicImage, String> {
+    /// Of a pixel of four channels of 16 bits; a decoder may hold a second copy.
+    const PIXEL_BYTES: u64 = 2 * 8;
+    let unreadable = |error: image::ImageError| format!("cannot be read: {error}");
+    let reader = ImageReader::new(Cursor::new(file));
+    let mut reader = reader.with_guessed_format().map_err(|e| format!("cannot be read: {e}"))?;
+    if reader.format().is_none() {
+        return Err("is in no known format; send PNG, JPEG, WebP, GIF or BMP".into());
+    }
+    let mut limits = Limits::default();
+    limits.max_alloc = Some((max_pixels as u64).saturating_mul(PIXEL_BYTES).max(1 << 20));
+    reader.limits(limits);
+    let mut decoder = reader.into_decoder().map_err(unreadable)?;
+    let (width, height) = decoder.dimensions();
+    if u64::from(width) * u64::from(height) > max_pixels as u64 {
+        return Err(format!("is {width}x{height}; at most {max_pixels} pixels are read"));
+    }
+    let orientation = decoder.orientation().map_err(unreadable)?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(unreadable)?;
+    image.apply_orientation(orientation);
+    Ok(image)
+}
+
+/// The pixels of a picture in a size, by Lanczos' filter where it has another one. Transparency is
+/// passed over, as diffusers does.
+pub fn fit(image: &DynamicImage, size: Size) -> Rgb {
+    let (width, height) = (size.width(), size.height());
+    Rgb { width, height, data: resized(image, size).into_rgb8().into_raw() }
+}
+
+/// The mask (a byte for each pixel) that a picture of light and dark stands for.
+pub fn fit_mask(image: &DynamicImage, size: Size) -> Vec<u8> {
+    resized(&DynamicImage::ImageLuma8(image.to_luma8()), size).into_luma8().into_raw()
+}
+
+fn resized(image: &DynamicImage, size: Size) -> DynamicImage {
+    let (width, height) = (size.width() as u32, size.height() as u32);
+    if (image.width(), image.height()) == (width, height) {
+        return image.clone();
+    }
+    image.resize_exact(width, height, FilterType::Lanczos3)
+}

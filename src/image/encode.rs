@@ -1,0 +1,133 @@
+//! Pixels to PNG, JPEG or WebP.
+
+use std::io::Cursor;
+
+use anyhow::Context as _;
+use image::codecs::jpeg::JpegEncoder;
+use image::codecs::webp::WebPEncoder;
+use image::{ExtendedColorType, ImageEncoder};
+use sd_models::Rgb;
+
+/// Visually lossless at a quarter of PNG's size.
+pub const JPEG_QUALITY: u8 = 92;
+
+/// An image file format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// Lossless.
+    Png,
+    /// Lossy and small.
+    Jpeg,
+    /// Lossless WebP.
+    Webp,
+}
+
+impl Format {
+    /// Every format.
+    pub const ALL: [Self; 3] = [Self::Png, Self::Jpeg, Self::Webp];
+
+    /// The name in requests and of files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Png => "png",
+            Self::Jpeg => "jpeg",
+            Self::Webp => "webp",
+        }
+    }
+
+    /// The media type.
+    pub fn media_type(self) -> &'static str {
+        match self {
+            Self::Png => "image/png",
+            Self::Jpeg => "image/jpeg",
+            Self::Webp => "image/webp",
+        }
+    }
+}
+
+impl std::str::FromStr for Format {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name.to_ascii_lowercase().as_str() {
+            "png" => Ok(Self::Png),
+            "jpeg" | "jpg" => Ok(Self::Jpeg),
+            "webp" => Ok(Self::Webp),
+            _ => Err(format!("unknown format {name:?}; known are png, jpeg, webp")),
+        }
+    }
+}
+
+/// Encodes a picture with its infotext: a text chunk in PNG, EXIF in JPEG and WebP. The quality,
+/// up to 100, is JPEG's.
+pub fn encode(rgb: &Rgb, format: Format, quality: u8, infotext: &str) -> anyhow::Result<Vec<u8>> {
+    let width = u32::try_from(rgb.width).context("width")?;
+    let height = u32::try_from(rgb.height).context("height")?;
+    let mut file = Cursor::new(Vec::new());
+    match format {
+        Format::Png => png(&mut file, rgb, (width, height), infotext)?,
+        Format::Jpeg => {
+            let mut encoder = JpegEncoder::new_with_quality(&mut file, quality);
+            encoder.set_exif_metadata(exif(infotext))?;
+            encoder.write_image(&rgb.data, width, height, ExtendedColorType::Rgb8)?;
+        }
+        Format::Webp => {
+            let mut encoder = WebPEncoder::new_lossless(&mut file);
+            encoder.set_exif_metadata(exif(infotext))?;
+            encoder.write_image(&rgb.data, width, height, ExtendedColorType::Rgb8)?;
+        }
+    }
+    Ok(file.into_inner())
+}
+
+/// PNG's plain text chunk holds Latin-1 only; the international one holds the rest.
+fn png(
+    file: &mut Cursor<Vec<u8>>,
+    rgb: &Rgb,
+    (width, height): (u32, u32),
+    infotext: &str,
+) -> anyhow::Result<()> {
+    let mut encoder = png::Encoder::new(file, width, height);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    if infotext.chars().all(|c| u32::from(c) < 256) {
+        encoder.add_text_chunk("parameters".into(), infotext.into())?;
+    } else {
+        encoder.add_itxt_chunk("parameters".into(), infotext.into())?;
+    }
+    let mut writer = encoder.write_header()?;
+    writer.write_image_data(&rgb.data)?;
+    writer.finish()?;
+    Ok(())
+}
+
+/// The smallest EXIF block with a UserComment, in UTF-16 as AUTOMATIC1111 writes it: a TIFF header,
+/// a directory that points to the EXIF directory, and that one with its single entry.
+fn exif(comment: &str) -> Vec<u8> {
+    const EXIF_DIRECTORY: u16 = 0x8769;
+    const USER_COMMENT: u16 = 0x9286;
+    const LONG: u16 = 4;
+    const UNDEFINED: u16 = 7;
+    const FIRST: u32 = 8;
+    const SECOND: u32 = FIRST + 18;
+    const DATA: u32 = SECOND + 18;
+    // A JPEG segment ends at 64 KiB; a prompt that long loses its tail here.
+    const MAX_UNITS: usize = 32_000;
+    let mut data = b"UNICODE\0".to_vec();
+    data.extend(comment.encode_utf16().take(MAX_UNITS).flat_map(u16::to_be_bytes));
+
+    let mut block = b"MM\0\x2a".to_vec();
+    block.extend(FIRST.to_be_bytes());
+    let length = u32::try_from(data.len()).unwrap_or(u32::MAX);
+    let entries = [(EXIF_DIRECTORY, LONG, 1, SECOND), (USER_COMMENT, UNDEFINED, length, DATA)];
+    for (tag, kind, count, value) in entries {
+        block.extend(1_u16.to_be_bytes());
+        block.extend(tag.to_be_bytes());
+        block.extend(kind.to_be_bytes());
+        block.extend(count.to_be_bytes());
+        block.extend(value.to_be_bytes());
+        block.extend(0_u32.to_be_bytes());
+    }
+    block.extend(data);
+    block
+}

@@ -1,0 +1,47 @@
+//! Single-file checkpoints, and the vocabulary that they lack.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use hf_hub::{Cache, Repo};
+use sd_models::{Checkpoint, SafetyMode, Source};
+
+use super::hub::{Download, Hub};
+
+/// Where CLIP's vocabulary is, which single-file checkpoints lack.
+const VOCABULARY: &str = "openai/clip-vit-large-patch14";
+
+const VOCABULARY_FILES: [&str; 2] = ["vocab.json", "merges.txt"];
+
+/// Whether a file may be a model by itself.
+pub(crate) fn is_checkpoint(path: &Path) -> bool {
+    let ending = path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
+    path.is_file() && ["safetensors", "ckpt", "pt", "pth"].contains(&&*ending)
+}
+
+pub(super) fn source(file: PathBuf, hub: &Hub) -> Result<Source> {
+    let vocabulary = vocabulary(&file, hub)?;
+    Ok(Source::Checkpoint(Checkpoint { file, vocabulary }))
+}
+
+/// CLIP's vocabulary for a checkpoint that has none beside it, from the cache or the hub.
+fn vocabulary(file: &Path, hub: &Hub) -> Result<Option<PathBuf>> {
+    if file.with_file_name("tokenizer").is_dir() {
+        return Ok(None);
+    }
+    let cache = Cache::new(hub.cache.clone()).repo(Repo::model(VOCABULARY.into()));
+    let cached = || VOCABULARY_FILES.iter().map(|name| cache.get(name)).collect::<Option<Vec<_>>>();
+    if cached().is_none() {
+        let (hub, id, revision) = (hub.clone(), VOCABULARY.to_owned(), "main".to_owned());
+        let (half, checking) = (false, SafetyMode::Never);
+        let download = Download { hub, id, revision, half, checking };
+        download.run_for(&VOCABULARY_FILES).with_context(|| {
+            format!(
+                "{} holds no vocabulary: put tokenizer/vocab.json and tokenizer/merges.txt beside it",
+                file.display()
+            )
+        })?;
+    }
+    let files = cached().context("the cache has lost the vocabulary")?;
+    Ok(files.first().and_then(|path| path.parent()).map(Into::into))
+}

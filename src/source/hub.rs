@@ -1,0 +1,341 @@
+//! The hub and its local cache. Only what the pipeline reads is fetched, and never a pickle.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, anyhow, ensure};
+use hf_hub::api::tokio::{Api, ApiBuilder, ApiError};
+use hf_hub::{Cache, Repo, RepoType};
+use indicatif::{ProgressBar, ProgressStyle};
+use sd_models::check_pipeline;
+use sd_models::{SafetyMode, Source};
+use tokio::time::timeout;
+use tracing::info;
+
+/// Patience with the hub's first answer; files may take as long as they take.
+const FIRST_ANSWER: Duration = Duration::from_secs(30);
+
+/// The directories that hold weights, and what the weights are called there.
+const NETWORKS: [(&str, &str); 3] = [
+    ("text_encoder", "model"),
+    ("unet", "diffusion_pytorch_model"),
+    ("vae", "diffusion_pytorch_model"),
+];
+
+/// The safety checker, which some models have besides.
+const CHECKER: (&str, &str) = ("safety_checker", "model");
+
+/// What the safety checker is shown of a picture.
+const PREPROCESSOR: &str = "feature_extractor/preprocessor_config.json";
+
+/// The other files that the pipeline reads if they exist.
+const SMALL_FILES: [&str; 12] = [
+    PREPROCESSOR,
+    "model_index.json",
+    "safety_checker/config.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "tokenizer/merges.txt",
+    "tokenizer/special_tokens_map.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/vocab.json",
+    "unet/config.json",
+    "vae/config.json",
+];
+
+/// The hub and its local cache.
+#[derive(Debug, Clone)]
+pub struct Hub {
+    /// The directory of `models--owner--name` directories.
+    pub cache: PathBuf,
+    /// The hub's address, without a slash at the end.
+    pub endpoint: String,
+    /// For gated and private models; else the token file beside the cache is used.
+    pub token: Option<String>,
+    /// Whether asking the hub is forbidden.
+    pub offline: bool,
+}
+
+/// A model to fetch.
+#[derive(Debug)]
+pub struct Download {
+    /// The hub and its cache.
+    pub hub: Hub,
+    /// `owner/name`.
+    pub id: String,
+    /// Branch, tag or commit.
+    pub revision: String,
+    /// Whether f16 weights are preferred.
+    pub half: bool,
+    /// Whether the safety checker comes along.
+    pub checking: SafetyMode,
+}
+
+impl Download {
+    /// Fetches the model, tells where it is. hf-hub goes on after the unbroken beginning of a
+    /// file, so its parts should come in order, which a runtime of one thread makes them do.
+    pub(crate) fn run(&self) -> Result<PathBuf> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(self.fetch())
+    }
+
+    /// Fetches some files of a repository.
+    pub(super) fn run_for(&self, files: &[&str]) -> Result<()> {
+        let offline = self.hub.offline;
+        ensure!(
+            !offline,
+            "{} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it",
+            self.id
+        );
+        let repo = self.api()?.repo(self.repo());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            timeout(FIRST_ANSWER, repo.info())
+                .await
+                .map_err(|_| anyhow!("{} does not answer", self.hub.endpoint))?
+                .map_err(|error| self.explain(error))?;
+            for file in files {
+                let fetched = repo.get(file).await.map_err(|error| self.explain(error));
+                fetched.with_context(|| format!("cannot fetch {file} of {}", self.id))?;
+            }
+            Ok(())
+        })
+    }
+
+    fn repo(&self) -> Repo {
+        Repo::with_revision(self.id.clone(), RepoType::Model, self.revision.clone())
+    }
+
+    /// The model's directory in the cache, if everything is there. Asks nobody.
+    pub(super) fn cached(&self) -> Option<PathBuf> {
+        let cache = Cache::new(self.hub.cache.clone()).repo(self.repo());
+        let by_ref = cache.get("model_index.json").and_then(|path| Some(path.parent()?.into()));
+        let path: PathBuf = by_ref.unwrap_or_else(|| cache.pointer_path(&self.revision));
+        is_complete(&path, self.checking).then_some(path)
+    }
+
+    /// Brings what is missing into the cache. An interrupted file goes on where it stopped.
+    async fn fetch(&self) -> Result<PathBuf> {
+        let Hub { endpoint, offline, .. } = &self.hub;
+        let name = format!("{} ({})", self.id, self.revision);
+        ensure!(!offline, "{name} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it");
+        let repo = self.api()?.repo(self.repo());
+        let listing = timeout(FIRST_ANSWER, repo.info())
+            .await
+            .map_err(|_| anyhow!("{endpoint} does not answer"))
+            .and_then(|listing| listing.map_err(|error| self.explain(error)))
+            .with_context(|| format!("cannot fetch {name}"))?;
+        let files: Vec<String> = listing.siblings.into_iter().map(|file| file.rfilename).collect();
+        let files = needed(&files, self.half, self.checking).with_context(|| name.clone())?;
+
+        let present = Cache::new(self.hub.cache.clone()).repo(self.repo());
+        let snapshot = present.pointer_path(&listing.sha);
+        for (k, file) in files.iter().enumerate() {
+            if snapshot.join(file).exists() {
+                continue;
+            }
+            info!(file, "fetching {} of {}", k + 1, files.len());
+            repo.download_with_progress(file, Meter(ProgressBar::new(0)))
+                .await
+                .map_err(|error| self.explain(error))
+                .with_context(|| format!("cannot fetch {file} of {name}"))?;
+        }
+        present.create_ref(&listing.sha).context("cannot write to the cache")?;
+        Ok(snapshot)
+    }
+
+    fn api(&self) -> Result<Api> {
+        let cache = Cache::new(self.hub.cache.clone());
+        let token = self.hub.token.clone().or_else(|| cache.token());
+        let builder = ApiBuilder::from_cache(cache).with_endpoint(self.hub.endpoint.clone());
+        Ok(builder.with_token(token).with_progress(false).build()?)
+    }
+
+    /// What a person can do about an error of the hub.
+    fn explain(&self, error: ApiError) -> anyhow::Error {
+        let Hub { endpoint, cache, .. } = &self.hub;
+        let advice = match &error {
+            ApiError::RequestError(request) => match request.status().map(|s| s.as_u16()) {
+                Some(401 | 403) => {
+                    "the model needs permission: accept its licence on the hub and set HF_TOKEN \
+                     (the hub says the same of models that do not exist)"
+                        .to_owned()
+                }
+                Some(404) => "the hub has no such model or revision".to_owned(),
+                Some(status) => format!("{endpoint} answers {status}"),
+                None => format!(
+                    "{endpoint} cannot be reached; without a network, use --model demo, give a \
+                     directory with --model, or fill the cache elsewhere with `sd-server download`"
+                ),
+            },
+            ApiError::LockAcquisition(path) => {
+                format!("another process is fetching it: {} is locked", path.display())
+            }
+            ApiError::IoError(_) => format!("cannot write to {}", cache.display()),
+            _ => format!("{endpoint} answers in an unexpected way"),
+        };
+        anyhow::Error::new(error).context(advice)
+    }
+}
+
+/// The progress of one file, on a terminal only.
+#[derive(Clone)]
+struct Meter(ProgressBar);
+
+impl hf_hub::api::tokio::Progress for Meter {
+    async fn init(&mut self, size: usize, file: &str) {
+        let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+        if let Ok(style) = ProgressStyle::with_template(style) {
+            self.0.set_style(style);
+        }
+        self.0.set_length(size as u64);
+        self.0.set_message(file.to_owned());
+    }
+
+    async fn update(&mut self, size: usize) {
+        self.0.inc(size as u64);
+    }
+
+    async fn finish(&mut self) {
+        self.0.finish();
+    }
+}
+
+/// A cache can hold half a model: a download may have been interrupted.
+fn is_complete(model: &Path, checking: SafetyMode) -> bool {
+    let weights = |folder: &str| -> Option<bool> {
+        let names = model.join(folder).read_dir().ok()?;
+        let names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let names: Vec<String> = names.filter(|name| name.ends_with(".safetensors")).collect();
+        Some(!names.is_empty() && names.iter().all(|name| has_all_shards(name, &names)))
+    };
+    let network = |folder: &str| {
+        model.join(folder).join("config.json").is_file() && weights(folder) == Some(true)
+    };
+    // What is wrong with an index is said when it is loaded.
+    let named = || check_pipeline(&Source::Directory(model.into())).unwrap_or(false);
+    let checked = checking != SafetyMode::Never && named();
+    model.join("model_index.json").is_file()
+        && model.join("scheduler/scheduler_config.json").is_file()
+        && NETWORKS.iter().all(|(folder, _)| network(folder))
+        && (!checked || network(CHECKER.0) && model.join(PREPROCESSOR).is_file())
+}
+
+/// `x-00001-of-00003.safetensors` is one of three.
+fn has_all_shards(name: &str, names: &[String]) -> bool {
+    let Some((head, count)) = name.trim_end_matches(".safetensors").rsplit_once("-of-") else {
+        return true;
+    };
+    let Some((stem, _)) = head.rsplit_once('-') else { return true };
+    let siblings = names.iter().filter(|n| n.starts_with(stem) && n.contains("-of-")).count();
+    count.parse().is_ok_and(|count: usize| siblings >= count)
+}
+
+/// The files to fetch out of those that a repository has: safetensors only, one variant each.
+pub(crate) fn needed(files: &[String], half: bool, checking: SafetyMode) -> Result<Vec<String>> {
+    let has = |name: &str| files.iter().any(|file| file == name);
+    ensure!(has("model_index.json"), "not a diffusers model: it has no model_index.json");
+    let mut needed: Vec<String> = SMALL_FILES.map(String::from).into();
+    let checked = checking != SafetyMode::Never && has("safety_checker/config.json");
+    needed.retain(|file| {
+        has(file) && (checked || !file.starts_with(CHECKER.0) && file != PREPROCESSOR)
+    });
+    for (folder, stem) in NETWORKS.into_iter().chain(checked.then_some(CHECKER)) {
+        let plain = ["safetensors", "safetensors.index.json"].map(|end| format!("{stem}.{end}"));
+        let variant = ["fp16.safetensors", "safetensors.index.fp16.json"];
+        let variant = variant.map(|end| format!("{stem}.{end}"));
+        let shard = |infix: &str| format!("{stem}{infix}-");
+        let (plain, variant) = ((plain, shard("")), (variant, shard(".fp16")));
+        let choice = if half { [variant, plain] } else { [plain, variant] };
+        let of = |(whole, shard): &([String; 2], String)| -> Vec<String> {
+            let ours = |name: &str| {
+                let shard = name.starts_with(shard) && name.ends_with(".safetensors");
+                (shard && !name.contains('/')) || whole.iter().any(|whole| name == whole)
+            };
+            let in_folder = |file: &&String| {
+                file.split_once('/').is_some_and(|(place, name)| place == folder && ours(name))
+            };
+            files.iter().filter(in_folder).cloned().collect()
+        };
+        let weights = choice
+            .iter()
+            .map(of)
+            .find(|found| found.iter().any(|file| file.ends_with(".safetensors")));
+        let advice = match (folder, stem) == CHECKER {
+            true => "; --safety-checker off goes without",
+            false => "",
+        };
+        let none = || format!("{folder} has no safetensors weights{advice}");
+        needed.extend(weights.with_context(none)?);
+    }
+    Ok(needed)
+}
+
+/// `owner/name` in the characters that the hub allows.
+pub(crate) fn is_hub_id(text: &str) -> bool {
+    let word = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    text.split_once('/').is_some_and(|(owner, name)| word(owner) && word(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listing(lines: &str) -> Vec<String> {
+        lines.split_whitespace().map(Into::into).collect()
+    }
+
+    #[test]
+    fn one_variant_of_safe_weights_is_needed() {
+        let files = listing(
+            "README.md model_index.json v1-5-pruned.ckpt v1-5-pruned.safetensors
+             safety_checker/config.json safety_checker/model.safetensors
+             feature_extractor/preprocessor_config.json scheduler/scheduler_config.json
+             text_encoder/config.json text_encoder/model.safetensors
+             text_encoder/model.fp16.safetensors text_encoder/pytorch_model.bin
+             tokenizer/vocab.json tokenizer/merges.txt unet/config.json
+             unet/diffusion_pytorch_model.bin unet/diffusion_pytorch_model.safetensors
+             unet/diffusion_pytorch_model.fp16.safetensors
+             unet/diffusion_pytorch_model.non_ema.safetensors
+             vae/config.json vae/diffusion_pytorch_model.safetensors",
+        );
+        let full = needed(&files, false, SafetyMode::Never).expect("complete");
+        assert!(full.contains(&"unet/diffusion_pytorch_model.safetensors".into()));
+        assert_eq!(full.iter().filter(|f| f.ends_with(".safetensors")).count(), 3);
+        assert!(!full.iter().any(|f| f.ends_with(".bin") || f.contains("safety")));
+        assert!(!full.contains(&PREPROCESSOR.into()));
+        let half = needed(&files, true, SafetyMode::IfPresent).expect("complete");
+        assert!(half.contains(&"unet/diffusion_pytorch_model.fp16.safetensors".into()));
+        assert!(half.contains(&"vae/diffusion_pytorch_model.safetensors".into()));
+        assert!(half.contains(&"safety_checker/model.safetensors".into()));
+        assert!(half.contains(&PREPROCESSOR.into()));
+        assert_eq!(half.iter().filter(|f| f.ends_with(".safetensors")).count(), 4);
+        let pickled: Vec<String> =
+            files.into_iter().filter(|file| file != "safety_checker/model.safetensors").collect();
+        let error =
+            needed(&pickled, true, SafetyMode::IfPresent).expect_err("a checker by name only");
+        assert!(error.to_string().contains("--safety-checker off"), "{error}");
+    }
+
+    #[test]
+    fn shards_come_with_their_index() {
+        let files = listing(
+            "model_index.json text_encoder/model.safetensors vae/diffusion_pytorch_model.safetensors
+             unet/diffusion_pytorch_model-00001-of-00002.safetensors
+             unet/diffusion_pytorch_model-00002-of-00002.safetensors
+             unet/diffusion_pytorch_model.safetensors.index.json",
+        );
+        let unet = needed(&files, true, SafetyMode::IfPresent).expect("complete");
+        assert_eq!(unet.iter().filter(|f| f.starts_with("unet/")).count(), 3);
+        assert!(needed(&files[..2], false, SafetyMode::IfPresent).is_err());
+        let names: Vec<String> =
+            files.iter().filter_map(|f| f.strip_prefix("unet/")).map(Into::into).collect();
+        assert!(has_all_shards(&names[0], &names));
+        assert!(!has_all_shards(&names[0], &names[..1]));
+    }
+}
