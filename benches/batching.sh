@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Batching on against batching off: two servers on the built-in model, one that lets eight rows share
-# a step and one that lets two (a single picture with guidance), under the same load in turn. First
-# what both can bear (8 clients that wait for their answers), then Poisson arrivals at 0.5, 1 and 2
-# times what the first can bear. Takes 8 to 11 minutes; --quick takes one and only shows that it works.
+# Continuous batching on and off: two servers with the built-in model, one with eight rows per step and
+# one with two (a single guided image), under the same loads alternately. First the throughput of both
+# (8 clients in a closed loop), then Poisson arrivals at 0.5, 1 and 2 times the throughput of the first.
+# Takes 8 to 11 minutes; --quick takes one minute and only shows that the script works.
 #
 #     cargo build --release && benches/batching.sh [--quick] [PATH_OF_SD_SERVER]
 set -euo pipefail
@@ -14,12 +14,12 @@ if [ "${1:-}" = --quick ]; then
     shift
 fi
 server=${1:-target/release/sd-server}
-[ -x "$server" ] || { echo "$server is not there: cargo build --release" >&2; exit 64; }
+[ -x "$server" ] || { echo "$server does not exist: run cargo build --release" >&2; exit 64; }
 scratch=$(mktemp -d)
 processes=()
 trap 'kill "${processes[@]}" 2>/dev/null || true; wait; rm -rf "$scratch"' EXIT
 
-# Starts a server with so many rows a step and prints its address when it is ready.
+# Starts a server with this number of rows per step and prints its URL when it is ready.
 start() {
     "$server" --model demo --device cpu --dtype f32 --host 127.0.0.1 --port 0 --log warn --max-batch-rows "$1" \
         >"$scratch/$1" &
@@ -29,18 +29,18 @@ start() {
         [ -n "$url" ] && "$server" healthcheck --port "${url##*:}" 2>/dev/null && return
         sleep 0.1
     done
-    echo "the server with $1 rows is not ready after a minute" >&2
+    echo "the server with $1 rows was not ready after a minute" >&2
     exit 1
 }
 
-# Puts load on a server and leaves what became of it in $report.
+# Sends load to a server and writes the result to $report.
 load() {
     report=$scratch/report
     "$server" bench "$1" --json --body "{\"prompt\":\"a red house by the sea\",\"steps\":$steps}" \
         "${@:2}" >"$report"
 }
 
-# A number of the report by its name; nan where it has none.
+# Prints a number of the report by its name; nan if there is none.
 number() {
     sed -n "s/.*\"$1\": \([0-9.]*\).*/\1/p" "$report" | head -1 | grep . || echo nan
 }
@@ -53,10 +53,10 @@ row() {
 
 start 8; on=$url
 start 2; off=$url
-load "$on" --clients 2 --duration-s 2 # The first pictures of a process are slower.
+load "$on" --clients 2 --duration-s 2 # The first images of a process are slower.
 load "$off" --clients 2 --duration-s 2
 
-echo "| load | batching | pictures/s | answered | refused | p50, s | p99, s | rows a step |"
+echo "| load | batching | images/s | completed | rejected | p50, s | p99, s | rows per step |"
 echo "|---|---|---|---|---|---|---|---|"
 load "$on" --clients 8 --duration-s "$closed_s"
 row "8 clients" on

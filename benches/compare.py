@@ -1,13 +1,12 @@
-"""sd-server beside PyTorch (diffusers) and OpenVINO on the CPU: seconds for one guided UNet step (2 rows), one VAE
-decode and one whole picture, everything in one run, the programs in turn so that a slow spell of the machine falls on
-all of them.
+"""Compares sd-server with PyTorch (diffusers) and OpenVINO on the CPU: seconds for one guided UNet step (2 rows), one
+VAE decode and one whole image. All programs run alternately, so that a slow phase of the machine affects all of them.
 
     cargo build --release && python benches/compare.py MODEL_DIR [--sizes 256 512] [--dtypes f32 bf16] [--threads 2]
         [--rounds 3] [--steps 20]
 
-MODEL_DIR is Stable Diffusion in the diffusers layout; weights may be random, since the time does not depend on them.
-A picture is prompt to PNG, ours through HTTP, theirs by diffusers' pipeline in its own process; --steps 0 leaves it out.
-Needs torch, diffusers, openvino from PyPI. Prints one line for each program and round, then the median of the rounds
+MODEL_DIR is Stable Diffusion in Diffusers format; weights can be random, since the time does not depend on them. A whole
+image is timed from prompt to PNG, ours through HTTP, the peers' with diffusers' pipeline in its own process; --steps 0
+omits it. Needs torch, diffusers, openvino from PyPI. Prints one line per program and round, then the median of the rounds
 and its ratio to the best peer's.
 """
 import argparse
@@ -24,13 +23,13 @@ import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LINE = re.compile(r"^(\S+).* unet_step_s ([\d.]+) vae_decode_s ([\d.]+)(?: picture_s ([\d.]+))?")
+LINE = re.compile(r"^(\S+).* unet_step_s ([\d.]+) vae_decode_s ([\d.]+)(?: image_s ([\d.]+))?")
 RUNS = 3
 PROMPT = "a red house by the sea"
 
 
 def median_seconds(call):
-    """The median of RUNS calls after two that are not counted."""
+    """The median of RUNS calls after two warm-up calls."""
     call(), call()
     times = []
     for _ in range(RUNS):
@@ -40,11 +39,11 @@ def median_seconds(call):
     return statistics.median(times)
 
 
-def picture_seconds(draw, steps):
-    """One picture after a short one that is not counted: the first of a process is slower."""
-    draw(1)
+def image_seconds(generate, steps):
+    """Seconds for one image after a short warm-up: the first image of a process is slower."""
+    generate(1)
     start = time.perf_counter()
-    draw(steps)
+    generate(steps)
     return time.perf_counter() - start
 
 
@@ -54,10 +53,10 @@ def pipeline(model, kind, size):
     pipe = StableDiffusionPipeline.from_pretrained(model, torch_dtype=kind, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
 
-    def draw(steps):
+    def generate(steps):
         pipe(PROMPT, height=size, width=size, num_inference_steps=steps, guidance_scale=7.5).images[0].save(io.BytesIO(), "PNG")
 
-    return pipe, draw
+    return pipe, generate
 
 
 def torch_peer(model, size, dtype, threads, steps):
@@ -66,13 +65,13 @@ def torch_peer(model, size, dtype, threads, steps):
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
     kind = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    pipe, draw = pipeline(model, kind, size)
+    pipe, generate = pipeline(model, kind, size)
     unet, vae = (module.eval().to(memory_format=torch.channels_last) for module in (pipe.unet, pipe.vae))
     side = size // pipe.vae_scale_factor
     latent = torch.randn(2, unet.config.in_channels, side, side, dtype=kind)
     context = torch.randn(2, 77, unet.config.cross_attention_dim, dtype=kind)
     step, decode = median_seconds(lambda: unet(latent, 500, context)), median_seconds(lambda: vae.decode(latent[:1]))
-    return step, decode, picture_seconds(draw, steps) if steps else None
+    return step, decode, image_seconds(generate, steps) if steps else None
 
 
 def openvino_peer(model, size, dtype, threads, steps):
@@ -82,7 +81,7 @@ def openvino_peer(model, size, dtype, threads, steps):
     import torch
     torch.set_num_threads(threads)
     config = {"INFERENCE_PRECISION_HINT": dtype, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    pipe, draw = pipeline(model, torch.float32, size)
+    pipe, generate = pipeline(model, torch.float32, size)
 
     class Step(torch.nn.Module):
         def __init__(self):
@@ -119,7 +118,7 @@ def openvino_peer(model, size, dtype, threads, steps):
     pipe.unet.forward = lambda latent, t, encoder_hidden_states, **_: (
         torch.from_numpy(step(latent, t.expand(2).float(), encoder_hidden_states)),)
     pipe.vae.decode = lambda latent, **_: (torch.from_numpy(decode(latent)),)
-    return *seconds, picture_seconds(draw, steps)
+    return *seconds, image_seconds(generate, steps)
 
 
 PEERS = {"torch": torch_peer, "openvino": openvino_peer}
@@ -127,7 +126,7 @@ PEERS = {"torch": torch_peer, "openvino": openvino_peer}
 
 @contextlib.contextmanager
 def server(model, dtype, threads, environment):
-    """Our server on the model, ready: its address."""
+    """The URL of a server with the model, once it is ready."""
     command = [ROOT / "target/release/sd-server", "serve", "--model", model, "--device", "cpu", "--dtype", dtype,
                "--threads", str(threads), "--request-timeout-ms", "3600000", "--host", "127.0.0.1", "--port", "0", "--log", "warn"]
     if "CARGO_TARGET_DIR" in environment:
@@ -137,7 +136,7 @@ def server(model, dtype, threads, environment):
         url = process.stdout.readline().removeprefix("listening on ").strip()
         while subprocess.run([command[0], "healthcheck", "--port", url.rpartition(":")[2]], capture_output=True).returncode:
             if process.poll() is not None:
-                sys.exit("the server ended before it was ready")
+                sys.exit("the server exited before it was ready")
             time.sleep(0.1)
         yield url
     finally:
@@ -145,22 +144,22 @@ def server(model, dtype, threads, environment):
         process.wait()
 
 
-def our_picture(model, size, dtype, threads, steps, environment):
+def our_image(model, size, dtype, threads, steps, environment):
     with server(model, dtype, threads, environment) as url:
-        def draw(steps):
-            wanted = {"prompt": PROMPT, "width": size, "height": size, "steps": steps, "guidance_scale": 7.5, "seed": 1}
+        def generate(steps):
+            fields = {"prompt": PROMPT, "width": size, "height": size, "steps": steps, "guidance_scale": 7.5, "seed": 1}
             headers = {"Content-Type": "application/json", "Accept": "image/png"}
-            request = urllib.request.Request(f"{url}/invocations", json.dumps(wanted).encode(), headers)
-            with urllib.request.urlopen(request) as reply:
-                reply.read()
+            request = urllib.request.Request(f"{url}/invocations", json.dumps(fields).encode(), headers)
+            with urllib.request.urlopen(request) as response:
+                response.read()
 
-        return picture_seconds(draw, steps)
+        return image_seconds(generate, steps)
 
 
 def run(program, model, size, dtype, threads, steps):
-    """One program in a process of its own: step, decode, picture (if any) in seconds."""
+    """Runs one program in its own process: seconds for step, decode and image (if any)."""
     environment = dict(os.environ, RAYON_NUM_THREADS=str(threads), OMP_NUM_THREADS=str(threads),
-                       # torch returns every activation to the kernel otherwise: worth a third of its time.
+                       # Otherwise torch returns every activation to the kernel, which costs a third of its time.
                        MALLOC_MMAP_THRESHOLD_="8589934592", MALLOC_TRIM_THRESHOLD_="17179869184")
     if program == "sd-server":
         command = ["cargo", "bench", "--quiet", "--bench", "networks", "--", str(model), str(size), dtype, str(RUNS)]
@@ -170,8 +169,8 @@ def run(program, model, size, dtype, threads, steps):
     output = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
     line = next(line for line in output.splitlines() if LINE.match(line))
     if program == "sd-server" and steps:
-        seconds = our_picture(model, size, dtype, threads, steps, environment)
-        line = re.sub(r"(vae_decode_s [\d.]+)", rf"\1 picture_s {seconds:.3f}", line)
+        seconds = our_image(model, size, dtype, threads, steps, environment)
+        line = re.sub(r"(vae_decode_s [\d.]+)", rf"\1 image_s {seconds:.3f}", line)
     print(line, flush=True)
     return tuple(float(value) for value in LINE.match(line).groups()[1:] if value)
 
@@ -185,7 +184,7 @@ def compare(args):
                 for program in programs:
                     rounds[program].append(run(program, args.model, size, dtype, args.threads, args.steps))
             medians = {p: [statistics.median(column) for column in zip(*r)] for p, r in rounds.items()}
-            whats = ("UNet step", "VAE decode", f"picture of {args.steps} steps")
+            whats = ("UNet step", "VAE decode", f"image of {args.steps} steps")
             for i, what in enumerate(whats[: 3 if args.steps else 2]):
                 ours, best = medians["sd-server"][i], min(medians[p][i] for p in PEERS)
                 row = ", ".join(f"{p} {medians[p][i]:.3f} s" for p in programs)
@@ -203,9 +202,9 @@ def main():
     arg.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)
     args = arg.parse_args()
     if args.peer:
-        step, decode, picture = PEERS[args.peer](args.model, args.sizes[0], args.dtypes[0], args.threads, args.steps)
+        step, decode, image = PEERS[args.peer](args.model, args.sizes[0], args.dtypes[0], args.threads, args.steps)
         print(f"{args.peer} {args.dtypes[0]} {args.sizes[0]}px unet_step_s {step:.3f} vae_decode_s {decode:.3f}",
-              f"picture_s {picture:.3f}" if args.steps else "")
+              f"image_s {image:.3f}" if args.steps else "")
     else:
         compare(args)
 

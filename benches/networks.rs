@@ -1,9 +1,9 @@
-//! Seconds for one guided UNet step and one VAE decode, and what loading takes.
+//! Seconds for one guided UNet step, one VAE decode and loading.
 //!
 //!     cargo bench --bench networks -- MODEL_DIR [SIZE] [f32|bf16] [RUNS] [--candle]
 //!
-//! Medians after two calls that are not counted. `--candle` puts candle-transformers' UNet on the
-//! same weights beside ours; it knows no other shape than Stable Diffusion v1.x.
+//! Medians after two warm-up calls. `--candle` also times candle-transformers' UNet with the same
+//! weights; it supports the shapes of Stable Diffusion v1.x only.
 
 #![expect(clippy::print_stdout, reason = "a program that prints a table")]
 
@@ -57,7 +57,7 @@ fn main() -> Result<()> {
     let side = size / vae.config().scale();
     let latents = Tensor::randn(0f32, 1f32, (2, unet.config().in_channels, side, side), &device)?;
     let context = Tensor::randn(0f32, 1f32, (2, 77, unet.config().cross_attention_dim), &device)?;
-    // Once for all steps of a picture, so outside of what is timed.
+    // Computed once for all steps of an image, so not timed.
     let kv = [unet.keys_values(&context, &[])?];
     let times = unet.time_embeddings(&[TIMESTEP, TIMESTEP], &[])?;
     let (step, prediction) = median(runs, || Ok(unet.forward(&latents, &times, &kv, &[])?))?;
@@ -70,7 +70,7 @@ fn main() -> Result<()> {
     );
     if flags.iter().any(|flag| flag == "--candle") {
         drop((unet, vae));
-        let (candle, reference) = beside(&directory, size, runs, &latents, &context)?;
+        let (candle, reference) = candle_unet(&directory, size, runs, &latents, &context)?;
         println!(
             "candle-transformers f32 {size}px unet_step_s {candle:.3}; ours / candle {:.3}, \
              relative L2 difference {:.1e}",
@@ -81,8 +81,8 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// candle-transformers on the same weights: seconds and prediction.
-fn beside(
+/// candle-transformers with the same weights: seconds and prediction.
+fn candle_unet(
     directory: &Path,
     size: usize,
     runs: usize,
@@ -99,7 +99,7 @@ fn norm(x: &Tensor) -> Result<f32> {
     Ok(x.sqr()?.sum_all()?.to_scalar::<f32>()?.sqrt())
 }
 
-/// The median of `runs` calls after two that are not counted, and the last result.
+/// The median of `runs` calls after two warm-up calls, and the last result.
 fn median(runs: usize, call: impl Fn() -> Result<Tensor>) -> Result<(f64, Tensor)> {
     call()?;
     let mut result = call()?;
@@ -113,7 +113,7 @@ fn median(runs: usize, call: impl Fn() -> Result<Tensor>) -> Result<(f64, Tensor
     Ok((seconds[runs / 2], result))
 }
 
-/// The most memory that the process has held, where the system says so.
+/// Peak resident memory of the process in MiB, if the system reports it.
 fn peak_mib() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;

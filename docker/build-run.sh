@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Builds the image and draws one picture with it into output/:
+# Builds the container image and generates one image with it into output/:
 #
 #     docker/build-run.sh [PROMPT]
 #
-# TARGET=cuda draws on the GPU. MODEL names another model than the built-in one; its weights are
-# kept in the volume sd-server_weights, which compose.yaml uses too.
+# TARGET=cuda runs on the GPU. MODEL names another model than the built-in one; its weights are
+# stored in the volume sd-server_weights, which compose.yaml uses too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,4 +20,4 @@ mkdir -p output
 docker run --rm "${options[@]}" --env HF_TOKEN \
     --volume sd-server_weights:/models --volume "$PWD/output:/output" \
     "$image" generate --model "${MODEL:-demo}" "$prompt" --output /output/picture.png
-echo "$image is built; the picture is output/picture.png"
+echo "built $image; generated output/picture.png"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Builds the cpu image for real and runs it as a container, without a Docker engine, a registry or
-# a rootless daemon:
+# Builds the cpu image and runs it as a container, without a Docker engine, a registry or a rootless
+# daemon:
 #
 #     docker/prove.sh build DIRECTORY   # the image sd-server:cpu, in a store in DIRECTORY
-#     docker/prove.sh run DIRECTORY     # its promises, and DIRECTORY/picture.png
+#     docker/prove.sh run DIRECTORY     # checks it, and writes DIRECTORY/picture.png
 #
 # Needs root, buildah, debootstrap, curl, and the Rust toolchain of rust-toolchain.toml. The two
-# base images are made of Debian's packages under their official names; the toolchain is the
-# host's, bound in. Everything stays in DIRECTORY.
+# base images are built from Debian's packages under their official names; the toolchain is the
+# host's, bind-mounted. Everything is written to DIRECTORY.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,7 +19,7 @@ store=(--storage-driver vfs --root "$work/store" --runroot "$work/run")
 rust=docker.io/library/rust:$(sed -n 's/^ARG RUST_VERSION=//p' docker/Dockerfile)-slim-bookworm
 distroless=$(sed -n 's/^ARG RUNTIME=//p' docker/Dockerfile)
 
-# import NAME DIRECTORY [CONFIG...]: a base image out of a root file system.
+# import NAME DIRECTORY [CONFIG...]: a base image from a root file system.
 import() {
     buildah "${store[@]}" inspect --type image "$1" >/dev/null 2>&1 && return
     local container
@@ -35,7 +35,7 @@ debian() {
     touch "$work/debian/.whole"
 }
 
-# The packages of distroless/base-nossl, unpacked by nobody's scripts.
+# The packages of distroless/base-nossl, unpacked without their maintainer scripts.
 base() {
     [[ -e $work/base ]] && return
     local packages=(base-files netbase tzdata ca-certificates libc6)
@@ -80,14 +80,14 @@ contained() {
     ' sh "$root" "$@"
 }
 
-# promises USER: ready, healthy, a picture, nothing written, an end in time.
-promises() {
+# check USER: ready, healthy, an image, nothing written, a shutdown in time.
+check() {
     local began pid='' code
     contained "$1" /usr/local/bin/sd-server serve --model demo --device cpu 2>"$work/log" &
     job=$!
     trap 'kill -KILL $(pgrep --parent "$job") 2>/dev/null || true' EXIT
     for _ in $(seq 600); do
-        # Below the subshell unshare, below that process 1 of the container.
+        # The subshell's child is unshare, whose child is process 1 of the container.
         pid=$(pgrep --parent "$(pgrep --parent "$job")" 2>/dev/null || true)
         [[ -n $pid ]] && inside "$pid" --fail http://127.0.0.1:8080/ping 2>/dev/null && break
         sleep 0.2
@@ -97,13 +97,13 @@ promises() {
     inside "$pid" --fail -d "a photo of an astronaut riding a horse on mars" \
         --output "$work/picture.png" http://127.0.0.1:8080/invocations
     [[ $(head --bytes 4 "$work/picture.png" | tail --bytes 3) == PNG ]]
-    inside "$pid" --max-time 5 http://1.1.1.1/ 2>/dev/null && { echo "there is a network"; exit 1; }
+    inside "$pid" --max-time 5 http://1.1.1.1/ 2>/dev/null && { echo "the container has a network"; exit 1; }
     began=$SECONDS
     kill -TERM "$pid"
     code=0
     wait "$job" || code=$?
-    [[ $code == 0 && $((SECONDS - began)) -lt 30 ]] || { cat "$work/log"; echo "ended with $code"; exit 1; }
-    echo "as $1: ready, healthy, drew a picture, ended $((SECONDS - began)) s after SIGTERM"
+    [[ $code == 0 && $((SECONDS - began)) -lt 30 ]] || { cat "$work/log"; echo "exited with $code"; exit 1; }
+    echo "as $1: ready, healthy, generated an image, exited $((SECONDS - began)) s after SIGTERM"
 }
 
 inside() {
@@ -116,8 +116,8 @@ run() {
     root=$(buildah "${store[@]}" mount "$container")
     mkdir -p "$root/proc"
     find "$root" -xdev -type f -newer docker/prove.sh -print >"$work/before" || true
-    promises 0:0
-    promises 1234:1234
+    check 0:0
+    check 1234:1234
     find "$root" -xdev -type f -newer docker/prove.sh -print | diff "$work/before" - ||
         { echo "the container wrote to its root"; exit 1; }
     files=$(du --apparent-size --block-size=1M --summarize "$root" | cut -f1)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Draws a file of JSON lines in a batch transform job: an instance comes, draws all, and goes.
+"""Generates images for a JSON Lines file in a batch transform job, on an instance of its own.
 
-The model is that of the deployment's real-time stack, which must have come as a tarball: batch
-transform knows no S3 prefixes. Line k becomes picture k; one that cannot be drawn does not stop the
+The model is that of the deployment's real-time stack, which must be deployed from a tarball: batch
+transform does not support S3 prefixes. Record k becomes image k; a failed record does not stop the
 others.
 """
 
@@ -19,13 +19,13 @@ from invoke import output
 
 
 def main():
-    """Uploads the lines, runs the job, fetches the pictures."""
+    """Uploads the records, runs the job, downloads the images."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("lines", type=Path, help="one request a line, see prompts.jsonl")
+    parser.add_argument("lines", type=Path, help="one request per line, see prompts.jsonl")
     parser.add_argument("-o", "--output", type=Path, default=Path("pictures"))
-    parser.add_argument("--name", default="sd", help="of the deployment; default: sd")
+    parser.add_argument("--name", default="sd", help="name of the deployment; default: sd")
     parser.add_argument("--instance-type", default="ml.g4dn.xlarge")
-    parser.add_argument("--ami", default="al2-ami-sagemaker-batch-gpu-535", help="'' for CPUs")
+    parser.add_argument("--ami", default="al2-ami-sagemaker-batch-gpu-535", help="host AMI; '' for CPU instances")
     args = parser.parse_args()
 
     s3, sagemaker = boto3.client("s3"), boto3.client("sagemaker")
@@ -44,7 +44,7 @@ def main():
     sagemaker.create_transform_job(
         TransformJobName=job,
         ModelName=model,
-        # One record a request keeps the time of each bounded; four at once share UNet evaluations.
+        # One record per request keeps each short; four concurrent ones share UNet calls.
         BatchStrategy="SingleRecord",
         MaxConcurrentTransforms=4,
         MaxPayloadInMB=6,
@@ -64,7 +64,7 @@ def main():
         },
         TransformResources=resources,
     )
-    print(f"{job} has begun", file=sys.stderr)
+    print(f"{job} started", file=sys.stderr)
     while (state := sagemaker.describe_transform_job(TransformJobName=job))[
         "TransformJobStatus"
     ] in ("InProgress", "Stopping"):
@@ -76,7 +76,7 @@ def main():
     body = s3.get_object(Bucket=bucket, Key=key)["Body"].read()
     args.output.mkdir(parents=True, exist_ok=True)
     failed = 0
-    # Answers end in a newline, and SageMaker may add its own.
+    # Responses end in a newline, and SageMaker may add its own.
     for number, line in enumerate(filter(None, body.splitlines())):
         reply = json.loads(line)
         if "error" in reply:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Deletes a deployment and everything that it has made: stacks, pictures, models, images, logs.
+# Deletes a deployment and everything it created: stacks, results, models, container images, logs.
 set -euo pipefail
 shopt -s inherit_errexit
 
@@ -9,7 +9,7 @@ if [[ ${1:-} == -h || ${1:-} == --help || $# -gt 2 || ($# -gt 0 && $1 != --name)
 fi
 name=${2:-sd}
 
-# exists STACK: whether there is such a stack. Not to be told is not the same as no.
+# exists STACK: whether the stack exists. Any other error than its absence ends the script.
 exists() {
     local error
     if error=$(aws cloudformation describe-stacks --stack-name "$1" 2>&1 >/dev/null); then
@@ -19,7 +19,7 @@ exists() {
     return 1
 }
 
-# In the reverse order of deploy.sh: each needs what comes after it.
+# In the reverse order of deploy.sh: each depends on those after it.
 for stack in front watch async realtime storage; do
     exists "$name-$stack" || continue
     if [[ $stack == storage ]]; then
@@ -32,13 +32,13 @@ for stack in front watch async realtime storage; do
     aws cloudformation wait stack-delete-complete --stack-name "$name-$stack"
 done
 
-# Instances that end may write their last lines after their stack, and its log group, are gone.
+# Terminating instances may write their last lines after their stack and its log group are deleted.
 groups=("/aws/sagemaker/Endpoints/$name" "/aws/sagemaker/Endpoints/$name-async"
     "/aws/lambda/$name-front" "/aws/http-api/$name-front")
 for group in "${groups[@]}"; do
     aws logs delete-log-group --log-group-name "$group" 2>/dev/null || true
 done
-# This group is shared with other jobs of the account; only our streams go.
+# This group is shared with other jobs of the account; only this deployment's streams are deleted.
 jobs=/aws/sagemaker/TransformJobs
 streams=$(aws logs describe-log-streams --log-group-name "$jobs" \
     --log-stream-name-prefix "$name-batch-" --output text \

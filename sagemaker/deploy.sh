@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Brings sd-server to SageMaker, or an existing deployment up to date.
+# Deploys sd-server to SageMaker, or updates an existing deployment.
 set -euo pipefail
 shopt -s inherit_errexit
 export LC_ALL=C
@@ -9,12 +9,12 @@ usage() {
 usage: deploy.sh --image IMAGE [options] [PARAMETER=VALUE ...]
 
   --image IMAGE     a local image, which is pushed, or the URI of one in the deployment's repository
-  --model PATH      model.tar.gz, or a directory in the diffusers layout; none if it is in the image
-  --name NAME       of the deployment; default: sd
+  --model PATH      model.tar.gz, or a directory in Diffusers format; default: weights in the image
+  --name NAME       name of the deployment; default: sd
   --async           also the asynchronous endpoint, which costs nothing while idle
-  --no-realtime     not the real-time endpoint
-  --front           also the public page
-  PARAMETER=VALUE   of any of the templates, for example InstanceType=ml.g4dn.xlarge
+  --no-realtime     without the real-time endpoint
+  --front           also the public web page
+  PARAMETER=VALUE   parameter of any template, for example InstanceType=ml.g4dn.xlarge
 
 The region and the credentials are those of the aws command line.
 END
@@ -40,13 +40,13 @@ while (($#)); do
         --front) front=true ;;
         -h | --help) usage && exit ;;
         *=*) settings+=("$1") ;;
-        *) usage >&2 && fail "what is $1?" ;;
+        *) usage >&2 && fail "unknown argument $1" ;;
     esac
     shift
 done
-[[ $image ]] || { usage >&2 && fail "--image is needed"; }
+[[ $image ]] || { usage >&2 && fail "--image is required"; }
 [[ -z $model || -e $model ]] || fail "$model does not exist"
-[[ $realtime == true || $async == true ]] || fail "--no-realtime without --async leaves nothing"
+[[ $realtime == true || $async == true ]] || fail "--no-realtime requires --async"
 
 # knows TEMPLATE PARAMETER: whether the template has it.
 knows() {
@@ -61,7 +61,7 @@ for setting in "${settings[@]}"; do
     [[ $known == true ]] || fail "no template has the parameter ${setting%%=*}"
 done
 
-# stack TEMPLATE [PARAMETER=VALUE ...]: brings one stack up to date with what concerns it.
+# stack TEMPLATE [PARAMETER=VALUE ...]: deploys one stack with the settings that its template has.
 stack() {
     local template=$1 parameters=("Name=$name" "${@:2}")
     for setting in "${settings[@]}"; do
@@ -74,7 +74,7 @@ stack() {
         --parameter-overrides "${parameters[@]}" >&2
 }
 
-# exists TEMPLATE: whether there is such a stack. Not to be told is not the same as no.
+# exists TEMPLATE: whether the stack exists. Any other error than its absence ends the script.
 exists() {
     local error
     if error=$(aws cloudformation describe-stacks --stack-name "$name-$1" 2>&1 >/dev/null); then
@@ -90,7 +90,7 @@ output() {
         --query "Stacks[0].Outputs[?OutputKey=='$2'].OutputValue"
 }
 
-# push: the local image into the repository; prints its URI there. Its content is its tag.
+# push: pushes the local image to the repository and prints its URI. The tag is its content hash.
 push() {
     local id target
     id=$(docker image inspect --format '{{.Id}}' "$image")
@@ -106,8 +106,8 @@ push() {
     echo "$target"
 }
 
-# upload: the model into the bucket under the hash of its content; prints the parameters for it, of
-# which one is empty, since an update must clear the other.
+# upload: uploads the model to the bucket under its content hash and prints its parameters. One of
+# them is empty, since an update must clear the other.
 upload() {
     local hash target
     if [[ -d $model ]]; then
@@ -124,7 +124,7 @@ upload() {
     fi
 }
 
-# code: the front's function into the bucket; prints its key.
+# code: uploads the front's function to the bucket and prints its key.
 code() {
     local hash key scratch
     hash=$(sha256sum "$here/front/index.py")
@@ -147,7 +147,7 @@ if [[ $model ]]; then
 fi
 if [[ $realtime == true ]]; then stack realtime "${endpoint[@]}"; fi
 if [[ $async == true ]]; then stack async "${endpoint[@]}"; fi
-# What an earlier run has made is still there.
+# Stacks of an earlier run still exist.
 if exists realtime; then realtime=true; fi
 if exists async; then async=true; fi
 stack watch "Realtime=$realtime" "Async=$async"
@@ -157,4 +157,4 @@ if [[ $front == true ]]; then
     stack front "CodeKey=$key" "Realtime=$realtime" "Async=$async"
     echo "page: $(output front Url)"
 fi
-echo "a picture: $here/invoke.py --name $name 'a lighthouse at night'"
+echo "generate an image: $here/invoke.py --name $name 'a lighthouse at night'"

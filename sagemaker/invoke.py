@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws a prompt at a deployment made by deploy.sh. Needs boto3, and credentials as usual."""
+"""Generates images with a deployment of deploy.sh. Needs boto3 and AWS credentials."""
 
 import argparse
 import base64
@@ -17,15 +17,15 @@ TYPES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 
 
 def main():
-    """Reads the command line and takes the chosen road."""
+    """Reads the command line and sends the request."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("prompt", help="what the picture shows")
-    parser.add_argument("fields", nargs="*", metavar="FIELD=VALUE", help="such as steps=20 seed=7")
+    parser.add_argument("prompt", help="prompt")
+    parser.add_argument("fields", nargs="*", metavar="FIELD=VALUE", help="request fields, such as steps=20 seed=7")
     parser.add_argument("-o", "--output", type=Path, default=Path("picture.png"))
-    parser.add_argument("--name", default="sd", help="of the deployment; default: sd")
-    road = parser.add_mutually_exclusive_group()
-    road.add_argument("--async", action="store_true", dest="wait", help="up to an hour, by S3")
-    road.add_argument("--stream", action="store_true", help="shows the steps as they are made")
+    parser.add_argument("--name", default="sd", help="name of the deployment; default: sd")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--async", action="store_true", dest="wait", help="use the asynchronous endpoint, up to an hour")
+    mode.add_argument("--stream", action="store_true", help="show progress step by step")
     args = parser.parse_args()
 
     if args.output.suffix not in TYPES:
@@ -34,19 +34,19 @@ def main():
     for field in args.fields:
         key, equals, value = field.partition("=")
         if not equals:
-            parser.error(f"{field}: FIELD=VALUE is expected")
+            parser.error(f"{field}: must be FIELD=VALUE")
         fields[key] = parsed(value)
 
-    # One try only: a second would draw a second picture. SageMaker gives up after 60 s.
+    # No retries: a second attempt would generate a second image. SageMaker times out after 60 s.
     retries = {"total_max_attempts": 1}
     runtime = boto3.client("sagemaker-runtime", config=Config(read_timeout=70, retries=retries))
     try:
         if args.wait:
-            reply = drawn_later(runtime, args.name, fields)
+            reply = invoke_async(runtime, args.name, fields)
         elif args.stream:
-            reply = drawn_in_sight(runtime, args.name, fields)
+            reply = invoke_stream(runtime, args.name, fields)
         else:
-            reply = drawn_now(runtime, args.name, fields)
+            reply = invoke(runtime, args.name, fields)
     except ClientError as error:
         sys.exit(explained(error))
     for path, seed in saved(reply, args.output):
@@ -61,8 +61,8 @@ def parsed(value):
         return value
 
 
-def drawn_now(runtime, name, fields):
-    """The reply of the real-time endpoint."""
+def invoke(runtime, name, fields):
+    """The response of the real-time endpoint."""
     reply = runtime.invoke_endpoint(
         EndpointName=name,
         ContentType="application/json",
@@ -72,8 +72,8 @@ def drawn_now(runtime, name, fields):
     return json.load(reply["Body"])
 
 
-def drawn_in_sight(runtime, name, fields):
-    """The reply of the real-time endpoint at the end of a stream of server-sent events."""
+def invoke_stream(runtime, name, fields):
+    """The result at the end of the real-time endpoint's stream of server-sent events."""
     reply = runtime.invoke_endpoint_with_response_stream(
         EndpointName=name,
         ContentType="application/json",
@@ -89,11 +89,11 @@ def drawn_in_sight(runtime, name, fields):
             return data
         elif event == "error":
             sys.exit(f"\n{data['error']['message']}")
-    sys.exit("the stream ended without a picture")
+    sys.exit("the stream ended without a result")
 
 
 def events(parts):
-    """Server-sent events out of pieces of text that may end anywhere."""
+    """Yields server-sent events from chunks that may end anywhere."""
     buffer = b""
     for part in parts:
         buffer += part
@@ -105,8 +105,8 @@ def events(parts):
                 yield values.get(b"event", b"message").decode(), json.loads(values[b"data"])
 
 
-def drawn_later(runtime, name, fields):
-    """The reply of the asynchronous endpoint, once it is in the bucket."""
+def invoke_async(runtime, name, fields):
+    """The response of the asynchronous endpoint, once it is in the bucket."""
     s3 = boto3.client("s3")
     bucket = output(name, "storage", "Bucket")
     key = f"async/input/{uuid.uuid4().hex}.json"
@@ -135,7 +135,7 @@ def output(name, template, key):
 
 
 def fetched(s3, uri):
-    """What is at s3://bucket/key; None if nothing is there yet."""
+    """The object at s3://bucket/key, or None if it does not exist yet."""
     bucket, key = uri.removeprefix("s3://").split("/", 1)
     try:
         return s3.get_object(Bucket=bucket, Key=key)["Body"].read()
@@ -144,7 +144,7 @@ def fetched(s3, uri):
 
 
 def explained(error):
-    """One line about a call that failed; the container's own words if it said any."""
+    """One line about a failed call, with the container's own message if there is one."""
     reply = error.response
     if reply["Error"]["Code"] != "ModelError":
         return str(error)
@@ -156,7 +156,7 @@ def explained(error):
 
 
 def saved(reply, path):
-    """Writes the pictures of a reply; yields their paths and seeds."""
+    """Writes the images of a response; yields their paths and seeds."""
     images = reply.get("images", [reply])
     for number, image in enumerate(images):
         target = path if len(images) == 1 else path.with_stem(f"{path.stem}-{number}")

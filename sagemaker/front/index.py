@@ -1,14 +1,14 @@
-"""The public page of sd-server: an AWS Lambda function behind an HTTP API.
+"""The public web page of sd-server: an AWS Lambda function behind an HTTP API.
 
     GET  /                  a page with a prompt box
-    GET  /random            a page with a picture of a random prompt
-    GET  /default           a picture of the default prompt
-    GET  /<description>     a picture of it; ?seed= repeats one
-    POST /pictures          any request of the server as JSON; 202 and where to ask for the result
-    GET  /pictures/<id>     202 while it is drawn, then 303 to the result
+    GET  /random            a page with an image of a random prompt
+    GET  /default           an image of the default prompt
+    GET  /<description>     an image of this prompt; ?seed= makes it repeatable
+    POST /pictures          any request of the server as JSON; 202 and the location of the result
+    GET  /pictures/<id>     202 until the result is ready, then 303 to it
 
-The first four draw at the real-time endpoint and must be done before the API hangs up, after 30 s.
-POST /pictures goes through the asynchronous endpoint and may take an hour.
+The first four use the real-time endpoint and must finish before the API closes the connection,
+after 30 s. POST /pictures uses the asynchronous endpoint and may take an hour.
 """
 
 import base64
@@ -30,11 +30,11 @@ PLACES = ["in a snowy forest", "by the sea", "on the moon", "in a desert", "unde
 STYLES = ["oil on canvas", "a woodcut", "a photograph at dawn", "watercolour", "a pencil drawing"]
 
 MAX_PROMPT_CHARS = 1000
-# An asynchronous request travels through S3; it may hold pictures.
+# An asynchronous request is stored in S3; it may hold input images.
 MAX_BODY_BYTES = 5_000_000
 LINK_SECONDS = 3600
 
-# One try only: a second would draw a second picture and end after the API has hung up.
+# No retries: a second attempt would generate a second image and finish after the API's timeout.
 RUNTIME = boto3.client(
     "sagemaker-runtime",
     config=Config(connect_timeout=2, read_timeout=26, retries={"total_max_attempts": 1}),
@@ -43,21 +43,21 @@ S3 = boto3.client("s3", config=Config(signature_version="s3v4"))
 
 
 def handler(event, _context):
-    """Answers one request of the HTTP API (payload format 2.0)."""
+    """Handles one request of the HTTP API (payload format 2.0)."""
     method = event["requestContext"]["http"]["method"]
     path = unquote(event["rawPath"]).strip("/")
     query = event.get("queryStringParameters") or {}
     if path == "pictures":
         return submit(event) if method == "POST" else problem(405, "POST a request here")
     if method != "GET":
-        return problem(405, "only GET is understood here")
+        return problem(405, "only GET is supported here")
     if path.startswith("pictures/"):
         return poll(path.removeprefix("pictures/"))
     if path in ("", "random"):
         return page(query.get("prompt") or (random_prompt() if path else ""))
     if path in ("favicon.ico", "robots.txt"):
-        return problem(404, "there is no such thing")
-    return picture(DEFAULT_PROMPT if path == "default" else path, query.get("seed"))
+        return problem(404, "not found")
+    return image(DEFAULT_PROMPT if path == "default" else path, query.get("seed"))
 
 
 def random_prompt():
@@ -66,11 +66,11 @@ def random_prompt():
 
 
 def page(prompt):
-    """The HTML page, with the picture of `prompt` if there is one."""
+    """The HTML page, with the image of `prompt` if there is one."""
     shown = html.escape(prompt, quote=True)
-    image = ""
+    tag = ""
     if prompt:
-        image = f'<p><img src="{html.escape(quote(prompt, safe=""))}" alt="{shown}"></p>'
+        tag = f'<p><img src="{html.escape(quote(prompt, safe=""))}" alt="{shown}"></p>'
     text = f"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -78,16 +78,16 @@ def page(prompt):
 <style>body {{ font: 1rem/1.5 sans-serif; max-width: 40rem; margin: 2rem auto; padding: 0 1rem }}
 input {{ width: 100%; font: inherit }} img {{ max-width: 100% }}</style>
 <h1>sd-server</h1>
-<form action="./"><label>What shall the picture show?
+<form action="./"><label>Prompt
 <input name="prompt" value="{shown}" maxlength="{MAX_PROMPT_CHARS}" required></label></form>
-{image}<p><a href="random">something random</a></p>
+{tag}<p><a href="random">random prompt</a></p>
 </html>
 """
-    return answer(200, text, "text/html; charset=utf-8")
+    return respond(200, text, "text/html; charset=utf-8")
 
 
-def picture(prompt, seed):
-    """Draws `prompt` while the caller waits."""
+def image(prompt, seed):
+    """Generates an image of `prompt` while the client waits."""
     endpoint = os.environ["REALTIME_ENDPOINT"]
     if not endpoint:
         return problem(404, "there is no real-time endpoint; POST to /pictures")
@@ -110,17 +110,17 @@ def picture(prompt, seed):
             Body=json.dumps(request),
         )
     except ReadTimeoutError:
-        return problem(504, "it took too long; POST to /pictures for what takes longer")
+        return problem(504, "timed out; POST long requests to /pictures")
     except ClientError as error:
         return refusal(error)
     headers = {"x-sd-attributes": reply.get("CustomAttributes", "")}
     if seed is not None:
         headers["cache-control"] = "public, max-age=86400"
-    return answer(200, reply["Body"].read(), reply["ContentType"], headers)
+    return respond(200, reply["Body"].read(), reply["ContentType"], headers)
 
 
 def submit(event):
-    """Hands a request to the asynchronous endpoint."""
+    """Sends a request to the asynchronous endpoint."""
     endpoint, bucket = os.environ["ASYNC_ENDPOINT"], os.environ["BUCKET"]
     if not endpoint:
         return problem(404, "there is no asynchronous endpoint")
@@ -149,29 +149,29 @@ def submit(event):
         )
     except ClientError as error:
         return refusal(error)
-    # SageMaker names the results; what it said is kept for those who come back.
+    # SageMaker chooses the locations of the results; they are stored for later polls.
     places = {"output": reply["OutputLocation"], "failure": reply["FailureLocation"]}
     S3.put_object(Bucket=bucket, Key=f"async/input/{name}.places", Body=json.dumps(places))
     location = f"/pictures/{name}"
     text = json.dumps({"id": name, "location": location})
-    return answer(202, text, "application/json", {"location": location, "retry-after": "5"})
+    return respond(202, text, "application/json", {"location": location, "retry-after": "5"})
 
 
 def wants_one(body):
-    """Whether the request is for a single picture."""
+    """Whether the request is for a single image."""
     fields = json.loads(body)
     return fields.get("num_images_per_prompt", fields.get("n", 1)) == 1
 
 
 def poll(name):
-    """Tells how far a submitted request is."""
+    """Reports the state of a submitted request."""
     if not re.fullmatch(r"[0-9a-f]{32}", name):
-        return problem(404, "there is no such picture")
+        return problem(404, "there is no such image")
     try:
         kept = S3.get_object(Bucket=os.environ["BUCKET"], Key=f"async/input/{name}.places")
     except ClientError as error:
         if is_missing(error):
-            return problem(404, "there is no such picture")
+            return problem(404, "there is no such image")
         raise
     places = json.load(kept["Body"])
     output = location(places["output"])
@@ -182,7 +182,7 @@ def poll(name):
             raise
     else:
         link = S3.generate_presigned_url("get_object", Params=output, ExpiresIn=LINK_SECONDS)
-        return answer(303, "", "text/plain", {"location": link})
+        return respond(303, "", "text/plain", {"location": link})
     try:
         failure = S3.get_object(**location(places["failure"]))
     except ClientError as error:
@@ -191,11 +191,11 @@ def poll(name):
     else:
         return problem(502, failure["Body"].read(2048).decode(errors="replace"))
     text = json.dumps({"id": name, "status": "pending"})
-    return answer(202, text, "application/json", {"retry-after": "5"})
+    return respond(202, text, "application/json", {"retry-after": "5"})
 
 
 def location(uri):
-    """s3://bucket/key as boto3 wants it."""
+    """s3://bucket/key as boto3 arguments."""
     bucket, key = uri.removeprefix("s3://").split("/", 1)
     return {"Bucket": bucket, "Key": key}
 
@@ -206,10 +206,10 @@ def is_missing(error):
 
 
 def refusal(error):
-    """What a failed invocation means for the caller."""
+    """The response to a failed invocation."""
     if error.response["Error"]["Code"] != "ModelError":
         print(json.dumps({"level": "ERROR", "message": str(error)}))
-        return problem(503, "the endpoint does not answer", {"retry-after": "10"})
+        return problem(503, "the endpoint does not respond", {"retry-after": "10"})
     status = error.response["OriginalStatusCode"]
     try:
         message = json.loads(error.response["OriginalMessage"])["error"]["message"]
@@ -221,12 +221,12 @@ def refusal(error):
 
 
 def problem(status, message, headers=None):
-    """An answer that is not what was asked for."""
-    return answer(status, json.dumps({"error": message}), "application/json", headers)
+    """An error response."""
+    return respond(status, json.dumps({"error": message}), "application/json", headers)
 
 
-def answer(status, body, content_type, headers=None):
-    """An answer in payload format 2.0."""
+def respond(status, body, content_type, headers=None):
+    """A response in payload format 2.0."""
     binary = isinstance(body, bytes)
     return {
         "statusCode": status,

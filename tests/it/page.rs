@@ -1,4 +1,4 @@
-//! The web page. `tests/clients` looks at it with a browser; here is what no browser shows.
+//! The web page: headers, policy and documents. `tests/clients` tests it in a browser.
 
 use anyhow::Result;
 
@@ -6,7 +6,7 @@ use crate::engine::{LONG, Server, ready};
 use crate::fake::HTTP;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_page_is_whole_and_asks_nobody_else() -> Result<()> {
+async fn the_page_is_complete_and_contacts_no_other_host() -> Result<()> {
     let (engine, _strings) = ready().await;
     let server = Server::start(engine, HTTP, LONG).await;
     let files = [
@@ -31,7 +31,7 @@ async fn the_page_is_whole_and_asks_nobody_else() -> Result<()> {
         assert!(!address.contains("://"), "{path} names another host");
         page += &text;
     }
-    // The policy forbids what stands in the page itself.
+    // The policy forbids inline styles and handlers.
     assert!(!page.contains(" style=") && !page.contains(" onclick=\""));
     let info: serde_json::Value =
         reqwest::get(format!("{}/info", server.url)).await?.json().await?;

@@ -1,4 +1,4 @@
-// /openapi.json for people: a section for each dialect, a line for each operation, its fields inside.
+// Renders /openapi.json: one section per tag, one line per operation, with the fields of its request.
 
 function make(tag, text, ...children) {
   const element = document.createElement(tag);
@@ -7,12 +7,12 @@ function make(tag, text, ...children) {
   return element;
 }
 
-/** The type of a field and its limits, in words. */
-function kind({ type, format, enum: words, minimum, maximum, contentEncoding }) {
-  if (words) return words.filter(word => word !== null).join(" | ");
+/** The type of a field and its limits, as text. */
+function typeText({ type, format, enum: values, minimum, maximum, contentEncoding }) {
+  if (values) return values.filter(value => value !== null).join(" | ");
   const name = contentEncoding ?? (format === "binary" ? "file" : [type].flat().filter(name => name !== "null").join(" or "));
   if (minimum === undefined) return name;
-  return maximum === undefined ? `${name}, from ${minimum}` : `${name}, ${minimum} to ${maximum}`;
+  return maximum === undefined ? `${name}, minimum ${minimum}` : `${name}, ${minimum} to ${maximum}`;
 }
 
 function fields(schema) {
@@ -20,7 +20,7 @@ function fields(schema) {
   for (const [name, field] of Object.entries(schema.properties ?? {})) {
     const cell = make("td", field.description ?? "");
     const required = schema.required?.includes(name) ? " *" : "";
-    table.append(make("tr", "", make("th", name + required), make("td", kind(field)), cell));
+    table.append(make("tr", "", make("th", name + required), make("td", typeText(field)), cell));
   }
   return table;
 }
@@ -31,7 +31,7 @@ function operation(method, path, { summary, requestBody }) {
   for (const [type, { schema }] of Object.entries(requestBody?.content ?? {})) {
     details.append(make("p", type), fields(schema));
   }
-  if (!requestBody) details.append(make("p", "takes no body"));
+  if (!requestBody) details.append(make("p", "no request body"));
   return details;
 }
 

@@ -1,23 +1,24 @@
-// The page: a form, a stream of events, and a history that stays in this browser. It speaks the
-// native dialect at v1/invocations, which takes an API key, and knows nothing that /info and /v1/models do not say. Another model than the first is at models/NAME.
+// The web page: a form, a stream of events, and a history stored in this browser. It uses the native
+// API at v1/invocations, which takes an API key, and models/NAME for other models than the first.
+// Models, samplers and limits come from /info and /v1/models.
 
 const $ = id => document.getElementById(id);
 const form = $("form");
-/** The history's most pictures; the oldest goes first. */
-const KEPT = 300;
+/** Maximum number of images in the history; the oldest is deleted first. */
+const MAX_HISTORY = 300;
 const CHOICES = ["model", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler", "n"];
 
 let limits = {};
-/** The model that the server was started on; null where all are chosen by name. */
+/** The model that the server was started with; null if all are selected by name. */
 let first = null;
-/** The picture to start from: { blob, mask }, the mask a canvas that is white where it changes. */
-let start = null;
-/** The record on the stage that is described, and those that came with it. */
+/** The input image: { blob, mask }; the mask is a canvas, white in the area to inpaint. */
+let input = null;
+/** The record that is shown with its parameters, and all records of the same request. */
 let shown = null;
 let group = [];
 const empty = $("empty");
-/** Ends the request under way. */
-let drawing = null;
+/** The AbortController of the request in flight. */
+let running = null;
 
 // ---- the server
 
@@ -26,16 +27,16 @@ const key = () => localStorage.getItem("key");
 async function call(path, { quiet, ...options } = {}) {
   const headers = { ...options.headers };
   if (key()) headers.authorization = `Bearer ${key()}`;
-  const reply = await fetch(path, { ...options, headers });
-  if (reply.ok) return reply;
-  const { error } = await reply.json().catch(() => ({}));
-  if (reply.status === 401 && !quiet) $("key-dialog").showModal();
-  throw new Error(error?.message ?? `the server answered ${reply.status}`);
+  const response = await fetch(path, { ...options, headers });
+  if (response.ok) return response;
+  const { error } = await response.json().catch(() => ({}));
+  if (response.status === 401 && !quiet) $("key-dialog").showModal();
+  throw new Error(error?.message ?? `the server responded with ${response.status}`);
 }
 
 /** Yields [name, data] of each server-sent event. */
-async function* events(reply) {
-  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
     const { value, done } = await reader.read();
@@ -50,42 +51,42 @@ async function* events(reply) {
   }
 }
 
-async function greet() {
+async function connect() {
   try {
     const info = await (await fetch("info")).json();
     limits = info.limits;
-    if (info.phase === "ready") return await settle(info);
-    $("model").textContent = info.phase === "loading" ? "the model is loading…" : `the server is ${info.phase}`;
+    if (info.phase === "ready") return await setUp(info);
+    $("model").textContent = info.phase === "loading" ? "loading the model…" : `server ${info.phase}`;
   } catch {
-    $("model").textContent = "the server does not answer";
+    $("model").textContent = "the server does not respond";
   }
-  setTimeout(greet, 1500);
+  setTimeout(connect, 1500);
 }
 
-/** Fills the form with what the model likes, and then with what was chosen last. What is left blank
- * is the model's own. */
-async function settle({ model, schedulers }) {
+/** Fills the form with the model's defaults, then with the last choices. Blank fields take the
+ * model's defaults on the server. */
+async function setUp({ model, schedulers }) {
   first = model?.name ?? null;
-  $("model").textContent = model ? `${first} · ${model.device} · ${model.precision}` : "choose a model";
-  const own = model ? [] : [new Option("the model's own", "")];
-  $("sampler").replaceChildren(...own, ...schedulers.map(({ name, title }) => new Option(title, name)));
-  $("width").placeholder = $("height").placeholder = model ? "" : "its own";
+  $("model").textContent = model ? `${first} · ${model.device} · ${model.precision}` : "select a model";
+  const none = model ? [] : [new Option("model default", "")];
+  $("sampler").replaceChildren(...none, ...schedulers.map(({ name, title }) => new Option(title, name)));
+  $("width").placeholder = $("height").placeholder = model ? "" : "default";
   $("steps").max = limits.max_steps;
   $("count").max = limits.max_images;
   const { num_inference_steps: steps = 50, guidance_scale = 7.5, ...rest } = model?.defaults ?? {};
   put({ ...rest, steps, guidance_scale });
-  await offer();
+  await listModels();
   const last = JSON.parse(localStorage.getItem("choices") ?? "null");
   if ([...$("which").options].some(({ value }) => value === last?.model)) put(last);
 }
 
-/** Fills in which models there are. */
-async function offer() {
+/** Lists the available models. */
+async function listModels() {
   let names = first === null ? [] : [first];
   try {
-    const reply = await call("v1/models", { quiet: first !== null });
-    names = (await reply.json()).data.map(({ id }) => id);
-    if (!names.length) $("model").textContent = "no model is here";
+    const response = await call("v1/models", { quiet: first !== null });
+    names = (await response.json()).data.map(({ id }) => id);
+    if (!names.length) $("model").textContent = "no models available";
   } catch (error) {
     if (first === null) fail(error.message);
   }
@@ -97,18 +98,18 @@ async function offer() {
 
 // ---- the form
 
-/** Puts values into the fields of the form that have their names. */
+/** Sets the form fields of these names. */
 function put(values) {
   for (const name of CHOICES) {
     const field = form.elements[name];
     const known = !field.options || [...field.options].some(({ value }) => value === values[name]);
     if (values[name] !== undefined && known) field.value = values[name];
   }
-  echo();
+  showSliders();
 }
 
-/** Shows the numbers of the sliders. */
-function echo() {
+/** Shows the values of the sliders. */
+function showSliders() {
   for (const output of document.querySelectorAll("output")) output.value = $(output.htmlFor.value).value;
 }
 
@@ -121,7 +122,7 @@ function choices() {
   return values;
 }
 
-const dice = () => String(crypto.getRandomValues(new Uint32Array(1))[0]);
+const randomSeed = () => String(crypto.getRandomValues(new Uint32Array(1))[0]);
 const locked = () => $("lock").getAttribute("aria-pressed") === "true";
 
 const setLock = on => $("lock").setAttribute("aria-pressed", on);
@@ -133,57 +134,59 @@ async function base64(blob) {
   return btoa(text);
 }
 
-async function draw() {
-  if (drawing) return;
-  if (!locked()) $("seed").value = dice();
-  const asked = choices();
-  localStorage.setItem("choices", JSON.stringify(asked));
-  if ($("seed").value !== "") asked.seed = $("seed").value;
-  // Seeds are of 64 bits, more than a number holds here: the digits go into the text as they are.
-  const seed = /^\d+$/.test(asked.seed ?? "") ? BigInt(asked.seed) : null;
-  const body = { ...asked, stream: true, preview: true, output_format: "png" };
+async function generate() {
+  if (running) return;
+  if (!locked()) $("seed").value = randomSeed();
+  const request = choices();
+  localStorage.setItem("choices", JSON.stringify(request));
+  if ($("seed").value !== "") request.seed = $("seed").value;
+  // A seed has 64 bits, more than a JavaScript number: its digits go into the JSON text unchanged.
+  const seed = /^\d+$/.test(request.seed ?? "") ? BigInt(request.seed) : null;
+  const body = { ...request, stream: true, preview: true, output_format: "png" };
   const blank = ([name, value]) => value === "" && name !== "prompt";
-  for (const [name] of Object.entries(asked).filter(blank)) delete body[name];
+  for (const [name] of Object.entries(request).filter(blank)) delete body[name];
   delete body.seed;
   delete body.model;
-  const named = asked.model && asked.model !== first;
-  const path = named ? `models/${asked.model.split("/").map(encodeURIComponent).join("/")}` : "v1/invocations";
-  drawing = new AbortController();
-  wait(true);
+  const named = request.model && request.model !== first;
+  const path = named ? `models/${request.model.split("/").map(encodeURIComponent).join("/")}` : "v1/invocations";
+  running = new AbortController();
+  setRunning(true);
   try {
-    if (start) {
-      body.image = await base64(start.blob);
+    if (input) {
+      body.image = await base64(input.blob);
       body.strength = Number($("strength").value);
-      if (start.mask) body.mask = await base64(await new Promise(done => start.mask.toBlob(done)));
+      if (input.mask) body.mask = await base64(await new Promise(done => input.mask.toBlob(done)));
     }
     const text = JSON.stringify(body).replace(/}$/, seed === null ? "}" : `,"seed":${seed}}`);
-    const reply = await call(path, {
-      method: "POST", body: text, signal: drawing.signal,
+    const response = await call(path, {
+      method: "POST", body: text, signal: running.signal,
       headers: { "content-type": "application/json" },
     });
-    for await (const [name, data] of events(reply)) await hear(name, data, asked);
+    for await (const [name, data] of events(response)) await handle(name, data, request);
   } catch (error) {
     if (error.name !== "AbortError") fail(error.message);
   } finally {
-    drawing = null;
-    wait(false);
+    running = null;
+    setRunning(false);
   }
 }
 
-async function hear(name, data, asked) {
-  if (name === "queued") tell(0, data.position > 1 ? `${data.position - 1} ahead` : "about to begin", data.seconds_left);
-  if (name === "step") tell(data.step / data.steps, `step ${data.step} of ${data.steps}`, data.seconds_left);
-  if (name === "preview") look(data);
+async function handle(name, data, request) {
+  if (name === "queued") showProgress(0, data.position > 1 ? ahead(data.position - 1) : "starting", data.seconds_left);
+  if (name === "step") showProgress(data.step / data.steps, `step ${data.step} of ${data.steps}`, data.seconds_left);
+  if (name === "preview") showPreview(data);
   if (name === "error") throw new Error(data.error.message);
-  if (name === "result") await keep(data, asked);
+  if (name === "result") await save(data, request);
 }
 
-function wait(on) {
+const ahead = count => `${count} image${count === 1 ? "" : "s"} ahead`;
+
+function setRunning(on) {
   $("draw").disabled = on;
   $("cancel").hidden = $("progress").hidden = !on;
   if (on) {
     $("error").hidden = $("caption").hidden = true;
-    tell(0, "sent");
+    showProgress(0, "request sent");
     if (matchMedia("(max-width: 46rem)").matches) $("stage").scrollIntoView({ block: "nearest" });
   } else if (shown) {
     show(shown, group);
@@ -192,9 +195,9 @@ function wait(on) {
   }
 }
 
-function tell(share, what, left) {
+function showProgress(share, text, left) {
   $("bar").value = share;
-  $("told").textContent = left == null ? what : `${what}, ${left < 1 ? "less than a second" : `about ${Math.round(left)} s`} left`;
+  $("told").textContent = left == null ? text : `${text}, ${left < 1 ? "less than a second" : `about ${Math.round(left)} s`} left`;
 }
 
 function fail(message) {
@@ -202,16 +205,16 @@ function fail(message) {
   $("error").hidden = false;
 }
 
-// ---- the stage
+// ---- the current images
 
-/** A picture in the making; there may be several. */
-function look({ index, content_type, data }) {
+/** Shows a live preview; a request may have several. */
+function showPreview({ index, content_type, data }) {
   const views = $("views");
   if (!views.querySelector(".forming")) views.replaceChildren();
   let image = views.querySelector(`[data-index="${index}"]`);
   if (!image) {
     image = new Image();
-    image.alt = "A picture in the making";
+    image.alt = "Live preview";
     image.className = "forming small";
     image.dataset.index = index;
     views.append(image);
@@ -223,18 +226,18 @@ function show(record, others = [record]) {
   [shown, group] = [record, others];
   $("views").replaceChildren(...group.map(one => {
     const image = new Image();
-    image.alt = one.prompt || "A picture without a prompt";
-    image.src = address(one);
+    image.alt = one.prompt || "Image without a prompt";
+    image.src = objectUrl(one);
     image.className = one.width < 448 ? "small" : "";
-    image.onclick = () => drawing || show(one);
+    image.onclick = () => running || show(one);
     return image;
   }));
   const { width, height, steps, guidance_scale, scheduler, seed, negative_prompt } = record;
-  const not = negative_prompt ? ` — not: ${negative_prompt}` : "";
-  const told = [`${record.prompt}${not}`, `${width}×${height}`, `${steps} steps`, `guidance ${guidance_scale}`, scheduler, `seed ${seed}`];
-  if (record.model && record.model !== first) told.splice(1, 0, record.model);
-  $("parameters").textContent = told.filter(Boolean).join(" · ");
-  $("download").href = address(record);
+  const negative = negative_prompt ? ` — negative: ${negative_prompt}` : "";
+  const parts = [`${record.prompt}${negative}`, `${width}×${height}`, `${steps} steps`, `guidance ${guidance_scale}`, scheduler, `seed ${seed}`];
+  if (record.model && record.model !== first) parts.splice(1, 0, record.model);
+  $("parameters").textContent = parts.filter(Boolean).join(" · ");
+  $("download").href = objectUrl(record);
   $("download").download = `${seed}.png`;
   $("caption").hidden = false;
   for (const button of $("history").querySelectorAll("button")) {
@@ -242,8 +245,8 @@ function show(record, others = [record]) {
   }
 }
 
-/** An object URL for a record's file, made once. */
-function address(record) {
+/** The object URL of a record's file, created once. */
+function objectUrl(record) {
   record.url ??= URL.createObjectURL(record.blob);
   return record.url;
 }
@@ -256,7 +259,7 @@ const database = new Promise((done, failed) => {
   request.onsuccess = () => done(request.result);
   request.onerror = () => failed(request.error);
 });
-database.catch(() => fail("this browser keeps no pictures here; they are gone when the page is closed"));
+database.catch(() => fail("this browser stores no images for this page; they are lost when it is closed"));
 
 async function store(mode, act) {
   const request = act((await database).transaction("pictures", mode).objectStore("pictures"));
@@ -266,49 +269,49 @@ async function store(mode, act) {
   });
 }
 
-/** Shows the pictures of a result and puts them into the history. */
-async function keep(result, asked) {
+/** Shows the images of a result and adds them to the history. */
+async function save(result, request) {
   const images = result.images ?? [result];
   const records = [];
   for (const [place, { data, seed }] of images.entries()) {
     const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
-    // JSON.parse has rounded a long seed; the one that was asked for counts up.
-    const exact = asked.seed ? String(BigInt.asUintN(64, BigInt(asked.seed) + BigInt(place))) : String(seed);
+    // JSON.parse rounds a long seed; the requested one counts up by image.
+    const exact = request.seed ? String(BigInt.asUintN(64, BigInt(request.seed) + BigInt(place))) : String(seed);
     const blob = new Blob([bytes], { type: result.content_type });
     const { width, height } = await createImageBitmap(blob);
-    const record = { ...asked, width, height, seed: exact, blob };
+    const record = { ...request, width, height, seed: exact, blob };
     try {
-      record.id = await store("readwrite", pictures => pictures.add(record));
+      record.id = await store("readwrite", images => images.add(record));
     } catch {
-      record.id = `unkept ${performance.now()}`;
+      record.id = `unsaved ${performance.now()}`;
     }
     list(record);
     records.push(record);
   }
   show(records[0], records);
   if (result.warnings?.length) fail(result.warnings.join("; "));
-  const surplus = [...$("history").children].slice(KEPT);
-  for (const item of surplus) await forget(item.record);
+  const surplus = [...$("history").children].slice(MAX_HISTORY);
+  for (const item of surplus) await remove(item.record);
 }
 
 function list(record) {
   const item = document.createElement("li");
   const button = document.createElement("button");
   const image = new Image();
-  image.src = address(record);
-  image.alt = record.prompt || "A picture without a prompt";
+  image.src = objectUrl(record);
+  image.alt = record.prompt || "Image without a prompt";
   image.loading = "lazy";
   button.type = "button";
   button.dataset.id = record.id;
   button.append(image);
-  button.onclick = () => drawing || show(record);
+  button.onclick = () => running || show(record);
   item.record = record;
   item.append(button);
   $("history").prepend(item);
 }
 
-async function forget(record) {
-  await store("readwrite", pictures => pictures.delete(record.id)).catch(() => {});
+async function remove(record) {
+  await store("readwrite", images => images.delete(record.id)).catch(() => {});
   const item = [...$("history").children].find(item => item.record === record);
   const next = (item?.nextSibling ?? item?.previousSibling)?.record;
   item?.remove();
@@ -320,52 +323,52 @@ async function forget(record) {
   $("views").replaceChildren(empty);
 }
 
-// ---- the picture to start from
+// ---- the input image and its mask
 
-async function begin(blob) {
-  if (!blob?.type.startsWith("image/")) return fail("that is not a picture");
-  const picture = await createImageBitmap(blob).catch(() => null);
-  if (!picture) return fail("this browser cannot read that picture");
-  start = { blob, mask: null, width: picture.width, height: picture.height };
-  // As much area as is chosen now, in the shape of the picture, in eights.
+async function setInput(blob) {
+  if (!blob?.type.startsWith("image/")) return fail("that file is not an image");
+  const image = await createImageBitmap(blob).catch(() => null);
+  if (!image) return fail("this browser cannot read that image");
+  input = { blob, mask: null, width: image.width, height: image.height };
+  // The area of the current size in the image's aspect ratio, in multiples of 8.
   const area = Math.min(Number($("width").value) * Number($("height").value), limits.max_pixels ?? 1 << 20);
-  const scale = Math.sqrt(area / (picture.width * picture.height));
+  const scale = Math.sqrt(area / (image.width * image.height));
   const side = length => Math.max(8, Math.floor(length * scale / 8) * 8);
-  // Where none is chosen, the picture's own.
-  if (area) put({ width: side(picture.width), height: side(picture.height) });
+  // Without a current size, the server uses the image's own.
+  if (area) put({ width: side(image.width), height: side(image.height) });
   URL.revokeObjectURL($("start-picture").src);
   $("start-picture").src = URL.createObjectURL(blob);
   $("drop").hidden = true;
   $("chosen").hidden = false;
-  $("paint").textContent = "Paint a mask";
+  $("paint").textContent = "Inpaint: add mask";
 }
 
-function paint() {
+function editMask() {
   const canvas = $("mask");
-  const scale = Math.min(1, 1024 / Math.max(start.width, start.height));
-  canvas.width = Math.max(1, Math.round(start.width * scale));
-  canvas.height = Math.max(1, Math.round(start.height * scale));
+  const scale = Math.min(1, 1024 / Math.max(input.width, input.height));
+  canvas.width = Math.max(1, Math.round(input.width * scale));
+  canvas.height = Math.max(1, Math.round(input.height * scale));
   $("under").src = $("start-picture").src;
-  if (start.strokes) canvas.getContext("2d").drawImage(start.strokes, 0, 0);
+  if (input.strokes) canvas.getContext("2d").drawImage(input.strokes, 0, 0);
   $("mask-dialog").showModal();
 }
 
-/** What was painted, white on black. Nothing painted is no mask. */
-function masked() {
+/** Turns the strokes into a mask, white on black; without strokes there is no mask. */
+function applyMask() {
   const canvas = $("mask");
   const context = canvas.getContext("2d");
   const pixels = context.getImageData(0, 0, canvas.width, canvas.height);
   const painted = pixels.data.some((value, i) => i % 4 === 3 && value > 127);
   const copy = () => Object.assign(document.createElement("canvas"), { width: canvas.width, height: canvas.height });
-  start.strokes = copy();
-  start.strokes.getContext("2d").drawImage(canvas, 0, 0);
+  input.strokes = copy();
+  input.strokes.getContext("2d").drawImage(canvas, 0, 0);
   for (let i = 0; i < pixels.data.length; i += 4) {
     pixels.data.fill(pixels.data[i + 3] > 127 ? 255 : 0, i, i + 3);
     pixels.data[i + 3] = 255;
   }
-  start.mask = painted ? copy() : null;
-  start.mask?.getContext("2d").putImageData(pixels, 0, 0);
-  $("paint").textContent = painted ? "Change the mask" : "Paint a mask";
+  input.mask = painted ? copy() : null;
+  input.mask?.getContext("2d").putImageData(pixels, 0, 0);
+  $("paint").textContent = painted ? "Edit mask" : "Inpaint: add mask";
 }
 
 {
@@ -384,7 +387,7 @@ function masked() {
     context.lineWidth = Number($("brush").value) / 100 * Math.max(canvas.width, canvas.height);
     context.beginPath();
     context.moveTo(...last);
-    // A tap is a dot, but a line without any length is nothing.
+    // A tap draws a dot; a line of length zero would draw nothing.
     context.lineTo(x, y + 0.01);
     context.stroke();
     last = [x, y];
@@ -398,48 +401,48 @@ function masked() {
   canvas.onpointerup = canvas.onpointercancel = () => { last = null; };
 }
 
-// ---- what is pressed
+// ---- event handlers
 
-form.oninput = echo;
-form.onsubmit = event => { event.preventDefault(); draw(); };
-$("cancel").onclick = () => drawing?.abort();
-$("dice").onclick = () => { $("seed").value = dice(); setLock(true); };
+form.oninput = showSliders;
+form.onsubmit = event => { event.preventDefault(); generate(); };
+$("cancel").onclick = () => running?.abort();
+$("dice").onclick = () => { $("seed").value = randomSeed(); setLock(true); };
 $("lock").onclick = () => setLock(!locked());
 $("seed").oninput = () => setLock($("seed").value !== "");
 $("swap").onclick = () => put({ width: $("height").value, height: $("width").value });
 $("choose").onclick = () => $("file").click();
-$("file").onchange = () => { begin($("file").files[0]); $("file").value = ""; };
-$("remove").onclick = () => { start = null; $("drop").hidden = false; $("chosen").hidden = true; };
-$("paint").onclick = paint;
-$("mask-dialog").onclose = masked;
+$("file").onchange = () => { setInput($("file").files[0]); $("file").value = ""; };
+$("remove").onclick = () => { input = null; $("drop").hidden = false; $("chosen").hidden = true; };
+$("paint").onclick = editMask;
+$("mask-dialog").onclose = applyMask;
 $("rub").onclick = () => $("rub").setAttribute("aria-pressed", $("rub").getAttribute("aria-pressed") !== "true");
 $("wipe").onclick = () => $("mask").getContext("2d").clearRect(0, 0, $("mask").width, $("mask").height);
 $("reuse").onclick = () => { put({ ...shown, n: 1 }); $("seed").value = shown.seed; setLock(true); $("prompt").focus(); };
-$("begin").onclick = () => begin(shown.blob);
-$("delete").onclick = () => forget(shown);
+$("begin").onclick = () => setInput(shown.blob);
+$("delete").onclick = () => remove(shown);
 $("open-key").onclick = () => $("key-dialog").showModal();
 $("key-dialog").onclose = () => {
   if ($("key-dialog").returnValue !== "save") return;
   if ($("key").value) localStorage.setItem("key", $("key").value); else localStorage.removeItem("key");
   $("key").value = "";
   $("error").hidden = true;
-  offer();
+  listModels();
 };
 document.addEventListener("keydown", event => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
-  if (event.key === "Escape" && drawing && !document.querySelector("dialog[open]")) drawing.abort();
+  if (event.key === "Escape" && running && !document.querySelector("dialog[open]")) running.abort();
 });
 document.addEventListener("paste", event => {
   const file = [...event.clipboardData.files].find(file => file.type.startsWith("image/"));
-  if (file) begin(file);
+  if (file) setInput(file);
 });
 document.addEventListener("dragover", event => { event.preventDefault(); $("start").classList.add("over"); });
 document.addEventListener("dragleave", () => $("start").classList.remove("over"));
 document.addEventListener("drop", event => {
   event.preventDefault();
   $("start").classList.remove("over");
-  if (event.dataTransfer.files[0]) begin(event.dataTransfer.files[0]);
+  if (event.dataTransfer.files[0]) setInput(event.dataTransfer.files[0]);
 });
 
-greet();
-for (const record of await store("readonly", pictures => pictures.getAll()).catch(() => [])) list(record);
+connect();
+for (const record of await store("readonly", images => images.getAll()).catch(() => [])) list(record);
