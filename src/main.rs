@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use sd_server::cli;
 use sd_server::host::cuda_compat;
-use sd_server::request::Invalid;
+use sd_server::request::ValidationError;
 
 /// `EX_USAGE` of sysexits.h: what was typed cannot be done, and trying again will not help.
 const USAGE: u8 = 64;
@@ -27,7 +27,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
-            let usage = error.downcast_ref::<Invalid>().is_some();
+            let usage = error.downcast_ref::<ValidationError>().is_some();
             ExitCode::from(if usage { USAGE } else { 1 })
         }
     }

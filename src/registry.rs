@@ -2,7 +2,7 @@
 //! by name while it runs. SageMaker loads and unloads them itself; or they are the directories and files
 //! of a folder, loaded when they are asked for, and the one that has not been used for longest makes
 //! room. All share one device: turns, the memory of an evaluation, the queue's bounds for each.
-//! Where files come from and how a model starts is the [`Library`]'s business.
+//! Where files come from and how a model starts is the [`ModelLoader`]'s business.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -15,13 +15,13 @@ use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tracing::info;
 
-use crate::engine::{Death, Engine, Phase};
+use crate::engine::{Engine, EngineState, WorkerError};
 use crate::source::is_checkpoint;
 
 /// How to get an engine for the files of a model.
-pub trait Library: Send + Sync + 'static {
+pub trait ModelLoader: Send + Sync + 'static {
     /// Bytes that its weights will take, from the headers of its files.
-    fn weigh(&self, path: &Path) -> anyhow::Result<u64>;
+    fn estimate_bytes(&self, path: &Path) -> anyhow::Result<u64>;
     /// Begins to load it.
     fn start(&self, path: &Path) -> io::Result<Engine>;
     /// Bytes that weights can still have on the device, where that is known.
@@ -30,7 +30,7 @@ pub trait Library: Send + Sync + 'static {
 
 /// The bounds of the models that come and go.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct RegistryConfig {
     /// How many may be loaded.
     pub max_models: usize,
     /// What their weights may take in all; what the device has left when absent.
@@ -45,7 +45,7 @@ pub struct Settings {
 
 /// Why a model is not there.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Refusal {
+pub enum RegistryError {
     /// There is one of this name.
     #[error("the model {0:?} is loaded already")]
     Loaded(String),
@@ -62,7 +62,7 @@ pub enum Refusal {
 
 /// A loaded model.
 #[derive(Debug, Clone)]
-pub struct Loaded {
+pub struct LoadedModel {
     /// What it is called.
     pub name: String,
     /// Where its files are.
@@ -75,46 +75,46 @@ pub struct Loaded {
 
 /// A model that a request means. It stays, within reason, until this is dropped.
 #[derive(Debug, Clone)]
-pub struct Chosen {
+pub struct ModelLease {
     /// Where its pictures are drawn.
     pub engine: Engine,
     /// Of a model that comes and goes.
     _stays: Option<watch::Receiver<()>>,
 }
 
-impl From<Engine> for Chosen {
+impl From<Engine> for ModelLease {
     fn from(engine: Engine) -> Self {
         Self { engine, _stays: None }
     }
 }
 
-impl Loaded {
-    fn choose(&self) -> Chosen {
-        Chosen { engine: self.engine.clone(), _stays: Some(self.chosen.subscribe()) }
+impl LoadedModel {
+    fn choose(&self) -> ModelLease {
+        ModelLease { engine: self.engine.clone(), _stays: Some(self.chosen.subscribe()) }
     }
 }
 
 /// The handle that handlers share.
 #[derive(Clone)]
-pub struct Models {
-    shared: Arc<Shared>,
+pub struct ModelRegistry {
+    shared: Arc<RegistryShared>,
 }
 
-struct Shared {
+struct RegistryShared {
     first: Engine,
-    library: Option<Box<dyn Library>>,
-    settings: Settings,
+    library: Option<Box<dyn ModelLoader>>,
+    settings: RegistryConfig,
     /// The one used last at the end.
-    loaded: Mutex<Vec<Loaded>>,
+    loaded: Mutex<Vec<LoadedModel>>,
     /// Held while one is loaded: two at a time would count on the same memory.
     loading: tokio::sync::Mutex<()>,
 }
 
 /// A server with one model.
-impl From<Engine> for Models {
+impl From<Engine> for ModelRegistry {
     fn from(first: Engine) -> Self {
         let patience = Duration::ZERO;
-        let none = Settings {
+        let none = RegistryConfig {
             max_models: 0,
             memory_bytes: None,
             folder: None,
@@ -125,25 +125,29 @@ impl From<Engine> for Models {
     }
 }
 
-impl fmt::Debug for Models {
+impl fmt::Debug for ModelRegistry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_list().entries(self.loaded()).finish()
     }
 }
 
-impl Models {
-    /// Models from a library beside the first.
-    pub fn new(first: Engine, library: impl Library, settings: Settings) -> Self {
+impl ModelRegistry {
+    /// Models from a loader, beside the default one.
+    pub fn new(first: Engine, library: impl ModelLoader, settings: RegistryConfig) -> Self {
         Self::build(first, Some(Box::new(library)), settings)
     }
 
-    fn build(first: Engine, library: Option<Box<dyn Library>>, settings: Settings) -> Self {
+    fn build(
+        first: Engine,
+        library: Option<Box<dyn ModelLoader>>,
+        settings: RegistryConfig,
+    ) -> Self {
         let (loaded, loading) = Default::default();
-        Self { shared: Arc::new(Shared { first, library, settings, loaded, loading }) }
+        Self { shared: Arc::new(RegistryShared { first, library, settings, loaded, loading }) }
     }
 
     /// The one that the server was started on; absent where all are chosen by name.
-    pub fn first(&self) -> &Engine {
+    pub fn default_engine(&self) -> &Engine {
         &self.shared.first
     }
 
@@ -153,21 +157,25 @@ impl Models {
     }
 
     /// Those that are loaded, the one used last at the end.
-    pub fn loaded(&self) -> Vec<Loaded> {
+    pub fn loaded(&self) -> Vec<LoadedModel> {
         self.shared.loaded().clone()
     }
 
     /// Every engine.
     pub fn engines(&self) -> Vec<Engine> {
-        let mut engines = vec![self.first().clone()];
+        let mut engines = vec![self.default_engine().clone()];
         engines.extend(self.loaded().into_iter().map(|model| model.engine));
         engines
     }
 
     /// Where the server stands: a device that is lost is lost for all.
-    pub fn phase(&self) -> Phase {
-        let lost = |engine: &Engine| matches!(engine.phase(), Phase::DeviceLost);
-        if self.engines().iter().any(lost) { Phase::DeviceLost } else { self.first().phase() }
+    pub fn state(&self) -> EngineState {
+        let lost = |engine: &Engine| matches!(engine.state(), EngineState::DeviceLost);
+        if self.engines().iter().any(lost) {
+            EngineState::DeviceLost
+        } else {
+            self.default_engine().state()
+        }
     }
 
     /// The names in the folder, sorted.
@@ -183,46 +191,49 @@ impl Models {
     }
 
     /// A model that is loaded. It counts as used.
-    pub fn get(&self, name: &str) -> Result<Chosen, Refusal> {
+    pub fn get(&self, name: &str) -> Result<ModelLease, RegistryError> {
         let mut loaded = self.shared.loaded();
         // One that panicked is as good as gone.
-        loaded.retain(|model| !matches!(model.engine.phase(), Phase::Dead(_)));
+        loaded.retain(|model| !matches!(model.engine.state(), EngineState::Dead(_)));
         let place = loaded.iter().position(|model| model.name == name);
         let model = place.map(|place| loaded.remove(place));
-        let model = model.ok_or_else(|| Refusal::Unknown(name.into()))?;
+        let model = model.ok_or_else(|| RegistryError::Unknown(name.into()))?;
         let chosen = model.choose();
         loaded.push(model);
         Ok(chosen)
     }
 
     /// A model of the folder, loaded if need be, for which others may have to go.
-    pub async fn choose(&self, name: &str) -> Result<Chosen, Refusal> {
-        if self.first().model().is_ok_and(|model| model.name == name) {
-            return Ok(self.first().clone().into());
+    pub async fn choose(&self, name: &str) -> Result<ModelLease, RegistryError> {
+        if self.default_engine().model().is_ok_and(|model| model.name == name) {
+            return Ok(self.default_engine().clone().into());
         }
         if let Ok(chosen) = self.get(name) {
             return Ok(chosen);
         }
-        let path = self.files().await.remove(name).ok_or_else(|| Refusal::Unknown(name.into()))?;
+        let path =
+            self.files().await.remove(name).ok_or_else(|| RegistryError::Unknown(name.into()))?;
         match self.spawn(name, path, true).await {
             // Somebody else asked for it first.
-            Err(Refusal::Loaded(_)) => self.get(name),
+            Err(RegistryError::Loaded(_)) => self.get(name),
             done => done,
         }
     }
 
     /// Loads a model from its files, if there is room.
-    pub async fn load(&self, name: &str, path: PathBuf) -> Result<(), Refusal> {
+    pub async fn load(&self, name: &str, path: PathBuf) -> Result<(), RegistryError> {
         self.spawn(name, path, false).await.map(drop)
     }
 
     /// Unloads a model. What it has accepted is finished, within reason; its memory is free when
     /// this returns.
-    pub async fn unload(&self, name: &str) -> Result<(), Refusal> {
+    pub async fn unload(&self, name: &str) -> Result<(), RegistryError> {
         let gone = {
             let mut loaded = self.shared.loaded();
             let place = loaded.iter().position(|model| model.name == name);
-            place.map(|place| loaded.remove(place)).ok_or_else(|| Refusal::Unknown(name.into()))?
+            place
+                .map(|place| loaded.remove(place))
+                .ok_or_else(|| RegistryError::Unknown(name.into()))?
         };
         let end = Instant::now() + self.shared.settings.patience;
         // Who has chosen it and not submitted yet is let in.
@@ -238,38 +249,48 @@ impl Models {
     }
 
     /// Returns when every picture that was accepted has ended.
-    pub async fn idle(&self) {
+    pub async fn wait_idle(&self) {
         for engine in self.engines() {
-            engine.idle().await;
+            engine.wait_idle().await;
         }
     }
 
     /// Gives up what is not finished.
-    pub fn stop(&self) {
-        self.engines().iter().for_each(Engine::stop);
+    pub fn abort(&self) {
+        self.engines().iter().for_each(Engine::abort);
     }
 
     /// Loads in a task of its own: when the client leaves, the next one finds the model loaded.
-    async fn spawn(&self, name: &str, path: PathBuf, evict: bool) -> Result<Chosen, Refusal> {
+    async fn spawn(
+        &self,
+        name: &str,
+        path: PathBuf,
+        evict: bool,
+    ) -> Result<ModelLease, RegistryError> {
         let (models, name) = (self.clone(), name.to_owned());
-        let load = tokio::spawn(async move { models.bring(name, path, evict).await });
-        load.await.unwrap_or_else(|error| Err(Refusal::Broken(error.to_string())))
+        let load = tokio::spawn(async move { models.load_exclusively(name, path, evict).await });
+        load.await.unwrap_or_else(|error| Err(RegistryError::Broken(error.to_string())))
     }
 
-    async fn bring(self, name: String, path: PathBuf, evict: bool) -> Result<Chosen, Refusal> {
+    async fn load_exclusively(
+        self,
+        name: String,
+        path: PathBuf,
+        evict: bool,
+    ) -> Result<ModelLease, RegistryError> {
         let _one_at_a_time = self.shared.loading.lock().await;
         if self.get(&name).is_ok() {
-            return Err(Refusal::Loaded(name));
+            return Err(RegistryError::Loaded(name));
         }
         let (models, files) = (self.clone(), path.clone());
-        let weigh = move || models.library()?.weigh(&files).map_err(broken);
-        let bytes = tokio::task::spawn_blocking(weigh).await.map_err(broken)??;
+        let estimate_bytes = move || models.library()?.estimate_bytes(&files).map_err(broken);
+        let bytes = tokio::task::spawn_blocking(estimate_bytes).await.map_err(broken)??;
         // Nobody goes for one that is too large for all of it.
         let evict = evict && self.memory()?.is_none_or(|(taken, free)| bytes <= taken + free);
         let engine = loop {
             let refusal = match self.room(bytes) {
                 Ok(()) => match self.start(&path).await {
-                    Err(refusal @ Refusal::NoRoom(_)) => refusal,
+                    Err(refusal @ RegistryError::NoRoom(_)) => refusal,
                     started => break started?,
                 },
                 Err(refusal) => refusal,
@@ -281,38 +302,38 @@ impl Models {
             }
         };
         info!(name, bytes, "loaded");
-        let model = Loaded { name, path, engine, bytes, chosen: watch::Sender::new(()) };
+        let model = LoadedModel { name, path, engine, bytes, chosen: watch::Sender::new(()) };
         let chosen = model.choose();
         self.shared.loaded().push(model);
         Ok(chosen)
     }
 
     /// A model that is ready.
-    async fn start(&self, path: &Path) -> Result<Engine, Refusal> {
+    async fn start(&self, path: &Path) -> Result<Engine, RegistryError> {
         let engine = self.library()?.start(path).map_err(broken)?;
         let Err(error) = engine.ready().await else { return Ok(engine) };
         engine.retire(Duration::ZERO).await;
-        let full = error.downcast_ref().is_some_and(|death: &Death| death.out_of_memory);
-        let refuse = if full { Refusal::NoRoom } else { Refusal::Broken };
+        let full = error.downcast_ref().is_some_and(|death: &WorkerError| death.out_of_memory);
+        let refuse = if full { RegistryError::NoRoom } else { RegistryError::Broken };
         Err(refuse(error.to_string()))
     }
 
-    fn library(&self) -> Result<&dyn Library, Refusal> {
+    fn library(&self) -> Result<&dyn ModelLoader, RegistryError> {
         let library = self.shared.library.as_deref();
-        library.ok_or_else(|| Refusal::Broken("this server has one model".into()))
+        library.ok_or_else(|| RegistryError::Broken("this server has one model".into()))
     }
 
     /// Whether weights of this size fit beside those that are there.
-    fn room(&self, bytes: u64) -> Result<(), Refusal> {
+    fn room(&self, bytes: u64) -> Result<(), RegistryError> {
         let max_models = self.shared.settings.max_models;
         if self.shared.loaded().len() >= max_models {
-            return Err(Refusal::NoRoom(format!(
+            return Err(RegistryError::NoRoom(format!(
                 "{max_models} models are loaded, which is the most"
             )));
         }
         match self.memory()? {
             Some((_, free)) if bytes > free => {
-                Err(Refusal::NoRoom(format!("it takes {bytes} bytes, and {free} are free")))
+                Err(RegistryError::NoRoom(format!("it takes {bytes} bytes, and {free} are free")))
             }
             _ => Ok(()),
         }
@@ -320,15 +341,15 @@ impl Models {
 
     /// Bytes of the weights that are loaded, and those that there is room for beside them, where
     /// that is known.
-    fn memory(&self) -> Result<Option<(u64, u64)>, Refusal> {
+    fn memory(&self) -> Result<Option<(u64, u64)>, RegistryError> {
         let taken: u64 = self.shared.loaded().iter().map(|model| model.bytes).sum();
         let free = self.shared.settings.memory_bytes.map(|all| all.saturating_sub(taken));
         Ok(free.or(self.library()?.free_bytes()).map(|free| (taken, free)))
     }
 }
 
-impl Shared {
-    fn loaded(&self) -> MutexGuard<'_, Vec<Loaded>> {
+impl RegistryShared {
+    fn loaded(&self) -> MutexGuard<'_, Vec<LoadedModel>> {
         self.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -351,6 +372,6 @@ fn files(folder: &Path) -> BTreeMap<String, PathBuf> {
     files.into_iter().chain(models).filter_map(named).collect()
 }
 
-fn broken(error: impl fmt::Display) -> Refusal {
-    Refusal::Broken(format!("{error:#}"))
+fn broken(error: impl fmt::Display) -> RegistryError {
+    RegistryError::Broken(format!("{error:#}"))
 }

@@ -10,35 +10,35 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::info;
 
-use crate::engine::{Device, Engine, Phase};
+use crate::engine::{DeviceScheduler, Engine, EngineState};
 use crate::host::memory;
-use crate::registry::{Library, Models};
-use crate::source::{Model, Place};
+use crate::registry::{ModelLoader, ModelRegistry};
+use crate::source::{ModelConfig, ModelLocation};
 use crate::{engine, http, registry, source};
 
 /// Time to write the answers of those who were given up.
-const LAST_ANSWERS: Duration = Duration::from_secs(2);
+const FINAL_RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// After the model thread has died, the time in which `/ping` says so.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const UNHEALTHY_LINGER: Duration = Duration::from_secs(1);
 
 /// Settings of `serve`.
 #[derive(Debug)]
 pub struct Serve {
     /// The model.
-    pub model: Model,
+    pub model: ModelConfig,
     /// Whether it is loaded at the start, rather than models that are chosen by name.
     pub preload: bool,
     /// Bounds of the models that are chosen by name.
-    pub models: registry::Settings,
+    pub models: registry::RegistryConfig,
     /// Address to listen on.
     pub host: String,
     /// Port to listen on; 0 lets the system choose.
     pub port: u16,
     /// Bounds of the HTTP side.
-    pub http: http::Settings,
+    pub http: http::HttpConfig,
     /// Bounds of the engine.
-    pub engine: engine::Settings,
+    pub engine: engine::EngineConfig,
     /// From SIGTERM to giving up what is not finished.
     pub drain_timeout: Duration,
 }
@@ -53,33 +53,34 @@ pub(crate) async fn listen_and_serve(config: Serve) -> Result<()> {
         .with_context(|| format!("cannot listen on {}:{}", config.host, config.port))?;
     // The only line on standard output: with port 0 it tells which port it became.
     writeln!(std::io::stdout(), "listening on http://{}", listener.local_addr()?)?;
-    let device = Device::default();
+    let device = DeviceScheduler::default();
     let first = match config.preload {
         true => Engine::start_on(&device, config.engine, loader(config.model.clone()))?,
         false => Engine::absent(&device, config.engine),
     };
-    let files = Files { device, engine: config.engine, model: config.model };
-    let models = Models::new(first, files, config.models);
+    let files = DiskLoader { device, engine: config.engine, model: config.model };
+    let models = ModelRegistry::new(first, files, config.models);
     serve(models, config.http, listener, config.drain_timeout, shutdown).await
 }
 
 /// Models in directories and files, on the configured device.
-struct Files {
-    device: Device,
-    engine: engine::Settings,
+struct DiskLoader {
+    device: DeviceScheduler,
+    engine: engine::EngineConfig,
     /// All but the place.
-    model: Model,
+    model: ModelConfig,
 }
 
-impl Files {
-    fn at(&self, path: &Path) -> Model {
-        let place = if path.is_file() { Place::Checkpoint } else { Place::Directory };
-        Model { place: place(path.into()), ..self.model.clone() }
+impl DiskLoader {
+    fn at(&self, path: &Path) -> ModelConfig {
+        let place =
+            if path.is_file() { ModelLocation::Checkpoint } else { ModelLocation::Directory };
+        ModelConfig { place: place(path.into()), ..self.model.clone() }
     }
 }
 
-impl Library for Files {
-    fn weigh(&self, path: &Path) -> Result<u64> {
+impl ModelLoader for DiskLoader {
+    fn estimate_bytes(&self, path: &Path) -> Result<u64> {
         let model = self.at(path);
         let (half, bytes, checking) = (model.half(), model.weight_bytes(), model.checking);
         Ok(sd_models::parameters(&source::locate(model)?.source, half, checking)? * bytes)
@@ -99,8 +100,8 @@ impl Library for Files {
 /// whoever comes with 503. An error means that the model thread is gone and the process should be
 /// too.
 pub async fn serve(
-    models: impl Into<Models>,
-    settings: http::Settings,
+    models: impl Into<ModelRegistry>,
+    settings: http::HttpConfig,
     listener: TcpListener,
     drain_timeout: Duration,
     shutdown: impl Future<Output = ()>,
@@ -119,22 +120,22 @@ pub async fn serve(
             );
             models.drain();
             let end = Instant::now() + drain_timeout;
-            let _ = timeout_at(end, models.idle()).await;
+            let _ = timeout_at(end, models.wait_idle()).await;
             end
         }
-        _ = models.first().died() => {
-            sleep(LAST_WORDS).await;
+        _ = models.default_engine().terminated() => {
+            sleep(UNHEALTHY_LINGER).await;
             Instant::now()
         }
     };
     close.send_replace(true);
     if timeout_at(end, &mut server).await.is_err() {
-        models.stop();
+        models.abort();
         // Connections that still hang after this are closed with the process.
-        let _ = timeout(LAST_ANSWERS, &mut server).await;
+        let _ = timeout(FINAL_RESPONSE_TIMEOUT, &mut server).await;
     }
-    match models.first().phase() {
-        Phase::Dead(death) => Err(death.into()),
+    match models.default_engine().state() {
+        EngineState::Dead(death) => Err(death.into()),
         _ => Ok(()),
     }
 }
@@ -156,6 +157,6 @@ fn signal() -> impl Future<Output = ()> {
     }
 }
 
-fn loader(model: Model) -> impl FnOnce() -> Result<sd_models::Pipeline> + Send {
+fn loader(model: ModelConfig) -> impl FnOnce() -> Result<sd_models::Pipeline> + Send {
     move || source::load(model)
 }

@@ -7,7 +7,7 @@ use std::io::{self, IsTerminal as _};
 
 use tracing_subscriber::EnvFilter;
 
-pub use metrics::{Kind, Metric, Metrics};
+pub use metrics::{Metric, MetricKind, Metrics};
 
 /// The look of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -33,7 +33,7 @@ pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
 /// The metrics, in the order of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the table says what they are")]
-pub enum Id {
+pub enum MetricId {
     Requests,
     RequestSeconds,
     RequestsInService,
@@ -61,28 +61,29 @@ pub enum Id {
 }
 
 /// From an answer to `/ping` to an hour.
-const LONG: Kind = Kind::Histogram(&[
+const REQUEST_BUCKETS: MetricKind = MetricKind::Histogram(&[
     0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0,
 ]);
 
 /// From a step of a small model on a GPU to one of a large picture on a CPU.
-const SHORT: Kind = Kind::Histogram(&[
+const STAGE_BUCKETS: MetricKind = MetricKind::Histogram(&[
     0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0,
 ]);
 
-const ROWS: Kind = Kind::Histogram(&[1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0]);
+const BATCH_BUCKETS: MetricKind =
+    MetricKind::Histogram(&[1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0]);
 
 /// The numbers that NVIDIA's management library gives to GPUs; those beyond have no series.
 pub const GPUS: [&str; 8] = ["0", "1", "2", "3", "4", "5", "6", "7"];
 
 /// Every metric. Those of a GPU are there when its driver is.
 pub const TABLE: [Metric; 24] = {
-    use Id::*;
-    use Kind::{Counter, Gauge};
+    use MetricId::*;
+    use MetricKind::{Counter, Gauge};
     const fn row(
-        id: Id,
+        id: MetricId,
         name: &'static str,
-        kind: Kind,
+        kind: MetricKind,
         labels: &'static [&'static str],
         help: &'static str,
     ) -> Metric {
@@ -99,7 +100,7 @@ pub const TABLE: [Metric; 24] = {
         row(
             RequestSeconds,
             "sd_request_seconds",
-            LONG,
+            REQUEST_BUCKETS,
             &["route"],
             "From the head of a request to the head of its answer.",
         ),
@@ -122,28 +123,28 @@ pub const TABLE: [Metric; 24] = {
         row(
             QueueSeconds,
             "sd_queue_seconds",
-            LONG,
+            REQUEST_BUCKETS,
             &[],
             "From the acceptance of a picture to the encoding of its text.",
         ),
         row(
             StageSeconds,
             "sd_stage_seconds",
-            SHORT,
+            STAGE_BUCKETS,
             &["stage"],
             "One text encoding with its noise, step of a batch, decoding, safety check or file.",
         ),
         row(
             PictureSeconds,
             "sd_picture_seconds",
-            LONG,
+            REQUEST_BUCKETS,
             &[],
             "From the encoding of a picture's text to its pixels.",
         ),
         row(
             StepRows,
             "sd_step_rows",
-            ROWS,
+            BATCH_BUCKETS,
             &[],
             "Rows that shared a step; a picture with guidance has two.",
         ),

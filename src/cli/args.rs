@@ -8,7 +8,7 @@ use clap::builder::FalseyValueParser;
 use clap::{Parser, Subcommand};
 use sd_models::{DeviceName, Precision, Scheduler, Size};
 
-use crate::http::Key;
+use crate::http::ApiKey;
 use crate::telemetry::LogFormat;
 
 use super::package::Layout;
@@ -205,7 +205,7 @@ pub(super) struct AccessArgs {
     /// the page answer 401 without one; /ping, /invocations and /metrics stay open, since
     /// SageMaker checks its callers itself: do not show them to the world
     #[arg(long, env = "SD_API_KEY", value_delimiter = ',', hide_env_values = true)]
-    pub(super) api_key: Vec<Key>,
+    pub(super) api_key: Vec<ApiKey>,
     /// A web origin (https://example.org) whose pages may call from a browser, or * for all;
     /// several are separated by commas. Without any, browsers let only our own page call
     #[arg(long, env = "SD_CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]

@@ -10,10 +10,10 @@ use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 use sd_models::MAX_STEPS;
 use tokio::sync::watch;
 
-use crate::engine::{Engine, Progress, Safety, Settings};
+use crate::engine::{Engine, EngineConfig, Progress, Safety};
 use crate::image::{self, Format};
 use crate::request::{Draw, Fields, Limits};
-use crate::source::{self, Model};
+use crate::source::{self, ModelConfig};
 
 /// The user's own machine: nothing is forbidden that the model can do.
 const LIMITS: Limits = Limits {
@@ -32,7 +32,7 @@ const MAX_BATCH_ROWS: usize = 8;
 #[derive(Debug)]
 pub struct Generate {
     /// The model.
-    pub model: Model,
+    pub model: ModelConfig,
     /// What becomes of pictures that should not be shown.
     pub safety: Safety,
     /// The request's fields under their names on the wire.
@@ -44,7 +44,7 @@ pub struct Generate {
 }
 
 pub(crate) async fn run(config: Generate) -> Result<()> {
-    let settings = Settings {
+    let settings = EngineConfig {
         max_queue: LIMITS.max_images,
         max_batch_rows: MAX_BATCH_ROWS,
         // The user's own machine again: only the device says no.
@@ -96,9 +96,9 @@ async fn show(mut progress: watch::Receiver<Progress>) {
         ));
     }
     while progress.changed().await.is_ok() {
-        let Progress { made, total, .. } = *progress.borrow_and_update();
+        let Progress { completed, total, .. } = *progress.borrow_and_update();
         bar.set_length(total as u64);
-        bar.set_position(made as u64);
+        bar.set_position(completed as u64);
     }
     bar.finish_and_clear();
 }

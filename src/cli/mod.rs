@@ -1,5 +1,5 @@
-//! What is needed ([`Config`]) out of what was typed (`args`). The only reader of the environment
-//! and of the arguments.
+//! The command line: what was typed (`args`), resolved into what is needed ([`Config`]). Nothing
+//! else reads the environment or the arguments.
 
 mod args;
 pub(crate) mod bench;
@@ -23,14 +23,16 @@ use crate::engine::Safety;
 use crate::image::Format;
 use crate::request::Limits;
 use crate::server::Serve;
-use crate::source::{Download, Hub, Model, Place, is_checkpoint, is_hub_id, wants_half};
+use crate::source::{
+    Download, Hub, ModelConfig, ModelLocation, is_checkpoint, is_hub_id, wants_half,
+};
 use crate::telemetry::LogFormat;
 use crate::{engine, http, registry};
 use args::{
     Args, BenchArgs, Command, GenerateArgs, ModelArgs, PackageArgs, SafetyChecker, ServeArgs,
 };
 use bench::device::Verify;
-use bench::load::{Load, Plan};
+use bench::load::{LoadConfig, LoadMode};
 use generate::Generate;
 use package::{Layout, Package};
 
@@ -65,7 +67,7 @@ pub enum Action {
     /// Make a model.tar.gz.
     Package(Box<Package>),
     /// Put load on a running server.
-    Bench(Box<Plan>),
+    Bench(Box<LoadConfig>),
     /// Compare a device with the CPU, and time it.
     Verify(Box<Verify>),
     /// Ask a running server whether it is ready.
@@ -97,7 +99,7 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
         }
         Command::Package(args) => Action::Package(Box::new(args.resolve()?)),
         Command::Bench(args) if args.verify => {
-            let model = Model { checking: SafetyMode::Never, ..args.model.resolve()?.0 };
+            let model = ModelConfig { checking: SafetyMode::Never, ..args.model.resolve()?.0 };
             let (max_rows, evaluations) = (args.max_rows, args.evaluations);
             let (size, json) = (args.size, args.json);
             Action::Verify(Box::new(Verify { model, size, max_rows, evaluations, json }))
@@ -149,7 +151,7 @@ impl ServeArgs {
         Ok(Serve {
             port: port(network.port)?,
             host: network.host,
-            http: http::Settings {
+            http: http::HttpConfig {
                 limits: Limits {
                     max_pixels: limits.max_pixels,
                     max_steps: limits.max_steps.min(MAX_STEPS),
@@ -173,7 +175,7 @@ impl ServeArgs {
                 api_keys: self.access.api_key,
                 cors_origins: self.access.cors_origin,
             },
-            engine: engine::Settings {
+            engine: engine::EngineConfig {
                 max_queue: limits.max_queue,
                 max_batch_rows: limits.max_batch_rows,
                 memory_budget_bytes: limits.memory_budget_bytes.map(|bytes| bytes as u64),
@@ -181,7 +183,7 @@ impl ServeArgs {
             },
             drain_timeout,
             preload: preload || !(models.multi_model || models.models_dir.is_some()),
-            models: registry::Settings {
+            models: registry::RegistryConfig {
                 max_models: models.max_models,
                 memory_bytes: models.models_memory_bytes.map(|bytes| bytes as u64),
                 folder: models.models_dir,
@@ -257,7 +259,7 @@ impl PackageArgs {
         }
         let (checking, _) = safety(self.safety_checker);
         Ok(Package {
-            model: Model {
+            model: ModelConfig {
                 checking,
                 vae: None,
                 place: place(Some(self.model), self.revision)?,
@@ -275,16 +277,16 @@ impl PackageArgs {
 }
 
 impl BenchArgs {
-    fn resolve(self) -> Result<Plan, clap::Error> {
+    fn resolve(self) -> Result<LoadConfig, clap::Error> {
         let url = self.url.unwrap_or_default().trim_end_matches('/').to_owned();
         if !["http://", "https://"].iter().any(|scheme| url.starts_with(scheme)) {
             return Err(usage(format!("{url}: the URL must start with http:// or https://")));
         }
         let body = serde_json::from_str(&self.body)
             .map_err(|error| usage(format!("--body is not a JSON object: {error}")))?;
-        Ok(Plan {
+        Ok(LoadConfig {
             url,
-            load: self.rate.map_or(Load::Clients(self.clients), Load::Rate),
+            load: self.rate.map_or(LoadMode::Clients(self.clients), LoadMode::Rate),
             duration: Duration::from_secs_f64(self.duration_s),
             timeout: Duration::from_millis(self.timeout_ms as u64),
             body,
@@ -295,9 +297,9 @@ impl BenchArgs {
 }
 
 impl ModelArgs {
-    fn resolve(self) -> Result<(Model, Safety), clap::Error> {
+    fn resolve(self) -> Result<(ModelConfig, Safety), clap::Error> {
         let (checking, safety) = safety(self.safety_checker);
-        let model = Model {
+        let model = ModelConfig {
             checking,
             place: place(self.model, self.revision)?,
             vae: self.vae.map(existing).transpose()?,
@@ -336,27 +338,27 @@ fn safety(typed: Option<SafetyChecker>) -> (SafetyMode, Safety) {
     }
 }
 
-fn place(typed: Option<String>, revision: String) -> Result<Place, clap::Error> {
+fn place(typed: Option<String>, revision: String) -> Result<ModelLocation, clap::Error> {
     let Some(model) = typed else {
         let mounted = Path::new(SAGEMAKER_MODEL);
         let has_files = mounted.read_dir().is_ok_and(|mut entries| entries.next().is_some());
         return Ok(if has_files {
-            Place::Directory(mounted.into())
+            ModelLocation::Directory(mounted.into())
         } else {
-            Place::Hub { id: DEFAULT_MODEL.into(), revision }
+            ModelLocation::Hub { id: DEFAULT_MODEL.into(), revision }
         });
     };
     if model == "demo" {
-        return Ok(Place::Demo);
+        return Ok(ModelLocation::Demo);
     }
     if Path::new(&model).is_dir() {
-        return Ok(Place::Directory(model.into()));
+        return Ok(ModelLocation::Directory(model.into()));
     }
     if is_checkpoint(Path::new(&model)) {
-        return Ok(Place::Checkpoint(model.into()));
+        return Ok(ModelLocation::Checkpoint(model.into()));
     }
     if is_hub_id(&model) {
-        return Ok(Place::Hub { id: model, revision });
+        return Ok(ModelLocation::Hub { id: model, revision });
     }
     Err(usage(format!(
         "--model {model}: neither `demo`, nor a directory, nor a .safetensors or .ckpt file, nor an id on the hub"

@@ -13,13 +13,13 @@ use indicatif::{ProgressBar, ProgressStyle};
 use rayon::prelude::*;
 use sd_models::Source;
 
-use crate::source::{self, Model, Place};
+use crate::source::{self, ModelConfig, ModelLocation};
 
 /// What to make of which model.
 #[derive(Debug)]
 pub struct Package {
     /// The model, in a directory or on the hub.
-    pub model: Model,
+    pub model: ModelConfig,
     /// The file or the directory to make.
     pub output: PathBuf,
     /// Its form.
@@ -41,11 +41,11 @@ impl Package {
     /// Makes the package, tells where it is.
     pub(crate) fn run(self) -> Result<PathBuf> {
         let (half, checking) = (self.model.half(), self.model.checking);
-        ensure!(self.model.place != Place::Demo, "the built-in model needs no package");
+        ensure!(self.model.place != ModelLocation::Demo, "the built-in model needs no package");
         let Source::Directory(root) = source::locate(self.model)?.source else {
             bail!("only a model in the diffusers layout can be packaged");
         };
-        let files = source::needed(&listing(&root)?, half, checking)
+        let files = source::files_to_fetch(&listing(&root)?, half, checking)
             .with_context(|| format!("cannot package {}", root.display()))?;
         let bar = bar(&root, &files)?;
         let cannot_write = || format!("cannot write {}", self.output.display());

@@ -8,7 +8,7 @@ use sd_models::Size;
 
 /// The turns of the sizes.
 #[derive(Debug, Default)]
-pub(super) struct Rotation {
+pub(super) struct DeficitRoundRobin {
     buckets: VecDeque<Bucket>,
 }
 
@@ -19,7 +19,7 @@ struct Bucket {
     credit: usize,
 }
 
-impl Rotation {
+impl DeficitRoundRobin {
     /// The size whose turn it is, given the rows that each size would put into its next
     /// evaluation. `None` when nothing is to be done.
     pub(super) fn next(&mut self, loads: &[(Size, usize)]) -> Option<Size> {
@@ -57,7 +57,7 @@ mod tests {
 
     #[test]
     fn sizes_share_the_device_by_work() {
-        let mut rotation = Rotation::default();
+        let mut rotation = DeficitRoundRobin::default();
         let loads = [(square(64), 2), (square(128), 2)];
         let turns: Vec<_> = (0..500).filter_map(|_| rotation.next(&loads)).collect();
         let large = turns.iter().filter(|size| **size == square(128)).count();
@@ -67,7 +67,7 @@ mod tests {
 
     #[test]
     fn nobody_waits_longer_than_a_round() {
-        let mut rotation = Rotation::default();
+        let mut rotation = DeficitRoundRobin::default();
         let loads = [(square(64), 8), (square(512), 2), (square(8), 1)];
         let mut since = [0_usize; 3];
         for _ in 0..10_000 {
@@ -83,7 +83,7 @@ mod tests {
 
     #[test]
     fn a_size_that_left_has_no_credit() {
-        let mut rotation = Rotation::default();
+        let mut rotation = DeficitRoundRobin::default();
         assert_eq!(rotation.next(&[(square(8), 1)]), Some(square(8)));
         assert_eq!(rotation.next(&[]), None);
         assert!(rotation.buckets.is_empty());

@@ -1,10 +1,10 @@
-//! What the models on one device have in common: their turns, the memory of an evaluation, and the
-//! measurements. One model alone has all of it.
+//! What the models on one device share: its time, the memory budget of one UNet call, and the
+//! metrics.
 //!
-//! A turn is one round of a worker's loop. Turns are shared out by time, as start-time fair
-//! queueing does it: whoever has had the device for the shortest time is next, and nobody makes
-//! up for the time in which it had nothing to do. So activations are in memory for one model at
-//! a time, and one budget is enough for all.
+//! A worker holds the device for one round of its loop. Rounds are scheduled by start-time fair
+//! queueing over time: the model that has used the device least goes next, and idle time is not
+//! made up for. So activations are in memory for one model at a time, and one budget is enough for
+//! all.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -12,42 +12,42 @@ use std::time::{Duration, Instant};
 
 use crate::telemetry::Metrics;
 
-/// A device and who is on it.
+/// A device and its models.
 #[derive(Debug, Clone, Default)]
-pub struct Device {
-    shared: Arc<Shared>,
+pub struct DeviceScheduler {
+    shared: Arc<DeviceShared>,
     pub(super) metrics: Arc<Metrics>,
 }
 
 #[derive(Debug, Default)]
-struct Shared {
-    turns: Mutex<Turns>,
+struct DeviceShared {
+    lock: Mutex<FairLock>,
     freed: Condvar,
     /// Bytes; zero until the first model is there.
     budget: AtomicU64,
 }
 
 #[derive(Debug, Default)]
-struct Turns {
+struct FairLock {
     busy: bool,
-    /// Virtual time: what whoever had the last turn had had before.
+    /// Virtual time: what the last holder had used when it began.
     now: Duration,
-    /// Time had and order of arrival of those who wait.
+    /// Time used and order of arrival of each waiting model.
     waiting: Vec<(Duration, u64)>,
     arrivals: u64,
 }
 
-impl Turns {
-    /// A place among those who wait, for a model that has had so much time.
-    fn wait(&mut self, had: &mut Duration) -> (Duration, u64) {
-        *had = (*had).max(self.now);
-        let me = (*had, self.arrivals);
+impl FairLock {
+    /// Adds a waiting model, which has used the device for `time_used`.
+    fn wait(&mut self, time_used: &mut Duration) -> (Duration, u64) {
+        *time_used = (*time_used).max(self.now);
+        let me = (*time_used, self.arrivals);
         self.arrivals += 1;
         self.waiting.push(me);
         me
     }
 
-    /// Takes the turn if the device is free and nobody has had it for less time.
+    /// Takes the device if it is free and no waiting model has used it less.
     fn begin(&mut self, me: (Duration, u64)) -> bool {
         if self.busy || self.waiting.iter().min() != Some(&me) {
             return false;
@@ -59,22 +59,22 @@ impl Turns {
     }
 }
 
-/// The device, held until this is dropped; then the time is on the holder's account.
-pub(super) struct Turn<'a> {
-    shared: Arc<Shared>,
+/// The device, held until this is dropped, which adds the time to the holder's account.
+pub(super) struct Lease<'a> {
+    shared: Arc<DeviceShared>,
     began: Instant,
-    had: &'a mut Duration,
+    time_used: &'a mut Duration,
 }
 
-impl Device {
-    /// Waits for a turn; `had` is the time that the model has had so far.
-    pub(super) fn turn<'a>(&self, had: &'a mut Duration) -> Turn<'a> {
-        let mut turns = self.shared.turns();
-        let me = turns.wait(had);
-        while !turns.begin(me) {
-            turns = self.shared.freed.wait(turns).unwrap_or_else(PoisonError::into_inner);
+impl DeviceScheduler {
+    /// Waits for the device. `time_used` is the time that the model has had it so far.
+    pub(super) fn acquire<'a>(&self, time_used: &'a mut Duration) -> Lease<'a> {
+        let mut lock = self.shared.lock();
+        let me = lock.wait(time_used);
+        while !lock.begin(me) {
+            lock = self.shared.freed.wait(lock).unwrap_or_else(PoisonError::into_inner);
         }
-        Turn { shared: Arc::clone(&self.shared), began: Instant::now(), had }
+        Lease { shared: Arc::clone(&self.shared), began: Instant::now(), time_used }
     }
 
     /// What one evaluation or decoding may take, once that is known.
@@ -88,16 +88,16 @@ impl Device {
     }
 }
 
-impl Shared {
-    fn turns(&self) -> MutexGuard<'_, Turns> {
-        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+impl DeviceShared {
+    fn lock(&self) -> MutexGuard<'_, FairLock> {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for Lease<'_> {
     fn drop(&mut self) {
-        *self.had += self.began.elapsed();
-        self.shared.turns().busy = false;
+        *self.time_used += self.began.elapsed();
+        self.shared.lock().busy = false;
         self.shared.freed.notify_all();
     }
 }
@@ -108,27 +108,27 @@ mod tests {
 
     #[test]
     fn models_share_the_device_by_time() {
-        let mut turns = Turns::default();
+        let mut lock = FairLock::default();
         let steps = [2, 20].map(Duration::from_millis);
-        let mut had = [Duration::ZERO; 2];
-        let mut places = [0, 1].map(|model: usize| turns.wait(&mut had[model]));
+        let mut time_used = [Duration::ZERO; 2];
+        let mut places = [0, 1].map(|model: usize| lock.wait(&mut time_used[model]));
         for _ in 0..1000 {
-            let next = [0, 1].into_iter().find(|model: &usize| turns.begin(places[*model]));
-            let next = next.expect("someone's turn");
-            assert!(!turns.begin(places[1 - next]), "the device is taken");
-            had[next] += steps[next];
-            turns.busy = false;
-            places[next] = turns.wait(&mut had[next]);
-            assert!(had[0].abs_diff(had[1]) <= steps[1], "{had:?}");
+            let next = [0, 1].into_iter().find(|model: &usize| lock.begin(places[*model]));
+            let next = next.expect("a model is next");
+            assert!(!lock.begin(places[1 - next]), "the device is taken");
+            time_used[next] += steps[next];
+            lock.busy = false;
+            places[next] = lock.wait(&mut time_used[next]);
+            assert!(time_used[0].abs_diff(time_used[1]) <= steps[1], "{time_used:?}");
         }
     }
 
     #[test]
     fn time_without_work_is_not_made_up_for() {
-        let device = Device::default();
+        let device = DeviceScheduler::default();
         let (mut busy, mut idle) = (Duration::from_secs(100), Duration::ZERO);
-        drop(device.turn(&mut busy));
-        drop(device.turn(&mut idle));
+        drop(device.acquire(&mut busy));
+        drop(device.acquire(&mut idle));
         assert!(idle >= Duration::from_secs(100));
     }
 }

@@ -1,5 +1,5 @@
-//! A job and its two ends. The client's end is the [`Ticket`]; the worker's end is one [`Order`]
-//! for each picture, which carries the way back with it. The channel is the only link: when the
+//! A job and its two ends. The client's end is the [`Ticket`]; the worker's end is one
+//! [`ImageTask`] for each picture, which carries the way back with it. The channel is the only link: when the
 //! ticket is dropped the orders are no longer wanted, and when the worker dies the ticket hears it.
 
 use std::net::IpAddr;
@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use sd_models::{Rgb, Spec};
 use tokio::sync::{mpsc, watch};
 
-use super::state::Phase;
-use crate::telemetry::{Id, Metrics};
+use super::state::EngineState;
+use crate::telemetry::{MetricId, Metrics};
 
 /// Why a picture was not drawn. The causes are in the log; this is what a client may know.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
-pub enum Failure {
+pub enum JobError {
     /// There is no model that the request means.
     #[error("no model is chosen; name one")]
     Absent,
@@ -102,7 +102,7 @@ pub(super) type JobId = u64;
 
 /// A finished picture, or what there was of one when its job was interrupted.
 #[derive(Debug, Clone)]
-pub struct Drawn {
+pub struct GeneratedImage {
     /// Which picture of the job.
     pub index: usize,
     /// The pixels.
@@ -122,11 +122,11 @@ pub struct Drawn {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Progress {
     /// Evaluations made.
-    pub made: usize,
+    pub completed: usize,
     /// Evaluations of the pictures that have begun.
     pub total: usize,
     /// Pictures that have begun.
-    pub begun: usize,
+    pub started: usize,
 }
 
 /// A small look at a picture in the making.
@@ -143,24 +143,24 @@ const PREVIEW_PAUSE: Duration = Duration::from_millis(500);
 
 type Previews = watch::Sender<Option<Preview>>;
 /// Nothing, of a picture that was interrupted before there was anything to see.
-type Settled = (usize, Result<Option<Drawn>, Failure>);
+type TaskResult = (usize, Result<Option<GeneratedImage>, JobError>);
 
 /// The claim on the pictures of one job. Dropping it withdraws the job.
 #[derive(Debug)]
 pub struct Ticket {
     pub(super) job: JobId,
-    pictures: mpsc::Receiver<Settled>,
+    pictures: mpsc::Receiver<TaskResult>,
     count: usize,
     deadline: Option<tokio::time::Instant>,
     progress: watch::Receiver<Progress>,
     previews: Option<watch::Receiver<Option<Preview>>>,
     pub(super) interrupted: Arc<AtomicBool>,
-    phase: watch::Receiver<Phase>,
+    state: watch::Receiver<EngineState>,
 }
 
 /// One picture of a job, as the worker holds it. It is counted once, when it is dropped.
 #[derive(Debug)]
-pub(super) struct Order {
+pub(super) struct ImageTask {
     pub(super) spec: Spec,
     pub(super) client: Client,
     pub(super) job: JobId,
@@ -168,7 +168,7 @@ pub(super) struct Order {
     pub(super) siblings: usize,
     pub(super) submitted: Instant,
     index: usize,
-    settled: mpsc::Sender<Settled>,
+    settled: mpsc::Sender<TaskResult>,
     progress: watch::Sender<Progress>,
     /// Of those who asked for previews, and when they were last shown one.
     previews: Option<(Previews, Option<Instant>)>,
@@ -182,10 +182,10 @@ pub(super) struct Order {
 pub(super) fn open(
     id: JobId,
     job: Job,
-    phase: &watch::Sender<Phase>,
+    state: &watch::Sender<EngineState>,
     busy: &watch::Sender<()>,
     metrics: &Arc<Metrics>,
-) -> (Ticket, Vec<Order>) {
+) -> (Ticket, Vec<ImageTask>) {
     let Job { specs, client, deadline, preview } = job;
     let count = specs.len();
     // Each order settles once, so a place for each means that the worker never waits.
@@ -195,7 +195,7 @@ pub(super) fn open(
     let looks = previews.as_ref().map(watch::Sender::subscribe);
     let interrupted = Arc::<AtomicBool>::default();
     let submitted = Instant::now();
-    let order = |(index, spec)| Order {
+    let order = |(index, spec)| ImageTask {
         spec,
         client: client.clone(),
         job: id,
@@ -210,7 +210,7 @@ pub(super) fn open(
         metrics: Arc::clone(metrics),
         _busy: busy.subscribe(),
     };
-    let phase = phase.subscribe();
+    let state = state.subscribe();
     let orders = specs.into_iter().enumerate().map(order).collect();
     let ticket = Ticket {
         job: id,
@@ -220,7 +220,7 @@ pub(super) fn open(
         progress,
         previews: looks,
         interrupted,
-        phase,
+        state,
     };
     (ticket, orders)
 }
@@ -228,8 +228,8 @@ pub(super) fn open(
 impl Ticket {
     /// The pictures in the order of their specs, or the first failure. Only where the job was
     /// interrupted may some be missing.
-    pub async fn wait(mut self) -> Result<Vec<Drawn>, Failure> {
-        let Self { pictures, count, deadline, phase, .. } = &mut self;
+    pub async fn wait(mut self) -> Result<Vec<GeneratedImage>, JobError> {
+        let Self { pictures, count, deadline, state, .. } = &mut self;
         let late = async {
             match deadline {
                 Some(deadline) => tokio::time::sleep_until(*deadline).await,
@@ -239,8 +239,8 @@ impl Ticket {
         tokio::select! {
             biased;
             drawn = collect(pictures, *count) => drawn,
-            () = late => Err(Failure::Deadline),
-            _ = phase.wait_for(|phase| matches!(phase, Phase::Stopped)) => Err(Failure::Stopping),
+            () = late => Err(JobError::Deadline),
+            _ = state.wait_for(|state| matches!(state, EngineState::Stopped)) => Err(JobError::Stopping),
         }
     }
 
@@ -256,19 +256,19 @@ impl Ticket {
 }
 
 async fn collect(
-    pictures: &mut mpsc::Receiver<Settled>,
+    pictures: &mut mpsc::Receiver<TaskResult>,
     count: usize,
-) -> Result<Vec<Drawn>, Failure> {
-    let mut drawn: Vec<Option<Drawn>> = vec![None; count];
+) -> Result<Vec<GeneratedImage>, JobError> {
+    let mut drawn: Vec<Option<GeneratedImage>> = vec![None; count];
     for _ in 0..count {
         // The orders are gone without a word when the model thread has panicked.
-        let (index, picture) = pictures.recv().await.ok_or(Failure::Model)?;
+        let (index, picture) = pictures.recv().await.ok_or(JobError::Model)?;
         drawn[index] = picture?;
     }
     Ok(drawn.into_iter().flatten().collect())
 }
 
-impl Order {
+impl ImageTask {
     /// Which picture of which job.
     pub(super) fn key(&self) -> (JobId, usize) {
         (self.job, self.index)
@@ -281,7 +281,7 @@ impl Order {
     }
 
     /// Whether anyone still holds the ticket.
-    pub(super) fn wanted(&self) -> bool {
+    pub(super) fn is_wanted(&self) -> bool {
         !self.settled.is_closed()
     }
 
@@ -291,7 +291,7 @@ impl Order {
     }
 
     /// Whether it is time for a preview.
-    pub(super) fn curious(&self) -> bool {
+    pub(super) fn wants_preview(&self) -> bool {
         let due = |last: &Option<Instant>| last.is_none_or(|last| last.elapsed() > PREVIEW_PAUSE);
         self.previews.as_ref().is_some_and(|(_, last)| due(last))
     }
@@ -307,35 +307,35 @@ impl Order {
     /// Tells the ticket that this many evaluations have been made and promised.
     pub(super) fn advance(&self, made: usize, promised: usize) {
         self.progress.send_modify(|progress| {
-            progress.made += made;
+            progress.completed += made;
             progress.total += promised;
-            progress.begun += usize::from(promised > 0);
+            progress.started += usize::from(promised > 0);
         });
     }
 
     /// The end of this picture. Nobody may be listening any more, which is fine.
-    pub(super) fn settle(mut self, result: Result<Drawn, Failure>) {
+    pub(super) fn complete(mut self, result: Result<GeneratedImage, JobError>) {
         self.outcome = Some(if result.is_ok() { "drawn" } else { "failed" });
         let _ = self.settled.try_send((self.index, result.map(Some)));
     }
 
     /// The end of an interrupted picture of which there is nothing to see.
-    pub(super) fn leave_out(mut self) {
+    pub(super) fn skip(mut self) {
         self.outcome = Some("cancelled");
         let _ = self.settled.try_send((self.index, Ok(None)));
     }
 
     /// The end of a picture that is not even taken on.
-    pub(super) fn refuse(mut self, failure: Failure) {
+    pub(super) fn reject(mut self, failure: JobError) {
         self.outcome = Some("refused");
         let _ = self.settled.try_send((self.index, Err(failure)));
     }
 }
 
 /// Dropped without a word: nobody wanted it, or the model thread is gone.
-impl Drop for Order {
+impl Drop for ImageTask {
     fn drop(&mut self) {
-        let silent = if self.wanted() { "failed" } else { "cancelled" };
-        self.metrics.count(Id::Pictures, &[self.outcome.unwrap_or(silent)]);
+        let silent = if self.is_wanted() { "failed" } else { "cancelled" };
+        self.metrics.count(MetricId::Pictures, &[self.outcome.unwrap_or(silent)]);
     }
 }

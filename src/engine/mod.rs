@@ -25,38 +25,38 @@ use sd_models::ModelInfo;
 use tokio::sync::watch;
 
 use crate::host::{gpu, memory};
-use crate::telemetry::{GPUS, Id, Metrics};
-pub use device::Device;
-pub use job::{Client, Drawn, Failure, Job, Preview, Progress, Ticket};
+use crate::telemetry::{GPUS, MetricId, Metrics};
+pub use device::DeviceScheduler;
+pub use job::{Client, GeneratedImage, Job, JobError, Preview, Progress, Ticket};
 pub use model::{Model, Trajectory};
-pub use monitor::{Outlook, Watch};
-use queue::{Queue, Refused};
-use shared::Shared;
-pub use state::{Death, Phase, Safety, Settings};
+pub use monitor::{Estimate, JobMonitor};
+use queue::{PushError, Queue};
+use shared::EngineShared;
+pub use state::{EngineConfig, EngineState, Safety, WorkerError};
 
 /// The handle that handlers share.
 #[derive(Debug, Clone)]
 pub struct Engine {
-    shared: Arc<Shared>,
+    shared: Arc<EngineShared>,
 }
 
 impl Engine {
     /// Starts the model thread on a device of its own.
     pub fn start<M: Model>(
-        settings: Settings,
+        settings: EngineConfig,
         load: impl FnOnce() -> anyhow::Result<M> + Send + 'static,
     ) -> io::Result<Self> {
-        Self::start_on(&Device::default(), settings, load)
+        Self::start_on(&DeviceScheduler::default(), settings, load)
     }
 
     /// Starts the model thread, which loads and warms the model and then serves the queue, taking
     /// turns with the other models of the device.
     pub fn start_on<M: Model>(
-        device: &Device,
-        settings: Settings,
+        device: &DeviceScheduler,
+        settings: EngineConfig,
         load: impl FnOnce() -> anyhow::Result<M> + Send + 'static,
     ) -> io::Result<Self> {
-        let engine = Self::new(device, settings, Phase::Loading);
+        let engine = Self::new(device, settings, EngineState::Loading);
         let theirs = Arc::clone(&engine.shared);
         let work = move || {
             worker::main(theirs, load);
@@ -69,16 +69,16 @@ impl Engine {
     }
 
     /// An engine without a model, for a server whose models are all chosen by name.
-    pub fn absent(device: &Device, settings: Settings) -> Self {
-        Self::new(device, settings, Phase::Absent)
+    pub fn absent(device: &DeviceScheduler, settings: EngineConfig) -> Self {
+        Self::new(device, settings, EngineState::Absent)
     }
 
-    fn new(device: &Device, settings: Settings, phase: Phase) -> Self {
-        let shared = Shared {
+    fn new(device: &DeviceScheduler, settings: EngineConfig, state: EngineState) -> Self {
+        let shared = EngineShared {
             settings,
             queue: Mutex::new(Queue::new(settings.max_queue)),
             arrived: Condvar::new(),
-            phase: watch::Sender::new(phase),
+            state: watch::Sender::new(state),
             pace: Mutex::default(),
             metrics: Arc::clone(&device.metrics),
             device: device.clone(),
@@ -90,57 +90,57 @@ impl Engine {
     }
 
     /// Where the engine stands; never blocks.
-    pub fn phase(&self) -> Phase {
-        self.shared.phase.borrow().clone()
+    pub fn state(&self) -> EngineState {
+        self.shared.state.borrow().clone()
     }
 
     /// The model, if it is ready to draw.
-    pub fn model(&self) -> Result<Arc<ModelInfo>, Failure> {
-        match &*self.shared.phase.borrow() {
-            Phase::Absent => Err(Failure::Absent),
-            Phase::Loading => Err(Failure::Loading),
-            Phase::Ready(info) => Ok(Arc::clone(info)),
-            Phase::Draining | Phase::Stopped => Err(Failure::Stopping),
-            Phase::DeviceLost => Err(Failure::DeviceLost),
-            Phase::Dead(_) => Err(Failure::Model),
+    pub fn model(&self) -> Result<Arc<ModelInfo>, JobError> {
+        match &*self.shared.state.borrow() {
+            EngineState::Absent => Err(JobError::Absent),
+            EngineState::Loading => Err(JobError::Loading),
+            EngineState::Ready(info) => Ok(Arc::clone(info)),
+            EngineState::Draining | EngineState::Stopped => Err(JobError::Stopping),
+            EngineState::DeviceLost => Err(JobError::DeviceLost),
+            EngineState::Dead(_) => Err(JobError::Model),
         }
     }
 
     /// Waits until the model can draw; the error says why it never will.
     pub async fn ready(&self) -> anyhow::Result<Arc<ModelInfo>> {
-        let mut phase = self.shared.phase.subscribe();
-        let settled = phase.wait_for(|phase| !matches!(phase, Phase::Loading)).await?.clone();
+        let mut state = self.shared.state.subscribe();
+        let settled = state.wait_for(|state| !matches!(state, EngineState::Loading)).await?.clone();
         match settled {
-            Phase::Ready(info) => Ok(info),
-            Phase::Dead(death) => Err(death.into()),
+            EngineState::Ready(info) => Ok(info),
+            EngineState::Dead(death) => Err(death.into()),
             other => Err(anyhow::anyhow!("the engine is not ready: {other:?}")),
         }
     }
 
     /// Queues one job: all of its pictures or none.
-    pub fn submit(&self, job: impl Into<Job>) -> Result<Ticket, Failure> {
+    pub fn submit(&self, job: impl Into<Job>) -> Result<Ticket, JobError> {
         let (model, job) = (self.model()?, job.into());
         let id = self.shared.jobs.fetch_add(1, Ordering::Relaxed);
         let (ticket, mut orders) =
-            job::open(id, job, &self.shared.phase, &self.shared.busy, &self.shared.metrics);
-        let refuse = |orders: Vec<job::Order>, failure: Failure| {
-            orders.into_iter().for_each(|order| order.refuse(failure.clone()));
+            job::open(id, job, &self.shared.state, &self.shared.busy, &self.shared.metrics);
+        let refuse = |orders: Vec<job::ImageTask>, failure: JobError| {
+            orders.into_iter().for_each(|order| order.reject(failure.clone()));
             failure
         };
         let budget = self.shared.budget();
-        let too_large = |order: &job::Order| model.peak_bytes(&order.spec) > budget;
+        let too_large = |order: &job::ImageTask| model.peak_bytes(&order.spec) > budget;
         if orders.iter().any(too_large) {
-            return Err(refuse(orders, Failure::OutOfMemory));
+            return Err(refuse(orders, JobError::OutOfMemory));
         }
         let mut queue = self.shared.queue();
-        // The queue's own word counts: the phase may have changed since.
+        // The queue's own word counts: the state may have changed since.
         let pushed = queue.push(&mut orders);
         let retry_after_s = self.shared.retry_after(&queue, orders.len());
         drop(queue);
         match pushed {
-            Ok(evicted) => drop(refuse(evicted, Failure::Full { retry_after_s })),
-            Err(Refused::Full) => return Err(refuse(orders, Failure::Full { retry_after_s })),
-            Err(Refused::Closed) => return Err(refuse(orders, Failure::Stopping)),
+            Ok(evicted) => drop(refuse(evicted, JobError::Full { retry_after_s })),
+            Err(PushError::Full) => return Err(refuse(orders, JobError::Full { retry_after_s })),
+            Err(PushError::Closed) => return Err(refuse(orders, JobError::Stopping)),
         }
         self.shared.arrived.notify_one();
         Ok(ticket)
@@ -152,8 +152,8 @@ impl Engine {
     }
 
     /// A view of the job of this ticket.
-    pub fn watch(&self, ticket: &Ticket) -> Watch {
-        Watch::new(&self.shared, ticket)
+    pub fn watch(&self, ticket: &Ticket) -> JobMonitor {
+        JobMonitor::new(&self.shared, ticket)
     }
 
     /// Rows of one evaluation.
@@ -180,13 +180,16 @@ impl Engine {
     pub fn gauge_with(&self, all: &[Self]) {
         let metrics = self.metrics();
         let set = |id, value: usize| metrics.set(id, &[], value as f64);
-        set(Id::PicturesWaiting, all.iter().map(|engine| engine.shared.queue().len()).sum());
-        set(Id::PicturesDrawing, all.iter().map(|engine| engine.shared.pace().pictures).sum());
-        set(Id::Ready, usize::from(matches!(self.phase(), Phase::Ready(_))));
+        set(MetricId::PicturesWaiting, all.iter().map(|engine| engine.shared.queue().len()).sum());
+        set(
+            MetricId::PicturesDrawing,
+            all.iter().map(|engine| engine.shared.pace().pictures).sum(),
+        );
+        set(MetricId::Ready, usize::from(matches!(self.state(), EngineState::Ready(_))));
         let bytes = [
-            (Id::BudgetBytes, self.shared.device.budget_bytes()),
-            (Id::HostBytes, memory::resident()),
-            (Id::HostAvailableBytes, memory::available()),
+            (MetricId::BudgetBytes, self.shared.device.budget_bytes()),
+            (MetricId::HostBytes, memory::resident()),
+            (MetricId::HostAvailableBytes, memory::available()),
         ];
         for (id, bytes) in bytes {
             if let Some(bytes) = bytes {
@@ -195,11 +198,11 @@ impl Engine {
         }
         for (name, gpu) in GPUS.into_iter().zip(gpu::read()) {
             let values = [
-                (Id::GpuUsedBytes, gpu.memory_used_bytes),
-                (Id::GpuBytes, gpu.memory_bytes),
-                (Id::GpuBusy, gpu.busy),
-                (Id::GpuWatts, gpu.power_watts),
-                (Id::GpuCelsius, gpu.temperature_celsius),
+                (MetricId::GpuUsedBytes, gpu.memory_used_bytes),
+                (MetricId::GpuBytes, gpu.memory_bytes),
+                (MetricId::GpuBusy, gpu.busy),
+                (MetricId::GpuWatts, gpu.power_watts),
+                (MetricId::GpuCelsius, gpu.temperature_celsius),
             ];
             for (id, value) in values {
                 if let Some(value) = value {
@@ -212,7 +215,7 @@ impl Engine {
     /// Takes no more jobs and finishes those it has.
     pub fn drain(&self) {
         self.shared.queue().close();
-        self.shared.enter(Phase::Draining);
+        self.shared.set_state(EngineState::Draining);
         self.shared.arrived.notify_one();
     }
 
@@ -224,32 +227,32 @@ impl Engine {
         let ended = tokio::task::spawn_blocking(move || drop(thread.join()));
         let mut ended = std::pin::pin!(ended);
         if tokio::time::timeout(patience, ended.as_mut()).await.is_err() {
-            self.stop();
+            self.abort();
             let _ = ended.await;
         }
     }
 
     /// Returns when every picture that was accepted has ended.
-    pub async fn idle(&self) {
+    pub async fn wait_idle(&self) {
         self.shared.busy.closed().await;
     }
 
     /// Gives up what is not finished; every ticket says so at once.
-    pub fn stop(&self) {
-        self.shared.enter(Phase::Stopped);
-        // The worker looks at the phase under this lock: it cannot miss the change.
+    pub fn abort(&self) {
+        self.shared.set_state(EngineState::Stopped);
+        // The worker looks at the state under this lock: it cannot miss the change.
         drop(self.shared.queue().clear());
         self.shared.arrived.notify_one();
     }
 
     /// Returns when the model thread has ended by itself, with the reason.
-    pub async fn died(&self) -> String {
-        let mut phase = self.shared.phase.subscribe();
+    pub async fn terminated(&self) -> String {
+        let mut state = self.shared.state.subscribe();
         loop {
-            if let Phase::Dead(death) = &*phase.borrow_and_update() {
+            if let EngineState::Dead(death) = &*state.borrow_and_update() {
                 return death.to_string();
             }
-            if phase.changed().await.is_err() {
+            if state.changed().await.is_err() {
                 return "the engine is gone".into();
             }
         }

@@ -21,7 +21,7 @@ pub trait Model: 'static {
     /// The picture of a trajectory; of one that is not finished, what can be told of it.
     fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb>;
     /// Whether a picture should not be shown; `None` from a model that has nothing to tell by.
-    fn judge(&self, _picture: &Rgb) -> sd_models::Result<Option<bool>> {
+    fn check_safety(&self, _picture: &Rgb) -> sd_models::Result<Option<bool>> {
         Ok(None)
     }
     /// A small look at a picture in the making, from a model that can give one at little cost
@@ -77,7 +77,7 @@ impl Model for sd_models::Pipeline {
         self.decode(trajectory)
     }
 
-    fn judge(&self, picture: &Rgb) -> sd_models::Result<Option<bool>> {
+    fn check_safety(&self, picture: &Rgb) -> sd_models::Result<Option<bool>> {
         self.check_safety(picture)
     }
 

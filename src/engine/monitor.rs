@@ -7,11 +7,11 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use super::job::{JobId, Progress, Ticket};
-use super::shared::Shared;
+use super::shared::EngineShared;
 
 /// Where a job stands, for those who wait for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Outlook {
+pub struct Estimate {
     /// Pictures ahead of it in the queue; `None` when it has begun.
     pub position: Option<usize>,
     /// Until it is done, as far as can be told.
@@ -20,16 +20,16 @@ pub struct Outlook {
 
 /// A view of a job that does not hold it: it may be kept when the ticket is gone.
 #[derive(Debug, Clone)]
-pub struct Watch {
+pub struct JobMonitor {
     job: JobId,
-    shared: Arc<Shared>,
+    shared: Arc<EngineShared>,
     progress: watch::Receiver<Progress>,
     interrupted: Arc<AtomicBool>,
 }
 
-impl Watch {
+impl JobMonitor {
     /// A view of the job of this ticket.
-    pub(super) fn new(shared: &Arc<Shared>, ticket: &Ticket) -> Self {
+    pub(super) fn new(shared: &Arc<EngineShared>, ticket: &Ticket) -> Self {
         let (progress, interrupted) = (ticket.progress(), Arc::clone(&ticket.interrupted));
         Self { job: ticket.job, shared: Arc::clone(shared), progress, interrupted }
     }
@@ -40,7 +40,7 @@ impl Watch {
     }
 
     /// Evaluations made and to make.
-    pub fn made(&self) -> Progress {
+    pub fn current(&self) -> Progress {
         *self.progress.borrow()
     }
 
@@ -50,13 +50,16 @@ impl Watch {
     }
 
     /// Where the job stands. An estimate: it does not know who is still to come or to leave.
-    pub fn outlook(&self) -> Outlook {
+    pub fn outlook(&self) -> Estimate {
         let place = self.shared.queue().place(self.job);
         let pace = self.shared.pace();
         if let Some((position, work)) = place {
-            return Outlook { position: Some(position), left: pace.time(pace.drawing + work) };
+            return Estimate { position: Some(position), left: pace.time(pace.drawing + work) };
         }
-        let Progress { made, total, begun } = *self.progress.borrow();
-        Outlook { position: None, left: pace.time_of((total - made).div_ceil(begun.max(1))) }
+        let Progress { completed, total, started } = *self.progress.borrow();
+        Estimate {
+            position: None,
+            left: pace.time_of((total - completed).div_ceil(started.max(1))),
+        }
     }
 }

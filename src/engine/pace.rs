@@ -7,12 +7,12 @@ use std::time::Duration;
 /// How much the past counts against one more turn: about the last fifty count.
 const MEMORY: f64 = 0.98;
 
-/// Refused clients are told to come back within an hour.
+/// Rejected clients are told to come back within an hour.
 const LONGEST: f64 = 3600.0;
 
 /// The measured speed and the work under way. The worker writes it once a turn.
 #[derive(Debug, Default, Clone, Copy)]
-pub(super) struct Pace {
+pub(super) struct Throughput {
     seconds: f64,
     work: f64,
     turns: f64,
@@ -24,7 +24,7 @@ pub(super) struct Pace {
     pub(super) sizes: usize,
 }
 
-impl Pace {
+impl Throughput {
     /// A turn took so long and did so much; turns without a step are nobody's measure.
     pub(super) fn measure(&mut self, elapsed: Duration, work: u64) {
         if work == 0 {
@@ -66,7 +66,7 @@ mod tests {
 
     #[test]
     fn times_follow_the_measured_speed() {
-        let mut pace = Pace::default();
+        let mut pace = Throughput::default();
         assert_eq!(pace.time(100), None);
         assert_eq!(pace.retry_after(1, 64, 1000), 1, "nothing is known yet");
         for _ in 0..1000 {

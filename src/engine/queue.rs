@@ -7,7 +7,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::job::{Client, JobId, Order};
+use super::job::{Client, ImageTask, JobId};
 
 /// The waiting pictures.
 #[derive(Debug)]
@@ -26,13 +26,13 @@ pub(super) struct Queue {
 
 #[derive(Debug)]
 struct Waiting {
-    order: Order,
+    order: ImageTask,
     start: u64,
 }
 
 /// Why a job was not taken.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Refused {
+pub(super) enum PushError {
     Full,
     Closed,
 }
@@ -82,9 +82,9 @@ impl Queue {
 
     /// Takes all pictures of a job or none. A job larger than the queue is taken when nobody
     /// waits. Gives back the pictures that had to make room: see [`Self::make_room`].
-    pub(super) fn push(&mut self, job: &mut Vec<Order>) -> Result<Vec<Order>, Refused> {
+    pub(super) fn push(&mut self, job: &mut Vec<ImageTask>) -> Result<Vec<ImageTask>, PushError> {
         if self.closed {
-            return Err(Refused::Closed);
+            return Err(PushError::Closed);
         }
         let mut evicted = Vec::new();
         if self.orders.len() + job.len() > self.capacity {
@@ -92,7 +92,7 @@ impl Queue {
             self.forget_unwanted();
         }
         if !self.orders.is_empty() && self.orders.len() + job.len() > self.capacity {
-            evicted = self.make_room(job).ok_or(Refused::Full)?;
+            evicted = self.make_room(job).ok_or(PushError::Full)?;
         }
         self.arrivals += 1;
         for order in job.drain(..) {
@@ -107,7 +107,7 @@ impl Queue {
 
     /// In a full queue the client who has most of it gives up its newest job, none of which has
     /// begun, for one who will have less. Otherwise whoever came first would keep others out.
-    fn make_room(&mut self, job: &[Order]) -> Option<Vec<Order>> {
+    fn make_room(&mut self, job: &[ImageTask]) -> Option<Vec<ImageTask>> {
         let newcomer = &job.first()?.client;
         let mut held: HashMap<&Client, usize> = HashMap::new();
         for waiting in &self.orders {
@@ -127,7 +127,7 @@ impl Queue {
     }
 
     /// Takes out the first wanted picture that `fits`.
-    pub(super) fn next(&mut self, mut fits: impl FnMut(&Order) -> bool) -> Option<Order> {
+    pub(super) fn next(&mut self, mut fits: impl FnMut(&ImageTask) -> bool) -> Option<ImageTask> {
         self.forget_unwanted();
         let place = self.orders.iter().position(|waiting| fits(&waiting.order))?;
         let Waiting { order, start } = self.orders.remove(place)?;
@@ -139,12 +139,12 @@ impl Queue {
     }
 
     fn forget_unwanted(&mut self) {
-        drop(self.take_out(|order| !order.wanted()));
-        self.take_out(Order::interrupted).into_iter().for_each(Order::leave_out);
+        drop(self.take_out(|order| !order.is_wanted()));
+        self.take_out(ImageTask::interrupted).into_iter().for_each(ImageTask::skip);
     }
 
     /// Takes pictures out of the queue and off their clients' account.
-    fn take_out(&mut self, mut which: impl FnMut(&Order) -> bool) -> Vec<Order> {
+    fn take_out(&mut self, mut which: impl FnMut(&ImageTask) -> bool) -> Vec<ImageTask> {
         let mut taken = Vec::new();
         for waiting in std::mem::take(&mut self.orders) {
             if !which(&waiting.order) {
@@ -165,7 +165,7 @@ impl Queue {
     }
 
     /// Takes nothing more and gives back what waits.
-    pub(super) fn clear(&mut self) -> Vec<Order> {
+    pub(super) fn clear(&mut self) -> Vec<ImageTask> {
         self.closed = true;
         self.take_out(|_| true)
     }
@@ -176,11 +176,11 @@ mod tests {
     use sd_models::{PromptSyntax, Scheduler, Size, Spec};
 
     use super::super::job::{self, Job, Ticket};
-    use super::super::{Device, Engine, Safety, Settings};
+    use super::super::{DeviceScheduler, Engine, EngineConfig, Safety};
     use super::*;
 
     /// A job of pictures whose seeds are the client's number.
-    fn job(client: u64, id: JobId, pictures: usize) -> (Ticket, Vec<Order>) {
+    fn job(client: u64, id: JobId, pictures: usize) -> (Ticket, Vec<ImageTask>) {
         let spec = Spec {
             prompt: String::new(),
             prompt_syntax: PromptSyntax::Plain,
@@ -196,14 +196,14 @@ mod tests {
         };
         let client = Client::named(&client.to_string());
         let job = Job { client, ..Job::from(vec![spec; pictures]) };
-        let settings = Settings {
+        let settings = EngineConfig {
             max_queue: 0,
             max_batch_rows: 2,
             memory_budget_bytes: None,
             safety: Safety::Blur,
         };
-        let engine = Engine::absent(&Device::default(), settings).shared;
-        job::open(id, job, &engine.phase, &engine.busy, &engine.metrics)
+        let engine = Engine::absent(&DeviceScheduler::default(), settings).shared;
+        job::open(id, job, &engine.state, &engine.busy, &engine.metrics)
     }
 
     fn drain(queue: &mut Queue) -> Vec<u64> {
@@ -264,14 +264,14 @@ mod tests {
         queue.push(&mut first).expect("room");
         queue.push(&mut second).expect("room");
         let (_c, mut more) = job(1, 2, 1);
-        assert_eq!(queue.push(&mut more).expect_err("it has all of it"), Refused::Full);
+        assert_eq!(queue.push(&mut more).expect_err("it has all of it"), PushError::Full);
         let (_d, mut other) = job(2, 3, 1);
         let evicted = queue.push(&mut other).expect("room is made");
         assert!(evicted.len() == 2 && evicted.iter().all(|order| order.job == 1));
         assert_eq!(queue.len(), 3);
         let (_e, mut large) = job(3, 4, 2);
-        assert_eq!(queue.push(&mut large).expect_err("as much as the others"), Refused::Full);
+        assert_eq!(queue.push(&mut large).expect_err("as much as the others"), PushError::Full);
         queue.close();
-        assert_eq!(queue.push(&mut large).expect_err("closed"), Refused::Closed);
+        assert_eq!(queue.push(&mut large).expect_err("closed"), PushError::Closed);
     }
 }

@@ -6,22 +6,22 @@ use std::thread;
 
 use tokio::sync::watch;
 
-use super::device::Device;
-use super::pace::Pace;
+use super::device::DeviceScheduler;
+use super::pace::Throughput;
 use super::queue::Queue;
-use super::state::{Phase, Settings};
+use super::state::{EngineConfig, EngineState};
 use crate::telemetry::Metrics;
 
 /// What the handle and the model thread have in common.
 #[derive(Debug)]
-pub(super) struct Shared {
-    pub(super) settings: Settings,
+pub(super) struct EngineShared {
+    pub(super) settings: EngineConfig,
     pub(super) queue: Mutex<Queue>,
     /// Signalled when an order arrives, when its files have been read, and when the queue closes.
     pub(super) arrived: Condvar,
-    pub(super) phase: watch::Sender<Phase>,
-    pub(super) pace: Mutex<Pace>,
-    pub(super) device: Device,
+    pub(super) state: watch::Sender<EngineState>,
+    pub(super) pace: Mutex<Throughput>,
+    pub(super) device: DeviceScheduler,
     pub(super) jobs: AtomicU64,
     /// Every order holds a receiver: without one, nothing is left to do.
     pub(super) busy: watch::Sender<()>,
@@ -30,7 +30,7 @@ pub(super) struct Shared {
     pub(super) thread: Mutex<Option<thread::JoinHandle<()>>>,
 }
 
-impl Shared {
+impl EngineShared {
     /// The lock is held for a few moves of pointers and never across a model call.
     pub(super) fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
@@ -40,7 +40,7 @@ impl Shared {
         self.thread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn pace(&self) -> Pace {
+    pub(super) fn pace(&self) -> Throughput {
         *self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -56,11 +56,11 @@ impl Shared {
     }
 
     /// Moves to a later phase; an earlier one is ignored.
-    pub(super) fn enter(&self, next: Phase) {
-        self.phase.send_if_modified(|phase| {
-            let later = next.rank() > phase.rank();
+    pub(super) fn set_state(&self, next: EngineState) {
+        self.state.send_if_modified(|state| {
+            let later = next.rank() > state.rank();
             if later {
-                *phase = next;
+                *state = next;
             }
             later
         });

@@ -6,7 +6,7 @@ use sd_models::ModelInfo;
 
 /// The bounds of the engine.
 #[derive(Debug, Clone, Copy)]
-pub struct Settings {
+pub struct EngineConfig {
     /// Pictures that may wait for a place in a batch.
     pub max_queue: usize,
     /// Rows of one UNet evaluation; a picture with guidance takes two.
@@ -41,7 +41,7 @@ impl Safety {
 
 /// Where the engine stands. It moves downwards only.
 #[derive(Debug, Clone)]
-pub enum Phase {
+pub enum EngineState {
     /// There is no model; others may be chosen by name.
     Absent,
     /// The model is being fetched, read or warmed.
@@ -55,10 +55,10 @@ pub enum Phase {
     /// The device is gone, and every picture with it; only a new process can help.
     DeviceLost,
     /// The model thread ended.
-    Dead(Death),
+    Dead(WorkerError),
 }
 
-impl Phase {
+impl EngineState {
     pub(super) fn rank(&self) -> u8 {
         match self {
             Self::Absent | Self::Loading => 0,
@@ -74,13 +74,13 @@ impl Phase {
 /// Why a model thread ended.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{reason}")]
-pub struct Death {
+pub struct WorkerError {
     reason: String,
     /// Whether another model in the way was the reason.
     pub out_of_memory: bool,
 }
 
-impl From<anyhow::Error> for Death {
+impl From<anyhow::Error> for WorkerError {
     fn from(error: anyhow::Error) -> Self {
         let full = |cause: &sd_models::Error| matches!(cause, sd_models::Error::OutOfMemory(_));
         let out_of_memory = error.chain().filter_map(|cause| cause.downcast_ref()).any(full);

@@ -14,13 +14,13 @@ use anyhow::Context as _;
 use sd_models::{Defaults, Error, ModelInfo, PromptSyntax, Rgb, Size, Spec};
 use tracing::{debug, error, info, warn};
 
-use super::batch::Rotation;
-use super::job::{Drawn, Failure, Order};
+use super::batch::DeficitRoundRobin;
+use super::job::{GeneratedImage, ImageTask, JobError};
 use super::model::{Model, Trajectory};
-use super::shared::Shared;
-use super::state::{Phase, Safety};
+use super::shared::EngineShared;
+use super::state::{EngineState, Safety};
 use crate::image;
-use crate::telemetry::Id;
+use crate::telemetry::MetricId;
 
 /// Sizes that may be drawn at the same time, in full batches of each.
 const MAX_BUCKETS: usize = 4;
@@ -32,28 +32,28 @@ const BUDGET_PERCENT: u64 = 80;
 const WARM_UP_SIDE: usize = 128;
 
 /// How a warning of the safety checker begins.
-const OBJECTION: &str = "the safety checker objects to";
+const NSFW_WARNING: &str = "the safety checker objects to";
 
 /// The life of the model thread.
-pub(super) fn main<M: Model>(shared: Arc<Shared>, load: impl FnOnce() -> anyhow::Result<M>) {
-    let engine = Hold(shared);
+pub(super) fn main<M: Model>(shared: Arc<EngineShared>, load: impl FnOnce() -> anyhow::Result<M>) {
+    let engine = PanicGuard(shared);
     let started = Instant::now();
     let model = match load() {
         Ok(model) => model,
-        Err(error) => return engine.enter(Phase::Dead(error.into())),
+        Err(error) => return engine.set_state(EngineState::Dead(error.into())),
     };
-    let mut had = Duration::ZERO;
-    let turn = engine.device.turn(&mut had);
+    let mut time_used = Duration::ZERO;
+    let turn = engine.device.acquire(&mut time_used);
     let defaults = model.info().defaults;
-    if let Err(error) = warm(&model) {
-        return engine.enter(Phase::Dead(error.into()));
+    if let Err(error) = warm_up(&model) {
+        return engine.set_state(EngineState::Dead(error.into()));
     }
     let info = model.info().clone();
     let budget = budget(&model, &engine);
     engine.device.set_budget_bytes(budget);
     drop(turn);
     let (size, max_rows) = (defaults.size, engine.settings.max_batch_rows as u64);
-    let usual = blank(&defaults, size);
+    let usual = warm_up_params(&defaults, size);
     let row_bytes = info.step_bytes(&usual, size).div_ceil(usual.rows() as u64).max(1);
     let (instructions, warning) = sd_models::instructions();
     info!(
@@ -73,62 +73,64 @@ pub(super) fn main<M: Model>(shared: Arc<Shared>, load: impl FnOnce() -> anyhow:
     for (name, reason) in &info.embeddings.skipped {
         warn!(name, reason, "an embedding is left out");
     }
-    engine.metrics.set(Id::LoadSeconds, &[], started.elapsed().as_secs_f64());
-    engine.enter(Phase::Ready(Arc::new(info)));
+    engine.metrics.set(MetricId::LoadSeconds, &[], started.elapsed().as_secs_f64());
+    engine.set_state(EngineState::Ready(Arc::new(info)));
     Worker::new(model, engine).run();
 }
 
 /// The operator's word, or else a share of the memory that is free now that the model is there.
 /// Where nothing is known there is no bound but the device's own.
-fn budget<M: Model>(model: &M, engine: &Shared) -> u64 {
-    // What the allocator keeps of earlier work can be had, too.
+fn budget<M: Model>(model: &M, engine: &EngineShared) -> u64 {
+    // Memory that the allocator keeps of earlier work is free, too.
     sd_models::return_freed_memory();
     let share = |free: u64| free / 100 * BUDGET_PERCENT;
     engine.settings.memory_budget_bytes.or(model.free_bytes().map(share)).unwrap_or(u64::MAX)
 }
 
 /// The thread's hold on the engine. However the thread ends, by a return or by a panic, the
-/// phase says so and nobody is left in the queue.
-struct Hold(Arc<Shared>);
+/// state says so and nobody is left in the queue.
+struct PanicGuard(Arc<EngineShared>);
 
-impl Deref for Hold {
-    type Target = Shared;
+impl Deref for PanicGuard {
+    type Target = EngineShared;
 
-    fn deref(&self) -> &Shared {
+    fn deref(&self) -> &EngineShared {
         &self.0
     }
 }
 
-impl Drop for Hold {
+impl Drop for PanicGuard {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.enter(Phase::Dead(anyhow::Error::msg("the model thread panicked").into()));
+            self.set_state(EngineState::Dead(
+                anyhow::Error::msg("the model thread panicked").into(),
+            ));
         }
         drop(self.queue().clear());
     }
 }
 
 /// Draws a small picture that nobody sees: the first one pays for lazy work in the device.
-fn warm<M: Model>(model: &M) -> anyhow::Result<()> {
+fn warm_up<M: Model>(model: &M) -> anyhow::Result<()> {
     let defaults = &model.info().defaults;
     let small = Size::new(
         WARM_UP_SIDE.min(defaults.size.width()),
         WARM_UP_SIDE.min(defaults.size.height()),
     );
-    let spec = blank(defaults, small.unwrap_or(defaults.size));
+    let spec = warm_up_params(defaults, small.unwrap_or(defaults.size));
     let draw = || {
         let mut trajectory = model.begin(&spec)?;
         while !trajectory.done() {
             model.step(&mut [&mut trajectory])?;
         }
         model.preview(&trajectory)?;
-        model.judge(&model.decode(&trajectory)?)
+        model.check_safety(&model.decode(&trajectory)?)
     };
     draw().context("the model loads but does not draw").map(drop)
 }
 
 /// A picture of nothing in one step.
-fn blank(defaults: &Defaults, size: Size) -> Spec {
+fn warm_up_params(defaults: &Defaults, size: Size) -> Spec {
     Spec {
         prompt: String::new(),
         prompt_syntax: PromptSyntax::Plain,
@@ -146,7 +148,7 @@ fn blank(defaults: &Defaults, size: Size) -> Spec {
 
 /// A picture in the making and whom it is for.
 struct Slot<T> {
-    order: Order,
+    order: ImageTask,
     trajectory: T,
     begun: Instant,
     /// The picture, when it only has to be judged.
@@ -163,24 +165,24 @@ impl<T: Trajectory> Slot<T> {
 }
 
 /// A picture that has a place, and waits for its files.
-struct Reading {
-    order: Order,
+struct PendingFiles {
+    order: ImageTask,
     done: Arc<AtomicBool>,
 }
 
-impl Reading {
+impl PendingFiles {
     fn done(&self) -> bool {
         self.done.load(Ordering::Acquire)
     }
 }
 
 /// The end of a thread that reads files, however it ends.
-struct Read {
-    engine: Arc<Shared>,
+struct NotifyOnDrop {
+    engine: Arc<EngineShared>,
     done: Arc<AtomicBool>,
 }
 
-impl Drop for Read {
+impl Drop for NotifyOnDrop {
     fn drop(&mut self) {
         self.done.store(true, Ordering::Release);
         // The worker looks under this lock: it cannot miss the change.
@@ -190,13 +192,13 @@ impl Drop for Read {
 }
 
 /// What the pictures of one size take of an evaluation.
-struct Load {
+struct SizeLoad {
     size: Size,
     rows: usize,
     bytes: u64,
 }
 
-impl Load {
+impl SizeLoad {
     /// Adds up what pictures take, by size.
     fn all<'a>(info: &ModelInfo, pictures: impl Iterator<Item = (Size, &'a Spec)>) -> Vec<Self> {
         let mut loads: Vec<Self> = Vec::new();
@@ -212,19 +214,19 @@ impl Load {
 }
 
 struct Worker<M: Model> {
-    /// Dropped first: the phase has changed before the pictures in the making are given up.
-    engine: Hold,
+    /// Dropped first: the state has changed before the pictures in the making are given up.
+    engine: PanicGuard,
     model: M,
     slots: Vec<Slot<M::Trajectory>>,
-    reading: Vec<Reading>,
+    reading: Vec<PendingFiles>,
     /// Jobs that had arrived when the queue was last looked through.
-    seen: u64,
-    rotation: Rotation,
+    last_arrival: u64,
+    rotation: DeficitRoundRobin,
     /// Rows that a size may have in an evaluation after the device had no memory for more; until
     /// no picture of that size is left.
     caps: Vec<(Size, usize)>,
-    /// The time that this model has had the device.
-    had: Duration,
+    /// The time that this model has used the device.
+    time_used: Duration,
     /// How long the last step took: the time that one admission round may take.
     last_step: Duration,
     /// Set by the failure after which nothing can be drawn.
@@ -232,16 +234,16 @@ struct Worker<M: Model> {
 }
 
 impl<M: Model> Worker<M> {
-    fn new(model: M, engine: Hold) -> Self {
+    fn new(model: M, engine: PanicGuard) -> Self {
         Self {
             engine,
             model,
             slots: Vec::new(),
             reading: Vec::new(),
-            seen: 0,
-            rotation: Rotation::default(),
+            last_arrival: 0,
+            rotation: DeficitRoundRobin::default(),
             caps: Vec::new(),
-            had: Duration::ZERO,
+            time_used: Duration::ZERO,
             last_step: Duration::ZERO,
             lost: false,
         }
@@ -251,7 +253,7 @@ impl<M: Model> Worker<M> {
         while self.wait() {
             self.turn();
             if self.lost {
-                return self.give_up();
+                return self.fail_all();
             }
         }
     }
@@ -261,17 +263,17 @@ impl<M: Model> Worker<M> {
     fn wait(&self) -> bool {
         let mut queue = self.engine.queue();
         loop {
-            if matches!(*self.engine.phase.borrow(), Phase::Stopped) {
+            if matches!(*self.engine.state.borrow(), EngineState::Stopped) {
                 return false;
             }
-            if !self.slots.is_empty() || self.reading.iter().any(Reading::done) {
+            if !self.slots.is_empty() || self.reading.iter().any(PendingFiles::done) {
                 return true;
             }
             match self.reading.is_empty() {
                 true if queue.is_over() => return false,
                 true if !queue.is_empty() => return true,
                 // Those who were passed over wait for what is being read.
-                false if queue.arrivals() != self.seen => return true,
+                false if queue.arrivals() != self.last_arrival => return true,
                 _ => {}
             }
             queue = self.engine.arrived.wait(queue).unwrap_or_else(PoisonError::into_inner);
@@ -281,10 +283,10 @@ impl<M: Model> Worker<M> {
     /// One round of the loop.
     fn turn(&mut self) {
         let began = Instant::now();
-        let (device, mut had) = (self.engine.device.clone(), self.had);
-        let turn = device.turn(&mut had);
-        self.slots.retain(|slot| slot.order.wanted());
-        self.reading.retain(|reading| reading.order.wanted());
+        let (device, mut time_used) = (self.engine.device.clone(), self.time_used);
+        let turn = device.acquire(&mut time_used);
+        self.slots.retain(|slot| slot.order.is_wanted());
+        self.reading.retain(|reading| reading.order.is_wanted());
         self.cut_short();
         self.admit();
         let loads = self.loads();
@@ -292,7 +294,7 @@ impl<M: Model> Worker<M> {
         let work = self.step();
         self.retire();
         drop(turn);
-        self.had = had;
+        self.time_used = time_used;
         self.report(began.elapsed(), work);
     }
 
@@ -305,7 +307,7 @@ impl<M: Model> Worker<M> {
             |slot: &mut Slot<M::Trajectory>| slot.cut_short && slot.trajectory.progress().0 == 0;
         let unseen = self.slots.extract_if(.., unseen).map(|slot| slot.order);
         let unread = self.reading.extract_if(.., |reading| reading.order.interrupted());
-        unseen.chain(unread.map(|reading| reading.order)).for_each(Order::leave_out);
+        unseen.chain(unread.map(|reading| reading.order)).for_each(ImageTask::skip);
     }
 
     /// Tells those who wait how fast it goes and how much is left.
@@ -329,9 +331,9 @@ impl<M: Model> Worker<M> {
             let Some(order) = self.next_ready() else { return };
             let began = Instant::now();
             let queued = began.saturating_duration_since(order.submitted);
-            self.engine.metrics.time(Id::QueueSeconds, &[], queued);
+            self.engine.metrics.time(MetricId::QueueSeconds, &[], queued);
             let begun = self.model.begin(&order.spec);
-            self.engine.metrics.time(Id::StageSeconds, &["text"], began.elapsed());
+            self.engine.metrics.time(MetricId::StageSeconds, &["text"], began.elapsed());
             match begun {
                 Ok(trajectory) => {
                     order.advance(0, trajectory.progress().1);
@@ -343,7 +345,7 @@ impl<M: Model> Worker<M> {
                         cut_short: false,
                     });
                 }
-                Err(error) => order.settle(Err(self.failure(&error, "begin"))),
+                Err(error) => order.complete(Err(self.failure(&error, "begin"))),
             }
             if busy && round.elapsed() > self.last_step {
                 return;
@@ -352,42 +354,42 @@ impl<M: Model> Worker<M> {
     }
 
     /// The first picture whose files have been read, or that needs none.
-    fn next_ready(&mut self) -> Option<Order> {
-        if let Some(place) = self.reading.iter().position(Reading::done) {
+    fn next_ready(&mut self) -> Option<ImageTask> {
+        if let Some(place) = self.reading.iter().position(PendingFiles::done) {
             return Some(self.reading.remove(place).order);
         }
         loop {
             let order = self.next_order()?;
             let Some(work) = self.model.files(&order.spec) else { return Some(order) };
             let done = Arc::<AtomicBool>::default();
-            let read = Read { engine: Arc::clone(&self.engine.0), done: Arc::clone(&done) };
+            let read = NotifyOnDrop { engine: Arc::clone(&self.engine.0), done: Arc::clone(&done) };
             let work = move || {
                 let _read = read;
                 work();
             };
             // Where there can be no thread, the picture reads its files when it begins.
             let _ = thread::Builder::new().name("files".into()).spawn(work);
-            self.reading.push(Reading { order, done });
+            self.reading.push(PendingFiles { order, done });
         }
     }
 
     /// The first picture for whose size there are rows. One that has to wait for rows holds back
     /// the later ones of its size, so that two rows are found before one.
-    fn next_order(&mut self) -> Option<Order> {
+    fn next_order(&mut self) -> Option<ImageTask> {
         let (engine, info) = (&self.engine, self.model.info());
         let reading = || self.reading.iter().map(|reading| &reading.order.spec);
         let drawing = self.slots.iter().map(|slot| slot.trajectory.rows());
         let taken: usize = drawing.chain(reading().map(Spec::rows)).sum();
         let mut free = (MAX_BUCKETS * engine.settings.max_batch_rows).saturating_sub(taken);
         let reading = reading().map(|spec| (spec.size, spec));
-        let loads = Load::all(info, stepping(&self.slots).chain(reading));
+        let loads = SizeLoad::all(info, stepping(&self.slots).chain(reading));
         let mut held_back: Vec<Size> = Vec::new();
         let mut queue = engine.queue();
-        self.seen = queue.arrivals();
+        self.last_arrival = queue.arrivals();
         queue.next(|order| {
             let (size, rows) = (order.spec.size, order.spec.rows());
             let load = loads.iter().find(|load| load.size == size);
-            let joins = |load: &Load| {
+            let joins = |load: &SizeLoad| {
                 let bytes = load.bytes + info.step_bytes(&order.spec, size);
                 load.rows + rows <= self.max_rows(size) && bytes <= engine.budget()
             };
@@ -410,8 +412,8 @@ impl<M: Model> Worker<M> {
     }
 
     /// What is in the making, for each size.
-    fn loads(&self) -> Vec<Load> {
-        Load::all(self.model.info(), stepping(&self.slots))
+    fn loads(&self) -> Vec<SizeLoad> {
+        SizeLoad::all(self.model.info(), stepping(&self.slots))
     }
 
     /// One evaluation for the pictures of the size whose turn it is: the oldest, if not all fit.
@@ -435,14 +437,14 @@ impl<M: Model> Worker<M> {
             .collect();
         let began = Instant::now();
         let mut batch: Vec<_> = members.iter_mut().map(|slot| &mut slot.trajectory).collect();
-        let (stepped, len) = step_what_fits(&self.model, &mut batch);
+        let (stepped, len) = step_with_oom_fallback(&self.model, &mut batch);
         self.last_step = began.elapsed();
         let shrunk = len < members.len();
         members.truncate(len);
         let rows: usize = members.iter().map(|slot| rows(slot)).sum();
         let metrics = &self.engine.metrics;
-        metrics.time(Id::StageSeconds, &["step"], self.last_step);
-        metrics.observe(Id::StepRows, &[], rows as f64);
+        metrics.time(MetricId::StageSeconds, &["step"], self.last_step);
+        metrics.observe(MetricId::StepRows, &[], rows as f64);
         match stepped {
             Ok(()) => {
                 for slot in members {
@@ -453,12 +455,12 @@ impl<M: Model> Worker<M> {
             Err(error) => {
                 let members = members.iter().map(|slot| slot.order.key()).collect::<Vec<_>>();
                 let failure = self.failure(&error, "step");
-                self.settle(&members, &failure);
+                self.complete(&members, &failure);
             }
         }
         if shrunk {
             warn!(%size, rows, "no memory for a full batch; going on with fewer rows");
-            self.engine.metrics.count(Id::BatchShrinks, &[]);
+            self.engine.metrics.count(MetricId::BatchShrinks, &[]);
             self.caps.retain(|cap| cap.0 != size);
             self.caps.push((size, rows));
         }
@@ -466,10 +468,10 @@ impl<M: Model> Worker<M> {
     }
 
     /// The end of those who took part in an evaluation that failed.
-    fn settle(&mut self, members: &[(u64, usize)], failure: &Failure) {
+    fn complete(&mut self, members: &[(u64, usize)], failure: &JobError) {
         let member = |slot: &mut Slot<M::Trajectory>| members.contains(&slot.order.key());
         for slot in self.slots.extract_if(.., member) {
-            slot.order.settle(Err(failure.clone()));
+            slot.order.complete(Err(failure.clone()));
         }
     }
 
@@ -481,21 +483,21 @@ impl<M: Model> Worker<M> {
         let began = Instant::now();
         let (stage, done) = match slot.decoded.take() {
             None => ("decode", self.model.decode(&slot.trajectory).map(|rgb| (rgb, None))),
-            Some(rgb) => ("judge", self.model.judge(&rgb).map(|nsfw| (rgb, Some(nsfw)))),
+            Some(rgb) => ("judge", self.model.check_safety(&rgb).map(|nsfw| (rgb, Some(nsfw)))),
         };
-        self.engine.metrics.time(Id::StageSeconds, &[stage], began.elapsed());
+        self.engine.metrics.time(MetricId::StageSeconds, &[stage], began.elapsed());
         match done {
             Ok((rgb, None)) if self.model.info().checked => {
                 slot.decoded = Some(rgb);
                 self.slots.insert(place, slot);
             }
-            Ok((rgb, nsfw)) => self.hand_over(slot, rgb, nsfw.flatten()),
-            Err(error) => slot.order.settle(Err(self.failure(&error, stage))),
+            Ok((rgb, nsfw)) => self.finish(slot, rgb, nsfw.flatten()),
+            Err(error) => slot.order.complete(Err(self.failure(&error, stage))),
         }
     }
 
     /// The end of a picture that has been drawn, and judged if it can be.
-    fn hand_over(&self, slot: Slot<M::Trajectory>, mut rgb: Rgb, nsfw: Option<bool>) {
+    fn finish(&self, slot: Slot<M::Trajectory>, mut rgb: Rgb, nsfw: Option<bool>) {
         let Slot { order, trajectory, begun, .. } = slot;
         let mut warnings = trajectory.warnings().to_vec();
         if !trajectory.done() {
@@ -505,22 +507,22 @@ impl<M: Model> Worker<M> {
         let safety = self.engine.settings.safety;
         if let Some(nsfw) = nsfw {
             let verdict = if nsfw { safety.name() } else { "pass" };
-            self.engine.metrics.count(Id::Verdicts, &[verdict]);
+            self.engine.metrics.count(MetricId::Verdicts, &[verdict]);
         }
         if nsfw == Some(true) {
             match safety {
-                Safety::Flag => warnings.push(format!("{OBJECTION} this picture")),
+                Safety::Flag => warnings.push(format!("{NSFW_WARNING} this picture")),
                 Safety::Blur => {
                     rgb = image::blurred(&rgb);
-                    warnings.push(format!("{OBJECTION} this picture; it is blurred"));
+                    warnings.push(format!("{NSFW_WARNING} this picture; it is blurred"));
                 }
-                Safety::Block => return order.settle(Err(Failure::Withheld)),
+                Safety::Block => return order.complete(Err(JobError::Withheld)),
             }
         }
-        self.engine.metrics.time(Id::PictureSeconds, &[], begun.elapsed());
+        self.engine.metrics.time(MetricId::PictureSeconds, &[], begun.elapsed());
         let queued = begun.saturating_duration_since(order.submitted);
         let index = order.key().1;
-        let drawn = Drawn { index, rgb, warnings, nsfw, queued, drawn: begun.elapsed() };
+        let drawn = GeneratedImage { index, rgb, warnings, nsfw, queued, drawn: begun.elapsed() };
         debug!(
             size = %order.spec.final_size(),
             steps = order.spec.steps,
@@ -528,45 +530,45 @@ impl<M: Model> Worker<M> {
             drawn_ms = millis(drawn.drawn),
             "drew a picture"
         );
-        order.settle(Ok(drawn));
+        order.complete(Ok(drawn));
     }
 
     /// What a client may know of an error. The error itself is logged here and nowhere else.
-    fn failure(&mut self, error: &Error, stage: &'static str) -> Failure {
+    fn failure(&mut self, error: &Error, stage: &'static str) -> JobError {
         match error {
-            Error::Spec { field, reason } => Failure::Spec { field, reason: reason.clone() },
+            Error::Spec { field, reason } => JobError::Spec { field, reason: reason.clone() },
             Error::OutOfMemory(_) => {
                 error!(stage, "{}", chain(error));
-                Failure::OutOfMemory
+                JobError::OutOfMemory
             }
             Error::DeviceLost(_) => {
                 error!(stage, "{}; nothing more can be drawn", chain(error));
                 self.lost = true;
                 // Before anyone hears of it, so that `/ping` is red by then.
-                self.engine.enter(Phase::DeviceLost);
-                Failure::DeviceLost
+                self.engine.set_state(EngineState::DeviceLost);
+                JobError::DeviceLost
             }
             _ => {
                 error!(stage, "{}", chain(error));
-                Failure::Model
+                JobError::Model
             }
         }
     }
 
     /// The device is gone: everyone hears of it.
-    fn give_up(self) {
+    fn fail_all(self) {
         let waiting = self.engine.queue().clear();
         let reading = self.reading.into_iter().map(|reading| reading.order);
         let drawing = self.slots.into_iter().map(|slot| slot.order);
         for order in drawing.chain(reading).chain(waiting) {
-            order.settle(Err(Failure::DeviceLost));
+            order.complete(Err(JobError::DeviceLost));
         }
     }
 }
 
 /// Steps the batch; when the device has no memory for it, half of it, and so on down to one
 /// picture. A step that fails has changed nothing. Returns how many pictures it was for.
-fn step_what_fits<M: Model>(
+fn step_with_oom_fallback<M: Model>(
     model: &M,
     batch: &mut [&mut M::Trajectory],
 ) -> (sd_models::Result<()>, usize) {
@@ -583,7 +585,7 @@ fn step_what_fits<M: Model>(
 /// than a word, a look tells no more than colours. A preview that fails is not worth more than a
 /// line.
 fn preview<M: Model>(model: &M, slot: &mut Slot<M::Trajectory>, safety: Safety) {
-    if !slot.order.curious() {
+    if !slot.order.wants_preview() {
         return;
     }
     match model.preview(&slot.trajectory) {

@@ -12,7 +12,7 @@ const LIBRARY: &str = "libnvidia-ml.so.1";
 
 /// What is known of one GPU.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) struct Reading {
+pub(crate) struct GpuReading {
     pub(crate) memory_used_bytes: Option<f64>,
     pub(crate) memory_bytes: Option<f64>,
     /// The share of the last moments in which a kernel ran, 0 to 1.
@@ -22,7 +22,7 @@ pub(crate) struct Reading {
 }
 
 /// Every GPU that this process may see, in the library's order. Takes milliseconds.
-pub(crate) fn read() -> Vec<Reading> {
+pub(crate) fn read() -> Vec<GpuReading> {
     static NVML: OnceLock<Option<Nvml>> = OnceLock::new();
     let load = || Nvml::builder().lib_path(LIBRARY.as_ref()).init().ok();
     let Some(nvml) = NVML.get_or_init(load) else { return Vec::new() };
@@ -33,7 +33,7 @@ pub(crate) fn read() -> Vec<Reading> {
             let busy = gpu.utilization_rates().ok();
             let milliwatts = gpu.power_usage().ok();
             let celsius = gpu.temperature(TemperatureSensor::Gpu).ok();
-            Reading {
+            GpuReading {
                 memory_used_bytes: memory.as_ref().map(|memory| memory.used as f64),
                 memory_bytes: memory.as_ref().map(|memory| memory.total as f64),
                 busy: busy.map(|busy| f64::from(busy.gpu) / 100.0),

@@ -12,8 +12,8 @@ use tokio::time::{Instant, timeout_at};
 
 use super::error::ApiError;
 use super::state::AppState;
-use crate::engine::{Client, Failure};
-use crate::request::{Fields, Invalid};
+use crate::engine::{Client, JobError};
+use crate::request::{Fields, ValidationError};
 
 /// How long the client will wait, in milliseconds; never longer than the operator's limit.
 const TIMEOUT: &str = "x-request-timeout-ms";
@@ -23,7 +23,7 @@ const OVERSIZE: usize = 4;
 
 /// A request that has arrived as a whole.
 #[derive(Debug)]
-pub(crate) struct Intake {
+pub(crate) struct Admitted {
     pub(crate) headers: HeaderMap,
     pub(crate) body: Vec<u8>,
     pub(crate) client: Client,
@@ -35,24 +35,24 @@ pub(crate) struct Intake {
     pub(crate) permit: OwnedSemaphorePermit,
 }
 
-impl Intake {
+impl Admitted {
     /// The fields of a body that is JSON, whatever its declared type.
-    pub(crate) fn json(&self) -> Result<Fields, Invalid> {
+    pub(crate) fn json(&self) -> Result<Fields, ValidationError> {
         let text = std::str::from_utf8(&self.body)
-            .map_err(|error| Invalid::body(format!("the body is not UTF-8: {error}")))?;
+            .map_err(|error| ValidationError::body(format!("the body is not UTF-8: {error}")))?;
         Fields::json(text)
     }
 }
 
 /// Takes a request in, or refuses it unread.
-pub(crate) async fn take(state: &AppState, request: Request) -> Result<Intake, ApiError> {
+pub(crate) async fn take(state: &AppState, request: Request) -> Result<Admitted, ApiError> {
     let arrived = Instant::now();
-    let permit = state.gate.clone().try_acquire_owned();
+    let permit = state.request_slots.clone().try_acquire_owned();
     let permit =
         permit.map_err(|_| ApiError::Crowded { retry_after_s: state.engine.retry_after() })?;
     match state.engine.model() {
         // The body may name a model.
-        Ok(_) | Err(Failure::Absent) => {}
+        Ok(_) | Err(JobError::Absent) => {}
         Err(failure) => return Err(failure.into()),
     }
     let headers = request.headers().clone();
@@ -62,7 +62,7 @@ pub(crate) async fn take(state: &AppState, request: Request) -> Result<Intake, A
     let client = client(&request);
     let body = timeout_at(deadline, receive(state.settings.max_body_bytes, request)).await;
     let body = body.map_err(|_| ApiError::SlowBody)??;
-    Ok(Intake { headers, body, client, timeout, deadline, stream_deadline, permit })
+    Ok(Admitted { headers, body, client, timeout, deadline, stream_deadline, permit })
 }
 
 /// The key that a client came in with, or else its address.
@@ -78,7 +78,7 @@ pub(crate) fn timeout(headers: &HeaderMap, most: Duration) -> Result<Duration, A
     let millis = value.to_str().ok().and_then(|value| value.trim().parse().ok());
     match millis {
         Some(millis @ 1..) => Ok(Duration::from_millis(millis).min(most)),
-        _ => Err(Invalid::Malformed {
+        _ => Err(ValidationError::Malformed {
             param: Some(TIMEOUT.into()),
             message: format!("{TIMEOUT} must be a whole number of at least 1"),
         }
@@ -105,7 +105,9 @@ async fn receive(limit: usize, request: Request) -> Result<Vec<u8>, ApiError> {
                 length += part.len();
             }
             Err(_) if declared <= limit => {
-                return Err(Invalid::body("the body ended before its declared length").into());
+                return Err(
+                    ValidationError::body("the body ended before its declared length").into()
+                );
             }
             _ => break,
         }

@@ -19,16 +19,16 @@ use tokio::task::JoinSet;
 use tower::ServiceExt as _;
 use tracing::{debug, warn};
 
-use super::state::Settings;
+use super::state::HttpConfig;
 
 /// The pause after an accept that failed, as it does when there are no file descriptors left.
-const BREATH: Duration = Duration::from_millis(100);
+const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
 /// Serves connections until `close` is set, and then until the last of them has its answer.
 pub async fn listen(
     listener: TcpListener,
     app: Router,
-    settings: Settings,
+    settings: HttpConfig,
     mut close: watch::Receiver<bool>,
 ) {
     let places = Arc::new(Semaphore::new(settings.max_connections));
@@ -52,7 +52,7 @@ pub async fn listen(
             Err(error) if gone(&error) => {}
             Err(error) => {
                 warn!("no connection can be taken: {error}");
-                tokio::time::sleep(BREATH).await;
+                tokio::time::sleep(ACCEPT_BACKOFF).await;
             }
         }
     }

@@ -13,20 +13,20 @@ use tracing::{error, info, info_span};
 
 use super::error::ApiError;
 use super::state::AppState;
-use crate::engine::{Client, Drawn, Engine, Failure, Job, Ticket};
+use crate::engine::{Client, Engine, GeneratedImage, Job, JobError, Ticket};
 use crate::image::{self, Format, Hashes, JPEG_QUALITY};
-use crate::request::{Draw, Fields, Invalid};
-use crate::telemetry::Id;
+use crate::request::{Draw, Fields, ValidationError};
+use crate::telemetry::MetricId;
 
 /// Proxies close connections on which nothing happens; a comment is sent this often.
 const HEARTBEAT: Duration = Duration::from_secs(5);
 
 /// How soon those who can wait try again in a full queue.
-const PAUSE: Duration = Duration::from_millis(200);
+const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The form of a reply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Reply {
+pub(crate) enum ReplyFormat {
     /// JSON with base64 of this format.
     Json(Format),
     /// The bytes of one picture.
@@ -35,7 +35,7 @@ pub(crate) enum Reply {
     Events(Format),
 }
 
-impl Reply {
+impl ReplyFormat {
     /// The format of the picture.
     pub(crate) fn format(self) -> Format {
         let (Self::Json(format) | Self::Bytes(format) | Self::Events(format)) = self;
@@ -45,9 +45,9 @@ impl Reply {
 
 /// A valid request and the form of its answer.
 #[derive(Debug)]
-pub(crate) struct Asked {
+pub(crate) struct Drawing {
     pub(crate) specs: Vec<Spec>,
-    pub(crate) reply: Reply,
+    pub(crate) reply: ReplyFormat,
     /// Of JPEG, up to 100.
     pub(crate) quality: u8,
     /// Whether there is a place for looks at the pictures in the making.
@@ -57,33 +57,33 @@ pub(crate) struct Asked {
     hashes: Hashes,
 }
 
-impl Asked {
+impl Drawing {
     /// Reads native fields, a request for each prompt, on a thread that may take its time over the
     /// pictures in them; `choose` says how to answer, given the number of pictures.
-    pub(crate) async fn read(
+    pub(crate) async fn prepare(
         state: &AppState,
         requests: Vec<Fields>,
-        choose: impl FnOnce(&Draw, usize) -> Result<Reply, ApiError>,
+        choose: impl FnOnce(&Draw, usize) -> Result<ReplyFormat, ApiError>,
     ) -> Result<Self, ApiError> {
         let (engine, settings) = (state.engine.clone(), &state.settings);
         let model = engine.model()?;
         // Pictures take much more memory than their files: as many at a time as can be worked on.
-        let _turn = state.readers.acquire().await;
+        let _turn = state.decode_slots.acquire().await;
         let (limits, reader) = (settings.limits, Arc::clone(&model));
         let read = move |fields| Draw::read(fields, &limits, &reader, random_seed);
         let read = move || requests.into_iter().map(read).collect::<Result<Vec<_>, _>>();
         // A decoder that panics was given a file that was made for it.
         let draws = tokio::task::spawn_blocking(read).await;
-        let draws = draws.map_err(|_| Invalid::body("the request cannot be read"))??;
+        let draws = draws.map_err(|_| ValidationError::body("the request cannot be read"))??;
         let mut specs: Vec<Spec> = draws.iter().flat_map(Draw::specs).collect();
         let count = specs.len();
         if count > settings.limits.max_images {
             let most = settings.limits.max_images;
             let reason = format!("asks for {count} pictures in all; at most {most} are allowed");
-            return Err(Invalid::range("prompt", reason).into());
+            return Err(ValidationError::range("prompt", reason).into());
         }
         let Some(draw) = draws.into_iter().next() else {
-            return Err(Invalid::body("the request asks for nothing").into());
+            return Err(ValidationError::body("the request asks for nothing").into());
         };
         // Several prompts are one request: picture k has seed + k.
         let first = specs.first().map_or(0, |spec| spec.seed);
@@ -91,7 +91,7 @@ impl Asked {
             spec.seed = first.wrapping_add(k as u64);
         }
         let reply = choose(&draw, count)?;
-        let preview = draw.preview && matches!(reply, Reply::Events(_));
+        let preview = draw.preview && matches!(reply, ReplyFormat::Events(_));
         if settings.log_prompts {
             info!(prompt = specs[0].prompt, "accepted");
         }
@@ -115,34 +115,36 @@ impl Asked {
     }
 
     /// Hands the pictures to the engine as soon as there is room for them.
-    pub(crate) async fn submit_patiently(
+    pub(crate) async fn submit_with_retry(
         &self,
         client: &Client,
         deadline: tokio::time::Instant,
     ) -> Result<Ticket, ApiError> {
         loop {
             match self.submit(client, Some(deadline)) {
-                Err(ApiError::Failure(Failure::Full { .. })) => tokio::time::sleep(PAUSE).await,
+                Err(ApiError::Job(JobError::Full { .. })) => {
+                    tokio::time::sleep(RETRY_INTERVAL).await;
+                }
                 submitted => return submitted,
             }
             if tokio::time::Instant::now() >= deadline {
-                return Err(Failure::Deadline.into());
+                return Err(JobError::Deadline.into());
             }
         }
     }
 
-    /// Puts the pictures into their files, and with `dress` the files into an answer, on a thread
+    /// Puts the pictures into their files, and with `render` the files into an answer, on a thread
     /// for that.
     pub(crate) async fn encode<T: Send + 'static>(
         self,
-        pictures: Vec<Drawn>,
-        dress: impl FnOnce(&Self, &[Drawn], Vec<Vec<u8>>) -> T + Send + 'static,
+        pictures: Vec<GeneratedImage>,
+        render: impl FnOnce(&Self, &[GeneratedImage], Vec<Vec<u8>>) -> T + Send + 'static,
     ) -> Result<T, ApiError> {
         let span = info_span!(parent: tracing::Span::current(), "encode");
         let work = move || {
             let _inside = span.enter();
             let files = self.files(&pictures)?;
-            Ok(dress(&self, &pictures, files))
+            Ok(render(&self, &pictures, files))
         };
         tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::Encode)?
     }
@@ -152,12 +154,12 @@ impl Asked {
         self.hashes.of(spec, &self.model.add_ons.loras)
     }
 
-    fn files(&self, pictures: &[Drawn]) -> Result<Vec<Vec<u8>>, ApiError> {
-        let file = |(spec, picture): (&Spec, &Drawn)| {
+    fn files(&self, pictures: &[GeneratedImage]) -> Result<Vec<Vec<u8>>, ApiError> {
+        let file = |(spec, picture): (&Spec, &GeneratedImage)| {
             let began = Instant::now();
             let infotext = image::infotext(spec, &self.model.name, &self.loras(spec));
             let file = image::encode(&picture.rgb, self.reply.format(), self.quality, &infotext);
-            self.engine.metrics().time(Id::StageSeconds, &["encode"], began.elapsed());
+            self.engine.metrics().time(MetricId::StageSeconds, &["encode"], began.elapsed());
             file.map_err(|error| {
                 error!("{error:#}");
                 ApiError::Encode

@@ -8,9 +8,9 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
-use crate::engine::Failure;
-use crate::registry::Refusal;
-use crate::request::Invalid;
+use crate::engine::JobError;
+use crate::registry::RegistryError;
+use crate::request::ValidationError;
 
 /// An answer that is not a picture.
 #[derive(Debug, thiserror::Error)]
@@ -59,13 +59,13 @@ pub(crate) enum ApiError {
     },
     /// 404, 409, 507 and 500: a model that is not there.
     #[error(transparent)]
-    Model(#[from] Refusal),
+    Registry(#[from] RegistryError),
     /// 400 and 422.
     #[error(transparent)]
-    Invalid(#[from] Invalid),
+    Validation(#[from] ValidationError),
     /// What the engine could not do.
     #[error(transparent)]
-    Failure(#[from] Failure),
+    Job(#[from] JobError),
     /// 500: a picture that cannot be put into a file.
     #[error("the picture could not be encoded")]
     Encode,
@@ -82,24 +82,26 @@ impl ApiError {
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::MediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Crowded { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::Invalid(Invalid::Malformed { .. }) => StatusCode::BAD_REQUEST,
-            Self::Invalid(Invalid::OutOfRange { .. }) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::Validation(ValidationError::Malformed { .. }) => StatusCode::BAD_REQUEST,
+            Self::Validation(ValidationError::OutOfRange { .. }) => {
+                StatusCode::UNPROCESSABLE_ENTITY
+            }
             Self::Encode => StatusCode::INTERNAL_SERVER_ERROR,
-            Self::Model(refusal) => match refusal {
-                Refusal::Loaded(_) => StatusCode::CONFLICT,
-                Refusal::Unknown(_) => StatusCode::NOT_FOUND,
-                Refusal::NoRoom(_) => StatusCode::INSUFFICIENT_STORAGE,
-                Refusal::Broken(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Registry(refusal) => match refusal {
+                RegistryError::Loaded(_) => StatusCode::CONFLICT,
+                RegistryError::Unknown(_) => StatusCode::NOT_FOUND,
+                RegistryError::NoRoom(_) => StatusCode::INSUFFICIENT_STORAGE,
+                RegistryError::Broken(_) => StatusCode::INTERNAL_SERVER_ERROR,
             },
-            Self::Failure(failure) => match failure {
-                Failure::Absent => StatusCode::NOT_FOUND,
-                Failure::Loading | Failure::Stopping => StatusCode::SERVICE_UNAVAILABLE,
-                Failure::Full { .. } => StatusCode::TOO_MANY_REQUESTS,
-                Failure::Deadline => StatusCode::GATEWAY_TIMEOUT,
-                Failure::OutOfMemory => StatusCode::INSUFFICIENT_STORAGE,
-                Failure::Spec { .. } => StatusCode::UNPROCESSABLE_ENTITY,
-                Failure::Withheld => StatusCode::BAD_REQUEST,
-                Failure::DeviceLost | Failure::Model => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Job(failure) => match failure {
+                JobError::Absent => StatusCode::NOT_FOUND,
+                JobError::Loading | JobError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+                JobError::Full { .. } => StatusCode::TOO_MANY_REQUESTS,
+                JobError::Deadline => StatusCode::GATEWAY_TIMEOUT,
+                JobError::OutOfMemory => StatusCode::INSUFFICIENT_STORAGE,
+                JobError::Spec { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+                JobError::Withheld => StatusCode::BAD_REQUEST,
+                JobError::DeviceLost | JobError::Model => StatusCode::INTERNAL_SERVER_ERROR,
             },
         }
     }
@@ -116,27 +118,27 @@ impl ApiError {
             Self::TooLarge(_) => "too_large",
             Self::MediaType(_) => "unsupported_media_type",
             Self::Crowded { .. } => "overloaded",
-            Self::Invalid(Invalid::Malformed { .. }) => "malformed",
-            Self::Invalid(Invalid::OutOfRange { .. }) => "out_of_range",
+            Self::Validation(ValidationError::Malformed { .. }) => "malformed",
+            Self::Validation(ValidationError::OutOfRange { .. }) => "out_of_range",
             Self::Encode => "encode_failed",
-            Self::Model(refusal) => match refusal {
-                Refusal::Loaded(_) => "model_loaded",
-                Refusal::Unknown(_) => "no_model",
-                Refusal::NoRoom(_) => "out_of_memory",
-                Refusal::Broken(_) => "model_broken",
+            Self::Registry(refusal) => match refusal {
+                RegistryError::Loaded(_) => "model_loaded",
+                RegistryError::Unknown(_) => "no_model",
+                RegistryError::NoRoom(_) => "out_of_memory",
+                RegistryError::Broken(_) => "model_broken",
             },
-            Self::Failure(failure) => match failure {
-                Failure::Absent => "no_model",
-                Failure::Loading => "loading",
-                Failure::Stopping => "shutting_down",
-                Failure::Full { .. } => "overloaded",
-                Failure::Deadline => "deadline",
-                Failure::OutOfMemory => "out_of_memory",
-                Failure::Spec { .. } => "out_of_range",
+            Self::Job(failure) => match failure {
+                JobError::Absent => "no_model",
+                JobError::Loading => "loading",
+                JobError::Stopping => "shutting_down",
+                JobError::Full { .. } => "overloaded",
+                JobError::Deadline => "deadline",
+                JobError::OutOfMemory => "out_of_memory",
+                JobError::Spec { .. } => "out_of_range",
                 // OpenAI's word; its clients know it.
-                Failure::Withheld => "content_policy_violation",
-                Failure::DeviceLost => "device_lost",
-                Failure::Model => "model_failed",
+                JobError::Withheld => "content_policy_violation",
+                JobError::DeviceLost => "device_lost",
+                JobError::Model => "model_failed",
             },
         }
     }
@@ -144,19 +146,19 @@ impl ApiError {
     /// When to come back, for those who may.
     fn retry_after_s(&self) -> Option<u64> {
         match self {
-            Self::Crowded { retry_after_s } | Self::Failure(Failure::Full { retry_after_s }) => {
+            Self::Crowded { retry_after_s } | Self::Job(JobError::Full { retry_after_s }) => {
                 Some(*retry_after_s)
             }
-            Self::Failure(Failure::Loading | Failure::Stopping) => Some(1),
+            Self::Job(JobError::Loading | JobError::Stopping) => Some(1),
             _ => None,
         }
     }
 
     fn param(&self) -> Option<&str> {
         match self {
-            Self::Invalid(Invalid::Malformed { param, .. }) => param.as_deref(),
-            Self::Invalid(Invalid::OutOfRange { param, .. }) => Some(param),
-            Self::Failure(Failure::Spec { field, .. }) => Some(field),
+            Self::Validation(ValidationError::Malformed { param, .. }) => param.as_deref(),
+            Self::Validation(ValidationError::OutOfRange { param, .. }) => Some(param),
+            Self::Job(JobError::Spec { field, .. }) => Some(field),
             Self::NoModel(_) => Some("model"),
             _ => None,
         }
@@ -165,7 +167,7 @@ impl ApiError {
 
 /// The reason of an error, left in the response for the log, the metrics and other dialects.
 #[derive(Debug, Clone)]
-pub(crate) struct Reason {
+pub(crate) struct ErrorDetail {
     pub(crate) code: &'static str,
     pub(crate) message: String,
     pub(crate) param: Option<String>,
@@ -178,9 +180,9 @@ impl ApiError {
         json!({ "error": { "code": self.code(), "message": message, "param": self.param() } })
     }
 
-    pub(crate) fn reason(&self) -> Reason {
+    pub(crate) fn reason(&self) -> ErrorDetail {
         let (code, param) = (self.code(), self.param().map(Into::into));
-        Reason { code, message: self.to_string(), param }
+        ErrorDetail { code, message: self.to_string(), param }
     }
 
     pub(crate) fn response(&self) -> Response {
@@ -194,11 +196,11 @@ impl ApiError {
 }
 
 /// Puts an error into the words of another dialect; other responses pass as they are.
-pub(crate) fn rephrase(
+pub(crate) fn map_error_body(
     response: Response,
-    describe: impl FnOnce(StatusCode, &Reason) -> Value,
+    describe: impl FnOnce(StatusCode, &ErrorDetail) -> Value,
 ) -> Response {
-    let Some(reason) = response.extensions().get::<Reason>() else { return response };
+    let Some(reason) = response.extensions().get::<ErrorDetail>() else { return response };
     let body = describe(response.status(), reason).to_string();
     let (mut head, _) = response.into_parts();
     head.headers.remove(CONTENT_LENGTH);

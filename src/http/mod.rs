@@ -18,4 +18,4 @@ mod store;
 
 pub use connections::listen;
 pub use router::router;
-pub use state::{Key, Settings};
+pub use state::{ApiKey, HttpConfig};

@@ -11,13 +11,13 @@ use super::error::ApiError;
 use super::middleware::cors::cors;
 use super::middleware::observe::observe;
 use super::middleware::{auth, sagemaker_route};
-use super::state::{AppState, Key, Settings};
+use super::state::{ApiKey, AppState, HttpConfig};
 use super::{a1111, admin, invocations, openai, page};
-use crate::registry::Models;
+use crate::registry::ModelRegistry;
 
 /// Every route of the server. Those behind the lock need a key where keys are configured.
-pub fn router(models: Models, settings: Settings) -> Router {
-    let keys: Arc<[Key]> = settings.api_keys.as_slice().into();
+pub fn router(models: ModelRegistry, settings: HttpConfig) -> Router {
+    let keys: Arc<[ApiKey]> = settings.api_keys.as_slice().into();
     let lock = || from_fn_with_state(Arc::clone(&keys), auth::require);
     let cors = option_layer(cors(&settings.cors_origins));
     let state = AppState::new(models, settings);

@@ -11,15 +11,15 @@ use axum::http::HeaderValue;
 use tokio::sync::Semaphore;
 
 use super::error::ApiError;
-use super::store::{Checkpoint, JobStore, Shelf, Underway};
-use crate::engine::{Engine, Failure};
+use super::store::{InFlight, JobStore, SelectedCheckpoint, UrlStore};
+use crate::engine::{Engine, JobError};
 use crate::image::Hashes;
-use crate::registry::{Chosen, Models, Refusal};
+use crate::registry::{ModelLease, ModelRegistry, RegistryError};
 use crate::request::Limits;
 
 /// The bounds of the HTTP side.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct HttpConfig {
     /// What one request may ask for.
     pub limits: Limits,
     /// Length of a body.
@@ -47,16 +47,16 @@ pub struct Settings {
     /// Whether prompts may appear in the log.
     pub log_prompts: bool,
     /// Who may come in; everyone when there are none.
-    pub api_keys: Vec<Key>,
+    pub api_keys: Vec<ApiKey>,
     /// The web pages that may call from a browser; `*` stands for all.
     pub cors_origins: Vec<HeaderValue>,
 }
 
 /// A key that opens the routes of `/v1` and `/sdapi`. It does not show itself.
 #[derive(Clone)]
-pub struct Key(Box<str>);
+pub struct ApiKey(Box<str>);
 
-impl FromStr for Key {
+impl FromStr for ApiKey {
     type Err = String;
 
     fn from_str(key: &str) -> Result<Self, String> {
@@ -67,15 +67,15 @@ impl FromStr for Key {
     }
 }
 
-impl Key {
+impl ApiKey {
     pub(crate) fn as_bytes(&self) -> &[u8] {
         self.0.as_bytes()
     }
 }
 
-impl fmt::Debug for Key {
+impl fmt::Debug for ApiKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Key(..)")
+        f.write_str("ApiKey(..)")
     }
 }
 
@@ -84,55 +84,55 @@ impl fmt::Debug for Key {
 pub(crate) struct AppState {
     /// The model that the request means.
     pub(crate) engine: Engine,
-    _chosen: Option<Chosen>,
-    shared: Arc<Shared>,
+    _chosen: Option<ModelLease>,
+    shared: Arc<AppShared>,
 }
 
 /// The part that is the same for every model.
 #[derive(Debug)]
-pub(crate) struct Shared {
-    pub(crate) models: Models,
-    pub(crate) settings: Settings,
+pub(crate) struct AppShared {
+    pub(crate) models: ModelRegistry,
+    pub(crate) settings: HttpConfig,
     /// A permit for each request in service: bodies and pictures take memory.
-    pub(crate) gate: Arc<Semaphore>,
+    pub(crate) request_slots: Arc<Semaphore>,
     /// A permit for each request whose fields are being read.
-    pub(crate) readers: Arc<Semaphore>,
+    pub(crate) decode_slots: Arc<Semaphore>,
     pub(crate) jobs: Arc<JobStore>,
-    pub(crate) shelf: Shelf,
-    pub(crate) underway: Underway,
-    pub(crate) checkpoint: Checkpoint,
+    pub(crate) urls: UrlStore,
+    pub(crate) in_flight: InFlight,
+    pub(crate) checkpoint: SelectedCheckpoint,
     pub(crate) hashes: Hashes,
 }
 
 impl Deref for AppState {
-    type Target = Shared;
+    type Target = AppShared;
 
-    fn deref(&self) -> &Shared {
+    fn deref(&self) -> &AppShared {
         &self.shared
     }
 }
 
 impl AppState {
-    pub(crate) fn new(models: Models, settings: Settings) -> Self {
+    pub(crate) fn new(models: ModelRegistry, settings: HttpConfig) -> Self {
         let readers = thread::available_parallelism().map_or(1, usize::from);
-        let (jobs, underway, checkpoint, hashes) = Default::default();
-        let shared = Shared {
-            gate: Arc::new(Semaphore::new(settings.max_requests)),
-            readers: Arc::new(Semaphore::new(readers)),
+        let (jobs, in_flight, checkpoint, hashes) = Default::default();
+        let shared = AppShared {
+            request_slots: Arc::new(Semaphore::new(settings.max_requests)),
+            decode_slots: Arc::new(Semaphore::new(readers)),
             jobs,
-            shelf: Shelf::new(settings.url_retention, settings.max_url_bytes),
-            underway,
+            urls: UrlStore::new(settings.url_retention, settings.max_url_bytes),
+            in_flight,
             checkpoint,
             hashes,
             models,
             settings,
         };
-        let engine = shared.models.first().clone();
+        let engine = shared.models.default_engine().clone();
         Self { engine, _chosen: None, shared: Arc::new(shared) }
     }
 
     /// The same for a request that means another model.
-    pub(crate) fn on(&self, chosen: Chosen) -> Self {
+    pub(crate) fn on(&self, chosen: ModelLease) -> Self {
         let engine = chosen.engine.clone();
         Self { engine, _chosen: Some(chosen), shared: Arc::clone(&self.shared) }
     }
@@ -141,7 +141,7 @@ impl AppState {
     pub(crate) async fn choose(&self, name: &str) -> Result<Self, ApiError> {
         match self.models.choose(name).await {
             Ok(chosen) => Ok(self.on(chosen)),
-            Err(Refusal::Unknown(name)) => Err(ApiError::NoModel(name)),
+            Err(RegistryError::Unknown(name)) => Err(ApiError::NoModel(name)),
             Err(other) => Err(other.into()),
         }
     }
@@ -154,7 +154,7 @@ impl AppState {
                 names.retain(|name| *name != model.name);
                 names.insert(0, model.name.clone());
             }
-            Err(Failure::Absent) => {}
+            Err(JobError::Absent) => {}
             Err(failure) => return Err(failure.into()),
         }
         Ok(names)

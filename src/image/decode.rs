@@ -33,7 +33,7 @@ pub fn decode(file: &[u8], max_pixels: usize) -> Result<DynamicImage, String> {
 
 /// The pixels of a picture in a size, by Lanczos' filter where it has another one. Transparency is
 /// passed over, as diffusers does.
-pub fn fit(image: &DynamicImage, size: Size) -> Rgb {
+pub fn resize_to(image: &DynamicImage, size: Size) -> Rgb {
     let (width, height) = (size.width(), size.height());
     Rgb { width, height, data: resized(image, size).into_rgb8().into_raw() }
 }

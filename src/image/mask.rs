@@ -19,7 +19,7 @@ pub fn mask(
 }
 
 /// White where a picture is transparent; nothing where it is not.
-pub fn holes(image: &DynamicImage) -> Option<GrayImage> {
+pub fn transparency_mask(image: &DynamicImage) -> Option<GrayImage> {
     let rgba = image.color().has_alpha().then(|| image.to_rgba8())?;
     let mut mask = GrayImage::new(rgba.width(), rgba.height());
     for (hole, pixel) in mask.pixels_mut().zip(rgba.pixels()) {

@@ -10,9 +10,9 @@ mod infotext;
 mod mask;
 
 pub use blur::blurred;
-pub use decode::{decode, fit, fit_mask};
+pub use decode::{decode, fit_mask, resize_to};
 pub use encode::{Format, JPEG_QUALITY, encode};
 pub use hashes::Hashes;
 pub use infotext::infotext;
 pub(crate) use infotext::{LORA_HASHES, find, hires_parameters, parse};
-pub use mask::{holes, inverted, mask};
+pub use mask::{inverted, mask, transparency_mask};

@@ -10,7 +10,7 @@ use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::{Value, json};
 
-use super::error::Invalid;
+use super::error::ValidationError;
 
 /// Fields of one request, known or not.
 const MAX_FIELDS: usize = 256;
@@ -69,10 +69,10 @@ impl Fields {
     }
 
     /// A JSON object.
-    pub fn json(text: &str) -> Result<Self, Invalid> {
+    pub fn json(text: &str) -> Result<Self, ValidationError> {
         // serde_json would quote a string that stands there, and so what a user typed.
         if !text.trim_ascii_start().starts_with('{') {
-            return Err(Invalid::body("the body is not a JSON object"));
+            return Err(ValidationError::body("the body is not a JSON object"));
         }
         let mut reader = serde_json::Deserializer::from_str(text);
         let values = reader.deserialize_map(Pairs).and_then(|values| {
@@ -85,7 +85,9 @@ impl Fields {
                 typed: true,
                 record: None,
             }),
-            Err(error) => Err(Invalid::body(format!("the body is not a JSON object: {error}"))),
+            Err(error) => {
+                Err(ValidationError::body(format!("the body is not a JSON object: {error}")))
+            }
         }
     }
 
@@ -145,12 +147,15 @@ impl Fields {
     }
 
     /// Takes a field out under the name that the client used. JSON's null means absent.
-    pub(crate) fn take(&mut self, names: &[&str]) -> Result<Option<(String, Value)>, Invalid> {
+    pub(crate) fn take(
+        &mut self,
+        names: &[&str],
+    ) -> Result<Option<(String, Value)>, ValidationError> {
         let mut taken = None;
         for name in names {
             for field in self.values.extract_if(.., |field| field.key == *name) {
                 if taken.is_some() {
-                    return Err(Invalid::malformed(&field.spelt, "is given twice"));
+                    return Err(ValidationError::malformed(&field.spelt, "is given twice"));
                 }
                 taken = Some((field.spelt, field.value));
             }
@@ -163,18 +168,22 @@ impl Fields {
         &mut self,
         names: &[&'static str],
         max: usize,
-    ) -> Result<Option<String>, Invalid> {
+    ) -> Result<Option<String>, ValidationError> {
         self.note(names, || json!({ "type": "string" }));
         match self.take(names)? {
             None => Ok(None),
             Some((name, Value::String(text))) if text.len() > max => {
                 let bytes = text.len();
-                Err(Invalid::range(&name, format!("has {bytes} bytes; at most {max} are allowed")))
+                Err(ValidationError::range(
+                    &name,
+                    format!("has {bytes} bytes; at most {max} are allowed"),
+                ))
             }
             Some((_, Value::String(text))) => Ok(Some(text)),
-            Some((name, other)) => {
-                Err(Invalid::malformed(&name, format!("must be a string, not {}", kind(&other))))
-            }
+            Some((name, other)) => Err(ValidationError::malformed(
+                &name,
+                format!("must be a string, not {}", kind(&other)),
+            )),
         }
     }
 
@@ -182,7 +191,7 @@ impl Fields {
         &mut self,
         names: &[&'static str],
         range: RangeInclusive<u64>,
-    ) -> Result<Option<u64>, Invalid> {
+    ) -> Result<Option<u64>, ValidationError> {
         self.note(
             names,
             || json!({ "type": "integer", "minimum": range.start(), "maximum": range.end() }),
@@ -191,11 +200,14 @@ impl Fields {
         let value = self.numeral(&name, value, "a whole number")?;
         let in_range = value.as_u64().filter(|whole| range.contains(whole));
         if value.as_f64().is_some_and(|value| value.fract() != 0.0) {
-            return Err(Invalid::malformed(&name, format!("must be a whole number, not {value}")));
+            return Err(ValidationError::malformed(
+                &name,
+                format!("must be a whole number, not {value}"),
+            ));
         }
         in_range.map(Some).ok_or_else(|| {
             let (low, high) = range.into_inner();
-            Invalid::range(&name, format!("must be from {low} to {high}, not {value}"))
+            ValidationError::range(&name, format!("must be from {low} to {high}, not {value}"))
         })
     }
 
@@ -203,7 +215,7 @@ impl Fields {
         &mut self,
         names: &[&'static str],
         range: RangeInclusive<f64>,
-    ) -> Result<Option<f64>, Invalid> {
+    ) -> Result<Option<f64>, ValidationError> {
         self.note(
             names,
             || json!({ "type": "number", "minimum": range.start(), "maximum": range.end() }),
@@ -212,7 +224,7 @@ impl Fields {
         let value = self.numeral(&name, value, "a number")?;
         value.as_f64().filter(|number| range.contains(number)).map(Some).ok_or_else(|| {
             let (low, high) = range.into_inner();
-            Invalid::range(&name, format!("must be from {low} to {high}, not {value}"))
+            ValidationError::range(&name, format!("must be from {low} to {high}, not {value}"))
         })
     }
 
@@ -222,31 +234,39 @@ impl Fields {
         name: &str,
         value: Value,
         wanted: &str,
-    ) -> Result<serde_json::Number, Invalid> {
+    ) -> Result<serde_json::Number, ValidationError> {
         match value {
             Value::Number(number) => Ok(number),
-            Value::String(text) if !self.typed => serde_json::from_str(text.trim())
-                .map_err(|_| Invalid::malformed(name, format!("must be {wanted}, not {text:?}"))),
-            other => {
-                Err(Invalid::malformed(name, format!("must be {wanted}, not {}", kind(&other))))
-            }
+            Value::String(text) if !self.typed => serde_json::from_str(text.trim()).map_err(|_| {
+                ValidationError::malformed(name, format!("must be {wanted}, not {text:?}"))
+            }),
+            other => Err(ValidationError::malformed(
+                name,
+                format!("must be {wanted}, not {}", kind(&other)),
+            )),
         }
     }
 
-    pub(crate) fn flag(&mut self, names: &[&'static str]) -> Result<Option<bool>, Invalid> {
+    pub(crate) fn flag(&mut self, names: &[&'static str]) -> Result<Option<bool>, ValidationError> {
         self.note(names, || json!({ "type": "boolean" }));
         match self.take(names)? {
             None => Ok(None),
             Some((_, Value::Bool(flag))) => Ok(Some(flag)),
             Some((name, Value::String(text))) if !self.typed => {
                 let flag = text.trim().parse().map_err(|_| {
-                    Invalid::malformed(&name, format!("must be true or false, not {text:?}"))
+                    ValidationError::malformed(
+                        &name,
+                        format!("must be true or false, not {text:?}"),
+                    )
                 })?;
                 Ok(Some(flag))
             }
             Some((name, other)) => {
                 let found = kind(&other);
-                Err(Invalid::malformed(&name, format!("must be true or false, not {found}")))
+                Err(ValidationError::malformed(
+                    &name,
+                    format!("must be true or false, not {found}"),
+                ))
             }
         }
     }
@@ -254,17 +274,18 @@ impl Fields {
     pub(super) fn choice<T: std::str::FromStr<Err = String>>(
         &mut self,
         names: &[&'static str],
-    ) -> Result<Option<T>, Invalid> {
+    ) -> Result<Option<T>, ValidationError> {
         self.note(names, || json!({ "type": "string" }));
         match self.take(names)? {
             None => Ok(None),
             Some((name, Value::String(text))) => text
                 .parse()
                 .map(Some)
-                .map_err(|reason| Invalid::range(&name, format!("is an {reason}"))),
-            Some((name, other)) => {
-                Err(Invalid::malformed(&name, format!("must be a string, not {}", kind(&other))))
-            }
+                .map_err(|reason| ValidationError::range(&name, format!("is an {reason}"))),
+            Some((name, other)) => Err(ValidationError::malformed(
+                &name,
+                format!("must be a string, not {}", kind(&other)),
+            )),
         }
     }
 
@@ -273,22 +294,25 @@ impl Fields {
         &mut self,
         names: &[&'static str],
         words: &[&'static str],
-    ) -> Result<Option<&'static str>, Invalid> {
+    ) -> Result<Option<&'static str>, ValidationError> {
         self.note(names, || json!({ "type": "string", "enum": words }));
         let Some((name, value)) = self.take(names)? else { return Ok(None) };
         words.iter().find(|word| value == **word).map(|word| Some(*word)).ok_or_else(|| {
-            Invalid::range(&name, format!("must be one of {}, not {value}", words.join(", ")))
+            ValidationError::range(
+                &name,
+                format!("must be one of {}, not {value}", words.join(", ")),
+            )
         })
     }
 
     /// What nobody took is a mistake that the client should hear of.
-    pub(super) fn finish(self) -> Result<(), Invalid> {
+    pub(super) fn finish(self) -> Result<(), ValidationError> {
         match self.values.into_iter().next() {
             None => Ok(()),
             Some(Field { spelt, .. }) => {
                 let name: String = spelt.chars().take(64).collect();
                 let message = format!("unknown field {name:?}");
-                Err(Invalid::Malformed { param: Some(name), message })
+                Err(ValidationError::Malformed { param: Some(name), message })
             }
         }
     }
@@ -307,12 +331,12 @@ pub(crate) fn kind(value: &Value) -> &'static str {
 }
 
 /// A picture's file out of base64, bare or as a data URL, in lines or in one.
-pub(crate) fn file(name: &str, mut text: String) -> Result<Vec<u8>, Invalid> {
+pub(crate) fn file(name: &str, mut text: String) -> Result<Vec<u8>, ValidationError> {
     if let Some(comma) = text.starts_with("data:").then(|| text.find(',')).flatten() {
         text.drain(..=comma);
     }
     text.retain(|c| !c.is_ascii_whitespace());
-    let broken = |error| Invalid::malformed(name, format!("is not base64: {error}"));
+    let broken = |error| ValidationError::malformed(name, format!("is not base64: {error}"));
     BASE64.decode(text).map_err(broken)
 }
 

@@ -12,7 +12,7 @@ use sd_models::{Hires, Img2Img, Loras, ModelInfo, PromptSyntax, Scheduler, Size,
 use serde_json::{Value, json};
 
 use crate::image::{self, Format};
-pub use error::Invalid;
+pub use error::ValidationError;
 pub use fields::Fields;
 pub(crate) use fields::{Described, file, kind};
 
@@ -38,7 +38,7 @@ pub struct Limits {
     pub max_pixels: usize,
     /// Sampler steps.
     pub max_steps: usize,
-    /// Pictures of one request.
+    /// Images of one request.
     pub max_images: usize,
     /// Length of each prompt in bytes.
     pub max_prompt_bytes: usize,
@@ -70,11 +70,11 @@ impl Draw {
         limits: &Limits,
         model: &ModelInfo,
         dice: impl FnOnce() -> u64,
-    ) -> Result<Self, Invalid> {
+    ) -> Result<Self, ValidationError> {
         let defaults = &model.defaults;
         let max_prompt = limits.max_prompt_bytes;
         let Some(prompt) = fields.text(&["prompt"], max_prompt)? else {
-            return Err(Invalid::malformed("prompt", "is required"));
+            return Err(ValidationError::malformed("prompt", "is required"));
         };
         let negative_prompt = fields.text(&["negative_prompt"], max_prompt)?.unwrap_or_default();
         let pictures = fields.pictures(limits.max_input_pixels)?;
@@ -110,14 +110,14 @@ impl Draw {
         };
         if let Err(error) = model.check(&spec) {
             return Err(match error {
-                sd_models::Error::Spec { field, reason } => Invalid::range(field, reason),
-                other => Invalid::body(other.to_string()),
+                sd_models::Error::Spec { field, reason } => ValidationError::range(field, reason),
+                other => ValidationError::body(other.to_string()),
             });
         }
         let named = spec.text().map_or(0, |(_, named)| named.len());
         if spec.loras.len() + named > limits.max_loras {
             let reason = format!("names too many LoRAs: {} are allowed", limits.max_loras);
-            return Err(Invalid::range("prompt", reason));
+            return Err(ValidationError::range("prompt", reason));
         }
         Ok(Self { spec, count: count as usize, format, stream, preview })
     }
@@ -134,15 +134,15 @@ impl Draw {
     }
 }
 
-/// Pictures that came in with a request.
+/// Images that came in with a request.
 #[derive(Debug)]
-struct Pictures {
+struct InputImages {
     image: DynamicImage,
     mask: Option<DynamicImage>,
     strength: f64,
 }
 
-impl Pictures {
+impl InputImages {
     /// The picture's own size in whole multiples of what the model can draw; what is larger than
     /// `max_pixels` is made smaller in its shape.
     fn size(&self, max_pixels: usize, model: &ModelInfo) -> Size {
@@ -154,7 +154,7 @@ impl Pictures {
 
     fn start(&self, size: Size) -> Img2Img {
         Img2Img {
-            picture: image::fit(&self.image, size),
+            picture: image::resize_to(&self.image, size),
             strength: self.strength,
             mask: self.mask.as_ref().map(|mask| image::fit_mask(mask, size)),
         }
@@ -163,7 +163,7 @@ impl Pictures {
 
 impl Fields {
     /// A list of LoRAs, each with its name and how much it counts; in a form the JSON text of one.
-    fn loras(&mut self, max: usize) -> Result<Loras, Invalid> {
+    fn loras(&mut self, max: usize) -> Result<Loras, ValidationError> {
         #[derive(serde::Deserialize)]
         #[serde(deny_unknown_fields)]
         struct Lora {
@@ -184,10 +184,11 @@ impl Fields {
             value => serde_json::from_value(value),
         };
         let form = r#"must be a list such as [{"name": "a", "scale": 0.8}]"#;
-        let list = list.map_err(|error| Invalid::malformed(&field, format!("{form}: {error}")))?;
+        let list =
+            list.map_err(|error| ValidationError::malformed(&field, format!("{form}: {error}")))?;
         if list.len() > max {
             let reason = format!("has {} entries; at most {max} are allowed", list.len());
-            return Err(Invalid::range(&field, reason));
+            return Err(ValidationError::range(&field, reason));
         }
         list.into_iter()
             .map(|Lora { name, scale }| {
@@ -197,22 +198,23 @@ impl Fields {
                     let most = MAX_LORA_SCALE;
                     format!("of {name:?} must have a scale from -{most} to {most}, not {scale}")
                 };
-                if fits { Ok((name, scale)) } else { Err(Invalid::range(&field, reason())) }
+                if fits { Ok((name, scale)) } else { Err(ValidationError::range(&field, reason())) }
             })
             .collect()
     }
 
     /// The picture to begin with and what belongs to it.
-    fn pictures(&mut self, max_pixels: usize) -> Result<Option<Pictures>, Invalid> {
+    fn pictures(&mut self, max_pixels: usize) -> Result<Option<InputImages>, ValidationError> {
         let image = self.picture(&["image", "init_image"], max_pixels)?;
         let mask = self.picture(&["mask", "mask_image"], max_pixels)?;
         let strength = self.number(&["strength"], 0.0..=1.0)?;
         let Some(image) = image else {
             let idle = mask.map(|_| "mask").or(strength.map(|_| "strength"));
-            let lonely = |field| Err(Invalid::malformed(field, "is of no use without image"));
+            let lonely =
+                |field| Err(ValidationError::malformed(field, "is of no use without image"));
             return idle.map_or(Ok(None), lonely);
         };
-        Ok(Some(Pictures { image, mask, strength: strength.unwrap_or(DEFAULT_STRENGTH) }))
+        Ok(Some(InputImages { image, mask, strength: strength.unwrap_or(DEFAULT_STRENGTH) }))
     }
 
     /// A picture file in base64, bare or as a data URL.
@@ -220,21 +222,21 @@ impl Fields {
         &mut self,
         names: &[&'static str],
         max_pixels: usize,
-    ) -> Result<Option<DynamicImage>, Invalid> {
+    ) -> Result<Option<DynamicImage>, ValidationError> {
         self.note(names, || json!({ "type": "string", "contentEncoding": "base64" }));
         let (name, text) = match self.take(names)? {
             None => return Ok(None),
             Some((name, Value::String(text))) => (name, text),
             Some((name, other)) => {
                 let reason = format!("must be a string of base64, not {}", kind(&other));
-                return Err(Invalid::malformed(&name, reason));
+                return Err(ValidationError::malformed(&name, reason));
             }
         };
         let image = image::decode(&file(&name, text)?, max_pixels);
-        image.map(Some).map_err(|reason| Invalid::range(&name, reason))
+        image.map(Some).map_err(|reason| ValidationError::range(&name, reason))
     }
 
-    fn size(&mut self, default: Size, max_pixels: usize) -> Result<Size, Invalid> {
+    fn size(&mut self, default: Size, max_pixels: usize) -> Result<Size, ValidationError> {
         let names = ["width", "height"].map(|name| self.spelt(name));
         let width = self.whole(&["width"], 8..=MAX_SIDE)?.unwrap_or(default.width() as u64);
         let height = self.whole(&["height"], 8..=MAX_SIDE)?.unwrap_or(default.height() as u64);
@@ -248,7 +250,7 @@ impl Fields {
         steps: usize,
         limits: &Limits,
         model: &ModelInfo,
-    ) -> Result<Option<Hires>, Invalid> {
+    ) -> Result<Option<Hires>, ValidationError> {
         let names = ["hires_width", "hires_height"].map(|name| self.spelt(name));
         let width = self.whole(&["hires_width"], 8..=MAX_SIDE)?;
         let height = self.whole(&["hires_height"], 8..=MAX_SIDE)?;
@@ -268,8 +270,9 @@ impl Fields {
                 let idle = own_steps.map(|_| "hires_steps");
                 let idle = idle.or(strength.map(|_| "hires_strength"));
                 let idle = idle.or(upscaler.map(|_| "hires_upscaler"));
-                let lonely =
-                    |field| Err(Invalid::malformed(field, "is of no use without hires_width"));
+                let lonely = |field| {
+                    Err(ValidationError::malformed(field, "is of no use without hires_width"))
+                };
                 return idle.map_or(Ok(None), lonely);
             }
         };
@@ -287,11 +290,11 @@ fn size(
     names: &[String; 2],
     [width, height]: [u64; 2],
     max_pixels: usize,
-) -> Result<Size, Invalid> {
+) -> Result<Size, ValidationError> {
     for (name, side) in names.iter().zip([width, height]) {
         if side % 8 != 0 {
             let reason = format!("must be a multiple of 8, not {side}");
-            return Err(Invalid::range(name, reason));
+            return Err(ValidationError::range(name, reason));
         }
     }
     let param = if width >= height { &names[0] } else { &names[1] };
@@ -299,6 +302,9 @@ fn size(
         .filter(|size| size.pixels() <= max_pixels)
         .ok_or_else(|| {
             let size = format!("{width}x{height}");
-            Invalid::range(param, format!("is too large: {size} exceeds {max_pixels} pixels"))
+            ValidationError::range(
+                param,
+                format!("is too large: {size} exceeds {max_pixels} pixels"),
+            )
         })
 }

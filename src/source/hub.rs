@@ -127,7 +127,8 @@ impl Download {
             .and_then(|listing| listing.map_err(|error| self.explain(error)))
             .with_context(|| format!("cannot fetch {name}"))?;
         let files: Vec<String> = listing.siblings.into_iter().map(|file| file.rfilename).collect();
-        let files = needed(&files, self.half, self.checking).with_context(|| name.clone())?;
+        let files =
+            files_to_fetch(&files, self.half, self.checking).with_context(|| name.clone())?;
 
         let present = Cache::new(self.hub.cache.clone()).repo(self.repo());
         let snapshot = present.pointer_path(&listing.sha);
@@ -136,7 +137,7 @@ impl Download {
                 continue;
             }
             info!(file, "fetching {} of {}", k + 1, files.len());
-            repo.download_with_progress(file, Meter(ProgressBar::new(0)))
+            repo.download_with_progress(file, DownloadBar(ProgressBar::new(0)))
                 .await
                 .map_err(|error| self.explain(error))
                 .with_context(|| format!("cannot fetch {file} of {name}"))?;
@@ -181,9 +182,9 @@ impl Download {
 
 /// The progress of one file, on a terminal only.
 #[derive(Clone)]
-struct Meter(ProgressBar);
+struct DownloadBar(ProgressBar);
 
-impl hf_hub::api::tokio::Progress for Meter {
+impl hf_hub::api::tokio::Progress for DownloadBar {
     async fn init(&mut self, size: usize, file: &str) {
         let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
         if let Ok(style) = ProgressStyle::with_template(style) {
@@ -233,12 +234,16 @@ fn has_all_shards(name: &str, names: &[String]) -> bool {
 }
 
 /// The files to fetch out of those that a repository has: safetensors only, one variant each.
-pub(crate) fn needed(files: &[String], half: bool, checking: SafetyMode) -> Result<Vec<String>> {
+pub(crate) fn files_to_fetch(
+    files: &[String],
+    half: bool,
+    checking: SafetyMode,
+) -> Result<Vec<String>> {
     let has = |name: &str| files.iter().any(|file| file == name);
     ensure!(has("model_index.json"), "not a diffusers model: it has no model_index.json");
-    let mut needed: Vec<String> = SMALL_FILES.map(String::from).into();
+    let mut files_to_fetch: Vec<String> = SMALL_FILES.map(String::from).into();
     let checked = checking != SafetyMode::Never && has("safety_checker/config.json");
-    needed.retain(|file| {
+    files_to_fetch.retain(|file| {
         has(file) && (checked || !file.starts_with(CHECKER.0) && file != PREPROCESSOR)
     });
     for (folder, stem) in NETWORKS.into_iter().chain(checked.then_some(CHECKER)) {
@@ -267,9 +272,9 @@ pub(crate) fn needed(files: &[String], half: bool, checking: SafetyMode) -> Resu
             false => "",
         };
         let none = || format!("{folder} has no safetensors weights{advice}");
-        needed.extend(weights.with_context(none)?);
+        files_to_fetch.extend(weights.with_context(none)?);
     }
-    Ok(needed)
+    Ok(files_to_fetch)
 }
 
 /// `owner/name` in the characters that the hub allows.
@@ -304,12 +309,12 @@ mod tests {
              unet/diffusion_pytorch_model.non_ema.safetensors
              vae/config.json vae/diffusion_pytorch_model.safetensors",
         );
-        let full = needed(&files, false, SafetyMode::Never).expect("complete");
+        let full = files_to_fetch(&files, false, SafetyMode::Never).expect("complete");
         assert!(full.contains(&"unet/diffusion_pytorch_model.safetensors".into()));
         assert_eq!(full.iter().filter(|f| f.ends_with(".safetensors")).count(), 3);
         assert!(!full.iter().any(|f| f.ends_with(".bin") || f.contains("safety")));
         assert!(!full.contains(&PREPROCESSOR.into()));
-        let half = needed(&files, true, SafetyMode::IfPresent).expect("complete");
+        let half = files_to_fetch(&files, true, SafetyMode::IfPresent).expect("complete");
         assert!(half.contains(&"unet/diffusion_pytorch_model.fp16.safetensors".into()));
         assert!(half.contains(&"vae/diffusion_pytorch_model.safetensors".into()));
         assert!(half.contains(&"safety_checker/model.safetensors".into()));
@@ -317,8 +322,8 @@ mod tests {
         assert_eq!(half.iter().filter(|f| f.ends_with(".safetensors")).count(), 4);
         let pickled: Vec<String> =
             files.into_iter().filter(|file| file != "safety_checker/model.safetensors").collect();
-        let error =
-            needed(&pickled, true, SafetyMode::IfPresent).expect_err("a checker by name only");
+        let error = files_to_fetch(&pickled, true, SafetyMode::IfPresent)
+            .expect_err("a checker by name only");
         assert!(error.to_string().contains("--safety-checker off"), "{error}");
     }
 
@@ -330,9 +335,9 @@ mod tests {
              unet/diffusion_pytorch_model-00002-of-00002.safetensors
              unet/diffusion_pytorch_model.safetensors.index.json",
         );
-        let unet = needed(&files, true, SafetyMode::IfPresent).expect("complete");
+        let unet = files_to_fetch(&files, true, SafetyMode::IfPresent).expect("complete");
         assert_eq!(unet.iter().filter(|f| f.starts_with("unet/")).count(), 3);
-        assert!(needed(&files[..2], false, SafetyMode::IfPresent).is_err());
+        assert!(files_to_fetch(&files[..2], false, SafetyMode::IfPresent).is_err());
         let names: Vec<String> =
             files.iter().filter_map(|f| f.strip_prefix("unet/")).map(Into::into).collect();
         assert!(has_all_shards(&names[0], &names));

@@ -12,13 +12,13 @@ use sd_models::{
 };
 
 pub(crate) use checkpoint::is_checkpoint;
-pub(crate) use hub::{Download, Hub, is_hub_id, needed};
+pub(crate) use hub::{Download, Hub, files_to_fetch, is_hub_id};
 
 /// A model, where it runs and where it may come from.
 #[derive(Debug, Clone)]
-pub struct Model {
+pub struct ModelConfig {
     /// Which model.
-    pub place: Place,
+    pub place: ModelLocation,
     /// A VAE in place of its own: a single file, or a directory with one in `vae/`.
     pub vae: Option<PathBuf>,
     /// The device.
@@ -35,7 +35,7 @@ pub struct Model {
     pub hub: Hub,
 }
 
-impl Model {
+impl ModelConfig {
     /// Bytes of a number of its weights.
     pub fn weight_bytes(&self) -> u64 {
         self.precision.weight_bytes(self.half())
@@ -49,7 +49,7 @@ impl Model {
 
 /// Where a model is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
+pub enum ModelLocation {
     /// In this binary.
     Demo,
     /// In a directory: in the diffusers layout, there or one level below, or as a single file.
@@ -66,13 +66,13 @@ pub enum Place {
 }
 
 /// Finds the files of the configured model, fetching them if need be. Not for async threads.
-pub(crate) fn locate(model: Model) -> Result<LoadOptions> {
+pub(crate) fn locate(model: ModelConfig) -> Result<LoadOptions> {
     let (half, checking) = (model.half(), model.checking);
     let source = match model.place {
-        Place::Demo => Source::Demo,
-        Place::Directory(path) => within(path, &model.hub)?,
-        Place::Checkpoint(file) => checkpoint::source(file, &model.hub)?,
-        Place::Hub { id, revision } => {
+        ModelLocation::Demo => Source::Demo,
+        ModelLocation::Directory(path) => within(path, &model.hub)?,
+        ModelLocation::Checkpoint(file) => checkpoint::source(file, &model.hub)?,
+        ModelLocation::Hub { id, revision } => {
             let download = Download { hub: model.hub, id, revision, half, checking };
             let cached = download.cached();
             Source::Directory(match cached {
@@ -85,12 +85,12 @@ pub(crate) fn locate(model: Model) -> Result<LoadOptions> {
         true => Source::Directory(path),
         false => Source::Checkpoint(Checkpoint { file: path, vocabulary: None }),
     });
-    let Model { device, precision, threads, add_ons, .. } = model;
+    let ModelConfig { device, precision, threads, add_ons, .. } = model;
     Ok(LoadOptions { source, vae, device, precision, safety: checking, threads, add_ons })
 }
 
 /// Loads the configured model. Not for async threads.
-pub(crate) fn load(model: Model) -> Result<Pipeline> {
+pub(crate) fn load(model: ModelConfig) -> Result<Pipeline> {
     Ok(Pipeline::load(&locate(model)?)?)
 }
 

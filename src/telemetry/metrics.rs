@@ -8,26 +8,26 @@ use std::fmt::{self, Write as _};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::{Id, TABLE};
+use super::{MetricId, TABLE};
 
 /// One row of the table.
 #[derive(Debug)]
 pub struct Metric {
     /// Which metric this is; its place in the table.
-    pub id: Id,
+    pub id: MetricId,
     /// The name; its last word but `total` is the unit.
     pub name: &'static str,
     /// One sentence.
     pub help: &'static str,
     /// How it is counted.
-    pub kind: Kind,
+    pub kind: MetricKind,
     /// Names of its labels.
     pub labels: &'static [&'static str],
 }
 
 /// How a metric is counted.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Kind {
+pub enum MetricKind {
     /// Only grows.
     Counter,
     /// Is what it is now.
@@ -59,18 +59,18 @@ impl Default for Metrics {
 
 impl Metrics {
     /// Counts one.
-    pub fn count(&self, id: Id, labels: &[&'static str]) {
+    pub fn count(&self, id: MetricId, labels: &[&'static str]) {
         self.update(id, labels, |series| series.value += 1.0);
     }
 
     /// Sets a gauge.
-    pub fn set(&self, id: Id, labels: &[&'static str], value: f64) {
+    pub fn set(&self, id: MetricId, labels: &[&'static str], value: f64) {
         self.update(id, labels, |series| series.value = value);
     }
 
     /// Puts a value into a histogram.
-    pub fn observe(&self, id: Id, labels: &[&'static str], value: f64) {
-        let Kind::Histogram(bounds) = TABLE[id as usize].kind else { return };
+    pub fn observe(&self, id: MetricId, labels: &[&'static str], value: f64) {
+        let MetricKind::Histogram(bounds) = TABLE[id as usize].kind else { return };
         self.update(id, labels, |series| {
             series.counts.resize(bounds.len() + 1, 0);
             series.counts[bounds.partition_point(|bound| *bound < value)] += 1;
@@ -79,11 +79,11 @@ impl Metrics {
     }
 
     /// Puts a duration into a histogram.
-    pub fn time(&self, id: Id, labels: &[&'static str], duration: Duration) {
+    pub fn time(&self, id: MetricId, labels: &[&'static str], duration: Duration) {
         self.observe(id, labels, duration.as_secs_f64());
     }
 
-    fn update(&self, id: Id, labels: &[&'static str], change: impl FnOnce(&mut Series)) {
+    fn update(&self, id: MetricId, labels: &[&'static str], change: impl FnOnce(&mut Series)) {
         debug_assert_eq!(labels.len(), TABLE[id as usize].labels.len(), "{id:?}");
         let mut family = lock(&self.families[id as usize]);
         match family.get_mut(labels) {
@@ -103,9 +103,9 @@ impl fmt::Display for Metrics {
         for (metric, family) in TABLE.iter().zip(&self.families) {
             let family = lock(family);
             let kind = match metric.kind {
-                Kind::Counter => "counter",
-                Kind::Gauge => "gauge",
-                Kind::Histogram(_) => "histogram",
+                MetricKind::Counter => "counter",
+                MetricKind::Gauge => "gauge",
+                MetricKind::Histogram(_) => "histogram",
             };
             writeln!(f, "# HELP {} {}\n# TYPE {} {kind}", metric.name, metric.help, metric.name)?;
             for (values, series) in family.iter() {
@@ -119,7 +119,7 @@ impl fmt::Display for Metrics {
 impl Metric {
     fn write(&self, f: &mut fmt::Formatter<'_>, values: &[&str], series: &Series) -> fmt::Result {
         let name = self.name;
-        let Kind::Histogram(bounds) = self.kind else {
+        let MetricKind::Histogram(bounds) = self.kind else {
             return writeln!(f, "{name}{} {}", self.tags(values, None), series.value);
         };
         let mut below = 0;
@@ -154,8 +154,8 @@ mod tests {
         for (place, metric) in TABLE.iter().enumerate() {
             assert_eq!(metric.id as usize, place, "{}", metric.name);
             assert!(metric.name.starts_with("sd_"));
-            assert_eq!(metric.name.ends_with("_total"), metric.kind == Kind::Counter);
-            if let Kind::Histogram(bounds) = metric.kind {
+            assert_eq!(metric.name.ends_with("_total"), metric.kind == MetricKind::Counter);
+            if let MetricKind::Histogram(bounds) = metric.kind {
                 assert!(bounds.is_sorted_by(|a, b| a < b), "{}", metric.name);
             }
         }
@@ -165,9 +165,9 @@ mod tests {
     fn histograms_are_cumulative() {
         let metrics = Metrics::default();
         for rows in [1.0, 2.0, 2.0, 1000.0] {
-            metrics.observe(Id::StepRows, &[], rows);
+            metrics.observe(MetricId::StepRows, &[], rows);
         }
-        metrics.count(Id::Requests, &["/ping", "ok"]);
+        metrics.count(MetricId::Requests, &["/ping", "ok"]);
         let text = metrics.to_string();
         for line in [
             "sd_requests_total{route=\"/ping\",outcome=\"ok\"} 1",

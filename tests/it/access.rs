@@ -31,9 +31,9 @@ fn request(server: &Server, method: &str, path: &str) -> Result<RequestBuilder> 
     Ok(Client::new().request(method, format!("{}{path}", server.url)))
 }
 
-fn keyed() -> http::Settings {
+fn keyed() -> http::HttpConfig {
     let key = |key: &str| key.parse().expect("a key");
-    http::Settings { api_keys: vec![key("sesame"), key("open")], ..HTTP }
+    http::HttpConfig { api_keys: vec![key("sesame"), key("open")], ..HTTP }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -97,7 +97,7 @@ async fn those_who_share_a_key_share_a_turn() -> Result<()> {
         engine.metrics().to_string().contains(&line)
     };
     let drawing = engine.submit(vec![spec(1, 1), spec(2, 1)])?;
-    wait_until(|| drawing.progress().borrow().begun == 2);
+    wait_until(|| drawing.progress().borrow().started == 2);
     let greedy = draw("sesame", 20, 4)?;
     wait_until(|| waiting(4));
     // The queue is full of one key's pictures: it gives way to the other's and not to its own.
@@ -112,7 +112,7 @@ async fn those_who_share_a_key_share_a_turn() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn foreign_pages_are_let_in_only_by_configuration() -> Result<()> {
     let (engine, _strings) = ready().await;
-    let header = async |settings: http::Settings, origin: &str, method: &str| {
+    let header = async |settings: http::HttpConfig, origin: &str, method: &str| {
         let server = Server::start(engine.clone(), settings, LONG).await;
         let request = request(&server, method, "/v1/jobs")?;
         let request = request.header("origin", origin);
@@ -128,7 +128,7 @@ async fn foreign_pages_are_let_in_only_by_configuration() -> Result<()> {
     assert_eq!(header(HTTP, page, "OPTIONS").await?, (204, None));
     let cors = |origin: &'static str| {
         let cors_origins = vec![http_header(origin), http_header("https://other.example")];
-        http::Settings { cors_origins, ..keyed() }
+        http::HttpConfig { cors_origins, ..keyed() }
     };
     // A browser sends no key with its question, only with what follows.
     assert_eq!(header(cors(page), page, "OPTIONS").await?, (200, Some(page.into())));

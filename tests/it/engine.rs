@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use sd_models::{Size, Spec};
-use sd_server::engine::{Engine, Failure, Job, Phase};
+use sd_server::engine::{Engine, EngineState, Job, JobError};
 use sd_server::http;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -30,7 +30,7 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    pub(crate) async fn start(engine: Engine, settings: http::Settings, drain: Duration) -> Self {
+    pub(crate) async fn start(engine: Engine, settings: http::HttpConfig, drain: Duration) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
         let (shutdown, stop) = oneshot::channel::<()>();
@@ -105,8 +105,8 @@ async fn a_panic_of_the_model_is_answered_and_ends_the_server() -> Result<()> {
     for request in [drawing, waiting] {
         assert_eq!(request.await?, (500, "model_failed".into()));
     }
-    assert!(matches!(engine.phase(), Phase::Dead(_)));
-    assert_eq!(engine.submit(vec![spec(1, 1)]).err(), Some(Failure::Model));
+    assert!(matches!(engine.state(), EngineState::Dead(_)));
+    assert_eq!(engine.submit(vec![spec(1, 1)]).err(), Some(JobError::Model));
     assert!(server.ended.await?.expect_err("it is dead").to_string().contains("panicked"));
     Ok(())
 }
@@ -192,8 +192,8 @@ async fn shutdown_finishes_what_was_accepted() -> Result<()> {
     let accepted = server.draw("a cat", "");
     strings.step();
     server.stop();
-    wait_until(|| matches!(engine.phase(), Phase::Draining));
-    assert_eq!(engine.submit(vec![spec(1, 1)]).err(), Some(Failure::Stopping));
+    wait_until(|| matches!(engine.state(), EngineState::Draining));
+    assert_eq!(engine.submit(vec![spec(1, 1)]).err(), Some(JobError::Stopping));
     assert_eq!(server.ping().await, 503);
     assert_eq!(server.draw("a dog", "").await?, (503, "shutting_down".into()));
     drop(strings.permits);
@@ -211,7 +211,7 @@ async fn a_job_is_finished_before_the_end_and_told_to_those_who_ask() -> Result<
     let path = reply.headers()["location"].to_str()?.to_owned();
     strings.step();
     server.stop();
-    wait_until(|| matches!(engine.phase(), Phase::Draining));
+    wait_until(|| matches!(engine.state(), EngineState::Draining));
     let state = client.get(format!("{}{path}", server.url)).send().await?;
     assert!(state.text().await?.contains("running"));
     drop(strings.permits);
@@ -234,7 +234,7 @@ async fn what_does_not_fit_in_the_drain_timeout_is_503() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_late_picture_is_504_and_its_rows_are_freed() -> Result<()> {
     let (engine, strings) = ready().await;
-    let settings = http::Settings { request_timeout: Duration::from_millis(100), ..HTTP };
+    let settings = http::HttpConfig { request_timeout: Duration::from_millis(100), ..HTTP };
     let server = Server::start(engine.clone(), settings, LONG).await;
     assert_eq!(server.draw("a cat", r#","seed":1"#).await?, (504, "deadline".into()));
     let next = engine.submit(vec![spec(2, 2)])?;

@@ -179,14 +179,14 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
     }
 }
 
-pub(crate) const ENGINE: engine::Settings = engine::Settings {
+pub(crate) const ENGINE: engine::EngineConfig = engine::EngineConfig {
     max_queue: 4,
     max_batch_rows: 4,
     memory_budget_bytes: None,
     safety: engine::Safety::Blur,
 };
 
-pub(crate) const HTTP: http::Settings = http::Settings {
+pub(crate) const HTTP: http::HttpConfig = http::HttpConfig {
     limits: Limits {
         max_pixels: 1 << 20,
         max_steps: 150,

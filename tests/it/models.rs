@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use sd_models::{ModelInfo, Rgb, Spec};
-use sd_server::engine::{Device, Engine, Failure, Job, Model, Phase};
-use sd_server::registry::{Library, Models, Refusal, Settings};
+use sd_server::engine::{DeviceScheduler, Engine, EngineState, Job, JobError, Model};
+use sd_server::registry::{ModelLoader, ModelRegistry, RegistryConfig, RegistryError};
 use serde_json::{Value, json};
 
 use crate::fake::{ENGINE, Fake, FakeTrajectory, spec};
@@ -49,12 +49,12 @@ impl Model for Counted {
 /// Models whose weights take as many bytes as their path says; `broken` is none.
 #[derive(Clone, Default)]
 struct Shelf {
-    device: Device,
+    device: DeviceScheduler,
     alive: Arc<AtomicUsize>,
 }
 
-impl Library for Shelf {
-    fn weigh(&self, path: &Path) -> anyhow::Result<u64> {
+impl ModelLoader for Shelf {
+    fn estimate_bytes(&self, path: &Path) -> anyhow::Result<u64> {
         Ok(path.file_name().and_then(|name| name.to_str()).unwrap_or_default().parse()?)
     }
 
@@ -77,9 +77,9 @@ impl Library for Shelf {
     }
 }
 
-fn shelf(folder: Option<&Path>) -> (Models, Shelf) {
+fn shelf(folder: Option<&Path>) -> (ModelRegistry, Shelf) {
     let shelf = Shelf::default();
-    let settings = Settings {
+    let settings = RegistryConfig {
         max_models: 3,
         memory_bytes: Some(100),
         folder: folder.map(Path::to_owned),
@@ -87,32 +87,32 @@ fn shelf(folder: Option<&Path>) -> (Models, Shelf) {
         patience: Duration::from_secs(20),
     };
     let first = Engine::absent(&shelf.device, ENGINE);
-    (Models::new(first, shelf.clone(), settings), shelf)
+    (ModelRegistry::new(first, shelf.clone(), settings), shelf)
 }
 
-fn names(models: &Models) -> Vec<String> {
+fn names(models: &ModelRegistry) -> Vec<String> {
     models.loaded().into_iter().map(|model| model.name).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn models_are_loaded_while_there_is_room() {
     let (models, shelf) = shelf(None);
-    assert!(matches!(models.phase(), Phase::Absent));
-    assert_eq!(models.first().submit(vec![spec(1, 1)]).err(), Some(Failure::Absent));
+    assert!(matches!(models.state(), EngineState::Absent));
+    assert_eq!(models.default_engine().submit(vec![spec(1, 1)]).err(), Some(JobError::Absent));
     assert_eq!(models.load("a", "/60".into()).await, Ok(()));
-    assert_eq!(models.load("a", "/1".into()).await, Err(Refusal::Loaded("a".into())));
-    assert!(matches!(models.load("b", "/41".into()).await, Err(Refusal::NoRoom(_))));
+    assert_eq!(models.load("a", "/1".into()).await, Err(RegistryError::Loaded("a".into())));
+    assert!(matches!(models.load("b", "/41".into()).await, Err(RegistryError::NoRoom(_))));
     assert_eq!(models.load("b", "/40".into()).await, Ok(()));
-    assert!(matches!(models.load("c", "/broken".into()).await, Err(Refusal::Broken(_))));
+    assert!(matches!(models.load("c", "/broken".into()).await, Err(RegistryError::Broken(_))));
     assert_eq!(models.unload("a").await, Ok(()));
     assert_eq!(shelf.alive.load(Ordering::SeqCst), 1, "the memory is free when it returns");
-    assert_eq!(models.unload("a").await, Err(Refusal::Unknown("a".into())));
-    assert!(matches!(models.load("d", "/13".into()).await, Err(Refusal::NoRoom(_))));
+    assert_eq!(models.unload("a").await, Err(RegistryError::Unknown("a".into())));
+    assert!(matches!(models.load("d", "/13".into()).await, Err(RegistryError::NoRoom(_))));
     assert_eq!(names(&models), ["b"]);
     for name in ["e", "f"] {
         assert_eq!(models.load(name, "/1".into()).await, Ok(()));
     }
-    assert!(matches!(models.load("g", "/1".into()).await, Err(Refusal::NoRoom(_))));
+    assert!(matches!(models.load("g", "/1".into()).await, Err(RegistryError::NoRoom(_))));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -124,7 +124,7 @@ async fn unloading_finishes_what_was_accepted() {
     models.unload("a").await.expect("it was there");
     assert_eq!(shelf.alive.load(Ordering::SeqCst), 0);
     assert_eq!(ticket.wait().await.expect("finished").len(), 1);
-    assert_eq!(engine.submit(vec![spec(1, 1)]).err(), Some(Failure::Stopping));
+    assert_eq!(engine.submit(vec![spec(1, 1)]).err(), Some(JobError::Stopping));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -167,9 +167,12 @@ async fn the_model_used_longest_ago_makes_room() {
     drop(both);
     assert_eq!(shelf.alive.load(Ordering::SeqCst), 2);
     for unknown in ["7", "../50", "", "nobody"] {
-        assert!(matches!(models.choose(unknown).await, Err(Refusal::Unknown(_))), "{unknown}");
+        assert!(
+            matches!(models.choose(unknown).await, Err(RegistryError::Unknown(_))),
+            "{unknown}"
+        );
     }
-    assert!(matches!(models.choose("101").await, Err(Refusal::NoRoom(_))), "it never fits");
+    assert!(matches!(models.choose("101").await, Err(RegistryError::NoRoom(_))), "it never fits");
     assert_eq!(names(&models), ["48", "49"], "nobody goes in vain");
 }
 
@@ -185,7 +188,7 @@ async fn models_take_turns() {
     }
     let (a, b) = (tickets[0].progress(), tickets[1].progress());
     tokio::time::sleep(Duration::from_millis(300)).await;
-    let (a, b) = (a.borrow().made, b.borrow().made);
+    let (a, b) = (a.borrow().completed, b.borrow().completed);
     // The second came a moment later; from then on they share by time.
     assert!(a > 0 && b > 0 && a < 60 && a.abs_diff(b) <= 15, "{a} and {b}");
     for ticket in tickets {
@@ -200,8 +203,8 @@ async fn a_device_that_is_lost_is_lost_for_all() {
     let engine = models.get("a").expect("it is there").engine;
     let lost = Spec { prompt: "device lost".into(), ..spec(1, 1) };
     let ticket = engine.submit(vec![lost]).expect("room");
-    assert_eq!(ticket.wait().await.err(), Some(Failure::DeviceLost));
-    assert!(matches!(models.phase(), Phase::DeviceLost));
+    assert_eq!(ticket.wait().await.err(), Some(JobError::DeviceLost));
+    assert!(matches!(models.state(), EngineState::DeviceLost));
 }
 
 fn demo() -> PathBuf {

@@ -23,7 +23,7 @@ async fn post(server: &Server, body: &Value) -> Result<(u16, Value)> {
 }
 
 /// A server whose steps are free.
-async fn free(settings: http::Settings) -> Server {
+async fn free(settings: http::HttpConfig) -> Server {
     let (engine, _) = ready().await;
     Server::start(engine, settings, LONG).await
 }
@@ -83,7 +83,7 @@ async fn formats_and_their_quality() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_url_is_good_for_a_while() -> Result<()> {
     // Two of the fake's pictures fit on the shelf, three do not.
-    let server = free(http::Settings { max_url_bytes: 700, ..HTTP }).await;
+    let server = free(http::HttpConfig { max_url_bytes: 700, ..HTTP }).await;
     let draw = async |seed: u64| {
         let body = json!({ "prompt": "a cat", "seed": seed, "response_format": "url" });
         let (status, reply) = post(&server, &body).await?;
@@ -115,7 +115,7 @@ async fn a_url_is_good_for_a_while() -> Result<()> {
     }
 
     let short = std::time::Duration::from_millis(1);
-    let server = free(http::Settings { url_retention: short, ..HTTP }).await;
+    let server = free(http::HttpConfig { url_retention: short, ..HTTP }).await;
     let body = json!({ "prompt": "a cat", "response_format": "url" });
     let url = post(&server, &body).await?.1["data"][0]["url"].as_str().context("a URL")?.to_owned();
     tokio::time::sleep(2 * short).await;
@@ -225,7 +225,7 @@ async fn errors_have_openais_shape() -> Result<()> {
         assert!(error["message"].as_str().is_some_and(|message| message.len() > 10));
     }
     let key = "sesame".parse().expect("a key");
-    let server = free(http::Settings { api_keys: vec![key], ..HTTP }).await;
+    let server = free(http::HttpConfig { api_keys: vec![key], ..HTTP }).await;
     let (status, reply) = post(&server, &json!({})).await?;
     assert_eq!((status, &reply["error"]["type"]), (401, &"invalid_request_error".into()));
     Ok(())

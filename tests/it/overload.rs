@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use sd_models::{MemoryEstimate, Size, Spec};
-use sd_server::engine::{Client, Engine, Failure, Job, Settings};
+use sd_server::engine::{Client, Engine, EngineConfig, Job, JobError};
 use sd_server::http;
 
 use crate::engine::{LONG, Server, ready};
@@ -27,13 +27,13 @@ async fn retry_after_is_predicted_from_the_measured_speed() -> Result<()> {
     engine.submit(vec![spec(0, 20), spec(0, 20)])?.wait().await?;
     let drawing = engine.submit(vec![spec(1, 1000), spec(2, 1000)])?;
     let _waiting = {
-        wait_until(|| drawing.progress().borrow().begun == 2);
+        wait_until(|| drawing.progress().borrow().started == 2);
         let specs = (3..7).map(|seed| spec(seed, 1000)).collect::<Vec<_>>();
         engine.submit(Job { client: here(), ..Job::from(specs) })?
     };
     // Six pictures of 1000 steps of 20 ms, two at a time, are 60 s; room for one after a sixth.
     let one_more = Job { client: here(), ..Job::from(vec![spec(8, 1)]) };
-    let Err(Failure::Full { retry_after_s }) = engine.submit(one_more) else {
+    let Err(JobError::Full { retry_after_s }) = engine.submit(one_more) else {
         panic!("the queue is full")
     };
     assert!((8..40).contains(&retry_after_s), "{retry_after_s}");
@@ -43,7 +43,7 @@ async fn retry_after_is_predicted_from_the_measured_speed() -> Result<()> {
     assert_eq!(reply.status(), 429);
     let header: u64 = reply.headers()["retry-after"].to_str()?.parse()?;
     assert!(header.abs_diff(retry_after_s) <= retry_after_s / 2, "{header} {retry_after_s}");
-    engine.stop();
+    engine.abort();
     Ok(())
 }
 
@@ -52,11 +52,11 @@ async fn one_client_cannot_keep_others_out() -> Result<()> {
     let (engine, strings) = ready().await;
     let server = Server::start(engine.clone(), HTTP, LONG).await;
     let drawing = engine.submit(vec![spec(1, 1), spec(2, 1)])?;
-    wait_until(|| drawing.progress().borrow().begun == 2);
+    wait_until(|| drawing.progress().borrow().started == 2);
     let greedy = engine.submit(vec![spec(3, 1)])?;
     let newest = engine.submit((4..7).map(|seed| spec(seed, 1)).collect::<Vec<_>>())?;
     let newcomer = server.draw("a cat", r#","n":1"#);
-    assert!(matches!(newest.wait().await, Err(Failure::Full { .. })), "it made room");
+    assert!(matches!(newest.wait().await, Err(JobError::Full { .. })), "it made room");
     drop(strings.permits);
     assert_eq!(newcomer.await?.0, 200);
     assert_eq!((drawing.wait().await?.len(), greedy.wait().await?.len()), (2, 1));
@@ -67,7 +67,7 @@ async fn one_client_cannot_keep_others_out() -> Result<()> {
 async fn a_batch_that_does_not_fit_shrinks_and_everyone_is_drawn() -> Result<()> {
     let (mut fake, strings) = Fake::new();
     fake.capacity = 5;
-    let settings = Settings { max_batch_rows: 16, max_queue: 16, ..ENGINE };
+    let settings = EngineConfig { max_batch_rows: 16, max_queue: 16, ..ENGINE };
     let engine = Engine::start(settings, || Ok(fake))?;
     engine.ready().await?;
     let job = engine.submit((1..7).map(|seed| spec(seed, 3)).collect::<Vec<_>>())?;
@@ -75,7 +75,7 @@ async fn a_batch_that_does_not_fit_shrinks_and_everyone_is_drawn() -> Result<()>
     let broken = engine.submit(vec![broken])?;
     drop(strings.permits);
     assert_eq!(job.wait().await?.len(), 6);
-    assert_eq!(broken.wait().await.err(), Some(Failure::OutOfMemory));
+    assert_eq!(broken.wait().await.err(), Some(JobError::OutOfMemory));
     let steps = strings.steps.lock().expect("unpoisoned").clone();
     let of = |seed| steps.iter().filter(|step| step.contains(&seed)).count();
     assert!((1..7).all(|seed| of(seed) == 3), "each has made its steps, and once: {steps:?}");
@@ -89,11 +89,11 @@ async fn the_memory_budget_bounds_rows_and_refuses_what_can_never_fit() -> Resul
     let (mut fake, strings) = Fake::new();
     // A row of 64x64 takes 6400 bytes.
     fake.info.memory = MemoryEstimate { row_bytes: 100, scale: 8, ..MemoryEstimate::default() };
-    let settings = Settings { max_batch_rows: 16, memory_budget_bytes: Some(26_000), ..ENGINE };
+    let settings = EngineConfig { max_batch_rows: 16, memory_budget_bytes: Some(26_000), ..ENGINE };
     let engine = Engine::start(settings, || Ok(fake))?;
     engine.ready().await?;
     let large = Spec { size: Size::new(128, 128).expect("multiples"), ..spec(7, 1) };
-    assert_eq!(engine.submit(vec![large.clone()]).err(), Some(Failure::OutOfMemory));
+    assert_eq!(engine.submit(vec![large.clone()]).err(), Some(JobError::OutOfMemory));
     let without_guidance = Spec { guidance_scale: 1.0, ..large };
     let alone = engine.submit(vec![without_guidance])?;
     let three = engine.submit((1..4).map(|seed| spec(seed, 2)).collect::<Vec<_>>())?;
@@ -108,7 +108,7 @@ async fn the_memory_budget_bounds_rows_and_refuses_what_can_never_fit() -> Resul
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_may_ask_for_less_time_but_not_for_more() -> Result<()> {
     let (engine, strings) = ready().await;
-    let settings = http::Settings { request_timeout: Duration::from_secs(1), ..HTTP };
+    let settings = http::HttpConfig { request_timeout: Duration::from_secs(1), ..HTTP };
     let server = Server::start(engine, settings, LONG).await;
     let post = async |timeout: &str| -> Result<(u16, Duration)> {
         let request = reqwest::Client::new().post(format!("{}/invocations", server.url));
@@ -132,7 +132,7 @@ async fn a_request_may_ask_for_less_time_but_not_for_more() -> Result<()> {
 async fn connections_are_counted_and_silent_ones_are_closed() -> Result<()> {
     let (engine, _strings) = ready().await;
     let settings =
-        http::Settings { idle_timeout: Duration::from_millis(300), max_connections: 2, ..HTTP };
+        http::HttpConfig { idle_timeout: Duration::from_millis(300), max_connections: 2, ..HTTP };
     let server = Server::start(engine, settings, LONG).await;
     let address = server.url.replace("http://", "");
     let closed = tokio::task::spawn_blocking(move || -> Result<bool> {
@@ -158,7 +158,7 @@ async fn connections_are_counted_and_silent_ones_are_closed() -> Result<()> {
 async fn a_stream_may_last_longer_than_an_answer() -> Result<()> {
     let (engine, strings) = ready().await;
     let request_timeout = Duration::from_millis(200);
-    let settings = http::Settings { request_timeout, ..HTTP };
+    let settings = http::HttpConfig { request_timeout, ..HTTP };
     let server = Server::start(engine, settings, LONG).await;
     let client = reqwest::Client::new();
     let stream =

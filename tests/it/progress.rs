@@ -206,7 +206,7 @@ async fn a_job_that_made_room_for_another_client_is_drawn_later() -> Result<()> 
         engine.submit(Job { client: Client::named("other"), ..Job::from(specs) })
     };
     let drawing = other(1..3)?;
-    wait_until(|| drawing.progress().borrow().begun == 2);
+    wait_until(|| drawing.progress().borrow().started == 2);
     let reply = post(&server, "/v1/jobs", &json!({ "prompt": "a cat", "n": 4 })).await?;
     assert_eq!(reply.status(), 202);
     let path = reply.headers()["location"].to_str()?.to_owned();
@@ -223,7 +223,7 @@ async fn a_job_that_made_room_for_another_client_is_drawn_later() -> Result<()> 
 #[tokio::test(flavor = "multi_thread")]
 async fn jobs_are_bounded_in_number_and_time() -> Result<()> {
     let (engine, strings) = ready().await;
-    let settings = http::Settings { max_jobs: 2, job_retention: Duration::from_secs(2), ..HTTP };
+    let settings = http::HttpConfig { max_jobs: 2, job_retention: Duration::from_secs(2), ..HTTP };
     let server = Server::start(engine, settings, LONG).await;
     let body = json!({ "prompt": "a cat", "steps": 1 });
     let submit = async || -> Result<(u16, String)> {

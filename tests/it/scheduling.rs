@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use sd_models::{Size, Spec};
-use sd_server::engine::{Client, Engine, Failure, Job, Settings, Ticket};
+use sd_server::engine::{Client, Engine, EngineConfig, Job, JobError, Ticket};
 use tokio::time::Instant;
 
 use crate::engine::ready;
@@ -53,9 +53,9 @@ async fn end(ticket: Ticket, dice: u64) -> &'static str {
     };
     match result {
         Ok(_) => "drawn",
-        Err(Failure::OutOfMemory) => "out of memory",
-        Err(Failure::Full { .. }) => "evicted",
-        Err(Failure::Deadline) => "late",
+        Err(JobError::OutOfMemory) => "out of memory",
+        Err(JobError::Full { .. }) => "evicted",
+        Err(JobError::Deadline) => "late",
         Err(other) => panic!("{other}"),
     }
 }
@@ -68,7 +68,7 @@ async fn every_picture_of_a_random_trace_ends_exactly_once() -> Result<()> {
         fake.pace = Duration::from_micros(200);
         fake.capacity = [usize::MAX, 3, 5][seed as usize % 3];
         drop(strings.permits);
-        let settings = Settings { max_queue: 12, max_batch_rows: 8, ..ENGINE };
+        let settings = EngineConfig { max_queue: 12, max_batch_rows: 8, ..ENGINE };
         let engine = Engine::start(settings, || Ok(fake))?;
         engine.ready().await?;
         let (mut pictures, mut ends) = (0, Vec::new());
@@ -81,7 +81,7 @@ async fn every_picture_of_a_random_trace_ends_exactly_once() -> Result<()> {
             let chance = dice.roll(6);
             match engine.submit(job) {
                 Ok(ticket) => ends.push(tokio::spawn(end(ticket, chance))),
-                Err(Failure::Full { .. }) => {}
+                Err(JobError::Full { .. }) => {}
                 Err(other) => panic!("{other}"),
             }
             if dice.roll(3) == 0 {
@@ -113,17 +113,17 @@ fn counted(engine: &Engine) -> usize {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_with_one_picture_does_not_wait_for_anothers_many() -> Result<()> {
     let (fake, strings) = Fake::new();
-    let engine = Engine::start(Settings { max_queue: 100, ..ENGINE }, || Ok(fake))?;
+    let engine = Engine::start(EngineConfig { max_queue: 100, ..ENGINE }, || Ok(fake))?;
     engine.ready().await?;
     let many = engine.submit(job(1, (1..50).map(|seed| spec(seed, 2)).collect()))?;
-    wait_until(|| many.progress().borrow().begun == 2);
+    wait_until(|| many.progress().borrow().started == 2);
     let one = engine.submit(job(2, vec![spec(99, 2)]))?;
     for _ in 0..4 {
         strings.step();
     }
-    wait_until(|| one.progress().borrow().made == 2);
+    wait_until(|| one.progress().borrow().completed == 2);
     assert_eq!(one.wait().await?.len(), 1);
-    assert!(many.progress().borrow().made <= 8);
+    assert!(many.progress().borrow().completed <= 8);
     Ok(())
 }
 
@@ -134,7 +134,7 @@ async fn a_large_picture_is_not_starved_by_small_ones() -> Result<()> {
     let mut small = vec![engine.submit(vec![spec(1, 2)])?];
     let large = engine.submit(vec![large])?;
     let mut steps = 0;
-    while large.progress().borrow().made < 3 {
+    while large.progress().borrow().completed < 3 {
         while let Ok(ticket) = engine.submit(vec![spec(1, 2)]) {
             small.push(ticket);
         }
@@ -153,9 +153,9 @@ async fn a_deadline_frees_the_rows_at_the_next_step() -> Result<()> {
     let began = Instant::now();
     let deadline = Some(began + Duration::from_secs(58));
     let late = engine.submit(Job { deadline, ..Job::from(vec![spec(1, 3)]) })?;
-    wait_until(|| late.progress().borrow().begun == 1);
+    wait_until(|| late.progress().borrow().started == 1);
     let neighbour = engine.submit(vec![spec(2, 2)])?;
-    assert_eq!(late.wait().await.err(), Some(Failure::Deadline));
+    assert_eq!(late.wait().await.err(), Some(JobError::Deadline));
     assert_eq!(began.elapsed(), Duration::from_secs(58), "to the moment");
     strings.step();
     assert_eq!(strings.last(), [1], "this step had begun");

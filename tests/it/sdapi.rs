@@ -23,7 +23,7 @@ async fn get(url: &str, path: &str) -> Result<Value> {
     Ok(reqwest::get(format!("{url}{path}")).await?.json().await?)
 }
 
-async fn start(settings: http::Settings) -> (Server, Strings) {
+async fn start(settings: http::HttpConfig) -> (Server, Strings) {
     let (engine, strings) = ready().await;
     (Server::start(engine, settings, LONG).await, strings)
 }
@@ -284,7 +284,7 @@ async fn an_interrupt_ends_what_waits() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_neither_sees_nor_ends_what_is_anothers() -> Result<()> {
     let key = |key: &str| key.parse().expect("a key");
-    let settings = http::Settings { api_keys: vec![key("ann"), key("bob")], ..HTTP };
+    let settings = http::HttpConfig { api_keys: vec![key("ann"), key("bob")], ..HTTP };
     let (server, strings) = start(settings).await;
     let request = |key: &str, path: &str, body: Value| {
         let request = reqwest::Client::new().post(format!("{}{path}", server.url));

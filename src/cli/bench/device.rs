@@ -13,7 +13,7 @@ use sd_models::{
 };
 use serde::Serialize;
 
-use crate::source::{self, Model};
+use crate::source::{self, ModelConfig};
 
 /// Steps of the pictures that are compared.
 const COMPARED_STEPS: usize = 2;
@@ -34,7 +34,7 @@ const CARDS: [(&str, f64, f64); 5] = [
 #[derive(Debug)]
 pub struct Verify {
     /// The model and the device.
-    pub model: Model,
+    pub model: ModelConfig,
     /// Of the pictures; the model's own if `None`.
     pub size: Option<Size>,
     /// Rows of the largest evaluation that is timed: 1, 2, 4 and so on up to it. A picture with
@@ -47,7 +47,7 @@ pub struct Verify {
 }
 
 #[derive(Debug, Serialize)]
-struct Report {
+struct DeviceReport {
     version: &'static str,
     model: String,
     device: String,
@@ -88,7 +88,7 @@ struct Counted {
 }
 
 /// Pictures of one size on one model.
-struct Bench {
+struct DeviceBench {
     pipeline: Pipeline,
     size: Size,
     evaluations: usize,
@@ -102,7 +102,7 @@ pub(crate) fn run(asked: Verify) -> Result<()> {
     let info = pipeline.info().clone();
     let free = pipeline.free_device_bytes();
     let size = asked.size.unwrap_or(info.defaults.size);
-    let bench = Bench { pipeline, size, evaluations: asked.evaluations };
+    let bench = DeviceBench { pipeline, size, evaluations: asked.evaluations };
     let (mean, max) = bench.compare(options)?;
     let allowed = if info.precision == "f32" { (0.5, 2) } else { (3.0, 64) };
 
@@ -132,7 +132,7 @@ pub(crate) fn run(asked: Verify) -> Result<()> {
             .map(|(_, work)| (work.flops as f64 / flops).max(work.bytes as f64 / bandwidth));
         Some(least.sum::<f64>() * rows.get(1)?.steps_per_second)
     });
-    let report = Report {
+    let report = DeviceReport {
         version: env!("CARGO_PKG_VERSION"),
         model: info.name,
         device: info.device,
@@ -169,7 +169,7 @@ fn is_full(error: &anyhow::Error) -> bool {
     error.chain().filter_map(|cause| cause.downcast_ref()).any(full)
 }
 
-impl Bench {
+impl DeviceBench {
     /// A picture with guidance, or without where there is one row.
     fn spec(&self, rows: usize, seed: u64, steps: usize) -> Spec {
         Spec {
@@ -252,7 +252,7 @@ fn card(name: &str) -> Option<(f64, f64)> {
     known.max_by_key(|(part, ..)| part.len()).map(|(_, flops, bandwidth)| (*flops, *bandwidth))
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for DeviceReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = self.name.as_deref().unwrap_or("the host");
         writeln!(f, "sd-server {}: {} on {} ({name})", self.version, self.model, self.device)?;

@@ -20,11 +20,11 @@ use tokio::time::{Instant, sleep_until};
 
 /// What to do.
 #[derive(Debug)]
-pub struct Plan {
+pub struct LoadConfig {
     /// The server, without a path.
     pub url: String,
     /// How requests arrive.
-    pub load: Load,
+    pub load: LoadMode,
     /// For how long they do.
     pub duration: Duration,
     /// How long an answer is waited for.
@@ -39,7 +39,7 @@ pub struct Plan {
 
 /// How requests arrive.
 #[derive(Debug, Clone, Copy)]
-pub enum Load {
+pub enum LoadMode {
     /// At random, so many a second.
     Rate(f64),
     /// When one of so many clients has its answer.
@@ -64,7 +64,7 @@ struct Sender {
 
 /// What became of the load.
 #[derive(Debug, Serialize)]
-struct Report {
+struct LoadReport {
     requests: usize,
     /// By status; 0 is no answer.
     statuses: BTreeMap<u16, usize>,
@@ -86,7 +86,7 @@ struct Latency {
     max: f64,
 }
 
-pub(crate) async fn run(plan: Plan) -> Result<()> {
+pub(crate) async fn run(plan: LoadConfig) -> Result<()> {
     let client = Client::builder().timeout(plan.timeout).build()?;
     let ping = client.get(format!("{}/ping", plan.url)).send().await;
     let ping = ping.with_context(|| format!("{} does not answer", plan.url))?;
@@ -100,10 +100,10 @@ pub(crate) async fn run(plan: Plan) -> Result<()> {
     });
     let began = Instant::now();
     let samples = match plan.load {
-        Load::Rate(rate) => open(&sender, rate, plan.duration, plan.arrivals_seed).await,
-        Load::Clients(clients) => closed(&sender, clients, plan.duration).await,
+        LoadMode::Rate(rate) => open(&sender, rate, plan.duration, plan.arrivals_seed).await,
+        LoadMode::Clients(clients) => closed(&sender, clients, plan.duration).await,
     };
-    let mut report = Report::new(&samples, began.elapsed());
+    let mut report = LoadReport::new(&samples, began.elapsed());
     if let (Some(before), Some(after)) = (steps_before, steps(&client, &plan.url).await) {
         let (rows, count) = (after.0 - before.0, after.1 - before.1);
         report.rows_per_step = (count > 0.0).then_some(rows / count);
@@ -181,7 +181,7 @@ async fn steps(client: &Client, url: &str) -> Option<(f64, f64)> {
         .then(|| (value("sd_step_rows_sum "), value("sd_step_rows_count ")))
 }
 
-impl Report {
+impl LoadReport {
     fn new(samples: &[Sample], elapsed: Duration) -> Self {
         let mut statuses = BTreeMap::new();
         for sample in samples {
@@ -221,7 +221,7 @@ impl Latency {
     }
 }
 
-impl fmt::Display for Report {
+impl fmt::Display for LoadReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "requests      {} in {:.1} s", self.requests, self.seconds)?;
         for (status, count) in &self.statuses {

@@ -13,7 +13,7 @@ use sd_models::{
 use tokio::time::{Instant as Clock, advance};
 
 use super::*;
-use crate::engine::{Client, Device, Engine, Job, Settings, Ticket};
+use crate::engine::{Client, DeviceScheduler, Engine, EngineConfig, Job, Ticket};
 
 /// What the model was asked for: the seeds tell the pictures apart.
 #[derive(Debug, Clone, PartialEq)]
@@ -24,7 +24,7 @@ enum Did {
     Judge,
 }
 
-struct Diarist {
+struct RecordingModel {
     info: ModelInfo,
     diary: Rc<RefCell<Vec<Did>>>,
     /// Rows for which there is memory.
@@ -37,12 +37,12 @@ struct Diarist {
     objects: Option<bool>,
 }
 
-struct Sketch {
+struct FakeTrajectory {
     spec: Spec,
     made: usize,
 }
 
-impl Trajectory for Sketch {
+impl Trajectory for FakeTrajectory {
     fn done(&self) -> bool {
         self.made == self.progress().1
     }
@@ -65,8 +65,8 @@ impl Trajectory for Sketch {
     }
 }
 
-impl Model for Diarist {
-    type Trajectory = Sketch;
+impl Model for RecordingModel {
+    type Trajectory = FakeTrajectory;
 
     fn info(&self) -> &ModelInfo {
         &self.info
@@ -80,14 +80,14 @@ impl Model for Diarist {
         Some(Box::new(move || gate.recv().unwrap_or_default()))
     }
 
-    fn begin(&self, spec: &Spec) -> sd_models::Result<Sketch> {
+    fn begin(&self, spec: &Spec) -> sd_models::Result<FakeTrajectory> {
         let began = Instant::now();
         while began.elapsed() < self.reading {}
         self.diary.borrow_mut().push(Did::Begin(spec.seed));
-        Ok(Sketch { spec: spec.clone(), made: 0 })
+        Ok(FakeTrajectory { spec: spec.clone(), made: 0 })
     }
 
-    fn step(&self, batch: &mut [&mut Sketch]) -> sd_models::Result<()> {
+    fn step(&self, batch: &mut [&mut FakeTrajectory]) -> sd_models::Result<()> {
         let rows: usize = batch.iter().map(|member| member.rows()).sum();
         if rows > self.capacity || batch.iter().any(|member| member.spec.prompt == "too much") {
             return Err(Error::OutOfMemory(format!("{rows} rows")));
@@ -99,13 +99,13 @@ impl Model for Diarist {
         Ok(())
     }
 
-    fn decode(&self, sketch: &Sketch) -> sd_models::Result<Rgb> {
+    fn decode(&self, sketch: &FakeTrajectory) -> sd_models::Result<Rgb> {
         assert!(sketch.made > 0);
         self.diary.borrow_mut().push(Did::Decode(sketch.spec.seed));
         Ok(Rgb { width: 16, height: 16, data: (0..16 * 16 * 3).map(|i| i as u8).collect() })
     }
 
-    fn judge(&self, _: &Rgb) -> sd_models::Result<Option<bool>> {
+    fn check_safety(&self, _: &Rgb) -> sd_models::Result<Option<bool>> {
         self.diary.borrow_mut().push(Did::Judge);
         match self.objects {
             None => Err(Error::OutOfMemory("to judge".into())),
@@ -115,20 +115,21 @@ impl Model for Diarist {
 }
 
 /// An engine whose thread is the test.
-struct Studio {
+struct TestWorker {
     engine: Engine,
-    worker: Worker<Diarist>,
+    worker: Worker<RecordingModel>,
     diary: Rc<RefCell<Vec<Did>>>,
 }
 
-impl Studio {
+impl TestWorker {
     fn new(max_queue: usize, max_batch_rows: usize) -> Self {
         Self::with(max_queue, max_batch_rows, Safety::Blur)
     }
 
     fn with(max_queue: usize, max_batch_rows: usize, safety: Safety) -> Self {
-        let settings = Settings { max_queue, max_batch_rows, memory_budget_bytes: None, safety };
-        let engine = Engine::new(&Device::default(), settings, Phase::Loading);
+        let settings =
+            EngineConfig { max_queue, max_batch_rows, memory_budget_bytes: None, safety };
+        let engine = Engine::new(&DeviceScheduler::default(), settings, EngineState::Loading);
         let diary = Rc::default();
         let defaults = Defaults {
             size: square(64),
@@ -147,11 +148,11 @@ impl Studio {
             add_ons: AddOns::default(),
             embeddings: Embeddings::default(),
         };
-        engine.shared.enter(Phase::Ready(Arc::new(info.clone())));
+        engine.shared.set_state(EngineState::Ready(Arc::new(info.clone())));
         let (capacity, reading) = (usize::MAX, Duration::ZERO);
         let (diary_of, files, objects) = (Rc::clone(&diary), RefCell::default(), None);
-        let model = Diarist { info, diary: diary_of, capacity, reading, files, objects };
-        let worker = Worker::new(model, Hold(Arc::clone(&engine.shared)));
+        let model = RecordingModel { info, diary: diary_of, capacity, reading, files, objects };
+        let worker = Worker::new(model, PanicGuard(Arc::clone(&engine.shared)));
         Self { engine, worker, diary }
     }
 
@@ -181,7 +182,7 @@ impl Studio {
         client: u64,
         specs: Vec<Spec>,
         deadline: Option<Clock>,
-    ) -> Result<Ticket, Failure> {
+    ) -> Result<Ticket, JobError> {
         let client = Client::named(&client.to_string());
         self.engine.submit(Job { client, deadline, ..Job::from(specs) })
     }
@@ -253,11 +254,11 @@ impl Dice {
 }
 
 /// A client that waits, looked at once a turn.
-type Waiting = Pin<Box<dyn Future<Output = Result<Vec<Drawn>, Failure>>>>;
+type PendingResult = Pin<Box<dyn Future<Output = Result<Vec<GeneratedImage>, JobError>>>>;
 
 /// What became of the jobs of a trace, in pictures.
 #[derive(Debug, Default)]
-struct Ends {
+struct Outcomes {
     asked: usize,
     drawn: usize,
     refused: usize,
@@ -266,16 +267,16 @@ struct Ends {
     withdrawn: usize,
 }
 
-impl Ends {
-    fn note(&mut self, pictures: usize, end: &Result<Vec<Drawn>, Failure>) {
+impl Outcomes {
+    fn note(&mut self, pictures: usize, end: &Result<Vec<GeneratedImage>, JobError>) {
         match end {
             Ok(drawn) => {
                 assert_eq!(drawn.len(), pictures, "all of them");
                 self.drawn += pictures;
             }
-            Err(Failure::Full { .. }) => self.refused += pictures,
-            Err(Failure::Deadline) => self.late += pictures,
-            Err(Failure::OutOfMemory) => self.failed += pictures,
+            Err(JobError::Full { .. }) => self.refused += pictures,
+            Err(JobError::Deadline) => self.late += pictures,
+            Err(JobError::OutOfMemory) => self.failed += pictures,
             Err(other) => panic!("{other}"),
         }
     }
@@ -285,7 +286,7 @@ const MAX_QUEUE: usize = 12;
 const MAX_ROWS: usize = 8;
 
 /// What must hold of every turn, whatever came before.
-fn check_turn(studio: &Studio, did: &[Did]) {
+fn check_turn(studio: &TestWorker, did: &[Did]) {
     let waiting = studio.engine.shared.queue().len();
     assert!(waiting <= MAX_QUEUE, "{waiting} wait");
     let rows: usize = studio.worker.slots.iter().map(rows).sum();
@@ -301,11 +302,11 @@ fn check_turn(studio: &Studio, did: &[Did]) {
 }
 
 /// Random jobs by random clients, who stay, leave or are late; then turns until nothing is left.
-async fn trace(dice: &mut Dice, capacity: usize) -> Ends {
-    let mut studio = Studio::new(MAX_QUEUE, MAX_ROWS);
+async fn trace(dice: &mut Dice, capacity: usize) -> Outcomes {
+    let mut studio = TestWorker::new(MAX_QUEUE, MAX_ROWS);
     studio.worker.model.capacity = capacity;
-    let mut ends = Ends::default();
-    let mut clients: Vec<(usize, Waiting)> = Vec::new();
+    let mut ends = Outcomes::default();
+    let mut clients: Vec<(usize, PendingResult)> = Vec::new();
     let mut turns_left = 1000;
     for turn in 0.. {
         for k in 0..if turn < 150 { dice.roll(3) } else { 0 } {
@@ -344,7 +345,7 @@ async fn trace(dice: &mut Dice, capacity: usize) -> Ends {
     assert_eq!(counted.iter().sum::<usize>(), ends.asked, "{counted:?} {ends:?}");
     // Of a job that fails or leaves some pictures may have been drawn.
     assert!(counted[0] >= ends.drawn && counted[3] == ends.refused, "{counted:?} {ends:?}");
-    assert!(studio.engine.idle().now_or_never().is_some(), "nothing is left to do");
+    assert!(studio.engine.wait_idle().now_or_never().is_some(), "nothing is left to do");
     ends
 }
 
@@ -363,7 +364,7 @@ async fn every_picture_of_a_random_trace_ends_exactly_once() {
 
 #[tokio::test]
 async fn clients_who_always_wait_get_the_same_work() {
-    let mut studio = Studio::new(300, 8);
+    let mut studio = TestWorker::new(300, 8);
     // One asks for much at once, one for large pictures, one for a picture at a time.
     let large = |seed| Spec { size: square(128), ..spec(seed, 4) };
     let mut held = vec![studio.submit(0, (0..200).map(|_| spec(0, 4)).collect())];
@@ -377,7 +378,7 @@ async fn clients_who_always_wait_get_the_same_work() {
                 work[spec.seed as usize] += spec.size.pixels() * spec.rows();
             }
         }
-        if modest.progress().borrow().made == 4 {
+        if modest.progress().borrow().completed == 4 {
             modest = studio.submit(2, vec![spec(2, 4)]);
         }
     }
@@ -388,12 +389,12 @@ async fn clients_who_always_wait_get_the_same_work() {
 #[tokio::test]
 async fn neither_large_nor_small_pictures_starve() {
     for (common, rare) in [(64, 256), (256, 64)] {
-        let mut studio = Studio::new(8, 4);
+        let mut studio = TestWorker::new(8, 4);
         let sized = |seed, side| Spec { size: square(side), ..spec(seed, 4) };
         let mut held = vec![studio.submit(0, vec![sized(0, common), sized(0, common)])];
         let one = studio.submit(1, vec![sized(1, rare)]);
         let mut turns = 0;
-        while one.progress().borrow().made < 4 {
+        while one.progress().borrow().completed < 4 {
             while let Ok(ticket) = studio.try_submit(0, vec![sized(0, common)], None) {
                 held.push(ticket);
             }
@@ -407,7 +408,7 @@ async fn neither_large_nor_small_pictures_starve() {
 
 #[tokio::test]
 async fn rows_are_freed_and_taken_at_the_boundary() {
-    let mut studio = Studio::new(8, 4);
+    let mut studio = TestWorker::new(8, 4);
     let leaver = studio.submit(0, vec![spec(1, 100)]);
     let neighbour = studio.submit(0, vec![spec(2, 3)]);
     let next = studio.submit(0, vec![spec(3, 1)]);
@@ -423,17 +424,17 @@ async fn rows_are_freed_and_taken_at_the_boundary() {
 
 #[tokio::test(start_paused = true)]
 async fn deadlines_hold_to_the_moment_for_those_who_draw_and_those_who_wait() {
-    let mut studio = Studio::new(8, 2);
+    let mut studio = TestWorker::new(8, 2);
     let began = Clock::now();
     let at = |seconds| Some(began + Duration::from_secs(seconds));
     let drawing = studio.try_submit(0, vec![spec(1, 100)], at(58)).expect("room");
     let waiting = studio.try_submit(0, vec![spec(2, 1)], at(30)).expect("room");
     let patient = studio.submit(0, vec![spec(3, 1)]);
     assert_eq!(stepped(&studio.turn()), [1]);
-    assert_eq!(waiting.wait().await.err(), Some(Failure::Deadline));
+    assert_eq!(waiting.wait().await.err(), Some(JobError::Deadline));
     assert_eq!(began.elapsed(), Duration::from_secs(30));
     assert_eq!(stepped(&studio.turn()), [1]);
-    assert_eq!(drawing.wait().await.err(), Some(Failure::Deadline));
+    assert_eq!(drawing.wait().await.err(), Some(JobError::Deadline));
     assert_eq!(began.elapsed(), Duration::from_secs(58));
     assert_eq!(stepped(&studio.turn()), [3], "the late ones are gone");
     assert_eq!(patient.wait().await.map(|drawn| drawn.len()), Ok(1));
@@ -442,7 +443,7 @@ async fn deadlines_hold_to_the_moment_for_those_who_draw_and_those_who_wait() {
 
 #[tokio::test]
 async fn pictures_are_decoded_one_at_a_time_between_steps() {
-    let mut studio = Studio::new(8, 12);
+    let mut studio = TestWorker::new(8, 12);
     let _held = studio.submit(0, [1, 1, 1, 1, 5].map(|steps| spec(steps, steps as usize)).into());
     for turn in 0..4 {
         let did = studio.turn();
@@ -453,7 +454,7 @@ async fn pictures_are_decoded_one_at_a_time_between_steps() {
 
 #[tokio::test]
 async fn a_crowd_of_texts_does_not_hold_up_the_steps() {
-    let mut studio = Studio::new(64, 64);
+    let mut studio = TestWorker::new(64, 64);
     studio.worker.model.reading = Duration::from_millis(2);
     let begun = |did: &[Did]| did.iter().filter(|did| matches!(did, Did::Begin(_))).count();
     let _first = studio.submit(0, vec![spec(0, 50); 4]);
@@ -468,7 +469,7 @@ async fn a_crowd_of_texts_does_not_hold_up_the_steps() {
 
 #[tokio::test]
 async fn nobody_waits_for_company() {
-    let mut studio = Studio::new(8, 8);
+    let mut studio = TestWorker::new(8, 8);
     let _one = studio.submit(0, vec![spec(1, 4)]);
     assert_eq!(stepped(&studio.turn()), [1]);
     let _two = studio.submit(0, vec![Spec { guidance_scale: 1.0, ..spec(2, 9) }]);
@@ -476,8 +477,11 @@ async fn nobody_waits_for_company() {
 }
 
 /// What becomes of one picture of a model that judges, and the turns that it took.
-fn judged(safety: Safety, objects: Option<bool>) -> (Result<Vec<Drawn>, Failure>, Vec<Vec<Did>>) {
-    let mut studio = Studio::with(4, 4, safety);
+fn judged(
+    safety: Safety,
+    objects: Option<bool>,
+) -> (Result<Vec<GeneratedImage>, JobError>, Vec<Vec<Did>>) {
+    let mut studio = TestWorker::with(4, 4, safety);
     studio.worker.model.info.checked = true;
     studio.worker.model.objects = objects;
     let ticket = studio.submit(1, vec![spec(1, 1)]);
@@ -490,7 +494,7 @@ fn judged(safety: Safety, objects: Option<bool>) -> (Result<Vec<Drawn>, Failure>
 
 #[test]
 fn a_picture_is_judged_a_turn_after_it_is_decoded() {
-    let mut studio = Studio::with(4, 8, Safety::Blur);
+    let mut studio = TestWorker::with(4, 8, Safety::Blur);
     studio.worker.model.info.checked = true;
     studio.worker.model.objects = Some(false);
     let _long = studio.submit(1, vec![spec(9, 6)]);
@@ -510,13 +514,13 @@ fn a_picture_is_judged_a_turn_after_it_is_decoded() {
 #[test]
 fn an_objection_is_flagged_blurred_or_an_error() {
     let original: Vec<u8> = (0..16 * 16 * 3).map(|i| i as u8).collect();
-    let one = |judged: Result<Vec<Drawn>, Failure>| judged.expect("drawn").remove(0);
+    let one = |judged: Result<Vec<GeneratedImage>, JobError>| judged.expect("drawn").remove(0);
     for safety in [Safety::Flag, Safety::Blur, Safety::Block] {
         let passed = one(judged(safety, Some(false)).0);
         assert_eq!((passed.nsfw, passed.warnings.len()), (Some(false), 0));
         assert_eq!(passed.rgb.data, original);
         let failed = judged(safety, None).0.expect_err("not judged, not shown");
-        assert_eq!(failed, Failure::OutOfMemory);
+        assert_eq!(failed, JobError::OutOfMemory);
     }
     let flagged = one(judged(Safety::Flag, Some(true)).0);
     assert_eq!((flagged.nsfw, flagged.warnings.len()), (Some(true), 1));
@@ -525,13 +529,13 @@ fn an_objection_is_flagged_blurred_or_an_error() {
     assert_eq!(blurred.nsfw, Some(true));
     assert!(blurred.warnings[0].ends_with("it is blurred") && blurred.rgb.data != original);
     let (blocked, turns) = judged(Safety::Block, Some(true));
-    assert_eq!(blocked.expect_err("withheld"), Failure::Withheld);
+    assert_eq!(blocked.expect_err("withheld"), JobError::Withheld);
     assert_eq!(turns.len(), 2, "{turns:?}");
 }
 
 #[test]
 fn a_second_pass_goes_on_among_those_of_its_size() {
-    let mut studio = Studio::new(4, 8);
+    let mut studio = TestWorker::new(4, 8);
     let _large = studio.submit(1, vec![Spec { size: square(128), ..spec(1, 12) }]);
     let _small = studio.submit(2, vec![spec(2, 12)]);
     let grows = Spec { hires: Some(hires(128, 3)), ..spec(3, 2) };
@@ -543,27 +547,31 @@ fn a_second_pass_goes_on_among_those_of_its_size() {
     }
     assert_eq!(company, [vec![2, 3], vec![2, 3], vec![1, 3], vec![1, 3], vec![1, 3]]);
     let progress = *ticket.progress().borrow();
-    assert_eq!((progress.made, progress.total), (5, 5), "of both passes");
+    assert_eq!((progress.completed, progress.total), (5, 5), "of both passes");
     assert!(ticket.wait().now_or_never().expect("settled").is_ok());
 }
 
 #[test]
 fn a_second_pass_that_never_fits_is_refused_at_once() {
-    let studio = Studio::new(4, 8);
+    let studio = TestWorker::new(4, 8);
     let mut info = studio.worker.model.info.clone();
     info.memory.decode_bytes = 10;
-    let engine = Engine::new(&Device::default(), studio.engine.shared.settings, Phase::Loading);
-    engine.shared.enter(Phase::Ready(Arc::new(info)));
+    let engine = Engine::new(
+        &DeviceScheduler::default(),
+        studio.engine.shared.settings,
+        EngineState::Loading,
+    );
+    engine.shared.set_state(EngineState::Ready(Arc::new(info)));
     engine.shared.device.set_budget_bytes(10 * 64 * 64);
     let grows = |side| Spec { hires: Some(hires(side, 1)), ..spec(1, 1) };
     assert!(engine.submit(vec![spec(1, 1)]).is_ok());
-    assert_eq!(engine.submit(vec![grows(128)]).err(), Some(Failure::OutOfMemory));
+    assert_eq!(engine.submit(vec![grows(128)]).err(), Some(JobError::OutOfMemory));
     assert!(engine.submit(vec![grows(32)]).is_ok());
 }
 
 #[test]
 fn an_interrupt_is_answered_with_what_there_is() {
-    let mut studio = Studio::new(10, 4);
+    let mut studio = TestWorker::new(10, 4);
     let ticket = studio.submit(1, vec![spec(1, 9), spec(2, 9), spec(3, 9)]);
     let other = studio.submit(2, vec![spec(4, 3)]);
     assert_eq!(stepped(&studio.turn()), [1, 4]);
@@ -572,8 +580,9 @@ fn an_interrupt_is_answered_with_what_there_is() {
     let did = studio.turn();
     assert!(did.contains(&Did::Decode(1)) && !did.contains(&Did::Begin(2)), "{did:?}");
     let drawn = ticket.wait().now_or_never().expect("it is over").expect("no failure");
-    let seen: Vec<_> = drawn.iter().map(|drawn| (drawn.index, &drawn.warnings[..])).collect();
-    assert_eq!(seen, [(0, &["interrupted after 1 of 9 evaluations".to_owned()][..])]);
+    let last_arrival: Vec<_> =
+        drawn.iter().map(|drawn| (drawn.index, &drawn.warnings[..])).collect();
+    assert_eq!(last_arrival, [(0, &["interrupted after 1 of 9 evaluations".to_owned()][..])]);
     assert_eq!(studio.counted("cancelled"), 2);
     while !studio.idle() {
         studio.turn();
@@ -585,14 +594,14 @@ fn an_interrupt_is_answered_with_what_there_is() {
 /// What is about to be evaluated for the first time is not worth decoding.
 #[test]
 fn an_interrupted_picture_of_which_there_is_nothing_to_see_is_left_out() {
-    let mut studio = Studio::new(10, 4);
+    let mut studio = TestWorker::new(10, 4);
     let first = studio.submit(1, vec![Spec { size: square(128), ..spec(1, 9) }]);
     studio.turn();
     let ticket = studio.submit(2, vec![spec(2, 9)]);
     studio.engine.watch(&ticket).interrupt();
     assert!(!studio.turn().contains(&Did::Begin(2)));
     assert_eq!(ticket.wait().now_or_never().map(|drawn| drawn.map(|d| d.len())), Some(Ok(0)));
-    assert_eq!(first.progress().borrow().made, 2);
+    assert_eq!(first.progress().borrow().completed, 2);
 }
 
 /// A picture that needs a file.
@@ -602,7 +611,7 @@ fn adapted(seed: u64, steps: usize) -> Spec {
 
 #[test]
 fn the_others_step_on_while_a_file_is_read() {
-    let mut studio = Studio::new(4, 8);
+    let mut studio = TestWorker::new(4, 8);
     let file = studio.file();
     let _drawing = studio.submit(1, vec![spec(1, 3)]);
     let ticket = studio.submit(2, vec![adapted(2, 1)]);
@@ -627,7 +636,7 @@ fn the_others_step_on_while_a_file_is_read() {
 
 #[test]
 fn who_waits_for_a_file_has_a_place() {
-    let mut studio = Studio::new(4, 2);
+    let mut studio = TestWorker::new(4, 2);
     let (first, second) = (studio.file(), studio.file());
     let leaves = studio.submit(1, vec![adapted(1, 1)]);
     let _second = studio.submit(2, vec![spec(2, 1)]);
@@ -648,7 +657,7 @@ fn who_waits_for_a_file_has_a_place() {
 
 #[test]
 fn what_a_prompt_takes_counts_for_its_step() {
-    let mut studio = Studio::new(4, 8);
+    let mut studio = TestWorker::new(4, 8);
     studio.worker.model.info.memory.chunk_bytes = 1000;
     studio.engine.shared.device.set_budget_bytes(10_000);
     // Three windows and one: 8000 bytes. One and one: 4000.

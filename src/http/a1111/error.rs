@@ -4,12 +4,12 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use serde_json::json;
 
-use crate::http::error::{self, Reason};
+use crate::http::error::{self, ErrorDetail};
 
 /// Puts errors into AUTOMATIC1111's words, whoever made them.
 pub(crate) async fn errors(response: Response) -> Response {
-    error::rephrase(
+    error::map_error_body(
         response,
-        |_: StatusCode, Reason { code, message, .. }| json!({ "error": code, "detail": message, "body": "", "errors": message }),
+        |_: StatusCode, ErrorDetail { code, message, .. }| json!({ "error": code, "detail": message, "body": "", "errors": message }),
     )
 }

@@ -3,12 +3,12 @@
 use sd_models::Spec;
 use serde_json::{Map, Value, json};
 
-use crate::engine::Drawn;
-use crate::http::drawing::Asked;
+use crate::engine::GeneratedImage;
+use crate::http::drawing::Drawing;
 use crate::image;
 
 /// What AUTOMATIC1111 tells of its pictures.
-pub(crate) fn info(asked: &Asked, pictures: &[Drawn], notes: Vec<String>) -> Value {
+pub(crate) fn info(asked: &Drawing, pictures: &[GeneratedImage], notes: Vec<String>) -> Value {
     let (specs, model) = (&asked.specs, &asked.model().name);
     let Some(first) = specs.first() else { return Value::Null };
     let loras = asked.loras(first);

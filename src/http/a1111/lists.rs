@@ -8,7 +8,7 @@ use axum::extract::State;
 use sd_models::{ModelInfo, Scheduler, Upscaler};
 use serde_json::{Map, Value, json};
 
-use crate::engine::Failure;
+use crate::engine::JobError;
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
 
@@ -18,11 +18,11 @@ const SCHEDULES: [(&str, &str); 3] =
 
 /// The model that is asked what there is beside it; none where none is chosen, and none is loaded
 /// for that.
-fn artist(state: &AppState) -> Result<Option<Arc<ModelInfo>>, ApiError> {
+fn current_model(state: &AppState) -> Result<Option<Arc<ModelInfo>>, ApiError> {
     let chosen = state.checkpoint.get().and_then(|name| state.models.get(&name).ok());
     match chosen.as_ref().map_or(&state.engine, |chosen| &chosen.engine).model() {
         Ok(model) => Ok(Some(model)),
-        Err(Failure::Absent) => Ok(None),
+        Err(JobError::Absent) => Ok(None),
         Err(failure) => Err(failure.into()),
     }
 }
@@ -60,7 +60,7 @@ pub(crate) async fn models(State(state): State<AppState>) -> Result<Json<Value>,
 
 /// `GET /sdapi/v1/loras`: what `<lora:name:1>` in a prompt can name.
 pub(crate) async fn loras(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
-    let Some(model) = artist(&state)? else { return Ok(nothing().await) };
+    let Some(model) = current_model(&state)? else { return Ok(empty_list().await) };
     let list = tokio::task::spawn_blocking(move || model.add_ons.loras.list()).await;
     let lora = |(name, path): (String, PathBuf)| {
         let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -70,7 +70,7 @@ pub(crate) async fn loras(State(state): State<AppState>) -> Result<Json<Value>, 
 }
 
 /// The lists of what there is none of, which clients ask for before anything else.
-pub(crate) async fn nothing() -> Json<Value> {
+pub(crate) async fn empty_list() -> Json<Value> {
     Json(json!([]))
 }
 
@@ -81,7 +81,7 @@ pub(crate) async fn upscalers() -> Json<Value> {
 
 /// `GET /sdapi/v1/embeddings`: words that prompts can hold beside those of every model.
 pub(crate) async fn embeddings(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
-    let Some(model) = artist(&state)? else {
+    let Some(model) = current_model(&state)? else {
         return Ok(Json(json!({ "loaded": {}, "skipped": {} })));
     };
     let item = |vectors, reason: Option<&str>| {

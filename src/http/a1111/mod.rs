@@ -17,7 +17,7 @@ use axum::routing::{get, post};
 
 use super::state::AppState;
 pub(crate) use error::errors;
-pub(crate) use translate::SAME;
+pub(crate) use translate::SAME_FIELDS;
 
 /// The routes of AUTOMATIC1111's API.
 pub(crate) fn routes() -> Router<AppState> {
@@ -30,8 +30,8 @@ pub(crate) fn routes() -> Router<AppState> {
         .route("/sdapi/v1/samplers", get(lists::samplers))
         .route("/sdapi/v1/schedulers", get(lists::schedulers))
         .route("/sdapi/v1/sd-models", get(lists::models))
-        .route("/sdapi/v1/sd-vae", get(lists::nothing))
-        .route("/sdapi/v1/upscalers", get(lists::nothing))
+        .route("/sdapi/v1/sd-vae", get(lists::empty_list))
+        .route("/sdapi/v1/upscalers", get(lists::empty_list))
         .route("/sdapi/v1/latent-upscale-modes", get(lists::upscalers))
         .route("/sdapi/v1/loras", get(lists::loras))
         .route("/sdapi/v1/embeddings", get(lists::embeddings))

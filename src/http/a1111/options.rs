@@ -4,19 +4,19 @@ use axum::Json;
 use axum::extract::{Request, State};
 use serde_json::{Value, json};
 
-use super::translate::{Object, idle};
-use crate::engine::Failure;
+use super::translate::{Object, is_noop};
+use crate::engine::JobError;
 use crate::http::admission;
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
-use crate::request::Invalid;
+use crate::request::ValidationError;
 
 /// What there is to set, and what it is set to.
 fn options(state: &AppState) -> Result<Object, ApiError> {
     let model = match (state.checkpoint.get(), state.engine.model()) {
         (Some(name), _) => name,
         (None, Ok(model)) => model.name.clone(),
-        (None, Err(Failure::Absent)) => String::new(),
+        (None, Err(JobError::Absent)) => String::new(),
         (None, Err(failure)) => return Err(failure.into()),
     };
     let options = json!({
@@ -34,10 +34,10 @@ fn options(state: &AppState) -> Result<Object, ApiError> {
 /// Accepts settings that are so already; there is nothing to change but the model.
 pub(crate) fn check(state: &AppState, wanted: &Object) -> Result<(), ApiError> {
     for (name, is) in options(state)? {
-        let Some(wanted) = wanted.get(&name).filter(|value| !idle(value)) else { continue };
+        let Some(wanted) = wanted.get(&name).filter(|value| !is_noop(value)) else { continue };
         if *wanted != is && name != "sd_model_checkpoint" {
             let reason = format!("cannot be set to {wanted}; it is {is}");
-            return Err(Invalid::range(&name, reason).into());
+            return Err(ValidationError::range(&name, reason).into());
         }
     }
     Ok(())
@@ -55,8 +55,9 @@ pub(crate) async fn set_options(
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
     let body = admission::take(&state, request).await?.body;
-    let wanted: Object = serde_json::from_slice(&body)
-        .map_err(|error| Invalid::body(format!("the body is not a JSON object: {error}")))?;
+    let wanted: Object = serde_json::from_slice(&body).map_err(|error| {
+        ValidationError::body(format!("the body is not a JSON object: {error}"))
+    })?;
     check(&state, &wanted)?;
     let is = options(&state)?;
     let name = wanted.get("sd_model_checkpoint").and_then(Value::as_str);

@@ -9,7 +9,7 @@ use crate::http::admission;
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
 use crate::image;
-use crate::request::{self, Invalid};
+use crate::request::{self, ValidationError};
 
 /// `POST /sdapi/v1/png-info`: the parameters in a picture's file, as text and one by one.
 pub(crate) async fn png_info(
@@ -18,11 +18,12 @@ pub(crate) async fn png_info(
 ) -> Result<Json<Value>, ApiError> {
     let mut fields = admission::take(&state, request).await?.json()?;
     let image = fields.text(&["image"], usize::MAX)?;
-    let image = image.ok_or_else(|| Invalid::malformed("image", "is required"))?;
+    let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
     let file = request::file("image", image)?;
     let found = tokio::task::spawn_blocking(move || image::find(&file));
-    let found = found.await.map_err(|_| Invalid::malformed("image", "cannot be read"))?;
-    let text = found.map_err(|reason| Invalid::malformed("image", reason))?.unwrap_or_default();
+    let found = found.await.map_err(|_| ValidationError::malformed("image", "cannot be read"))?;
+    let text =
+        found.map_err(|reason| ValidationError::malformed("image", reason))?.unwrap_or_default();
     let parameters: Object =
         image::parse(&text).into_iter().map(|(name, value)| (name, value.into())).collect();
     Ok(Json(json!({ "info": text, "items": { "parameters": text }, "parameters": parameters })))

@@ -10,11 +10,11 @@ use serde_json::{Value, json};
 use crate::http::admission;
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
-use crate::request::Invalid;
+use crate::request::ValidationError;
 
 /// What may be asked of progress.
 #[derive(Debug, serde::Deserialize)]
-pub(crate) struct Look {
+pub(crate) struct ProgressQuery {
     #[serde(default)]
     skip_current_image: bool,
 }
@@ -22,12 +22,12 @@ pub(crate) struct Look {
 /// `GET /sdapi/v1/progress`: of the client's oldest request.
 pub(crate) async fn progress(
     State(state): State<AppState>,
-    look: Result<Query<Look>, QueryRejection>,
+    look: Result<Query<ProgressQuery>, QueryRejection>,
     request: Request,
 ) -> Result<Json<Value>, ApiError> {
-    let Query(look) = look.map_err(|error| Invalid::body(error.body_text()))?;
+    let Query(look) = look.map_err(|error| ValidationError::body(error.body_text()))?;
     let client = admission::client(&request);
-    let begun = state.underway.of(&client);
+    let begun = state.in_flight.of(&client);
     let Some(first) = begun.first() else {
         return Ok(Json(json!({
             "progress": 0.0,
@@ -72,7 +72,7 @@ pub(crate) async fn task(
     let mut fields = admission::take(&state, request).await?.json()?;
     let id = fields.text(&["id_task"], 256)?;
     let wants_preview = fields.flag(&["live_preview"])?.unwrap_or(true);
-    let begun = state.underway.of(&client);
+    let begun = state.in_flight.of(&client);
     let Some(begun) = begun.iter().find(|begun| begun.task.is_some() && begun.task == id) else {
         return Ok(Json(json!({ "active": false, "queued": false, "completed": false })));
     };
@@ -86,14 +86,14 @@ pub(crate) async fn task(
         "progress": begun.share(),
         "eta": outlook.left.map(|left| left.as_secs_f64()),
         "live_preview": preview.map(data),
-        "id_live_preview": begun.made(),
+        "id_live_preview": begun.completed(),
         "textinfo": outlook.position.map(|ahead| format!("{ahead} pictures ahead")),
     })))
 }
 
 /// `POST /sdapi/v1/interrupt`: ends all that the client has under way with what there is of it.
 pub(crate) async fn interrupt(State(state): State<AppState>, request: Request) -> Json<Value> {
-    for begun in state.underway.of(&admission::client(&request)) {
+    for begun in state.in_flight.of(&admission::client(&request)) {
         begun.interrupt();
     }
     Json(json!({}))

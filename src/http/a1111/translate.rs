@@ -8,10 +8,10 @@ use serde_json::{Map, Value, json};
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
 use crate::image;
-use crate::request::{self, Fields, Invalid};
+use crate::request::{self, Fields, ValidationError};
 
 /// Fields with the same meaning here; ours are on the right.
-pub(crate) const SAME: [(&str, &str); 6] = [
+pub(crate) const SAME_FIELDS: [(&str, &str); 6] = [
     ("prompt", "prompt"),
     ("negative_prompt", "negative_prompt"),
     ("width", "width"),
@@ -37,7 +37,7 @@ const REFUSED: [&str; 12] = [
 ];
 
 /// What the second pass could have of its own and has not, and the word for that.
-const SHARED: [(&str, &str); 7] = [
+const MUST_MATCH_FIRST_PASS: [(&str, &str); 7] = [
     ("hr_prompt", ""),
     ("hr_negative_prompt", ""),
     ("hr_checkpoint_name", "Use same checkpoint"),
@@ -64,12 +64,12 @@ const KARRAS: [(Scheduler, Scheduler); 1] = [(Scheduler::Dpmpp2m, Scheduler::Dpm
 pub(crate) type Object = Map<String, Value>;
 
 /// The settings of one request, and the model that they name.
-pub(crate) fn overrides(theirs: &mut Fields) -> Result<(Object, Option<String>), Invalid> {
+pub(crate) fn overrides(theirs: &mut Fields) -> Result<(Object, Option<String>), ValidationError> {
     let Some((name, settings)) = theirs.take(&["override_settings"])? else {
         return Ok(Default::default());
     };
     let Value::Object(mut settings) = settings else {
-        return Err(Invalid::malformed(&name, "must be an object"));
+        return Err(ValidationError::malformed(&name, "must be an object"));
     };
     let model = settings.remove("sd_model_checkpoint");
     let model = model.and_then(|model| model.as_str().map(str::to_owned));
@@ -84,20 +84,22 @@ pub(crate) fn translate(
 ) -> Result<Fields, ApiError> {
     for name in REFUSED {
         if let Some((name, value)) = theirs.take(&[name])?
-            && !idle(&value)
+            && !is_noop(&value)
         {
-            return Err(Invalid::range(&name, "asks for what this server does not do").into());
+            return Err(
+                ValidationError::range(&name, "asks for what this server does not do").into()
+            );
         }
     }
     let mut ours = Fields::default();
-    for (name, native) in SAME {
+    for (name, native) in SAME_FIELDS {
         if let Some((name, value)) = theirs.take(&[name])? {
             ours.add(native, &name, value);
         }
     }
-    if theirs.take(&["enable_hr"])?.is_some_and(|(_, enabled)| !idle(&enabled)) {
+    if theirs.take(&["enable_hr"])?.is_some_and(|(_, enabled)| !is_noop(&enabled)) {
         if from_picture {
-            return Err(Invalid::range("enable_hr", "is for txt2img").into());
+            return Err(ValidationError::range("enable_hr", "is for txt2img").into());
         }
         hires(state, &mut theirs, &mut ours)?;
     }
@@ -123,13 +125,13 @@ pub(crate) fn translate(
 
 /// Puts a second pass into our words.
 fn hires(state: &AppState, theirs: &mut Fields, ours: &mut Fields) -> Result<(), ApiError> {
-    for (name, same) in SHARED {
+    for (name, same) in MUST_MATCH_FIRST_PASS {
         if let Some((name, value)) = theirs.take(&[name])?
-            && !idle(&value)
+            && !is_noop(&value)
             && value != same
             && value != json!([same])
         {
-            return Err(Invalid::range(&name, "must be that of the first pass").into());
+            return Err(ValidationError::range(&name, "must be that of the first pass").into());
         }
     }
     let model = state.engine.model()?;
@@ -178,7 +180,7 @@ fn hires(state: &AppState, theirs: &mut Fields, ours: &mut Fields) -> Result<(),
 }
 
 /// The picture to begin with.
-pub(crate) struct Start {
+pub(crate) struct InitImage {
     image: Value,
     mask: Option<Value>,
     /// Whether it is the dark of the mask that is painted anew.
@@ -186,30 +188,33 @@ pub(crate) struct Start {
     strength: f64,
 }
 
-impl Start {
+impl InitImage {
     /// Takes the fields of img2img out. What is done otherwise than asked goes into the notes:
     /// clients send their defaults for it whether they mean them or not.
-    pub(crate) fn take(theirs: &mut Fields, notes: &mut Vec<String>) -> Result<Self, Invalid> {
-        let missing = || Invalid::malformed("init_images", "must hold a picture in base64");
+    pub(crate) fn take(
+        theirs: &mut Fields,
+        notes: &mut Vec<String>,
+    ) -> Result<Self, ValidationError> {
+        let missing = || ValidationError::malformed("init_images", "must hold a picture in base64");
         let image = match theirs.take(&["init_images"])? {
             Some((_, Value::Array(images))) if images.len() > 1 => {
-                return Err(Invalid::range("init_images", "may hold one picture only"));
+                return Err(ValidationError::range("init_images", "may hold one picture only"));
             }
             Some((_, Value::Array(mut images))) => images.pop().ok_or_else(missing)?,
             _ => return Err(missing()),
         };
-        let mask = theirs.take(&["mask"])?.map(|(_, mask)| mask).filter(|mask| !idle(mask));
+        let mask = theirs.take(&["mask"])?.map(|(_, mask)| mask).filter(|mask| !is_noop(mask));
         let inverted = theirs.take(&["inpainting_mask_invert"])?;
-        let inverted = inverted.is_some_and(|(_, value)| !idle(&value));
+        let inverted = inverted.is_some_and(|(_, value)| !is_noop(&value));
         let strength = theirs.number(&["denoising_strength"], 0.0..=1.0)?;
         if mask.is_some() {
             let asks = |field: Option<(String, Value)>, plain: fn(&Value) -> bool| {
                 field.is_some_and(|(_, value)| !plain(&value))
             };
-            if asks(theirs.take(&["inpaint_full_res"])?, idle) {
+            if asks(theirs.take(&["inpaint_full_res"])?, is_noop) {
                 notes.push("inpaint_full_res: the whole picture was drawn, not a part".into());
             }
-            if asks(theirs.take(&["mask_blur"])?, idle) {
+            if asks(theirs.take(&["mask_blur"])?, is_noop) {
                 notes.push("mask_blur: the edge of the mask is hard".into());
             }
             if asks(theirs.take(&["inpainting_fill"])?, |fill| *fill == 1) {
@@ -220,7 +225,11 @@ impl Start {
     }
 
     /// Puts it into our words.
-    pub(crate) async fn put(self, state: &AppState, ours: &mut Fields) -> Result<(), ApiError> {
+    pub(crate) async fn write_into(
+        self,
+        state: &AppState,
+        ours: &mut Fields,
+    ) -> Result<(), ApiError> {
         ours.add("image", "init_images", self.image);
         ours.add("strength", "denoising_strength", self.strength);
         let Some(mask) = self.mask else { return Ok(()) };
@@ -230,18 +239,18 @@ impl Start {
         };
         let (file, most) =
             (request::file("mask", text.to_owned())?, state.settings.limits.max_input_pixels);
-        let _turn = state.readers.acquire().await;
+        let _turn = state.decode_slots.acquire().await;
         let turned = move || image::mask(&file, most, image::inverted);
         let turned = tokio::task::spawn_blocking(turned).await;
-        let turned = turned.map_err(|_| Invalid::malformed("mask", "cannot be read"))?;
-        let turned = turned.map_err(|reason| Invalid::range("mask", reason))?;
+        let turned = turned.map_err(|_| ValidationError::malformed("mask", "cannot be read"))?;
+        let turned = turned.map_err(|reason| ValidationError::range("mask", reason))?;
         ours.add("mask", "mask", BASE64_STANDARD.encode(turned.unwrap_or_default()));
         Ok(())
     }
 }
 
 /// A value that asks for nothing.
-pub(crate) fn idle(value: &Value) -> bool {
+pub(crate) fn is_noop(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
         Value::Number(number) => number.as_f64().is_some_and(|number| number <= 0.0),
@@ -253,14 +262,15 @@ pub(crate) fn idle(value: &Value) -> bool {
 }
 
 /// A sampler and the schedule that it runs on: one word here, two there, and once one there too.
-fn scheduler(theirs: &mut Fields) -> Result<Option<Scheduler>, Invalid> {
+fn scheduler(theirs: &mut Fields) -> Result<Option<Scheduler>, ValidationError> {
     let name = theirs.text(&["sampler_name"], 64)?.filter(|name| !name.is_empty());
     let older = theirs.text(&["sampler_index"], 64)?.filter(|name| !name.is_empty());
     let schedule = theirs.text(&["scheduler"], 64)?.unwrap_or_default().to_lowercase();
     let schedule = if schedule.is_empty() { "automatic" } else { schedule.as_str() };
     let Some(name) = name.or(older) else { return Ok(None) };
-    let sampler: Scheduler =
-        name.parse().map_err(|reason| Invalid::range("sampler_name", format!("is an {reason}")))?;
+    let sampler: Scheduler = name
+        .parse()
+        .map_err(|reason| ValidationError::range("sampler_name", format!("is an {reason}")))?;
     let karras = KARRAS.iter().find(|(plain, _)| *plain == sampler).map(|(_, karras)| *karras);
     let is_karras = KARRAS.iter().any(|(_, karras)| *karras == sampler);
     match schedule {
@@ -269,7 +279,7 @@ fn scheduler(theirs: &mut Fields) -> Result<Option<Scheduler>, Invalid> {
         "uniform" | "normal" if !is_karras => Ok(Some(sampler)),
         other => {
             let reason = format!("{other:?} is not available for the sampler {name}");
-            Err(Invalid::range("scheduler", reason))
+            Err(ValidationError::range("scheduler", reason))
         }
     }
 }

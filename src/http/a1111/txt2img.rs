@@ -9,13 +9,13 @@ use serde_json::json;
 
 use super::info::info;
 use super::options::check;
-use super::translate::{Object, Start, overrides, translate};
-use crate::engine::Drawn;
-use crate::http::admission::{self, Intake};
-use crate::http::drawing::{Asked, Reply};
+use super::translate::{InitImage, Object, overrides, translate};
+use crate::engine::GeneratedImage;
+use crate::http::admission::{self, Admitted};
+use crate::http::drawing::{Drawing, ReplyFormat};
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
-use crate::http::store::Begun;
+use crate::http::store::InFlightRequest;
 use crate::image::Format;
 use crate::request::Draw;
 
@@ -40,12 +40,12 @@ async fn draw(state: AppState, request: Request, from_picture: bool) -> Result<R
     let intake = admission::take(&state, request).await?;
     let mut theirs = intake.json()?;
     let mut echo: Object = serde_json::from_slice(&intake.body).unwrap_or_default();
-    let Intake { client, deadline, permit: _permit, .. } = intake;
+    let Admitted { client, deadline, permit: _permit, .. } = intake;
     let send_images = theirs.flag(&["send_images"])?.unwrap_or(true);
     let task = theirs.text(&["force_task_id"], 256)?;
     let mut notes = Vec::new();
     let start = match from_picture {
-        true => Some(Start::take(&mut theirs, &mut notes)?),
+        true => Some(InitImage::take(&mut theirs, &mut notes)?),
         false => None,
     };
     let (mut settings, model) = overrides(&mut theirs)?;
@@ -62,14 +62,14 @@ async fn draw(state: AppState, request: Request, from_picture: bool) -> Result<R
     if let Some(start) = start {
         // As there, pictures do not go back to where they came from.
         echo.retain(|name, _| !["init_images", "mask"].contains(&name.as_str()));
-        start.put(&state, &mut fields).await?;
+        start.write_into(&state, &mut fields).await?;
     }
-    let json = |draw: &Draw, _| Ok(Reply::Json(draw.format.unwrap_or(Format::Png)));
-    let mut asked = Asked::read(&state, vec![fields], json).await?;
+    let json = |draw: &Draw, _| Ok(ReplyFormat::Json(draw.format.unwrap_or(Format::Png)));
+    let mut asked = Drawing::prepare(&state, vec![fields], json).await?;
     asked.preview = true;
     let ticket = asked.submit(&client, Some(deadline))?;
-    let begun = Begun::new(&state.engine, &ticket, client, task, &asked.specs);
-    let _underway = state.underway.enter(begun);
+    let begun = InFlightRequest::new(&state.engine, &ticket, client, task, &asked.specs);
+    let _underway = state.in_flight.enter(begun);
     let pictures = ticket.wait().await?;
     // As there, an interrupted request is answered with what there is, and with 200 if there is
     // nothing: clients take any other status for a failure of the server.
@@ -79,7 +79,7 @@ async fn draw(state: AppState, request: Request, from_picture: bool) -> Result<R
     } else {
         asked.specs = pictures.iter().map(|drawn| asked.specs[drawn.index].clone()).collect();
     }
-    let dress = move |asked: &Asked, pictures: &[Drawn], files: Vec<Vec<u8>>| {
+    let render = move |asked: &Drawing, pictures: &[GeneratedImage], files: Vec<Vec<u8>>| {
         let images: Vec<String> = files.iter().map(|file| BASE64_STANDARD.encode(file)).collect();
         json!({
             "images": if send_images { images } else { Vec::new() },
@@ -87,5 +87,5 @@ async fn draw(state: AppState, request: Request, from_picture: bool) -> Result<R
             "info": info(asked, pictures, notes).to_string(),
         })
     };
-    Ok(Json(asked.encode(pictures, dress).await?).into_response())
+    Ok(Json(asked.encode(pictures, render).await?).into_response())
 }

@@ -5,17 +5,17 @@ use axum::extract::State;
 use sd_models::Scheduler;
 use serde_json::{Value, json};
 
-use crate::engine::Phase;
+use crate::engine::EngineState;
 use crate::http::state::AppState;
 
 /// The server, its model and its limits.
 pub(crate) async fn info(State(state): State<AppState>) -> Json<Value> {
-    let (phase, model) = match state.engine.phase() {
-        Phase::Absent => ("ready", None),
-        Phase::Loading => ("loading", None),
-        Phase::Ready(model) => ("ready", Some(model)),
-        Phase::Draining | Phase::Stopped => ("stopping", None),
-        Phase::DeviceLost | Phase::Dead(_) => ("failed", None),
+    let (phase, model) = match state.engine.state() {
+        EngineState::Absent => ("ready", None),
+        EngineState::Loading => ("loading", None),
+        EngineState::Ready(model) => ("ready", Some(model)),
+        EngineState::Draining | EngineState::Stopped => ("stopping", None),
+        EngineState::DeviceLost | EngineState::Dead(_) => ("failed", None),
     };
     let model = model.map(|model| {
         let defaults = &model.defaults;

@@ -5,7 +5,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 
 use crate::http::state::AppState;
-use crate::telemetry::Id;
+use crate::telemetry::MetricId;
 
 /// The Prometheus text format.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -16,11 +16,11 @@ pub(crate) async fn metrics(State(state): State<AppState>) -> impl IntoResponse 
     let (engine, engines) = (state.engine.clone(), state.models.engines());
     // A driver may take its time; a gauge that could not be read keeps its value.
     let _ = tokio::task::spawn_blocking(move || engine.gauge_with(&engines)).await;
-    let in_service = state.settings.max_requests - state.gate.available_permits();
-    metrics.set(Id::RequestsInService, &[], in_service as f64);
+    let in_service = state.settings.max_requests - state.request_slots.available_permits();
+    metrics.set(MetricId::RequestsInService, &[], in_service as f64);
     let [running, ended] = state.jobs.count();
-    metrics.set(Id::Jobs, &["running"], running as f64);
-    metrics.set(Id::Jobs, &["ended"], ended as f64);
-    metrics.set(Id::Build, &[env!("CARGO_PKG_VERSION")], 1.0);
+    metrics.set(MetricId::Jobs, &["running"], running as f64);
+    metrics.set(MetricId::Jobs, &["ended"], ended as f64);
+    metrics.set(MetricId::Build, &[env!("CARGO_PKG_VERSION")], 1.0);
     ([(CONTENT_TYPE, TEXT)], metrics.to_string())
 }

@@ -10,15 +10,15 @@ use serde_json::{Value, json};
 
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
-use crate::registry::Loaded;
-use crate::request::Invalid;
+use crate::registry::LoadedModel;
+use crate::request::ValidationError;
 
 /// Of a request to load a model: two short strings.
 const MAX_BODY_BYTES: usize = 1 << 16;
 
 /// A request to load a model.
 #[derive(Debug, Deserialize)]
-struct Load {
+struct LoadModelBody {
     /// Made up by SageMaker.
     model_name: String,
     /// A directory of this container.
@@ -33,8 +33,9 @@ pub(crate) async fn load(
 ) -> Result<StatusCode, ApiError> {
     let body = axum::body::to_bytes(request.into_body(), MAX_BODY_BYTES).await;
     let body = body.map_err(|_| ApiError::TooLarge(MAX_BODY_BYTES))?;
-    let load: Load = serde_json::from_slice(&body)
-        .map_err(|error| Invalid::body(format!("model_name and url are needed: {error}")))?;
+    let load: LoadModelBody = serde_json::from_slice(&body).map_err(|error| {
+        ValidationError::body(format!("model_name and url are needed: {error}"))
+    })?;
     state.models.load(&load.model_name, load.url).await?;
     Ok(StatusCode::OK)
 }
@@ -64,6 +65,6 @@ pub(crate) async fn unload(
     Ok(StatusCode::OK)
 }
 
-fn describe(model: &Loaded) -> Value {
+fn describe(model: &LoadedModel) -> Value {
     json!({ "modelName": model.name, "modelUrl": model.path })
 }

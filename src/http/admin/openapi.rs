@@ -7,14 +7,14 @@ use axum::extract::State;
 use sd_models::{AddOns, Defaults, Embeddings, MemoryEstimate, ModelInfo, Scheduler, Size};
 use serde_json::{Map, Value, json};
 
-use crate::engine::Failure;
+use crate::engine::JobError;
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
 use crate::http::{a1111, openai};
 use crate::request::{Described, Draw, Fields};
 
 /// What the fields mean.
-const MEANINGS: [(&str, &str); 34] = [
+const FIELD_DESCRIPTIONS: [(&str, &str); 34] = [
     ("prompt", "What the picture shows."),
     ("negative_prompt", "What it should not show; only read when guidance is above 1."),
     ("loras", "LoRAs of the server's folder, and how much each counts (1 when absent)."),
@@ -64,7 +64,7 @@ const MEANINGS: [(&str, &str); 34] = [
 pub(crate) async fn document(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
     let (model, artist) = match state.engine.model() {
         Ok(model) => (ModelInfo::clone(&model), model.name.clone()),
-        Err(Failure::Absent) => (any(), "the models that GET /v1/models lists".to_owned()),
+        Err(JobError::Absent) => (any(), "the models that GET /v1/models lists".to_owned()),
         Err(failure) => return Err(failure.into()),
     };
     let limits = state.settings.limits;
@@ -136,7 +136,8 @@ fn request(described: &[Described]) -> Value {
     let mut properties = Map::new();
     for Described { names, schema } in described {
         let Some((name, aliases)) = names.split_first() else { continue };
-        let meaning = MEANINGS.iter().find(|(field, _)| field == name).map(|(_, meaning)| *meaning);
+        let meaning =
+            FIELD_DESCRIPTIONS.iter().find(|(field, _)| field == name).map(|(_, meaning)| *meaning);
         for alias in aliases {
             let mut schema = nullable(schema);
             schema["description"] = format!("The same as {name}.").into();
@@ -324,7 +325,7 @@ fn sdapi_paths(native: &Value) -> Paths {
 fn sdapi_requests(native: &Value) -> [Value; 2] {
     // The fields that have the same meaning have the same limits.
     let mut request = json!({ "type": "object", "properties": {} });
-    for (theirs, ours) in a1111::SAME {
+    for (theirs, ours) in a1111::SAME_FIELDS {
         request["properties"][theirs] = native["properties"][ours].clone();
     }
     for (name, schema) in [
@@ -441,10 +442,10 @@ mod tests {
 
     #[test]
     fn a_field_has_one_meaning() {
-        let mut names: Vec<_> = MEANINGS.iter().map(|(name, _)| *name).collect();
+        let mut names: Vec<_> = FIELD_DESCRIPTIONS.iter().map(|(name, _)| *name).collect();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), MEANINGS.len());
+        assert_eq!(names.len(), FIELD_DESCRIPTIONS.len());
     }
 
     #[test]

@@ -1,10 +1,10 @@
-//! What the client wants to hear: JSON with the picture in it, or the picture itself.
+//! Content negotiation: JSON with the images in it, or the bytes of one image.
 
 use axum::http::HeaderMap;
 use axum::http::header::ACCEPT;
 
-use super::body::Speech;
-use crate::http::drawing::Reply;
+use super::body::BodyKind;
+use crate::http::drawing::ReplyFormat;
 use crate::http::error::ApiError;
 use crate::image::Format;
 
@@ -12,12 +12,12 @@ use crate::image::Format;
 const SAGEMAKER_ACCEPT: &str = "x-amzn-sagemaker-accept";
 
 /// What clients send that have not thought about it.
-const ANYTHING: &str = "*/*";
+const ANY_MEDIA_TYPE: &str = "*/*";
 
 /// What bears on the choice besides the header.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Wish {
-    pub(crate) speech: Speech,
+pub(crate) struct ReplyPreferences {
+    pub(crate) speech: BodyKind,
     /// What JSON holds unless the body asks for something.
     pub(crate) usual: Format,
     /// The body's `output_format`.
@@ -28,9 +28,9 @@ pub(crate) struct Wish {
 }
 
 /// Chooses the reply that the client likes best among those that can be given.
-pub(crate) fn choose(headers: &HeaderMap, wish: Wish) -> Result<Reply, ApiError> {
+pub(crate) fn choose(headers: &HeaderMap, wish: ReplyPreferences) -> Result<ReplyFormat, ApiError> {
     if wish.stream {
-        return Ok(Reply::Events(wish.format.unwrap_or(wish.usual)));
+        return Ok(ReplyFormat::Events(wish.format.unwrap_or(wish.usual)));
     }
     let header = |name: &str| -> Vec<String> {
         let values = headers.get_all(name).iter();
@@ -39,11 +39,11 @@ pub(crate) fn choose(headers: &HeaderMap, wish: Wish) -> Result<Reply, ApiError>
         items.split(',').map(str::trim).filter(|s| !s.is_empty()).map(Into::into).collect()
     };
     let mut ranges = header(ACCEPT.as_str());
-    if ranges.iter().all(|range| range == ANYTHING) {
+    if ranges.iter().all(|range| range == ANY_MEDIA_TYPE) {
         ranges = header(SAGEMAKER_ACCEPT);
     }
     if ranges.is_empty() {
-        ranges.push(ANYTHING.into());
+        ranges.push(ANY_MEDIA_TYPE.into());
     }
     let mut ranges: Vec<(&str, f32)> = ranges.iter().map(|range| weighed(range)).collect();
     ranges.retain(|(_, weight)| *weight > 0.0);
@@ -63,16 +63,16 @@ fn weighed(range: &str) -> (&str, f32) {
     (media, weight)
 }
 
-impl Wish {
-    fn answer(self, range: &str) -> Option<Reply> {
-        let json = Reply::Json(self.format.unwrap_or(self.usual));
-        let bytes = |format| (self.count == 1).then_some(Reply::Bytes(format));
+impl ReplyPreferences {
+    fn answer(self, range: &str) -> Option<ReplyFormat> {
+        let json = ReplyFormat::Json(self.format.unwrap_or(self.usual));
+        let bytes = |format| (self.count == 1).then_some(ReplyFormat::Bytes(format));
         let free = self.format.unwrap_or(Format::Png);
         match range {
-            ANYTHING if self.speech == Speech::Text => Some(bytes(free).unwrap_or(json)),
-            ANYTHING | "application/*" | "application/json" => Some(json),
+            ANY_MEDIA_TYPE if self.speech == BodyKind::Text => Some(bytes(free).unwrap_or(json)),
+            ANY_MEDIA_TYPE | "application/*" | "application/json" => Some(json),
             "image/*" => bytes(free),
-            "text/event-stream" => Some(Reply::Events(self.format.unwrap_or(self.usual))),
+            "text/event-stream" => Some(ReplyFormat::Events(self.format.unwrap_or(self.usual))),
             _ => {
                 let format = named(range)?;
                 bytes(format).filter(|_| self.format.is_none_or(|wanted| wanted == format))
@@ -110,17 +110,18 @@ mod tests {
 
     use super::*;
 
-    fn reply(accept: &'static str, speech: Speech, count: usize) -> Option<Reply> {
+    fn reply(accept: &'static str, speech: BodyKind, count: usize) -> Option<ReplyFormat> {
         let mut headers = HeaderMap::new();
         headers.insert(ACCEPT, HeaderValue::from_static(accept));
         let usual = Format::Jpeg;
-        choose(&headers, Wish { speech, usual, format: None, count, stream: false }).ok()
+        choose(&headers, ReplyPreferences { speech, usual, format: None, count, stream: false })
+            .ok()
     }
 
     #[test]
     fn the_best_liked_possible_reply_is_chosen() {
-        use Reply::{Bytes, Events, Json};
-        use Speech::{Json as J, Text as T};
+        use BodyKind::{Json as J, Text as T};
+        use ReplyFormat::{Bytes, Events, Json};
         let table = [
             ("", J, 1, Some(Json(Format::Jpeg))),
             ("", T, 1, Some(Bytes(Format::Png))),

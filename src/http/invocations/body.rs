@@ -7,14 +7,14 @@ use axum::http::HeaderMap;
 use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 
 use crate::http::error::ApiError;
-use crate::request::{Fields, Invalid};
+use crate::request::{Fields, ValidationError};
 
 /// The type of a bare prompt of SageMaker JumpStart.
 pub(crate) const JUMPSTART_TEXT: &str = "application/x-text";
 
-/// What the client speaks, and so expects to hear when it does not say.
+/// The form of a body, which is that of the reply when the client asks for none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Speech {
+pub(crate) enum BodyKind {
     Json,
     Text,
 }
@@ -30,7 +30,7 @@ enum Declared {
 }
 
 /// Reads the fields out of a body.
-pub(crate) fn read(headers: &HeaderMap, body: &[u8]) -> Result<(Fields, Speech), ApiError> {
+pub(crate) fn read(headers: &HeaderMap, body: &[u8]) -> Result<(Fields, BodyKind), ApiError> {
     if let Some(coding) = headers.get(CONTENT_ENCODING).filter(|coding| *coding != "identity") {
         let message = format!("the content encoding {coding:?} is not supported; send it plain");
         return Err(ApiError::MediaType(message));
@@ -38,20 +38,20 @@ pub(crate) fn read(headers: &HeaderMap, body: &[u8]) -> Result<(Fields, Speech),
     let declared = declared(headers);
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
     let text = std::str::from_utf8(body)
-        .map_err(|error| Invalid::body(format!("the body is not UTF-8: {error}")))?;
+        .map_err(|error| ValidationError::body(format!("the body is not UTF-8: {error}")))?;
     let trimmed = text.trim();
     if trimmed.is_empty() {
-        return Err(Invalid::body("the body is empty; send a prompt").into());
+        return Err(ValidationError::body("the body is empty; send a prompt").into());
     }
     if trimmed.starts_with('{') {
-        return Ok((Fields::json(text)?, Speech::Json));
+        return Ok((Fields::json(text)?, BodyKind::Json));
     }
     match declared? {
-        Declared::Json => Err(Invalid::body("the body is not a JSON object").into()),
-        Declared::Form => Ok((form(trimmed)?, Speech::Text)),
+        Declared::Json => Err(ValidationError::body("the body is not a JSON object").into()),
+        Declared::Form => Ok((form(trimmed)?, BodyKind::Text)),
         Declared::Text { quoted } => {
             let unquoted = quoted.then(|| serde_json::from_str::<String>(trimmed).ok()).flatten();
-            Ok((Fields::prompt(unquoted.unwrap_or_else(|| trimmed.into())), Speech::Text))
+            Ok((Fields::prompt(unquoted.unwrap_or_else(|| trimmed.into())), BodyKind::Text))
         }
     }
 }
@@ -79,7 +79,7 @@ pub(crate) fn essence(headers: &HeaderMap) -> Option<String> {
 }
 
 /// A form with a `prompt` key, or else a bare prompt under the type that curl gives it.
-fn form(text: &str) -> Result<Fields, Invalid> {
+fn form(text: &str) -> Result<Fields, ValidationError> {
     let pairs: Vec<(String, String)> =
         form_urlencoded::parse(text.as_bytes()).into_owned().collect();
     if !pairs.iter().any(|(name, _)| name == "prompt") {
@@ -89,7 +89,7 @@ fn form(text: &str) -> Result<Fields, Invalid> {
         (name.contains('\u{fffd}') || value.contains('\u{fffd}')) && !text.contains('\u{fffd}')
     };
     if pairs.iter().any(broken) {
-        return Err(Invalid::body("the form holds escapes that are not UTF-8"));
+        return Err(ValidationError::body("the form holds escapes that are not UTF-8"));
     }
     Ok(Fields::form(pairs))
 }
@@ -116,7 +116,7 @@ mod tests {
             headers.insert(CONTENT_TYPE, HeaderValue::from_static(declared));
         }
         let (mut fields, speech) = read(&headers, body.as_bytes()).expect("a good body");
-        assert_eq!(speech, Speech::Text);
+        assert_eq!(speech, BodyKind::Text);
         fields.text(&["prompt"], usize::MAX).expect("text").expect("a prompt")
     }
 

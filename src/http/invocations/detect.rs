@@ -4,26 +4,26 @@
 
 use axum::http::HeaderMap;
 
-use super::body::Speech;
-use super::render::Heard;
+use super::body::BodyKind;
+use super::render::ParsedRequest;
 use super::{huggingface, jumpstart, stability};
-use crate::request::{Fields, Invalid};
+use crate::request::{Fields, ValidationError};
 
 /// Understands a request for at most so many pictures.
-pub(crate) fn hear(
+pub(crate) fn parse(
     headers: &HeaderMap,
     fields: Fields,
-    speech: Speech,
+    speech: BodyKind,
     max_images: usize,
-) -> Result<Heard, Invalid> {
+) -> Result<ParsedRequest, ValidationError> {
     if fields.has("text_prompts") {
-        return stability::hear(fields);
+        return stability::parse(fields);
     }
     if fields.has("inputs") {
-        return huggingface::hear(fields);
+        return huggingface::parse(fields);
     }
-    match jumpstart::spoken(headers) {
-        Some(dialect) => jumpstart::hear(fields, dialect, max_images),
-        None => Ok(Heard::native(fields, speech)),
+    match jumpstart::detect(headers) {
+        Some(dialect) => jumpstart::parse(fields, dialect, max_images),
+        None => Ok(ParsedRequest::native(fields, speech)),
     }
 }

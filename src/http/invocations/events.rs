@@ -19,25 +19,25 @@ use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::render::Invocation;
-use crate::engine::{Engine, Outlook, Preview, Progress, Ticket, Watch};
+use crate::engine::{Engine, Estimate, JobMonitor, Preview, Progress, Ticket};
 use crate::http::drawing;
 use crate::http::error::ApiError;
 use crate::image::{self, Format, JPEG_QUALITY};
 
-/// How often those who wait hear of their place, if it has changed.
-const NEWS: Duration = Duration::from_secs(1);
+/// Interval of `queued` events, which are sent when the position has changed.
+const POSITION_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The steps of a stream.
 enum Stage {
-    Queued(Box<Underway>),
-    Drawing(Box<Underway>),
+    Queued(Box<ProgressStream>),
+    Drawing(Box<ProgressStream>),
     Over,
 }
 
-struct Underway {
-    watch: Watch,
+struct ProgressStream {
+    watch: JobMonitor,
     /// The last that was told of the queue.
-    told: Option<Outlook>,
+    told: Option<Estimate>,
     previews: Option<watch::Receiver<Option<Preview>>>,
     result: AbortOnDropHandle<Result<http::Response<Bytes>, ApiError>>,
     _permit: OwnedSemaphorePermit,
@@ -57,7 +57,7 @@ pub(crate) fn stream(
         asked.answer(pictures).await
     });
     let result = AbortOnDropHandle::new(result);
-    let underway = Underway { watch, told: None, previews, result, _permit: permit };
+    let underway = ProgressStream { watch, told: None, previews, result, _permit: permit };
     let first = Stage::Queued(Box::new(underway));
     drawing::events(stream::unfold(first, async |stage| {
         let (event, stage) = stage.next().await?;
@@ -79,7 +79,7 @@ impl Stage {
     }
 }
 
-impl Underway {
+impl ProgressStream {
     /// News of the queue: at once the first time, later when the place has changed. `None` when
     /// the job has begun or ended.
     async fn place(&mut self) -> Option<Event> {
@@ -92,7 +92,7 @@ impl Underway {
                 return Some(event("queued", &place(outlook)));
             }
             outlook.position?;
-            match timeout(NEWS, self.watch.progress().changed()).await {
+            match timeout(POSITION_INTERVAL, self.watch.progress().changed()).await {
                 Ok(Ok(())) => {
                     // It has begun; what there is to tell of it is told by `step`.
                     self.watch.progress().mark_changed();
@@ -110,7 +110,7 @@ impl Underway {
             return Some((event, Stage::Drawing(self)));
         }
         loop {
-            match timeout(NEWS, self.watch.progress().changed()).await {
+            match timeout(POSITION_INTERVAL, self.watch.progress().changed()).await {
                 Ok(Ok(())) => {
                     let progress = *self.watch.progress().borrow_and_update();
                     let event = event("step", &step(progress, self.watch.outlook()));
@@ -152,7 +152,7 @@ fn event(name: &str, data: &Value) -> Event {
 }
 
 /// `position` counts from 1.
-pub(crate) fn place(outlook: Outlook) -> Value {
+pub(crate) fn place(outlook: Estimate) -> Value {
     json!({
         "position": outlook.position.map_or(0, |ahead| ahead + 1),
         "seconds_left": seconds(outlook.left),
@@ -160,9 +160,9 @@ pub(crate) fn place(outlook: Outlook) -> Value {
 }
 
 /// Steps over all pictures of the request that have begun.
-pub(crate) fn step(progress: Progress, outlook: Outlook) -> Value {
-    let Progress { made, total, .. } = progress;
-    json!({ "step": made, "steps": total, "seconds_left": seconds(outlook.left) })
+pub(crate) fn step(progress: Progress, outlook: Estimate) -> Value {
+    let Progress { completed, total, .. } = progress;
+    json!({ "step": completed, "steps": total, "seconds_left": seconds(outlook.left) })
 }
 
 /// Tenths are more than an estimate can promise.

@@ -5,16 +5,16 @@
 
 use serde_json::{Value, json};
 
-use super::body::Speech;
-use super::render::{Dialect, Heard, Pictures};
+use super::body::BodyKind;
+use super::render::{Dialect, ParsedRequest, RenderInput};
 use crate::image::Format;
-use crate::request::{Fields, Invalid, kind};
+use crate::request::{Fields, ValidationError, kind};
 
-const TOOLKIT: Dialect = Dialect { format: Format::Png, word: toolkit };
-const EXAMPLES: Dialect = Dialect { format: Format::Jpeg, word: examples };
+const TOOLKIT: Dialect = Dialect { format: Format::Png, render: toolkit };
+const EXAMPLES: Dialect = Dialect { format: Format::Jpeg, render: examples };
 
 /// Their fields as native ones.
-pub(crate) fn hear(mut fields: Fields) -> Result<Heard, Invalid> {
+pub(crate) fn parse(mut fields: Fields) -> Result<ParsedRequest, ValidationError> {
     fields.rename("inputs", "prompt");
     // How to wait and what to cache: advice to a service that is not this one.
     fields.take(&["options"])?;
@@ -23,7 +23,10 @@ pub(crate) fn hear(mut fields: Fields) -> Result<Heard, Invalid> {
     if let Some((name, parameters)) = nested {
         let Value::Object(parameters) = parameters else {
             let found = kind(&parameters);
-            return Err(Invalid::malformed(&name, format!("must be an object, not {found}")));
+            return Err(ValidationError::malformed(
+                &name,
+                format!("must be an object, not {found}"),
+            ));
         };
         for (key, value) in parameters {
             match value {
@@ -36,11 +39,11 @@ pub(crate) fn hear(mut fields: Fields) -> Result<Heard, Invalid> {
             }
         }
     }
-    Ok(Heard { requests: vec![fields], speech: Speech::Json, dialect })
+    Ok(ParsedRequest { requests: vec![fields], speech: BodyKind::Json, dialect })
 }
 
 /// A string, or a list of them where the toolkit would drop all but the first.
-fn toolkit(pictures: &Pictures<'_>) -> String {
+fn toolkit(pictures: &RenderInput<'_>) -> String {
     let mut images: Vec<Value> = pictures.base64().map(Value::from).collect();
     match &mut images[..] {
         [one] => one.take(),
@@ -49,7 +52,7 @@ fn toolkit(pictures: &Pictures<'_>) -> String {
     .to_string()
 }
 
-fn examples(pictures: &Pictures<'_>) -> String {
+fn examples(pictures: &RenderInput<'_>) -> String {
     let images: Vec<String> = pictures.base64().collect();
     json!({ "generated_images": images }).to_string()
 }

@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 
 use super::render::Invocation;
 use super::{body, detect, events, lines};
-use crate::http::admission::{self, Intake};
-use crate::http::drawing::Reply;
+use crate::http::admission::{self, Admitted};
+use crate::http::drawing::ReplyFormat;
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
 
@@ -28,12 +28,12 @@ pub(crate) async fn invocations(
     if lines::are_declared(&intake.headers) {
         return lines::answer(state, intake);
     }
-    let Intake { headers, body, client, deadline, stream_deadline, permit, .. } = intake;
+    let Admitted { headers, body, client, deadline, stream_deadline, permit, .. } = intake;
     let (fields, speech) = body::read(&headers, &body)?;
     drop(body);
-    let heard = detect::hear(&headers, fields, speech, state.settings.limits.max_images)?;
+    let heard = detect::parse(&headers, fields, speech, state.settings.limits.max_images)?;
     let asked = Invocation::read(&state, heard, &headers).await?;
-    let stream = matches!(asked.drawing.reply, Reply::Events(_));
+    let stream = matches!(asked.drawing.reply, ReplyFormat::Events(_));
     let ticket =
         asked.drawing.submit(&client, Some(if stream { stream_deadline } else { deadline }))?;
     if stream {

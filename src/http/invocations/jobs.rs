@@ -16,33 +16,33 @@ use tokio::time::Instant;
 
 use super::render::Invocation;
 use super::{body, detect, events};
-use crate::engine::Failure;
-use crate::http::admission::{self, Intake};
-use crate::http::drawing::Reply;
+use crate::engine::JobError;
+use crate::http::admission::{self, Admitted};
+use crate::http::drawing::ReplyFormat;
 use crate::http::error::ApiError;
 use crate::http::ids::random;
 use crate::http::state::AppState;
-use crate::http::store::{Entry, JobStore};
-use crate::request::Invalid;
+use crate::http::store::{JobRecord, JobStore};
+use crate::request::ValidationError;
 
 /// Accepts a job: the body of `/invocations`, whose answer is kept.
 pub(crate) async fn create(
     State(state): State<AppState>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let Intake { headers, body, client, permit, .. } = admission::take(&state, request).await?;
+    let Admitted { headers, body, client, permit, .. } = admission::take(&state, request).await?;
     let timeout = admission::timeout(&headers, state.settings.job_timeout)?;
     let (fields, speech) = body::read(&headers, &body)?;
-    let heard = detect::hear(&headers, fields, speech, state.settings.limits.max_images)?;
+    let heard = detect::parse(&headers, fields, speech, state.settings.limits.max_images)?;
     let asked = Invocation::read(&state, heard, &headers).await?;
-    if let Reply::Events(_) = asked.drawing.reply {
-        return Err(Invalid::body("a job has no events; ask for its state").into());
+    if let ReplyFormat::Events(_) = asked.drawing.reply {
+        return Err(ValidationError::body("a job has no events; ask for its state").into());
     }
     let deadline = Instant::now() + timeout;
     let mut ticket = asked.drawing.submit(&client, Some(deadline))?;
     drop(permit);
     let id = format!("{:032x}", random());
-    let entry = Entry { watch: state.engine.watch(&ticket), end: None, task: None };
+    let entry = JobRecord { watch: state.engine.watch(&ticket), end: None, task: None };
     let description = describe(&id, &entry);
     if !state.jobs.insert(id.clone(), entry, state.settings.max_jobs) {
         return Err(ApiError::Crowded { retry_after_s: state.engine.retry_after() });
@@ -52,8 +52,8 @@ pub(crate) async fn create(
         loop {
             match ticket.wait().await {
                 // It made room for another client; it has been accepted and so comes again.
-                Err(Failure::Full { .. }) => {
-                    ticket = asked.drawing.submit_patiently(&client, deadline).await?;
+                Err(JobError::Full { .. }) => {
+                    ticket = asked.drawing.submit_with_retry(&client, deadline).await?;
                     store.update(&name, |entry| entry.watch = engine.watch(&ticket));
                 }
                 pictures => return asked.answer(pictures?).await,
@@ -111,13 +111,13 @@ pub(crate) async fn delete(
     if state.jobs.remove(&id) { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::NoJob) }
 }
 
-fn describe(id: &str, job: &Entry) -> Value {
+fn describe(id: &str, job: &JobRecord) -> Value {
     let outlook = job.watch.outlook();
-    let progress = job.watch.made();
+    let progress = job.watch.current();
     let state = match &job.end {
         Some((_, end)) if end.is_ok() => "done",
         Some(_) => "failed",
-        None if progress.begun == 0 => "queued",
+        None if progress.started == 0 => "queued",
         None => "running",
     };
     let mut description = match state {

@@ -9,38 +9,38 @@ use axum::http::header::ACCEPT;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::body::{JUMPSTART_TEXT, Speech, essence};
-use super::render::{Dialect, Heard, Pictures};
-use crate::engine::Drawn;
+use super::body::{BodyKind, JUMPSTART_TEXT, essence};
+use super::render::{Dialect, ParsedRequest, RenderInput};
+use crate::engine::GeneratedImage;
 use crate::image::Format;
-use crate::request::{Fields, Invalid};
+use crate::request::{Fields, ValidationError};
 
 /// What asks for files.
 const FILES: [(&str, Format); 2] =
     [("application/json;jpeg", Format::Jpeg), ("application/json;png", Format::Png)];
 
 /// The dialect in which a request expects its answer, if it is this one.
-pub(crate) fn spoken(headers: &HeaderMap) -> Option<Dialect> {
+pub(crate) fn detect(headers: &HeaderMap) -> Option<Dialect> {
     let accept = headers.get(ACCEPT).map(|value| String::from_utf8_lossy(value.as_bytes()));
     let accept = accept.unwrap_or_default().to_ascii_lowercase().replace(' ', "");
     let files = FILES.iter().find(|(media, _)| accept == *media).map(|(_, format)| *format);
     let text = essence(headers).is_some_and(|essence| essence == JUMPSTART_TEXT);
-    let word: fn(&Pictures<'_>) -> String = match (text, files.is_some()) {
-        (true, true) => |pictures| word(pictures, "generated_image", &files_of(pictures)),
-        (true, false) => |pictures| word(pictures, "generated_image", &pixels_of(pictures)),
-        (false, true) => |pictures| word(pictures, "generated_images", &files_of(pictures)),
+    let render: fn(&RenderInput<'_>) -> String = match (text, files.is_some()) {
+        (true, true) => |pictures| render(pictures, "generated_image", &files_of(pictures)),
+        (true, false) => |pictures| render(pictures, "generated_image", &pixels_of(pictures)),
+        (false, true) => |pictures| render(pictures, "generated_images", &files_of(pictures)),
         (false, false) => return None,
     };
-    Some(Dialect { format: files.unwrap_or(Format::Jpeg), word })
+    Some(Dialect { format: files.unwrap_or(Format::Jpeg), render })
 }
 
 /// A request for each prompt. Negative prompts come in pairs with them or one for all.
-pub(crate) fn hear(
+pub(crate) fn parse(
     mut fields: Fields,
     dialect: Dialect,
     max_images: usize,
-) -> Result<Heard, Invalid> {
-    let heard = |requests| Ok(Heard { requests, speech: Speech::Json, dialect });
+) -> Result<ParsedRequest, ValidationError> {
+    let heard = |requests| Ok(ParsedRequest { requests, speech: BodyKind::Json, dialect });
     if !fields.is_list("prompt") {
         return heard(vec![fields]);
     }
@@ -48,12 +48,12 @@ pub(crate) fn hear(
         return heard(vec![fields]);
     };
     if prompts.is_empty() {
-        return Err(Invalid::malformed(&name, "must not be an empty list"));
+        return Err(ValidationError::malformed(&name, "must not be an empty list"));
     }
     if prompts.len() > max_images {
         let count = prompts.len();
         let reason = format!("asks for {count} pictures; at most {max_images} are allowed");
-        return Err(Invalid::range(&name, reason));
+        return Err(ValidationError::range(&name, reason));
     }
     let mut negatives: Vec<Value> = Vec::new();
     if fields.is_list("negative_prompt")
@@ -61,7 +61,7 @@ pub(crate) fn hear(
     {
         if list.len() != prompts.len() {
             let reason = format!("must have as many entries as prompt, which is {}", prompts.len());
-            return Err(Invalid::malformed(&name, reason));
+            return Err(ValidationError::malformed(&name, reason));
         }
         negatives = list;
     }
@@ -77,7 +77,7 @@ pub(crate) fn hear(
 }
 
 /// One picture, or all, under a name that says which.
-fn word<T: Serialize>(pictures: &Pictures<'_>, name: &str, images: &[T]) -> String {
+fn render<T: Serialize>(pictures: &RenderInput<'_>, name: &str, images: &[T]) -> String {
     let images = match images {
         [image] if name == "generated_image" => serde_json::to_string(image),
         images => serde_json::to_string(images),
@@ -92,13 +92,13 @@ fn word<T: Serialize>(pictures: &Pictures<'_>, name: &str, images: &[T]) -> Stri
     format!(r#"{{"{name}":{},"prompt":{prompt}}}"#, images.unwrap_or_default())
 }
 
-fn files_of(pictures: &Pictures<'_>) -> Vec<String> {
+fn files_of(pictures: &RenderInput<'_>) -> Vec<String> {
     pictures.base64().collect()
 }
 
 /// Each picture as rows of pixels of red, green and blue.
-fn pixels_of<'a>(pictures: &Pictures<'a>) -> Vec<Vec<Vec<&'a [u8]>>> {
-    let rows = |drawn: &'a Drawn| {
+fn pixels_of<'a>(pictures: &RenderInput<'a>) -> Vec<Vec<Vec<&'a [u8]>>> {
+    let rows = |drawn: &'a GeneratedImage| {
         let rows = drawn.rgb.data.chunks(3 * drawn.rgb.width);
         rows.map(|row| row.chunks(3).collect()).collect()
     };

@@ -12,14 +12,14 @@ use axum::response::{IntoResponse as _, Response};
 use futures_util::stream::{self, StreamExt as _};
 use tokio::time::Instant;
 
-use super::body::{Speech, essence};
+use super::body::{BodyKind, essence};
 use super::detect;
 use super::render::Invocation;
-use crate::engine::{Client, Failure};
-use crate::http::admission::Intake;
+use crate::engine::{Client, JobError};
+use crate::http::admission::Admitted;
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
-use crate::request::{Fields, Invalid};
+use crate::request::{Fields, ValidationError};
 
 /// The names under which JSON lines go.
 const TYPES: [&str; 5] = [
@@ -36,12 +36,14 @@ pub(crate) fn are_declared(headers: &HeaderMap) -> bool {
 }
 
 /// Answers every line. Each has the request's time for itself, from when it is looked at.
-pub(crate) fn answer(state: AppState, intake: Intake) -> Result<Response, ApiError> {
-    let Intake { body, client, timeout, permit, .. } = intake;
+pub(crate) fn answer(state: AppState, intake: Admitted) -> Result<Response, ApiError> {
+    let Admitted { body, client, timeout, permit, .. } = intake;
     let body = Bytes::from(body);
     let text = body.strip_suffix(b"\n").unwrap_or(&body);
     if text.is_empty() {
-        return Err(Invalid::body("the body is empty; send a JSON object on each line").into());
+        return Err(
+            ValidationError::body("the body is empty; send a JSON object on each line").into()
+        );
     }
     let mut rest = Some(body.slice_ref(text));
     let lines = std::iter::from_fn(move || {
@@ -80,19 +82,19 @@ async fn draw(
 ) -> Result<Vec<u8>, ApiError> {
     let deadline = Instant::now() + timeout;
     let text = std::str::from_utf8(line)
-        .map_err(|error| Invalid::body(format!("the line is not UTF-8: {error}")))?;
+        .map_err(|error| ValidationError::body(format!("the line is not UTF-8: {error}")))?;
     if !text.trim_start().starts_with('{') {
-        return Err(Invalid::body("the line is not a JSON object").into());
+        return Err(ValidationError::body("the line is not a JSON object").into());
     }
     // A line has no headers: no `Accept` means JSON for JSON.
     let headers = HeaderMap::new();
     let most = state.settings.limits.max_images;
-    let heard = detect::hear(&headers, Fields::json(text)?, Speech::Json, most)?;
+    let heard = detect::parse(&headers, Fields::json(text)?, BodyKind::Json, most)?;
     let asked = Invocation::read(state, heard, &headers).await?;
     let pictures = loop {
         // A line is part of a larger work, which a full queue only delays.
-        match asked.drawing.submit_patiently(client, deadline).await?.wait().await {
-            Err(Failure::Full { .. }) => {}
+        match asked.drawing.submit_with_retry(client, deadline).await?.wait().await {
+            Err(JobError::Full { .. }) => {}
             pictures => break pictures?,
         }
     };

@@ -8,10 +8,10 @@ use base64::prelude::BASE64_STANDARD;
 use sd_models::Spec;
 use serde_json::{Value, json};
 
-use super::accept::{self, Wish};
-use super::body::Speech;
-use crate::engine::Drawn;
-use crate::http::drawing::{Asked, Reply};
+use super::accept::{self, ReplyPreferences};
+use super::body::BodyKind;
+use crate::engine::GeneratedImage;
+use crate::http::drawing::{Drawing, ReplyFormat};
 use crate::http::error::ApiError;
 use crate::http::headers::{ATTRIBUTES, NSFW, SEED};
 use crate::http::state::AppState;
@@ -24,26 +24,26 @@ pub(crate) struct Dialect {
     /// The format of pictures in JSON, unless the request names one.
     pub(crate) format: Format,
     /// The JSON.
-    pub(crate) word: fn(&Pictures<'_>) -> String,
+    pub(crate) render: fn(&RenderInput<'_>) -> String,
 }
 
 /// What there is to tell.
 #[derive(Debug)]
-pub(crate) struct Pictures<'a> {
+pub(crate) struct RenderInput<'a> {
     pub(crate) specs: &'a [Spec],
-    pub(crate) drawn: &'a [Drawn],
+    pub(crate) drawn: &'a [GeneratedImage],
     pub(crate) files: &'a [Vec<u8>],
     pub(crate) format: Format,
 }
 
-impl Pictures<'_> {
+impl RenderInput<'_> {
     /// The files in base64.
     pub(crate) fn base64(&self) -> impl Iterator<Item = String> {
         self.files.iter().map(|file| BASE64_STANDARD.encode(file))
     }
 
     /// The files in base64, with what was asked and what came of it.
-    pub(crate) fn each(&self) -> impl Iterator<Item = (&Spec, &Drawn, String)> {
+    pub(crate) fn each(&self) -> impl Iterator<Item = (&Spec, &GeneratedImage, String)> {
         let drawn = self.specs.iter().zip(self.drawn).zip(self.base64());
         drawn.map(|((spec, drawn), data)| (spec, drawn, data))
     }
@@ -67,16 +67,16 @@ impl Pictures<'_> {
 
 /// A request in native fields.
 #[derive(Debug)]
-pub(crate) struct Heard {
+pub(crate) struct ParsedRequest {
     /// One for each prompt.
     pub(crate) requests: Vec<Fields>,
-    pub(crate) speech: Speech,
+    pub(crate) speech: BodyKind,
     pub(crate) dialect: Dialect,
 }
 
-impl Heard {
+impl ParsedRequest {
     /// A request that is native already.
-    pub(crate) fn native(fields: Fields, speech: Speech) -> Self {
+    pub(crate) fn native(fields: Fields, speech: BodyKind) -> Self {
         Self { requests: vec![fields], speech, dialect: NATIVE }
     }
 }
@@ -84,7 +84,7 @@ impl Heard {
 /// A valid request with its dialect.
 #[derive(Debug)]
 pub(crate) struct Invocation {
-    pub(crate) drawing: Asked,
+    pub(crate) drawing: Drawing,
     dialect: Dialect,
 }
 
@@ -92,37 +92,41 @@ impl Invocation {
     /// Reads what was heard; `headers` say how to answer.
     pub(crate) async fn read(
         state: &AppState,
-        heard: Heard,
+        heard: ParsedRequest,
         headers: &HeaderMap,
     ) -> Result<Self, ApiError> {
-        let Heard { requests, speech, dialect } = heard;
-        let drawing = Asked::read(state, requests, |draw, count| {
+        let ParsedRequest { requests, speech, dialect } = heard;
+        let drawing = Drawing::prepare(state, requests, |draw, count| {
             let (usual, format, stream) = (dialect.format, draw.format, draw.stream);
-            accept::choose(headers, Wish { speech, usual, format, count, stream })
+            accept::choose(headers, ReplyPreferences { speech, usual, format, count, stream })
         });
         Ok(Self { drawing: drawing.await?, dialect })
     }
 
     /// The answer, whole, so that it can be kept.
-    pub(crate) async fn answer(self, pictures: Vec<Drawn>) -> Result<Response<Bytes>, ApiError> {
+    pub(crate) async fn answer(
+        self,
+        pictures: Vec<GeneratedImage>,
+    ) -> Result<Response<Bytes>, ApiError> {
         let Self { drawing, dialect } = self;
-        let answer =
-            move |drawing: &Asked, drawn: &[Drawn], files| answer(drawing, dialect, drawn, files);
+        let answer = move |drawing: &Drawing, drawn: &[GeneratedImage], files| {
+            answer(drawing, dialect, drawn, files)
+        };
         drawing.encode(pictures, answer).await
     }
 }
 
 fn answer(
-    drawing: &Asked,
+    drawing: &Drawing,
     dialect: Dialect,
-    drawn: &[Drawn],
+    drawn: &[GeneratedImage],
     mut files: Vec<Vec<u8>>,
 ) -> Response<Bytes> {
     let (specs, format) = (&drawing.specs, drawing.reply.format());
     let (media_type, body) = match drawing.reply {
-        Reply::Bytes(_) => (format.media_type(), files.pop().unwrap_or_default()),
-        Reply::Json(_) | Reply::Events(_) => {
-            let json = (dialect.word)(&Pictures { specs, drawn, files: &files, format });
+        ReplyFormat::Bytes(_) => (format.media_type(), files.pop().unwrap_or_default()),
+        ReplyFormat::Json(_) | ReplyFormat::Events(_) => {
+            let json = (dialect.render)(&RenderInput { specs, drawn, files: &files, format });
             ("application/json", json.into())
         }
     };
@@ -142,11 +146,11 @@ fn answer(
     answer
 }
 
-const NATIVE: Dialect = Dialect { format: Format::Jpeg, word: native };
+const NATIVE: Dialect = Dialect { format: Format::Jpeg, render: native };
 
 /// `data` and `seed` for one picture, `images` for several.
-fn native(pictures: &Pictures<'_>) -> String {
-    let image = |(spec, drawn, data): (&Spec, &Drawn, String)| {
+fn native(pictures: &RenderInput<'_>) -> String {
+    let image = |(spec, drawn, data): (&Spec, &GeneratedImage, String)| {
         let mut image = json!({ "seed": spec.seed, "data": data });
         if let Some(nsfw) = drawn.nsfw {
             image["nsfw"] = nsfw.into();

@@ -5,13 +5,13 @@
 use sd_models::Spec;
 use serde_json::{Value, json};
 
-use super::body::Speech;
-use super::render::{Dialect, Heard, Pictures};
-use crate::engine::Drawn;
+use super::body::BodyKind;
+use super::render::{Dialect, ParsedRequest, RenderInput};
+use crate::engine::GeneratedImage;
 use crate::image::Format;
-use crate::request::{Fields, Invalid};
+use crate::request::{Fields, ValidationError};
 
-const STABILITY: Dialect = Dialect { format: Format::Png, word };
+const STABILITY: Dialect = Dialect { format: Format::Png, render };
 
 /// Their samplers that are here, under the names that they have here.
 const SAMPLERS: [(&str, &str); 6] = [
@@ -24,7 +24,7 @@ const SAMPLERS: [(&str, &str); 6] = [
 ];
 
 /// Their fields as native ones.
-pub(crate) fn hear(mut fields: Fields) -> Result<Heard, Invalid> {
+pub(crate) fn parse(mut fields: Fields) -> Result<ParsedRequest, ValidationError> {
     let (_, prompts) = fields.take(&["text_prompts"])?.unwrap_or_default();
     let (prompt, negative) = prompts_of(&prompts)?;
     fields.add("prompt", "text_prompts", prompt);
@@ -42,37 +42,40 @@ pub(crate) fn hear(mut fields: Fields) -> Result<Heard, Invalid> {
     if let Some((name, preset)) = fields.take(&["clip_guidance_preset"])?
         && preset != "NONE"
     {
-        return Err(Invalid::range(&name, "can only be \"NONE\""));
+        return Err(ValidationError::range(&name, "can only be \"NONE\""));
     }
-    Ok(Heard { requests: vec![fields], speech: Speech::Json, dialect: STABILITY })
+    Ok(ParsedRequest { requests: vec![fields], speech: BodyKind::Json, dialect: STABILITY })
 }
 
 /// The wanted and the unwanted, each in one prompt: the model takes no more.
-fn prompts_of(prompts: &Value) -> Result<(String, String), Invalid> {
+fn prompts_of(prompts: &Value) -> Result<(String, String), ValidationError> {
     let name = "text_prompts";
     let Some(prompts) = prompts.as_array().filter(|prompts| !prompts.is_empty()) else {
-        return Err(Invalid::malformed(name, "must be a list of at least one prompt"));
+        return Err(ValidationError::malformed(name, "must be a list of at least one prompt"));
     };
     let (mut wanted, mut unwanted) = (Vec::new(), Vec::new());
     for (k, prompt) in prompts.iter().enumerate() {
         let name = format!("{name}[{k}]");
         let Some(text) = prompt.get("text").and_then(Value::as_str) else {
-            return Err(Invalid::malformed(&name, "must have a text"));
+            return Err(ValidationError::malformed(&name, "must have a text"));
         };
         match prompt.get("weight").map_or(Some(1.0), Value::as_f64) {
             Some(1.0) => wanted.push(text),
             Some(-1.0) => unwanted.push(text),
             _ => {
                 let name = format!("{name}.weight");
-                return Err(Invalid::range(&name, "must be 1 or -1: other weights are not known"));
+                return Err(ValidationError::range(
+                    &name,
+                    "must be 1 or -1: other weights are not known",
+                ));
             }
         }
     }
     Ok((wanted.join(", "), unwanted.join(", ")))
 }
 
-fn word(pictures: &Pictures<'_>) -> String {
-    let artifact = |(spec, drawn, data): (&Spec, &Drawn, String)| {
+fn render(pictures: &RenderInput<'_>) -> String {
+    let artifact = |(spec, drawn, data): (&Spec, &GeneratedImage, String)| {
         let reason = if drawn.nsfw == Some(true) { "CONTENT_FILTERED" } else { "SUCCESS" };
         json!({ "base64": data, "seed": spec.seed, "finishReason": reason })
     };

@@ -14,21 +14,21 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use subtle::ConstantTimeEq as _;
 
-use super::sagemaker_route::Routed;
+use super::sagemaker_route::ViaSageMaker;
 use crate::engine::Client;
 use crate::http::error::ApiError;
-use crate::http::state::Key;
+use crate::http::state::ApiKey;
 
 /// Where keys go that are not in `Authorization`.
 const API_KEY: &str = "x-api-key";
 
 /// Lets a request in that has a key. Where none are configured everyone may come in.
 pub(crate) async fn require(
-    State(keys): State<Arc<[Key]>>,
+    State(keys): State<Arc<[ApiKey]>>,
     mut request: Request,
     next: Next,
 ) -> Result<Response, Response> {
-    let sagemaker = request.extensions().get::<Routed>().is_some();
+    let sagemaker = request.extensions().get::<ViaSageMaker>().is_some();
     if keys.is_empty() || sagemaker {
         return Ok(next.run(request).await);
     }
@@ -63,7 +63,7 @@ fn authorized(value: &HeaderValue) -> Option<Vec<u8>> {
 }
 
 /// Compares with every key in a time that tells nothing but lengths.
-fn find(keys: &[Key], given: &[u8]) -> Option<usize> {
+fn find(keys: &[ApiKey], given: &[u8]) -> Option<usize> {
     keys.iter().enumerate().fold(None, |found, (place, key)| {
         if key.as_bytes().ct_eq(given).into() { Some(place) } else { found }
     })
@@ -75,7 +75,7 @@ mod tests {
 
     #[test]
     fn a_key_is_found_wherever_clients_put_it() {
-        let keys: Vec<Key> = ["first", "se:cond"].map(|key| key.parse().expect("a key")).into();
+        let keys: Vec<ApiKey> = ["first", "se:cond"].map(|key| key.parse().expect("a key")).into();
         let basic = |pair: &str| format!("Basic {}", BASE64_STANDARD.encode(pair));
         let table = [
             ("authorization", "Bearer first".to_owned(), Some(0)),
@@ -94,7 +94,7 @@ mod tests {
             let found = given(&headers).and_then(|given| find(&keys, &given));
             assert_eq!(found, place, "{name}: {value}");
         }
-        assert_eq!(format!("{keys:?}"), "[Key(..), Key(..)]");
-        assert!("".parse::<Key>().is_err() && "a b".parse::<Key>().is_err());
+        assert_eq!(format!("{keys:?}"), "[ApiKey(..), ApiKey(..)]");
+        assert!("".parse::<ApiKey>().is_err() && "a b".parse::<ApiKey>().is_err());
     }
 }

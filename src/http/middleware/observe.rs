@@ -9,12 +9,12 @@ use axum::response::Response;
 use tracing::{Instrument, debug, error, info, info_span};
 
 use crate::engine::Engine;
-use crate::http::error::Reason;
+use crate::http::error::ErrorDetail;
 use crate::http::headers::{INFERENCE_ID, REQUEST_ID};
-use crate::telemetry::Id;
+use crate::telemetry::MetricId;
 
-/// Asked every few seconds by machines: not worth a line in the log.
-const WATCHED: [&str; 4] = ["/ping", "/health/live", "/health/ready", "/metrics"];
+/// Routes that machines poll. Their requests are logged at `debug` only.
+const PROBE_ROUTES: [&str; 4] = ["/ping", "/health/live", "/health/ready", "/metrics"];
 
 /// The routes that are measured by their name; others are `other`, since clients make them up.
 pub(crate) const ROUTES: [&str; 42] = [
@@ -63,18 +63,18 @@ pub(crate) const ROUTES: [&str; 42] = [
 ];
 
 /// Counts a request once: with its outcome, or as gone when the client left before it had one.
-struct Tally {
+struct RequestMetricsGuard {
     engine: Engine,
     route: &'static str,
     outcome: &'static str,
     began: Instant,
 }
 
-impl Drop for Tally {
+impl Drop for RequestMetricsGuard {
     fn drop(&mut self) {
         let metrics = self.engine.metrics();
-        metrics.count(Id::Requests, &[self.route, self.outcome]);
-        metrics.time(Id::RequestSeconds, &[self.route], self.began.elapsed());
+        metrics.count(MetricId::Requests, &[self.route, self.outcome]);
+        metrics.time(MetricId::RequestSeconds, &[self.route], self.began.elapsed());
     }
 }
 
@@ -89,13 +89,13 @@ pub(crate) async fn observe(
     let matched = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
     let route = ROUTES.into_iter().find(|route| Some(*route) == matched).unwrap_or("other");
     let span = info_span!("request", id = id.to_str().unwrap_or_default());
-    let mut tally = Tally { engine, route, outcome: "gone", began: Instant::now() };
+    let mut tally = RequestMetricsGuard { engine, route, outcome: "gone", began: Instant::now() };
     let mut response = next.run(request).instrument(span.clone()).await;
     response.headers_mut().insert(REQUEST_ID, id);
 
     let _inside = span.enter();
     let status = response.status();
-    let reason = response.extensions().get::<Reason>();
+    let reason = response.extensions().get::<ErrorDetail>();
     tally.outcome = match reason {
         Some(reason) => reason.code,
         None if status.is_success() => "ok",
@@ -107,7 +107,7 @@ pub(crate) async fn observe(
     let (status, reason) = (status.as_u16(), reason.map(|reason| reason.message.as_str()));
     if fault {
         error!(%method, path, status, duration_ms, reason);
-    } else if WATCHED.contains(&route) {
+    } else if PROBE_ROUTES.contains(&route) {
         debug!(%method, path, status, duration_ms);
     } else {
         info!(%method, path, status, duration_ms, reason);

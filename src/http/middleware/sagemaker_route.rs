@@ -15,7 +15,7 @@ const OPEN: [&str; 2] = ["/v1/", "/sdapi/"];
 
 /// A request that came in through SageMaker's door, whatever its path says now.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Routed;
+pub(crate) struct ViaSageMaker;
 
 /// The routes, reached by the attribute too. It must be read before a route is chosen, so this
 /// stands before the router, not inside.
@@ -26,7 +26,7 @@ pub(crate) fn by_attribute(router: Router) -> Router {
             let here = request.method() == Method::POST && request.uri().path() == "/invocations";
             if let Some(uri) = here.then(|| target(request.headers())).flatten() {
                 *request.uri_mut() = uri;
-                request.extensions_mut().insert(Routed);
+                request.extensions_mut().insert(ViaSageMaker);
             }
             router.oneshot(request).await
         }

@@ -4,14 +4,14 @@ use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::Response;
 use serde_json::{Value, json};
 
-use crate::http::error::{self, Reason};
+use crate::http::error::{self, ErrorDetail};
 
 /// Tells OpenAI's clients that to send the request again will not help.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// Puts errors into OpenAI's words, whoever made them.
 pub(crate) async fn errors(response: Response) -> Response {
-    let mut response = error::rephrase(response, describe);
+    let mut response = error::map_error_body(response, describe);
     // A failed picture fails again; only a full queue and a start are worth another try.
     let status = response.status();
     if status.is_server_error() && status != StatusCode::SERVICE_UNAVAILABLE {
@@ -20,12 +20,12 @@ pub(crate) async fn errors(response: Response) -> Response {
     response
 }
 
-pub(crate) fn describe(status: StatusCode, reason: &Reason) -> Value {
+pub(crate) fn describe(status: StatusCode, reason: &ErrorDetail) -> Value {
     let kind = match status.as_u16() {
         429 => "rate_limit_error",
         500.. => "server_error",
         _ => "invalid_request_error",
     };
-    let Reason { code, message, param } = reason;
+    let ErrorDetail { code, message, param } = reason;
     json!({ "error": { "message": message, "type": kind, "param": param, "code": code } })
 }

@@ -12,7 +12,7 @@ pub(crate) async fn file(
     State(state): State<AppState>,
     Path(name): Path<String>,
 ) -> Result<impl IntoResponse, ApiError> {
-    let (format, data) = state.shelf.get(&name).ok_or(ApiError::NoFile)?;
+    let (format, data) = state.urls.get(&name).ok_or(ApiError::NoFile)?;
     let headers = [
         (CONTENT_TYPE, format.media_type()),
         (CACHE_CONTROL, "private, max-age=3600, immutable"),

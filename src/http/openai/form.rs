@@ -8,7 +8,7 @@ use axum::http::header::CONTENT_TYPE;
 use futures_util::stream;
 
 use crate::http::error::ApiError;
-use crate::request::Invalid;
+use crate::request::ValidationError;
 
 /// A form with files in it.
 #[derive(Default)]
@@ -23,7 +23,8 @@ impl Form {
         let declared = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let boundary = multer::parse_boundary(declared.unwrap_or_default())
             .map_err(|_| ApiError::MediaType("send multipart/form-data with a boundary".into()))?;
-        let broken = |error: multer::Error| Invalid::body(format!("the form is broken: {error}"));
+        let broken =
+            |error: multer::Error| ValidationError::body(format!("the form is broken: {error}"));
         let body = stream::iter([Ok::<_, Infallible>(Bytes::from(body))]);
         let mut parts = multer::Multipart::new(body, boundary);
         let mut form = Self::default();
@@ -34,12 +35,12 @@ impl Form {
                 // The second name is the client's for a list.
                 "image" | "image[]" if form.image.is_none() => form.image = Some(data),
                 "image" | "image[]" => {
-                    return Err(Invalid::range("image", "may be one picture only").into());
+                    return Err(ValidationError::range("image", "may be one picture only").into());
                 }
                 "mask" if form.mask.is_none() => form.mask = Some(data),
                 _ => {
                     let text = String::from_utf8(data.into())
-                        .map_err(|_| Invalid::malformed(&name, "is not UTF-8"))?;
+                        .map_err(|_| ValidationError::malformed(&name, "is not UTF-8"))?;
                     form.texts.push((name, text));
                 }
             }

@@ -10,14 +10,14 @@ use base64::prelude::BASE64_STANDARD;
 
 use super::form::Form;
 use super::render::{common, data, now};
-use super::stream::{Wish, stream};
-use super::translate::{Words, translate};
-use crate::http::admission::{self, Intake};
-use crate::http::drawing::{Asked, Reply};
+use super::stream::{ReplyOptions, stream};
+use super::translate::{OpenAiOptions, translate};
+use crate::http::admission::{self, Admitted};
+use crate::http::drawing::{Drawing, ReplyFormat};
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
 use crate::image::{self, Format};
-use crate::request::{Fields, Invalid};
+use crate::request::{Fields, ValidationError};
 
 /// Names that clients send who know no other server than OpenAI's. They mean whatever is here.
 const THEIR_MODELS: [&str; 3] = ["dall-e-", "gpt-image-", "chatgpt-image-"];
@@ -42,7 +42,7 @@ pub(crate) async fn edits(
     let mut intake = admission::take(&state, request).await?;
     let body = std::mem::take(&mut intake.body);
     let Form { texts, image, mask } = Form::read(&intake.headers, body).await?;
-    let image = image.ok_or_else(|| Invalid::malformed("image", "is required"))?;
+    let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
     let mut fields = Fields::form(texts);
     let encoded = BASE64_STANDARD.encode(&image);
     let (name, file) = match mask {
@@ -50,17 +50,21 @@ pub(crate) async fn edits(
         None => ("image", image),
     };
     let most = state.settings.limits.max_input_pixels;
-    let turn = state.readers.acquire().await;
-    let found = tokio::task::spawn_blocking(move || image::mask(&file, most, image::holes)).await;
+    let turn = state.decode_slots.acquire().await;
+    let found =
+        tokio::task::spawn_blocking(move || image::mask(&file, most, image::transparency_mask))
+            .await;
     drop(turn);
-    let holes = found.map_err(|_| Invalid::malformed(name, "cannot be read"))?;
-    let holes = holes.map_err(|reason| Invalid::range(name, reason))?;
-    if holes.is_none() && name == "mask" {
+    let transparency_mask =
+        found.map_err(|_| ValidationError::malformed(name, "cannot be read"))?;
+    let transparency_mask =
+        transparency_mask.map_err(|reason| ValidationError::range(name, reason))?;
+    if transparency_mask.is_none() && name == "mask" {
         let reason = "has no transparent pixels; they say what is to be painted anew";
-        return Err(Invalid::range(name, reason).into());
+        return Err(ValidationError::range(name, reason).into());
     }
-    if let Some(holes) = holes {
-        fields.add("mask", name, BASE64_STANDARD.encode(holes));
+    if let Some(transparency_mask) = transparency_mask {
+        fields.add("mask", name, BASE64_STANDARD.encode(transparency_mask));
         // Nothing is to be seen any more of what was there.
         if !fields.has("strength") {
             fields.add("strength", "strength", "1");
@@ -73,22 +77,22 @@ pub(crate) async fn edits(
 /// Reads OpenAI's fields, draws, and answers.
 async fn draw(
     state: AppState,
-    intake: Intake,
+    intake: Admitted,
     mut fields: Fields,
     kind: &'static str,
 ) -> Result<Response, ApiError> {
-    let Intake { headers, client, deadline, stream_deadline, permit, .. } = intake;
-    let Words { model, compression, url, partial_images } = translate(&mut fields)?;
+    let Admitted { headers, client, deadline, stream_deadline, permit, .. } = intake;
+    let OpenAiOptions { model, compression, url, partial_images } = translate(&mut fields)?;
     let state = find(state, model).await?;
     let url = url.then(|| origin(&headers));
-    let wish = Wish { kind, url, partial_images };
-    let asked = Asked::read(&state, vec![fields], |draw, _| {
+    let wish = ReplyOptions { kind, url, partial_images };
+    let asked = Drawing::prepare(&state, vec![fields], |draw, _| {
         let format = draw.format.unwrap_or(Format::Png);
-        Ok(if draw.stream { Reply::Events(format) } else { Reply::Json(format) })
+        Ok(if draw.stream { ReplyFormat::Events(format) } else { ReplyFormat::Json(format) })
     });
     let mut asked = asked.await?;
     asked.quality = quality(compression, asked.reply.format())?.unwrap_or(asked.quality);
-    let streams = matches!(asked.reply, Reply::Events(_));
+    let streams = matches!(asked.reply, ReplyFormat::Events(_));
     let ticket = asked.submit(&client, Some(if streams { stream_deadline } else { deadline }))?;
     let common = common(&asked);
     if streams {
@@ -103,13 +107,13 @@ async fn draw(
 }
 
 /// What `output_compression` means for a format: the quality of JPEG. Our PNG and WebP are lossless.
-fn quality(compression: Option<u64>, format: Format) -> Result<Option<u8>, Invalid> {
+fn quality(compression: Option<u64>, format: Format) -> Result<Option<u8>, ValidationError> {
     match (compression, format) {
         (None | Some(100), Format::Png | Format::Webp) | (None, Format::Jpeg) => Ok(None),
         (Some(percent), Format::Jpeg) => Ok(u8::try_from(percent.max(1)).ok()),
         (Some(_), Format::Png | Format::Webp) => {
             let reason = "is for jpeg only; png and webp are lossless here";
-            Err(Invalid::range("output_compression", reason))
+            Err(ValidationError::range("output_compression", reason))
         }
     }
 }

@@ -6,13 +6,13 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::{Map, Value, json};
 
-use crate::engine::Drawn;
-use crate::http::drawing::Asked;
+use crate::engine::GeneratedImage;
+use crate::http::drawing::Drawing;
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
 
 /// What every answer and event says of its pictures.
-pub(crate) fn common(asked: &Asked) -> Map<String, Value> {
+pub(crate) fn common(asked: &Drawing) -> Map<String, Value> {
     let size = asked.specs.first().map(|spec| spec.final_size().to_string());
     let format = asked.reply.format().name();
     let common = json!({ "size": size, "output_format": format, "background": "opaque" });
@@ -22,15 +22,15 @@ pub(crate) fn common(asked: &Asked) -> Map<String, Value> {
 /// One object a picture: its seed, and itself or where it is.
 pub(crate) async fn data(
     state: &AppState,
-    asked: Asked,
-    pictures: Vec<Drawn>,
+    asked: Drawing,
+    pictures: Vec<GeneratedImage>,
     url: Option<String>,
 ) -> Result<Vec<Value>, ApiError> {
     let state = state.clone();
-    let data = move |asked: &Asked, pictures: &[Drawn], files: Vec<Vec<u8>>| {
+    let data = move |asked: &Drawing, pictures: &[GeneratedImage], files: Vec<Vec<u8>>| {
         let (field, values): (_, Vec<String>) = match url {
             Some(origin) => {
-                let names = state.shelf.keep(files, asked.reply.format())?;
+                let names = state.urls.keep(files, asked.reply.format())?;
                 ("url", names.iter().map(|name| format!("{origin}/files/{name}")).collect())
             }
             None => ("b64_json", files.iter().map(|file| BASE64_STANDARD.encode(file)).collect()),

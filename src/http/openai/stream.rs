@@ -15,14 +15,14 @@ use tokio_util::task::AbortOnDropHandle;
 use super::error::describe;
 use super::render::{data, now};
 use crate::engine::{Preview, Progress, Ticket};
-use crate::http::drawing::{self, Asked};
+use crate::http::drawing::{self, Drawing};
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
 use crate::image::{self, Format};
 
 /// What a client wants besides pictures.
 #[derive(Debug, Clone)]
-pub(crate) struct Wish {
+pub(crate) struct ReplyOptions {
     /// `image_generation` or `image_edit`: the first half of the names of events.
     pub(crate) kind: &'static str,
     /// Where pictures are fetched, if they are not to be in the answer.
@@ -31,8 +31,8 @@ pub(crate) struct Wish {
 }
 
 /// A request as a stream of events.
-struct Underway {
-    wish: Wish,
+struct ImageStream {
+    wish: ReplyOptions,
     common: Map<String, Value>,
     format: Format,
     quality: u8,
@@ -49,9 +49,9 @@ struct Underway {
 
 pub(crate) fn stream(
     state: AppState,
-    asked: Asked,
+    asked: Drawing,
     ticket: Ticket,
-    wish: Wish,
+    wish: ReplyOptions,
     common: Map<String, Value>,
     permit: OwnedSemaphorePermit,
 ) -> Response {
@@ -62,7 +62,7 @@ pub(crate) fn stream(
         let pictures = ticket.wait().await?;
         data(&state, asked, pictures, url).await
     });
-    let underway = Underway {
+    let underway = ImageStream {
         wish,
         common,
         format,
@@ -82,7 +82,7 @@ pub(crate) fn stream(
     drawing::events(events)
 }
 
-impl Underway {
+impl ImageStream {
     async fn next(&mut self) -> Option<Event> {
         while !self.over {
             let wanted = self.told < self.wish.partial_images;
@@ -104,8 +104,8 @@ impl Underway {
 
     /// A look at a picture, when the next share of the steps has been made.
     async fn partial(&mut self, Preview { rgb, .. }: Preview) -> Option<Event> {
-        let Progress { made, total, .. } = *self.progress.borrow();
-        if made * (self.wish.partial_images + 1) < total * (self.told + 1) {
+        let Progress { completed, total, .. } = *self.progress.borrow();
+        if completed * (self.wish.partial_images + 1) < total * (self.told + 1) {
             return None;
         }
         let (format, quality) = (self.format, self.quality);

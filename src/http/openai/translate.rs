@@ -1,9 +1,9 @@
 //! OpenAI's fields in native words.
 
-use crate::request::{Fields, Invalid};
+use crate::request::{Fields, ValidationError};
 
 /// What OpenAI's words say that ours cannot.
-pub(crate) struct Words {
+pub(crate) struct OpenAiOptions {
     pub(crate) model: Option<String>,
     pub(crate) compression: Option<u64>,
     pub(crate) url: bool,
@@ -11,7 +11,7 @@ pub(crate) struct Words {
 }
 
 /// Puts the fields that are OpenAI's own into native words.
-pub(crate) fn translate(fields: &mut Fields) -> Result<Words, Invalid> {
+pub(crate) fn translate(fields: &mut Fields) -> Result<OpenAiOptions, ValidationError> {
     let model = fields.text(&["model"], 256)?;
     for silent in ["quality", "style", "moderation", "input_fidelity", "user", "safety_identifier"]
     {
@@ -25,7 +25,10 @@ pub(crate) fn translate(fields: &mut Fields) -> Result<Words, Invalid> {
             Some((width.parse::<u64>().ok()?, height.parse::<u64>().ok()?))
         });
         let (width, height) = sides.ok_or_else(|| {
-            Invalid::malformed("size", format!("must be auto or like 512x512, not {size:?}"))
+            ValidationError::malformed(
+                "size",
+                format!("must be auto or like 512x512, not {size:?}"),
+            )
         })?;
         fields.add("width", "size", width);
         fields.add("height", "size", height);
@@ -36,5 +39,5 @@ pub(crate) fn translate(fields: &mut Fields) -> Result<Words, Invalid> {
     if partial_images > 0 {
         fields.add("preview", "partial_images", true);
     }
-    Ok(Words { model, compression, url, partial_images })
+    Ok(OpenAiOptions { model, compression, url, partial_images })
 }

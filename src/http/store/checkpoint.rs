@@ -4,9 +4,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The model that was chosen for requests that name none; without it, the one that is there.
 #[derive(Debug, Default, Clone)]
-pub(crate) struct Checkpoint(Arc<Mutex<Option<String>>>);
+pub(crate) struct SelectedCheckpoint(Arc<Mutex<Option<String>>>);
 
-impl Checkpoint {
+impl SelectedCheckpoint {
     fn slot(&self) -> MutexGuard<'_, Option<String>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

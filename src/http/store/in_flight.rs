@@ -7,67 +7,67 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use sd_models::Spec;
 use tokio::sync::watch;
 
-use crate::engine::{Client, Engine, Outlook, Preview, Progress, Ticket, Watch};
+use crate::engine::{Client, Engine, Estimate, JobMonitor, Preview, Progress, Ticket};
 use crate::image::{self, Format, JPEG_QUALITY};
 
 /// The requests, the oldest first.
 #[derive(Debug, Default, Clone)]
-pub(crate) struct Underway {
-    requests: Arc<Mutex<Vec<Arc<Begun>>>>,
+pub(crate) struct InFlight {
+    requests: Arc<Mutex<Vec<Arc<InFlightRequest>>>>,
 }
 
 /// One of them.
 #[derive(Debug)]
-pub(crate) struct Begun {
+pub(crate) struct InFlightRequest {
     client: Client,
     /// The client's name for it.
     pub(crate) task: Option<String>,
     /// Of each of its pictures.
     pub(crate) steps: usize,
     pictures: usize,
-    watch: Watch,
+    watch: JobMonitor,
     previews: Option<watch::Receiver<Option<Preview>>>,
 }
 
 /// A place among the requests, given up when it is dropped.
 #[derive(Debug)]
-pub(crate) struct Place {
-    begun: Arc<Begun>,
-    requests: Arc<Mutex<Vec<Arc<Begun>>>>,
+pub(crate) struct InFlightGuard {
+    begun: Arc<InFlightRequest>,
+    requests: Arc<Mutex<Vec<Arc<InFlightRequest>>>>,
 }
 
-impl Deref for Place {
-    type Target = Begun;
+impl Deref for InFlightGuard {
+    type Target = InFlightRequest;
 
-    fn deref(&self) -> &Begun {
+    fn deref(&self) -> &InFlightRequest {
         &self.begun
     }
 }
 
-impl Drop for Place {
+impl Drop for InFlightGuard {
     fn drop(&mut self) {
         lock(&self.requests).retain(|begun| !Arc::ptr_eq(begun, &self.begun));
     }
 }
 
-fn lock(requests: &Mutex<Vec<Arc<Begun>>>) -> MutexGuard<'_, Vec<Arc<Begun>>> {
+fn lock(requests: &Mutex<Vec<Arc<InFlightRequest>>>) -> MutexGuard<'_, Vec<Arc<InFlightRequest>>> {
     requests.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Underway {
-    pub(crate) fn enter(&self, begun: Begun) -> Place {
+impl InFlight {
+    pub(crate) fn enter(&self, begun: InFlightRequest) -> InFlightGuard {
         let begun = Arc::new(begun);
         lock(&self.requests).push(Arc::clone(&begun));
-        Place { begun, requests: Arc::clone(&self.requests) }
+        InFlightGuard { begun, requests: Arc::clone(&self.requests) }
     }
 
     /// The requests of a client.
-    pub(crate) fn of(&self, client: &Client) -> Vec<Arc<Begun>> {
+    pub(crate) fn of(&self, client: &Client) -> Vec<Arc<InFlightRequest>> {
         lock(&self.requests).iter().filter(|begun| begun.client == *client).cloned().collect()
     }
 }
 
-impl Begun {
+impl InFlightRequest {
     /// A request that has been handed to the engine.
     pub(crate) fn new(
         engine: &Engine,
@@ -83,23 +83,23 @@ impl Begun {
     }
 
     /// Where it stands.
-    pub(crate) fn outlook(&self) -> Outlook {
+    pub(crate) fn outlook(&self) -> Estimate {
         self.watch.outlook()
     }
 
     /// Evaluations that have been made.
-    pub(crate) fn made(&self) -> usize {
-        self.watch.made().made
+    pub(crate) fn completed(&self) -> usize {
+        self.watch.current().completed
     }
 
     /// The share of its evaluations that have been made, 0 to 1. Pictures that have not begun are
     /// taken to be like those that have.
     pub(crate) fn share(&self) -> f64 {
-        let Progress { made, total, begun } = self.watch.made();
+        let Progress { completed, total, started } = self.watch.current();
         if total == 0 {
             0.0
         } else {
-            made as f64 / total as f64 * begun as f64 / self.pictures as f64
+            completed as f64 / total as f64 * started as f64 / self.pictures as f64
         }
     }
 

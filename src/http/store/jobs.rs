@@ -9,25 +9,28 @@ use axum::http::Response;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
-use crate::engine::Watch;
+use crate::engine::JobMonitor;
 use crate::http::error::ApiError;
 
 /// The jobs that are kept.
 #[derive(Debug, Default)]
 pub(crate) struct JobStore {
-    jobs: Mutex<HashMap<String, Entry>>,
+    jobs: Mutex<HashMap<String, JobRecord>>,
 }
 
+/// The response of a finished job, or its error.
+pub(crate) type JobResult = Arc<Result<Response<Bytes>, ApiError>>;
+
 #[derive(Debug)]
-pub(crate) struct Entry {
-    pub(crate) watch: Watch,
+pub(crate) struct JobRecord {
+    pub(crate) watch: JobMonitor,
     /// When it ended, and how.
-    pub(crate) end: Option<(Instant, Arc<Result<Response<Bytes>, ApiError>>)>,
+    pub(crate) end: Option<(Instant, JobResult)>,
     pub(crate) task: Option<AbortHandle>,
 }
 
 /// Forgetting a job ends its task, which withdraws its pictures.
-impl Drop for Entry {
+impl Drop for JobRecord {
     fn drop(&mut self) {
         if let Some(task) = &self.task {
             task.abort();
@@ -36,13 +39,13 @@ impl Drop for Entry {
 }
 
 impl JobStore {
-    fn jobs(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
+    fn jobs(&self) -> MutexGuard<'_, HashMap<String, JobRecord>> {
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Keeps a job. When as many are kept as may be, the oldest result makes room; false when
     /// none of them has ended.
-    pub(crate) fn insert(&self, id: String, entry: Entry, max: usize) -> bool {
+    pub(crate) fn insert(&self, id: String, entry: JobRecord, max: usize) -> bool {
         let mut jobs = self.jobs();
         if jobs.len() >= max {
             let ended = jobs.iter().filter_map(|(id, job)| Some((job.end.as_ref()?.0, id)));
@@ -53,14 +56,18 @@ impl JobStore {
         true
     }
 
-    pub(crate) fn update(&self, id: &str, change: impl FnOnce(&mut Entry)) {
+    pub(crate) fn update(&self, id: &str, change: impl FnOnce(&mut JobRecord)) {
         if let Some(entry) = self.jobs().get_mut(id) {
             change(entry);
         }
     }
 
     /// Reads a job.
-    pub(crate) fn read<T>(&self, id: &str, read: impl FnOnce(&Entry) -> T) -> Result<T, ApiError> {
+    pub(crate) fn read<T>(
+        &self,
+        id: &str,
+        read: impl FnOnce(&JobRecord) -> T,
+    ) -> Result<T, ApiError> {
         self.jobs().get(id).map(read).ok_or(ApiError::NoJob)
     }
 

@@ -5,7 +5,7 @@ mod in_flight;
 mod jobs;
 mod urls;
 
-pub(crate) use checkpoint::Checkpoint;
-pub(crate) use in_flight::{Begun, Underway};
-pub(crate) use jobs::{Entry, JobStore};
-pub(crate) use urls::Shelf;
+pub(crate) use checkpoint::SelectedCheckpoint;
+pub(crate) use in_flight::{InFlight, InFlightRequest};
+pub(crate) use jobs::{JobRecord, JobStore};
+pub(crate) use urls::UrlStore;

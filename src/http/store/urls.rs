@@ -9,31 +9,31 @@ use axum::body::Bytes;
 
 use crate::http::ids::random;
 use crate::image::Format;
-use crate::request::Invalid;
+use crate::request::ValidationError;
 
 /// The pictures, the oldest first.
 #[derive(Debug)]
-pub(crate) struct Shelf {
+pub(crate) struct UrlStore {
     retention: Duration,
     max_bytes: usize,
-    files: Mutex<VecDeque<File>>,
+    files: Mutex<VecDeque<StoredImage>>,
 }
 
 #[derive(Debug)]
-struct File {
+struct StoredImage {
     name: String,
     format: Format,
     data: Bytes,
     since: Instant,
 }
 
-impl Shelf {
+impl UrlStore {
     /// Keeps pictures for a time, and so many bytes of them in all.
     pub(crate) fn new(retention: Duration, max_bytes: usize) -> Self {
         Self { retention, max_bytes, files: Mutex::default() }
     }
 
-    fn files(&self) -> MutexGuard<'_, VecDeque<File>> {
+    fn files(&self) -> MutexGuard<'_, VecDeque<StoredImage>> {
         let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
         while files.front().is_some_and(|file| file.since.elapsed() >= self.retention) {
             files.pop_front();
@@ -47,14 +47,14 @@ impl Shelf {
         &self,
         pictures: Vec<Vec<u8>>,
         format: Format,
-    ) -> Result<Vec<String>, Invalid> {
+    ) -> Result<Vec<String>, ValidationError> {
         let (bytes, most) = (pictures.iter().map(Vec::len).sum(), self.max_bytes);
         let Some(mut room) = most.checked_sub(bytes) else {
             let reason = format!(
                 "cannot be url: these pictures have {bytes} bytes, and {most} are kept in all; \
                  ask for b64_json"
             );
-            return Err(Invalid::range("response_format", reason));
+            return Err(ValidationError::range("response_format", reason));
         };
         let mut files = self.files();
         // From the newest on, as many as fit beside the new ones.
@@ -69,7 +69,7 @@ impl Shelf {
         let name = || format!("{:032x}.{}", random(), format.name());
         let new = pictures.into_iter().map(|data| (name(), Bytes::from(data)));
         let first = files.len();
-        files.extend(new.map(|(name, data)| File { name, format, data, since }));
+        files.extend(new.map(|(name, data)| StoredImage { name, format, data, since }));
         Ok(files.range(first..).map(|file| file.name.clone()).collect())
     }
 
