@@ -58,9 +58,10 @@ fn main() -> Result<()> {
     let latents = Tensor::randn(0f32, 1f32, (2, unet.config().in_channels, side, side), &device)?;
     let context = Tensor::randn(0f32, 1f32, (2, 77, unet.config().cross_attention_dim), &device)?;
     // Computed once for all steps of an image, so not timed.
-    let kv = [unet.keys_values(&context, &[])?];
+    let conditioning = [unet.condition(&context, &[])?];
     let times = unet.time_embeddings(&[TIMESTEP, TIMESTEP], &[])?;
-    let (step, prediction) = median(runs, || Ok(unet.forward(&latents, &times, &kv, &[])?))?;
+    let (step, prediction) =
+        median(runs, || Ok(unet.forward(&latents, &times, &conditioning, &[])?))?;
     let one = latents.narrow(0, 0, 1)?;
     let (decode, _) = median(runs, || Ok(vae.forward(&one)?))?;
     println!(

@@ -8,6 +8,7 @@ use serde_json::json;
 
 use crate::error::Result;
 use crate::files::{Keys, Source};
+use crate::ops::Activation;
 
 /// A value for all blocks, or one for each.
 #[derive(serde::Deserialize)]
@@ -45,7 +46,9 @@ pub struct UNetConfig {
     pub layers_per_block: usize,
     /// Heads of each level: the JSON's `attention_head_dim` means this in SD 1.x and 2.x.
     pub heads: Vec<usize>,
-    /// Width of the text encoder's output.
+    /// Transformer blocks of each cross attention, for each level.
+    pub transformer_layers_per_block: Vec<usize>,
+    /// Channels of the text encoder's output.
     pub cross_attention_dim: usize,
     /// Groups of every group norm.
     pub norm_num_groups: usize,
@@ -63,11 +66,13 @@ impl UNetConfig {
     /// Keys and values of all cross attentions together: the last dimension of
     /// `UNet2DConditionModel::keys_values`.
     pub(crate) fn kv_width(&self) -> usize {
-        let channels = &self.block_out_channels;
-        let width = |(crosses, channels): (&bool, &usize)| if *crosses { *channels } else { 0 };
-        let down: usize = self.down_cross_attention.iter().zip(channels).map(width).sum();
-        let up: usize = self.up_cross_attention.iter().zip(channels.iter().rev()).map(width).sum();
-        let middle = channels.last().copied().unwrap_or_default();
+        let depths = &self.transformer_layers_per_block;
+        let widths: Vec<_> =
+            self.block_out_channels.iter().zip(depths).map(|(c, depth)| c * depth).collect();
+        let crossing = |(crosses, width): (&bool, &usize)| if *crosses { *width } else { 0 };
+        let down: usize = self.down_cross_attention.iter().zip(&widths).map(crossing).sum();
+        let up: usize = self.up_cross_attention.iter().zip(widths.iter().rev()).map(crossing).sum();
+        let middle = widths.last().copied().unwrap_or_default();
         2 * (self.layers_per_block * down + middle + (self.layers_per_block + 1) * up)
     }
 
@@ -94,6 +99,9 @@ impl UNetConfig {
         let heads = keys.take("attention_head_dim", OneOrEach::One(8))?;
         let heads = keys.take("num_attention_heads", heads)?.each(levels);
         let heads = heads.ok_or_else(|| keys.invalid("attention_head_dim", "wrong length"))?;
+        let depths = keys.take("transformer_layers_per_block", OneOrEach::One(1))?.each(levels);
+        let depths =
+            depths.ok_or_else(|| keys.invalid("transformer_layers_per_block", "wrong length"))?;
         let config = Self {
             sample_size: keys.take("sample_size", 64)?,
             in_channels: keys.take("in_channels", 4)?,
@@ -101,6 +109,7 @@ impl UNetConfig {
             down_cross_attention: down,
             up_cross_attention: up,
             layers_per_block: keys.take("layers_per_block", 2)?,
+            transformer_layers_per_block: depths,
             cross_attention_dim: keys.take("cross_attention_dim", 1280)?,
             norm_num_groups: keys.take("norm_num_groups", 32)?,
             norm_eps: keys.take("norm_eps", 1e-5)?,
@@ -189,7 +198,6 @@ fn refuse_other_unets(keys: &mut Keys) -> Result<()> {
     keys.only("resnet_out_scale_factor", &[json!(1), json!(1.0)])?;
     keys.only("resnet_time_scale_shift", &[json!("default")])?;
     keys.only("time_embedding_type", &[json!("positional")])?;
-    keys.only("transformer_layers_per_block", &[json!(1)])?;
     // Scores and softmax are accumulated in f32 everywhere, which is what upcast_attention asks.
     keys.drop_idle(&["addition_embed_type_num_heads", "dropout", "upcast_attention"]);
     Ok(())
@@ -313,25 +321,62 @@ pub(crate) const IDLE_TEXT_KEYS: [&str; 34] = [
     "typical_p",
 ];
 
-/// `text_encoder/config.json` of a `CLIPTextModel`.
+/// The transformer of a CLIP tower.
 #[derive(Debug, Clone, PartialEq)]
-pub struct ClipTextConfig {
-    /// Tokens.
-    pub vocab_size: usize,
-    /// Width of the hidden states.
+pub struct ClipConfig {
+    /// Channels of the hidden states.
     pub hidden_size: usize,
-    /// Width inside the MLP.
+    /// Channels inside the MLP.
     pub intermediate_size: usize,
     /// Layers.
     pub num_hidden_layers: usize,
-    /// Heads.
+    /// Attention heads of a layer.
     pub num_attention_heads: usize,
-    /// Longest sequence.
-    pub max_position_embeddings: usize,
-    /// `quick_gelu` or `gelu`.
-    pub hidden_act: String,
+    /// The MLP's activation.
+    pub(crate) hidden_act: Activation,
     /// Epsilon of the layer norms.
     pub layer_norm_eps: f64,
+}
+
+impl ClipConfig {
+    /// Takes its keys; `hidden`, `inner` and `heads` are the defaults of the tower's class.
+    pub(crate) fn take(
+        keys: &mut Keys,
+        (hidden, inner, heads): (usize, usize, usize),
+    ) -> Result<Self> {
+        let config = Self {
+            hidden_size: keys.take("hidden_size", hidden)?,
+            intermediate_size: keys.take("intermediate_size", inner)?,
+            num_hidden_layers: keys.take("num_hidden_layers", 12)?,
+            num_attention_heads: keys.take("num_attention_heads", heads)?,
+            hidden_act: match keys.take("hidden_act", "quick_gelu".to_owned())?.as_str() {
+                "quick_gelu" => Activation::QuickGelu,
+                "gelu" => Activation::Gelu,
+                other => {
+                    let reason = format!("{other:?} is not quick_gelu or gelu");
+                    return Err(keys.invalid("hidden_act", reason));
+                }
+            },
+            layer_norm_eps: keys.take("layer_norm_eps", 1e-5)?,
+        };
+        let heads = config.num_attention_heads;
+        if heads == 0 || !config.hidden_size.is_multiple_of(heads) {
+            let reason = format!("{heads} heads do not divide {} channels", config.hidden_size);
+            return Err(keys.invalid("num_attention_heads", reason));
+        }
+        Ok(config)
+    }
+}
+
+/// `text_encoder/config.json` of a `CLIPTextModel`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ClipTextConfig {
+    /// Tokens of the vocabulary.
+    pub vocab_size: usize,
+    /// Maximum number of tokens of a sequence.
+    pub max_position_embeddings: usize,
+    /// The layers between embeddings and final norm.
+    pub transformer: ClipConfig,
 }
 
 impl ClipTextConfig {
@@ -342,23 +387,9 @@ impl ClipTextConfig {
         keys.only("use_attention_mask", &[json!(false)])?;
         let config = Self {
             vocab_size: keys.take("vocab_size", 49408)?,
-            hidden_size: keys.take("hidden_size", 512)?,
-            intermediate_size: keys.take("intermediate_size", 2048)?,
-            num_hidden_layers: keys.take("num_hidden_layers", 12)?,
-            num_attention_heads: keys.take("num_attention_heads", 8)?,
             max_position_embeddings: keys.take("max_position_embeddings", 77)?,
-            hidden_act: keys.take("hidden_act", "quick_gelu".into())?,
-            layer_norm_eps: keys.take("layer_norm_eps", 1e-5)?,
+            transformer: ClipConfig::take(&mut keys, (512, 2048, 8))?,
         };
-        let heads = config.num_attention_heads;
-        if heads == 0 || !config.hidden_size.is_multiple_of(heads) {
-            let reason = format!("{heads} heads do not divide {} channels", config.hidden_size);
-            return Err(keys.invalid("num_attention_heads", reason));
-        }
-        if !["quick_gelu", "gelu"].contains(&config.hidden_act.as_str()) {
-            let reason = format!("{:?} is not quick_gelu or gelu", config.hidden_act);
-            return Err(keys.invalid("hidden_act", reason));
-        }
         keys.drop_idle(&IDLE_TEXT_KEYS);
         keys.finish()?;
         Ok(config)
@@ -376,6 +407,6 @@ mod tests {
         assert_eq!(unet.down_cross_attention, [true, true, false]);
         assert_eq!(unet.heads, [4, 4, 4]);
         assert_eq!(VaeConfig::read(&Source::Demo).unwrap().scale(), 8);
-        assert_eq!(ClipTextConfig::read(&Source::Demo).unwrap().hidden_size, 128);
+        assert_eq!(ClipTextConfig::read(&Source::Demo).unwrap().transformer.hidden_size, 128);
     }
 }

@@ -19,8 +19,8 @@ pub(crate) struct Norm {
     pub(crate) eps: f64,
 }
 
-/// ResnetBlock2D: norm, SiLU, convolution; time; norm, SiLU, convolution; shortcut. The VAE's have
-/// no time.
+/// ResnetBlock2D: norm, SiLU, convolution; time embedding; norm, SiLU, convolution; shortcut. Those
+/// of the VAE have no time embedding.
 pub(crate) struct Resnet {
     norm1: GroupNorm,
     conv1: LoraLayer<Conv2d>,
@@ -35,15 +35,15 @@ impl Resnet {
         p: &LayerBuilder<'w>,
         inputs: usize,
         outputs: usize,
-        time_embeddings: Option<&Stack<'w>>,
+        time_proj: Option<&Stack<'w>>,
         norm: Norm,
     ) -> Result<Self> {
         let shortcut = p.pp("conv_shortcut");
         Ok(Self {
             norm1: p.pp("norm1").group_norm(inputs, norm.groups, norm.eps)?,
             conv1: LoraLayer::conv(&p.pp("conv1"), inputs, outputs, Geometry::SAME)?,
-            time: time_embeddings
-                .map(|time_embeddings| time_embeddings.add(&p.pp("time_emb_proj"), outputs, true))
+            time: time_proj
+                .map(|stack| stack.add(&p.pp("time_emb_proj"), outputs, true))
                 .transpose()?,
             norm2: p.pp("norm2").group_norm(outputs, norm.groups, norm.eps)?,
             conv2: LoraLayer::conv(&p.pp("conv2"), outputs, outputs, Geometry::SAME)?,
@@ -53,7 +53,7 @@ impl Resnet {
         })
     }
 
-    /// x (B, H, W, in) and what all blocks make of the time -> (B, H, W, out)
+    /// x (B, H, W, in), the time embeddings of all blocks (B, time_width) -> (B, H, W, out)
     pub(crate) fn forward(
         &self,
         x: &Joined,
@@ -68,7 +68,7 @@ impl Resnet {
         self.second_half(x, y, loras)
     }
 
-    /// The block of a VAE: (B, H, W, in) -> (B, H, W, out)
+    /// A block without time embedding: (B, H, W, in) -> (B, H, W, out)
     pub(crate) fn forward_timeless(&self, x: &Tensor) -> Result<Tensor> {
         let y = self.conv1.forward(&self.norm1.forward_silu(x)?, &[])?;
         self.second_half(&Joined::one(x), y, &[])
@@ -76,7 +76,7 @@ impl Resnet {
 
     fn second_half(&self, x: &Joined, y: Tensor, loras: &[LoraStack]) -> Result<Tensor> {
         let normalized = self.norm2.forward_silu(&y)?;
-        // At the end of a VAE one such picture is 128 MiB.
+        // In the last level of a VAE, y is 128 MiB at 512 px.
         drop(y);
         let y = normalized;
         Ok(match &self.conv_shortcut {
@@ -87,15 +87,16 @@ impl Resnet {
         })
     }
 }
-/// Linear layers of many blocks over one input, gathered while the blocks are built: one product
-/// computes them all.
+
+/// Linear layers of many blocks over one input, gathered while the blocks are built and computed by
+/// one product.
 pub(crate) struct Stack<'w> {
     inputs: usize,
     layers: RefCell<Vec<LinearPart<'w>>>,
     parts: RefCell<Vec<Part>>,
 }
 
-/// The columns of a [`Stack`]'s product that are one layer's.
+/// One layer's columns of a [`Stack`]'s product.
 #[derive(Clone, Copy)]
 pub(crate) struct Columns {
     first: usize,

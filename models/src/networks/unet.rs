@@ -1,9 +1,12 @@
-//! UNet2DConditionModel of Stable Diffusion 1.x and 2.x, all of it in this file.
+//! UNet2DConditionModel of Stable Diffusion 1.x and 2.x, but for the residual block, which is in
+//! [`super::resnet`].
 //!
 //! Reference: diffusers 0.42 `models/unets/unet_2d_condition.py`, `unet_2d_blocks.py`,
-//! `transformers/transformer_2d.py` and `attention.py`, of which it computes what
-//! [`UNetConfig`] can say. Activations are channels-last; every row has a timestep and, where there
-//! are any, LoRAs of its own (`loras`, one for each row or none at all).
+//! `transformers/transformer_2d.py` and `attention.py`, as far as [`UNetConfig`] can express it.
+//!
+//! Shapes: B batch rows, H and W latent pixels of a level, C its channels, L = H W tokens, M tokens
+//! of a prompt. Activations are channels-last. Each row has its own timestep and conditioning, and
+//! `loras` holds the LoRAs of each row, or nothing if no row has any.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -26,9 +29,9 @@ pub struct UNet2DConditionModel {
     device: Device,
     dtype: DType,
     time: [LoraLayer<Linear>; 2],
-    /// What every residual block makes of the time, side by side.
+    /// The time projections of all residual blocks: (.., 4 first) -> (.., time_width)
     time_proj: LoraLayer<Linear>,
-    /// Keys and values of every cross attention, side by side.
+    /// The key and value projections of all cross attentions: (.., D) -> (.., kv_width)
     to_kv: LoraLayer<Linear>,
     conv_in: LoraLayer<Conv2d>,
     down: Vec<DownBlock>,
@@ -36,6 +39,31 @@ pub struct UNet2DConditionModel {
     up: Vec<UpBlock>,
     norm_out: GroupNorm,
     conv_out: LoraLayer<Conv2d>,
+}
+
+/// What batch rows are conditioned on, beside the timestep.
+#[derive(Debug, Clone)]
+pub struct Conditioning {
+    /// Keys and values of all cross attentions (B, M, kv_width).
+    kv: Tensor,
+}
+
+impl Conditioning {
+    /// The conditioning of a batch from that of its rows: one entry for each run of rows that have
+    /// equally many tokens.
+    pub(crate) fn stack(rows: &[&Self]) -> Result<Vec<Self>> {
+        let stacked = |run: &[&Self]| {
+            let kv: Vec<_> = run.iter().map(|row| &row.kv).collect();
+            Ok(Self { kv: Tensor::cat(&kv, 0)? })
+        };
+        rows.chunk_by(|a, b| a.kv.dims() == b.kv.dims()).map(stacked).collect()
+    }
+
+    /// How many numbers it holds.
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.kv.elem_count()
+    }
 }
 
 struct DownBlock {
@@ -60,23 +88,23 @@ impl UNet2DConditionModel {
         let channels = &config.block_out_channels;
         let (first, last) = (channels[0], channels[channels.len() - 1]);
         let temb = 4 * first;
-        let shape = Shape {
+        let builder = BlockBuilder {
             config: &config,
-            time_embeddings: Stack::new(temb),
-            contexts: Stack::new(config.cross_attention_dim),
+            time_proj: Stack::new(temb),
+            to_kv: Stack::new(config.cross_attention_dim),
         };
         let time = p.pp("time_embedding");
         let middle = p.pp("mid_block");
-        let down = shape.down_blocks(&p.pp("down_blocks"))?;
+        let down = builder.down_blocks(&p.pp("down_blocks"))?;
         let mid = (
-            shape.resnet(&middle.pp("resnets").pp(0), last, last)?,
-            shape.transformer(&middle.pp("attentions").pp(0), channels.len() - 1)?,
-            shape.resnet(&middle.pp("resnets").pp(1), last, last)?,
+            builder.resnet(&middle.pp("resnets").pp(0), last, last)?,
+            builder.transformer(&middle.pp("attentions").pp(0), channels.len() - 1)?,
+            builder.resnet(&middle.pp("resnets").pp(1), last, last)?,
         );
-        let up = shape.up_blocks(&p.pp("up_blocks"))?;
+        let up = builder.up_blocks(&p.pp("up_blocks"))?;
         let model = Self {
-            time_proj: shape.time_embeddings.build(&p)?,
-            to_kv: shape.contexts.build(&p)?,
+            time_proj: builder.time_proj.build(&p)?,
+            to_kv: builder.to_kv.build(&p)?,
             time: [
                 LoraLayer::linear(&time.pp("linear_1"), first, temb)?,
                 LoraLayer::linear(&time.pp("linear_2"), temb, temb)?,
@@ -109,15 +137,16 @@ impl UNet2DConditionModel {
         &self.config
     }
 
-    /// A context (B, L, D) f32 -> keys and values of every cross attention, side by side, for
-    /// [`Self::forward`]: they are the same at every step.
-    pub fn keys_values(&self, context: &Tensor, loras: &[LoraStack]) -> Result<Tensor> {
+    /// The conditioning for [`Self::forward`], which is the same at every step, from the text
+    /// encoder's hidden states (B, M, D) f32.
+    pub fn condition(&self, context: &Tensor, loras: &[LoraStack]) -> Result<Conditioning> {
         let context = context.to_dtype(self.dtype)?.contiguous()?;
-        in_pool(&self.device, || Ok(self.to_kv.forward(&context, loras)?))
+        let kv = in_pool(&self.device, || self.to_kv.forward(&context, loras))?;
+        Ok(Conditioning { kv })
     }
 
-    /// Timesteps -> what every residual block makes of them, side by side (T, ..), for
-    /// [`Self::forward`]: a schedule's are known before its first step.
+    /// T timesteps -> the time embeddings of all residual blocks (T, time_width) for
+    /// [`Self::forward`]. Those of a schedule are known before its first step.
     pub fn time_embeddings(&self, timesteps: &[f64], loras: &[LoraStack]) -> Result<Tensor> {
         in_pool(&self.device, || {
             let embedded = self.time_embedding(timesteps, loras)?;
@@ -125,23 +154,23 @@ impl UNet2DConditionModel {
         })
     }
 
-    /// latents (B, C, H, W) f32, time_embeddings for the rows (B, ..), keys and values for the rows in their
-    /// order (b, L, ..), where L may change from one to the next -> the prediction (B, C, H, W) f32.
+    /// Latents (B, C, H, W) f32, time embeddings (B, time_width) and the conditioning of the rows in
+    /// their order, whose entries may differ in M -> the prediction (B, C, H, W) f32.
     pub fn forward(
         &self,
         latents: &Tensor,
         time_embeddings: &Tensor,
-        kv: &[Tensor],
+        conditioning: &[Conditioning],
         loras: &[LoraStack],
     ) -> Result<Tensor> {
-        in_pool(&self.device, || self.predict(latents, time_embeddings, kv, loras))
+        in_pool(&self.device, || self.predict(latents, time_embeddings, conditioning, loras))
     }
 
     fn predict(
         &self,
         latents: &Tensor,
         time_embeddings: &Tensor,
-        kv: &[Tensor],
+        conditioning: &[Conditioning],
         loras: &[LoraStack],
     ) -> Result<Tensor> {
         // 1. In
@@ -153,7 +182,7 @@ impl UNet2DConditionModel {
             for (resnet, transformer) in &block.layers {
                 x = resnet.forward(&Joined::one(&x), time_embeddings, loras)?;
                 if let Some(transformer) = transformer {
-                    x = transformer.forward(&x, kv, loras)?;
+                    x = transformer.forward(&x, conditioning, loras)?;
                 }
                 skips.push(x.clone());
             }
@@ -164,7 +193,7 @@ impl UNet2DConditionModel {
         }
         // 3. Middle
         x = self.mid.0.forward(&Joined::one(&x), time_embeddings, loras)?;
-        x = self.mid.1.forward(&x, kv, loras)?;
+        x = self.mid.1.forward(&x, conditioning, loras)?;
         x = self.mid.2.forward(&Joined::one(&x), time_embeddings, loras)?;
         // 4. Up
         for block in &self.up {
@@ -173,7 +202,7 @@ impl UNet2DConditionModel {
                 let skip = skips.pop().ok_or_else(|| candle_core::Error::msg("no skip left"))?;
                 x = resnet.forward(&Joined::new(&x, &skip)?, time_embeddings, loras)?;
                 if let Some(transformer) = transformer {
-                    x = transformer.forward(&x, kv, loras)?;
+                    x = transformer.forward(&x, conditioning, loras)?;
                 }
             }
             if let (Some(upsample), Some(next)) = (&block.upsample, skips.last()) {
@@ -210,14 +239,14 @@ impl UNet2DConditionModel {
     }
 }
 
-/// What the blocks are built from.
-struct Shape<'a, 'w> {
+/// Builds the blocks, and gathers the layers that one product computes for all of them.
+struct BlockBuilder<'a, 'w> {
     config: &'a UNetConfig,
-    time_embeddings: Stack<'w>,
-    contexts: Stack<'w>,
+    time_proj: Stack<'w>,
+    to_kv: Stack<'w>,
 }
 
-impl<'w> Shape<'_, 'w> {
+impl<'w> BlockBuilder<'_, 'w> {
     fn down_blocks(&self, p: &LayerBuilder<'w>) -> Result<Vec<DownBlock>> {
         let channels = &self.config.block_out_channels;
         let mut inputs = channels[0];
@@ -272,7 +301,7 @@ impl<'w> Shape<'_, 'w> {
 
     fn resnet(&self, p: &LayerBuilder<'w>, inputs: usize, outputs: usize) -> Result<Resnet> {
         let norm = Norm { groups: self.config.norm_num_groups, eps: self.config.norm_eps };
-        Resnet::load(p, inputs, outputs, Some(&self.time_embeddings), norm)
+        Resnet::load(p, inputs, outputs, Some(&self.time_proj), norm)
     }
 
     fn maybe_transformer(
@@ -290,28 +319,41 @@ impl<'w> Shape<'_, 'w> {
         let config = self.config;
         let channels = config.block_out_channels[level];
         let conv = !config.use_linear_projection;
-        let block = p.pp("transformer_blocks").pp(0);
-        let heads = config.heads[level];
-        let feed_forward = block.pp("ff").pp("net");
+        let block = |i| self.transformer_block(&p.pp("transformer_blocks").pp(i), level);
+        let depth = config.transformer_layers_per_block[level];
         Ok(Transformer {
             norm: p.pp("norm").group_norm(channels, config.norm_num_groups, 1e-6)?,
             proj_in: LoraLayer::linear_or_conv(&p.pp("proj_in"), channels, channels, conv)?,
-            norm1: block.pp("norm1").layer_norm(channels, 1e-5)?,
-            attn1: SelfAttention::load(&block.pp("attn1"), channels, heads)?,
-            norm2: block.pp("norm2").layer_norm(channels, 1e-5)?,
-            attn2: CrossAttention::load(&block.pp("attn2"), channels, &self.contexts, heads)?,
-            norm3: block.pp("norm3").layer_norm(channels, 1e-5)?,
+            blocks: (0..depth).map(block).collect::<Result<_>>()?,
+            proj_out: LoraLayer::linear_or_conv(&p.pp("proj_out"), channels, channels, conv)?,
+        })
+    }
+
+    fn transformer_block(&self, p: &LayerBuilder<'w>, level: usize) -> Result<TransformerBlock> {
+        let (channels, heads) = (self.config.block_out_channels[level], self.config.heads[level]);
+        let feed_forward = p.pp("ff").pp("net");
+        Ok(TransformerBlock {
+            norm1: p.pp("norm1").layer_norm(channels, 1e-5)?,
+            attn1: SelfAttention::load(&p.pp("attn1"), channels, heads)?,
+            norm2: p.pp("norm2").layer_norm(channels, 1e-5)?,
+            attn2: CrossAttention::load(&p.pp("attn2"), channels, &self.to_kv, heads)?,
+            norm3: p.pp("norm3").layer_norm(channels, 1e-5)?,
             ff_in: LoraLayer::geglu(&feed_forward.pp(0).pp("proj"), channels, 4 * channels)?,
             ff_out: LoraLayer::linear(&feed_forward.pp(2), 4 * channels, channels)?,
-            proj_out: LoraLayer::linear_or_conv(&p.pp("proj_out"), channels, channels, conv)?,
         })
     }
 }
 
-/// Transformer2DModel with one BasicTransformerBlock.
+/// Transformer2DModel.
 struct Transformer {
     norm: GroupNorm,
     proj_in: LoraLayer<Linear>,
+    blocks: Vec<TransformerBlock>,
+    proj_out: LoraLayer<Linear>,
+}
+
+/// BasicTransformerBlock.
+struct TransformerBlock {
     norm1: LayerNorm,
     attn1: SelfAttention,
     norm2: LayerNorm,
@@ -319,24 +361,42 @@ struct Transformer {
     norm3: LayerNorm,
     ff_in: LoraLayer<Geglu>,
     ff_out: LoraLayer<Linear>,
-    proj_out: LoraLayer<Linear>,
 }
 
 impl Transformer {
-    /// (B, H, W, C), and keys and values of all blocks for the rows' prompts -> (B, H, W, C)
-    fn forward(&self, x: &Tensor, kv: &[Tensor], loras: &[LoraStack]) -> Result<Tensor> {
+    /// (B, H, W, C) -> (B, H, W, C)
+    fn forward(
+        &self,
+        x: &Tensor,
+        conditioning: &[Conditioning],
+        loras: &[LoraStack],
+    ) -> Result<Tensor> {
         let (batch, h, w, channels) = x.dims4()?;
         let tokens = (batch, h * w, channels);
         let mut y = self.proj_in.forward(&self.norm.forward(x)?.reshape(tokens)?, loras)?;
+        for block in &self.blocks {
+            y = block.forward(y, conditioning, loras)?;
+        }
+        let y = self.proj_out.forward_add(&y, &x.reshape(tokens)?, loras)?;
+        Ok(y.reshape((batch, h, w, channels))?)
+    }
+}
+
+impl TransformerBlock {
+    /// (B, L, C) -> (B, L, C)
+    fn forward(
+        &self,
+        mut y: Tensor,
+        conditioning: &[Conditioning],
+        loras: &[LoraStack],
+    ) -> Result<Tensor> {
         // 1. Self attention
         y = self.attn1.forward_add(&self.norm1.forward(&y)?, &y, loras)?;
         // 2. Cross attention
-        y = self.attn2.forward_add(&self.norm2.forward(&y)?, kv, &y, loras)?;
+        y = self.attn2.forward_add(&self.norm2.forward(&y)?, conditioning, &y, loras)?;
         // 3. Feed forward
-        let n = self.ff_in.forward(&self.norm3.forward(&y)?, loras)?;
-        y = self.ff_out.forward_add(&n, &y, loras)?;
-        let y = self.proj_out.forward_add(&y, &x.reshape(tokens)?, loras)?;
-        Ok(y.reshape((batch, h, w, channels))?)
+        let n = self.ff_in.forward(&self.norm3.forward(&y)?, loras)?; // (B, L, 4 C)
+        Ok(self.ff_out.forward_add(&n, &y, loras)?)
     }
 }
 
@@ -375,32 +435,31 @@ impl CrossAttention {
     fn load<'w>(
         p: &LayerBuilder<'w>,
         channels: usize,
-        contexts: &Stack<'w>,
+        to_kv: &Stack<'w>,
         heads: usize,
     ) -> Result<Self> {
         Ok(Self {
             to_q: LoraLayer::linears(p, &["to_q"], channels, channels, false)?,
-            k: contexts.add(&p.pp("to_k"), channels, false)?,
-            v: contexts.add(&p.pp("to_v"), channels, false)?,
+            k: to_kv.add(&p.pp("to_k"), channels, false)?,
+            v: to_kv.add(&p.pp("to_v"), channels, false)?,
             to_out: LoraLayer::linear(&p.pp("to_out").pp(0), channels, channels)?,
             heads,
         })
     }
 
-    /// x (B, L, C), keys and values of all blocks for some rows each (b, M, ..), residual
-    /// (B, L, C) -> (B, L, C)
+    /// x (B, L, C), the rows' conditioning, residual (B, L, C) -> (B, L, C)
     fn forward_add(
         &self,
         x: &Tensor,
-        kv: &[Tensor],
+        conditioning: &[Conditioning],
         residual: &Tensor,
         loras: &[LoraStack],
     ) -> Result<Tensor> {
         let q = self.to_q.forward(x, loras)?;
         let kind = Attention { heads: self.heads, causal: false, tiles: self.to_out.on_tiles() };
-        let mut outputs = Vec::with_capacity(kv.len());
+        let mut outputs = Vec::with_capacity(conditioning.len());
         let mut row = 0;
-        for kv in kv {
+        for Conditioning { kv } in conditioning {
             let (rows, k, v) = (kv.dim(0)?, self.k.of(kv)?, self.v.of(kv)?);
             outputs.push(attention(&q.narrow(0, row, rows)?, &k, &v, kind)?);
             row += rows;

@@ -454,13 +454,13 @@ pub(crate) mod tests {
             let model = UNet2DConditionModel::load(config.clone(), &weights, &device, dtype);
             let model = model.unwrap();
             let context = tensor(&[2, 77, config.cross_attention_dim], 1);
-            let kv = model.keys_values(&context, &[]).unwrap();
+            let conditioning = model.condition(&context, &[]).unwrap();
             let latents = (tensor(&[2, config.in_channels, 16, 16], 2) * 3f64.sqrt()).unwrap();
             model
                 .forward(
                     &latents,
                     &model.time_embeddings(&[900.0, 300.0], &[]).unwrap(),
-                    &[kv],
+                    &[conditioning],
                     &[],
                 )
                 .unwrap()

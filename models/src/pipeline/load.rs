@@ -128,7 +128,7 @@ fn read_text(
     dtype: DType,
 ) -> Result<(ClipTokenizer, ClipTextModel, Embeddings)> {
     let config = ClipTextConfig::read(source)?;
-    let (ids, width) = (config.vocab_size, config.hidden_size);
+    let (ids, width) = (config.vocab_size, config.transformer.hidden_size);
     let mut tokenizer = ClipTokenizer::load(source, config.max_position_embeddings)?;
     let mut encoder = ClipTextModel::load(config, weights, device, dtype)?;
     let (room, most) = (tokenizer.max_length() - 2, add_ons.max_embedding_bytes);
@@ -147,8 +147,8 @@ fn check_widths(text: &ClipTextModel, unet: &UNet2DConditionModel, vae: &Decoder
         let reason = format!("{key}: {found}, but {other} is {wanted}");
         Err(Error::config("unet/config.json", reason))
     };
-    if unet.cross_attention_dim != text.hidden_size {
-        let (found, wanted) = (unet.cross_attention_dim, text.hidden_size);
+    if unet.cross_attention_dim != text.transformer.hidden_size {
+        let (found, wanted) = (unet.cross_attention_dim, text.transformer.hidden_size);
         return refuse("cross_attention_dim", found, "the text encoder's hidden_size", wanted);
     }
     let latent = vae.latent_channels;

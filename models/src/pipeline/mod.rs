@@ -35,6 +35,7 @@ pub use self::trajectory::Trajectory;
 use crate::denoiser::{combine, guide};
 use crate::error::{Error, Result};
 use crate::layers::LoraStack;
+use crate::networks::Conditioning;
 use crate::noise::Noise;
 use crate::ops::{device_kernels, device_name, device_work, free_device_bytes};
 use crate::picture::Rgb;
@@ -113,15 +114,15 @@ impl Pipeline {
         let loras = self.lora_stack(&spec.loras, &named)?;
         let mut warnings = Vec::new();
         let mut encode = |field, prompt: &str| -> Result<_> {
-            let (kv, warning) =
+            let (conditioning, warning) =
                 self.prompts.encode(&self.model, prompt, spec.prompt_syntax, &loras)?;
             warnings.extend(warning.map(|warning| format!("{field} {warning}")));
-            Ok(kv)
+            Ok(conditioning)
         };
-        let kv = encode("prompt", &prompt)?;
-        let guided = spec.rows() == 2;
-        let negative = guided.then(|| encode("negative_prompt", &spec.negative_prompt));
-        let negative = negative.transpose()?;
+        let mut conditioning = vec![encode("prompt", &prompt)?];
+        if spec.rows() == 2 {
+            conditioning.insert(0, encode("negative_prompt", &spec.negative_prompt)?);
+        }
         let mut noise = Noise::new(spec.seed);
         let inpainting =
             self.model.unet.config().in_channels > self.model.unet.config().out_channels;
@@ -136,8 +137,7 @@ impl Pipeline {
             size,
             guidance_scale,
             latents,
-            kv,
-            negative,
+            conditioning,
             loras,
             blend,
             mask_condition,
@@ -184,8 +184,8 @@ impl Pipeline {
     /// One evaluation of the UNet for each trajectory that is not done; all of one size. An error
     /// leaves every trajectory as it was, so that the step can be tried again.
     pub fn step(&self, batch: &mut [&mut Trajectory]) -> Result<()> {
-        let (mut latents, mut kv, mut times) = (Vec::new(), Vec::new(), Vec::new());
-        let mut loras = Vec::new();
+        let (mut latents, mut times) = (Vec::new(), Vec::new());
+        let (mut conditioning, mut loras) = (Vec::new(), Vec::new());
         let mut active: Vec<&mut Trajectory> = Vec::new();
         for trajectory in batch.iter_mut() {
             let Some(evaluation) = trajectory.sampler.next() else { continue };
@@ -194,10 +194,9 @@ impl Pipeline {
                 input = Tensor::cat(&[&input, condition], 1)?;
             }
             let time = trajectory.time_embeddings.narrow(0, trajectory.sampler.completed(), 1)?;
-            // diffusers' order: the unconditional row first.
-            for of_row in trajectory.negative.iter().chain([&trajectory.kv]) {
+            for of_row in &trajectory.conditioning {
                 latents.push(input.clone());
-                kv.push(Tensor::clone(of_row));
+                conditioning.push(Arc::clone(of_row));
                 times.push(time.clone());
                 loras.push(trajectory.loras.clone());
             }
@@ -207,7 +206,9 @@ impl Pipeline {
             return Ok(());
         }
         let (latents, times) = (Tensor::cat(&latents, 0)?, Tensor::cat(&times, 0)?);
-        let output = self.model.unet.forward(&latents, &times, &stacked(&kv)?, &loras)?;
+        let rows: Vec<_> = conditioning.iter().map(Arc::as_ref).collect();
+        let conditioning = Conditioning::stack(&rows)?;
+        let output = self.model.unet.forward(&latents, &times, &conditioning, &loras)?;
         let mut row = 0;
         let mut results = Vec::new();
         for trajectory in &active {
@@ -286,12 +287,6 @@ impl Pipeline {
         let checker = self.model.safety_checker.as_ref();
         checker.map(|checker| Ok(checker.check(picture)?.nsfw())).transpose()
     }
-}
-
-/// Keys and values of rows (1, L, ..), those neighbours stacked whose L is one: (b, L, ..).
-fn stacked(kv: &[Tensor]) -> Result<Vec<Tensor>> {
-    let runs = kv.chunk_by(|a, b| a.dims() == b.dims());
-    runs.map(|run| Ok(Tensor::cat(run, 0)?)).collect()
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Prompts to cross-attention keys and values, with an LRU cache of encoded prompts.
+//! Prompts to the UNet's conditioning, with an LRU cache of encoded prompts.
 
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -10,7 +10,7 @@ use super::load::LoadedModel;
 use super::spec::PromptSyntax;
 use crate::error::Result;
 use crate::layers::LoraStack;
-use crate::networks::ClipTextModel;
+use crate::networks::{ClipTextModel, Conditioning};
 use crate::text::{PromptChunk, chunks};
 
 /// Prompts whose encoding is cached: the empty negative prompt, and those of a series of requests.
@@ -28,9 +28,9 @@ pub(super) struct PromptCache {
 pub(super) struct EncodedPrompt {
     /// Hidden states of the text encoder (1, L, D) f32.
     pub(super) context: Tensor,
-    /// Keys and values (1, L, kv_width), shared by the trajectories with this prompt and freed with
-    /// the last of them, since they are far larger than the context (33 times in v1.4).
-    pub(super) kv: Weak<Tensor>,
+    /// Shared by the trajectories with this prompt and freed with the last of them: its keys and
+    /// values are far larger than the context (33 times in v1.4).
+    pub(super) conditioning: Weak<Conditioning>,
     warning: Option<String>,
 }
 
@@ -41,29 +41,26 @@ impl Default for PromptCache {
 }
 
 impl PromptCache {
-    /// Keys and values of a prompt (1, L, kv_width), and a warning if the prompt was truncated.
+    /// The conditioning of a batch row with this prompt, and a warning if the prompt was truncated.
     pub(super) fn encode(
         &self,
         model: &LoadedModel,
         prompt: &str,
         syntax: PromptSyntax,
         loras: &LoraStack,
-    ) -> Result<(Arc<Tensor>, Option<String>)> {
+    ) -> Result<(Arc<Conditioning>, Option<String>)> {
         let mut cache = self.encoded.lock().unwrap_or_else(PoisonError::into_inner);
         let key = (prompt.to_owned(), syntax, loras.key());
         let encoded = cache.try_get_or_insert_mut(key, || match syntax {
             PromptSyntax::Plain => encode_plain(model, prompt, loras),
             PromptSyntax::A1111 => encode_weighted(model, prompt, loras),
         })?;
-        let kv = match encoded.kv.upgrade() {
-            Some(kv) => kv,
-            None => {
-                let rows = std::slice::from_ref(loras);
-                Arc::new(model.unet.keys_values(&encoded.context, rows)?)
-            }
+        let conditioning = match encoded.conditioning.upgrade() {
+            Some(conditioning) => conditioning,
+            None => Arc::new(model.unet.condition(&encoded.context, std::slice::from_ref(loras))?),
         };
-        encoded.kv = Arc::downgrade(&kv);
-        Ok((kv, encoded.warning.clone()))
+        encoded.conditioning = Arc::downgrade(&conditioning);
+        Ok((conditioning, encoded.warning.clone()))
     }
 }
 
@@ -73,7 +70,7 @@ fn encode_plain(model: &LoadedModel, prompt: &str, loras: &LoraStack) -> Result<
     let length = tokens.ids.len();
     let warning = tokens.cut.map(|cut| format!("is longer than {length} tokens; ignored: {cut:?}"));
     let context = model.text_encoder.forward(&[tokens.ids], loras)?;
-    Ok(EncodedPrompt { context, kv: Weak::new(), warning })
+    Ok(EncodedPrompt { context, conditioning: Weak::new(), warning })
 }
 
 /// Several chunks of tokens with weights, as AUTOMATIC1111 encodes a prompt.
@@ -83,7 +80,7 @@ fn encode_weighted(model: &LoadedModel, prompt: &str, loras: &LoraStack) -> Resu
     let warning = (cut > 0)
         .then(|| format!("is longer than {count} windows of tokens; {cut} more are ignored"));
     let context = encode_chunks(chunks, &model.text_encoder, loras)?;
-    Ok(EncodedPrompt { context, kv: Weak::new(), warning })
+    Ok(EncodedPrompt { context, conditioning: Weak::new(), warning })
 }
 
 /// Chunks -> the context (1, chunks x tokens, D) f32: the hidden states times their weights, with

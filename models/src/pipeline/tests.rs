@@ -26,8 +26,7 @@ fn open(add_ons: AddOns) -> Pipeline {
     Pipeline::load(&options).expect("the demo model")
 }
 
-/// Keys and values of a prompt.
-fn encoded(pipeline: &Pipeline, prompt: &str) -> Arc<Tensor> {
+fn encoded(pipeline: &Pipeline, prompt: &str) -> Arc<Conditioning> {
     let (syntax, loras) = (PromptSyntax::Plain, LoraStack::default());
     pipeline.prompts.encode(&pipeline.model, prompt, syntax, &loras).expect("encoded").0
 }
@@ -103,7 +102,7 @@ fn loras_are_read_before_a_picture_begins() {
     let wordy = Spec { prompt: "a cat ".repeat(100), ..named.clone() };
     assert_eq!(bytes(&wordy) - bytes(&plain), 4 * memory.chunk_bytes);
     let kv = encoded(&pipeline, "a cat");
-    assert_eq!(memory.chunk_bytes, 4 * kv.elem_count() as u64);
+    assert_eq!(memory.chunk_bytes, 4 * kv.len() as u64);
 }
 
 #[test]
@@ -114,5 +113,5 @@ fn keys_and_values_are_there_while_a_picture_needs_them() {
     assert!(Arc::ptr_eq(&first, &second), "two pictures share them");
     drop((first, second));
     let kept = pipeline.prompts.encoded.lock().expect("unpoisoned");
-    assert!(kept.iter().all(|(_, encoded)| encoded.kv.upgrade().is_none()));
+    assert!(kept.iter().all(|(_, encoded)| encoded.conditioning.upgrade().is_none()));
 }

@@ -8,6 +8,7 @@ use super::hires::HiresPass;
 use super::init::InpaintBlend;
 use crate::error::Result;
 use crate::layers::LoraStack;
+use crate::networks::Conditioning;
 use crate::noise::Noise;
 use crate::picture::Size;
 use crate::sampler::Sampler;
@@ -18,9 +19,9 @@ pub struct Trajectory {
     pub(super) guidance_scale: f64,
     /// (1, C, h, w) f32
     pub(super) latents: Tensor,
-    /// Keys and values of the prompt (1, L, kv_width), and of the negative prompt if guided.
-    pub(super) kv: Arc<Tensor>,
-    pub(super) negative: Option<Arc<Tensor>>,
+    /// One for each batch row, in diffusers' order: with guidance the unconditional row, of the
+    /// negative prompt, and then the conditional row.
+    pub(super) conditioning: Vec<Arc<Conditioning>>,
     pub(super) loras: LoraStack,
     pub(super) blend: Option<InpaintBlend>,
     /// Mask and masked image (1, 1 + C, h, w), concatenated to the latents of an inpainting UNet.
@@ -71,7 +72,7 @@ impl Trajectory {
 
     /// Batch rows of a UNet call: two with guidance (unconditional, conditional), else one.
     pub fn rows(&self) -> usize {
-        1 + usize::from(self.negative.is_some())
+        self.conditioning.len()
     }
 
     /// The size of the image in the current pass.

@@ -55,16 +55,16 @@ fn unet(name: &str, half: bool) {
     assert!(!cases.is_empty());
     for case in cases {
         let latents = &expected[&format!("{}.latents", case.trim_end_matches(".half"))];
-        let kv = model.keys_values(&expected["context"], &[]).unwrap();
+        let conditioning = model.condition(&expected["context"], &[]).unwrap();
         let times = model.time_embeddings(&timesteps, &[]).unwrap();
-        let ours = model.forward(latents, &times, &[kv], &[]).unwrap();
+        let ours = model.forward(latents, &times, &[conditioning], &[]).unwrap();
         let reference = &expected[&format!("{case}.output")];
         assert_close(&format!("unet {name} {case}"), &ours, reference);
         for row in 0..timesteps.len() {
             let one = |x: &Tensor| x.narrow(0, row, 1).unwrap();
             let (latents, context, time) = (one(latents), one(&expected["context"]), one(&times));
-            let kv = model.keys_values(&context, &[]).unwrap();
-            let alone = model.forward(&latents, &time, &[kv], &[]).unwrap();
+            let conditioning = model.condition(&context, &[]).unwrap();
+            let alone = model.forward(&latents, &time, &[conditioning], &[]).unwrap();
             assert_close(&format!("unet {name} {case} row {row}"), &alone, &one(reference));
         }
     }
@@ -137,9 +137,14 @@ fn bf16_weights_stay_close_to_f32() {
     let context = noise(&[2, 77, config.cross_attention_dim]);
     let latents = noise(&[2, config.in_channels, 16, 16]);
     let run = |model: &UNet2DConditionModel| {
-        let kv = model.keys_values(&context, &[]).unwrap();
+        let conditioning = model.condition(&context, &[]).unwrap();
         model
-            .forward(&latents, &model.time_embeddings(&[900.0, 300.0], &[]).unwrap(), &[kv], &[])
+            .forward(
+                &latents,
+                &model.time_embeddings(&[900.0, 300.0], &[]).unwrap(),
+                &[conditioning],
+                &[],
+            )
             .unwrap()
     };
     let (f32, bf16) = (run(&load(DType::F32)), run(&load(DType::BF16)));

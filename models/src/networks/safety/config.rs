@@ -4,25 +4,16 @@ use serde_json::{Value, json};
 
 use crate::error::Result;
 use crate::files::{Keys, Source};
-use crate::networks::config::IDLE_TEXT_KEYS;
+use crate::networks::config::{ClipConfig, IDLE_TEXT_KEYS};
 
 /// `safety_checker/config.json` of a `StableDiffusionSafetyChecker`: CLIP's vision tower.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct SafetyConfig {
-    /// Width of the hidden states.
-    pub(super) hidden_size: usize,
-    /// Width inside the MLP.
-    pub(super) intermediate_size: usize,
-    pub(super) num_hidden_layers: usize,
-    pub(super) num_attention_heads: usize,
+    pub(super) transformer: ClipConfig,
     /// Pixels of a picture's side.
     pub(super) image_size: usize,
     /// Pixels of a patch's side.
     pub(super) patch_size: usize,
-    /// `quick_gelu` or `gelu`.
-    pub(super) hidden_act: String,
-    /// Epsilon of the layer norms.
-    pub(super) layer_norm_eps: f64,
     /// Width of the embeddings that are compared.
     pub(super) projection_dim: usize,
 }
@@ -45,28 +36,15 @@ impl SafetyConfig {
         vision.only("num_channels", &[json!(3)])?;
         vision.only("pruned_heads", &[json!({})])?;
         let config = Self {
-            hidden_size: vision.take("hidden_size", 768)?,
-            intermediate_size: vision.take("intermediate_size", 3072)?,
-            num_hidden_layers: vision.take("num_hidden_layers", 12)?,
-            num_attention_heads: vision.take("num_attention_heads", 12)?,
+            transformer: ClipConfig::take(&mut vision, (768, 3072, 12))?,
             image_size: vision.take("image_size", 224)?,
             patch_size: vision.take("patch_size", 32)?,
-            hidden_act: vision.take("hidden_act", "quick_gelu".into())?,
-            layer_norm_eps: vision.take("layer_norm_eps", 1e-5)?,
             projection_dim,
         };
-        let (heads, patch) = (config.num_attention_heads, config.patch_size);
-        if heads == 0 || !config.hidden_size.is_multiple_of(heads) {
-            let reason = format!("{heads} heads do not divide {} channels", config.hidden_size);
-            return Err(vision.invalid("num_attention_heads", reason));
-        }
+        let patch = config.patch_size;
         if patch == 0 || config.image_size < patch {
             let reason = format!("{patch} is no part of {} pixels", config.image_size);
             return Err(vision.invalid("patch_size", reason));
-        }
-        if !["quick_gelu", "gelu"].contains(&config.hidden_act.as_str()) {
-            let reason = format!("{:?} is not quick_gelu or gelu", config.hidden_act);
-            return Err(vision.invalid("hidden_act", reason));
         }
         vision.drop_idle(&IDLE_TEXT_KEYS);
         vision.finish()?;
@@ -160,7 +138,10 @@ mod tests {
             "image_mean": [0.5, 0.5, 0.5], "resample": 3, "size": 224,
         });
         let read = config(checker.clone()).unwrap();
-        assert_eq!((read.hidden_size, read.patch_size, read.projection_dim), (1024, 14, 768));
+        assert_eq!(
+            (read.transformer.hidden_size, read.patch_size, read.projection_dim),
+            (1024, 14, 768)
+        );
         let read = preprocessor(extractor.clone()).unwrap();
         assert_eq!((read.shortest_edge, read.mean), (224, [0.5; 3]));
 

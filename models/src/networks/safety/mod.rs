@@ -10,10 +10,11 @@ mod config;
 use candle_core::{D, DType, Device, Tensor};
 
 use self::config::{Preprocessor, SafetyConfig};
+use super::clip::ClipTransformer;
 use crate::error::{Error, Result};
 use crate::files::{SAFETY_CHECKER, Source};
 use crate::layers::LayerBuilder;
-use crate::ops::{Activation, Attention, LayerNorm, Linear, in_pool, self_attention};
+use crate::ops::{LayerNorm, Linear, in_pool};
 use crate::picture::{Rgb, resized_part};
 
 /// Concepts that no picture should show.
@@ -33,7 +34,7 @@ pub struct SafetyChecker {
     class_embedding: Tensor,
     position_embedding: Tensor,
     pre_layernorm: LayerNorm,
-    layers: Vec<Layer>,
+    transformer: ClipTransformer,
     post_layernorm: LayerNorm,
     visual_projection: Linear,
     concepts: ConceptEmbeds,
@@ -78,15 +79,6 @@ impl SafetyResult {
     }
 }
 
-struct Layer {
-    layer_norm1: LayerNorm,
-    qkv_proj: Linear,
-    out_proj: Linear,
-    layer_norm2: LayerNorm,
-    fc1: Linear,
-    fc2: Linear,
-}
-
 impl SafetyChecker {
     /// Builds the checker from `safety_checker/` and `feature_extractor/`.
     pub fn load(source: &Source, half: bool, device: &Device, dtype: DType) -> Result<Self> {
@@ -97,14 +89,12 @@ impl SafetyChecker {
         // transformers 5 writes the tower with one prefix less than older files have.
         let new = root.pp("vision_model");
         let p = if new.has("pre_layrnorm.weight") { new } else { new.pp("vision_model") };
-        let (width, eps, patch) = (config.hidden_size, config.layer_norm_eps, config.patch_size);
+        let (width, eps) = (config.transformer.hidden_size, config.transformer.layer_norm_eps);
+        let patch = config.patch_size;
         let embeddings = p.pp("embeddings");
         let shape = [width, 3, patch, patch];
         let kernel = embeddings.tensor("patch_embedding.weight", &shape)?.flatten_from(1)?;
         let patches = (config.image_size / patch).pow(2);
-        let layers = (0..config.num_hidden_layers)
-            .map(|i| Layer::load(&p.pp("encoder").pp("layers").pp(i), &config))
-            .collect::<Result<_>>()?;
         let outputs = config.projection_dim;
         let checker = Self {
             patch_embedding: Linear::new(&kernel, None, device, dtype)?,
@@ -113,7 +103,7 @@ impl SafetyChecker {
                 .placed("position_embedding.weight", &[patches + 1, width])?,
             // Their spelling.
             pre_layernorm: p.pp("pre_layrnorm").layer_norm(width, eps)?,
-            layers,
+            transformer: ClipTransformer::load(&p, &config.transformer, false)?,
             post_layernorm: p.pp("post_layernorm").layer_norm(width, eps)?,
             visual_projection: root.linears(&["visual_projection"], width, outputs, false)?,
             concepts: ConceptEmbeds::load(&root, "concept_embeds", CONCEPTS, outputs)?,
@@ -160,7 +150,7 @@ impl SafetyChecker {
 
     /// A preprocessed picture (3, S, S) -> its embedding (1, D) f32.
     pub fn embed(&self, pixels: &Tensor) -> Result<Tensor> {
-        let (p, width) = (self.config.patch_size, self.config.hidden_size);
+        let (p, width) = (self.config.patch_size, self.config.transformer.hidden_size);
         let n = self.config.image_size / p;
         let pixels = pixels.narrow(1, 0, n * p)?.narrow(2, 0, n * p)?.contiguous()?;
         let patches = pixels.reshape((3, n, p, n, p))?.permute((1, 3, 0, 2, 4))?;
@@ -171,14 +161,7 @@ impl SafetyChecker {
         let class = self.class_embedding.reshape((1, 1, width))?;
         let tokens = Tensor::cat(&[&class, &patches], 1)?; // (1, 1 + n n, hidden)
         let x = self.pre_layernorm.forward(&tokens.broadcast_add(&self.position_embedding)?)?;
-        let activation = match self.config.hidden_act.as_str() {
-            "gelu" => Activation::Gelu,
-            _ => Activation::QuickGelu,
-        };
-        let heads = self.config.num_attention_heads;
-        let x = in_pool(&self.device, || {
-            self.layers.iter().try_fold(x, |x, layer| layer.forward(&x, heads, activation))
-        })?;
+        let x = in_pool(&self.device, || self.transformer.forward(x, &[]))?;
         let pooled = self.post_layernorm.forward(&x.narrow(1, 0, 1)?.contiguous()?)?;
         let embedding = self.visual_projection.forward(&pooled)?.to_dtype(DType::F32)?;
         Ok(embedding.reshape((1, self.config.projection_dim))?)
@@ -209,30 +192,4 @@ impl ConceptEmbeds {
 fn unit(rows: &Tensor) -> Result<Tensor> {
     let norms = rows.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?.clamp(1e-12, f32::INFINITY)?;
     Ok(rows.broadcast_div(&norms)?)
-}
-
-impl Layer {
-    fn load(p: &LayerBuilder<'_>, config: &SafetyConfig) -> Result<Self> {
-        let (width, inner, eps) =
-            (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
-        let (attention, mlp) = (p.pp("self_attn"), p.pp("mlp"));
-        Ok(Self {
-            layer_norm1: p.pp("layer_norm1").layer_norm(width, eps)?,
-            qkv_proj: attention.linears(&["q_proj", "k_proj", "v_proj"], width, width, true)?,
-            out_proj: attention.pp("out_proj").linear(width, width)?,
-            layer_norm2: p.pp("layer_norm2").layer_norm(width, eps)?,
-            fc1: mlp.pp("fc1").linear(width, inner)?,
-            fc2: mlp.pp("fc2").linear(inner, width)?,
-        })
-    }
-
-    /// (B, L, hidden) -> (B, L, hidden)
-    fn forward(&self, x: &Tensor, heads: usize, activation: Activation) -> Result<Tensor> {
-        let n = self.layer_norm1.forward(x)?;
-        let kind = Attention { heads, causal: false, tiles: self.out_proj.on_tiles() };
-        let y = self_attention(&self.qkv_proj.forward(&n)?, kind)?;
-        let x = self.out_proj.forward_add(&y, x)?;
-        let n = self.fc1.forward_activate(&self.layer_norm2.forward(&x)?, activation)?;
-        Ok(self.fc2.forward_add(&n, &x)?)
-    }
 }
