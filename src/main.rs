@@ -15,6 +15,8 @@ fn main() -> ExitCode {
         // There is no log yet, and the host's own library may do.
         let _ = writeln!(std::io::stderr(), "the compatibility libcuda cannot be used: {error}");
     }
+    // Before there are threads, whose allocators it would not reach.
+    sd_models::keep_freed_memory();
     let config = match cli::read(std::env::args_os()) {
         Ok(config) => config,
         Err(error) => {

@@ -14,7 +14,6 @@ use crate::networks::{
     ClipTextConfig, ClipTextModel, Decoder, Encoder, SafetyChecker, UNet2DConditionModel,
     UNetConfig, VaeConfig,
 };
-use crate::ops::keep_freed_memory;
 use crate::picture::Size;
 use crate::schedule::SchedulerConfig;
 use crate::text::{ClipTokenizer, Embeddings};
@@ -42,7 +41,6 @@ impl LoadedModel {
             // An error says that the pool exists already: the first model has set its size.
             let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
         }
-        keep_freed_memory();
         let source = &options.source;
         let device = options.device.open()?;
         let dtype = options.precision.resolve(&device)?;
