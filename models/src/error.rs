@@ -1,8 +1,8 @@
-//! The one error of the mathematics. Every variant is a sentence that names what is wrong.
+//! The crate's error. Every variant is a sentence that names the cause.
 
 use std::path::PathBuf;
 
-/// What can go wrong between a directory of files and a picture.
+/// What can fail between a model's files and an image.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file of the model is missing or cannot be read.
@@ -10,21 +10,21 @@ pub enum Error {
     File {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A configuration file is not what this program can run.
+    /// A configuration file is invalid or not supported.
     #[error("{file}: {reason}")]
     Config {
-        /// The file, relative to the model.
+        /// File name, relative to the model.
         file: String,
-        /// The key and what is wrong with its value.
+        /// The key, and why its value is rejected.
         reason: String,
     },
     /// A tensor is missing or has another shape or type.
     #[error("{file}: tensor {tensor}: {reason}")]
     Tensor {
-        /// The file, or the files, that should hold it.
+        /// The file or files that should contain it.
         file: String,
         /// The tensor's name.
         tensor: String,
@@ -34,18 +34,18 @@ pub enum Error {
     /// The tokenizer could not be built or could not encode.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
-    /// The request asks for what this model cannot do.
+    /// The request exceeds the limits of the model.
     #[error("{field}: {reason}")]
     Spec {
         /// The field of [`crate::Spec`].
         field: &'static str,
-        /// What it must be.
+        /// The rule that it violates.
         reason: String,
     },
-    /// The device has no memory left for this operation.
+    /// The device is out of memory.
     #[error("out of memory on the device: {0}")]
     OutOfMemory(String),
-    /// The device is lost; nothing will run on it again.
+    /// The device is lost: nothing will run on it again.
     #[error("the device failed: {0}")]
     DeviceLost(String),
     /// A computation failed.
@@ -57,7 +57,7 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl From<candle_core::Error> for Error {
-    /// Device errors are told apart by their text: the driver's code is not kept by candle.
+    /// Device errors are classified by their text, because candle drops the driver's code.
     fn from(error: candle_core::Error) -> Self {
         let text = error.to_string();
         if text.contains("OUT_OF_MEMORY") || text.contains("out of memory") {

@@ -6,7 +6,7 @@ macro_rules! files {
     };
 }
 
-/// Every file of the model under its name in the diffusers layout.
+/// Every file of the model by its name in the Diffusers format.
 const FILES: &[(&str, &[u8])] = files![
     "model_index.json",
     "scheduler/scheduler_config.json",

@@ -1,4 +1,4 @@
-//! JSON files whose every key is accounted for.
+//! JSON files of which every key must be read, ignored by name, or rejected.
 
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -6,7 +6,7 @@ use serde_json::{Map, Value};
 use super::source::Source;
 use crate::error::{Error, Result};
 
-/// A JSON object whose keys are taken out one by one.
+/// A JSON object from which keys are taken one by one.
 pub struct Keys {
     file: String,
     map: Map<String, Value>,
@@ -27,18 +27,18 @@ impl Keys {
         }
     }
 
-    /// The keys of an object inside; none where it is absent or null.
+    /// The keys of a nested object; none if it is absent or null.
     pub(crate) fn nested(&mut self, key: &str) -> Result<Self> {
         let file = format!("{}: {key}", self.file);
         Self::new(file, Value::Object(self.take(key, Map::new())?))
     }
 
-    /// Puts the keys of another object in place of these.
+    /// Replaces keys by those of another object.
     pub(crate) fn overlay(&mut self, other: Self) {
         self.map.extend(other.map);
     }
 
-    /// The value of a key; `default` where the key is absent or null.
+    /// The value of a key; `default` if it is absent or null.
     pub fn take<T: DeserializeOwned>(&mut self, key: &str, default: T) -> Result<T> {
         match self.map.remove(key) {
             None | Some(Value::Null) => Ok(default),
@@ -47,7 +47,7 @@ impl Keys {
         }
     }
 
-    /// Refuses a key unless it is absent, null or one of the `accepted` values.
+    /// Rejects a key unless it is absent, null or one of the `accepted` values.
     pub fn only(&mut self, key: &str, accepted: &[Value]) -> Result<()> {
         match self.map.remove(key) {
             None | Some(Value::Null) => Ok(()),
@@ -68,7 +68,7 @@ impl Keys {
         self.map.retain(|key, _| !key.starts_with('_') && !keys.contains(&key.as_str()));
     }
 
-    /// Refuses what is left, unless it is null or false.
+    /// Rejects remaining keys, unless they are null or false.
     pub fn finish(self) -> Result<()> {
         let idle = |value: &Value| value.is_null() || *value == Value::Bool(false);
         match self.map.iter().find(|(_, value)| !idle(value)) {

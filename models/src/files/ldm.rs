@@ -1,12 +1,13 @@
-//! Single-file checkpoints in the names of the original code (CompVis, Stability, and what model
-//! sites serve) as models in diffusers' layout: what each tensor is called there, and the small
-//! files that such a checkpoint lacks, from the shapes of its tensors.
+//! Single-file checkpoints in the original (LDM) format of CompVis and Stability, presented in the
+//! Diffusers format: the name of each tensor there, and the configuration files that such a
+//! checkpoint lacks, from the shapes of its tensors.
 //!
-//! Reference: diffusers 0.42 `loaders/single_file_utils.py`. Inferred are: the widths, levels and
-//! attention of UNet and VAE, SD 1.x or 2.x, inpainting. Assumed are, since no shape shows it:
-//! 8 heads (1.x) or heads of 64 channels (2.x), norms of 32 groups (or the largest power of two
-//! that divides all widths), 64 latents a side (2.x: 96), noise prediction (2.x: velocity). A file
-//! of diffusers' layout beside the checkpoint, such as `unet/config.json`, overrules all of it.
+//! Reference: diffusers 0.42 `loaders/single_file_utils.py`. Inferred from shapes: widths, levels
+//! and attention of UNet and VAE, SD 1.x or 2.x, inpainting. Assumed, since no shape shows it: 8
+//! heads (1.x) or heads of 64 channels (2.x), norms of 32 groups (or the largest power of two that
+//! divides all widths), 64 latent pixels a side (2.x: 96), epsilon prediction (2.x: v-prediction).
+//! A file of the Diffusers format beside the checkpoint, such as `unet/config.json`, overrides all
+//! of it.
 
 use serde_json::{Value, json};
 
@@ -16,7 +17,7 @@ const UNET: &str = "model.diffusion_model.";
 const CLIP: &str = "cond_stage_model.transformer.";
 const OPEN_CLIP: &str = "cond_stage_model.model.";
 
-/// What a tensor, or one of the equal parts of its rows, is called in diffusers' layout.
+/// The name in the Diffusers format of a tensor, or of one of the equal parts of its rows.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Renamed {
     pub(crate) name: String,
@@ -25,13 +26,13 @@ pub(crate) struct Renamed {
     pub(crate) part: (usize, usize),
 }
 
-/// The shapes of a checkpoint's tensors.
+/// A checkpoint, as far as the names and shapes of its tensors tell.
 pub(crate) struct LdmCheckpoint<'a> {
     file: &'a str,
     shapes: Vec<(&'a str, &'a [usize])>,
 }
 
-/// A UNet's levels.
+/// The levels of a UNet.
 struct Levels {
     channels: Vec<usize>,
     down_attention: Vec<bool>,
@@ -64,7 +65,7 @@ impl<'a> LdmCheckpoint<'a> {
         Ok(shape.get(dimension).copied().unwrap_or(1))
     }
 
-    /// The first number for which there is no tensor.
+    /// The first index without a tensor.
     fn count(&self, name: impl Fn(usize) -> String) -> usize {
         (0..).find(|i| !self.has(&name(*i))).unwrap_or_default()
     }
@@ -74,14 +75,14 @@ impl<'a> LdmCheckpoint<'a> {
         self.has(&format!("{OPEN_CLIP}token_embedding.weight"))
     }
 
-    /// What stands before the names of the VAE, which may be alone in its file.
+    /// The prefix of the VAE's names, which may be alone in its file.
     fn vae_prefix(&self) -> &'a str {
         let end = "decoder.conv_in.weight";
         let found = self.shapes.iter().find_map(|(name, _)| name.strip_suffix(end));
         found.unwrap_or("first_stage_model.")
     }
 
-    /// A small file of diffusers' layout; none where a model may do without.
+    /// A configuration file of the Diffusers format; none if it is optional.
     pub(crate) fn describe(&self, name: &str) -> Result<Option<Value>> {
         Ok(Some(match name {
             "model_index.json" => json!({ "_class_name": "StableDiffusionPipeline" }),
@@ -177,7 +178,7 @@ impl<'a> LdmCheckpoint<'a> {
                 format!("{OPEN_CLIP}token_embedding.weight"),
                 format!("{OPEN_CLIP}positional_embedding"),
                 format!("{OPEN_CLIP}transformer.resblocks.0.mlp.c_fc.weight"),
-                // The last one is left out: the UNet attends to what comes before it.
+                // The last layer is dropped: the UNet attends to the output of the one before.
                 self.open_clip_layers().saturating_sub(1),
             ),
             false => (
@@ -216,8 +217,8 @@ impl<'a> LdmCheckpoint<'a> {
         })
     }
 
-    /// What the tensors of a network's folder are called; nothing for those of other folders and
-    /// those without use.
+    /// The names of a folder's tensors in the Diffusers format; none for tensors of other folders
+    /// and unused ones.
     pub(crate) fn renamer(&self, folder: &str) -> impl Fn(&str, &[usize]) -> Vec<Renamed> + use<> {
         let (folder, prefix) = (folder.to_owned(), self.vae_prefix().to_owned());
         let (layers, last) = (self.levels().layers, self.open_clip_layers().saturating_sub(1));
@@ -233,7 +234,7 @@ impl<'a> LdmCheckpoint<'a> {
                     let mut renamed =
                         whole(name.strip_prefix(&prefix).and_then(|n| vae(n, levels)));
                     for tensor in &mut renamed {
-                        // Linear layers are convolutions of kernel 1 there.
+                        // Linear layers are 1x1 convolutions there.
                         if tensor.name.contains(".attentions.") {
                             tensor.shape.truncate(2);
                         }
@@ -249,18 +250,18 @@ impl<'a> LdmCheckpoint<'a> {
     }
 }
 
-/// Groups of the norms of such widths.
+/// Number of groups of the norms, for these channels.
 fn groups(channels: &[usize]) -> usize {
     let divides = |groups: &usize| channels.iter().all(|c| c % groups == 0);
     [32, 16, 8, 4, 2].into_iter().find(divides).unwrap_or(1)
 }
 
-/// The first part of a name and the rest.
+/// The first component of a name and the rest.
 fn cut(name: &str) -> (&str, &str) {
     name.split_once('.').unwrap_or((name, ""))
 }
 
-/// A tensor of the UNet in diffusers' words.
+/// The name of a UNet tensor in the Diffusers format.
 pub(crate) fn unet(name: &str, layers: usize) -> String {
     let fixed = [
         ("time_embed.0.", "time_embedding.linear_1."),
@@ -281,7 +282,7 @@ pub(crate) fn unet(name: &str, layers: usize) -> String {
     let (number, rest) = cut(rest);
     let (part, rest) = cut(rest);
     let Ok(number) = number.parse::<usize>() else { return name.to_owned() };
-    // Going down, block 0 is the first convolution.
+    // Input block 0 is conv_in.
     let (blocks, number) = match way {
         "input_blocks" => ("down_blocks", number.saturating_sub(1)),
         _ => ("up_blocks", number),
@@ -313,7 +314,7 @@ fn resnet(name: &str) -> String {
     renamed.unwrap_or_else(|| name.to_owned())
 }
 
-/// Nothing for the parts of training.
+/// None for tensors that only training uses.
 fn vae(name: &str, levels: usize) -> Option<String> {
     let (half, rest) = cut(name);
     if half == "loss" || half.starts_with("model_ema") {
@@ -338,7 +339,7 @@ fn vae(name: &str, levels: usize) -> Option<String> {
     if let ("down" | "up", Some((Ok(level), tail))) =
         (way, tail.split_once('.').map(|(level, tail)| (level.parse::<usize>(), tail)))
     {
-        // Going up, they count from the outermost level.
+        // Up blocks are numbered from the outermost level there.
         let level = if way == "up" { levels.saturating_sub(level + 1) } else { level };
         let tail = tail
             .replace("block.", "resnets.")

@@ -31,13 +31,13 @@ impl Bytes {
         }
     }
 
-    /// Lets go of the pages of a range, so that what has been packed is not in memory twice.
+    /// Releases the pages of a range, so that packed weights are not in memory twice.
     #[cfg(unix)]
     #[expect(unsafe_code, reason = "the one memory map")]
     pub(super) fn release(&self, range: Range<usize>) {
         if let Self::Mapped(map) = self {
-            // SAFETY: the map is read only and backed by the file: pages that are asked for again
-            // are read again. An error leaves them where they are.
+            // SAFETY: the map is read only and backed by the file: released pages are read again on
+            // access. An error leaves them resident.
             let _ = unsafe {
                 map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len())
             };

@@ -1,5 +1,5 @@
-//! The files of a model and of what requests add to it: where they are, what tensors and settings
-//! they hold. Not what is computed with them.
+//! Files of models, LoRAs and embeddings: where they are, their tensors and their settings. Not
+//! what is computed with them.
 
 mod asset_dir;
 mod demo;

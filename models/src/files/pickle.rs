@@ -1,7 +1,7 @@
-//! Where the tensors of a PyTorch file lie. The pickle in it is read as data by candle's machine, one
-//! operation after another: nothing that it names is looked up, let alone called, and nothing that it
-//! repeats or nests grows beyond bounds. What the objects mean is read here, since candle takes the
-//! length of their tuples on trust.
+//! The tensors of a PyTorch file: names, types, shapes and byte ranges. candle's unpickler parses
+//! the pickle as data, one operation at a time: nothing that it names is imported or called, and
+//! repetition and nesting are bounded. The resulting objects are interpreted here, because candle
+//! trusts the length of their tuples.
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -16,20 +16,20 @@ use zip::{CompressionMethod, ZipArchive};
 type Tensor = (String, DType, Vec<usize>, (usize, usize));
 type Zip = ZipArchive<BufReader<File>>;
 
-/// Far more than the pickle of any checkpoint of Stable Diffusion, which is some 100 KB.
+/// Maximum size of the pickle; that of a Stable Diffusion checkpoint is some 100 KB.
 const MAX_PICKLE_BYTES: u64 = 8 << 20;
-/// Objects in objects: a tensor in its state is seven deep.
+/// Maximum nesting of objects; a tensor in a state dict is seven deep.
 const MAX_DEPTH: usize = 100;
-/// Objects that are written once and meant again, counted each time.
+/// Maximum number of objects copied from the memo.
 const MAX_COPIED: usize = 4 << 20;
 
-/// The tensors of a file of so many bytes. The error is what comes after the file's name.
+/// The tensors of a file of `length` bytes. The error reads on from the file's name.
 pub(crate) fn tensors(path: &Path, length: u64) -> Result<Vec<Tensor>, String> {
     let (content, folder, mut zip) = read(path).map_err(|reason| {
         format!("not a checkpoint of PyTorch 1.6 or later that can be read: {reason}")
     })?;
     let Object::Dict(top) = &content else { return Err("holds no tensors by name".into()) };
-    // Training writes the tensors under a key of their own, other tools at the top.
+    // Training writes the tensors under a key of its own, other tools at the top.
     let inner = ["state_dict", "string_to_param"].into_iter().find_map(|wanted| {
         let of_key = |(key, value): &'_ (Object, Object)| match (key, value) {
             (Object::Unicode(key), Object::Dict(inner)) if key == wanted => Some(inner.clone()),
@@ -49,7 +49,7 @@ pub(crate) fn tensors(path: &Path, length: u64) -> Result<Vec<Tensor>, String> {
     Ok(tensors)
 }
 
-/// What the file's pickle holds, and the folder of its numbers.
+/// The object of the file's pickle, the folder of its storages, and the archive.
 fn read(path: &Path) -> Result<(Object, String, Zip), String> {
     let file = File::open(path).map_err(|error| error.to_string())?;
     let mut zip = ZipArchive::new(BufReader::new(file)).map_err(|error| error.to_string())?;
@@ -83,7 +83,7 @@ fn unpickled(mut rest: &[u8]) -> Result<Object, String> {
         }
         let objects = machine.stack();
         let mut nested = 0;
-        // To remember an object or to mean it again is a copy here.
+        // Storing to and loading from the memo copies the object.
         if let (b'q' | b'r' | b'h' | b'j', Some(top)) = (operation, objects.last()) {
             let (count, depth) = extent(top);
             (copied, nested) = (copied + count, depth);
@@ -91,7 +91,7 @@ fn unpickled(mut rest: &[u8]) -> Result<Object, String> {
         let (kept, taken) = depths.split_at(objects.len().saturating_sub(1).min(depths.len()));
         let depth = match (operation, taken) {
             (b'q' | b'r' | b'h' | b'j' | 0x80, _) => nested,
-            // Into a list or a dictionary.
+            // Items are added to a list or a dictionary.
             (b'a' | b'e' | b's' | b'u', [into, items @ ..]) => {
                 items.iter().max().map_or(*into, |deepest| deepest + 1).max(*into)
             }
@@ -105,7 +105,7 @@ fn unpickled(mut rest: &[u8]) -> Result<Object, String> {
     }
 }
 
-/// Objects in an object, itself and a share of its text among them, and how deep they are nested.
+/// The number of objects in an object, itself and its text included, and its nesting depth.
 fn extent(object: &Object) -> (usize, usize) {
     let inside = |parts: &mut dyn Iterator<Item = &Object>| {
         parts.map(extent).fold((1, 0), |(n, deep), (m, depth)| (n + m, deep.max(depth)))
@@ -126,12 +126,13 @@ fn extent(object: &Object) -> (usize, usize) {
     (count, depth + 1)
 }
 
-/// An error without the objects that it may quote.
+/// An error message without the objects that it may quote.
 fn brief(error: &candle_core::Error) -> String {
     error.to_string().lines().next().unwrap_or_default().chars().take(120).collect()
 }
 
-/// What a tensor is rebuilt from, (storage, offset, size, stride, ..), if an object is one.
+/// The arguments that a tensor is rebuilt from, (storage, offset, size, stride, ..), if the object
+/// is a tensor.
 fn call(object: &Object) -> Option<&[Object]> {
     let Object::Reduce { callable, args } = object else { return None };
     let (Object::Class { class_name, .. }, Object::Tuple(args)) = (&**callable, &**args) else {
@@ -148,9 +149,9 @@ fn call(object: &Object) -> Option<&[Object]> {
     }
 }
 
-/// A part of a storage.
+/// A view of a storage.
 struct View {
-    /// `None` for numbers that no model of ours has.
+    /// `None` for types that no model uses.
     dtype: Option<DType>,
     storage: String,
     offset: usize,
@@ -194,7 +195,7 @@ impl View {
         })
     }
 
-    /// Its bytes in the file.
+    /// Its byte range in the file.
     fn place(
         &self,
         dtype: DType,
@@ -237,7 +238,7 @@ mod tests {
     use super::*;
     use crate::files::Weights;
 
-    /// What a file of this pickle is refused with.
+    /// The error of a file with this pickle; empty if there is none.
     fn refusal(pickle: &[u8]) -> String {
         let folder = tempfile::tempdir().unwrap();
         let mut zip = ZipWriter::new(Cursor::new(Vec::new()));

@@ -1,5 +1,5 @@
-//! Where the files of a model are: a directory in diffusers' layout, a single file ([`super::ldm`]),
-//! or the built-in model.
+//! Where the files of a model are: a directory in the Diffusers format, a single-file checkpoint
+//! ([`super::ldm`]), or the built-in model.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,18 +11,18 @@ use super::mapped::{Bytes, map};
 use super::tensors::Weights;
 use crate::error::{Error, Result};
 
-/// The folder of the safety checker, whose files may be beside a single-file checkpoint.
+/// Folder of the safety checker, which may be beside a single-file checkpoint.
 pub(crate) const SAFETY_CHECKER: &str = "safety_checker";
 
 /// Where a model's files come from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
-    /// The model that is part of the binary.
+    /// The built-in model.
     Demo,
-    /// A directory in diffusers' layout.
+    /// A directory in the Diffusers format.
     Directory(PathBuf),
-    /// A single file in the names of the original code: `.safetensors`, or a pickle, of which
-    /// nothing is executed.
+    /// A single-file checkpoint in the original (LDM) format: `.safetensors`, or a pickle, which is
+    /// parsed but never executed.
     Checkpoint(Checkpoint),
 }
 
@@ -31,17 +31,17 @@ pub enum Source {
 pub struct Checkpoint {
     /// The file.
     pub file: PathBuf,
-    /// A directory with CLIP's `vocab.json` and `merges.txt`, which such a file lacks.
+    /// A directory with CLIP's `vocab.json` and `merges.txt`, which are not in the checkpoint.
     pub vocabulary: Option<PathBuf>,
 }
 
 impl Checkpoint {
-    /// The file of that name in diffusers' layout beside the checkpoint.
+    /// The path beside the checkpoint of a file of the Diffusers format.
     fn beside(&self, name: &str) -> PathBuf {
         self.file.with_file_name(name)
     }
 
-    /// A small file: what lies beside the checkpoint, or else what can be inferred from it.
+    /// A configuration file: the one beside the checkpoint, else one inferred from the checkpoint.
     fn read(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
         let vocabulary = name.strip_prefix("tokenizer/").zip(self.vocabulary.as_ref());
         let vocabulary = vocabulary.map(|(name, directory)| directory.join(name));
@@ -106,7 +106,7 @@ impl Source {
     /// The tensors of a network, from the safetensors in `folder`: `stem.safetensors`, its `.fp16`
     /// variant, or the shards of an index. The variant comes first if `half` says that f16 is enough.
     pub fn weights(&self, folder: &str, stem: &str, half: bool) -> Result<Weights> {
-        // A safety checker is in no single file, but it may lie beside one.
+        // No checkpoint contains a safety checker, but its folder may be beside one.
         if let Self::Checkpoint(checkpoint) = self
             && folder != SAFETY_CHECKER
         {

@@ -1,5 +1,5 @@
-//! The tensors of a network by name and shape. They lie in memory maps, from which each layer packs
-//! its own, one at a time; then their pages are let go, so that a model is never in memory twice.
+//! The tensors of a network by name and shape. They are memory-mapped. Each layer packs its own,
+//! one at a time, and their pages are released, so that a model is never in memory twice.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,7 +20,7 @@ use crate::ops::{Geometry, Numbers, Weight};
 pub(crate) struct LoraTarget {
     pub(crate) inputs: usize,
     pub(crate) outputs: usize,
-    /// A convolution's; a linear layer has none.
+    /// Of a convolution; `None` for a linear layer.
     pub(crate) geometry: Option<Geometry>,
 }
 
@@ -30,13 +30,13 @@ impl LoraTarget {
     }
 }
 
-/// The weights of a network by name.
+/// The LoRA targets of a network, by the name of their weight.
 pub(crate) type LoraTargets = BTreeMap<String, LoraTarget>;
 
 struct TensorFile {
     name: String,
     bytes: Bytes,
-    /// Where the tensors' data begins.
+    /// Offset of the tensors' data.
     data: usize,
 }
 
@@ -53,16 +53,16 @@ struct Entry {
 pub struct Weights {
     files: Vec<TensorFile>,
     entries: BTreeMap<String, Entry>,
-    /// What has been asked for: the rest is reported by [`Weights::finish`].
+    /// Names of tensors that were read; [`Weights::finish`] reports the others.
     read: RefCell<BTreeSet<String>>,
-    /// The weights of the layers that were built for LoRAs to add to.
+    /// The LoRA targets of the layers built so far.
     lora_targets: RefCell<LoraTargets>,
-    /// What the headers of the files say beside tensors.
+    /// Metadata of the files' headers.
     notes: BTreeMap<String, String>,
 }
 
 impl Weights {
-    /// All tensors of a single file under the names that they have there.
+    /// All tensors of a single file, under their names in the file.
     pub(crate) fn whole(path: &Path) -> Result<Self> {
         let failed = |source| Error::File { path: path.to_owned(), source };
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -86,7 +86,7 @@ impl Weights {
         LdmCheckpoint::new(&self.files[0].name, shapes.collect())
     }
 
-    /// The tensors under other names, without those that get none.
+    /// The tensors renamed, without those that get no name.
     pub(super) fn renamed(mut self, rename: impl Fn(&str, &[usize]) -> Vec<Renamed>) -> Self {
         for (name, entry) in std::mem::take(&mut self.entries) {
             for Renamed { name, shape, part: (k, parts) } in rename(&name, &entry.shape) {
@@ -123,7 +123,7 @@ impl Weights {
         Ok(())
     }
 
-    /// How many numbers they hold in all.
+    /// Number of parameters.
     pub(crate) fn parameters(&self) -> u64 {
         self.entries.values().map(|e| e.shape.iter().product::<usize>() as u64).sum()
     }
@@ -138,17 +138,17 @@ impl Weights {
         Some(&self.entries.get(name)?.shape)
     }
 
-    /// What a header says under this key.
+    /// The metadata of a key.
     pub(crate) fn note(&self, key: &str) -> Option<&str> {
         self.notes.get(key).map(String::as_str)
     }
 
-    /// Notes down that LoRAs may add to a weight of this name.
+    /// Registers the weight of this name as a LoRA target.
     pub(crate) fn add_lora_target(&self, name: String, target: LoraTarget) {
         self.lora_targets.borrow_mut().insert(name, target);
     }
 
-    /// The weights that LoRAs may add to, once the network is built.
+    /// The LoRA targets, once the network is built.
     pub(crate) fn lora_targets(&self) -> LoraTargets {
         self.lora_targets.borrow().clone()
     }
@@ -186,7 +186,7 @@ impl Weights {
         Ok(StoredTensor { numbers, shape: &entry.shape, bytes: &file.bytes, range })
     }
 
-    /// Checks that every tensor was asked for; `unused` says which ones are known to be idle.
+    /// Checks that every tensor was read, except those that `unused` accepts.
     pub fn finish(&self, unused: impl Fn(&str) -> bool) -> Result<()> {
         let read = self.read.borrow();
         match self.entries.iter().find(|(name, _)| !read.contains(*name) && !unused(name)) {
@@ -200,7 +200,7 @@ impl Weights {
     }
 }
 
-/// A tensor where its file holds it, until it has been packed or copied.
+/// A tensor in its file, until it is packed or copied. Its pages are released when it is dropped.
 pub(crate) struct StoredTensor<'a> {
     pub(crate) numbers: Numbers<'a>,
     pub(crate) shape: &'a [usize],

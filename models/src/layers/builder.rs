@@ -1,5 +1,4 @@
-//! Layers out of the tensors of a network: a place in the network's tree of names, from which each
-//! layer packs its weights for a device.
+//! Builds layers from the tensors of a network: each layer packs its weights for a device.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -7,7 +6,7 @@ use crate::error::Result;
 use crate::files::{LoraTarget, StoredTensor, Weights};
 use crate::ops::{Conv2d, Geglu, Geometry, GroupNorm, LayerNorm, Linear, Numbers, Weight};
 
-/// A linear layer where its file holds it.
+/// The tensors of a linear layer, in their file.
 pub(crate) struct LinearPart<'a> {
     weight: StoredTensor<'a>,
     bias: Option<Tensor>,
@@ -19,7 +18,8 @@ impl LinearPart<'_> {
     }
 }
 
-/// A place in a network's tree of names, from which layers are built for a device.
+/// A prefix in a network's tree of tensor names, from which layers are built for a device (candle's
+/// `VarBuilder`).
 #[derive(Clone)]
 pub(crate) struct LayerBuilder<'a> {
     weights: &'a Weights,
@@ -48,14 +48,14 @@ impl<'a> LayerBuilder<'a> {
         self.weights.shape(&self.pp(name).prefix).is_some()
     }
 
-    /// The first of the names under which the file has a weight: old files use other words.
+    /// The name under which the file has a weight: the second, of older files, or the first.
     pub(crate) fn either<'n>(&self, names: [&'n str; 2]) -> &'n str {
         if self.pp(names[1]).has("weight") { names[1] } else { names[0] }
     }
 
-    /// Notes down that LoRAs may add to the weight of this place, and returns its name.
+    /// Registers the weight of this prefix as a LoRA target, and returns its name.
     pub(crate) fn lora_target(&self, target: LoraTarget) -> String {
-        // Older and newer files of text encoders differ in it.
+        // Only some files of text encoders have this prefix.
         let name = self.prefix.strip_prefix("text_model.").unwrap_or(&self.prefix).to_owned();
         self.weights.add_lora_target(name.clone(), target);
         name
@@ -88,7 +88,7 @@ impl<'a> LayerBuilder<'a> {
         Ok(Geglu::new(&weight, &bias, self.device, self.dtype)?)
     }
 
-    /// Several linear layers over one input as one, their outputs side by side.
+    /// Several linear layers over one input as one product, with concatenated outputs.
     pub(crate) fn linears(
         &self,
         names: &[&str],
@@ -107,7 +107,8 @@ impl<'a> LayerBuilder<'a> {
         Ok(LinearPart { weight, bias })
     }
 
-    /// Linear layers over one input as one, their outputs side by side. All have a bias, or none.
+    /// Linear layers over one input as one product, with concatenated outputs. All have a bias, or
+    /// none.
     pub(crate) fn stack(&self, parts: &[LinearPart<'_>]) -> candle_core::Result<Linear> {
         let numbers: Vec<_> = parts.iter().map(|part| part.weight.numbers).collect();
         let inputs = parts.first().map_or(0, |part| part.weight.shape[1]);
@@ -118,7 +119,7 @@ impl<'a> LayerBuilder<'a> {
         Linear::new(weight, bias.as_ref(), self.device, self.dtype)
     }
 
-    /// A linear layer that the file may hold as a convolution of kernel 1.
+    /// A linear layer that the file may store as a 1x1 convolution.
     pub(crate) fn linear_or_conv(
         &self,
         inputs: usize,

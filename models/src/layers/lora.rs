@@ -1,10 +1,10 @@
-//! LoRA files: low-rank terms for weights of the UNet and of the text encoder, in the names of
-//! kohya's scripts (of diffusers' layers or of the original code's), of diffusers and of PEFT.
-//! How they are added is [`super::lora_layer`]'s business.
+//! LoRA files: low-rank deltas of weights of the UNet and of the text encoder, in the naming
+//! schemes of kohya's scripts (of diffusers' layers or of the original code's), of diffusers and of
+//! PEFT. How they are added is in [`super::lora_layer`].
 //!
 //! Reference: diffusers 0.42 `loaders/lora_conversion_utils.py`, `utils/state_dict_utils.py`;
-//! LyCORIS for `lora_mid`. Every tensor of a file must find its weight: a part that is left out
-//! silently would be another picture.
+//! LyCORIS for `lora_mid`. Every tensor of a file must match a weight: a skipped tensor would
+//! silently change the image.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -18,18 +18,18 @@ use crate::error::{Error, Result};
 use crate::files::{AssetCache, LoraTarget, LoraTargets, Weights, ldm};
 use crate::ops::{Conv2d, Linear};
 
-/// The weights of a model that a LoRA may add to.
+/// The weights of a model that a LoRA may add to, by their names in LoRA files.
 pub(crate) struct TargetIndex {
     unet: HashMap<String, String>,
     text: HashMap<String, String>,
     targets: LoraTargets,
-    /// Residual blocks of a level of the UNet.
+    /// Residual blocks per level of the UNet.
     layers: usize,
     device: Device,
     dtype: DType,
 }
 
-/// A loaded file: for each weight the down and the up projection.
+/// A loaded file: the down and the up projection of each weight.
 pub(crate) struct Lora {
     id: u64,
     linears: HashMap<String, (Linear, Linear)>,
@@ -37,14 +37,14 @@ pub(crate) struct Lora {
     bytes: u64,
 }
 
-/// The LoRAs that a model can be given, those used last in memory. It may be used from any thread.
+/// The LoRAs that requests can name, with an LRU cache. Usable from any thread.
 pub(crate) struct LoraCache {
     pub(crate) cache: AssetCache<Lora>,
     pub(crate) targets: TargetIndex,
 }
 
 impl LoraCache {
-    /// The LoRA of this name, read if need be.
+    /// The LoRA of this name, read if it is not cached.
     pub(crate) fn get(&self, field: &'static str, name: &str) -> Result<Arc<Lora>> {
         self.cache.get(field, name, |path| {
             let lora = Lora::read(path, &self.targets)?;
@@ -53,13 +53,13 @@ impl LoraCache {
         })
     }
 
-    /// Whether it is in memory.
+    /// Whether it is cached.
     pub(crate) fn has(&self, name: &str) -> bool {
         self.cache.has(name)
     }
 }
 
-/// What a tensor is to its weight.
+/// The role of a tensor for its weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Role {
     Down,
@@ -68,7 +68,7 @@ enum Role {
     Alpha,
 }
 
-/// The ends of names. Longer ones come before those that they end in.
+/// Suffixes of names. Longer ones come before those that they end in.
 const ROLES: [(&str, Role); 15] = [
     (".lora_linear_layer.down.weight", Role::Down),
     (".lora_linear_layer.up.weight", Role::Up),
@@ -87,7 +87,7 @@ const ROLES: [(&str, Role); 15] = [
     (".alpha", Role::Alpha),
 ];
 
-/// What other methods leave in names, and what they are called.
+/// Marks of other methods in names, which are rejected, and what they are called.
 const REFUSED: [(&str, &str); 12] = [
     (".hada_", "LoHa"),
     (".lokr_", "LoKr"),
@@ -103,7 +103,7 @@ const REFUSED: [(&str, &str); 12] = [
     ("text_encoder_2.", "SDXL's second text encoder"),
 ];
 
-/// The tensors that belong to one weight.
+/// The tensors of one weight.
 type Parts = BTreeMap<Role, String>;
 
 impl TargetIndex {
@@ -126,10 +126,10 @@ impl TargetIndex {
         }
     }
 
-    /// The weight that a tensor belongs to, and what it is to it.
+    /// The weight that a tensor belongs to, and its role.
     fn find(&self, tensor: &str) -> Option<(&str, Role)> {
         let (end, role) = ROLES.iter().find(|(end, _)| tensor.ends_with(end))?;
-        // Before there were layers for it, attention was adapted from outside.
+        // Attention processors once were named apart from their layers.
         let module = tensor.strip_suffix(end)?.replace(".processor.", ".");
         let to_out = end.starts_with("_lora") && module.ends_with("to_out");
         let module = flat(&module) + if to_out { "_0" } else { "" };
@@ -152,7 +152,8 @@ fn flat(name: &str) -> String {
     name.replace('.', "_")
 }
 
-/// A weight of the original code's UNet, so written, in diffusers' words.
+/// The name of a UNet weight of the original code, written with underscores, in the Diffusers
+/// format.
 fn original(name: &str, layers: usize) -> Option<String> {
     let parts = |name: &str, count: usize| -> Option<String> {
         let mut parts = name.splitn(count + 1, '_');
@@ -236,12 +237,12 @@ impl Lora {
         Ok(())
     }
 
-    /// What tells it from every other that was read.
+    /// A unique id of this read, for comparison.
     pub(crate) fn id(&self) -> u64 {
         self.id
     }
 
-    /// The memory of its numbers.
+    /// Bytes of its projections.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -275,7 +276,7 @@ impl Pair<'_> {
             self.tensor(Role::Down, (rank, inputs, if mid.is_some() { 1 } else { kernel }))?;
         let down = match mid {
             Some(mid) => {
-                // mid over down is one convolution: their product over the rank between them.
+                // mid over down is one convolution: their product over the rank.
                 let mid = mid.permute((0, 2, 3, 1))?.contiguous()?;
                 let mid = mid.reshape((rank * kernel * kernel, rank))?;
                 let down = mid.matmul(&down.reshape((rank, inputs))?)?;
@@ -309,7 +310,7 @@ impl Pair<'_> {
         })
     }
 
-    /// A projection (out, in, k, k); one of kernel 1 may be written as (out, in).
+    /// A projection (out, in, k, k); that of a 1x1 convolution may be stored as (out, in).
     fn tensor(&self, role: Role, (out, inputs, kernel): (usize, usize, usize)) -> Result<Tensor> {
         let square = kernel > 1 || self.dims(role)?.len() == 4;
         let shape = [out, inputs, kernel, kernel];
@@ -319,7 +320,7 @@ impl Pair<'_> {
     }
 }
 
-/// What PEFT writes of its settings into a file's header, in place of tensors of alpha.
+/// Alphas from PEFT's settings in a file's header, where there are no alpha tensors.
 #[derive(Default)]
 struct Alphas {
     unet: Option<Alpha>,
@@ -328,7 +329,7 @@ struct Alphas {
 
 struct Alpha {
     all: f64,
-    /// For names that end so.
+    /// Exceptions, by suffix of the name.
     others: Vec<(String, f64)>,
 }
 

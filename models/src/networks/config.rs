@@ -1,8 +1,7 @@
-//! The networks' own JSON files, field for field under the same names.
+//! The networks' configuration files, field for field under the same names.
 //!
-//! A key that this program does not know, or a value that it cannot compute, is an error that
-//! names file and key: nothing that could change the picture is passed over. Keys that only say
-//! how a file was made or trained are listed as such.
+//! Unknown keys and unsupported values are errors that name file and key: nothing that could change
+//! the image is ignored. Keys that only record how a file was made or trained are listed as such.
 
 use serde_json::json;
 
@@ -10,7 +9,7 @@ use crate::error::Result;
 use crate::files::{Keys, Source};
 use crate::ops::Activation;
 
-/// A value for all blocks, or one for each.
+/// One value for all blocks, or one for each.
 #[derive(serde::Deserialize)]
 #[serde(untagged)]
 enum OneOrEach {
@@ -30,23 +29,23 @@ impl OneOrEach {
 /// `unet/config.json` of a `UNet2DConditionModel`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct UNetConfig {
-    /// Height and width of the latents it was trained on.
+    /// Height and width in latent pixels that it was trained on.
     pub sample_size: usize,
-    /// Channels of the latents, with whatever is stacked onto them.
+    /// Input channels: latents, and mask and masked image of an inpainting UNet.
     pub in_channels: usize,
     /// Channels of the output.
     pub out_channels: usize,
     /// Channels of each level.
     pub block_out_channels: Vec<usize>,
-    /// Which levels, going down, have cross attention.
+    /// Whether each down block has cross attention.
     pub down_cross_attention: Vec<bool>,
-    /// Which levels, going up, have cross attention.
+    /// Whether each up block has cross attention.
     pub up_cross_attention: Vec<bool>,
-    /// Residual blocks of a level going down; going up there is one more.
+    /// Residual blocks of a down block; an up block has one more.
     pub layers_per_block: usize,
-    /// Heads of each level: the JSON's `attention_head_dim` means this in SD 1.x and 2.x.
+    /// Attention heads of each level: what the JSON's `attention_head_dim` means in SD 1.x and 2.x.
     pub heads: Vec<usize>,
-    /// Transformer blocks of each cross attention, for each level.
+    /// Transformer blocks of each cross-attention layer, by level.
     pub transformer_layers_per_block: Vec<usize>,
     /// Channels of the text encoder's output.
     pub cross_attention_dim: usize,
@@ -54,7 +53,7 @@ pub struct UNetConfig {
     pub norm_num_groups: usize,
     /// Epsilon of the residual blocks' norms.
     pub norm_eps: f64,
-    /// Whether `proj_in` and `proj_out` are linear layers rather than convolutions of kernel 1.
+    /// Whether `proj_in` and `proj_out` are linear layers rather than 1x1 convolutions.
     pub use_linear_projection: bool,
     /// Whether cosines come before sines in the time embedding.
     pub flip_sin_to_cos: bool,
@@ -63,8 +62,8 @@ pub struct UNetConfig {
 }
 
 impl UNetConfig {
-    /// Keys and values of all cross attentions together: the last dimension of
-    /// `UNet2DConditionModel::keys_values`.
+    /// Width of the keys and values of all cross attentions together, the last dimension of
+    /// [`Conditioning`](super::Conditioning).
     pub(crate) fn kv_width(&self) -> usize {
         let depths = &self.transformer_layers_per_block;
         let widths: Vec<_> =
@@ -76,8 +75,8 @@ impl UNetConfig {
         2 * (self.layers_per_block * down + middle + (self.layers_per_block + 1) * up)
     }
 
-    /// Time embeddings of all residual blocks together: the last dimension of
-    /// `UNet2DConditionModel::time_embeddings`.
+    /// Width of the time embeddings of all residual blocks together, the last dimension of
+    /// [`UNet2DConditionModel::time_embeddings`](super::UNet2DConditionModel::time_embeddings).
     pub(crate) fn time_width(&self) -> usize {
         let channels = &self.block_out_channels;
         let middle = channels.last().copied().unwrap_or_default();
@@ -144,7 +143,7 @@ impl UNetConfig {
     }
 }
 
-/// Which blocks of a list are of the second of two types; any other type is refused.
+/// Whether each block of a list is of the second of two types; any other type is rejected.
 fn blocks(keys: &mut Keys, key: &str, types: [&str; 2]) -> Result<Vec<bool>> {
     let names: Vec<String> = keys.take(key, Vec::new())?;
     let names = if names.is_empty() { defaults(types) } else { names };
@@ -165,7 +164,8 @@ fn defaults(types: [&str; 2]) -> Vec<String> {
     names
 }
 
-/// What other members of the family have (XL, unCLIP, Kandinsky, LCM's guidance embedding).
+/// Rejects features of other members of the family (SDXL, unCLIP, Kandinsky, LCM's guidance
+/// embedding).
 fn refuse_other_unets(keys: &mut Keys) -> Result<()> {
     const NULL: [&str; 15] = [
         "addition_embed_type",
@@ -198,7 +198,7 @@ fn refuse_other_unets(keys: &mut Keys) -> Result<()> {
     keys.only("resnet_out_scale_factor", &[json!(1), json!(1.0)])?;
     keys.only("resnet_time_scale_shift", &[json!("default")])?;
     keys.only("time_embedding_type", &[json!("positional")])?;
-    // Scores and softmax are accumulated in f32 everywhere, which is what upcast_attention asks.
+    // Scores and softmax accumulate in f32 everywhere, as upcast_attention asks for.
     keys.drop_idle(&["addition_embed_type_num_heads", "dropout", "upcast_attention"]);
     Ok(())
 }
@@ -206,9 +206,9 @@ fn refuse_other_unets(keys: &mut Keys) -> Result<()> {
 /// `vae/config.json` of an `AutoencoderKL`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct VaeConfig {
-    /// Channels of a picture.
+    /// Channels of an input image.
     pub in_channels: usize,
-    /// Channels of a decoded picture.
+    /// Channels of a decoded image.
     pub out_channels: usize,
     /// Channels of the latents.
     pub latent_channels: usize,
@@ -218,13 +218,13 @@ pub struct VaeConfig {
     pub layers_per_block: usize,
     /// Groups of every group norm.
     pub norm_num_groups: usize,
-    /// What the latents are multiplied with after encoding.
+    /// Factor of the latents after encoding.
     pub scaling_factor: f64,
-    /// Whether the middle has attention.
+    /// Whether the mid block has attention.
     pub mid_block_add_attention: bool,
-    /// Whether there is a convolution of kernel 1 behind the encoder.
+    /// Whether a 1x1 convolution follows the encoder.
     pub use_quant_conv: bool,
-    /// Whether there is a convolution of kernel 1 before the decoder.
+    /// Whether a 1x1 convolution precedes the decoder.
     pub use_post_quant_conv: bool,
 }
 
@@ -277,13 +277,13 @@ impl VaeConfig {
         Ok(config)
     }
 
-    /// Pixels of a latent's side.
+    /// Pixels per latent pixel, along one side.
     pub fn scale(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)
     }
 }
 
-/// How CLIP was made and trained, and what old files carry of the settings for generating text.
+/// Keys about training, and settings of text generation in old files.
 pub(crate) const IDLE_TEXT_KEYS: [&str; 34] = [
     "architectures",
     "attention_dropout",

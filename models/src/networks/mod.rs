@@ -1,4 +1,5 @@
-//! The networks of Stable Diffusion, each in one file beside its reference, and their configurations.
+//! The networks of Stable Diffusion, each in one file beside its reference, and their
+//! configurations.
 
 mod clip;
 mod config;

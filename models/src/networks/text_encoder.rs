@@ -31,7 +31,7 @@ impl ClipTextModel {
         dtype: DType,
     ) -> Result<Self> {
         let root = LayerBuilder::new(weights, device, dtype);
-        // transformers 5 writes the tower without the prefix that older files have.
+        // transformers 5 writes the tower without the prefix of older files.
         let old = root.pp("text_model");
         let bare = !old.has("final_layer_norm.weight") && root.has("final_layer_norm.weight");
         let p = if bare { root } else { old };
@@ -61,7 +61,7 @@ impl ClipTextModel {
         Ok(())
     }
 
-    /// What the encoder was built from.
+    /// Its configuration.
     pub fn config(&self) -> &ClipTextConfig {
         &self.config
     }

@@ -20,7 +20,7 @@ use crate::ops::{
     attention, channels_first, channels_last, in_pool, self_attention,
 };
 
-/// Kernel 3, every second pixel.
+/// 3x3, stride 2.
 const DOWN: Geometry = Geometry { kernel: 3, stride: 2, before: 1, after: 1 };
 
 /// The denoising network.
@@ -132,7 +132,7 @@ impl UNet2DConditionModel {
         Ok(model)
     }
 
-    /// What the network was built from.
+    /// Its configuration.
     pub fn config(&self) -> &UNetConfig {
         &self.config
     }
@@ -198,7 +198,7 @@ impl UNet2DConditionModel {
         // 4. Up
         for block in &self.up {
             for (resnet, transformer) in &block.layers {
-                // There is a skip for every layer: load() built both ends from one config.
+                // load() built as many skips as layers.
                 let skip = skips.pop().ok_or_else(|| candle_core::Error::msg("no skip left"))?;
                 x = resnet.forward(&Joined::new(&x, &skip)?, time_embeddings, loras)?;
                 if let Some(transformer) = transformer {
@@ -215,8 +215,8 @@ impl UNet2DConditionModel {
         Ok(channels_first(&x)?)
     }
 
-    /// Sinusoidal embedding, two linear layers and the SiLU that every residual block begins with:
-    /// (T) -> (T, 4 * first). The angles are computed in f32 as the reference does.
+    /// Sinusoidal embedding, two linear layers, and the SiLU with which every residual block
+    /// begins: (T) -> (T, 4 first). Angles are computed in f32, as in the reference.
     fn time_embedding(&self, timesteps: &[f64], loras: &[LoraStack]) -> Result<Tensor> {
         let width = self.config.block_out_channels[0];
         let half = width / 2;
@@ -272,7 +272,7 @@ impl<'w> BlockBuilder<'_, 'w> {
     fn up_blocks(&self, p: &LayerBuilder<'w>) -> Result<Vec<UpBlock>> {
         let channels = &self.config.block_out_channels;
         let levels = channels.len();
-        // What each layer's skip holds, in the order in which they are taken.
+        // Channels of the skips, in the order in which they are pushed.
         let mut skips = vec![channels[0]];
         for (level, c) in channels.iter().enumerate() {
             let downsample = usize::from(level + 1 < levels);

@@ -1,4 +1,4 @@
-//! AutoencoderKL: pictures to latents and back, all of it in this file.
+//! AutoencoderKL: images to latents and back.
 //!
 //! Reference: diffusers 0.42 `models/autoencoders/autoencoder_kl.py` and `vae.py`.
 
@@ -13,11 +13,11 @@ use crate::ops::{
     Attention, Conv2d, Geometry, GroupNorm, Linear, channels_last, in_pool, self_attention,
 };
 
-/// Kernel 3, every second pixel, with zeros on the far sides only.
+/// 3x3, stride 2, zero padding at the bottom and right only.
 const DOWN: Geometry = Geometry { kernel: 3, stride: 2, before: 0, after: 1 };
 const EPS: f64 = 1e-6;
 
-/// The half that draws: latents to pictures.
+/// Latents to images.
 pub struct Decoder {
     config: VaeConfig,
     dtype: DType,
@@ -74,13 +74,13 @@ impl Decoder {
         Ok(model)
     }
 
-    /// What the decoder was built from.
+    /// Its configuration.
     pub fn config(&self) -> &VaeConfig {
         &self.config
     }
 
-    /// Latents (B, C, h, w) f32, already divided by the scaling factor -> pictures
-    /// (B, H, W, 3) f32, nominally in -1..1.
+    /// Latents (B, C, h, w) f32, already divided by the scaling factor -> images (B, H, W, 3) f32,
+    /// nominally in -1..1.
     pub fn forward(&self, latents: &Tensor) -> Result<Tensor> {
         in_pool(latents.device(), || self.draw(latents))
     }
@@ -105,7 +105,7 @@ impl Decoder {
     }
 }
 
-/// The half that reads: pictures to the distribution of their latents.
+/// Images to the distribution of their latents.
 pub struct Encoder {
     config: VaeConfig,
     dtype: DType,
@@ -163,13 +163,13 @@ impl Encoder {
         Ok(model)
     }
 
-    /// What the encoder was built from.
+    /// Its configuration.
     pub fn config(&self) -> &VaeConfig {
         &self.config
     }
 
-    /// Pictures (B, H, W, 3) in -1..1 -> mean and log variance of the latents, each
-    /// (B, C, h, w) f32 and not yet multiplied with the scaling factor.
+    /// Images (B, H, W, 3) in -1..1 -> mean and log variance of the latents, each (B, C, h, w) f32
+    /// and not yet multiplied by the scaling factor.
     pub fn forward(&self, pictures: &Tensor) -> Result<(Tensor, Tensor)> {
         in_pool(pictures.device(), || self.read(pictures))
     }
@@ -196,7 +196,7 @@ impl Encoder {
     }
 }
 
-/// UNetMidBlock2D: a residual block, attention over all pixels, a residual block.
+/// UNetMidBlock2D: residual block, attention over all pixels, residual block.
 struct MidBlock {
     resnets: (Resnet, Resnet),
     attention: Option<PixelAttention>,
@@ -220,7 +220,7 @@ impl MidBlock {
     }
 }
 
-/// Attention of one head over the pixels.
+/// Single-head attention over all pixels.
 struct PixelAttention {
     norm: GroupNorm,
     to_qkv: Linear,
@@ -228,7 +228,7 @@ struct PixelAttention {
 }
 
 impl PixelAttention {
-    /// The second names are those of files written before diffusers 0.16, v1.4's among them.
+    /// The second names are those of files written before diffusers 0.16, such as v1.4's.
     fn load(p: &LayerBuilder<'_>, channels: usize, norm: Norm) -> Result<Self> {
         let qkv = [["to_q", "query"], ["to_k", "key"], ["to_v", "value"]].map(|n| p.either(n));
         let out = p.either(["to_out.0", "proj_attn"]);

@@ -1,4 +1,4 @@
-//! Pictures as bytes, and how they are resampled.
+//! Images as bytes, and resampling.
 
 mod pillow;
 mod resample;

@@ -1,6 +1,6 @@
-//! Pillow's bicubic resizing of bytes, bit for bit: what a checker was tuned on, it should see. The
-//! image crate's filter of the same name keeps floats between its two passes, Pillow rounds to
-//! bytes there and counts in fixed point.
+//! Pillow's bicubic resizing of bytes, byte-identical, because the safety checker was tuned on it.
+//! The image crate's filter of the same name keeps floats between its two passes; Pillow rounds to
+//! bytes there and computes in fixed point.
 //!
 //! Reference: Pillow 12 `src/libImaging/Resample.c`.
 
@@ -9,16 +9,16 @@ use std::ops::Range;
 use super::resample::{self, CUBIC};
 use super::rgb::Rgb;
 
-/// Bits behind the point of a weight.
+/// Fractional bits of a weight.
 const PRECISION: u32 = 32 - 8 - 2;
-/// The pixels from `first` on that make one of the output, and their weights in fixed point.
+/// The weights of the input pixels from `first` on that make one output pixel, in fixed point.
 struct FixedTaps {
     first: usize,
     weights: Vec<i32>,
 }
 
-/// The square of `side` pixels whose upper left corner is at (left, top) of a picture that has been
-/// resized to (width, height). Only that square is computed: a narrow picture is long in any size.
+/// The crop of `side` x `side` pixels at (left, top) of an image resized to (width, height). Only
+/// the crop is computed.
 pub(crate) fn resized_part(
     picture: &Rgb,
     (width, height): (usize, usize),
@@ -38,7 +38,8 @@ pub(crate) fn resized_part(
 }
 
 impl FixedTaps {
-    /// Three channels of a line that begins at pixel `from` and has one every `stride` bytes.
+    /// Three channels of one output pixel, from a line whose first pixel is `from` and whose pixels
+    /// are `stride` bytes apart.
     fn pixel(&self, line: &[u8], from: usize, stride: usize) -> [u8; 3] {
         let sum = |channel: usize| {
             let byte = |k: usize| i32::from(line[(self.first - from + k) * stride + channel]);
@@ -49,7 +50,7 @@ impl FixedTaps {
     }
 }
 
-/// The fixed_taps of a range of a line of `to` pixels in one of `from`.
+/// The taps of a range of a line of `to` pixels, from one of `from` pixels.
 fn fixed_taps(from: usize, to: usize, range: Range<usize>) -> Vec<FixedTaps> {
     let fixed = |weight: f64| {
         let scaled = weight * f64::from(1 << PRECISION);

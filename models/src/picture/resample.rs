@@ -1,9 +1,9 @@
-//! Resampling along one line: which values of the input make one of the output, and by how much. In
-//! Pillow's way, which is torch's with antialiasing, and in torch's way without.
+//! Resampling along one line: the filter taps of each output value. Antialiased as in Pillow and in
+//! torch with antialiasing, or interpolated as in torch without.
 
 use std::ops::Range;
 
-/// How far a filter reaches, and its value there.
+/// A filter: its reach on each side, and its value at a distance.
 pub(crate) struct Filter {
     pub(crate) support: f64,
     pub(crate) value: fn(f64) -> f64,
@@ -12,14 +12,14 @@ pub(crate) struct Filter {
 pub(crate) const TRIANGLE: Filter = Filter { support: 1.0, value: |x| (1.0 - x.abs()).max(0.0) };
 pub(crate) const CUBIC: Filter = Filter { support: 2.0, value: |x| cubic(x, -0.5) };
 
-/// The values from `first` on that make one of the output, and their weights, of sum 1.
+/// The weights, of sum 1, of the input values from `first` on that make one output value.
 pub(crate) struct Taps {
     pub(crate) first: usize,
     pub(crate) weights: Vec<f64>,
 }
 
-/// The windows of a range of a line of `to` values in one of `from`: the filter is as wide as a
-/// value of the output where that is the wider one, and ends with the line.
+/// The taps of a range of a line of `to` values from one of `from` values. When downscaling, the
+/// filter is stretched by the scale. Taps beyond an end of the line are dropped.
 pub(crate) fn antialiased(
     from: usize,
     to: usize,
@@ -41,8 +41,8 @@ pub(crate) fn antialiased(
     range.map(taps).collect()
 }
 
-/// The same without antialiasing: the values around a point, of which those beyond an end of the
-/// line are that end: so many on each side, with a filter's values.
+/// The same without antialiasing: `reach` values on each side with the filter's `value`, where
+/// values beyond an end of the line repeat its last.
 pub(crate) fn interpolated(
     from: usize,
     to: usize,

@@ -1,8 +1,8 @@
-//! Pixels and their number.
+//! RGB images and their sizes.
 
 use std::fmt;
 
-/// Pixels of a picture, row by row, three bytes each.
+/// An RGB image: pixels row by row, three bytes each.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Rgb {
     /// Pixels of a row.
@@ -19,7 +19,7 @@ impl fmt::Debug for Rgb {
     }
 }
 
-/// Width and height of a picture in pixels, both multiples of 8 and at least 8.
+/// Width and height of an image in pixels, both multiples of 8 and at least 8.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Size {
     width: usize,
@@ -27,7 +27,7 @@ pub struct Size {
 }
 
 impl Size {
-    /// The least that can be drawn.
+    /// The smallest size.
     pub const SMALLEST: Self = Self { width: 8, height: 8 };
 
     /// A size, if both sides are positive multiples of 8.

@@ -1,4 +1,4 @@
-//! Where a model runs and in which numbers: the words of the user, and what they come to.
+//! The device and the number type of a model, as the user names them and as they are resolved.
 
 use std::fmt;
 use std::str::FromStr;
@@ -66,15 +66,15 @@ impl fmt::Display for DeviceName {
     }
 }
 
-/// The numbers in which a model is computed.
+/// The number type in which a model is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
     /// f16 on CUDA; on the CPU bf16 where the processor has instructions for it, else f32.
     Auto,
     /// Half precision; CUDA only.
     F16,
-    /// Brain floats. On the CPU the weights are bf16 and everything else stays f32, but for the
-    /// operands of products where AMX computes them.
+    /// bfloat16. On the CPU the weights are bf16 and everything else stays f32, except for the
+    /// operands of matrix multiplications on AMX.
     Bf16,
     /// Single precision.
     F32,
@@ -95,7 +95,7 @@ impl Precision {
         }
     }
 
-    /// Bytes of a number of the weights, on a GPU or on the CPU.
+    /// Bytes of one weight, on a GPU or on the CPU.
     pub fn weight_bytes(self, gpu: bool) -> u64 {
         match self {
             Self::F32 => 4,

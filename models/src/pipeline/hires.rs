@@ -1,8 +1,8 @@
-//! The second pass of a picture that is drawn small first and then large ("hires fix"): its latents
-//! are enlarged and put under noise, and the sampler goes on from there.
+//! The hires pass ("hires fix"): the latents of the base pass are upscaled and put under noise, and
+//! the sampler runs again from there.
 //!
-//! Reference: AUTOMATIC1111's `StableDiffusionProcessingTxt2Img.sample_hr_pass`; the enlargements are
-//! `torch.nn.functional.interpolate`'s, the steps those of diffusers' img2img.
+//! Reference: AUTOMATIC1111's `StableDiffusionProcessingTxt2Img.sample_hr_pass`. Latents are
+//! upscaled as by `torch.nn.functional.interpolate`, and the steps are those of diffusers' img2img.
 
 use std::ops::Range;
 
@@ -14,7 +14,7 @@ use crate::noise::Noise;
 use crate::picture::{CUBIC, Size, TRIANGLE, Taps, antialiased, cubic, interpolated};
 use crate::sampler::Sampler;
 
-/// The second pass of a picture, while the first goes on.
+/// The hires pass of an image whose base pass runs.
 pub(crate) struct HiresPass {
     pub(crate) size: Size,
     pub(crate) sampler: Sampler,
@@ -24,8 +24,8 @@ pub(crate) struct HiresPass {
     seed: u64,
 }
 
-/// How it begins: the enlarged latents (1, C, h, w) f32, the same under noise, and what is left of
-/// the noise.
+/// The latents with which the hires pass begins: upscaled (1, C, h, w) f32, the same under noise,
+/// and the state of the noise after the draw.
 pub(crate) struct UpscaledLatents {
     pub(crate) clean: Tensor,
     pub(crate) latents: Tensor,
@@ -33,13 +33,13 @@ pub(crate) struct UpscaledLatents {
 }
 
 impl HiresPass {
-    /// A pass whose sampler leaves out what the latents are already.
+    /// A pass whose sampler skips the steps that its strength leaves out.
     pub(crate) fn new(hires: &Hires, sampler: Sampler, time_embeddings: Tensor, seed: u64) -> Self {
         Self { size: hires.size, sampler, time_embeddings, upscaler: hires.upscaler, seed }
     }
 
-    /// Begins with the latents of the first pass; `scale` is pixels of a latent's side. The noise is
-    /// a new stream of the same seed, as it is there.
+    /// Upscales the latents of the base pass; `scale` is pixels per latent pixel. As in
+    /// AUTOMATIC1111, the noise is a new stream of the same seed.
     pub(crate) fn begin(
         &self,
         latents: &Tensor,
@@ -56,9 +56,9 @@ impl HiresPass {
 }
 
 impl Upscaler {
-    /// The latents (1, C, h, w) f32 of a picture of one size, enlarged until they cover those of
-    /// another and cut to it in the middle: (1, C, h', w') on the same device. A latent's side is
-    /// `scale` pixels.
+    /// Latents (1, C, h, w) f32 of an image of one size -> (1, C, h', w') of another size on the
+    /// same device: upscaled until they cover it, then cropped at the centre. `scale` is pixels per
+    /// latent pixel.
     pub fn upscale(
         self,
         latents: &Tensor,
@@ -67,7 +67,7 @@ impl Upscaler {
     ) -> Result<Tensor> {
         let (batch, channels, h, w) = latents.dims4()?;
         let covering = covering(from, to);
-        // Only what is not cut off is computed: a narrow picture is long where it covers a square.
+        // Only the crop is computed: a narrow image is long where it covers a square.
         let middle = |covering: usize, side: usize| {
             let first = (covering - side) / scale / 2;
             first..first + side / scale
@@ -81,7 +81,7 @@ impl Upscaler {
         Ok(Tensor::from_vec(planes.collect(), shape, latents.device())?)
     }
 
-    /// What makes each of a range of `to` values out of `from`.
+    /// The filter taps of a range of `to` values from a line of `from` values.
     fn line(self, from: usize, to: usize, range: Range<usize>) -> Vec<Taps> {
         let nearest = |shift: f64| {
             let at = move |i: usize| ((i as f64 + shift) * from as f64 / to as f64) as usize;
@@ -99,7 +99,7 @@ impl Upscaler {
     }
 }
 
-/// A plane of rows of `w` values, resampled along its rows and then its columns.
+/// A plane with rows of `w` values, resampled along its rows and then its columns.
 fn resampled(plane: &[f32], w: usize, across: &[Taps], down: &[Taps]) -> Vec<f32> {
     let sum = |taps: &Taps, value: &dyn Fn(usize) -> f64| -> f64 {
         taps.weights.iter().enumerate().map(|(k, w)| w * value(taps.first + k)).sum()
@@ -114,7 +114,7 @@ fn resampled(plane: &[f32], w: usize, across: &[Taps], down: &[Taps]) -> Vec<f32
     down.iter().flat_map(line).collect()
 }
 
-/// The size in the shape of the first that just covers the second.
+/// The smallest size with the aspect ratio of `from` that covers `to`.
 fn covering(from: Size, to: Size) -> (usize, usize) {
     let wider = to.width() * from.height() > from.width() * to.height();
     match wider {

@@ -1,5 +1,5 @@
-//! What is known of a loaded model without touching it: what a request gets that leaves things
-//! out, what it may ask for, and an estimate of the memory that this takes.
+//! Properties of a loaded model: defaults, limits that requests are checked against, and an
+//! estimate of the memory that a request takes.
 
 use candle_core::{DType, Device};
 
@@ -11,20 +11,20 @@ use crate::networks::{UNetConfig, VaeConfig};
 use crate::picture::{Rgb, Size};
 use crate::text::{Embeddings, max_chunks};
 
-/// What a request that leaves things out gets.
+/// Defaults of a request.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Defaults {
     /// The size that the UNet was trained on.
     pub size: Size,
-    /// Sampler steps, as diffusers.
+    /// Sampler steps; diffusers' default.
     pub steps: usize,
-    /// Classifier-free guidance, as diffusers.
+    /// Guidance scale; diffusers' default.
     pub guidance_scale: f64,
     /// The sampler of the model's scheduler configuration.
     pub scheduler: Scheduler,
 }
 
-/// What is known of a loaded model without touching it.
+/// Properties of a loaded model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelInfo {
     /// `demo`, or the name of the directory.
@@ -33,44 +33,44 @@ pub struct ModelInfo {
     pub device: String,
     /// `f32`, `bf16` or `f16`.
     pub precision: String,
-    /// What a request that leaves things out gets.
+    /// Defaults of a request.
     pub defaults: Defaults,
-    /// Sides must be multiples of this many pixels.
+    /// Image sides must be multiples of this many pixels.
     pub multiple: usize,
-    /// Whether a safety checker looks at its pictures.
+    /// Whether the safety checker is loaded.
     pub checked: bool,
-    /// What a picture takes while it is drawn.
+    /// Memory of an image in progress.
     pub memory: MemoryEstimate,
-    /// What requests can add to it.
+    /// What requests can add to the model.
     pub add_ons: AddOns,
-    /// The words that prompts can hold beside those of the tokenizer.
+    /// Textual inversion embeddings and their placeholder tokens.
     pub embeddings: Embeddings,
 }
 
-/// An estimate of the memory that activations take, from the networks' shapes.
+/// An estimate of the memory of activations, from the shapes of the networks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct MemoryEstimate {
-    /// Bytes of one row of a UNet evaluation for each latent pixel.
+    /// Bytes per latent pixel of one batch row of a UNet call.
     pub row_bytes: u64,
-    /// Bytes for each latent pixel of a row that has LoRAs, beside those.
+    /// Additional bytes per latent pixel of a batch row with LoRAs.
     pub lora_bytes: u64,
-    /// Bytes of a prompt's keys and values, of one window.
+    /// Bytes of the keys and values of one prompt chunk.
     pub chunk_bytes: u64,
-    /// Bytes of what the UNet makes of a timestep.
+    /// Bytes of the time embeddings of one timestep.
     pub time_bytes: u64,
-    /// Bytes of one row for each pair of latent pixels: attention scores, where they are stored.
+    /// Bytes per pair of latent pixels of one batch row: attention scores, where they are stored.
     pub score_bytes: u64,
-    /// Bytes of decoding for each pixel of the picture.
+    /// Bytes per image pixel of the VAE's decoder.
     pub decode_bytes: u64,
-    /// Pixels of a latent's side.
+    /// Pixels per latent pixel, along one side.
     pub scale: u64,
 }
 
 impl MemoryEstimate {
-    /// The skips of all levels, and at the first the widest moment of a transformer block: the
-    /// feed forward's 8 C and 4 C beside input, residual and norm. The decoder is widest where
-    /// its last level begins: the input of two levels' width, normed, beside two outputs. What a
-    /// LoRA adds to the feed forward is as wide as its outputs.
+    /// The skip connections of all levels, and the widest point of a transformer block of the
+    /// first: the feed forward's 8 C and 4 C beside input, residual and norm. The decoder is widest
+    /// where its last level begins: an input as wide as the level before, its norm, and two
+    /// outputs. The delta of a LoRA on the feed forward is as wide as its output.
     pub(crate) fn of(
         unet: &UNetConfig,
         max_length: usize,
@@ -85,7 +85,8 @@ impl MemoryEstimate {
         let first = unet.block_out_channels[0];
         let wide = vae.block_out_channels.get(1).unwrap_or(&vae.block_out_channels[0]);
         let decode = 2 * wide + 3 * vae.block_out_channels[0];
-        // Our kernels never store scores; candle's composition does, twice: on GPUs in f32.
+        // Our kernels never store scores. candle's composition, used on GPUs in f32, stores them
+        // twice.
         let stored = !device.is_cpu() && dtype == DType::F32;
         let scores = if stored { unet.heads[0] * 8 } else { 0 };
         Self {
@@ -101,8 +102,8 @@ impl MemoryEstimate {
 }
 
 impl ModelInfo {
-    /// An estimate of what a picture takes in an evaluation in this size, in bytes: that of an
-    /// evaluation is the sum.
+    /// An estimate of an image's share of a UNet call in this size, in bytes. A call takes the sum
+    /// over its images.
     pub fn step_bytes(&self, spec: &Spec, size: Size) -> u64 {
         let memory = self.memory;
         let latent = size.pixels() as u64 / memory.scale.max(1).pow(2);
@@ -114,21 +115,21 @@ impl ModelInfo {
         };
         let negative = (spec.rows() == 2).then_some(&spec.negative_prompt);
         let chunks: u64 = [&spec.prompt].into_iter().chain(negative).map(|p| chunks(p)).sum();
-        // Keys and values are kept for each picture, and side by side for the evaluation.
+        // Keys and values are kept per image, and stacked for the UNet call.
         let kept = 2 * chunks * memory.chunk_bytes;
-        // Two evaluations a step at the most.
+        // At most two evaluations per step.
         let evaluations = 2 * spec.passes().map(|(_, steps)| steps as u64).sum::<u64>();
         spec.rows() as u64 * row + kept + evaluations * memory.time_bytes
     }
 
-    /// An estimate of the most that a picture takes while it is stepped or decoded, in bytes.
+    /// An estimate of the peak memory of an image while it is stepped or decoded, in bytes.
     pub fn peak_bytes(&self, spec: &Spec) -> u64 {
         let decode = |size: Size| size.pixels() as u64 * self.memory.decode_bytes;
         let peak = |(size, _)| self.step_bytes(spec, size).max(decode(size));
         spec.passes().map(peak).max().unwrap_or_default()
     }
 
-    /// Whether the model can draw this.
+    /// Checks a spec against the model's limits. The error names the field.
     pub fn check(&self, spec: &Spec) -> Result<()> {
         let refuse = |field, reason: String| Err(Error::Spec { field, reason });
         let size = spec.size;
@@ -175,7 +176,7 @@ impl ModelInfo {
         Ok(())
     }
 
-    /// Whether the model can draw this second pass.
+    /// Checks a hires pass against the model's limits.
     fn check_hires(&self, hires: &Hires, from_picture: bool) -> Result<()> {
         let refuse = |field, reason: String| Err(Error::Spec { field, reason });
         let Hires { size, steps, strength, .. } = *hires;

@@ -1,8 +1,9 @@
-//! How the latents of a picture begin: as noise, as another picture under noise, or as one with a
-//! part to paint anew. Not the sampler's steps, which do not know where the latents came from.
+//! The first latents of an image: noise, an input image under noise (image-to-image), or an input
+//! image whose masked area is inpainted. Not the sampler's steps, which do not depend on where the
+//! latents came from.
 //!
 //! Reference: diffusers 0.42 `pipelines/stable_diffusion/`, `pipeline_stable_diffusion_img2img.py`
-//! and `..._inpaint.py`; the noise of a picture is drawn in their order.
+//! and `..._inpaint.py`, whose order of random draws it follows.
 
 use candle_core::{Device, Tensor};
 
@@ -13,33 +14,33 @@ use crate::noise::Noise;
 use crate::picture::Size;
 use crate::sampler::Sampler;
 
-/// The first latents of a picture and what keeps it in its frame.
+/// The first latents of an image, and what inpainting needs at each step.
 pub(crate) struct InitialLatents {
     /// (1, C, h, w) f32
     pub(crate) latents: Tensor,
-    /// What must come out as it went in, where the UNet knows of no mask.
+    /// The preserved area, for a UNet without mask input.
     pub(crate) blend: Option<InpaintBlend>,
-    /// Mask and masked picture (1, 1 + C, h, w) f32, for a UNet that was trained with them.
+    /// Mask and masked image (1, 1 + C, h, w) f32, for an inpainting UNet (9 input channels).
     pub(crate) mask_condition: Option<Tensor>,
 }
 
-/// The part of a picture that is not painted anew.
+/// The preserved area of an image.
 pub(crate) struct InpaintBlend {
-    /// The picture's latents (1, C, h, w), f32 as all of these.
+    /// The input image's latents (1, C, h, w) f32.
     picture: Tensor,
     noise: Tensor,
-    /// (1, 1, h, w); 1 where the picture is painted anew, 0 where it is kept.
+    /// (1, 1, h, w) f32; 1 is inpainted, 0 preserved.
     mask: Tensor,
 }
 
 impl InpaintBlend {
-    /// Latents (1, C, h, w) that are those of the sampler where the picture is painted anew, and
-    /// elsewhere the picture's under as much noise.
+    /// Latents (1, C, h, w): the sampler's in the inpainted area, elsewhere the input image's at
+    /// the sampler's noise level.
     pub(crate) fn apply(&self, latents: &Tensor, sampler: &Sampler) -> Result<Tensor> {
         self.beside(&sampler.noised(&self.picture, &self.noise)?, latents)
     }
 
-    /// The same without any noise, for latents that have none.
+    /// The same for latents without noise.
     pub(crate) fn without_noise(&self, latents: &Tensor) -> Result<Tensor> {
         self.beside(&self.picture, latents)
     }
@@ -50,17 +51,17 @@ impl InpaintBlend {
     }
 }
 
-/// What a beginning is made with.
+/// Draws the first latents.
 pub(crate) struct LatentInit<'a> {
     pub(crate) encoder: &'a Encoder,
     pub(crate) device: &'a Device,
-    /// Whether the UNet takes mask and masked picture beside the latents.
+    /// Whether the UNet takes mask and masked image as input channels.
     pub(crate) inpainting: bool,
 }
 
 impl LatentInit<'_> {
-    /// The beginning of a picture. A UNet for inpainting that is given no mask, or no picture, has
-    /// everything to paint.
+    /// The first latents of an image. Without mask or without input image, an inpainting UNet
+    /// inpaints the whole image.
     pub(crate) fn begin(
         &self,
         spec: &Spec,
@@ -88,7 +89,7 @@ impl LatentInit<'_> {
         let masked = |pixel: usize| mask.is_none_or(|mask| mask[pixel] >= 128);
         let shrunk = self.shrunk(masked, spec.size)?;
         if !self.inpainting {
-            // diffusers encodes the masked picture here too: its draw is part of the stream.
+            // diffusers encodes the masked image here too, which draws noise from the stream.
             self.draw(spec.size, noise)?;
             let blend = picture.map(|picture| InpaintBlend { picture, noise: drawn, mask: shrunk });
             return Ok(InitialLatents { latents, blend, mask_condition: None });
@@ -123,7 +124,7 @@ impl LatentInit<'_> {
         Ok(Tensor::from_vec(values, (1, config.latent_channels, h, w), self.device)?)
     }
 
-    /// The mask in the size of the latents (1, 1, h, w): of each square the first pixel.
+    /// The mask in the size of the latents (1, 1, h, w): the first pixel of each square (nearest).
     fn shrunk(&self, masked: impl Fn(usize) -> bool, size: Size) -> Result<Tensor> {
         let scale = self.encoder.config().scale();
         let (h, w) = (size.height() / scale, size.width() / scale);
@@ -133,7 +134,7 @@ impl LatentInit<'_> {
     }
 }
 
-/// The pixels (H, W, 3) of a picture in -1..1; those that are not shown are in the middle.
+/// The pixels (H, W, 3) of the input image in -1..1; 0 where they are not `shown`.
 fn pixels(input: &Img2Img, shown: impl Fn(usize) -> bool) -> Vec<f32> {
     let value = |(i, byte): (usize, &u8)| {
         if shown(i / 3) { f32::from(*byte) / 255.0 * 2.0 - 1.0 } else { 0.0 }

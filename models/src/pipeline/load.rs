@@ -38,7 +38,7 @@ impl LoadedModel {
     /// Reads a model from its files. Takes seconds.
     pub(super) fn load(options: &LoadOptions) -> Result<Self> {
         if let Some(threads) = options.threads {
-            // An error says that the pool exists already: the first model has set its size.
+            // An error means that the pool exists: the first model has set its size.
             let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
         }
         let source = &options.source;
@@ -108,17 +108,17 @@ impl LoadedModel {
     }
 }
 
-/// The noise levels that the model was trained on.
+/// The scheduler configuration of the model.
 fn read_scheduler(source: &Source) -> Result<SchedulerConfig> {
     let file = source.require("scheduler/scheduler_config.json")?;
     let mut scheduler = SchedulerConfig::from_json(&String::from_utf8_lossy(&file))?;
-    // What diffusers' StableDiffusionPipeline sets whatever the scheduler's class says.
+    // Defaults of diffusers' StableDiffusionPipeline, which differ from those of the classes.
     scheduler.steps_offset.get_or_insert(1);
     scheduler.clip_sample.get_or_insert(false);
     Ok(scheduler)
 }
 
-/// Tokenizer and text encoder, and the words that they have learned since.
+/// Tokenizer and text encoder, with the textual inversion embeddings added to both.
 fn read_text(
     LoadOptions { source, add_ons, .. }: &LoadOptions,
     weights: &Weights,
@@ -153,7 +153,7 @@ fn check_widths(text: &ClipTextModel, unet: &UNet2DConditionModel, vae: &Decoder
     if unet.out_channels != latent {
         return refuse("out_channels", unet.out_channels, "the VAE's latent_channels", latent);
     }
-    // Latents alone, or for inpainting with a mask and the latents of the masked picture.
+    // Latents alone; for inpainting also a mask and the latents of the masked image.
     if ![latent, 2 * latent + 1].contains(&unet.in_channels) {
         return refuse("in_channels", unet.in_channels, "the VAE's latent_channels", latent);
     }
@@ -169,14 +169,14 @@ fn name(source: &Source) -> String {
     end.map_or_else(|| path.display().to_string(), |end| end.to_string_lossy().into_owned())
 }
 
-/// Refuses a `model_index.json` of a pipeline that is not Stable Diffusion 1.x or 2.x. Returns
+/// Rejects a `model_index.json` of a pipeline that is not Stable Diffusion 1.x or 2.x. Returns
 /// whether the pipeline has a safety checker.
 pub fn check_pipeline(source: &Source) -> Result<bool> {
     let mut keys = Keys::read(source, "model_index.json")?;
-    // What a pipeline does with a picture is the request's choice here; the networks are the same.
+    // The networks of these pipelines are the same.
     let classes = ["", "Img2Img", "Inpaint"].map(|c| json!(format!("StableDiffusion{c}Pipeline")));
     keys.only("_class_name", &classes)?;
-    // Null, or a library and its class.
+    // Null, or a library and a class.
     let checker: [Option<String>; 2] = keys.take("safety_checker", [None, None])?;
     match checker[1].as_deref() {
         None => Ok(false),

@@ -1,8 +1,8 @@
-//! A model, and the images in progress.
+//! A loaded model, and the images in progress.
 //!
 //! The sampler's loop is the caller's: [`Pipeline::step`] takes one evaluation of any number of
-//! trajectories, each at its own step of its own schedule, in a single call of the UNet. A
-//! trajectory with guidance takes two batch rows of that call, one without takes one.
+//! trajectories, each at its own step of its own schedule, in a single UNet call. Batch rows: a
+//! trajectory with guidance takes two (unconditional, conditional), one without takes one.
 
 pub(crate) mod device;
 mod hires;
@@ -56,37 +56,38 @@ impl Pipeline {
         Ok(Self { model, prompts: PromptCache::default(), preview: OnceLock::new() })
     }
 
-    /// What is known of the model.
+    /// Properties of the model.
     pub fn info(&self) -> &ModelInfo {
         &self.model.info
     }
 
-    /// Bytes that are free on the GPU; `None` on the CPU, whose memory is the system's.
+    /// Free bytes on the GPU; `None` on the CPU, whose memory is the host's.
     pub fn free_device_bytes(&self) -> Option<u64> {
         free_device_bytes(&self.model.device)
     }
 
-    /// The GPU's own name; `None` on the CPU.
+    /// The GPU's name; `None` on the CPU.
     pub fn device_name(&self) -> Option<String> {
         device_name(&self.model.device)
     }
 
-    /// What our kernels were loaded from, as "cubin 8.6" or "PTX 8.0"; `None` on the CPU.
+    /// The modules that our kernels were loaded from, such as "cubin 8.6" or "PTX 8.0"; `None` on
+    /// the CPU.
     pub fn device_kernels(&self) -> Option<String> {
         device_kernels(&self.model.device)
     }
 
-    /// Waits until the device has done all that it was asked to.
+    /// Waits until the device has finished its queued work.
     pub fn synchronize(&self) -> Result<()> {
         Ok(self.model.device.synchronize()?)
     }
 
-    /// What our kernels on GPUs were asked to do since the program began, by their kind.
+    /// Statistics of our GPU kernels since the process started, by kind.
     pub fn work() -> Vec<(&'static str, Work)> {
         device_work()
     }
 
-    /// Whether the model can draw this.
+    /// Checks a spec against the model's limits.
     pub fn check(&self, spec: &Spec) -> Result<()> {
         self.model.info.check(spec)
     }
@@ -105,7 +106,7 @@ impl Pipeline {
         Some(Box::new(move || missing.into_iter().for_each(read)))
     }
 
-    /// Encodes the prompts and what there is of a picture, and draws the noise.
+    /// Encodes the prompts and the input image, and draws the noise.
     pub fn begin(&self, spec: &Spec) -> Result<Trajectory> {
         self.check(spec)?;
         let skipped = spec.skipped_steps();
@@ -181,8 +182,8 @@ impl Pipeline {
         self.model.unet.time_embeddings(&timesteps, &vec![loras.clone(); timesteps.len()])
     }
 
-    /// One evaluation of the UNet for each trajectory that is not done; all of one size. An error
-    /// leaves every trajectory as it was, so that the step can be tried again.
+    /// One UNet call for all trajectories that are not done; all must have one size. After an error
+    /// every trajectory is unchanged, so that the step can be repeated.
     pub fn step(&self, batch: &mut [&mut Trajectory]) -> Result<()> {
         let (mut latents, mut times) = (Vec::new(), Vec::new());
         let (mut conditioning, mut loras) = (Vec::new(), Vec::new());
@@ -250,10 +251,10 @@ impl Pipeline {
         Ok(())
     }
 
-    /// A small look at a trajectory: one pixel for each latent pixel, from the picture that the
-    /// UNet saw behind the noise at the last evaluation, or from the latents when nothing is left
-    /// to evaluate. The first call decodes a picture of 32 x 32 latent pixels and takes as long;
-    /// later ones take next to nothing.
+    /// A live preview of a trajectory, one pixel per latent pixel: the predicted x0 of the last
+    /// UNet call, or the latents if they are finished. The first call fits the latent-to-RGB
+    /// approximation, which decodes 32 x 32 latent pixels and takes as long; later calls take
+    /// negligible time.
     pub fn preview(&self, trajectory: &Trajectory) -> Result<Rgb> {
         let preview = match self.preview.get() {
             Some(preview) => preview,
@@ -265,8 +266,8 @@ impl Pipeline {
         preview.render(&trajectory.predicted_x0()?)
     }
 
-    /// The picture of a trajectory; of one that is not done, what the UNet saw of it behind the
-    /// noise at the last evaluation, as AUTOMATIC1111 gives it out when it is interrupted.
+    /// The image of a trajectory. If the trajectory is not done, the predicted x0 of the last UNet
+    /// call is decoded, as AUTOMATIC1111 does when it is interrupted.
     pub fn decode(&self, trajectory: &Trajectory) -> Result<Rgb> {
         let latents = (trajectory.predicted_x0()? / self.model.decoder.config().scaling_factor)?;
         let picture = self.model.decoder.forward(&latents)?; // (1, H, W, 3)
@@ -277,12 +278,12 @@ impl Pipeline {
                 "the picture holds values that are not numbers".into(),
             )));
         }
-        // Halves to even, as numpy rounds.
+        // Rounds half to even, as numpy.
         let byte = |v: f32| ((v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
         Ok(Rgb { width, height, data: values.into_iter().map(byte).collect() })
     }
 
-    /// Whether a picture should not be shown; `None` where there is no safety checker to say so.
+    /// Whether the safety checker flags an image as NSFW; `None` without a safety checker.
     pub fn check_safety(&self, picture: &Rgb) -> Result<Option<bool>> {
         let checker = self.model.safety_checker.as_ref();
         checker.map(|checker| Ok(checker.check(picture)?.nsfw())).transpose()

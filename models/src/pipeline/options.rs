@@ -1,50 +1,50 @@
-//! What to load, and what requests can add to it.
+//! The options of loading a model.
 
 use super::device::{DeviceName, Precision};
 use crate::error::{Error, Result};
 use crate::files::{AssetDir, Source};
 
-/// What to load, and onto what.
+/// The options of loading a model.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
-    /// The model's files.
+    /// Files of the model.
     pub source: Source,
-    /// Where the VAE comes from, when it is not the model's own.
+    /// Files of the VAE, if they are not the model's.
     pub vae: Option<Source>,
-    /// Where it runs.
+    /// Device.
     pub device: DeviceName,
-    /// In which numbers.
+    /// Number type.
     pub precision: Precision,
-    /// Whether a safety checker is loaded with it.
+    /// Whether to load the safety checker.
     pub safety: SafetyMode,
-    /// Threads of the CPU's kernels; all processors if `None`. Only the first model loaded in a
+    /// Threads of the CPU kernels; default: all processors. Only the first model loaded in a
     /// process sets it.
     pub threads: Option<usize>,
     /// What requests can add to the model by name.
     pub add_ons: AddOns,
 }
 
-/// What requests can add to a model by name, from files that are read when they are asked for.
+/// What requests can add to a model by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AddOns {
-    /// LoRAs.
+    /// LoRA files, read when a request names them.
     pub loras: AssetDir,
-    /// What the LoRAs in memory may take; the one used longest ago makes room.
+    /// Maximum bytes of cached LoRAs; at the limit, the least recently used are evicted.
     pub max_lora_bytes: u64,
-    /// Words learned by textual inversion; read with the model.
+    /// Textual inversion embeddings, read with the model.
     pub embeddings: AssetDir,
-    /// What their vectors may take; files beyond it are left out.
+    /// Maximum bytes of embeddings; files beyond it are skipped.
     pub max_embedding_bytes: u64,
 }
 
-/// Whether a safety checker is loaded with a model.
+/// Whether to load a model's safety checker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SafetyMode {
-    /// None, even if the model has one.
+    /// Do not load it.
     Never,
-    /// If the model has one.
+    /// Load it if the model has one.
     IfPresent,
-    /// A model that has none is refused.
+    /// Load it; a model without one is rejected.
     Required,
 }
 

@@ -1,6 +1,6 @@
-//! Latents to a small picture at next to no cost: each latent pixel and its neighbours become one
-//! pixel, by a map that is fitted to the model's own decoder and so serves any VAE. It is for a
-//! look in passing; pictures are made by [`crate::networks::Decoder`].
+//! Live previews: a latent-to-RGB approximation that maps each latent pixel and its neighbours to
+//! one pixel. It is fitted to the model's own decoder, so it serves any VAE. Final images are
+//! decoded by [`crate::networks::Decoder`].
 
 use candle_core::{Device, Tensor};
 
@@ -9,27 +9,28 @@ use crate::networks::Decoder;
 use crate::noise::Noise;
 use crate::picture::Rgb;
 
-/// Side of the latents that the map is fitted on: 1024 equations for a few dozen unknowns.
+/// Side of the latents that the map is fitted on: 1024 equations for some 50 unknowns.
 const SIDE: usize = 32;
 
-/// Their structure: noise in blocks of each of these sides, of this deviation, so that the sum
-/// has the unit variance of latents and detail as coarse and fine as pictures have.
+/// Block sides of the noise that these latents are the sum of, and its standard deviation. The sum
+/// has unit variance, as latents do, and both coarse and fine detail.
 const OCTAVES: [usize; 4] = [1, 2, 4, 8];
 const DEVIATION: f64 = 0.5;
 
-/// Beside factors of unit variance: enough to keep the equations solvable whatever the latents.
+/// Regularization of the least squares, relative to factors of unit variance: keeps the equations
+/// solvable for any latents.
 const RIDGE: f64 = 1e-3;
 
-/// A polynomial for each colour: linear in the 3x3 latent pixels around a place, with the products
-/// of the channels at the place itself, which straight lines miss.
+/// A polynomial for each colour: linear in the 3x3 latent pixels around a pixel, plus the products
+/// of the channels at the pixel itself.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Preview {
-    /// For red, green and blue, the factors of what [`Patches::at`] gives.
+    /// Coefficients of the features that [`Patches::at`] returns, for red, green and blue.
     weights: [Vec<f64>; 3],
 }
 
 impl Preview {
-    /// Fits the map to what the decoder makes of random latents.
+    /// Fits the map to the decoder's output for random latents.
     pub(crate) fn fit(decoder: &Decoder, device: &Device) -> Result<Self> {
         let config = decoder.config();
         let latents = octaves(config.latent_channels)?;
@@ -74,7 +75,7 @@ fn octaves(channels: usize) -> Result<Tensor> {
     Ok(sum)
 }
 
-/// Latents as the map reads them: beyond an edge lies the pixel at the edge.
+/// Latents, extended by their edge pixels.
 struct Patches {
     /// By channel, row and column.
     values: Vec<f32>,
@@ -90,13 +91,14 @@ impl Patches {
         Ok(Self { values, channels, height, width })
     }
 
-    /// One for each pixel, row by row.
+    /// The features of all pixels, row by row.
     fn all(&self) -> Vec<Vec<f64>> {
         let places = (0..self.height).flat_map(|y| (0..self.width).map(move |x| (y, x)));
         places.map(|(y, x)| self.at(y, x)).collect()
     }
 
-    /// 9 values for each of the C channels, the C (C + 1) / 2 products of the middle ones, and a one.
+    /// The features of one pixel: 9 values of each of the C channels, the C (C + 1) / 2 products of
+    /// the middle ones, and a one.
     fn at(&self, y: usize, x: usize) -> Vec<f64> {
         let near =
             |place: usize, side: usize| [place.saturating_sub(1), place, (place + 1).min(side - 1)];
@@ -118,8 +120,8 @@ impl Patches {
     }
 }
 
-/// The factors for which `rows` times factors is nearest to `targets`, by the normal equations
-/// with a ridge, which makes them positive definite: no pivot of the elimination is zero.
+/// The coefficients for which `rows` times coefficients is nearest to `targets`: normal equations
+/// with a ridge, which makes them positive definite, so no pivot is zero.
 fn least_squares(rows: &[Vec<f64>], targets: &[f32]) -> Vec<f64> {
     let unknowns = rows.first().map_or(0, Vec::len);
     let mut system = vec![vec![0.0; unknowns + 1]; unknowns];

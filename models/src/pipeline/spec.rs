@@ -1,6 +1,6 @@
-//! What to draw. One [`Spec`] is one picture; a request for n pictures is n specs whose seeds
-//! count up. Valid by construction as far as that can be known without a model: what depends on
-//! the model (is the size within its limits?) is checked by [`crate::Pipeline::check`].
+//! What to generate. One [`Spec`] is one image; a request for n images is n specs with consecutive
+//! seeds. A spec is valid as far as that is known without a model; limits of the model are checked
+//! by [`crate::Pipeline::check`].
 
 use std::borrow::Cow;
 use std::fmt;
@@ -11,43 +11,43 @@ use crate::error::{Error, Result};
 use crate::picture::{Rgb, Size};
 use crate::text::{Loras, without_loras};
 
-/// Steps of a training schedule: no sampler can take more.
+/// Maximum number of sampler steps: those of the training schedule.
 pub const MAX_STEPS: usize = 1000;
 
-/// One picture to draw.
+/// One image to generate.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Spec {
-    /// What the picture shows.
+    /// Prompt.
     pub prompt: String,
-    /// How both prompts are read.
+    /// Syntax of both prompts.
     pub prompt_syntax: PromptSyntax,
-    /// What it should not show; only read when the guidance scale is above 1.
+    /// Negative prompt; only used if the guidance scale is above 1.
     pub negative_prompt: String,
-    /// LoRAs beside those that the prompt itself names.
+    /// LoRAs in addition to those that the prompt names.
     pub loras: Loras,
-    /// Width and height in pixels.
+    /// Width and height of the image in pixels, in the base pass.
     pub size: Size,
     /// Sampler steps, 1 to [`MAX_STEPS`].
     pub steps: usize,
-    /// Classifier-free guidance; at 1 or below the unconditional row is not computed.
+    /// Classifier-free guidance scale; at 1 or below the unconditional row is not computed.
     pub guidance_scale: f64,
     /// Seed of the torch CPU generator that draws the noise.
     pub seed: u64,
     /// The sampler.
     pub scheduler: Scheduler,
-    /// The picture to begin with; noise alone when there is none.
+    /// Input image of image-to-image and inpainting; none for text-to-image.
     pub img2img: Option<Arc<Img2Img>>,
-    /// A second pass in another size; none for most pictures.
+    /// Hires pass; most images have none.
     pub hires: Option<Hires>,
 }
 
 impl Spec {
-    /// UNet rows that one evaluation of this picture takes: two with guidance, one without.
+    /// Batch rows of one UNet call: two with guidance (unconditional, conditional), else one.
     pub fn rows(&self) -> usize {
         if self.guidance_scale > 1.0 { 2 } else { 1 }
     }
 
-    /// The prompt without what is no text in its syntax, and the LoRAs that it names by this.
+    /// The prompt without its `<lora:...>` tags, and the LoRAs of these.
     pub fn text(&self) -> Result<(Cow<'_, str>, Loras)> {
         match self.prompt_syntax {
             PromptSyntax::Plain => Ok((Cow::Borrowed(&self.prompt), Vec::new())),
@@ -56,13 +56,13 @@ impl Spec {
         }
     }
 
-    /// Whether anything is to be added to the model's weights.
+    /// Whether the spec has any LoRA.
     pub(crate) fn has_loras(&self) -> bool {
         let named = self.prompt_syntax == PromptSyntax::A1111 && self.prompt.contains("<lora:");
         named || !self.loras.is_empty()
     }
 
-    /// Steps that are left out because the picture does not begin as noise alone.
+    /// Steps skipped because the latents begin as an input image.
     pub fn skipped_steps(&self) -> usize {
         skipped(self.steps, self.img2img.as_ref().map_or(1.0, |init| init.strength))
     }
@@ -74,64 +74,63 @@ impl Spec {
         std::iter::once(first).chain(second)
     }
 
-    /// How much of what there was turns into noise, in the pass that does not begin as noise alone.
+    /// Denoising strength of image-to-image or of the hires pass, if there is one.
     pub fn strength(&self) -> Option<f64> {
         let strength = self.img2img.as_ref().map(|init| init.strength);
         strength.or(self.hires.map(|hires| hires.strength))
     }
 
-    /// The size of the finished picture.
+    /// The size of the final image.
     pub fn final_size(&self) -> Size {
         self.hires.map_or(self.size, |hires| hires.size)
     }
 }
 
-/// Of so many steps those that are left out where only a share of a picture turns into noise.
+/// Skipped steps at a denoising strength.
 fn skipped(steps: usize, strength: f64) -> usize {
     steps.saturating_sub((steps as f64 * strength) as usize)
 }
 
-/// A second pass over the latents of the first in another size, which is what a model can do that
-/// was trained on small pictures (AUTOMATIC1111's "hires fix").
+/// A pass over the upscaled latents of the base pass (AUTOMATIC1111's "hires fix"), for images
+/// larger than those that the model was trained on.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Hires {
-    /// Width and height of the finished picture; what is enlarged beyond it is cut off evenly.
+    /// Width and height of the final image; upscaled latents beyond it are cropped evenly.
     pub size: Size,
     /// Sampler steps as if from noise alone, 1 to [`MAX_STEPS`].
     pub steps: usize,
-    /// How much of the enlarged latents turns into noise, 0 to 1: the share of the steps that are
-    /// taken.
+    /// Denoising strength, 0 to 1: the share of the steps that are taken.
     pub strength: f64,
-    /// How latents are enlarged.
+    /// How latents are upscaled.
     pub upscaler: Upscaler,
 }
 
 impl Hires {
-    /// Steps that are left out because the latents do not begin as noise alone.
+    /// Steps skipped because the latents begin as the base pass's.
     pub fn skipped_steps(&self) -> usize {
         skipped(self.steps, self.strength)
     }
 }
 
-/// How latents are enlarged: as torch's `interpolate`.
+/// How latents are upscaled: the modes of torch's `interpolate`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Upscaler {
-    /// Between the two nearest on each side.
+    /// `bilinear`
     #[default]
     Bilinear,
-    /// The same, and no detail is passed over where latents are made smaller.
+    /// `bilinear`, antialiased
     BilinearAntialiased,
-    /// Between the four nearest on each side.
+    /// `bicubic`
     Bicubic,
-    /// The same with antialiasing, which is a softer curve.
+    /// `bicubic`, antialiased
     BicubicAntialiased,
-    /// The one before.
+    /// `nearest`
     Nearest,
-    /// The nearest.
+    /// `nearest-exact`
     NearestExact,
 }
 
-/// One row an upscaler: the name that AUTOMATIC1111 has for it.
+/// One row per upscaler: AUTOMATIC1111's name.
 const UPSCALERS: [(Upscaler, &str); 6] = [
     (Upscaler::Bilinear, "Latent"),
     (Upscaler::BilinearAntialiased, "Latent (antialiased)"),
@@ -147,7 +146,7 @@ impl Upscaler {
         UPSCALERS.iter().map(|row| row.0)
     }
 
-    /// Its name.
+    /// AUTOMATIC1111's name.
     pub fn title(self) -> &'static str {
         let row = UPSCALERS.iter().find(|row| row.0 == self);
         row.expect("every variant has a row; a test walks them").1
@@ -166,14 +165,14 @@ impl FromStr for Upscaler {
     }
 }
 
-/// How a prompt is read.
+/// The syntax of a prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum PromptSyntax {
-    /// As diffusers reads it: every character is text, and one window of it counts.
+    /// As in diffusers: every character is text, truncated to one chunk of tokens.
     #[default]
     Plain,
-    /// As AUTOMATIC1111 reads it ([`crate::text::chunks`]): brackets are emphasis, long prompts fill
-    /// several windows, and `<lora:name:0.8>` adds a LoRA.
+    /// As in AUTOMATIC1111 ([`crate::text::chunks`]): brackets are emphasis, long prompts fill
+    /// several chunks, and `<lora:name:0.8>` adds a LoRA.
     A1111,
 }
 
@@ -189,15 +188,15 @@ impl FromStr for PromptSyntax {
     }
 }
 
-/// A picture to begin with, and the part of it to paint anew.
+/// An input image, and the area of it to inpaint.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Img2Img {
-    /// The picture, in the size of the spec.
+    /// The image, in the size of the spec.
     pub picture: Rgb,
-    /// How much of it is turned into noise, 0 to 1: the share of the steps that are taken.
+    /// Denoising strength, 0 to 1: the share of the steps that are taken.
     pub strength: f64,
-    /// A byte for each pixel, row by row; from 128 on the pixel is painted anew, below it is kept.
-    /// All of the picture is painted anew when there is no mask.
+    /// One byte per pixel, row by row: 128 and more is inpainted, less is preserved. Without a
+    /// mask, the whole image is changed.
     pub mask: Option<Vec<u8>>,
 }
 

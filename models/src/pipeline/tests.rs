@@ -1,4 +1,4 @@
-//! What a pipeline keeps, reads and forgets, on the built-in model.
+//! What a pipeline caches, reads and frees, on the built-in model.
 
 use std::path::Path;
 
@@ -89,7 +89,7 @@ fn loras_are_read_before_a_picture_begins() {
     std::thread::spawn(work).join().expect("read");
     assert!(pipeline.prefetch(&adapted).is_none() && pipeline.prefetch(&named).is_none());
     assert!(pipeline.begin(&named).is_ok());
-    // Terms and a share of the windows are what it takes more than without.
+    // LoRA deltas, and one more chunk, are the difference to a plain image.
     let info = pipeline.info();
     let bytes = |spec| info.step_bytes(spec, spec.size);
     let memory = info.memory;

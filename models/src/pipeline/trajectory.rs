@@ -19,8 +19,8 @@ pub struct Trajectory {
     pub(super) guidance_scale: f64,
     /// (1, C, h, w) f32
     pub(super) latents: Tensor,
-    /// One for each batch row, in diffusers' order: with guidance the unconditional row, of the
-    /// negative prompt, and then the conditional row.
+    /// One per batch row, in diffusers' order: with guidance first the unconditional row (the
+    /// negative prompt's), then the conditional row.
     pub(super) conditioning: Vec<Arc<Conditioning>>,
     pub(super) loras: LoraStack,
     pub(super) blend: Option<InpaintBlend>,

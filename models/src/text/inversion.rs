@@ -1,10 +1,10 @@
-//! Textual inversion (Gal et al. 2022): words that were learned after the text encoder, each of one
-//! or several vectors where a token has one of the vocabulary.
+//! Textual inversion (Gal et al. 2022): embeddings of new tokens, each of one or several vectors,
+//! that placeholder tokens in prompts stand for.
 //!
 //! Reference: diffusers 0.42 `loaders/textual_inversion.py`; stable-diffusion-webui 1.10
 //! `modules/textual_inversion/textual_inversion.py`. Files are safetensors or PyTorch's, in
-//! AUTOMATIC1111's form (`emb_params`, `string_to_param`) or in diffusers' (a tensor that is called
-//! as the word is). All are read with the model, since any prompt may hold any of the words.
+//! AUTOMATIC1111's form (`emb_params`, `string_to_param`) or in diffusers' (a tensor named like the
+//! token). All are read with the model, since any prompt may use any of them.
 
 use std::path::Path;
 
@@ -13,34 +13,35 @@ use candle_core::{Device, Tensor};
 use crate::error::{Error, Result};
 use crate::files::{AssetDir, Weights};
 
-/// What AUTOMATIC1111 calls the vectors, which says nothing of their word.
+/// AUTOMATIC1111's names of the vectors, which do not name the token.
 const NAMELESS: [&str; 2] = ["emb_params", "*"];
 
-/// What a folder of embeddings has come to.
+/// The textual inversion embeddings of a model.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Embeddings {
-    /// The words in the order of their vectors.
+    /// The placeholder tokens in the order of their vectors.
     pub words: Vec<PlaceholderToken>,
-    /// Files that are of no use for this model, and why.
+    /// Skipped files, and why.
     pub skipped: Vec<(String, String)>,
-    /// Numbers of a vector.
+    /// Numbers of a vector: the text encoder's hidden size.
     pub width: usize,
 }
 
-/// A word and where its vectors are among all.
+/// A placeholder token and the position of its vectors among all.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlaceholderToken {
     /// As prompts spell it, in any case.
     pub word: String,
-    /// Its first vector.
+    /// Index of its first vector.
     pub first: usize,
-    /// How many it has.
+    /// Number of its vectors.
     pub count: usize,
 }
 
 impl Embeddings {
-    /// Reads a folder for a text encoder of this width whose windows have room for so many tokens:
-    /// the words and their vectors (vectors, width) f32, none of which there may be.
+    /// Reads the embeddings for a text encoder with `width` channels, whose chunks have room for
+    /// `room` tokens: the placeholder tokens, and the vectors (n, width) f32, or `None` if there
+    /// are none.
     pub(crate) fn read(
         folder: &AssetDir,
         max_bytes: u64,
@@ -87,7 +88,7 @@ impl Embeddings {
     }
 }
 
-/// The word that a file names, if it does, and its vectors (vectors, width) f32.
+/// The token that a file names, if it does, and its vectors (n, width) f32.
 fn read(path: &Path, width: usize) -> Result<(Option<String>, Tensor)> {
     let weights = Weights::whole(path)?;
     let names: Vec<&str> = weights.names().collect();

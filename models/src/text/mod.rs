@@ -1,4 +1,4 @@
-//! Prompts: their syntax and their tokens.
+//! Prompts: their syntax, their tokens, and textual inversion.
 
 mod inversion;
 mod syntax;

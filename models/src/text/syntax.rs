@@ -1,39 +1,40 @@
-//! Prompts as people write them for AUTOMATIC1111: emphasis, escapes, `BREAK`, more than one
-//! window, `<lora:name:0.8>`. Not the plain prompts of diffusers, which [`super::tokenizer`] cuts at one window.
+//! AUTOMATIC1111's prompt syntax: emphasis, escapes, `BREAK`, more than one chunk of tokens. Not
+//! `<lora:...>` tags, which are in [`super::tags`], and not plain prompts, which
+//! [`super::tokenizer`] truncates to one chunk.
 //!
 //! Reference: stable-diffusion-webui 1.10 `modules/prompt_parser.py` `parse_prompt_attention`,
-//! `modules/sd_hijack_clip.py`, `modules/sd_emphasis.py` and `modules/extra_networks.py`, with its
-//! defaults. Prompts that
-//! change from step to step (`[a:b:0.5]`, `[a|b]`, `AND`) are not understood: they are words.
+//! `modules/sd_hijack_clip.py` and `modules/sd_emphasis.py`, with their defaults. Prompt editing
+//! (`[a:b:0.5]`, `[a|b]`, `AND`) is not supported: it is read as text.
 
 use super::tokenizer::ClipTokenizer;
 use crate::error::Result;
 
-/// What a pair of round brackets multiplies, and a pair of square ones divides.
+/// The factor of a pair of round brackets, and the divisor of a pair of square ones.
 const EMPHASIS: f64 = 1.1;
-/// The word that begins a new window.
+/// The word that begins a new chunk.
 const BREAK: &str = "BREAK";
-/// A window that would end within a phrase ends at the comma before it, if that is so near.
+/// A chunk that would end within a phrase ends at the last comma instead, if that is at most so
+/// many tokens back (A1111's `comma_padding_backtrack`).
 const NEAR: usize = 20;
-/// Attention is paid to each window at each step: more than these are cut off.
+/// Maximum number of chunks; every step attends to all of them, so a longer prompt is truncated.
 const MAX_CHUNKS: usize = 8;
-/// Beyond this a weight leaves nothing of the rest, and much further no number.
+/// Maximum absolute weight: far below overflow, far above any use.
 const MAX_WEIGHT: f64 = 1e4;
 
-/// A window of tokens and how much each counts.
+/// A chunk of tokens (75 plus begin and end) and their weights.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PromptChunk {
     /// Begin, words, end, padding.
     pub ids: Vec<u32>,
-    /// A weight for each token.
+    /// One weight per token.
     pub weights: Vec<f32>,
 }
 
-/// The windows of a prompt, at least one, and how many windows were cut off.
+/// The chunks of a prompt, at least one, and the number of truncated chunks.
 pub fn chunks(prompt: &str, tokenizer: &ClipTokenizer) -> Result<(Vec<PromptChunk>, usize)> {
     let room = tokenizer.max_length() - 2;
     let mut chunks = Vec::new();
-    // Tokens and weights of the window that is being filled.
+    // Tokens and weights of the chunk that is being filled.
     let mut open: Vec<(u32, f64)> = Vec::new();
     let mut comma = None;
     for part in parse(prompt) {
@@ -73,22 +74,22 @@ pub fn chunks(prompt: &str, tokenizer: &ClipTokenizer) -> Result<(Vec<PromptChun
     Ok((chunks.into_iter().map(close).collect(), cut))
 }
 
-/// About as many windows as a prompt can fill, from its length alone.
+/// An estimate of a prompt's number of chunks, from its length alone.
 pub(crate) fn max_chunks(prompt: &str) -> usize {
-    // A token of text is rarely less than three bytes; a break ends a window early.
+    // A token of text is rarely less than three bytes; a break ends a chunk early.
     const BYTES: usize = 3 * 75;
     let breaks = prompt.matches("BREAK").count();
     (prompt.len().div_ceil(BYTES) + breaks).clamp(1, MAX_CHUNKS)
 }
 
-/// A stretch of a prompt.
+/// An attention span of a prompt.
 #[derive(Debug, Clone, PartialEq)]
 enum Span {
     Text { text: String, weight: f64 },
     Break,
 }
 
-/// The stretches of a prompt with the product of the brackets around each.
+/// The attention spans of a prompt; weights are the product of the brackets around them.
 fn parse(prompt: &str) -> Vec<Span> {
     let mut parts: Vec<Span> = Vec::new();
     let (mut round, mut square) = (Vec::new(), Vec::new());
@@ -118,7 +119,7 @@ fn parse(prompt: &str) -> Vec<Span> {
             }
         }
     }
-    // Brackets that are never closed reach to the end.
+    // Unclosed brackets extend to the end.
     round.into_iter().for_each(|from| multiply(&mut parts[from..], EMPHASIS));
     square.into_iter().for_each(|from| multiply(&mut parts[from..], 1.0 / EMPHASIS));
     merged(parts)
@@ -136,7 +137,7 @@ fn multiply(parts: &mut [Span], factor: f64) {
     }
 }
 
-/// Neighbours of one weight as one text: the tokenizer must see words whole.
+/// Merges neighbours of equal weight, so that the tokenizer sees whole words.
 fn merged(parts: Vec<Span>) -> Vec<Span> {
     let mut merged: Vec<Span> = Vec::new();
     for part in parts {
@@ -152,7 +153,7 @@ fn merged(parts: Vec<Span>) -> Vec<Span> {
     merged
 }
 
-/// What lies between the words `BREAK`, without the space around these.
+/// The text between the words `BREAK`, without the white space around them.
 fn split_breaks(text: &str) -> Vec<&str> {
     let word = |c: char| c.is_alphanumeric() || c == '_';
     let mut pieces = Vec::new();
@@ -171,7 +172,7 @@ fn split_breaks(text: &str) -> Vec<&str> {
     pieces
 }
 
-/// The next thing in a prompt.
+/// The next lexical token of a prompt.
 struct Token<'a> {
     kind: Kind<'a>,
     text: &'a str,
@@ -179,7 +180,7 @@ struct Token<'a> {
 }
 
 enum Kind<'a> {
-    /// What follows a backslash.
+    /// The character after a backslash.
     Escaped(&'a str),
     Open,
     OpenSquare,
@@ -215,7 +216,7 @@ impl<'a> Token<'a> {
     }
 }
 
-/// The number of a `:1.3)` and the length of all of it.
+/// The weight of a `:1.3)`, and its length in bytes.
 fn weight(text: &str) -> Option<(f64, usize)> {
     let end = text.find(')')?;
     let number = text[1..end].trim();
@@ -236,7 +237,7 @@ mod tests {
         parse(prompt).into_iter().map(pair).collect()
     }
 
-    /// The examples in the docstring of `parse_prompt_attention`, and what they leave out.
+    /// The examples in the docstring of `parse_prompt_attention`, and cases beyond them.
     #[test]
     fn brackets_weigh_what_they_enclose() {
         let table: [(&str, &[(&str, f64)]); 15] = [

@@ -1,14 +1,14 @@
-//! `<lora:name:0.8>` in prompts of AUTOMATIC1111's syntax.
+//! `<lora:name:0.8>` tags in prompts of AUTOMATIC1111's syntax.
 //!
 //! Reference: stable-diffusion-webui 1.10 `modules/extra_networks.py`.
 
 use std::borrow::Cow;
 
-/// LoRAs by name, and how much each counts.
+/// LoRAs by name, with their scales.
 pub type Loras = Vec<(String, f64)>;
 
-/// A prompt without its `<lora:name:scale>`, and these. The error is what comes after the field's
-/// name.
+/// Removes the `<lora:name:scale>` tags of a prompt and returns their LoRAs. The error reads on
+/// from the field's name.
 pub(crate) fn without_loras(prompt: &str) -> std::result::Result<(Cow<'_, str>, Loras), String> {
     let (mut text, mut loras, mut rest) = (String::new(), Vec::new(), prompt);
     while let Some((before, kind, arguments, after)) = network(rest) {
@@ -37,7 +37,7 @@ pub(crate) fn without_loras(prompt: &str) -> std::result::Result<(Cow<'_, str>, 
     Ok((Cow::Owned(text + rest), loras))
 }
 
-/// The first `<word:arguments>` of a text: what is before it, its two parts, and what is after.
+/// The first `<word:arguments>` of a text: the text before it, its two parts, and the text after.
 fn network(text: &str) -> Option<(&str, &str, &str, &str)> {
     text.match_indices('<').find_map(|(at, _)| {
         let (inside, after) = text[at + 1..].split_once('>')?;

@@ -1,9 +1,9 @@
-//! CLIP's byte-pair tokenizer: a prompt to the ids of exactly one context window.
+//! CLIP's byte-pair tokenizer: a prompt to the ids of exactly one chunk.
 //!
-//! From `tokenizer.json`, or from `vocab.json` and `merges.txt` put together as transformers'
-//! `CLIPTokenizer` does (`models/clip/tokenization_clip.py`). Which tokens begin, end and pad a
-//! prompt is in `tokenizer_config.json` or `special_tokens_map.json`; SD 2.x pads with another token than 1.x.
-//! Words that were learned later are found in the text before it is cut into tokens.
+//! Read from `tokenizer.json`, or assembled from `vocab.json` and `merges.txt` as by transformers'
+//! `CLIPTokenizer` (`models/clip/tokenization_clip.py`). The begin, end and padding tokens are in
+//! `tokenizer_config.json` or `special_tokens_map.json`; SD 2.x pads with another token than 1.x.
+//! Placeholder tokens of textual inversion are found before the text is tokenized.
 
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
@@ -12,17 +12,17 @@ use super::inversion::PlaceholderToken;
 use crate::error::{Error, Result};
 use crate::files::Source;
 
-/// How CLIP cuts text into words before byte pairs are merged.
+/// How CLIP splits text into words before byte pairs are merged.
 const WORDS: &str =
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 const CONFIG: &str = "tokenizer/tokenizer_config.json";
 
-/// A prompt as the text encoder takes it.
+/// The tokens of a plain prompt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tokens {
-    /// One window: begin, prompt, end, padding.
+    /// One chunk: begin, prompt, end, padding.
     pub ids: Vec<u32>,
-    /// The end of the prompt that the window had no room for.
+    /// The end of the prompt, if it was truncated.
     pub cut: Option<String>,
 }
 
@@ -34,21 +34,21 @@ pub struct ClipTokenizer {
     pad: u32,
     comma: Option<u32>,
     max_length: usize,
-    /// Longer ones come before those that they begin with.
+    /// Placeholder tokens; longer ones before their prefixes.
     learned: Vec<PlaceholderToken>,
-    /// The id of the first learned vector.
+    /// The id of the first embedding of textual inversion.
     first_learned: usize,
 }
 
-/// What a text is cut into, none of it in part: a token, or all vectors of a learned word.
+/// A token, or all embeddings of a placeholder token.
 struct Piece {
     ids: Vec<u32>,
-    /// Where it begins, in bytes.
+    /// Byte offset in the text.
     start: usize,
 }
 
 impl ClipTokenizer {
-    /// Reads the files under `tokenizer/`; `positions` is what the text encoder has room for.
+    /// Reads the files of `tokenizer/`; `positions` is the text encoder's maximum length.
     pub fn load(source: &Source, positions: usize) -> Result<Self> {
         let mut config = object(source, CONFIG)?;
         for (key, value) in object(source, "tokenizer/special_tokens_map.json")? {
@@ -86,14 +86,14 @@ impl ClipTokenizer {
         Ok(Self { tokenizer, begin, end, pad, comma, max_length, learned, first_learned })
     }
 
-    /// Adds words whose vectors have the ids from `first` on.
+    /// Adds placeholder tokens, whose embeddings have the ids from `first` on.
     pub(crate) fn learn(&mut self, words: &[PlaceholderToken], first: usize) {
         self.learned = words.to_vec();
         self.learned.sort_by_key(|word| std::cmp::Reverse(word.word.len()));
         self.first_learned = first;
     }
 
-    /// The ids of a prompt. What does not fit is cut off and reported.
+    /// The ids of a prompt, truncated to one chunk.
     pub fn encode(&self, prompt: &str) -> Result<Tokens> {
         let (mut ids, mut cut) = (Vec::new(), None);
         let room = self.max_length - 2;
@@ -108,8 +108,8 @@ impl ClipTokenizer {
         Ok(Tokens { ids: self.close(&ids), cut })
     }
 
-    /// The ids of a text without begin, end and padding, token by token; all vectors of a learned
-    /// word are together.
+    /// The ids of a text without begin, end and padding, token by token; all embeddings of a
+    /// placeholder token are one entry.
     pub fn words(&self, text: &str) -> Result<Vec<Vec<u32>>> {
         Ok(self.pieces(text)?.into_iter().map(|piece| piece.ids).collect())
     }
@@ -127,7 +127,7 @@ impl ClipTokenizer {
         Ok(pieces)
     }
 
-    /// The tokens of a stretch of text that begins at `start`.
+    /// The tokens of a part of a text that begins at byte `start`.
     fn tokens(&self, text: &str, start: usize, pieces: &mut Vec<Piece>) -> Result<()> {
         let encoding = self.tokenizer.encode(text, false);
         let encoding = encoding.map_err(|e| Error::Tokenizer(e.to_string()))?;
@@ -141,8 +141,8 @@ impl ClipTokenizer {
         Ok(())
     }
 
-    /// The first learned word in a text from a place on, and where. What begins or ends with a
-    /// letter or digit is not found inside of a longer word.
+    /// The first placeholder token in a text from a byte on, and its offset. Letters and digits at
+    /// its ends must not adjoin others: it is not found within a longer word.
     fn find_learned(&self, text: &str, from: usize) -> Option<(usize, &PlaceholderToken)> {
         let joined = |a: Option<char>, b: Option<char>| {
             a.is_some_and(char::is_alphanumeric) && b.is_some_and(char::is_alphanumeric)
@@ -162,7 +162,7 @@ impl ClipTokenizer {
         })
     }
 
-    /// One window around words that fit into it: begin, words, end, padding.
+    /// One chunk of at most `max_length` - 2 ids: begin, ids, end, padding.
     pub fn close(&self, words: &[u32]) -> Vec<u32> {
         let mut ids = Vec::with_capacity(self.max_length);
         ids.push(self.begin);
@@ -172,32 +172,32 @@ impl ClipTokenizer {
         ids
     }
 
-    /// Tokens of a window, begin and end among them.
+    /// Tokens of a chunk, begin and end included.
     pub fn max_length(&self) -> usize {
         self.max_length
     }
 
-    /// The comma that ends a word.
+    /// The id of a comma at the end of a word.
     pub fn comma(&self) -> Option<u32> {
         self.comma
     }
 }
 
-/// A JSON object that a model may leave out.
+/// An optional JSON file; empty if there is none.
 fn object(source: &Source, file: &str) -> Result<Map<String, Value>> {
     let Some(bytes) = source.read(file)? else { return Ok(Map::new()) };
     serde_json::from_slice(&bytes)
         .map_err(|e| Error::config(file, format!("not a JSON object: {e}")))
 }
 
-/// A token's text, which is given as a string or as an object around it.
+/// A token's text, given as a string or as an object with `content`.
 fn special_token(config: &Map<String, Value>, key: &str, default: &str) -> String {
     let value = config.get(key);
     let text = value.and_then(|v| v.as_str().or_else(|| v.get("content")?.as_str()));
     text.unwrap_or(default).to_owned()
 }
 
-/// The `tokenizer.json` that CLIP's vocabulary and merges stand for.
+/// The tokenizer of CLIP's vocabulary and merges, assembled as its `tokenizer.json`.
 fn assemble(source: &Source, unknown: &str, special: [&String; 3]) -> Result<Tokenizer> {
     let (vocab_file, merges_file) = ("tokenizer/vocab.json", "tokenizer/merges.txt");
     let vocab: Map<String, Value> = serde_json::from_slice(&source.require(vocab_file)?)

@@ -10,11 +10,11 @@ use crate::networks::config::{ClipConfig, IDLE_TEXT_KEYS};
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct SafetyConfig {
     pub(super) transformer: ClipConfig,
-    /// Pixels of a picture's side.
+    /// Pixels of an image, along one side.
     pub(super) image_size: usize,
-    /// Pixels of a patch's side.
+    /// Pixels of a patch, along one side.
     pub(super) patch_size: usize,
-    /// Width of the embeddings that are compared.
+    /// Channels of the embeddings that are compared.
     pub(super) projection_dim: usize,
 }
 
@@ -27,7 +27,7 @@ impl SafetyConfig {
         keys.only("model_type", &[json!("clip")])?;
         let projection_dim = keys.take("projection_dim", 512)?;
         let mut vision = keys.nested("vision_config")?;
-        // transformers lets the older key have the last word.
+        // In transformers the older key takes precedence.
         vision.overlay(keys.nested("vision_config_dict")?);
         keys.drop_idle(&["text_config", "text_config_dict", "logit_scale_init_value"]);
         keys.drop_idle(&IDLE_TEXT_KEYS);
@@ -64,7 +64,7 @@ pub(super) struct Preprocessor {
 }
 
 impl Preprocessor {
-    /// Of pictures that come out `side` pixels wide and high.
+    /// Of images that are cropped to `side` x `side` pixels.
     pub(super) fn read(source: &Source, side: usize) -> Result<Self> {
         Self::parse(Keys::read(source, "feature_extractor/preprocessor_config.json")?, side)
     }

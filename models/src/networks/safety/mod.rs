@@ -1,6 +1,6 @@
-//! The safety checker of Stable Diffusion v1.x: which pictures should not be shown. CLIP's vision
-//! tower turns a picture into an embedding, which is compared with those of some concepts; what
-//! becomes of a picture is its caller's decision.
+//! The safety checker of Stable Diffusion v1.x, which flags images as NSFW. CLIP's vision tower
+//! turns an image into an embedding, whose cosines with those of some concepts are compared with
+//! thresholds. What becomes of a flagged image is the caller's decision.
 //!
 //! Reference: diffusers 0.42 `pipelines/stable_diffusion/safety_checker.py`; transformers
 //! `models/clip/modeling_clip.py`, `CLIPVisionModel`, and its `CLIPImageProcessor` over Pillow.
@@ -17,11 +17,11 @@ use crate::layers::LayerBuilder;
 use crate::ops::{LayerNorm, Linear, in_pool};
 use crate::picture::{Rgb, resized_part};
 
-/// Concepts that no picture should show.
+/// Number of NSFW concepts.
 const CONCEPTS: usize = 17;
-/// Concepts that make the others weigh more.
+/// Number of special care concepts.
 const SPECIAL_CONCEPTS: usize = 3;
-/// By how much.
+/// Added to all later scores once a special care concept is found (`adjustment` in diffusers).
 const SPECIAL_CARE: f32 = 0.01;
 
 /// The checker.
@@ -41,23 +41,23 @@ pub struct SafetyChecker {
     special: ConceptEmbeds,
 }
 
-/// Embeddings of unit length (D, n) f32, and from which cosine on a picture is like one.
+/// Concept embeddings of unit length (D, n) f32, and the cosine above which an image matches each.
 struct ConceptEmbeds {
     columns: Tensor,
     thresholds: Vec<f32>,
 }
 
-/// How far a picture is beyond each threshold, rounded as diffusers rounds it.
+/// Scores: the cosines minus the thresholds, rounded as in diffusers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SafetyResult {
-    /// Of the concepts that call for care.
+    /// Of the special care concepts.
     pub special: Vec<f32>,
-    /// Of the concepts that no picture should show.
+    /// Of the NSFW concepts; above 0 the image is flagged.
     pub concepts: Vec<f32>,
 }
 
 impl SafetyResult {
-    /// From the cosines of a picture and the thresholds.
+    /// From the cosines of an image and the thresholds.
     fn new(special: (&[f32], &[f32]), concepts: (&[f32], &[f32])) -> Self {
         let mut care = 0.0;
         let mut scores = |(cosines, thresholds): (&[f32], &[f32]), calls_for_care: bool| {
@@ -73,7 +73,7 @@ impl SafetyResult {
         Self { special: scores(special, true), concepts: scores(concepts, false) }
     }
 
-    /// Whether the picture should not be shown.
+    /// Whether the image is flagged as NSFW.
     pub fn nsfw(&self) -> bool {
         self.concepts.iter().any(|score| *score > 0.0)
     }
@@ -101,7 +101,7 @@ impl SafetyChecker {
             class_embedding: embeddings.placed("class_embedding", &[width])?,
             position_embedding: embeddings
                 .placed("position_embedding.weight", &[patches + 1, width])?,
-            // Their spelling.
+            // Spelled so in the files.
             pre_layernorm: p.pp("pre_layrnorm").layer_norm(width, eps)?,
             transformer: ClipTransformer::load(&p, &config.transformer, false)?,
             post_layernorm: p.pp("post_layernorm").layer_norm(width, eps)?,
@@ -116,7 +116,7 @@ impl SafetyChecker {
         Ok(checker)
     }
 
-    /// What the checker says of a picture.
+    /// Scores an image.
     pub fn check(&self, picture: &Rgb) -> Result<SafetyResult> {
         let embedding = self.embed(&self.preprocess(picture)?)?;
         let (special, concepts) =
@@ -127,8 +127,8 @@ impl SafetyChecker {
         ))
     }
 
-    /// What the tower is shown of a picture, (3, S, S) f32 on the CPU: its middle square, S pixels
-    /// wide.
+    /// The preprocessed image (3, S, S) f32 on the CPU: resized, cropped at the centre to S pixels,
+    /// normalized.
     pub fn preprocess(&self, picture: &Rgb) -> Result<Tensor> {
         let (edge, side) = (self.preprocessor.shortest_edge, self.config.image_size);
         let longer = |long: usize, short: usize| edge * long / short;
@@ -148,7 +148,7 @@ impl SafetyChecker {
         Ok(Tensor::from_vec(values, (3, side, side), &Device::Cpu)?)
     }
 
-    /// A preprocessed picture (3, S, S) -> its embedding (1, D) f32.
+    /// A preprocessed image (3, S, S) -> its embedding (1, D) f32.
     pub fn embed(&self, pixels: &Tensor) -> Result<Tensor> {
         let (p, width) = (self.config.patch_size, self.config.transformer.hidden_size);
         let n = self.config.image_size / p;
@@ -179,7 +179,7 @@ impl ConceptEmbeds {
         let embedding = unit(&embedding.to_device(&Device::Cpu)?)?;
         let cosines = embedding.matmul(&self.columns)?.flatten_all()?.to_vec1::<f32>()?;
         if cosines.iter().any(|cosine| cosine.is_nan()) {
-            // Not above any threshold, and so it would pass.
+            // NaN is not above any threshold, so the image would pass.
             return Err(Error::Compute(candle_core::Error::Msg(
                 "the picture's embedding holds values that are not numbers".into(),
             )));
