@@ -47,7 +47,7 @@ number() {
 
 row() {
     printf '| %s | %s | %.2f | %.0f | %.0f | %.2f | %.2f | %.2f |\n' "$1" "$2" \
-        "$(number pictures_per_second)" "$(number 200)" "$(number 429)" "$(number p50)" \
+        "$(number images_per_second)" "$(number 200)" "$(number 429)" "$(number p50)" \
         "$(number p99)" "$(number rows_per_step)"
 }
 
@@ -60,7 +60,7 @@ echo "| load | batching | images/s | completed | rejected | p50, s | p99, s | ro
 echo "|---|---|---|---|---|---|---|---|"
 load "$on" --clients 8 --duration-s "$closed_s"
 row "8 clients" on
-capacity=$(number pictures_per_second)
+capacity=$(number images_per_second)
 load "$off" --clients 8 --duration-s "$closed_s"
 row "8 clients" off
 for times in 0.5 1 2; do

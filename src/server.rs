@@ -116,7 +116,7 @@ pub async fn serve(
         () = shutdown => {
             info!(
                 drain_ms = drain_timeout.as_millis() as u64,
-                "stopping: finishing what was accepted"
+                "draining: finishing accepted requests"
             );
             models.drain();
             let end = Instant::now() + drain_timeout;

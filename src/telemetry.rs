@@ -1,5 +1,5 @@
-//! What the server says about itself: the log, one line an event, to standard error; and every
-//! metric, in one table. A route or a stage that is measured has no name of its own elsewhere.
+//! Telemetry: the log, one line per event to standard error, and the table of all metrics. The
+//! store of the metrics is in `metrics`.
 
 mod metrics;
 
@@ -9,16 +9,16 @@ use tracing_subscriber::EnvFilter;
 
 pub use metrics::{Metric, MetricKind, Metrics};
 
-/// The look of the log.
+/// The format of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum LogFormat {
-    /// For people; coloured on a terminal.
+    /// Text, coloured on a terminal.
     Text,
-    /// One JSON object a line, for log collectors.
+    /// One JSON object per line, for log collectors.
     Json,
 }
 
-/// Starts the log. Panics go there too, so that a JSON log stays one.
+/// Starts the log. Panics are logged too, so that a JSON log contains nothing else.
 pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(filter)?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
@@ -27,57 +27,59 @@ pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
         LogFormat::Json => log.json().flatten_event(true).try_init(),
     };
     std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
-    started.map_err(|error| anyhow::anyhow!("the log does not start: {error}"))
+    started.map_err(|error| anyhow::anyhow!("cannot start the log: {error}"))
 }
 
-/// The metrics, in the order of the table.
+/// The metrics, in the order of [`TABLE`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(missing_docs, reason = "the table says what they are")]
+#[allow(missing_docs, reason = "described in the table")]
 pub enum MetricId {
     Requests,
-    RequestSeconds,
-    RequestsInService,
-    Pictures,
-    PicturesWaiting,
-    PicturesDrawing,
-    QueueSeconds,
-    StageSeconds,
-    PictureSeconds,
-    StepRows,
-    BatchShrinks,
-    Verdicts,
+    RequestDuration,
+    RequestsInFlight,
+    Images,
+    ImagesWaiting,
+    ImagesRunning,
+    ImagesCapacity,
+    QueueDuration,
+    StageDuration,
+    ImageDuration,
+    BatchSize,
+    BatchOomRetries,
+    SafetyChecks,
     Ready,
-    LoadSeconds,
+    LoadDuration,
     Jobs,
-    BudgetBytes,
-    HostBytes,
-    HostAvailableBytes,
-    GpuUsedBytes,
-    GpuBytes,
-    GpuBusy,
-    GpuWatts,
-    GpuCelsius,
+    MemoryBudget,
+    ResidentMemory,
+    AvailableMemory,
+    GpuMemoryUsed,
+    GpuMemoryTotal,
+    GpuUtilization,
+    GpuPower,
+    GpuTemperature,
     Build,
 }
 
-/// From an answer to `/ping` to an hour.
+/// Seconds: from a probe to a job of an hour.
 const REQUEST_BUCKETS: MetricKind = MetricKind::Histogram(&[
     0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0,
 ]);
 
-/// From a step of a small model on a GPU to one of a large picture on a CPU.
+/// Seconds: from a step of a small model on a GPU to one of a large image on a CPU.
 const STAGE_BUCKETS: MetricKind = MetricKind::Histogram(&[
     0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0,
 ]);
 
+/// Rows of a batch.
 const BATCH_BUCKETS: MetricKind =
     MetricKind::Histogram(&[1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0]);
 
-/// The numbers that NVIDIA's management library gives to GPUs; those beyond have no series.
+/// Indices of GPUs in NVIDIA's management library (NVML); GPUs beyond have no series.
 pub const GPUS: [&str; 8] = ["0", "1", "2", "3", "4", "5", "6", "7"];
 
-/// Every metric. Those of a GPU are there when its driver is.
-pub const TABLE: [Metric; 24] = {
+/// Every metric. Those of GPUs exist where NVIDIA's driver is installed.
+pub const TABLE: [Metric; 25] = {
     use MetricId::*;
     use MetricKind::{Counter, Gauge};
     const fn row(
@@ -95,126 +97,151 @@ pub const TABLE: [Metric; 24] = {
             "sd_requests_total",
             Counter,
             &["route", "outcome"],
-            "Requests answered; ok, an error's code, or gone when the client left first.",
+            "Requests by route and outcome: ok, an error code, or client_closed.",
         ),
         row(
-            RequestSeconds,
-            "sd_request_seconds",
+            RequestDuration,
+            "sd_request_duration_seconds",
             REQUEST_BUCKETS,
             &["route"],
-            "From the head of a request to the head of its answer.",
+            "Time from request headers to response headers.",
         ),
         row(
-            RequestsInService,
-            "sd_requests_in_service",
+            RequestsInFlight,
+            "sd_requests_in_flight",
             Gauge,
             &[],
-            "Requests for pictures that are being served, waiting ones included.",
+            "Generation requests in flight, queued ones included.",
         ),
         row(
-            Pictures,
-            "sd_pictures_total",
+            Images,
+            "sd_images_total",
             Counter,
             &["outcome"],
-            "Pictures asked for, by their end: drawn, failed, cancelled or refused.",
+            "Requested images by outcome: completed, failed, cancelled or rejected.",
         ),
-        row(PicturesWaiting, "sd_pictures_waiting", Gauge, &[], "Pictures in the queue."),
-        row(PicturesDrawing, "sd_pictures_drawing", Gauge, &[], "Pictures in the making."),
+        row(ImagesWaiting, "sd_images_waiting", Gauge, &[], "Images in the queue."),
         row(
-            QueueSeconds,
-            "sd_queue_seconds",
+            ImagesRunning,
+            "sd_images_running",
+            Gauge,
+            &[],
+            "Images that have left the queue and are not finished.",
+        ),
+        row(
+            ImagesCapacity,
+            "sd_images_capacity",
+            Gauge,
+            &[],
+            "Guided images per UNet call: half of the maximum number of batch rows.",
+        ),
+        row(
+            QueueDuration,
+            "sd_queue_duration_seconds",
             REQUEST_BUCKETS,
             &[],
-            "From the acceptance of a picture to the encoding of its text.",
+            "Time of an image in the queue, from acceptance to its text encoding.",
         ),
         row(
-            StageSeconds,
-            "sd_stage_seconds",
+            StageDuration,
+            "sd_stage_duration_seconds",
             STAGE_BUCKETS,
             &["stage"],
-            "One text encoding with its noise, step of a batch, decoding, safety check or file.",
+            "Time of one text_encode (with noise), step, decode, safety_check or image_encode.",
         ),
         row(
-            PictureSeconds,
-            "sd_picture_seconds",
+            ImageDuration,
+            "sd_image_duration_seconds",
             REQUEST_BUCKETS,
             &[],
-            "From the encoding of a picture's text to its pixels.",
+            "Time to generate an image, from its text encoding to its pixels.",
         ),
         row(
-            StepRows,
-            "sd_step_rows",
+            BatchSize,
+            "sd_batch_size",
             BATCH_BUCKETS,
             &[],
-            "Rows that shared a step; a picture with guidance has two.",
+            "Rows per UNet call; a guided image has two.",
         ),
         row(
-            BatchShrinks,
-            "sd_batch_shrinks_total",
+            BatchOomRetries,
+            "sd_batch_oom_retries_total",
             Counter,
             &[],
-            "Steps tried again with fewer rows because the device had no memory for all.",
+            "Steps retried with fewer rows because the device was out of memory.",
         ),
         row(
-            Verdicts,
-            "sd_safety_verdicts_total",
+            SafetyChecks,
+            "sd_safety_checks_total",
             Counter,
-            &["verdict"],
-            "Pictures that the safety checker judged: pass, or what became of them.",
+            &["result"],
+            "Images checked by the safety checker: pass, or the action on a flagged image.",
         ),
-        row(Ready, "sd_ready", Gauge, &[], "1 when pictures can be drawn."),
+        row(Ready, "sd_ready", Gauge, &[], "1 if the model is ready to generate images, else 0."),
         row(
-            LoadSeconds,
+            LoadDuration,
             "sd_model_load_seconds",
             Gauge,
             &[],
-            "From the start to the first picture, fetching the model included.",
+            "Time from the start of loading the model, download included, to the end of its warm-up.",
         ),
-        row(Jobs, "sd_jobs", Gauge, &["state"], "Jobs of /v1/jobs that are kept."),
         row(
-            BudgetBytes,
+            Jobs,
+            "sd_jobs",
+            Gauge,
+            &["state"],
+            "Jobs of /v1/jobs held in memory, by state: running or finished.",
+        ),
+        row(
+            MemoryBudget,
             "sd_memory_budget_bytes",
             Gauge,
             &[],
-            "What one evaluation may take of the device's memory.",
+            "Device memory available to one UNet call or VAE decode.",
         ),
-        row(HostBytes, "sd_host_resident_bytes", Gauge, &[], "Memory of this process."),
         row(
-            HostAvailableBytes,
-            "sd_host_available_bytes",
+            ResidentMemory,
+            "process_resident_memory_bytes",
             Gauge,
             &[],
-            "Memory that the host or the container has left.",
+            "Resident memory size in bytes.",
         ),
         row(
-            GpuUsedBytes,
+            AvailableMemory,
+            "sd_host_memory_available_bytes",
+            Gauge,
+            &[],
+            "Memory available on the host, or within the container's limit.",
+        ),
+        row(
+            GpuMemoryUsed,
             "sd_gpu_memory_used_bytes",
             Gauge,
             &["gpu"],
-            "Memory of the GPU that is taken, by whomever.",
+            "GPU memory used by all processes.",
         ),
-        row(GpuBytes, "sd_gpu_memory_bytes", Gauge, &["gpu"], "Memory of the GPU."),
+        row(GpuMemoryTotal, "sd_gpu_memory_total_bytes", Gauge, &["gpu"], "GPU memory in total."),
         row(
-            GpuBusy,
-            "sd_gpu_busy_ratio",
+            GpuUtilization,
+            "sd_gpu_utilization_ratio",
             Gauge,
             &["gpu"],
-            "Share of the last moments in which a kernel ran; full at one row or at many.",
+            "Share of recent time in which a kernel ran, whatever its batch size.",
         ),
-        row(GpuWatts, "sd_gpu_power_watts", Gauge, &["gpu"], "Power that the GPU draws."),
+        row(GpuPower, "sd_gpu_power_watts", Gauge, &["gpu"], "Power draw of the GPU."),
         row(
-            GpuCelsius,
+            GpuTemperature,
             "sd_gpu_temperature_celsius",
             Gauge,
             &["gpu"],
-            "Temperature of the GPU's die.",
+            "Temperature of the GPU.",
         ),
         row(
             Build,
             "sd_build_info",
             Gauge,
             &["version"],
-            "Always 1; the label says which server this is.",
+            "Always 1; the label is the version of the server.",
         ),
     ]
 };

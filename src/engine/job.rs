@@ -315,7 +315,7 @@ impl ImageTask {
 
     /// The end of this picture. Nobody may be listening any more, which is fine.
     pub(super) fn complete(mut self, result: Result<GeneratedImage, JobError>) {
-        self.outcome = Some(if result.is_ok() { "drawn" } else { "failed" });
+        self.outcome = Some(if result.is_ok() { "completed" } else { "failed" });
         let _ = self.settled.try_send((self.index, result.map(Some)));
     }
 
@@ -327,7 +327,7 @@ impl ImageTask {
 
     /// The end of a picture that is not even taken on.
     pub(super) fn reject(mut self, failure: JobError) {
-        self.outcome = Some("refused");
+        self.outcome = Some("rejected");
         let _ = self.settled.try_send((self.index, Err(failure)));
     }
 }
@@ -336,6 +336,6 @@ impl ImageTask {
 impl Drop for ImageTask {
     fn drop(&mut self) {
         let silent = if self.is_wanted() { "failed" } else { "cancelled" };
-        self.metrics.count(MetricId::Pictures, &[self.outcome.unwrap_or(silent)]);
+        self.metrics.count(MetricId::Images, &[self.outcome.unwrap_or(silent)]);
     }
 }

@@ -180,16 +180,14 @@ impl Engine {
     pub fn gauge_with(&self, all: &[Self]) {
         let metrics = self.metrics();
         let set = |id, value: usize| metrics.set(id, &[], value as f64);
-        set(MetricId::PicturesWaiting, all.iter().map(|engine| engine.shared.queue().len()).sum());
-        set(
-            MetricId::PicturesDrawing,
-            all.iter().map(|engine| engine.shared.pace().pictures).sum(),
-        );
+        set(MetricId::ImagesWaiting, all.iter().map(|engine| engine.shared.queue().len()).sum());
+        set(MetricId::ImagesRunning, all.iter().map(|engine| engine.shared.pace().pictures).sum());
+        set(MetricId::ImagesCapacity, self.shared.settings.max_batch_rows / 2);
         set(MetricId::Ready, usize::from(matches!(self.state(), EngineState::Ready(_))));
         let bytes = [
-            (MetricId::BudgetBytes, self.shared.device.budget_bytes()),
-            (MetricId::HostBytes, memory::resident()),
-            (MetricId::HostAvailableBytes, memory::available()),
+            (MetricId::MemoryBudget, self.shared.device.budget_bytes()),
+            (MetricId::ResidentMemory, memory::resident()),
+            (MetricId::AvailableMemory, memory::available()),
         ];
         for (id, bytes) in bytes {
             if let Some(bytes) = bytes {
@@ -198,11 +196,11 @@ impl Engine {
         }
         for (name, gpu) in GPUS.into_iter().zip(gpu::read()) {
             let values = [
-                (MetricId::GpuUsedBytes, gpu.memory_used_bytes),
-                (MetricId::GpuBytes, gpu.memory_bytes),
-                (MetricId::GpuBusy, gpu.busy),
-                (MetricId::GpuWatts, gpu.power_watts),
-                (MetricId::GpuCelsius, gpu.temperature_celsius),
+                (MetricId::GpuMemoryUsed, gpu.memory_used_bytes),
+                (MetricId::GpuMemoryTotal, gpu.memory_bytes),
+                (MetricId::GpuUtilization, gpu.busy),
+                (MetricId::GpuPower, gpu.power_watts),
+                (MetricId::GpuTemperature, gpu.temperature_celsius),
             ];
             for (id, value) in values {
                 if let Some(value) = value {

@@ -55,15 +55,15 @@ pub(super) fn main<M: Model>(shared: Arc<EngineShared>, load: impl FnOnce() -> a
     let (size, max_rows) = (defaults.size, engine.settings.max_batch_rows as u64);
     let usual = warm_up_params(&defaults, size);
     let row_bytes = info.step_bytes(&usual, size).div_ceil(usual.rows() as u64).max(1);
-    let (instructions, warning) = sd_models::instructions();
+    let (cpu_isa, warning) = sd_models::instructions();
     info!(
         model = info.name,
         device = info.device,
-        instructions,
-        precision = info.precision,
+        cpu_isa,
+        dtype = info.precision,
         load_ms = millis(started.elapsed()),
         memory_budget_bytes = budget,
-        rows = max_rows.min(budget / row_bytes),
+        max_batch_rows = max_rows.min(budget / row_bytes),
         %size,
         "ready"
     );
@@ -71,9 +71,9 @@ pub(super) fn main<M: Model>(shared: Arc<EngineShared>, load: impl FnOnce() -> a
         warn!("{warning}");
     }
     for (name, reason) in &info.embeddings.skipped {
-        warn!(name, reason, "an embedding is left out");
+        warn!(name, reason, "embedding skipped");
     }
-    engine.metrics.set(MetricId::LoadSeconds, &[], started.elapsed().as_secs_f64());
+    engine.metrics.set(MetricId::LoadDuration, &[], started.elapsed().as_secs_f64());
     engine.set_state(EngineState::Ready(Arc::new(info)));
     Worker::new(model, engine).run();
 }
@@ -126,7 +126,7 @@ fn warm_up<M: Model>(model: &M) -> anyhow::Result<()> {
         model.preview(&trajectory)?;
         model.check_safety(&model.decode(&trajectory)?)
     };
-    draw().context("the model loads but does not draw").map(drop)
+    draw().context("warm-up failed").map(drop)
 }
 
 /// A picture of nothing in one step.
@@ -331,9 +331,9 @@ impl<M: Model> Worker<M> {
             let Some(order) = self.next_ready() else { return };
             let began = Instant::now();
             let queued = began.saturating_duration_since(order.submitted);
-            self.engine.metrics.time(MetricId::QueueSeconds, &[], queued);
+            self.engine.metrics.time(MetricId::QueueDuration, &[], queued);
             let begun = self.model.begin(&order.spec);
-            self.engine.metrics.time(MetricId::StageSeconds, &["text"], began.elapsed());
+            self.engine.metrics.time(MetricId::StageDuration, &["text_encode"], began.elapsed());
             match begun {
                 Ok(trajectory) => {
                     order.advance(0, trajectory.progress().1);
@@ -443,8 +443,8 @@ impl<M: Model> Worker<M> {
         members.truncate(len);
         let rows: usize = members.iter().map(|slot| rows(slot)).sum();
         let metrics = &self.engine.metrics;
-        metrics.time(MetricId::StageSeconds, &["step"], self.last_step);
-        metrics.observe(MetricId::StepRows, &[], rows as f64);
+        metrics.time(MetricId::StageDuration, &["step"], self.last_step);
+        metrics.observe(MetricId::BatchSize, &[], rows as f64);
         match stepped {
             Ok(()) => {
                 for slot in members {
@@ -459,8 +459,8 @@ impl<M: Model> Worker<M> {
             }
         }
         if shrunk {
-            warn!(%size, rows, "no memory for a full batch; going on with fewer rows");
-            self.engine.metrics.count(MetricId::BatchShrinks, &[]);
+            warn!(%size, rows, "out of memory, batch size reduced");
+            self.engine.metrics.count(MetricId::BatchOomRetries, &[]);
             self.caps.retain(|cap| cap.0 != size);
             self.caps.push((size, rows));
         }
@@ -483,9 +483,11 @@ impl<M: Model> Worker<M> {
         let began = Instant::now();
         let (stage, done) = match slot.decoded.take() {
             None => ("decode", self.model.decode(&slot.trajectory).map(|rgb| (rgb, None))),
-            Some(rgb) => ("judge", self.model.check_safety(&rgb).map(|nsfw| (rgb, Some(nsfw)))),
+            Some(rgb) => {
+                ("safety_check", self.model.check_safety(&rgb).map(|nsfw| (rgb, Some(nsfw))))
+            }
         };
-        self.engine.metrics.time(MetricId::StageSeconds, &[stage], began.elapsed());
+        self.engine.metrics.time(MetricId::StageDuration, &[stage], began.elapsed());
         match done {
             Ok((rgb, None)) if self.model.info().checked => {
                 slot.decoded = Some(rgb);
@@ -507,7 +509,7 @@ impl<M: Model> Worker<M> {
         let safety = self.engine.settings.safety;
         if let Some(nsfw) = nsfw {
             let verdict = if nsfw { safety.name() } else { "pass" };
-            self.engine.metrics.count(MetricId::Verdicts, &[verdict]);
+            self.engine.metrics.count(MetricId::SafetyChecks, &[verdict]);
         }
         if nsfw == Some(true) {
             match safety {
@@ -519,16 +521,16 @@ impl<M: Model> Worker<M> {
                 Safety::Block => return order.complete(Err(JobError::Withheld)),
             }
         }
-        self.engine.metrics.time(MetricId::PictureSeconds, &[], begun.elapsed());
+        self.engine.metrics.time(MetricId::ImageDuration, &[], begun.elapsed());
         let queued = begun.saturating_duration_since(order.submitted);
         let index = order.key().1;
         let drawn = GeneratedImage { index, rgb, warnings, nsfw, queued, drawn: begun.elapsed() };
         debug!(
             size = %order.spec.final_size(),
             steps = order.spec.steps,
-            queued_ms = millis(queued),
-            drawn_ms = millis(drawn.drawn),
-            "drew a picture"
+            queue_ms = millis(queued),
+            generate_ms = millis(drawn.drawn),
+            "image generated"
         );
         order.complete(Ok(drawn));
     }
@@ -542,7 +544,7 @@ impl<M: Model> Worker<M> {
                 JobError::OutOfMemory
             }
             Error::DeviceLost(_) => {
-                error!(stage, "{}; nothing more can be drawn", chain(error));
+                error!(stage, "device lost, restart required: {}", chain(error));
                 self.lost = true;
                 // Before anyone hears of it, so that `/ping` is red by then.
                 self.engine.set_state(EngineState::DeviceLost);

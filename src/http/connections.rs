@@ -51,7 +51,7 @@ pub async fn listen(
             // Clients who are gone already are no trouble.
             Err(error) if gone(&error) => {}
             Err(error) => {
-                warn!("no connection can be taken: {error}");
+                warn!("accept failed: {error}");
                 tokio::time::sleep(ACCEPT_BACKOFF).await;
             }
         }

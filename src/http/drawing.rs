@@ -159,7 +159,7 @@ impl Drawing {
             let began = Instant::now();
             let infotext = image::infotext(spec, &self.model.name, &self.loras(spec));
             let file = image::encode(&picture.rgb, self.reply.format(), self.quality, &infotext);
-            self.engine.metrics().time(MetricId::StageSeconds, &["encode"], began.elapsed());
+            self.engine.metrics().time(MetricId::StageDuration, &["image_encode"], began.elapsed());
             file.map_err(|error| {
                 error!("{error:#}");
                 ApiError::Encode

@@ -165,18 +165,18 @@ mod tests {
     fn histograms_are_cumulative() {
         let metrics = Metrics::default();
         for rows in [1.0, 2.0, 2.0, 1000.0] {
-            metrics.observe(MetricId::StepRows, &[], rows);
+            metrics.observe(MetricId::BatchSize, &[], rows);
         }
         metrics.count(MetricId::Requests, &["/ping", "ok"]);
         let text = metrics.to_string();
         for line in [
             "sd_requests_total{route=\"/ping\",outcome=\"ok\"} 1",
-            "sd_step_rows_bucket{le=\"1\"} 1",
-            "sd_step_rows_bucket{le=\"2\"} 3",
-            "sd_step_rows_bucket{le=\"64\"} 3",
-            "sd_step_rows_bucket{le=\"+Inf\"} 4",
-            "sd_step_rows_sum 1005",
-            "sd_step_rows_count 4",
+            "sd_batch_size_bucket{le=\"1\"} 1",
+            "sd_batch_size_bucket{le=\"2\"} 3",
+            "sd_batch_size_bucket{le=\"64\"} 3",
+            "sd_batch_size_bucket{le=\"+Inf\"} 4",
+            "sd_batch_size_sum 1005",
+            "sd_batch_size_count 4",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in {text}");
         }

@@ -131,7 +131,7 @@ def test_a_stream_that_is_left_is_withdrawn(client, server):
     def cancelled():
         with urllib.request.urlopen(f"{server}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
-        name = 'sd_pictures_total{outcome="cancelled"} '
+        name = 'sd_images_total{outcome="cancelled"} '
         return sum(int(line.removeprefix(name)) for line in lines if line.startswith(name))
 
     before = cancelled()

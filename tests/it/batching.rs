@@ -79,7 +79,7 @@ fn pictures_in_company_equal_pictures_alone() {
         let line = text.lines().find_map(|line| line.strip_prefix(series));
         line.and_then(|value| value.trim().parse().ok()).unwrap_or(0.0)
     };
-    let bucket = value("sd_step_rows_bucket{le=\"4\"}");
-    assert!(bucket < value("sd_step_rows_count"), "there was company: {text}");
-    assert!(value("sd_pictures_total{outcome=\"cancelled\"}") > 0.0, "and some left: {text}");
+    let bucket = value("sd_batch_size_bucket{le=\"4\"}");
+    assert!(bucket < value("sd_batch_size_count"), "there was company: {text}");
+    assert!(value("sd_images_total{outcome=\"cancelled\"}") > 0.0, "and some left: {text}");
 }

@@ -264,7 +264,7 @@ fn bench_reports_what_became_of_its_load() {
         let number = |name: &str| report[name].as_f64().expect("a number");
         let requests = number("requests");
         assert!(requests > 0.0 && report["statuses"]["200"] == report["requests"], "{report}");
-        let pictures = number("pictures_per_second") * number("seconds");
+        let pictures = number("images_per_second") * number("seconds");
         assert!((pictures - 2.0 * requests).abs() < 0.5, "{report}");
         assert!(number("rows_per_step") >= 1.0, "{report}");
         assert!(

@@ -137,7 +137,7 @@ fn a_card_is_verified_by_one_command() {
     let report: Value = serde_json::from_str(&verify(&["--json"])).expect("JSON");
     println!("{report}");
     assert_eq!((&report["device"], &report["size"]), (&json!("cuda:0"), &json!("64x64")));
-    assert_eq!((&report["precision"], &report["allowed"]), (&json!("f16"), &json!([3.0, 64])));
+    assert_eq!((&report["dtype"], &report["allowed"]), (&json!("f16"), &json!([3.0, 64])));
     let number = |pointer: &str| report.pointer(pointer).and_then(Value::as_f64).expect(pointer);
     assert!(number("/mean_difference") <= 3.0 && number("/max_difference") <= 64.0);
     let kernels = report["kernels"].as_str().expect("kernels");

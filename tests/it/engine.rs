@@ -216,7 +216,7 @@ async fn a_job_is_finished_before_the_end_and_told_to_those_who_ask() -> Result<
     assert!(state.text().await?.contains("running"));
     drop(strings.permits);
     server.ended.await??;
-    assert!(engine.metrics().to_string().contains("sd_pictures_total{outcome=\"drawn\"} 1"));
+    assert!(engine.metrics().to_string().contains("sd_images_total{outcome=\"completed\"} 1"));
     Ok(())
 }
 

@@ -87,13 +87,13 @@ fn lines_of_a_client_that_left_are_withdrawn() {
         }
     };
     // As many lines are looked at as there are rows, and each picture takes two.
-    wait("sd_pictures_drawing", 2.0);
-    wait("sd_pictures_waiting", 2.0);
+    wait("sd_images_running", 2.0);
+    wait("sd_images_waiting", 2.0);
     drop(reply);
-    wait("sd_requests_in_service", 0.0);
-    wait("sd_pictures_drawing", 0.0);
-    let ended = |outcome| server.metric(&format!("sd_pictures_total{{outcome=\"{outcome}\"}}"));
-    assert_eq!((ended("drawn"), ended("cancelled")), (0.0, 4.0), "nobody waits for them");
+    wait("sd_requests_in_flight", 0.0);
+    wait("sd_images_running", 0.0);
+    let ended = |outcome| server.metric(&format!("sd_images_total{{outcome=\"{outcome}\"}}"));
+    assert_eq!((ended("completed"), ended("cancelled")), (0.0, 4.0), "nobody waits for them");
 }
 
 #[test]

@@ -104,7 +104,7 @@ fn requests_with_different_loras_do_not_change_each_other() {
         asked.into_iter().map(|asked| asked.join().expect("a picture")).collect()
     });
     assert!(alone == together);
-    assert!(server.metric("sd_step_rows_sum") > 2.0 * server.metric("sd_step_rows_count"));
+    assert!(server.metric("sd_batch_size_sum") > 2.0 * server.metric("sd_batch_size_count"));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! What the server says about itself agrees with what its clients saw.
+//! Metrics, health routes and `/info` agree with what the clients received.
 
 use serde_json::Value;
 
@@ -18,11 +18,11 @@ fn metrics_count_what_clients_saw() {
     assert_eq!(draw(r#"{"prompt":"a cat","steps":0}"#), 422);
     assert_eq!(draw("{"), 400);
     assert_eq!(get(&server, "/made/up").0, 404);
-    // The last answer goes out a moment before the worker has taken stock.
+    // The last response is sent a moment before the worker updates the gauges.
     let text = loop {
         let (status, text) = get(&server, "/metrics");
         assert_eq!(status, 200);
-        if text.contains("sd_pictures_drawing 0\n") {
+        if text.contains("sd_images_running 0\n") {
             break text;
         }
     };
@@ -35,26 +35,28 @@ fn metrics_count_what_clients_saw() {
         (r#"sd_requests_total{route="/invocations",outcome="out_of_range"}"#, 1.0),
         (r#"sd_requests_total{route="/invocations",outcome="malformed"}"#, 1.0),
         (r#"sd_requests_total{route="other",outcome="not_found"}"#, 1.0),
-        (r#"sd_request_seconds_count{route="/invocations"}"#, 4.0),
-        (r#"sd_pictures_total{outcome="drawn"}"#, 3.0),
-        (r#"sd_stage_seconds_count{stage="text"}"#, 3.0),
-        (r#"sd_stage_seconds_count{stage="decode"}"#, 3.0),
-        (r#"sd_stage_seconds_count{stage="encode"}"#, 3.0),
-        ("sd_queue_seconds_count", 3.0),
-        ("sd_picture_seconds_count", 3.0),
-        ("sd_pictures_waiting", 0.0),
-        ("sd_pictures_drawing", 0.0),
-        ("sd_requests_in_service", 0.0),
+        (r#"sd_request_duration_seconds_count{route="/invocations"}"#, 4.0),
+        (r#"sd_images_total{outcome="completed"}"#, 3.0),
+        (r#"sd_stage_duration_seconds_count{stage="text_encode"}"#, 3.0),
+        (r#"sd_stage_duration_seconds_count{stage="decode"}"#, 3.0),
+        (r#"sd_stage_duration_seconds_count{stage="image_encode"}"#, 3.0),
+        ("sd_queue_duration_seconds_count", 3.0),
+        ("sd_image_duration_seconds_count", 3.0),
+        ("sd_images_waiting", 0.0),
+        ("sd_images_running", 0.0),
+        ("sd_requests_in_flight", 0.0),
+        ("sd_images_capacity", 4.0),
         ("sd_ready", 1.0),
     ] {
         assert_eq!(value(series), expected, "{series}");
     }
-    // PNDM: one evaluation more than steps; two pictures of two rows, one of one.
-    assert_eq!(value("sd_step_rows_sum"), 2.0 * 2.0 * 3.0 + 4.0);
-    assert!(value("sd_host_resident_bytes") > 1e6 && value("sd_memory_budget_bytes") > 1e6);
+    // PNDM: one UNet call more than steps; two images of two rows, one of one.
+    assert_eq!(value("sd_batch_size_sum"), 2.0 * 2.0 * 3.0 + 4.0);
+    assert!(value("process_resident_memory_bytes") > 1e6 && value("sd_memory_budget_bytes") > 1e6);
     for line in text.lines().filter(|line| !line.starts_with('#')) {
         let (series, number) = line.rsplit_once(' ').expect("a name and a number");
-        assert!(series.starts_with("sd_") && number.parse::<f64>().is_ok(), "{line}");
+        let ours = series.starts_with("sd_") || series.starts_with("process_");
+        assert!(ours && number.parse::<f64>().is_ok(), "{line}");
     }
 }
 

@@ -79,7 +79,7 @@ async fn a_batch_that_does_not_fit_shrinks_and_everyone_is_drawn() -> Result<()>
     let steps = strings.steps.lock().expect("unpoisoned").clone();
     let of = |seed| steps.iter().filter(|step| step.contains(&seed)).count();
     assert!((1..7).all(|seed| of(seed) == 3), "each has made its steps, and once: {steps:?}");
-    assert!(engine.metrics().to_string().contains("sd_batch_shrinks_total "));
+    assert!(engine.metrics().to_string().contains("sd_batch_oom_retries_total "));
     assert_eq!(engine.submit(vec![spec(1, 1)])?.wait().await?.len(), 1);
     Ok(())
 }

@@ -137,7 +137,7 @@ async fn a_stream_that_is_closed_withdraws_its_picture() -> Result<()> {
     drop(stream);
     wait_until(|| {
         let _ = strings.permits.send(());
-        counted(&engine, "sd_pictures_total{outcome=\"cancelled\"} 1")
+        counted(&engine, "sd_images_total{outcome=\"cancelled\"} 1")
     });
     Ok(())
 }
@@ -192,7 +192,7 @@ async fn a_deleted_job_frees_its_rows() -> Result<()> {
     assert_eq!(delete(&server, &path).await?, 204);
     wait_until(|| {
         let _ = strings.permits.send(());
-        counted(&engine, "sd_pictures_total{outcome=\"cancelled\"} 2")
+        counted(&engine, "sd_images_total{outcome=\"cancelled\"} 2")
     });
     Ok(())
 }
@@ -213,7 +213,7 @@ async fn a_job_that_made_room_for_another_client_is_drawn_later() -> Result<()> 
     let one = other(3..4)?;
     // It asks again at once, and may have been refused again.
     let text = engine.metrics().to_string();
-    assert!(text.contains("sd_pictures_total{outcome=\"refused\"}"), "it made room");
+    assert!(text.contains("sd_images_total{outcome=\"rejected\"}"), "it made room");
     drop(strings.permits);
     assert_eq!((drawing.wait().await?.len(), one.wait().await?.len()), (2, 1));
     while get(&server, &path).await?.1["state"] != "done" {}

@@ -112,7 +112,7 @@ fn replay(client: &str) -> usize {
         }
         let next = exchanges.peek().expect("an interrupt");
         assert_eq!(next["path"], "/sdapi/v1/interrupt");
-        let begun = || server.metric("sd_stage_seconds_count{stage=\"step\"}");
+        let begun = || server.metric("sd_stage_duration_seconds_count{stage=\"step\"}");
         thread::scope(|scope| {
             let before = begun();
             let drawing = scope.spawn(|| send(&server, exchange));

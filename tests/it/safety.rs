@@ -131,7 +131,7 @@ fn an_objection_blurs_the_picture_and_every_dialect_says_so() {
     assert_eq!(preview.dimensions(), (8, 8), "of 64 pixels; nothing is left to blur");
     assert!(text.contains(r#""nsfw":true"#), "{text}");
 
-    let judged = server.metric(r#"sd_safety_verdicts_total{verdict="blur"}"#);
+    let judged = server.metric(r#"sd_safety_checks_total{result="blur"}"#);
     assert!(judged >= 9.0, "{judged}");
     let info = server.client.get(server.url("/info")).send().expect("an answer");
     assert_eq!(Reply::from(info).json()["model"]["safety_checker"], "blur");
@@ -167,7 +167,7 @@ fn an_objection_can_be_an_error() {
     stream["stream"] = true.into();
     let text = String::from_utf8(server.json(&stream).body).expect("UTF-8");
     assert!(text.contains("event: error") && text.contains("content_policy_violation"), "{text}");
-    assert_eq!(server.metric(r#"sd_safety_verdicts_total{verdict="block"}"#), 4.0);
+    assert_eq!(server.metric(r#"sd_safety_checks_total{result="block"}"#), 4.0);
 
     let mut generate = sd_server(&["generate", "x", "--steps", "1", "--device", "cpu"]);
     let output = folder.path().join("x.png");
@@ -186,7 +186,7 @@ fn what_passes_is_told_too() {
     assert_eq!((reply.status, &reply.json()["nsfw"]), (200, &false.into()));
     assert_eq!(reply.header("x-sd-nsfw"), "false");
     assert_eq!(reply.header("x-amzn-sagemaker-custom-attributes"), "seed=7");
-    assert_eq!(server.metric(r#"sd_safety_verdicts_total{verdict="pass"}"#), 1.0);
+    assert_eq!(server.metric(r#"sd_safety_checks_total{result="pass"}"#), 1.0);
 }
 
 #[test]

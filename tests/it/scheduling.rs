@@ -105,7 +105,7 @@ async fn every_picture_of_a_random_trace_ends_exactly_once() -> Result<()> {
 /// Pictures that have ended in one way or another.
 fn counted(engine: &Engine) -> usize {
     let text = engine.metrics().to_string();
-    let series = text.lines().filter(|line| line.starts_with("sd_pictures_total{"));
+    let series = text.lines().filter(|line| line.starts_with("sd_images_total{"));
     let counts = series.filter_map(|line| line.rsplit(' ').next()?.parse::<usize>().ok());
     counts.sum()
 }

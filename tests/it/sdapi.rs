@@ -318,7 +318,7 @@ async fn a_client_that_leaves_is_forgotten() -> Result<()> {
     while get(&server.url, "/sdapi/v1/progress").await?["state"]["job_count"] != 0 {}
     wait_until(|| {
         let _ = strings.permits.send(());
-        engine.metrics().to_string().contains("sd_pictures_total{outcome=\"cancelled\"} 1")
+        engine.metrics().to_string().contains("sd_images_total{outcome=\"cancelled\"} 1")
     });
     Ok(())
 }

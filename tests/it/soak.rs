@@ -124,7 +124,7 @@ fn job(server: &Server, body: &str, pictures: u64, saw: &mut Seen) -> u16 {
 /// Sends them all and returns what was seen, with the memory after a quarter and at the end.
 fn send(server: &Server, requests: u64) -> (Seen, f64, f64) {
     let (seen, next) = (Mutex::new(Seen::default()), AtomicU64::new(0));
-    let resident = || server.metric("sd_host_resident_bytes");
+    let resident = || server.metric("process_resident_memory_bytes");
     let warm = Mutex::new(0.0);
     thread::scope(|scope| {
         for _ in 0..CLIENTS {
@@ -143,9 +143,9 @@ fn send(server: &Server, requests: u64) -> (Seen, f64, f64) {
         }
     });
     let began = Instant::now();
-    let idle = ["sd_pictures_waiting", "sd_pictures_drawing", "sd_requests_in_service"];
+    let idle = ["sd_images_waiting", "sd_images_running", "sd_requests_in_flight"];
     while idle.iter().any(|gauge| server.metric(gauge) > 0.0) {
-        assert!(began.elapsed() < Duration::from_secs(20), "something is still in service");
+        assert!(began.elapsed() < Duration::from_secs(20), "something is still in flight");
     }
     let (seen, warm) = (*seen.lock().expect("unpoisoned"), *warm.lock().expect("unpoisoned"));
     (seen, warm, resident())
@@ -175,20 +175,23 @@ fn nothing_is_lost_miscounted_or_leaked() {
     assert!(ends[0] >= seen.answered && ends[1] >= seen.overloaded, "{ends:?} {seen:?}");
     let all = answered + seen.left + seen.malformed + seen.out_of_range;
     assert_eq!(all + seen.jobs + seen.jobs_refused, requests);
-    assert_eq!(server.metric("sd_request_seconds_count{route=\"/invocations\"}") as u64, all);
+    assert_eq!(
+        server.metric("sd_request_duration_seconds_count{route=\"/invocations\"}") as u64,
+        all
+    );
 
-    let pictures = |outcome: &str| {
-        server.metric(&format!("sd_pictures_total{{outcome=\"{outcome}\"}}")) as u64
-    };
-    let drawn = pictures("drawn");
+    let pictures =
+        |outcome: &str| server.metric(&format!("sd_images_total{{outcome=\"{outcome}\"}}")) as u64;
+    let drawn = pictures("completed");
     let most = seen.pictures + seen.left_pictures;
     assert!((seen.pictures..=most).contains(&drawn), "{drawn} {seen:?}");
     assert_eq!(pictures("failed"), 0);
     assert!(pictures("cancelled") <= seen.left_pictures, "{seen:?}");
-    let stage =
-        |name: &str| server.metric(&format!("sd_stage_seconds_count{{stage=\"{name}\"}}")) as u64;
+    let stage = |name: &str| {
+        server.metric(&format!("sd_stage_duration_seconds_count{{stage=\"{name}\"}}")) as u64
+    };
     assert!((drawn..=drawn + seen.left_pictures).contains(&stage("decode")), "{seen:?}");
-    assert_eq!(stage("text"), server.metric("sd_queue_seconds_count") as u64);
+    assert_eq!(stage("text_encode"), server.metric("sd_queue_duration_seconds_count") as u64);
     if requests >= 2000 {
         assert!(end <= warm * 1.05, "memory grew from {warm} to {end}");
     }

@@ -54,7 +54,7 @@ struct DeviceReport {
     name: Option<String>,
     /// What our kernels were loaded from.
     kernels: Option<String>,
-    precision: String,
+    dtype: String,
     size: String,
     load_seconds: f64,
     /// Of the picture's bytes against the CPU's in f32.
@@ -77,7 +77,7 @@ struct Timing {
     rows: usize,
     steps_per_second: f64,
     /// With the model's default steps and one decode each.
-    pictures_per_second: f64,
+    images_per_second: f64,
 }
 
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -138,7 +138,7 @@ pub(crate) fn run(asked: Verify) -> Result<()> {
         device: info.device,
         name,
         kernels: bench.pipeline.device_kernels(),
-        precision: info.precision,
+        dtype: info.precision,
         size: size.to_string(),
         load_seconds,
         mean_difference: mean,
@@ -242,7 +242,7 @@ impl DeviceBench {
         let seconds = began.elapsed().as_secs_f64() / self.evaluations as f64;
         let count = pictures.len() as f64;
         let all = self.pipeline.info().defaults.steps as f64 * seconds + count * decode_seconds;
-        Ok(Timing { rows, steps_per_second: 1.0 / seconds, pictures_per_second: count / all })
+        Ok(Timing { rows, steps_per_second: 1.0 / seconds, images_per_second: count / all })
     }
 }
 
@@ -256,7 +256,7 @@ impl fmt::Display for DeviceReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = self.name.as_deref().unwrap_or("the host");
         writeln!(f, "sd-server {}: {} on {} ({name})", self.version, self.model, self.device)?;
-        writeln!(f, "{}, {}, loaded in {:.1} s", self.size, self.precision, self.load_seconds)?;
+        writeln!(f, "{}, {}, loaded in {:.1} s", self.size, self.dtype, self.load_seconds)?;
         if let Some(kernels) = &self.kernels {
             writeln!(f, "kernels          {kernels}")?;
         }
@@ -267,9 +267,9 @@ impl fmt::Display for DeviceReport {
             self.mean_difference, self.max_difference
         )?;
         writeln!(f, "decode           {:.4} s", self.decode_seconds)?;
-        writeln!(f, "rows  steps/s  pictures/s")?;
-        for Timing { rows, steps_per_second, pictures_per_second } in &self.rows {
-            writeln!(f, "{rows:4}  {steps_per_second:7.2}  {pictures_per_second:10.4}")?;
+        writeln!(f, "rows  steps/s    images/s")?;
+        for Timing { rows, steps_per_second, images_per_second } in &self.rows {
+            writeln!(f, "{rows:4}  {steps_per_second:7.2}  {images_per_second:10.4}")?;
         }
         for (kind, Counted { launches, flops, bytes }) in &self.step {
             let (gigaflops, megabytes) = (*flops as f64 / 1e9, *bytes as f64 / 1e6);

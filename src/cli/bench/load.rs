@@ -70,7 +70,7 @@ struct LoadReport {
     statuses: BTreeMap<u16, usize>,
     seconds: f64,
     requests_per_second: f64,
-    pictures_per_second: f64,
+    images_per_second: f64,
     /// Of the requests that were answered with pictures.
     latency_seconds: Option<Latency>,
     /// Mean rows of a step on the server meanwhile, if it says so.
@@ -177,8 +177,8 @@ async fn steps(client: &Client, url: &str) -> Option<(f64, f64)> {
     };
     // A server that has made no step yet has no series of them.
     let value = |name| value(name).unwrap_or(0.0);
-    text.contains("sd_step_rows")
-        .then(|| (value("sd_step_rows_sum "), value("sd_step_rows_count ")))
+    text.contains("sd_batch_size")
+        .then(|| (value("sd_batch_size_sum "), value("sd_batch_size_count ")))
 }
 
 impl LoadReport {
@@ -196,7 +196,7 @@ impl LoadReport {
             statuses,
             seconds,
             requests_per_second: drawn().count() as f64 / seconds,
-            pictures_per_second: pictures as f64 / seconds,
+            images_per_second: pictures as f64 / seconds,
             latency_seconds: Latency::of(latencies),
             rows_per_step: None,
         }
@@ -231,13 +231,13 @@ impl fmt::Display for LoadReport {
             }
         }
         writeln!(f, "throughput    {:.2} requests/s", self.requests_per_second)?;
-        writeln!(f, "              {:.2} pictures/s", self.pictures_per_second)?;
+        writeln!(f, "              {:.2} images/s", self.images_per_second)?;
         if let Some(Latency { mean, p50, p90, p99, max }) = &self.latency_seconds {
             writeln!(f, "latency       mean {mean:.3} s, p50 {p50:.3}, p90 {p90:.3}")?;
             writeln!(f, "              p99 {p99:.3}, max {max:.3}")?;
         }
         if let Some(rows) = self.rows_per_step {
-            writeln!(f, "rows a step   {rows:.2}")?;
+            writeln!(f, "rows per step {rows:.2}")?;
         }
         Ok(())
     }

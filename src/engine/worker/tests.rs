@@ -189,7 +189,7 @@ impl TestWorker {
 
     /// Pictures that have ended so.
     fn counted(&self, outcome: &str) -> usize {
-        let series = format!("sd_pictures_total{{outcome=\"{outcome}\"}} ");
+        let series = format!("sd_images_total{{outcome=\"{outcome}\"}} ");
         let text = self.engine.metrics().to_string();
         let value = text.lines().find_map(|line| line.strip_prefix(&series)?.parse().ok());
         value.unwrap_or(0)
@@ -341,7 +341,7 @@ async fn trace(dice: &mut Dice, capacity: usize) -> Outcomes {
         assert!(turns_left > 0, "somebody starves: {:?}", studio.engine.shared.queue().len());
     }
     assert!(clients.is_empty(), "{} clients have no answer", clients.len());
-    let counted = ["drawn", "failed", "cancelled", "refused"].map(|end| studio.counted(end));
+    let counted = ["completed", "failed", "cancelled", "rejected"].map(|end| studio.counted(end));
     assert_eq!(counted.iter().sum::<usize>(), ends.asked, "{counted:?} {ends:?}");
     // Of a job that fails or leaves some pictures may have been drawn.
     assert!(counted[0] >= ends.drawn && counted[3] == ends.refused, "{counted:?} {ends:?}");
@@ -438,7 +438,7 @@ async fn deadlines_hold_to_the_moment_for_those_who_draw_and_those_who_wait() {
     assert_eq!(began.elapsed(), Duration::from_secs(58));
     assert_eq!(stepped(&studio.turn()), [3], "the late ones are gone");
     assert_eq!(patient.wait().await.map(|drawn| drawn.len()), Ok(1));
-    assert_eq!((studio.counted("cancelled"), studio.counted("drawn")), (2, 1));
+    assert_eq!((studio.counted("cancelled"), studio.counted("completed")), (2, 1));
 }
 
 #[tokio::test]

@@ -45,7 +45,7 @@ pub(crate) async fn progress(
         "eta_relative": outlook.left.map_or(0.0, |left| left.as_secs_f64()),
         "state": job(begun.len(), step, first.steps),
         "current_image": preview.map(|file| BASE64_STANDARD.encode(file)),
-        "textinfo": outlook.position.map(|ahead| format!("{ahead} pictures ahead")),
+        "textinfo": outlook.position.map(|ahead| format!("{ahead} images ahead")),
     })))
 }
 
@@ -87,7 +87,7 @@ pub(crate) async fn task(
         "eta": outlook.left.map(|left| left.as_secs_f64()),
         "live_preview": preview.map(data),
         "id_live_preview": begun.completed(),
-        "textinfo": outlook.position.map(|ahead| format!("{ahead} pictures ahead")),
+        "textinfo": outlook.position.map(|ahead| format!("{ahead} images ahead")),
     })))
 }
 

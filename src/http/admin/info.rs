@@ -22,7 +22,7 @@ pub(crate) async fn info(State(state): State<AppState>) -> Json<Value> {
         json!({
             "name": model.name,
             "device": model.device,
-            "precision": model.precision,
+            "dtype": model.precision,
             "safety_checker": model.checked.then(|| state.engine.safety().name()),
             "defaults": {
                 "width": defaults.size.width(),

@@ -16,11 +16,11 @@ pub(crate) async fn metrics(State(state): State<AppState>) -> impl IntoResponse 
     let (engine, engines) = (state.engine.clone(), state.models.engines());
     // A driver may take its time; a gauge that could not be read keeps its value.
     let _ = tokio::task::spawn_blocking(move || engine.gauge_with(&engines)).await;
-    let in_service = state.settings.max_requests - state.request_slots.available_permits();
-    metrics.set(MetricId::RequestsInService, &[], in_service as f64);
-    let [running, ended] = state.jobs.count();
+    let in_flight = state.settings.max_requests - state.request_slots.available_permits();
+    metrics.set(MetricId::RequestsInFlight, &[], in_flight as f64);
+    let [running, finished] = state.jobs.count();
     metrics.set(MetricId::Jobs, &["running"], running as f64);
-    metrics.set(MetricId::Jobs, &["ended"], ended as f64);
+    metrics.set(MetricId::Jobs, &["finished"], finished as f64);
     metrics.set(MetricId::Build, &[env!("CARGO_PKG_VERSION")], 1.0);
     ([(CONTENT_TYPE, TEXT)], metrics.to_string())
 }

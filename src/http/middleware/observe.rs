@@ -74,7 +74,7 @@ impl Drop for RequestMetricsGuard {
     fn drop(&mut self) {
         let metrics = self.engine.metrics();
         metrics.count(MetricId::Requests, &[self.route, self.outcome]);
-        metrics.time(MetricId::RequestSeconds, &[self.route], self.began.elapsed());
+        metrics.time(MetricId::RequestDuration, &[self.route], self.began.elapsed());
     }
 }
 

@@ -67,7 +67,7 @@ async function connect() {
  * model's defaults on the server. */
 async function setUp({ model, schedulers }) {
   first = model?.name ?? null;
-  $("model").textContent = model ? `${first} · ${model.device} · ${model.precision}` : "select a model";
+  $("model").textContent = model ? `${first} · ${model.device} · ${model.dtype}` : "select a model";
   const none = model ? [] : [new Option("model default", "")];
   $("sampler").replaceChildren(...none, ...schedulers.map(({ name, title }) => new Option(title, name)));
   $("width").placeholder = $("height").placeholder = model ? "" : "default";
