@@ -123,16 +123,16 @@ impl ApiError {
             Self::Encode => "encode_failed",
             Self::Registry(refusal) => match refusal {
                 RegistryError::Loaded(_) => "model_loaded",
-                RegistryError::Unknown(_) => "no_model",
+                RegistryError::Unknown(_) => "model_not_found",
                 RegistryError::NoRoom(_) => "out_of_memory",
-                RegistryError::Broken(_) => "model_broken",
+                RegistryError::Broken(_) => "model_load_failed",
             },
             Self::Job(failure) => match failure {
-                JobError::Absent => "no_model",
+                JobError::Absent => "model_required",
                 JobError::Loading => "loading",
                 JobError::Stopping => "shutting_down",
                 JobError::Full { .. } => "overloaded",
-                JobError::Deadline => "deadline",
+                JobError::Deadline => "deadline_exceeded",
                 JobError::OutOfMemory => "out_of_memory",
                 JobError::Spec { .. } => "out_of_range",
                 // OpenAI's word; its clients know it.

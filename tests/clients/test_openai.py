@@ -173,7 +173,7 @@ def test_a_full_or_slow_server_is_the_clients_own_error_too(binary, tmp_path):
         long = {"size": "256x256", "extra_body": {"steps": 150}}
         with pytest.raises(openai.InternalServerError) as raised:
             client.images.generate(prompt="x", extra_headers={"x-request-timeout-ms": "100"}, **long)
-        assert (raised.value.status_code, raised.value.type, raised.value.code) == (504, "server_error", "deadline")
+        assert (raised.value.status_code, raised.value.type, raised.value.code) == (504, "server_error", "deadline_exceeded")
         assert raised.value.response.headers["x-should-retry"] == "false"
         with client.images.generate(prompt="x", stream=True, **long):
             with pytest.raises(openai.RateLimitError) as raised:

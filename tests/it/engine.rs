@@ -236,7 +236,7 @@ async fn a_late_picture_is_504_and_its_rows_are_freed() -> Result<()> {
     let (engine, strings) = ready().await;
     let settings = http::HttpConfig { request_timeout: Duration::from_millis(100), ..HTTP };
     let server = Server::start(engine.clone(), settings, LONG).await;
-    assert_eq!(server.draw("a cat", r#","seed":1"#).await?, (504, "deadline".into()));
+    assert_eq!(server.draw("a cat", r#","seed":1"#).await?, (504, "deadline_exceeded".into()));
     let next = engine.submit(vec![spec(2, 2)])?;
     strings.step(); // The step that the late picture was waiting for.
     strings.step();

@@ -231,7 +231,9 @@ fn the_end_of_a_clients_stream_is_its_leaving() {
         reply.text().expect("text")
     };
     let began = Instant::now();
-    while !metrics().contains("sd_requests_total{route=\"/invocations\",outcome=\"gone\"} 1\n") {
+    while !metrics()
+        .contains("sd_requests_total{route=\"/invocations\",outcome=\"client_closed\"} 1\n")
+    {
         assert!(began.elapsed() < Duration::from_secs(10), "{}", metrics());
     }
     // What is answered at once is answered.

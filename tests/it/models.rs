@@ -224,7 +224,7 @@ fn sagemaker_loads_uses_and_unloads_models() {
     assert_eq!(server.ping(), 200, "with no model at all");
     let picture = json!({ "prompt": "a cat", "steps": 1, "seed": 1, "output_format": "png" });
     let invocations = ask(&server, Method::POST, "/invocations", &picture);
-    assert_eq!((invocations.status, invocations.error().0), (404, "no_model".into()));
+    assert_eq!((invocations.status, invocations.error().0), (404, "model_required".into()));
     let load = |name: &str, url: &Path| {
         ask(&server, Method::POST, "/models", &json!({ "model_name": name, "url": url }))
     };
@@ -233,7 +233,7 @@ fn sagemaker_loads_uses_and_unloads_models() {
     assert_eq!(load("one", &demo()).status, 409);
     assert_eq!(load("two", &demo()).status, 200);
     let broken = load("three", Path::new("/no/such/model"));
-    assert_eq!((broken.status, broken.error().0), (500, "model_broken".into()));
+    assert_eq!((broken.status, broken.error().0), (500, "model_load_failed".into()));
     assert_eq!(ask(&server, Method::POST, "/models", &json!({ "url": "/" })).status, 400);
 
     let list = ask(&server, Method::GET, "/models", &Value::Null).json();

@@ -164,7 +164,7 @@ async fn a_stream_may_last_longer_than_an_answer() -> Result<()> {
     let stream =
         client.post(format!("{}/invocations", server.url)).body(r#"{"prompt":"a","stream":true}"#);
     let stream = tokio::spawn(async move { stream.send().await?.text().await });
-    assert_eq!(server.draw("a cat", "").await?, (504, "deadline".into()));
+    assert_eq!(server.draw("a cat", "").await?, (504, "deadline_exceeded".into()));
     drop(strings.permits);
     let events = stream.await??;
     assert!(events.contains("event: result"), "{events}");

@@ -97,7 +97,7 @@ async fn a_stream_hears_of_its_deadline_while_a_step_lasts() -> Result<()> {
     let request = request.header("x-request-timeout-ms", "50");
     let text = request.body(r#"{"prompt":"a cat","stream":true}"#).send().await?.text().await?;
     let (name, error) = events(&text).pop().context("an end")?;
-    assert_eq!((name.as_str(), &error["error"]["code"]), ("error", &"deadline".into()));
+    assert_eq!((name.as_str(), &error["error"]["code"]), ("error", &"deadline_exceeded".into()));
     Ok(())
 }
 
@@ -162,7 +162,7 @@ async fn a_job_is_accepted_watched_fetched_and_forgotten() -> Result<()> {
     }
     assert_eq!((&state["state"], &state["steps"]), (&"running".into(), &2.into()));
     drop(strings.permits);
-    while state["state"] != "done" {
+    while state["state"] != "completed" {
         state = get(&server, &path).await?.1;
     }
     let (status, picture) = get(&server, &result).await?;
@@ -216,7 +216,7 @@ async fn a_job_that_made_room_for_another_client_is_drawn_later() -> Result<()> 
     assert!(text.contains("sd_images_total{outcome=\"rejected\"}"), "it made room");
     drop(strings.permits);
     assert_eq!((drawing.wait().await?.len(), one.wait().await?.len()), (2, 1));
-    while get(&server, &path).await?.1["state"] != "done" {}
+    while get(&server, &path).await?.1["state"] != "completed" {}
     Ok(())
 }
 
@@ -236,8 +236,8 @@ async fn jobs_are_bounded_in_number_and_time() -> Result<()> {
     assert_eq!((first.0, second.0), (202, 202));
     assert_eq!(submit().await?.0, 429, "two are under way");
     drop(strings.permits);
-    while get(&server, &first.1).await?.1["state"] != "done" {}
-    while get(&server, &second.1).await?.1["state"] != "done" {}
+    while get(&server, &first.1).await?.1["state"] != "completed" {}
+    while get(&server, &second.1).await?.1["state"] != "completed" {}
     assert_eq!(submit().await?.0, 202, "the oldest result makes room");
     let kept = [get(&server, &first.1).await?.0, get(&server, &second.1).await?.0];
     assert!(kept == [200, 404] || kept == [404, 200], "{kept:?}");

@@ -111,7 +111,7 @@ fn job(server: &Server, body: &str, pictures: u64, saw: &mut Seen) -> u16 {
     let state = || server.client.get(&url).send().expect("an answer").json::<Value>();
     loop {
         match state().expect("JSON")["state"].as_str() {
-            Some("done") => break,
+            Some("completed") => break,
             Some("queued" | "running") => thread::sleep(Duration::from_millis(10)),
             other => panic!("{other:?}"),
         }
@@ -168,8 +168,8 @@ fn nothing_is_lost_miscounted_or_leaked() {
     assert_eq!(counted("/v1/jobs", "ok"), seen.jobs);
     assert_eq!(counted("/v1/jobs", "overloaded"), seen.jobs_refused);
     // Some of those who left were answered, or refused, before they did; all are counted.
-    let ends = ["ok", "overloaded", "gone"].map(invocations);
-    println!("ok, overloaded, gone: {ends:?}");
+    let ends = ["ok", "overloaded", "client_closed"].map(invocations);
+    println!("ok, overloaded, client_closed: {ends:?}");
     let answered = seen.answered + seen.overloaded;
     assert_eq!(ends.iter().sum::<u64>(), answered + seen.left, "{ends:?} {seen:?}");
     assert!(ends[0] >= seen.answered && ends[1] >= seen.overloaded, "{ends:?} {seen:?}");

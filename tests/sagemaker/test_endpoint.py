@@ -151,7 +151,7 @@ class TestTime:
             assert 1 <= time.monotonic() - began < 3
             fake.close()
         assert reply["OriginalStatusCode"] == 504
-        assert json.loads(reply["OriginalMessage"])["error"]["code"] == "deadline"
+        assert json.loads(reply["OriginalMessage"])["error"]["code"] == "deadline_exceeded"
 
     def test_who_is_given_up_by_sagemaker_is_not_drawn(self, aws, new_container):
         """The container notices that SageMaker has hung up and is free at once."""
@@ -268,7 +268,7 @@ class TestStreaming:
             _, parts = self.stream(runtime_client(fake), body, Accept="text/event-stream")
             fake.close()
         event, data = list(events(parts))[-1]
-        assert event == "error" and data["error"]["code"] == "deadline"
+        assert event == "error" and data["error"]["code"] == "deadline_exceeded"
 
     def test_a_container_that_dies_breaks_the_stream(self, aws, new_container):
         with new_container() as container:

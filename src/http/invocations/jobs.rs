@@ -115,7 +115,7 @@ fn describe(id: &str, job: &JobRecord) -> Value {
     let outlook = job.watch.outlook();
     let progress = job.watch.current();
     let state = match &job.end {
-        Some((_, end)) if end.is_ok() => "done",
+        Some((_, end)) if end.is_ok() => "completed",
         Some(_) => "failed",
         None if progress.started == 0 => "queued",
         None => "running",

@@ -62,7 +62,7 @@ pub(crate) const ROUTES: [&str; 42] = [
     "/internal/progress",
 ];
 
-/// Counts a request once: with its outcome, or as gone when the client left before it had one.
+/// Counts a request once: with its outcome, or as `client_closed` if the client disconnected first.
 struct RequestMetricsGuard {
     engine: Engine,
     route: &'static str,
@@ -89,7 +89,8 @@ pub(crate) async fn observe(
     let matched = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
     let route = ROUTES.into_iter().find(|route| Some(*route) == matched).unwrap_or("other");
     let span = info_span!("request", id = id.to_str().unwrap_or_default());
-    let mut tally = RequestMetricsGuard { engine, route, outcome: "gone", began: Instant::now() };
+    let mut tally =
+        RequestMetricsGuard { engine, route, outcome: "client_closed", began: Instant::now() };
     let mut response = next.run(request).instrument(span.clone()).await;
     response.headers_mut().insert(REQUEST_ID, id);
 
