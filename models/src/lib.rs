@@ -1,25 +1,23 @@
 //! Stable Diffusion v1.x and v2.x, from the files of a model to the pixels of an image.
 //!
 //! A [`Spec`] goes into [`Pipeline::begin`], which encodes the prompt ([`text`],
-//! [`networks::ClipTextModel`]) and draws the noise ([`noise`]), for image-to-image on the latents of
-//! an input image. [`Pipeline::step`] takes the [`Trajectory`] that `begin` returns from step to
-//! step: the UNet ([`networks::UNet2DConditionModel`]) for many trajectories at once, then each one's [`denoiser`]
-//! and [`sampler`]. [`Pipeline::decode`] runs the VAE ([`networks::Decoder`]), and
-//! [`Pipeline::check_safety`] the safety checker ([`networks::SafetyChecker`]) of models that have one.
+//! [`networks::ClipTextModel`]) and draws the noise ([`sampling::Noise`]), for image-to-image on
+//! the latents of an input image. [`Pipeline::step`] takes the [`Trajectory`] that `begin` returns
+//! from step to step: the UNet ([`networks::UNet2DConditionModel`]) for many trajectories at once,
+//! then each one's sampler ([`sampling::SamplerState`]). [`Pipeline::decode`] runs the VAE
+//! ([`networks::Decoder`]), and [`Pipeline::check_safety`] the safety checker
+//! ([`networks::SafetyChecker`]) of models that have one.
 //!
 //! This crate does not know that a server exists: no runtime, no environment, no clock.
 
-pub mod denoiser;
 mod error;
 pub mod files;
 mod layers;
 pub mod networks;
-pub mod noise;
 mod ops;
 mod picture;
 pub mod pipeline;
-pub mod sampler;
-pub mod schedule;
+pub mod sampling;
 pub mod text;
 
 pub use error::{Error, Result};
@@ -27,10 +25,11 @@ pub use files::{AssetDir, Checkpoint, Source};
 pub use layers::LoraStack;
 pub use ops::{instructions, keep_freed_memory, return_freed_memory};
 pub use picture::{Rgb, Size};
+pub(crate) use pipeline::device;
 pub use pipeline::{
     AddOns, Defaults, DeviceName, Hires, Img2Img, LoadOptions, MAX_STEPS, MemoryEstimate,
-    ModelInfo, Pipeline, Precision, PromptSyntax, SafetyMode, Scheduler, Spec, Trajectory,
-    Upscaler, Work, check_pipeline, parameters,
+    ModelInfo, Pipeline, Precision, PromptSyntax, SafetyMode, Spec, Trajectory, Upscaler, Work,
+    check_pipeline, parameters,
 };
-pub(crate) use pipeline::{device, spec};
+pub use sampling::{Sampler, SamplerName, SigmaSchedule};
 pub use text::{Embeddings, Loras, PlaceholderToken};

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use sd_models::{
     AddOns, AssetDir, DeviceName, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb, SafetyMode,
-    Scheduler, Size, Source, Spec, Trajectory,
+    Sampler, SigmaSchedule, Size, Source, Spec, Trajectory,
 };
 use serde_json::{Value, json};
 
@@ -45,7 +45,7 @@ fn on_device(precision: Precision) -> Option<Pipeline> {
     }
 }
 
-fn spec(scheduler: Scheduler, steps: usize, guidance_scale: f64) -> Spec {
+fn spec(sampler: Sampler, steps: usize, guidance_scale: f64) -> Spec {
     Spec {
         prompt: "a red house by the sea at night".into(),
         negative_prompt: String::new(),
@@ -53,7 +53,8 @@ fn spec(scheduler: Scheduler, steps: usize, guidance_scale: f64) -> Spec {
         size: Size::new(64, 64).unwrap(),
         steps,
         guidance_scale,
-        scheduler,
+        sampler,
+        schedule: SigmaSchedule::Model,
         seed: 7,
         img2img: None,
         hires: None,
@@ -79,9 +80,9 @@ fn difference(a: &Rgb, b: &Rgb) -> (f64, u8) {
 
 fn mixed() -> [Spec; 3] {
     [
-        spec(Scheduler::Pndm, 2, 7.5),
-        spec(Scheduler::EulerAncestral, 3, 1.0),
-        spec(Scheduler::Dpmpp2m, 2, 3.0),
+        spec(Sampler::Pndm, 2, 7.5),
+        spec(Sampler::EulerAncestral, 3, 1.0),
+        spec(Sampler::Dpmpp2m, 2, 3.0),
     ]
 }
 
@@ -198,7 +199,7 @@ fn full_size_picture() {
     };
     let pipeline = Pipeline::load(&options).unwrap();
     let size = Size::new(512, 512).unwrap();
-    let spec = Spec { size, ..spec(Scheduler::Dpmpp2m, 20, 7.5) };
+    let spec = Spec { size, ..spec(Sampler::Dpmpp2m, 20, 7.5) };
     let mut trajectory = pipeline.begin(&spec).unwrap();
     for _ in 0..steps {
         pipeline.step(&mut [&mut trajectory]).unwrap();

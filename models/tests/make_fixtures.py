@@ -8,6 +8,7 @@ CPU. Everything is seeded: the same versions write the same numbers.
 """
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -89,17 +90,17 @@ V1_4 = {
 }
 
 ALL = list(CLASSES)
-SIGMAS = ["euler", "heun", "dpmpp_2m", "dpmpp_2m_karras", "unipc"]
+SPACED = [s for s in ALL if s != "lcm"]
 SNR = [s for s in ALL if s not in ("pndm", "heun")]
 
 # What a variant changes in the file above, and the samplers that read it.
 VARIANTS = {
     "v_prediction": ({"prediction_type": "v_prediction"}, ALL),
     "sample": ({"prediction_type": "sample"}, [s for s in ALL if s not in ("pndm", "euler_a")]),
-    "linspace": ({"timestep_spacing": "linspace"}, ALL[:-1]),
-    "leading": ({"timestep_spacing": "leading"}, ALL[:-1]),
-    "trailing": ({"timestep_spacing": "trailing"}, ALL[:-1]),
-    "offset_0": ({"timestep_spacing": "leading", "steps_offset": 0}, ALL[:-1]),
+    "linspace": ({"timestep_spacing": "linspace"}, SPACED),
+    "leading": ({"timestep_spacing": "leading"}, SPACED),
+    "trailing": ({"timestep_spacing": "trailing"}, SPACED),
+    "offset_0": ({"timestep_spacing": "leading", "steps_offset": 0}, SPACED),
     "linear": ({"beta_schedule": "linear"}, ALL),
     "cosine": ({"beta_schedule": "squaredcos_cap_v2"}, ALL),
     "alpha_to_one": ({"set_alpha_to_one": True}, ["pndm", "ddim"]),
@@ -116,7 +117,7 @@ VARIANTS = {
     "sigma_min": ({"final_sigmas_type": "sigma_min"}, ["euler", "dpmpp_2m", "unipc"]),
     "trained": (
         {"num_train_timesteps": 40, "trained_betas": [0.002 * (i + 1) for i in range(40)]},
-        [s for s in ALL if s != "lcm"],
+        SPACED,
     ),
     # A file of another class leaves out what its own class does not have.
     "defaults": ({key: ... for key in V1_4 if key != "skip_prk_steps"}, ALL),
@@ -126,7 +127,7 @@ VARIANTS = {
 def scheduler_of(name, config):
     """The class of a sampler, as a pipeline with this file would switch to it."""
     written = diffusers.PNDMScheduler.from_config(config).config
-    extra = {"use_karras_sigmas": True} if name == "dpmpp_2m_karras" else {}
+    extra = {"use_karras_sigmas": True} if name.endswith("_karras") else {}
     return getattr(diffusers, CLASSES[name]).from_config(written, **extra)
 
 
@@ -604,7 +605,7 @@ def hires(_):
                      for kind in kinds)
     first.set_progress_bar_config(disable=True)
     second.set_progress_bar_config(disable=True)
-    for name, upscaler in zip(ALL, list(UPSCALERS) * 2):
+    for name, upscaler in zip(ALL, itertools.cycle(UPSCALERS)):
         first.scheduler, second.scheduler = scheduler_of(name, V1_4), scheduler_of(name, V1_4)
         common = dict(guidance_scale=3.0, output_type="latent")
         small = first("a red house", num_inference_steps=6, width=64, height=64,

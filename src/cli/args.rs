@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use axum::http::HeaderValue;
 use clap::builder::FalseyValueParser;
 use clap::{Parser, Subcommand};
-use sd_models::{DeviceName, Precision, Scheduler, Size};
+use sd_models::{DeviceName, Precision, SamplerName, Size};
 
 use crate::http::ApiKey;
 use crate::telemetry::LogFormat;
@@ -335,9 +335,8 @@ pub(super) struct GenerateArgs {
     /// How closely to follow the prompt; 1 or less is twice as fast and ignores --negative-prompt
     #[arg(long)]
     pub(super) guidance_scale: Option<f64>,
-    /// pndm, ddim, ddpm, euler, euler_a, heun, dpmpp_2m, dpmpp_2m_karras, unipc or lcm
-    #[arg(long, value_parser = parse::<Scheduler>)]
-    pub(super) scheduler: Option<Scheduler>,
+    #[arg(long, value_parser = parse::<SamplerName>, help = SamplerName::list())]
+    pub(super) scheduler: Option<SamplerName>,
     /// The same seed gives the same picture; random when absent
     #[arg(long)]
     pub(super) seed: Option<u64>,

@@ -173,7 +173,7 @@ impl Queue {
 
 #[cfg(test)]
 mod tests {
-    use sd_models::{PromptSyntax, Scheduler, Size, Spec};
+    use sd_models::{PromptSyntax, Sampler, SigmaSchedule, Size, Spec};
 
     use super::super::job::{self, Job, Ticket};
     use super::super::{DeviceScheduler, Engine, EngineConfig, Safety};
@@ -190,7 +190,8 @@ mod tests {
             steps: 10,
             guidance_scale: 7.5,
             seed: client,
-            scheduler: Scheduler::Euler,
+            sampler: Sampler::Euler,
+            schedule: SigmaSchedule::Model,
             img2img: None,
             hires: None,
         };

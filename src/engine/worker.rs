@@ -140,7 +140,8 @@ fn warm_up_params(defaults: &Defaults, size: Size) -> Spec {
         steps: 1,
         guidance_scale: defaults.guidance_scale,
         seed: 0,
-        scheduler: defaults.scheduler,
+        sampler: defaults.sampler,
+        schedule: defaults.schedule,
         img2img: None,
         hires: None,
     }

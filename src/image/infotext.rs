@@ -41,7 +41,7 @@ pub fn infotext(spec: &Spec, model: &str, loras: &str) -> String {
         "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}, Model: {model}, {}{hires}{loras}\
          Version: sd-server {}",
         spec.steps,
-        spec.scheduler.title(),
+        spec.sampler_name().title(),
         spec.guidance_scale,
         spec.seed,
         spec.size,

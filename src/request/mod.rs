@@ -8,7 +8,9 @@ mod fields;
 use std::sync::Arc;
 
 use ::image::DynamicImage;
-use sd_models::{Hires, Img2Img, Loras, ModelInfo, PromptSyntax, Scheduler, Size, Spec, Upscaler};
+use sd_models::{
+    Hires, Img2Img, Loras, ModelInfo, PromptSyntax, SamplerName, Size, Spec, Upscaler,
+};
 use serde_json::{Value, json};
 
 use crate::image::{self, Format};
@@ -90,7 +92,8 @@ impl Draw {
         let count = ["num_images_per_prompt", "n"];
         let count = fields.whole(&count, 1..=limits.max_images as u64)?.unwrap_or(1);
         let seed = fields.whole(&["seed"], 0..=u64::MAX)?;
-        let scheduler = fields.choice::<Scheduler>(&["scheduler", "sampler"])?;
+        let name = fields.choice::<SamplerName>(&["scheduler", "sampler"])?;
+        let SamplerName { sampler, schedule } = name.unwrap_or(defaults.sampler_name());
         let format = fields.choice::<Format>(&["output_format"])?;
         let stream = fields.flag(&["stream"])?.unwrap_or(false);
         let preview = fields.flag(&["preview"])?.unwrap_or(false);
@@ -104,7 +107,8 @@ impl Draw {
             steps,
             guidance_scale: guidance.unwrap_or(defaults.guidance_scale),
             seed: seed.unwrap_or_else(dice),
-            scheduler: scheduler.unwrap_or(defaults.scheduler),
+            sampler,
+            schedule,
             img2img: pictures.map(|pictures| Arc::new(pictures.start(size))),
             hires,
         };

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use sd_models::{
     AddOns, Defaults, Embeddings, Error, MemoryEstimate, ModelInfo, PromptSyntax, Result, Rgb,
-    Scheduler, Size, Spec,
+    Sampler, SigmaSchedule, Size, Spec,
 };
 use sd_server::engine::{Model, Trajectory};
 use sd_server::request::Limits;
@@ -73,7 +73,8 @@ impl Fake {
             size: Size::new(64, 64).expect("multiples of 8"),
             steps: 4,
             guidance_scale: 7.5,
-            scheduler: Scheduler::Euler,
+            sampler: Sampler::Euler,
+            schedule: SigmaSchedule::Model,
         };
         let info = ModelInfo {
             name: "fake".into(),
@@ -173,7 +174,8 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
         steps,
         guidance_scale: 7.5,
         seed,
-        scheduler: Scheduler::Euler,
+        sampler: Sampler::Euler,
+        schedule: SigmaSchedule::Model,
         img2img: None,
         hires: None,
     }

@@ -10,14 +10,13 @@ use candle_core::{Device, Tensor};
 
 use super::spec::{Hires, Upscaler};
 use crate::error::Result;
-use crate::noise::Noise;
 use crate::picture::{CUBIC, Size, TRIANGLE, Taps, antialiased, cubic, interpolated};
-use crate::sampler::Sampler;
+use crate::sampling::{Noise, SamplerState};
 
 /// The hires pass of an image whose base pass runs.
 pub(crate) struct HiresPass {
     pub(crate) size: Size,
-    pub(crate) sampler: Sampler,
+    pub(crate) sampler: SamplerState,
     /// Time embeddings of the sampler's timesteps (evaluations, time_width).
     pub(crate) time_embeddings: Tensor,
     upscaler: Upscaler,
@@ -34,7 +33,12 @@ pub(crate) struct UpscaledLatents {
 
 impl HiresPass {
     /// A pass whose sampler skips the steps that its strength leaves out.
-    pub(crate) fn new(hires: &Hires, sampler: Sampler, time_embeddings: Tensor, seed: u64) -> Self {
+    pub(crate) fn new(
+        hires: &Hires,
+        sampler: SamplerState,
+        time_embeddings: Tensor,
+        seed: u64,
+    ) -> Self {
         Self { size: hires.size, sampler, time_embeddings, upscaler: hires.upscaler, seed }
     }
 

@@ -4,11 +4,12 @@
 use candle_core::{DType, Device};
 
 use super::options::AddOns;
-use super::spec::{Hires, MAX_STEPS, PromptSyntax, Scheduler, Spec};
+use super::spec::{Hires, MAX_STEPS, PromptSyntax, Spec};
 use crate::error::{Error, Result};
 use crate::layers::activation_dtype;
 use crate::networks::{UNetConfig, VaeConfig};
 use crate::picture::{Rgb, Size};
+use crate::sampling::{Sampler, SamplerName, SigmaSchedule};
 use crate::text::{Embeddings, max_chunks};
 
 /// Defaults of a request.
@@ -21,7 +22,16 @@ pub struct Defaults {
     /// Guidance scale; diffusers' default.
     pub guidance_scale: f64,
     /// The sampler of the model's scheduler configuration.
-    pub scheduler: Scheduler,
+    pub sampler: Sampler,
+    /// The sigma schedule of that configuration.
+    pub schedule: SigmaSchedule,
+}
+
+impl Defaults {
+    /// Sampler and schedule under one name.
+    pub fn sampler_name(&self) -> SamplerName {
+        SamplerName { sampler: self.sampler, schedule: self.schedule }
+    }
 }
 
 /// Properties of a loaded model.
@@ -144,6 +154,7 @@ impl ModelInfo {
         if !spec.guidance_scale.is_finite() {
             return refuse("guidance_scale", "must be a finite number".into());
         }
+        spec.sampler.check(spec.schedule)?;
         let (_, named) = spec.text()?;
         for (field, loras) in [("loras", &spec.loras), ("prompt", &named)] {
             for (name, scale) in loras {

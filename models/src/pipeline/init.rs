@@ -10,9 +10,8 @@ use candle_core::{Device, Tensor};
 use super::spec::{Img2Img, Spec};
 use crate::error::Result;
 use crate::networks::Encoder;
-use crate::noise::Noise;
 use crate::picture::Size;
-use crate::sampler::Sampler;
+use crate::sampling::{Noise, SamplerState};
 
 /// The first latents of an image, and what inpainting needs at each step.
 pub(crate) struct InitialLatents {
@@ -36,7 +35,7 @@ pub(crate) struct InpaintBlend {
 impl InpaintBlend {
     /// Latents (1, C, h, w): the sampler's in the inpainted area, elsewhere the input image's at
     /// the sampler's noise level.
-    pub(crate) fn apply(&self, latents: &Tensor, sampler: &Sampler) -> Result<Tensor> {
+    pub(crate) fn apply(&self, latents: &Tensor, sampler: &SamplerState) -> Result<Tensor> {
         self.beside(&sampler.noised(&self.picture, &self.noise)?, latents)
     }
 
@@ -65,7 +64,7 @@ impl LatentInit<'_> {
     pub(crate) fn begin(
         &self,
         spec: &Spec,
-        sampler: &Sampler,
+        sampler: &SamplerState,
         noise: &mut Noise,
     ) -> Result<InitialLatents> {
         let input = spec.img2img.as_deref();

@@ -15,7 +15,7 @@ use crate::networks::{
     UNetConfig, VaeConfig,
 };
 use crate::picture::Size;
-use crate::schedule::SchedulerConfig;
+use crate::sampling::{SamplerName, SchedulerConfig};
 use crate::text::{ClipTokenizer, Embeddings};
 
 /// A model in memory.
@@ -72,12 +72,8 @@ impl LoadedModel {
         let size = Size::new(side, side).ok_or_else(|| {
             Error::config("unet/config.json", format!("sample_size: {side} pixels a side"))
         })?;
-        let defaults = Defaults {
-            size,
-            steps: 50,
-            guidance_scale: 7.5,
-            scheduler: scheduler.default_scheduler()?,
-        };
+        let SamplerName { sampler, schedule } = scheduler.default_sampler()?;
+        let defaults = Defaults { size, steps: 50, guidance_scale: 7.5, sampler, schedule };
         let info = ModelInfo {
             name: name(source),
             device: match device.location() {

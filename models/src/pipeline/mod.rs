@@ -29,17 +29,15 @@ pub use self::options::{AddOns, LoadOptions, SafetyMode};
 use self::preview::Preview;
 use self::prompts::PromptCache;
 pub use self::prompts::encode_chunks;
-pub use self::spec::{Hires, Img2Img, MAX_STEPS, PromptSyntax, Scheduler, Spec, Upscaler};
+pub use self::spec::{Hires, Img2Img, MAX_STEPS, PromptSyntax, Spec, Upscaler};
 use self::trajectory::StepResult;
 pub use self::trajectory::Trajectory;
-use crate::denoiser::{combine, guide};
 use crate::error::{Error, Result};
 use crate::layers::LoraStack;
 use crate::networks::Conditioning;
-use crate::noise::Noise;
-use crate::ops::{device_kernels, device_name, device_work, free_device_bytes};
+use crate::ops::{combine, device_kernels, device_name, device_work, free_device_bytes};
 use crate::picture::Rgb;
-use crate::sampler::Sampler;
+use crate::sampling::{Noise, SamplerState, guide};
 
 /// A loaded model.
 pub struct Pipeline {
@@ -110,7 +108,7 @@ impl Pipeline {
     pub fn begin(&self, spec: &Spec) -> Result<Trajectory> {
         self.check(spec)?;
         let skipped = spec.skipped_steps();
-        let sampler = Sampler::after(skipped, spec.scheduler, &self.model.scheduler, spec.steps)?;
+        let sampler = self.sampler(spec, spec.steps, skipped)?;
         let (prompt, named) = spec.text()?;
         let loras = self.lora_stack(&spec.loras, &named)?;
         let mut warnings = Vec::new();
@@ -171,13 +169,18 @@ impl Pipeline {
             return Err(Error::Spec { field: "hires_width", reason });
         }
         let (skipped, steps) = (hires.skipped_steps(), hires.steps);
-        let sampler = Sampler::after(skipped, spec.scheduler, &self.model.scheduler, steps)?;
+        let sampler = self.sampler(spec, steps, skipped)?;
         let time_embeddings = self.time_embeddings(&sampler, loras)?;
         Ok(HiresPass::new(hires, sampler, time_embeddings, spec.seed))
     }
 
+    /// The sampler of a run of `steps` steps of which the first `skipped` are left out.
+    fn sampler(&self, spec: &Spec, steps: usize, skipped: usize) -> Result<SamplerState> {
+        SamplerState::new(spec.sampler, spec.schedule, &self.model.scheduler, steps, skipped)
+    }
+
     /// The time embeddings of a sampler's timesteps (evaluations, time_width).
-    fn time_embeddings(&self, sampler: &Sampler, loras: &LoraStack) -> Result<Tensor> {
+    fn time_embeddings(&self, sampler: &SamplerState, loras: &LoraStack) -> Result<Tensor> {
         let timesteps: Vec<_> = sampler.timesteps().collect();
         self.model.unet.time_embeddings(&timesteps, &vec![loras.clone(); timesteps.len()])
     }

@@ -6,8 +6,8 @@ use candle_core::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::networks::Decoder;
-use crate::noise::Noise;
 use crate::picture::Rgb;
+use crate::sampling::Noise;
 
 /// Side of the latents that the map is fitted on: 1024 equations for some 50 unknowns.
 const SIDE: usize = 32;
@@ -158,8 +158,9 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 mod tests {
     use super::*;
     use crate::picture::Size;
-    use crate::pipeline::spec::{Scheduler, Spec};
+    use crate::pipeline::spec::Spec;
     use crate::pipeline::tests::demo;
+    use crate::sampling::SamplerName;
 
     /// The correlation of a preview with a picture whose squares of pixels are averaged.
     fn likeness(preview: &Rgb, picture: &Rgb) -> f64 {
@@ -187,7 +188,7 @@ mod tests {
         let pipeline = demo();
         let mut ends = Vec::new();
         let prompts = ["a red house by the sea at night", "a green tree in the snow"];
-        for (k, scheduler) in Scheduler::all().enumerate() {
+        for (k, name) in SamplerName::all().enumerate() {
             let spec = Spec {
                 prompt: prompts[k % 2].into(),
                 prompt_syntax: crate::PromptSyntax::Plain,
@@ -197,7 +198,8 @@ mod tests {
                 steps: 12,
                 guidance_scale: 5.0,
                 seed: k as u64,
-                scheduler,
+                sampler: name.sampler,
+                schedule: name.schedule,
                 img2img: None,
                 hires: None,
             };
@@ -214,11 +216,11 @@ mod tests {
             }
             let picture = pipeline.decode(&trajectory).expect("a picture");
             let interrupted = half_made.map_or(0.0, |half| likeness(&half, &picture));
-            assert!(interrupted > 0.75, "{scheduler}: {interrupted:.2}");
+            assert!(interrupted > 0.75, "{name}: {interrupted:.2}");
             let likeness: Vec<f64> = previews.iter().map(|p| likeness(p, &picture)).collect();
             let (noise, half) = (likeness[0], likeness[likeness.len() / 2]);
-            println!("{scheduler}: {likeness:.2?}");
-            assert!(half > 0.75 && half > noise + 0.4, "{scheduler}: {noise:.2} to {half:.2}");
+            println!("{name}: {likeness:.2?}");
+            assert!(half > 0.75 && half > noise + 0.4, "{name}: {noise:.2} to {half:.2}");
             ends.push(likeness[likeness.len() - 1]);
         }
         let mean = ends.iter().sum::<f64>() / ends.len() as f64;

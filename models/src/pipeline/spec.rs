@@ -3,12 +3,12 @@
 //! by [`crate::Pipeline::check`].
 
 use std::borrow::Cow;
-use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::picture::{Rgb, Size};
+use crate::sampling::{Sampler, SamplerName, SigmaSchedule};
 use crate::text::{Loras, without_loras};
 
 /// Maximum number of sampler steps: those of the training schedule.
@@ -34,7 +34,9 @@ pub struct Spec {
     /// Seed of the torch CPU generator that draws the noise.
     pub seed: u64,
     /// The sampler.
-    pub scheduler: Scheduler,
+    pub sampler: Sampler,
+    /// Sigma schedule of the sampler.
+    pub schedule: SigmaSchedule,
     /// Input image of image-to-image and inpainting; none for text-to-image.
     pub img2img: Option<Arc<Img2Img>>,
     /// Hires pass; most images have none.
@@ -45,6 +47,11 @@ impl Spec {
     /// Batch rows of one UNet call: two with guidance (unconditional, conditional), else one.
     pub fn rows(&self) -> usize {
         if self.guidance_scale > 1.0 { 2 } else { 1 }
+    }
+
+    /// Sampler and schedule under one name.
+    pub fn sampler_name(&self) -> SamplerName {
+        SamplerName { sampler: self.sampler, schedule: self.schedule }
     }
 
     /// The prompt without its `<lora:...>` tags, and the LoRAs of these.
@@ -200,108 +207,14 @@ pub struct Img2Img {
     pub mask: Option<Vec<u8>>,
 }
 
-/// The samplers, under the names that requests use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Scheduler {
-    /// Pseudo numerical methods (PLMS), the default of Stable Diffusion v1.4.
-    Pndm,
-    /// Denoising diffusion implicit models.
-    Ddim,
-    /// Denoising diffusion probabilistic models.
-    Ddpm,
-    /// Euler's method.
-    Euler,
-    /// Euler's method with ancestral noise.
-    EulerAncestral,
-    /// Heun's method, two evaluations a step.
-    Heun,
-    /// DPM-Solver++ of second order, multistep.
-    Dpmpp2m,
-    /// The same on Karras' sigmas.
-    Dpmpp2mKarras,
-    /// Unified predictor-corrector.
-    UniPc,
-    /// Latent consistency models.
-    Lcm,
-}
-
-/// One row a sampler: the name in requests, AUTOMATIC1111's name, diffusers' class.
-const NAMES: [(Scheduler, &str, &str, &str); 10] = [
-    (Scheduler::Pndm, "pndm", "PLMS", "PNDMScheduler"),
-    (Scheduler::Ddim, "ddim", "DDIM", "DDIMScheduler"),
-    (Scheduler::Ddpm, "ddpm", "DDPM", "DDPMScheduler"),
-    (Scheduler::Euler, "euler", "Euler", "EulerDiscreteScheduler"),
-    (Scheduler::EulerAncestral, "euler_a", "Euler a", "EulerAncestralDiscreteScheduler"),
-    (Scheduler::Heun, "heun", "Heun", "HeunDiscreteScheduler"),
-    (Scheduler::Dpmpp2m, "dpmpp_2m", "DPM++ 2M", "DPMSolverMultistepScheduler"),
-    (Scheduler::Dpmpp2mKarras, "dpmpp_2m_karras", "DPM++ 2M Karras", ""),
-    (Scheduler::UniPc, "unipc", "UniPC", "UniPCMultistepScheduler"),
-    (Scheduler::Lcm, "lcm", "LCM", "LCMScheduler"),
-];
-
-impl Scheduler {
-    /// Every sampler, in the order of the documentation.
-    pub fn all() -> impl Iterator<Item = Self> {
-        NAMES.iter().map(|row| row.0)
-    }
-
-    fn row(self) -> &'static (Self, &'static str, &'static str, &'static str) {
-        NAMES.iter().find(|row| row.0 == self).expect("every variant has a row; a test walks them")
-    }
-
-    /// The name in requests: `euler_a`.
-    pub fn name(self) -> &'static str {
-        self.row().1
-    }
-
-    /// The name that AUTOMATIC1111's infotext uses: `Euler a`.
-    pub fn title(self) -> &'static str {
-        self.row().2
-    }
-}
-
-impl fmt::Display for Scheduler {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Scheduler {
-    type Err = String;
-
-    /// Any of a sampler's three names, in any case.
-    fn from_str(name: &str) -> std::result::Result<Self, String> {
-        NAMES
-            .iter()
-            .find(|(_, short, title, class)| {
-                [short, title, class].iter().any(|n| !n.is_empty() && n.eq_ignore_ascii_case(name))
-            })
-            .map(|row| row.0)
-            .ok_or_else(|| {
-                let known: Vec<_> = NAMES.iter().map(|row| row.1).collect();
-                format!("unknown scheduler {name:?}; known are {}", known.join(", "))
-            })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn every_name_of_a_sampler_finds_it() {
-        for (scheduler, short, title, class) in NAMES {
-            assert_eq!(short.parse(), Ok(scheduler));
-            assert_eq!(title.to_uppercase().parse(), Ok(scheduler));
-            if !class.is_empty() {
-                assert_eq!(class.parse(), Ok(scheduler));
-            }
-            assert_eq!(scheduler.name(), short);
-        }
+    fn every_title_of_an_upscaler_finds_it() {
         for upscaler in Upscaler::all() {
             assert_eq!(upscaler.title().to_lowercase().parse(), Ok(upscaler));
         }
-        assert!("dpm_fast".parse::<Scheduler>().unwrap_err().contains("euler_a"));
-        assert!("".parse::<Scheduler>().is_err());
     }
 }

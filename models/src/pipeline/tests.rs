@@ -41,7 +41,8 @@ fn spec(loras: Loras) -> Spec {
         steps: 1,
         guidance_scale: 7.5,
         seed: 0,
-        scheduler: "ddim".parse().expect("a sampler"),
+        sampler: crate::Sampler::Ddim,
+        schedule: crate::SigmaSchedule::Model,
         img2img: None,
         hires: None,
     }

@@ -9,9 +9,8 @@ use super::init::InpaintBlend;
 use crate::error::Result;
 use crate::layers::LoraStack;
 use crate::networks::Conditioning;
-use crate::noise::Noise;
 use crate::picture::Size;
-use crate::sampler::Sampler;
+use crate::sampling::{Noise, SamplerState};
 
 /// One image in progress.
 pub struct Trajectory {
@@ -26,7 +25,7 @@ pub struct Trajectory {
     pub(super) blend: Option<InpaintBlend>,
     /// Mask and masked image (1, 1 + C, h, w), concatenated to the latents of an inpainting UNet.
     pub(super) mask_condition: Option<Tensor>,
-    pub(super) sampler: Sampler,
+    pub(super) sampler: SamplerState,
     /// Time embeddings of the sampler's timesteps (evaluations, time_width).
     pub(super) time_embeddings: Tensor,
     pub(super) noise: Noise,
@@ -43,7 +42,7 @@ pub struct Trajectory {
 pub(super) struct StepResult {
     pub(super) latents: Tensor,
     pub(super) last_call: (Tensor, Tensor),
-    pub(super) sampler: Sampler,
+    pub(super) sampler: SamplerState,
     pub(super) noise: Noise,
     /// Whether the hires pass begins.
     pub(super) begins_hires: bool,
@@ -95,7 +94,7 @@ impl Trajectory {
     pub(super) fn predicted_x0(&self) -> Result<Tensor> {
         match &self.last_call {
             Some((x, output)) if !self.done() => {
-                let x0 = self.sampler.denoised(x, output)?;
+                let x0 = self.sampler.predicted_x0(x, output)?;
                 self.blend.as_ref().map_or(Ok(x0.clone()), |blend| blend.without_noise(&x0))
             }
             _ => Ok(self.latents.clone()),

@@ -1,6 +1,6 @@
 //! HiresPass passes against torch's `interpolate` and diffusers' img2img of the latents that it gives.
 
-use sd_models::{Error, Hires, Img2Img, Pipeline, Size, Spec, Trajectory, Upscaler};
+use sd_models::{Error, Hires, Img2Img, Pipeline, SamplerName, Size, Spec, Trajectory, Upscaler};
 
 use crate::img2img::{inpainting_model, load, spec};
 use crate::{fixture, path, relative_error};
@@ -62,11 +62,12 @@ fn pictures_go_on_as_those_of_diffusers() {
     let (model, expected) = (load(path("v1")), fixture("hires.safetensors"));
     let mut cases: Vec<_> = expected.keys().filter_map(|name| name.strip_prefix("run.")).collect();
     cases.sort_unstable();
-    assert_eq!(cases.len(), 10, "every sampler");
+    assert_eq!(cases.len(), SamplerName::all().count());
     let spec = |case: &&str| {
         let (scheduler, upscaler) = case.split_once('.').unwrap();
         let hires = Some(hires(upscaler.parse().unwrap()));
-        Spec { scheduler: scheduler.parse().unwrap(), steps: 6, hires, ..spec(None) }
+        let SamplerName { sampler, schedule } = scheduler.parse().unwrap();
+        Spec { sampler, schedule, steps: 6, hires, ..spec(None) }
     };
     let specs: Vec<Spec> = cases.iter().map(spec).collect();
     let drawn = finish(&model, specs.iter().map(|spec| model.begin(spec).unwrap()).collect());

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use sd_models::{
     AddOns, DeviceName, Error, Img2Img, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb,
-    SafetyMode, Size, Source, Spec, Trajectory,
+    SafetyMode, Sampler, SamplerName, SigmaSchedule, Size, Source, Spec, Trajectory,
 };
 
 use crate::{fixture, path, relative_error};
@@ -65,7 +65,8 @@ pub(crate) fn spec(start: Option<Img2Img>) -> Spec {
         steps: 10,
         guidance_scale: 3.0,
         seed: 11,
-        scheduler: "ddim".parse().unwrap(),
+        sampler: Sampler::Ddim,
+        schedule: SigmaSchedule::Model,
         img2img: start.map(Arc::new),
         hires: None,
     }
@@ -92,7 +93,8 @@ fn check(kind: &str, model: &Pipeline) {
             let parts: Vec<_> = case.splitn(3, '.').collect();
             let strength = parts[2].parse().unwrap();
             let start = Img2Img { picture: picture(), strength, mask: mask() };
-            Spec { scheduler: parts[1].parse().unwrap(), ..spec(Some(start)) }
+            let SamplerName { sampler, schedule } = parts[1].parse().unwrap();
+            Spec { sampler, schedule, ..spec(Some(start)) }
         })
         .collect();
     let begun = specs.iter().map(|spec| model.begin(spec).unwrap()).collect();

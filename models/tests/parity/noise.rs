@@ -1,6 +1,6 @@
 //! Noise against `torch.randn`: equal to a few units in the last place.
 
-use sd_models::noise::Noise;
+use sd_models::sampling::Noise;
 
 use crate::{fixture, floats};
 

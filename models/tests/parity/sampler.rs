@@ -3,10 +3,8 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
-use sd_models::noise::Noise;
-use sd_models::sampler::Sampler;
-use sd_models::schedule::SchedulerConfig;
-use sd_models::{Error, Scheduler};
+use sd_models::sampling::{Noise, SamplerState, SchedulerConfig};
+use sd_models::{Error, Result, Sampler, SamplerName, SigmaSchedule};
 use serde_json::{Value, json};
 
 use crate::{fixture, floats, read, relative_error};
@@ -33,6 +31,12 @@ fn fixtures() -> Fixtures {
     serde_json::from_slice(&read("samplers.json")).unwrap()
 }
 
+/// A run of all its steps, of a sampler by its name.
+fn begin(name: &str, config: &SchedulerConfig, steps: usize) -> Result<SamplerState> {
+    let SamplerName { sampler, schedule } = name.parse().unwrap();
+    SamplerState::new(sampler, schedule, config, steps, 0)
+}
+
 /// What the fixtures' program evaluates in place of a UNet.
 fn fake_unet(x: &Tensor, timestep: f64) -> Tensor {
     x.affine(0.5, (timestep as f32 / 1000.0).into()).unwrap().tanh().unwrap()
@@ -44,8 +48,7 @@ fn trajectories_are_diffusers() {
     let mut failures = Vec::new();
     let mut worst: BTreeMap<&str, (f32, &str)> = BTreeMap::new();
     for case in &all.cases {
-        let scheduler: Scheduler = case.scheduler.parse().unwrap();
-        let mut sampler = Sampler::new(scheduler, &all.configs[&case.config], case.steps).unwrap();
+        let mut sampler = begin(&case.scheduler, &all.configs[&case.config], case.steps).unwrap();
         let times = floats(&expected[&format!("{}.timesteps", case.case)]);
         let seen = &expected[&format!("{}.latents", case.case)];
         assert_eq!(sampler.evaluations(), times.len(), "{}", case.case);
@@ -82,8 +85,8 @@ fn timesteps_of_any_number_of_steps_are_diffusers() {
     for (name, times) in fixture("samplers.safetensors") {
         let Some(rest) = name.strip_prefix("timesteps.") else { continue };
         let parts: Vec<_> = rest.split('.').collect();
-        let (scheduler, steps) = (parts[1].parse().unwrap(), parts[2].parse().unwrap());
-        let mut sampler = Sampler::new(scheduler, &configs[parts[0]], steps).unwrap();
+        let steps = parts[2].parse().unwrap();
+        let mut sampler = begin(parts[1], &configs[parts[0]], steps).unwrap();
         let mut x = Tensor::zeros((1, 4, 1, 1), candle_core::DType::F32, &Device::Cpu).unwrap();
         let mut asked = Vec::new();
         while let Some(evaluation) = sampler.next() {
@@ -125,7 +128,7 @@ fn what_is_not_supported_is_refused_by_name() {
         ("lcm", json!({"some_new_key": 1})),
     ];
     for (scheduler, changes) in refused {
-        let error = Sampler::new(scheduler.parse().unwrap(), &config(&changes), 4).unwrap_err();
+        let error = begin(scheduler, &config(&changes), 4).unwrap_err();
         let key = changes.as_object().unwrap().keys().next().unwrap();
         let key = if key == "trained_betas" { "num_train_timesteps" } else { key };
         let text = error.to_string();
@@ -134,28 +137,32 @@ fn what_is_not_supported_is_refused_by_name() {
     }
     // A class does not read what only others have.
     let changes = json!({"thresholding": true, "solver_order": 3, "use_karras_sigmas": true});
-    Sampler::new(Scheduler::EulerAncestral, &config(&changes), 4).unwrap();
+    begin("euler_a", &config(&changes), 4).unwrap();
 }
 
 #[test]
 fn steps_out_of_range_are_refused() {
     let leading = json!({"steps_offset": 1, "timestep_spacing": "leading"});
     for (scheduler, steps) in [("ddim", 0), ("euler", 1001), ("pndm", 1000), ("unipc", 1000)] {
-        let error = Sampler::new(scheduler.parse().unwrap(), &config(&leading), steps).unwrap_err();
+        let error = begin(scheduler, &config(&leading), steps).unwrap_err();
         assert!(matches!(error, Error::Spec { field: "steps", .. }), "{scheduler}: {error}");
     }
-    let error = Sampler::new(Scheduler::Lcm, &config(&leading), 51).unwrap_err();
+    let error = begin("lcm", &config(&leading), 51).unwrap_err();
     assert!(error.to_string().contains("1 to 50"), "{error}");
 }
 
 #[test]
 fn the_class_in_the_file_names_the_sampler() {
-    let named = |text: &str| SchedulerConfig::from_json(text).unwrap().default_scheduler();
-    assert_eq!(named(r#"{"_class_name": "PNDMScheduler"}"#).unwrap(), Scheduler::Pndm);
+    let on = |sampler, schedule| SamplerName { sampler, schedule };
+    let named = |text: &str| SchedulerConfig::from_json(text).unwrap().default_sampler();
+    assert_eq!(
+        named(r#"{"_class_name": "PNDMScheduler"}"#).unwrap(),
+        on(Sampler::Pndm, SigmaSchedule::Model)
+    );
     let dpm = r#"{"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -Infinity"#;
-    assert_eq!(named(&format!("{dpm}}}")).unwrap(), Scheduler::Dpmpp2m);
+    assert_eq!(named(&format!("{dpm}}}")).unwrap(), on(Sampler::Dpmpp2m, SigmaSchedule::Model));
     let karras = format!(r#"{dpm}, "use_karras_sigmas": true}}"#);
-    assert_eq!(named(&karras).unwrap(), Scheduler::Dpmpp2mKarras);
+    assert_eq!(named(&karras).unwrap(), on(Sampler::Dpmpp2m, SigmaSchedule::Karras));
     assert!(named("{}").unwrap_err().to_string().contains("_class_name"));
     assert!(named(r#"{"_class_name": "EDMScheduler"}"#).unwrap_err().to_string().contains("EDM"));
     assert!(SchedulerConfig::from_json(r#"{"beta_start": "x"}"#).is_err());

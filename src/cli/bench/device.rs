@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use sd_models::{
-    DeviceName, Error, LoadOptions, Pipeline, Precision, Rgb, Scheduler, Size, Spec, Trajectory,
-    Work,
+    DeviceName, Error, LoadOptions, Pipeline, Precision, Rgb, Sampler, SigmaSchedule, Size, Spec,
+    Trajectory, Work,
 };
 use serde::Serialize;
 
@@ -181,7 +181,8 @@ impl DeviceBench {
             steps,
             guidance_scale: if rows == 1 { 1.0 } else { 7.5 },
             seed,
-            scheduler: Scheduler::Dpmpp2m,
+            sampler: Sampler::Dpmpp2m,
+            schedule: SigmaSchedule::Model,
             img2img: None,
             hires: None,
         }

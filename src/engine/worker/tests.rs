@@ -8,7 +8,8 @@ use std::sync::mpsc::{self, Receiver, Sender};
 
 use futures_util::FutureExt as _;
 use sd_models::{
-    AddOns, Defaults, Embeddings, Hires, MemoryEstimate, PromptSyntax, Rgb, Scheduler, Upscaler,
+    AddOns, Defaults, Embeddings, Hires, MemoryEstimate, PromptSyntax, Rgb, Sampler, SigmaSchedule,
+    Upscaler,
 };
 use tokio::time::{Instant as Clock, advance};
 
@@ -135,7 +136,8 @@ impl TestWorker {
             size: square(64),
             steps: 4,
             guidance_scale: 7.5,
-            scheduler: Scheduler::Euler,
+            sampler: Sampler::Euler,
+            schedule: SigmaSchedule::Model,
         };
         let info = ModelInfo {
             name: "diarist".into(),
@@ -210,7 +212,8 @@ fn spec(seed: u64, steps: usize) -> Spec {
         steps,
         guidance_scale: 7.5,
         seed,
-        scheduler: Scheduler::Euler,
+        sampler: Sampler::Euler,
+        schedule: SigmaSchedule::Model,
         img2img: None,
         hires: None,
     }

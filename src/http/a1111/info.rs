@@ -38,7 +38,7 @@ pub(crate) fn info(asked: &Drawing, pictures: &[GeneratedImage], notes: Vec<Stri
         "subseed_strength": 0,
         "width": first.size.width(),
         "height": first.size.height(),
-        "sampler_name": first.scheduler.title(),
+        "sampler_name": first.sampler_name().title(),
         "cfg_scale": first.guidance_scale,
         "steps": first.steps,
         "batch_size": specs.len(),

@@ -5,16 +5,12 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use sd_models::{ModelInfo, Scheduler, Upscaler};
+use sd_models::{ModelInfo, SamplerName, SigmaSchedule, Upscaler};
 use serde_json::{Map, Value, json};
 
 use crate::engine::JobError;
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
-
-/// What AUTOMATIC1111 calls a schedule: its name and its label.
-const SCHEDULES: [(&str, &str); 3] =
-    [("automatic", "Automatic"), ("uniform", "Uniform"), ("karras", "Karras")];
 
 /// The model that is asked what there is beside it; none where none is chosen, and none is loaded
 /// for that.
@@ -29,22 +25,20 @@ fn current_model(state: &AppState) -> Result<Option<Arc<ModelInfo>>, ApiError> {
 
 /// `GET /sdapi/v1/samplers`.
 pub(crate) async fn samplers() -> Json<Value> {
-    let sampler = |scheduler: Scheduler| {
-        let (title, name) = (scheduler.title(), scheduler.name());
-        json!({ "name": title, "aliases": [name], "options": {} })
-    };
-    Json(Scheduler::all().map(sampler).collect())
+    let sampler = |name: SamplerName| json!({ "name": name.title(), "aliases": [name.to_string()], "options": {} });
+    Json(SamplerName::all().map(sampler).collect())
 }
 
 /// `GET /sdapi/v1/schedulers`.
 pub(crate) async fn schedulers() -> Json<Value> {
-    let schedule = |(name, label): (&str, &str)| {
+    let schedule = |(name, label)| {
         json!({
             "name": name, "label": label, "aliases": null, "default_rho": -1.0,
             "need_inner_model": false,
         })
     };
-    Json(SCHEDULES.into_iter().map(schedule).collect())
+    let own = SigmaSchedule::all().map(|schedule| (schedule.a1111_name(), schedule.title()));
+    Json(std::iter::once(("automatic", "Automatic")).chain(own).map(schedule).collect())
 }
 
 /// `GET /sdapi/v1/sd-models`.

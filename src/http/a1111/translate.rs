@@ -2,7 +2,7 @@
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use sd_models::Scheduler;
+use sd_models::{SamplerName, SigmaSchedule};
 use serde_json::{Map, Value, json};
 
 use crate::http::error::ApiError;
@@ -55,10 +55,6 @@ const MIN_STRENGTH: f64 = 1e-3;
 
 /// A side beyond this is no size.
 const MAX_SIDE: u64 = 65_536;
-
-/// Samplers that AUTOMATIC1111 runs on Karras' sigmas unless told otherwise, on those, and on the
-/// model's own.
-const KARRAS: [(Scheduler, Scheduler); 1] = [(Scheduler::Dpmpp2m, Scheduler::Dpmpp2mKarras)];
 
 /// A JSON object.
 pub(crate) type Object = Map<String, Value>;
@@ -118,7 +114,7 @@ pub(crate) fn translate(
     let batch = theirs.whole(&["batch_size"], most.clone())?.unwrap_or(1);
     ours.add("n", "batch_size x n_iter", batch * theirs.whole(&["n_iter"], most)?.unwrap_or(1));
     if let Some(scheduler) = scheduler(&mut theirs)? {
-        ours.add("scheduler", "sampler_name", scheduler.name());
+        ours.add("scheduler", "sampler_name", scheduler.to_string());
     }
     Ok(ours)
 }
@@ -261,24 +257,28 @@ pub(crate) fn is_noop(value: &Value) -> bool {
     }
 }
 
-/// A sampler and the schedule that it runs on: one word here, two there, and once one there too.
-fn scheduler(theirs: &mut Fields) -> Result<Option<Scheduler>, ValidationError> {
+/// The sampler and its schedule. AUTOMATIC1111 has two fields for them, and in older versions one.
+fn scheduler(theirs: &mut Fields) -> Result<Option<SamplerName>, ValidationError> {
     let name = theirs.text(&["sampler_name"], 64)?.filter(|name| !name.is_empty());
     let older = theirs.text(&["sampler_index"], 64)?.filter(|name| !name.is_empty());
     let schedule = theirs.text(&["scheduler"], 64)?.unwrap_or_default().to_lowercase();
     let schedule = if schedule.is_empty() { "automatic" } else { schedule.as_str() };
     let Some(name) = name.or(older) else { return Ok(None) };
-    let sampler: Scheduler = name
+    let SamplerName { sampler, schedule: named } = name
         .parse()
         .map_err(|reason| ValidationError::range("sampler_name", format!("is an {reason}")))?;
-    let karras = KARRAS.iter().find(|(plain, _)| *plain == sampler).map(|(_, karras)| *karras);
-    let is_karras = KARRAS.iter().any(|(_, karras)| *karras == sampler);
-    match schedule {
-        "automatic" => Ok(Some(karras.unwrap_or(sampler))),
-        "karras" if karras.is_some() || is_karras => Ok(Some(karras.unwrap_or(sampler))),
-        "uniform" | "normal" if !is_karras => Ok(Some(sampler)),
-        other => {
-            let reason = format!("{other:?} is not available for the sampler {name}");
+    let asked = match (schedule, named) {
+        ("automatic", SigmaSchedule::Model) => Some(sampler.automatic_schedule()),
+        ("automatic", named) => Some(named),
+        ("normal", _) => Some(SigmaSchedule::Model),
+        (other, _) => SigmaSchedule::all().find(|schedule| schedule.a1111_name() == other),
+    };
+    // A label that names its schedule allows no other.
+    let agrees = |asked| named == SigmaSchedule::Model || named == asked;
+    match asked.filter(|asked| agrees(*asked) && sampler.check(*asked).is_ok()) {
+        Some(schedule) => Ok(Some(SamplerName { sampler, schedule })),
+        None => {
+            let reason = format!("{schedule:?} is not available for the sampler {name}");
             Err(ValidationError::range("scheduler", reason))
         }
     }

@@ -2,7 +2,7 @@
 
 use axum::Json;
 use axum::extract::State;
-use sd_models::Scheduler;
+use sd_models::SamplerName;
 use serde_json::{Value, json};
 
 use crate::engine::EngineState;
@@ -29,12 +29,12 @@ pub(crate) async fn info(State(state): State<AppState>) -> Json<Value> {
                 "height": defaults.size.height(),
                 "num_inference_steps": defaults.steps,
                 "guidance_scale": defaults.guidance_scale,
-                "scheduler": defaults.scheduler.name(),
+                "scheduler": defaults.sampler_name().to_string(),
             },
         })
     });
-    let schedulers = Scheduler::all()
-        .map(|scheduler| json!({ "name": scheduler.name(), "title": scheduler.title() }));
+    let schedulers =
+        SamplerName::all().map(|name| json!({ "name": name.to_string(), "title": name.title() }));
     let settings = &state.settings;
     let limits = &settings.limits;
     Json(json!({

@@ -4,7 +4,9 @@
 
 use axum::Json;
 use axum::extract::State;
-use sd_models::{AddOns, Defaults, Embeddings, MemoryEstimate, ModelInfo, Scheduler, Size};
+use sd_models::{
+    AddOns, Defaults, Embeddings, MemoryEstimate, ModelInfo, Sampler, SigmaSchedule, Size,
+};
 use serde_json::{Map, Value, json};
 
 use crate::engine::JobError;
@@ -121,7 +123,8 @@ fn any() -> ModelInfo {
             size: Size::SMALLEST,
             steps: 1,
             guidance_scale: 1.0,
-            scheduler: Scheduler::Pndm,
+            sampler: Sampler::Pndm,
+            schedule: SigmaSchedule::Model,
         },
         multiple: 8,
         checked: false,

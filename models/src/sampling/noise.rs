@@ -1,5 +1,5 @@
 //! Gaussian noise, number for number as `torch.Generator("cpu")` draws it. The only file that
-//! draws random numbers; it knows nothing of pictures or tensors.
+//! draws random numbers, and not one of tensors: it returns plain values.
 //!
 //! Sources, all in ATen: `core/MT19937RNGEngine.h` (the generator),
 //! `native/cpu/DistributionTemplates.h` `normal_fill` (16 values and more) and
@@ -9,23 +9,23 @@ use std::f64::consts::TAU;
 
 /// Words of the state (Matsumoto and Nishimura 1998, table II).
 const N: usize = 624;
-/// Distance of the word that is mixed in.
+/// Offset of the word that is combined with each word of the state.
 const M: usize = 397;
-/// Draws below this size take the serial path; from it on, blocks of this size.
+/// Draws of fewer values take the serial path; others are made in blocks of this size.
 const BLOCK: usize = 16;
 
-/// The stream of one picture: `torch.Generator("cpu").manual_seed(seed)`.
+/// The stream of one image: `torch.Generator("cpu").manual_seed(seed)`.
 #[derive(Debug, Clone)]
 pub struct Noise {
     state: [u32; N],
-    /// The next word to read; `N` when the state must be renewed first.
+    /// Index of the next word; `N` when the state must be renewed first.
     next: usize,
-    /// The second value of the last serial pair; larger draws leave it where it is.
+    /// The second value of the last serial pair; draws in blocks do not touch it.
     spare: Option<f64>,
 }
 
 impl Noise {
-    /// The stream of a seed. The engine has 32 bits: torch takes the lower half, and so do we.
+    /// The stream of a seed. The engine is seeded with its lower 32 bits, as in torch.
     pub fn new(seed: u64) -> Self {
         let mut state = [0; N];
         state[0] = (seed & 0xffff_ffff) as u32;
@@ -44,7 +44,7 @@ impl Noise {
         let mut values: Vec<f32> = (0..n).map(|_| self.uniform()).collect();
         values.chunks_exact_mut(BLOCK).for_each(box_muller);
         if !n.is_multiple_of(BLOCK) {
-            // The last block is drawn anew and overlaps the one before.
+            // The last block is drawn again and overlaps the one before.
             let last = &mut values[n - BLOCK..];
             last.iter_mut().for_each(|value| *value = self.uniform());
             box_muller(last);

@@ -1,0 +1,42 @@
+//! Luo et al. 2023, "Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step
+//! Inference".
+
+use candle_core::Tensor;
+
+use super::denoiser::linear_combination;
+use super::noise::Noise;
+use super::schedule::Step;
+use super::state::{SamplerState, draw};
+use crate::error::{Error, Result};
+
+/// Algorithm 3: the consistency function, then fresh noise up to the next level.
+pub(super) fn lcm(
+    state: &mut SamplerState,
+    step: Step,
+    x: &Tensor,
+    output: &Tensor,
+    noise: &mut Noise,
+) -> Result<Tensor> {
+    const SIGMA_DATA: f64 = 0.5;
+    let t = step.evaluation.timestep * state.timestep_scaling;
+    let norm = t.hypot(SIGMA_DATA);
+    let (c_skip, c_out) = ((SIGMA_DATA / norm).powi(2), t / norm);
+    let x0 = state.denoiser.predicted_x0(x, output, step.from)?;
+    let denoised = linear_combination(&[(c_out, &x0), (c_skip, x)])?;
+    if state.completed + 1 == state.evaluations() {
+        return Ok(denoised);
+    }
+    linear_combination(&[(step.to.alpha, &denoised), (step.to.sigma, &draw(x, noise)?)])
+}
+
+/// `steps` timesteps, descending, evenly among the `original` timesteps of the distillation
+/// (section 4.3) out of the `train` of the training.
+pub(super) fn timesteps(steps: usize, original: usize, train: usize) -> Result<Vec<f64>> {
+    let original = original.min(train);
+    if steps > original {
+        let reason = format!("must be 1 to {original} with lcm");
+        return Err(Error::Spec { field: "steps", reason });
+    }
+    let index = |i: usize| original - (i as f64 * (original as f64 / steps as f64)) as usize;
+    Ok((0..steps).map(|i| (index(i) * (train / original) - 1) as f64).collect())
+}
