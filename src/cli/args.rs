@@ -1,5 +1,5 @@
-//! What may be typed: the command line and its help, whose words explain consequences. What is
-//! made of it is in the parent module.
+//! The command line: subcommands, options, their environment variables and help texts. Conversion to
+//! configurations is in the parent module.
 
 use std::path::PathBuf;
 
@@ -13,14 +13,14 @@ use crate::telemetry::LogFormat;
 
 use super::package::Layout;
 
-/// A native Stable Diffusion server: SageMaker, curl and the command line on one binary.
+/// Stable Diffusion inference: an HTTP server and a command line in one native binary.
 #[derive(Debug, Parser)]
 #[command(
     name = "sd-server",
     version,
     max_term_width = 100,
-    after_help = "Without a command, sd-server serves: `sd-server --model demo` is `sd-server \
-                  serve --model demo`.\nEvery option can also be set in the environment: \
+    after_help = "The default command is serve: `sd-server --model demo` is `sd-server serve \
+                  --model demo`.\nIts options can also be set by environment variables: \
                   --max-steps is SD_MAX_STEPS."
 )]
 pub(super) struct Args {
@@ -30,15 +30,15 @@ pub(super) struct Args {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// Answer HTTP requests (the default command)
+    /// Serve HTTP requests (the default command)
     Serve(Box<ServeArgs>),
-    /// Draw a prompt into an image file
+    /// Generate images from a prompt into files
     Generate(Box<GenerateArgs>),
-    /// Fetch a model from the hub into the local cache
+    /// Download a model from the Hugging Face hub into the local cache
     Download(Box<DownloadArgs>),
-    /// Put a model's files into a model.tar.gz for SageMaker
+    /// Package a model as model.tar.gz or a directory for SageMaker
     Package(Box<PackageArgs>),
-    /// Put load on a running server and report latency and throughput
+    /// Send load to a running server, or verify and time a device
     Bench(Box<BenchArgs>),
     /// Exit with 0 if a server on this host is ready, for Docker's HEALTHCHECK
     Healthcheck(Box<HealthcheckArgs>),
@@ -58,7 +58,7 @@ pub(super) struct ServeArgs {
     pub(super) limits: LimitArgs,
     #[command(flatten)]
     pub(super) log: LogArgs,
-    /// Write prompts to the log; without this nothing that a user typed appears there
+    /// Log prompts. Without this they never appear in the log
     #[arg(
         long,
         env = "SD_LOG_PROMPTS",
@@ -71,20 +71,20 @@ pub(super) struct ServeArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Model")]
 pub(super) struct ModelArgs {
-    /// `demo` (built in), a directory in the diffusers layout, a single checkpoint file
-    /// (.safetensors, .ckpt), or a hub id such as owner/name.
-    /// When absent: /opt/ml/model if it has files, else CompVis/stable-diffusion-v1-4
+    /// Model: `demo` (built in), a directory in Diffusers format, a single-file checkpoint
+    /// (.safetensors, .ckpt), or a Hugging Face model ID such as owner/name. Default: /opt/ml/model
+    /// if it has files, else CompVis/stable-diffusion-v1-4
     #[arg(long, env = "SD_MODEL")]
     pub(super) model: Option<String>,
-    /// A VAE in place of the model's own: a single file, or a directory that has vae/
+    /// VAE that replaces the model's own: a single file, or a directory that has vae/
     #[arg(long, env = "SD_VAE")]
     pub(super) vae: Option<PathBuf>,
-    /// A folder of LoRAs (.safetensors of kohya's scripts, diffusers or PEFT) that requests can name
-    /// by their files' names. They are read when they are asked for
+    /// Directory of LoRAs (.safetensors in the kohya, diffusers or PEFT format) that requests can
+    /// select by file name. A file is read when it is first requested
     #[arg(long, env = "SD_LORAS_DIR")]
     pub(super) loras_dir: Option<PathBuf>,
-    /// Memory that LoRAs may keep, for each model; beyond it the one used longest ago is read again
-    /// when it is asked for
+    /// Maximum size of the LoRA cache of each model, in bytes. At the limit, the least recently
+    /// used LoRA is evicted, and read again on its next use
     #[arg(
         long,
         env = "SD_MAX_LORA_BYTES",
@@ -92,12 +92,13 @@ pub(super) struct ModelArgs {
         value_parser = at_least::<0>,
     )]
     pub(super) max_lora_bytes: usize,
-    /// A folder of textual inversion embeddings (.safetensors, .pt, .bin of AUTOMATIC1111 or
-    /// diffusers), read with the model: in a prompt a file's name, or the word in it, stands for
-    /// its vectors
+    /// Directory of textual inversion embeddings (.safetensors, .pt, .bin in the AUTOMATIC1111 or
+    /// diffusers format), read with the model. The file name, or the placeholder token in the file,
+    /// can be used in prompts
     #[arg(long, env = "SD_EMBEDDINGS_DIR")]
     pub(super) embeddings_dir: Option<PathBuf>,
-    /// Memory that embeddings may take, for each model; files beyond it are left out, with a warning
+    /// Maximum memory for the embeddings of each model, in bytes. Files beyond it are skipped with
+    /// a warning
     #[arg(
         long,
         env = "SD_MAX_EMBEDDING_BYTES",
@@ -105,21 +106,21 @@ pub(super) struct ModelArgs {
         value_parser = at_least::<0>,
     )]
     pub(super) max_embedding_bytes: usize,
-    /// Branch, tag or commit of a model on the hub
+    /// Branch, tag or commit of a Hugging Face model ID
     #[arg(long, env = "SD_REVISION", default_value = "main")]
     pub(super) revision: String,
-    /// auto, cpu, cuda or cuda:N; auto takes the first GPU if there is one
+    /// Device: auto, cpu, cuda or cuda:N. auto is the first GPU if there is one, else the CPU
     #[arg(long, env = "SD_DEVICE", default_value = "auto", value_parser = parse::<DeviceName>)]
     pub(super) device: DeviceName,
-    /// auto, f16, bf16 or f32; auto is f16 on a GPU, bf16 on a CPU with
+    /// Data type of the weights: auto, f16, bf16 or f32. auto is f16 on a GPU, bf16 on a CPU with
     /// AMX or AVX512-BF16, else f32
     #[arg(long, env = "SD_DTYPE", default_value = "auto", value_parser = parse::<Precision>)]
     pub(super) dtype: Precision,
-    /// What becomes of a picture that the model's safety checker objects to. When absent: blur, if
-    /// the model has a checker. When given, models that have none are refused
+    /// What to do with images that the model's safety checker flags as NSFW. Default: blur, if the
+    /// model has a checker. If set to other than off, models without a checker are rejected
     #[arg(long, env = "SD_SAFETY_CHECKER")]
     pub(super) safety_checker: Option<SafetyChecker>,
-    /// CPU threads for the model; all cores when absent
+    /// Number of CPU threads for the model. Default: all cores
     #[arg(long, env = "SD_THREADS", value_parser = at_least::<1>)]
     pub(super) threads: Option<usize>,
 }
@@ -127,32 +128,33 @@ pub(super) struct ModelArgs {
 /// What becomes of a picture that should not be shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum SafetyChecker {
-    /// Nothing: no checker is loaded
+    /// Load no checker
     Off,
-    /// The client is told, and gets it
+    /// Return the image unchanged, marked as NSFW
     Flag,
-    /// The client is told, and gets it unrecognisable
+    /// Return the image blurred, marked as NSFW
     Blur,
-    /// The request is answered with an error
+    /// Fail the request with an error
     Block,
 }
 
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Several models")]
 pub(super) struct ModelsArgs {
-    /// A folder whose directories and single files are models that requests can name. They are loaded when they are
-    /// asked for; the one that has not been used for longest makes room. The model of --model
-    /// stays; without it none is loaded at the start
+    /// Directory whose directories and single files are models that requests can select by name.
+    /// They are loaded on demand; when the limit is reached, the least recently used model is
+    /// evicted. The model of --model is never evicted; without --model none is loaded on start
     #[arg(long, env = "SD_MODELS_DIR")]
     pub(super) models_dir: Option<PathBuf>,
-    /// Models are loaded and unloaded by SageMaker, through /models
+    /// Multi-model mode: SageMaker loads and unloads models through /models
     #[arg(long, env = "SAGEMAKER_MULTI_MODEL", value_parser = FalseyValueParser::new())]
     pub(super) multi_model: bool,
-    /// Models that may be loaded by name; beyond it one must go first, or SageMaker hears 507
+    /// Maximum number of models loaded by name. At the limit, the least recently used model is
+    /// evicted; SageMaker's `POST /models` gets 507 instead
     #[arg(long, env = "SD_MAX_MODELS", default_value = "8", value_parser = at_least::<1>)]
     pub(super) max_models: usize,
-    /// Memory that the weights of these models may take. When absent: what is free (on a GPU: no
-    /// bound but the device's own)
+    /// Maximum memory for the weights of models loaded by name, in bytes. At the limit, as for
+    /// --max-models. Default: the free memory of the host; on a GPU no limit but the device's own
     #[arg(long, env = "SD_MODELS_MEMORY_BYTES", value_parser = at_least::<1>)]
     pub(super) models_memory_bytes: Option<usize>,
 }
@@ -163,13 +165,13 @@ pub(super) struct NetworkArgs {
     /// Address to listen on
     #[arg(long, env = "SD_HOST", default_value = "0.0.0.0")]
     pub(super) host: String,
-    /// Port to listen on; 0 picks a free one, which the first line of output names.
-    /// When absent: SAGEMAKER_BIND_TO_PORT, else SD_PORT, else 8080
+    /// Port to listen on; 0 picks a free port, which the first line of output names. Default:
+    /// SAGEMAKER_BIND_TO_PORT, else SD_PORT, else 8080
     #[arg(long)]
     pub(super) port: Option<u16>,
-    /// A request that is not answered after this is given up and answered with 504; the header
-    /// x-request-timeout-ms can ask for less. SageMaker hangs up after 60 s; asynchronous
-    /// endpoints may wait up to an hour (3600000)
+    /// Time for a request, in milliseconds; after it the request is cancelled with 504. A client
+    /// can ask for less with the header x-request-timeout-ms. SageMaker closes the connection after
+    /// 60 s; asynchronous endpoints can wait up to an hour (3600000)
     #[arg(
         long,
         env = "SD_REQUEST_TIMEOUT_MS",
@@ -177,8 +179,8 @@ pub(super) struct NetworkArgs {
         value_parser = at_least::<1>,
     )]
     pub(super) request_timeout_ms: usize,
-    /// The same for an answer that is a stream of events, in which something happens all the time.
-    /// SageMaker allows a stream 8 minutes
+    /// Time for a request whose response is a stream of events, in milliseconds; after it the
+    /// request is cancelled with an error event. SageMaker allows 8 minutes
     #[arg(
         long,
         env = "SD_STREAM_TIMEOUT_MS",
@@ -186,14 +188,16 @@ pub(super) struct NetworkArgs {
         value_parser = at_least::<1>,
     )]
     pub(super) stream_timeout_ms: usize,
-    /// After SIGTERM, what is not finished by then is answered with 503. SageMaker kills the
-    /// process 30 s after SIGTERM
+    /// Time to finish accepted requests after SIGTERM, or before a model is unloaded, in
+    /// milliseconds; after it unfinished requests get 503. SageMaker kills the process 30 s after
+    /// SIGTERM
     #[arg(long, env = "SD_DRAIN_TIMEOUT_MS", default_value = "25000", value_parser = at_least::<0>)]
     pub(super) drain_timeout_ms: usize,
-    /// A connection on which the head of a request does not arrive for so long is closed
+    /// Time for the headers of the next request to arrive on a connection, in milliseconds; after
+    /// it the connection is closed
     #[arg(long, env = "SD_IDLE_TIMEOUT_MS", default_value = "75000", value_parser = at_least::<1>)]
     pub(super) idle_timeout_ms: usize,
-    /// Open connections; beyond it new ones wait until one is closed
+    /// Maximum number of open connections. At the limit, new connections wait until one is closed
     #[arg(long, env = "SD_MAX_CONNECTIONS", default_value = "1024", value_parser = at_least::<1>)]
     pub(super) max_connections: usize,
 }
@@ -201,13 +205,14 @@ pub(super) struct NetworkArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Access")]
 pub(super) struct AccessArgs {
-    /// A key that opens /v1 and /sdapi; several are separated by commas. With any, these routes and
-    /// the page answer 401 without one; /ping, /invocations and /metrics stay open, since
-    /// SageMaker checks its callers itself: do not show them to the world
+    /// API keys, comma-separated. With any, these routes return 401 without one: /v1/*, /sdapi/*,
+    /// /internal/progress, POST / and POST /models/{name} (outside multi-model mode). All others,
+    /// including the web page, /invocations and /metrics, are public, because SageMaker
+    /// authenticates callers itself: do not expose them on a public network
     #[arg(long, env = "SD_API_KEY", value_delimiter = ',', hide_env_values = true)]
     pub(super) api_key: Vec<ApiKey>,
-    /// A web origin (https://example.org) whose pages may call from a browser, or * for all;
-    /// several are separated by commas. Without any, browsers let only our own page call
+    /// Allowed origins (CORS) such as https://example.org, comma-separated, or * for all. Default:
+    /// none, so browsers allow requests from the server's own page only
     #[arg(long, env = "SD_CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]
     pub(super) cors_origin: Vec<HeaderValue>,
 }
@@ -215,19 +220,20 @@ pub(super) struct AccessArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Limits")]
 pub(super) struct LimitArgs {
-    /// Largest width x height of a picture; memory and time grow with it
+    /// Maximum width x height of an image; memory and time grow with it
     #[arg(long, env = "SD_MAX_PIXELS", default_value = "1048576", value_parser = at_least::<64>)]
     pub(super) max_pixels: usize,
-    /// Most sampler steps of a picture
+    /// Maximum number of sampler steps of an image
     #[arg(long, env = "SD_MAX_STEPS", default_value = "150", value_parser = at_least::<1>)]
     pub(super) max_steps: usize,
-    /// Most pictures of one request
+    /// Maximum number of images per request
     #[arg(long, env = "SD_MAX_IMAGES", default_value = "8", value_parser = at_least::<1>)]
     pub(super) max_images: usize,
-    /// Longest prompt; the model reads 77 tokens of it, or eight times as many in a1111's syntax
+    /// Maximum length of a prompt, in bytes. The model reads 77 tokens of it, or eight times as
+    /// many with the a1111 syntax
     #[arg(long, env = "SD_MAX_PROMPT_BYTES", default_value = "16384", value_parser = at_least::<1>)]
     pub(super) max_prompt_bytes: usize,
-    /// Largest width x height of a picture that comes in; it is decoded before it is resized
+    /// Maximum width x height of an input image or mask, which is decoded before it is resized
     #[arg(
         long,
         env = "SD_MAX_INPUT_PIXELS",
@@ -235,10 +241,10 @@ pub(super) struct LimitArgs {
         value_parser = at_least::<64>,
     )]
     pub(super) max_input_pixels: usize,
-    /// Most LoRAs of a picture; each costs time
+    /// Maximum number of LoRAs per image; each costs time
     #[arg(long, env = "SD_MAX_LORAS", default_value = "8", value_parser = at_least::<0>)]
     pub(super) max_loras: usize,
-    /// Largest request body
+    /// Maximum length of a request body, in bytes; a longer one gets 413
     #[arg(
         long,
         env = "SD_MAX_BODY_BYTES",
@@ -246,17 +252,20 @@ pub(super) struct LimitArgs {
         value_parser = at_least::<1>,
     )]
     pub(super) max_body_bytes: usize,
-    /// Pictures that may wait for their turn; beyond it requests are answered with 429. When the
-    /// queue is full, the client with most of it makes room for one with less
+    /// Maximum number of queued images. At the limit, requests get 429; the client with the most
+    /// queued images may lose its newest job to one with fewer
     #[arg(long, env = "SD_MAX_QUEUE", default_value = "64", value_parser = at_least::<1>)]
     pub(super) max_queue: usize,
-    /// Requests in service, waiting ones included; beyond it they are answered with 429 unread
+    /// Maximum number of requests in flight, queued ones included. At the limit, requests get 429
+    /// before the body is read
     #[arg(long, env = "SD_MAX_REQUESTS", default_value = "256", value_parser = at_least::<1>)]
     pub(super) max_requests: usize,
-    /// Jobs of /v1/jobs that are kept; the oldest result makes room for a new job
+    /// Maximum number of jobs of /v1/jobs, finished ones included. At the limit, the oldest result
+    /// is evicted for a new job; if no job has finished, it gets 429
     #[arg(long, env = "SD_MAX_JOBS", default_value = "64", value_parser = at_least::<1>)]
     pub(super) max_jobs: usize,
-    /// A job that has no result after this fails; the header x-request-timeout-ms can ask for less
+    /// Time for a job, in milliseconds; after it the job fails. A client can ask for less with the
+    /// header x-request-timeout-ms
     #[arg(
         long,
         env = "SD_JOB_TIMEOUT_MS",
@@ -264,7 +273,7 @@ pub(super) struct LimitArgs {
         value_parser = at_least::<1>,
     )]
     pub(super) job_timeout_ms: usize,
-    /// How long the result of a job is kept
+    /// Time for which the result of a job is retained, in milliseconds
     #[arg(
         long,
         env = "SD_JOB_RETENTION_MS",
@@ -272,7 +281,7 @@ pub(super) struct LimitArgs {
         value_parser = at_least::<1>,
     )]
     pub(super) job_retention_ms: usize,
-    /// How long a picture is kept that was answered with a URL
+    /// Time for which an image that was returned as a URL is retained, in milliseconds
     #[arg(
         long,
         env = "SD_URL_RETENTION_MS",
@@ -280,16 +289,17 @@ pub(super) struct LimitArgs {
         value_parser = at_least::<1>,
     )]
     pub(super) url_retention_ms: usize,
-    /// Size of all pictures that are kept for their URL; beyond it the oldest makes room
+    /// Maximum total size of the images retained for their URLs, in bytes. At the limit, the oldest
+    /// is evicted
     #[arg(long, env = "SD_MAX_URL_BYTES", default_value = "268435456", value_parser = at_least::<0>)]
     pub(super) max_url_bytes: usize,
-    /// Rows that share one evaluation of the UNet: a picture takes two, or one without guidance.
-    /// More rows mean more pictures a second, later first pictures and more memory
+    /// Maximum number of rows per UNet call: two per image, or one without guidance. More rows give
+    /// more images per second, slower first images and need more memory
     #[arg(long, env = "SD_MAX_BATCH_ROWS", default_value = "8", value_parser = at_least::<2>)]
     pub(super) max_batch_rows: usize,
-    /// Memory that one evaluation or decoding may take; fewer rows share one when they would need
-    /// more, and pictures that can never fit are answered with 507. When absent: four fifths of
-    /// what is free on the device once the model is loaded
+    /// Maximum memory for one UNet call or VAE decode, in bytes. A batch has fewer rows to stay
+    /// below it; images that never fit get 507. Default: 80 % of the memory free on the device
+    /// after loading the model
     #[arg(long, env = "SD_MEMORY_BUDGET_BYTES", value_parser = at_least::<1>)]
     pub(super) memory_budget_bytes: Option<usize>,
 }
@@ -297,75 +307,80 @@ pub(super) struct LimitArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Log")]
 pub(super) struct LogArgs {
-    /// text for people, json for log collectors; both go to standard error
+    /// Format of the log on standard error: text, or json for log collectors
     #[arg(long, env = "SD_LOG_FORMAT", default_value = "text")]
     pub(super) log_format: LogFormat,
-    /// What is logged: error, warn, info, debug, trace, or a filter such as sd_server=debug
+    /// What to log: error, warn, info, debug, trace, or a filter such as sd_server=debug
     #[arg(long, env = "SD_LOG", default_value = "info")]
     pub(super) log: String,
 }
 
 #[derive(Debug, clap::Args)]
 pub(super) struct GenerateArgs {
-    /// What the picture shows
+    /// Prompt
     pub(super) prompt: String,
-    /// The file: .png, .jpg or .webp; several pictures become out-0.png, out-1.png, ...
+    /// Output file: .png, .jpg or .webp. Several images become out-0.png, out-1.png, ...
     #[arg(short, long, default_value = "out.png")]
     pub(super) output: PathBuf,
-    /// What the picture should not show
+    /// Negative prompt: what the image should not show
     #[arg(long)]
     pub(super) negative_prompt: Option<String>,
-    /// plain, or a1111: (emphasis:1.3), [less], BREAK, <lora:name:0.8>, and prompts of more than 77
-    /// tokens
+    /// Prompt syntax: plain, or a1111 for (emphasis:1.3), [less], BREAK, <lora:name:0.8> and
+    /// prompts of more than 77 tokens. Default: plain
     #[arg(long)]
     pub(super) prompt_syntax: Option<String>,
-    /// A LoRA of --loras-dir by name, or a file, and how much it counts: style, style:0.8,
-    /// path/style.safetensors:0.8; may be repeated
+    /// LoRA, by name in --loras-dir or as a file, with an optional scale: style, style:0.8,
+    /// path/style.safetensors:0.8. Can be repeated
     #[arg(long)]
     pub(super) lora: Vec<String>,
-    /// Width in pixels, a multiple of 8; the model's own size when absent
+    /// Width in pixels, a multiple of 8. Default: the model's own, or the width of --image
     #[arg(short = 'W', long)]
     pub(super) width: Option<u64>,
-    /// Height in pixels, a multiple of 8; the model's own size when absent
+    /// Height in pixels, a multiple of 8. Default: the model's own, or the height of --image
     #[arg(short = 'H', long)]
     pub(super) height: Option<u64>,
-    /// Sampler steps; more are slower and, up to a point, better
+    /// Number of sampler steps; more are slower and, up to a point, better. Default: the model's
+    /// own
     #[arg(long)]
     pub(super) steps: Option<u64>,
-    /// How closely to follow the prompt; 1 or less is twice as fast and ignores --negative-prompt
+    /// Guidance scale (CFG): how closely to follow the prompt. 1 or less disables guidance, which
+    /// is twice as fast and ignores --negative-prompt. Default: the model's own
     #[arg(long)]
     pub(super) guidance_scale: Option<f64>,
     #[arg(long, value_parser = parse::<SamplerName>, help = SamplerName::list())]
     pub(super) scheduler: Option<SamplerName>,
-    /// The same seed gives the same picture; random when absent
+    /// Seed; the same seed gives the same image. Default: random
     #[arg(long)]
     pub(super) seed: Option<u64>,
-    /// How many pictures; picture k uses seed + k
+    /// Number of images; image k uses seed + k. Default: 1
     #[arg(short = 'n', long)]
     pub(super) num_images: Option<u64>,
-    /// A picture to begin with, in place of noise alone
+    /// Input image for image-to-image
     #[arg(long)]
     pub(super) image: Option<PathBuf>,
-    /// What of --image is painted anew: white is, black is kept
+    /// Inpainting mask for --image: white areas are inpainted, black areas are preserved
     #[arg(long, requires = "image")]
     pub(super) mask: Option<PathBuf>,
-    /// How much of --image is painted over, 0 to 1; 0.8 when absent
+    /// Denoising strength for --image, 0 to 1; higher values change more. Default: 0.8
     #[arg(long, requires = "image")]
     pub(super) strength: Option<f64>,
-    /// Draw again over the enlarged latents, to this width: a model draws best in its own size
+    /// Output width of the hires pass, which continues from the upscaled latents of the base pass.
+    /// Default: from --hires-height, in the aspect ratio of the base pass
     #[arg(long)]
     pub(super) hires_width: Option<u64>,
-    /// And to this height; in the shape of the first pass where one of the two is absent
+    /// Output height of the hires pass. Default: from --hires-width, in the aspect ratio of the
+    /// base pass
     #[arg(long)]
     pub(super) hires_height: Option<u64>,
-    /// Steps of the second pass, of which --hires-strength is the share that is taken; --steps when
-    /// absent
+    /// Number of sampler steps of the hires pass; the share --hires-strength of them is run.
+    /// Default: --steps
     #[arg(long)]
     pub(super) hires_steps: Option<u64>,
-    /// How much of the enlarged latents is painted over, 0 to 1; 0.75 when absent
+    /// Denoising strength of the hires pass, 0 to 1. Default: 0.75
     #[arg(long)]
     pub(super) hires_strength: Option<f64>,
-    /// How latents are enlarged: Latent, "Latent (nearest)" and so on, as AUTOMATIC1111 calls them
+    /// Latent upscaler of the hires pass, by its AUTOMATIC1111 name: Latent, "Latent (nearest)",
+    /// ... Default: Latent
     #[arg(long)]
     pub(super) hires_upscaler: Option<String>,
     #[command(flatten)]
@@ -374,86 +389,87 @@ pub(super) struct GenerateArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct DownloadArgs {
-    /// The hub id: owner/name
+    /// Hugging Face model ID: owner/name
     pub(super) model: String,
     /// Branch, tag or commit
     #[arg(long, env = "SD_REVISION", default_value = "main")]
     pub(super) revision: String,
-    /// Fetch the smaller f16 weights for this device if there are any
+    /// Device the weights are for: on a GPU, the smaller f16 files are downloaded if available
     #[arg(long, env = "SD_DEVICE", default_value = "auto", value_parser = parse::<DeviceName>)]
     pub(super) device: DeviceName,
-    /// Fetch the smaller f16 weights for f16 if there are any
+    /// Data type the weights are for: for f16, the smaller f16 files are downloaded if available
     #[arg(long, env = "SD_DTYPE", default_value = "auto", value_parser = parse::<Precision>)]
     pub(super) dtype: Precision,
-    /// off leaves the safety checker out
+    /// off omits the safety checker
     #[arg(long, env = "SD_SAFETY_CHECKER")]
     pub(super) safety_checker: Option<SafetyChecker>,
 }
 
 #[derive(Debug, clap::Args)]
 pub(super) struct PackageArgs {
-    /// A directory in the diffusers layout, or a hub id, which is fetched first
+    /// Directory in Diffusers format, or a Hugging Face model ID, which is downloaded first
     pub(super) model: String,
-    /// What to make; model.tar.gz, or model for a directory, when absent
+    /// Output path. Default: model.tar.gz, or model for a directory
     #[arg(short, long)]
     pub(super) output: Option<PathBuf>,
-    /// A tarball serves everywhere; a directory starts faster, but not for batch transform,
+    /// Layout: a tarball works everywhere; a directory starts faster, but not for batch transform,
     /// serverless and multi-model endpoints
     #[arg(long, default_value = "tarball")]
     pub(super) layout: Layout,
-    /// Which weights where there are several: f16 is half the size and what a GPU computes in
+    /// Data type of the weights to include if there are several: f16 is half the size and what a
+    /// GPU uses
     #[arg(long, default_value = "f16", value_parser = parse::<Precision>)]
     pub(super) dtype: Precision,
-    /// off leaves the safety checker out
+    /// off omits the safety checker
     #[arg(long, env = "SD_SAFETY_CHECKER")]
     pub(super) safety_checker: Option<SafetyChecker>,
-    /// Then upload it by the aws command: s3://bucket/model.tar.gz, or s3://bucket/prefix/
+    /// Upload the result with the aws command: s3://bucket/model.tar.gz, or s3://bucket/prefix/
     #[arg(long)]
     pub(super) upload: Option<String>,
-    /// Branch, tag or commit of a model on the hub
+    /// Branch, tag or commit of a Hugging Face model ID
     #[arg(long, env = "SD_REVISION", default_value = "main")]
     pub(super) revision: String,
 }
 
 #[derive(Debug, clap::Args)]
 pub(super) struct BenchArgs {
-    /// The server: http://host:port
+    /// URL of the server: http://host:port
     #[arg(required_unless_present = "verify", conflicts_with = "verify")]
     pub(super) url: Option<String>,
-    /// No server: compare the pictures of a device with the CPU's, then time it on this model
+    /// Without a server: compare images of a device with those of the CPU, then time the device
     #[arg(long)]
     pub(super) verify: bool,
     #[command(flatten)]
     pub(super) model: ModelArgs,
-    /// With --verify: the pictures' size, as in 512x512; the model's own when absent
+    /// Image size with --verify, such as 512x512. Default: the model's own
     #[arg(long, requires = "verify", value_parser = size)]
     pub(super) size: Option<Size>,
-    /// With --verify: rows of the largest step that is timed, from 1 in powers of two
+    /// Maximum number of rows per step timed with --verify, in powers of two from 1
     #[arg(long, requires = "verify", default_value = "16", value_parser = at_least::<1>)]
     pub(super) max_rows: usize,
-    /// With --verify: steps that are timed for each number of rows
+    /// Number of steps timed with --verify for each number of rows
     #[arg(long, requires = "verify", default_value = "10", value_parser = at_least::<1>)]
     pub(super) evaluations: usize,
-    /// Requests a second, arriving at random (Poisson) whether or not earlier ones are answered.
-    /// This shows what happens under more load than the server can bear
+    /// Number of requests per second in an open loop: random (Poisson) arrivals, independent of
+    /// responses. Shows the behaviour under overload
     #[arg(long, conflicts_with = "clients", value_parser = positive)]
     pub(super) rate: Option<f64>,
-    /// Clients that each send their next request when the last is answered
+    /// Number of clients in a closed loop: each sends its next request when it has a response
     #[arg(long, default_value = "8", value_parser = at_least::<1>)]
     pub(super) clients: usize,
-    /// For how long requests are sent
+    /// Time for which requests are sent, in seconds
     #[arg(long, default_value = "30", value_parser = positive)]
     pub(super) duration_s: f64,
-    /// The request, as JSON; each gets a seed of its own if it has none
+    /// Request body, as JSON; each request gets its own seed unless it has one
     #[arg(long, default_value = r#"{"prompt":"a red house by the sea","steps":20}"#)]
     pub(super) body: String,
-    /// A request that is not answered after this counts as unanswered
+    /// Time for a request, in milliseconds; after it the request counts as unanswered
     #[arg(long, default_value = "120000", value_parser = at_least::<1>)]
     pub(super) timeout_ms: usize,
-    /// The same number gives the same arrivals
+    /// Seed of the random arrivals; the same seed gives the same arrivals
     #[arg(long, default_value = "1")]
     pub(super) arrivals_seed: u64,
-    /// Print JSON in place of the table
+    /// Print JSON instead of a table
     #[arg(long)]
     pub(super) json: bool,
 }
@@ -463,7 +479,7 @@ pub(super) struct HealthcheckArgs {
     /// Host of the server
     #[arg(long, default_value = "127.0.0.1")]
     pub(super) host: String,
-    /// Port of the server; found as `serve` finds it
+    /// Port of the server. Default: as for `serve`
     #[arg(long)]
     pub(super) port: Option<u16>,
 }
@@ -476,7 +492,7 @@ fn origin(text: &str) -> Result<HeaderValue, String> {
     let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
     let whole = host.is_some_and(|host| !host.is_empty() && !host.contains(['/', '*']));
     let value = HeaderValue::try_from(text).ok().filter(|_| whole || text == "*");
-    value.ok_or_else(|| "an origin is *, or http(s)://host with no path".into())
+    value.ok_or_else(|| "must be * or http(s)://host without a path".into())
 }
 
 fn positive(text: &str) -> Result<f64, String> {
