@@ -47,16 +47,16 @@ pub struct RegistryConfig {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RegistryError {
     /// There is one of this name.
-    #[error("the model {0:?} is loaded already")]
+    #[error("the model {0:?} is already loaded")]
     Loaded(String),
     /// There is none of this name.
-    #[error("no model is called {0:?}")]
+    #[error("the model {0:?} does not exist")]
     Unknown(String),
     /// Others must go first.
-    #[error("no room for the model: {0}")]
+    #[error("not enough room for the model: {0}")]
     NoRoom(String),
     /// Its files are not a model.
-    #[error("the model does not load: {0}")]
+    #[error("the model cannot be loaded: {0}")]
     Broken(String),
 }
 
@@ -328,12 +328,12 @@ impl ModelRegistry {
         let max_models = self.shared.settings.max_models;
         if self.shared.loaded().len() >= max_models {
             return Err(RegistryError::NoRoom(format!(
-                "{max_models} models are loaded, which is the most"
+                "{max_models} models are loaded, the maximum"
             )));
         }
         match self.memory()? {
             Some((_, free)) if bytes > free => {
-                Err(RegistryError::NoRoom(format!("it takes {bytes} bytes, and {free} are free")))
+                Err(RegistryError::NoRoom(format!("it needs {bytes} bytes, and {free} are free")))
             }
             _ => Ok(()),
         }

@@ -19,7 +19,7 @@ pub(crate) fn run(address: &str) -> Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.write_all(b"GET /ping HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
     let mut head = [0; 12];
-    stream.read_exact(&mut head).context("no answer")?;
+    stream.read_exact(&mut head).context("no response")?;
     let status = String::from_utf8_lossy(&head[9..]);
     ensure!(status == "200", "not ready: /ping answers {status}");
     Ok(())

@@ -212,7 +212,7 @@ impl GenerateArgs {
                 file.as_ref().is_some_and(|f| f != *known && f.file_stem() == known.file_stem())
             };
             if let Some(other) = files.iter().find(other) {
-                return Err(usage(format!("--lora: {} is called {name} as well", other.display())));
+                return Err(usage(format!("--lora: {} is also named {name}", other.display())));
             }
             files.extend(file);
             loras.push(json!({ "name": name, "scale": scale }));

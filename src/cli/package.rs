@@ -43,7 +43,7 @@ impl Package {
         let (half, checking) = (self.model.half(), self.model.checking);
         ensure!(self.model.place != ModelLocation::Demo, "the built-in model needs no package");
         let Source::Directory(root) = source::locate(self.model)?.source else {
-            bail!("only a model in the diffusers layout can be packaged");
+            bail!("only a model in Diffusers format can be packaged");
         };
         let files = source::files_to_fetch(&listing(&root)?, half, checking)
             .with_context(|| format!("cannot package {}", root.display()))?;

@@ -13,34 +13,34 @@ use tokio::sync::{mpsc, watch};
 use super::state::EngineState;
 use crate::telemetry::{MetricId, Metrics};
 
-/// Why a picture was not drawn. The causes are in the log; this is what a client may know.
+/// Why an image was not generated, as far as a client may know. The causes are in the log.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum JobError {
-    /// There is no model that the request means.
-    #[error("no model is chosen; name one")]
+    /// No model is loaded and the request names none.
+    #[error("no model is loaded; name one in the request")]
     Absent,
-    /// The model is not there yet.
+    /// The model is still loading.
     #[error("the model is still loading")]
     Loading,
-    /// As many pictures wait as may.
-    #[error("too many pictures are waiting; try again in {retry_after_s} s")]
+    /// The queue is full.
+    #[error("the queue is full; retry after {retry_after_s} s")]
     Full {
         /// Seconds until there should be room.
         retry_after_s: u64,
     },
-    /// The process is about to end.
+    /// The server is draining.
     #[error("the server is shutting down")]
     Stopping,
-    /// The time for this job is up.
-    #[error("the picture was not finished in time")]
+    /// The job was not finished within its timeout.
+    #[error("the request was not finished within its timeout")]
     Deadline,
-    /// The device has no memory for this picture.
-    #[error("the device has not enough memory for this picture")]
+    /// The device is out of memory for this image.
+    #[error("the device has not enough memory for this image")]
     OutOfMemory,
-    /// The device is gone.
-    #[error("the device failed")]
+    /// The device is lost; only a new process can use it.
+    #[error("the device failed and is no longer usable")]
     DeviceLost,
-    /// The model cannot draw this.
+    /// The model does not support this spec.
     #[error("{reason}")]
     Spec {
         /// The field of the spec.
@@ -48,11 +48,11 @@ pub enum JobError {
         /// What it must be.
         reason: String,
     },
-    /// The safety checker objects to the picture.
-    #[error("the picture is withheld: the safety checker objects to it; another seed may pass")]
+    /// The safety checker flags the image, and flagged images are blocked.
+    #[error("the image is blocked: the safety checker flags it as NSFW; another seed may pass")]
     Withheld,
-    /// The model failed, or its thread did.
-    #[error("the model failed to draw the picture")]
+    /// The model failed, or its thread panicked.
+    #[error("the model failed to generate the image")]
     Model,
 }
 

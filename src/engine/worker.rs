@@ -31,8 +31,8 @@ const BUDGET_PERCENT: u64 = 80;
 /// Side of the picture that warms the model; small, since only the first touch matters.
 const WARM_UP_SIDE: usize = 128;
 
-/// How a warning of the safety checker begins.
-const NSFW_WARNING: &str = "the safety checker objects to";
+/// The warning for a flagged image.
+const NSFW_WARNING: &str = "the safety checker flags this image as NSFW";
 
 /// The life of the model thread.
 pub(super) fn main<M: Model>(shared: Arc<EngineShared>, load: impl FnOnce() -> anyhow::Result<M>) {
@@ -505,7 +505,7 @@ impl<M: Model> Worker<M> {
         let mut warnings = trajectory.warnings().to_vec();
         if !trajectory.done() {
             let (made, all) = trajectory.progress();
-            warnings.push(format!("interrupted after {made} of {all} evaluations"));
+            warnings.push(format!("interrupted after {made} of {all} UNet calls"));
         }
         let safety = self.engine.settings.safety;
         if let Some(nsfw) = nsfw {
@@ -514,10 +514,10 @@ impl<M: Model> Worker<M> {
         }
         if nsfw == Some(true) {
             match safety {
-                Safety::Flag => warnings.push(format!("{NSFW_WARNING} this picture")),
+                Safety::Flag => warnings.push(NSFW_WARNING.to_owned()),
                 Safety::Blur => {
                     rgb = image::blurred(&rgb);
-                    warnings.push(format!("{NSFW_WARNING} this picture; it is blurred"));
+                    warnings.push(format!("{NSFW_WARNING}; it is blurred"));
                 }
                 Safety::Block => return order.complete(Err(JobError::Withheld)),
             }

@@ -79,11 +79,11 @@ impl Drawing {
         let count = specs.len();
         if count > settings.limits.max_images {
             let most = settings.limits.max_images;
-            let reason = format!("asks for {count} pictures in all; at most {most} are allowed");
+            let reason = format!("requests {count} images in total; the maximum is {most}");
             return Err(ValidationError::range("prompt", reason).into());
         }
         let Some(draw) = draws.into_iter().next() else {
-            return Err(ValidationError::body("the request asks for nothing").into());
+            return Err(ValidationError::body("the request contains no prompt").into());
         };
         // Several prompts are one request: picture k has seed + k.
         let first = specs.first().map_or(0, |spec| spec.seed);

@@ -17,8 +17,8 @@ use crate::request::ValidationError;
 pub(crate) enum ApiError {
     /// 401.
     #[error("{}", match given {
-        true => "the API key is not valid",
-        false => "this route needs an API key: send Authorization: Bearer KEY",
+        true => "the API key is invalid",
+        false => "this route requires an API key: send Authorization: Bearer KEY",
     })]
     Key {
         /// Whether there was one.
@@ -28,31 +28,31 @@ pub(crate) enum ApiError {
     #[error("no such route; POST a prompt to /invocations")]
     NotFound,
     /// 404: a job that never was, or is no longer kept.
-    #[error("no such job; results are kept for a while only")]
+    #[error("no such job; it may have expired")]
     NoJob,
     /// 404: a picture that is no longer kept.
-    #[error("no such picture; URLs are good for a while only")]
+    #[error("no such image; it may have expired")]
     NoFile,
     /// 404.
-    #[error("the model {0:?} is not served here; GET /v1/models lists what is")]
+    #[error("the model {0:?} does not exist; GET /v1/models lists the available models")]
     NoModel(String),
     /// 405.
-    #[error("this route does not take that method")]
+    #[error("this route does not support this method")]
     Method,
     /// 406.
     #[error("{0}")]
     NotAcceptable(String),
     /// 408.
-    #[error("the body did not arrive in time")]
+    #[error("the request body did not arrive within the request's timeout")]
     SlowBody,
     /// 413.
-    #[error("the body is larger than {0} bytes")]
+    #[error("the request body is larger than {0} bytes")]
     TooLarge(usize),
     /// 415.
     #[error("{0}")]
     MediaType(String),
     /// 429: as many requests are being served as may.
-    #[error("too many requests are being served; try again in {retry_after_s} s")]
+    #[error("too many requests are in flight; retry after {retry_after_s} s")]
     Crowded {
         /// Seconds until there should be room.
         retry_after_s: u64,
@@ -67,7 +67,7 @@ pub(crate) enum ApiError {
     #[error(transparent)]
     Job(#[from] JobError),
     /// 500: a picture that cannot be put into a file.
-    #[error("the picture could not be encoded")]
+    #[error("the image could not be encoded")]
     Encode,
 }
 

@@ -42,6 +42,6 @@ fn vocabulary(file: &Path, hub: &Hub) -> Result<Option<PathBuf>> {
             )
         })?;
     }
-    let files = cached().context("the cache has lost the vocabulary")?;
+    let files = cached().context("the vocabulary is no longer in the cache")?;
     Ok(files.first().and_then(|path| path.parent()).map(Into::into))
 }

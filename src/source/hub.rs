@@ -164,17 +164,17 @@ impl Download {
                         .to_owned()
                 }
                 Some(404) => "the hub has no such model or revision".to_owned(),
-                Some(status) => format!("{endpoint} answers {status}"),
+                Some(status) => format!("{endpoint} responded with {status}"),
                 None => format!(
                     "{endpoint} cannot be reached; without a network, use --model demo, give a \
                      directory with --model, or fill the cache elsewhere with `sd-server download`"
                 ),
             },
             ApiError::LockAcquisition(path) => {
-                format!("another process is fetching it: {} is locked", path.display())
+                format!("another process is downloading it: {} is locked", path.display())
             }
             ApiError::IoError(_) => format!("cannot write to {}", cache.display()),
-            _ => format!("{endpoint} answers in an unexpected way"),
+            _ => format!("{endpoint} sent an unexpected response"),
         };
         anyhow::Error::new(error).context(advice)
     }

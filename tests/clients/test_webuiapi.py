@@ -90,7 +90,7 @@ def test_progress_and_interrupt(client):
     drawing.join(30)
     half_made = outcome[0]
     assert half_made.image.size == (256, 256)
-    assert re.fullmatch(r"interrupted after \d+ of 150 evaluations", half_made.info["warnings"][0])
+    assert re.fullmatch(r"interrupted after \d+ of 150 UNet calls", half_made.info["warnings"][0])
     assert client.get_progress()["state"]["job_count"] == 0
 
 

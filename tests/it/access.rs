@@ -93,7 +93,7 @@ async fn those_who_share_a_key_share_a_turn() -> Result<()> {
     };
     let waiting = |pictures: usize| {
         engine.gauge();
-        let line = format!("\nsd_pictures_waiting {pictures}\n");
+        let line = format!("\nsd_images_waiting {pictures}\n");
         engine.metrics().to_string().contains(&line)
     };
     let drawing = engine.submit(vec![spec(1, 1), spec(2, 1)])?;

@@ -163,5 +163,5 @@ fn two_files_of_one_name_are_a_mistake() {
     let args = ["generate", "x", "--model", "demo", "--lora", file, "--lora", copy];
     let done = sd_server(&args).output().expect("it starts");
     assert_eq!(done.status.code(), Some(64));
-    assert!(String::from_utf8_lossy(&done.stderr).contains("is called attention as well"));
+    assert!(String::from_utf8_lossy(&done.stderr).contains("is also named attention"));
 }

@@ -44,7 +44,7 @@ async fn the_page_is_complete_and_contacts_no_other_host() -> Result<()> {
             let method = reqwest::Method::from_bytes(method.to_uppercase().as_bytes())?;
             let reply = reqwest::Client::new().request(method, format!("{}{path}", server.url));
             let text = reply.body("{}").send().await?.text().await?;
-            let nowhere = ["no such route", "does not take that method"];
+            let nowhere = ["no such route", "does not support this method"];
             assert!(!nowhere.iter().any(|nothing| text.contains(nothing)), "{path}: {text}");
         }
     }

@@ -97,7 +97,7 @@ async fn every_picture_of_a_random_trace_ends_exactly_once() -> Result<()> {
         assert_eq!(counted(&engine), pictures + 1, "seed {seed}");
         engine.gauge();
         let text = engine.metrics().to_string();
-        assert!(text.contains("\nsd_pictures_waiting 0\n"), "{text}");
+        assert!(text.contains("\nsd_images_waiting 0\n"), "{text}");
     }
     Ok(())
 }

@@ -246,7 +246,7 @@ async fn progress_is_told_and_an_interrupt_is_heard() -> Result<()> {
     let (status, reply) = drawing.await??;
     assert_eq!((status, reply["images"].as_array().map(Vec::len)), (200, Some(1)), "{reply}");
     let info: Value = serde_json::from_str(reply["info"].as_str().context("a string")?)?;
-    assert_eq!(info["warnings"], json!(["interrupted after 2 of 4 evaluations"]));
+    assert_eq!(info["warnings"], json!(["interrupted after 2 of 4 UNet calls"]));
     assert_eq!(infotext(&file(&reply["images"][0])?), info["infotexts"][0]);
     while progress["state"]["job_count"] != 0 {
         progress = get(&server.url, "/sdapi/v1/progress").await?;
@@ -276,7 +276,7 @@ async fn an_interrupt_ends_what_waits() -> Result<()> {
     let seen = reply["images"].as_array().context("images")?.len();
     let info: Value = serde_json::from_str(reply["info"].as_str().context("a string")?)?;
     assert_eq!((status, seen), (200, 0));
-    assert_eq!(info["warnings"], json!(["interrupted before there was anything to see"]));
+    assert_eq!(info["warnings"], json!(["interrupted before the first step was finished"]));
     Ok(())
 }
 

@@ -68,7 +68,8 @@ impl PromptCache {
 fn encode_plain(model: &LoadedModel, prompt: &str, loras: &LoraStack) -> Result<EncodedPrompt> {
     let tokens = model.tokenizer.encode(prompt)?;
     let length = tokens.ids.len();
-    let warning = tokens.cut.map(|cut| format!("is longer than {length} tokens; ignored: {cut:?}"));
+    let warning =
+        tokens.cut.map(|cut| format!("is longer than {length} tokens; truncated: {cut:?}"));
     let context = model.text_encoder.forward(&[tokens.ids], loras)?;
     Ok(EncodedPrompt { context, conditioning: Weak::new(), warning })
 }
@@ -78,7 +79,7 @@ fn encode_weighted(model: &LoadedModel, prompt: &str, loras: &LoraStack) -> Resu
     let (chunks, cut) = chunks(prompt, &model.tokenizer)?;
     let count = chunks.len();
     let warning = (cut > 0)
-        .then(|| format!("is longer than {count} windows of tokens; {cut} more are ignored"));
+        .then(|| format!("is longer than {count} chunks of tokens; {cut} more are truncated"));
     let context = encode_chunks(chunks, &model.text_encoder, loras)?;
     Ok(EncodedPrompt { context, conditioning: Weak::new(), warning })
 }

@@ -89,7 +89,7 @@ struct Latency {
 pub(crate) async fn run(plan: LoadConfig) -> Result<()> {
     let client = Client::builder().timeout(plan.timeout).build()?;
     let ping = client.get(format!("{}/ping", plan.url)).send().await;
-    let ping = ping.with_context(|| format!("{} does not answer", plan.url))?;
+    let ping = ping.with_context(|| format!("{} does not respond", plan.url))?;
     ensure!(ping.status().is_success(), "{} is not ready: {}", plan.url, ping.status());
     let steps_before = steps(&client, &plan.url).await;
     let sender = Arc::new(Sender {

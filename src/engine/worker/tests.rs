@@ -585,7 +585,7 @@ fn an_interrupt_is_answered_with_what_there_is() {
     let drawn = ticket.wait().now_or_never().expect("it is over").expect("no failure");
     let last_arrival: Vec<_> =
         drawn.iter().map(|drawn| (drawn.index, &drawn.warnings[..])).collect();
-    assert_eq!(last_arrival, [(0, &["interrupted after 1 of 9 evaluations".to_owned()][..])]);
+    assert_eq!(last_arrival, [(0, &["interrupted after 1 of 9 UNet calls".to_owned()][..])]);
     assert_eq!(studio.counted("cancelled"), 2);
     while !studio.idle() {
         studio.turn();

@@ -82,9 +82,7 @@ pub(crate) fn translate(
         if let Some((name, value)) = theirs.take(&[name])?
             && !is_noop(&value)
         {
-            return Err(
-                ValidationError::range(&name, "asks for what this server does not do").into()
-            );
+            return Err(ValidationError::range(&name, "is not supported").into());
         }
     }
     let mut ours = Fields::default();
@@ -95,7 +93,7 @@ pub(crate) fn translate(
     }
     if theirs.take(&["enable_hr"])?.is_some_and(|(_, enabled)| !is_noop(&enabled)) {
         if from_picture {
-            return Err(ValidationError::range("enable_hr", "is for txt2img").into());
+            return Err(ValidationError::range("enable_hr", "is supported for txt2img only").into());
         }
         hires(state, &mut theirs, &mut ours)?;
     }
@@ -127,7 +125,9 @@ fn hires(state: &AppState, theirs: &mut Fields, ours: &mut Fields) -> Result<(),
             && value != same
             && value != json!([same])
         {
-            return Err(ValidationError::range(&name, "must be that of the first pass").into());
+            return Err(
+                ValidationError::range(&name, "must be the same as in the base pass").into()
+            );
         }
     }
     let model = state.engine.model()?;
@@ -191,10 +191,14 @@ impl InitImage {
         theirs: &mut Fields,
         notes: &mut Vec<String>,
     ) -> Result<Self, ValidationError> {
-        let missing = || ValidationError::malformed("init_images", "must hold a picture in base64");
+        let missing =
+            || ValidationError::malformed("init_images", "must contain an image in base64");
         let image = match theirs.take(&["init_images"])? {
             Some((_, Value::Array(images))) if images.len() > 1 => {
-                return Err(ValidationError::range("init_images", "may hold one picture only"));
+                return Err(ValidationError::range(
+                    "init_images",
+                    "must contain exactly one image",
+                ));
             }
             Some((_, Value::Array(mut images))) => images.pop().ok_or_else(missing)?,
             _ => return Err(missing()),
@@ -208,13 +212,17 @@ impl InitImage {
                 field.is_some_and(|(_, value)| !plain(&value))
             };
             if asks(theirs.take(&["inpaint_full_res"])?, is_noop) {
-                notes.push("inpaint_full_res: the whole picture was drawn, not a part".into());
+                notes.push(
+                    "inpaint_full_res is not supported: the whole image was generated".into(),
+                );
             }
             if asks(theirs.take(&["mask_blur"])?, is_noop) {
-                notes.push("mask_blur: the edge of the mask is hard".into());
+                notes.push(
+                    "mask_blur is not supported: the mask was applied with hard edges".into(),
+                );
             }
             if asks(theirs.take(&["inpainting_fill"])?, |fill| *fill == 1) {
-                notes.push("inpainting_fill: the masked part began as it was".into());
+                notes.push("inpainting_fill is not supported: the masked area started from the input image".into());
             }
         }
         Ok(Self { image, mask, inverted, strength: strength.unwrap_or(DEFAULT_STRENGTH) })

@@ -74,7 +74,7 @@ async fn draw(state: AppState, request: Request, from_picture: bool) -> Result<R
     // As there, an interrupted request is answered with what there is, and with 200 if there is
     // nothing: clients take any other status for a failure of the server.
     if pictures.is_empty() {
-        notes.push("interrupted before there was anything to see".into());
+        notes.push("interrupted before the first step was finished".into());
         asked.specs.truncate(1);
     } else {
         asked.specs = pictures.iter().map(|drawn| asked.specs[drawn.index].clone()).collect();

@@ -85,12 +85,12 @@ impl ReplyPreferences {
         match self.format {
             _ if image && self.count > 1 => {
                 let count = self.count;
-                format!("{count} images do not fit into one file; accept application/json")
+                format!("{count} images cannot be returned as one file; accept application/json")
             }
             Some(format) if image => {
-                format!("output_format asks for {} and Accept does not", format.media_type())
+                format!("output_format is {}, which Accept does not include", format.media_type())
             }
-            _ => "Accept names nothing that can be sent: application/json, \
+            _ => "Accept includes no supported media type: application/json, \
                   text/event-stream, image/png, image/jpeg or image/webp"
                 .into(),
         }

@@ -32,7 +32,8 @@ enum Declared {
 /// Reads the fields out of a body.
 pub(crate) fn read(headers: &HeaderMap, body: &[u8]) -> Result<(Fields, BodyKind), ApiError> {
     if let Some(coding) = headers.get(CONTENT_ENCODING).filter(|coding| *coding != "identity") {
-        let message = format!("the content encoding {coding:?} is not supported; send it plain");
+        let message =
+            format!("the content encoding {coding:?} is not supported; send the body uncompressed");
         return Err(ApiError::MediaType(message));
     }
     let declared = declared(headers);

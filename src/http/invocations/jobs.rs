@@ -36,7 +36,7 @@ pub(crate) async fn create(
     let heard = detect::parse(&headers, fields, speech, state.settings.limits.max_images)?;
     let asked = Invocation::read(&state, heard, &headers).await?;
     if let ReplyFormat::Events(_) = asked.drawing.reply {
-        return Err(ValidationError::body("a job has no events; ask for its state").into());
+        return Err(ValidationError::body("a job cannot stream events; poll its state").into());
     }
     let deadline = Instant::now() + timeout;
     let mut ticket = asked.drawing.submit(&client, Some(deadline))?;

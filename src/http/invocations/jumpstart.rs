@@ -52,7 +52,7 @@ pub(crate) fn parse(
     }
     if prompts.len() > max_images {
         let count = prompts.len();
-        let reason = format!("asks for {count} pictures; at most {max_images} are allowed");
+        let reason = format!("requests {count} images; the maximum is {max_images}");
         return Err(ValidationError::range(&name, reason));
     }
     let mut negatives: Vec<Value> = Vec::new();

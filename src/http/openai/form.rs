@@ -24,7 +24,7 @@ impl Form {
         let boundary = multer::parse_boundary(declared.unwrap_or_default())
             .map_err(|_| ApiError::MediaType("send multipart/form-data with a boundary".into()))?;
         let broken =
-            |error: multer::Error| ValidationError::body(format!("the form is broken: {error}"));
+            |error: multer::Error| ValidationError::body(format!("the form is malformed: {error}"));
         let body = stream::iter([Ok::<_, Infallible>(Bytes::from(body))]);
         let mut parts = multer::Multipart::new(body, boundary);
         let mut form = Self::default();
@@ -35,7 +35,7 @@ impl Form {
                 // The second name is the client's for a list.
                 "image" | "image[]" if form.image.is_none() => form.image = Some(data),
                 "image" | "image[]" => {
-                    return Err(ValidationError::range("image", "may be one picture only").into());
+                    return Err(ValidationError::range("image", "must be a single image").into());
                 }
                 "mask" if form.mask.is_none() => form.mask = Some(data),
                 _ => {

@@ -60,7 +60,7 @@ pub(crate) async fn edits(
     let transparency_mask =
         transparency_mask.map_err(|reason| ValidationError::range(name, reason))?;
     if transparency_mask.is_none() && name == "mask" {
-        let reason = "has no transparent pixels; they say what is to be painted anew";
+        let reason = "has no transparent pixels, which mark the area to inpaint";
         return Err(ValidationError::range(name, reason).into());
     }
     if let Some(transparency_mask) = transparency_mask {

@@ -51,8 +51,8 @@ impl UrlStore {
         let (bytes, most) = (pictures.iter().map(Vec::len).sum(), self.max_bytes);
         let Some(mut room) = most.checked_sub(bytes) else {
             let reason = format!(
-                "cannot be url: these pictures have {bytes} bytes, and {most} are kept in all; \
-                 ask for b64_json"
+                "cannot be url: these images have {bytes} bytes, the maximum is {most}; \
+                 request b64_json"
             );
             return Err(ValidationError::range("response_format", reason));
         };
