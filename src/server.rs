@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use tokio::net::TcpListener;
-use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::engine::{DeviceScheduler, Engine, EngineState};
@@ -106,10 +106,11 @@ pub async fn serve(
     drain_timeout: Duration,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    let (close, closed) = watch::channel(false);
+    let close = CancellationToken::new();
     let models = models.into();
     let app = http::router(models.clone(), settings.clone());
-    let mut server = tokio::spawn(http::listen(listener, app, settings, closed));
+    let mut server =
+        tokio::spawn(http::listen(listener, app, settings, close.clone().cancelled_owned()));
 
     // Who comes from now on hears 503, as long as there is anything left to do.
     let end = tokio::select! {
@@ -128,7 +129,7 @@ pub async fn serve(
             Instant::now()
         }
     };
-    close.send_replace(true);
+    close.cancel();
     if timeout_at(end, &mut server).await.is_err() {
         models.abort();
         // Connections that still hang after this are closed with the process.

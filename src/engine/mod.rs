@@ -152,7 +152,7 @@ impl Engine {
     }
 
     /// A view of the job of this ticket.
-    pub fn watch(&self, ticket: &Ticket) -> JobMonitor {
+    pub fn monitor(&self, ticket: &Ticket) -> JobMonitor {
         JobMonitor::new(&self.shared, ticket)
     }
 

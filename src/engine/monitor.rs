@@ -1,4 +1,4 @@
-//! A view of a job from outside.
+//! Observation of a job that does not own it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -6,24 +6,25 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::job::{JobId, Progress, Ticket};
+use super::job::{JobId, Preview, Progress, Ticket};
 use super::shared::EngineShared;
 
-/// Where a job stands, for those who wait for it.
+/// The position of a job in the queue, and the time that it will take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Estimate {
-    /// Pictures ahead of it in the queue; `None` when it has begun.
+    /// Number of images ahead of it in the queue; `None` when it has started.
     pub position: Option<usize>,
-    /// Until it is done, as far as can be told.
+    /// Time until it is completed; `None` as long as nothing was measured.
     pub left: Option<Duration>,
 }
 
-/// A view of a job that does not hold it: it may be kept when the ticket is gone.
+/// A view of a job, which may outlive the ticket.
 #[derive(Debug, Clone)]
 pub struct JobMonitor {
     job: JobId,
     shared: Arc<EngineShared>,
     progress: watch::Receiver<Progress>,
+    previews: Option<watch::Receiver<Option<Preview>>>,
     interrupted: Arc<AtomicBool>,
 }
 
@@ -31,26 +32,37 @@ impl JobMonitor {
     /// A view of the job of this ticket.
     pub(super) fn new(shared: &Arc<EngineShared>, ticket: &Ticket) -> Self {
         let (progress, interrupted) = (ticket.progress(), Arc::clone(&ticket.interrupted));
-        Self { job: ticket.job, shared: Arc::clone(shared), progress, interrupted }
+        let (job, shared, previews) = (ticket.job, Arc::clone(shared), ticket.previews());
+        Self { job, shared, progress, previews, interrupted }
     }
 
-    /// Evaluations made and to make; changes with each.
+    /// Steps made and to make; changes with each.
     pub fn progress(&mut self) -> &mut watch::Receiver<Progress> {
         &mut self.progress
     }
 
-    /// Evaluations made and to make.
+    /// Steps made and to make.
     pub fn current(&self) -> Progress {
         *self.progress.borrow()
     }
 
-    /// Ends the drawing after the step that is being made: the job comes to what there is of it.
+    /// Changes with each preview; `None` if none were asked for.
+    pub fn previews(&mut self) -> Option<&mut watch::Receiver<Option<Preview>>> {
+        self.previews.as_mut()
+    }
+
+    /// The latest preview.
+    pub fn preview(&self) -> Option<Preview> {
+        self.previews.as_ref()?.borrow().clone()
+    }
+
+    /// Ends the job after the current step, with its images as they are.
     pub fn interrupt(&self) {
         self.interrupted.store(true, Ordering::Relaxed);
     }
 
-    /// Where the job stands. An estimate: it does not know who is still to come or to leave.
-    pub fn outlook(&self) -> Estimate {
+    /// The position of the job and the time that it will take, if nobody else comes or leaves.
+    pub fn estimate(&self) -> Estimate {
         let place = self.shared.queue().place(self.job);
         let pace = self.shared.pace();
         if let Some((position, work)) = place {

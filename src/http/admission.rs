@@ -1,13 +1,18 @@
-//! What every request for pictures passes first: the gate, the clock, and the reading of its body.
+//! Admission: what every request for images passes before anything is generated. It takes one of
+//! the request slots, starts the request's clock and reads the body.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{ConnectInfo, Request};
-use axum::http::HeaderMap;
+use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Request};
 use axum::http::header::CONTENT_LENGTH;
+use axum::http::request::Parts;
+use axum::http::{Extensions, HeaderMap};
 use futures_util::StreamExt as _;
 use tokio::sync::OwnedSemaphorePermit;
+use tokio::task::JoinError;
 use tokio::time::{Instant, timeout_at};
 
 use super::error::ApiError;
@@ -15,13 +20,14 @@ use super::state::AppState;
 use crate::engine::{Client, JobError};
 use crate::request::{Fields, ValidationError};
 
-/// How long the client will wait, in milliseconds; never longer than the operator's limit.
+/// Header with the client's timeout in milliseconds. It cannot exceed the server's.
 const TIMEOUT: &str = "x-request-timeout-ms";
 
-/// A body is thrown away up to this many times the limit before the client is cut off.
+/// A body that is too large is read and discarded up to this multiple of the limit, since many
+/// clients read no response before they have sent everything.
 const OVERSIZE: usize = 4;
 
-/// A request that has arrived as a whole.
+/// An admitted request: its headers, its whole body, and what it may use.
 #[derive(Debug)]
 pub(crate) struct Admitted {
     pub(crate) headers: HeaderMap,
@@ -29,10 +35,60 @@ pub(crate) struct Admitted {
     pub(crate) client: Client,
     pub(crate) timeout: Duration,
     pub(crate) deadline: Instant,
-    /// Of an answer that is a stream.
+    /// Deadline of a response that is a stream.
     pub(crate) stream_deadline: Instant,
-    /// Held as long as the request or what it started takes memory.
-    pub(crate) permit: OwnedSemaphorePermit,
+    pub(crate) slot: RequestSlot,
+}
+
+/// One of `--max-requests` slots, which only admission gives out. Work for the request on another
+/// thread holds a clone, so that the slot is free when the last of the work has ended, not when the
+/// client has disconnected.
+#[derive(Debug, Clone)]
+pub(crate) struct RequestSlot {
+    _permit: Arc<OwnedSemaphorePermit>,
+}
+
+/// The client of a request: its API key, else its address.
+#[derive(Debug)]
+pub(crate) struct ClientId(pub(crate) Client);
+
+impl FromRequest<AppState> for Admitted {
+    type Rejection = ApiError;
+
+    /// Rejects before the body is read if there is no slot or the model is not ready.
+    async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
+        let arrived = Instant::now();
+        let permit = Arc::clone(&state.request_slots).try_acquire_owned();
+        let permit =
+            permit.map_err(|_| ApiError::Crowded { retry_after_s: state.engine.retry_after() })?;
+        let slot = RequestSlot { _permit: Arc::new(permit) };
+        match state.engine.model() {
+            // The body may name a model.
+            Ok(_) | Err(JobError::Absent) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let headers = request.headers().clone();
+        let timeout = timeout(&headers, state.settings.request_timeout)?;
+        let deadline = arrived + timeout;
+        let stream_deadline = arrived + self::timeout(&headers, state.settings.stream_timeout)?;
+        let client = client(request.extensions());
+        let body = timeout_at(deadline, receive(state.settings.max_body_bytes, request)).await;
+        let body = body.map_err(|_| ApiError::SlowBody)??;
+        Ok(Self { headers, body, client, timeout, deadline, stream_deadline, slot })
+    }
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for ClientId {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Infallible> {
+        Ok(Self(client(&parts.extensions)))
+    }
+}
+
+fn client(extensions: &Extensions) -> Client {
+    let address = || Some(Client::at(extensions.get::<ConnectInfo<SocketAddr>>()?.0.ip()));
+    extensions.get::<Client>().cloned().or_else(address).unwrap_or_default()
 }
 
 impl Admitted {
@@ -44,35 +100,25 @@ impl Admitted {
     }
 }
 
-/// Takes a request in, or refuses it unread.
-pub(crate) async fn take(state: &AppState, request: Request) -> Result<Admitted, ApiError> {
-    let arrived = Instant::now();
-    let permit = state.request_slots.clone().try_acquire_owned();
-    let permit =
-        permit.map_err(|_| ApiError::Crowded { retry_after_s: state.engine.retry_after() })?;
-    match state.engine.model() {
-        // The body may name a model.
-        Ok(_) | Err(JobError::Absent) => {}
-        Err(failure) => return Err(failure.into()),
+impl RequestSlot {
+    /// Runs `work`, which decodes images, on a blocking thread: as many at a time as there are CPU
+    /// cores, since decoded images take much more memory than their files.
+    pub(crate) async fn decode<T: Send + 'static>(
+        &self,
+        state: &AppState,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, JoinError> {
+        let decode_slot = Arc::clone(&state.decode_slots).acquire_owned().await;
+        let slot = self.clone();
+        let work = move || {
+            let _held = (decode_slot, slot);
+            work()
+        };
+        tokio::task::spawn_blocking(work).await
     }
-    let headers = request.headers().clone();
-    let timeout = timeout(&headers, state.settings.request_timeout)?;
-    let deadline = arrived + timeout;
-    let stream_deadline = arrived + self::timeout(&headers, state.settings.stream_timeout)?;
-    let client = client(&request);
-    let body = timeout_at(deadline, receive(state.settings.max_body_bytes, request)).await;
-    let body = body.map_err(|_| ApiError::SlowBody)??;
-    Ok(Admitted { headers, body, client, timeout, deadline, stream_deadline, permit })
 }
 
-/// The key that a client came in with, or else its address.
-pub(crate) fn client(request: &Request) -> Client {
-    let named = request.extensions().get::<Client>().cloned();
-    let peer = || Some(Client::at(request.extensions().get::<ConnectInfo<SocketAddr>>()?.0.ip()));
-    named.or_else(peer).unwrap_or_default()
-}
-
-/// The time that the client gives the request, if that is less than the most it may have.
+/// The client's timeout, if it is less than `most`.
 pub(crate) fn timeout(headers: &HeaderMap, most: Duration) -> Result<Duration, ApiError> {
     let Some(value) = headers.get(TIMEOUT) else { return Ok(most) };
     let millis = value.to_str().ok().and_then(|value| value.trim().parse().ok());
@@ -86,8 +132,7 @@ pub(crate) fn timeout(headers: &HeaderMap, most: Duration) -> Result<Duration, A
     }
 }
 
-/// The whole body. What is too long is read on for a while and thrown away: many clients do not
-/// look for an answer before they have sent everything.
+/// Reads the whole body, of at most `limit` bytes.
 async fn receive(limit: usize, request: Request) -> Result<Vec<u8>, ApiError> {
     let declared = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok());
     let declared: usize = declared.and_then(|length| length.parse().ok()).unwrap_or(0);

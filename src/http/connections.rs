@@ -1,5 +1,5 @@
-//! The accept loop: what `axum::serve` does, with bounds. Connections are counted, a request's
-//! head has to arrive in time, and the peer's address is known to the handlers.
+//! The accept loop: `axum::serve` with bounds. The number of connections is limited, request
+//! headers must arrive in time, and handlers get the client's address.
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,43 +13,47 @@ use futures_util::FutureExt as _;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::{GracefulConnection, GracefulShutdown};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::task::JoinSet;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower::ServiceExt as _;
 use tracing::{debug, warn};
 
 use super::state::HttpConfig;
 
-/// The pause after an accept that failed, as it does when there are no file descriptors left.
+/// Pause after a failed accept, as when there are no file descriptors left.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
-/// Serves connections until `close` is set, and then until the last of them has its answer.
+/// Serves connections until `shutdown` completes, and then until every open request has its
+/// response.
 pub async fn listen(
     listener: TcpListener,
     app: Router,
     settings: HttpConfig,
-    mut close: watch::Receiver<bool>,
+    shutdown: impl Future<Output = ()>,
 ) {
-    let places = Arc::new(Semaphore::new(settings.max_connections));
-    let mut connections = JoinSet::new();
+    let slots = Arc::new(Semaphore::new(settings.max_connections));
+    let connections = GracefulShutdown::new();
+    let mut shutdown = std::pin::pin!(shutdown);
     loop {
-        while connections.try_join_next().is_some() {}
         let accepted = tokio::select! {
             biased;
-            () = closed(&mut close) => break,
-            accepted = accept(&listener, &places) => accepted,
+            () = &mut shutdown => break,
+            accepted = accept(&listener, &slots) => accepted,
         };
         match accepted {
-            Ok((stream, peer, permit)) => {
-                let (app, close) = (app.clone(), close.clone());
-                connections.spawn(async move {
-                    serve(stream, peer, app, settings.idle_timeout, close).await;
-                    drop(permit);
+            Ok((stream, peer, slot)) => {
+                let serve = serve(stream, peer, app.clone(), settings.idle_timeout);
+                let connection = connections.watch(serve);
+                tokio::spawn(async move {
+                    if let Err(error) = connection.await {
+                        debug!("connection with {peer}: {error}");
+                    }
+                    drop(slot);
                 });
             }
-            // Clients who are gone already are no trouble.
-            Err(error) if gone(&error) => {}
+            // The client has disconnected already.
+            Err(error) if is_disconnect(&error) => {}
             Err(error) => {
                 warn!("accept failed: {error}");
                 tokio::time::sleep(ACCEPT_BACKOFF).await;
@@ -57,66 +61,51 @@ pub async fn listen(
         }
     }
     drop(listener);
-    while connections.join_next().await.is_some() {}
+    connections.shutdown().await;
 }
 
-fn gone(error: &io::Error) -> bool {
+fn is_disconnect(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-async fn closed(close: &mut watch::Receiver<bool>) {
-    let _ = close.wait_for(|close| *close).await;
-}
-
-/// The next connection, once there is a place for it.
+/// The next connection, once there is a slot for it.
 async fn accept(
     listener: &TcpListener,
-    places: &Arc<Semaphore>,
+    slots: &Arc<Semaphore>,
 ) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
-    let permit = Arc::clone(places).acquire_owned().await.map_err(io::Error::other)?;
+    let permit = Arc::clone(slots).acquire_owned().await.map_err(io::Error::other)?;
     let (stream, peer) = listener.accept().await?;
-    // An answer is one write; waiting for more of it would only delay it.
+    // A response is one write; waiting for more of it would only delay it.
     let _ = stream.set_nodelay(true);
     Ok((stream, peer, permit))
 }
 
-async fn serve(
+/// One connection, which ends when it has been closed or was idle for too long.
+fn serve(
     stream: TcpStream,
     peer: SocketAddr,
     app: Router,
     idle_timeout: Duration,
-    mut close: watch::Receiver<bool>,
-) {
-    let answer = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+) -> impl GracefulConnection<Error = hyper::Error> {
+    let respond = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(ConnectInfo(peer));
-        let mut answer = Box::pin(app.clone().oneshot(request));
-        // Once at once: hyper may see that the client has left before it polls for the answer, and
-        // a request that nobody has looked at is not counted.
-        let begun = (&mut answer).now_or_never();
+        let mut response = Box::pin(app.clone().oneshot(request));
+        // Polled once at once: hyper may see that the client has disconnected before it polls for
+        // the response, and a request that was never polled is not counted.
+        let first = (&mut response).now_or_never();
         async move {
-            match begun {
-                Some(answer) => answer,
-                None => answer.await,
+            match first {
+                Some(response) => response,
+                None => response.await,
             }
         }
     });
-    // The end of the client's stream counts as its leaving, as in nginx: `close` and a half-closed
-    // connection look alike until one writes, and pictures that nobody waits for cost minutes.
-    let connection = http1::Builder::new()
+    // The end of the client's stream counts as a disconnect, as in nginx: a closed and a half-closed
+    // connection look alike until one writes, and images that nobody waits for cost minutes.
+    http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(idle_timeout)
-        .serve_connection(TokioIo::new(stream), answer);
-    let mut connection = std::pin::pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        () = closed(&mut close) => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    if let Err(error) = ended {
-        debug!("connection with {peer}: {error}");
-    }
+        .serve_connection(TokioIo::new(stream), respond)
 }

@@ -7,10 +7,13 @@ use std::time::{Duration, Instant};
 
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse as _, Response};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use futures_util::Stream;
-use sd_models::{ModelInfo, Spec};
+use sd_models::{ModelInfo, Rgb, Spec};
 use tracing::{error, info, info_span};
 
+use super::admission::RequestSlot;
 use super::error::ApiError;
 use super::state::AppState;
 use crate::engine::{Client, Engine, GeneratedImage, Job, JobError, Ticket};
@@ -52,6 +55,8 @@ pub(crate) struct Drawing {
     pub(crate) quality: u8,
     /// Whether there is a place for looks at the pictures in the making.
     pub(crate) preview: bool,
+    /// Held until the response is encoded, even if the client has disconnected.
+    slot: Option<RequestSlot>,
     model: Arc<ModelInfo>,
     engine: Engine,
     hashes: Hashes,
@@ -62,18 +67,17 @@ impl Drawing {
     /// pictures in them; `choose` says how to answer, given the number of pictures.
     pub(crate) async fn prepare(
         state: &AppState,
+        slot: &RequestSlot,
         requests: Vec<Fields>,
         choose: impl FnOnce(&Draw, usize) -> Result<ReplyFormat, ApiError>,
     ) -> Result<Self, ApiError> {
         let (engine, settings) = (state.engine.clone(), &state.settings);
         let model = engine.model()?;
-        // Pictures take much more memory than their files: as many at a time as can be worked on.
-        let _turn = state.decode_slots.acquire().await;
         let (limits, reader) = (settings.limits, Arc::clone(&model));
         let read = move |fields| Draw::read(fields, &limits, &reader, random_seed);
         let read = move || requests.into_iter().map(read).collect::<Result<Vec<_>, _>>();
-        // A decoder that panics was given a file that was made for it.
-        let draws = tokio::task::spawn_blocking(read).await;
+        // A decoder that panics was given a malicious file.
+        let draws = slot.decode(state, read).await;
         let draws = draws.map_err(|_| ValidationError::body("the request cannot be read"))??;
         let mut specs: Vec<Spec> = draws.iter().flat_map(Draw::specs).collect();
         let count = specs.len();
@@ -96,10 +100,16 @@ impl Drawing {
             info!(prompt = specs[0].prompt, "accepted");
         }
         let (quality, hashes) = (JPEG_QUALITY, state.hashes.clone());
-        Ok(Self { specs, reply, quality, preview, model, engine, hashes })
+        let slot = Some(slot.clone());
+        Ok(Self { specs, reply, quality, preview, slot, model, engine, hashes })
     }
 
-    /// The model that draws them.
+    /// Frees the request slot, for work that is bounded otherwise.
+    pub(crate) fn release_slot(&mut self) {
+        self.slot = None;
+    }
+
+    /// The model that generates the images.
     pub(crate) fn model(&self) -> &ModelInfo {
         &self.model
     }
@@ -169,7 +179,14 @@ impl Drawing {
     }
 }
 
-/// An answer of server-sent events.
+/// The file of a preview, in base64.
+pub(crate) async fn encode_preview(rgb: Arc<Rgb>, format: Format, quality: u8) -> Option<String> {
+    let encode = move || image::encode(&rgb, format, quality, "");
+    let file = tokio::task::spawn_blocking(encode).await.ok()?.ok()?;
+    Some(BASE64_STANDARD.encode(file))
+}
+
+/// A response of server-sent events.
 pub(crate) fn events(
     events: impl Stream<Item = Result<Event, Infallible>> + Send + 'static,
 ) -> Response {

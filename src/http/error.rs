@@ -73,72 +73,45 @@ pub(crate) enum ApiError {
 
 impl ApiError {
     pub(crate) fn status(&self) -> StatusCode {
-        match self {
-            Self::Key { .. } => StatusCode::UNAUTHORIZED,
-            Self::NotFound | Self::NoJob | Self::NoFile | Self::NoModel(_) => StatusCode::NOT_FOUND,
-            Self::Method => StatusCode::METHOD_NOT_ALLOWED,
-            Self::NotAcceptable(_) => StatusCode::NOT_ACCEPTABLE,
-            Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
-            Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::MediaType(_) => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::Crowded { .. } => StatusCode::TOO_MANY_REQUESTS,
-            Self::Validation(ValidationError::Malformed { .. }) => StatusCode::BAD_REQUEST,
-            Self::Validation(ValidationError::OutOfRange { .. }) => {
-                StatusCode::UNPROCESSABLE_ENTITY
-            }
-            Self::Encode => StatusCode::INTERNAL_SERVER_ERROR,
-            Self::Registry(refusal) => match refusal {
-                RegistryError::Loaded(_) => StatusCode::CONFLICT,
-                RegistryError::Unknown(_) => StatusCode::NOT_FOUND,
-                RegistryError::NoRoom(_) => StatusCode::INSUFFICIENT_STORAGE,
-                RegistryError::Broken(_) => StatusCode::INTERNAL_SERVER_ERROR,
-            },
-            Self::Job(failure) => match failure {
-                JobError::Absent => StatusCode::NOT_FOUND,
-                JobError::Loading | JobError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
-                JobError::Full { .. } => StatusCode::TOO_MANY_REQUESTS,
-                JobError::Deadline => StatusCode::GATEWAY_TIMEOUT,
-                JobError::OutOfMemory => StatusCode::INSUFFICIENT_STORAGE,
-                JobError::Spec { .. } => StatusCode::UNPROCESSABLE_ENTITY,
-                JobError::Withheld => StatusCode::BAD_REQUEST,
-                JobError::DeviceLost | JobError::Model => StatusCode::INTERNAL_SERVER_ERROR,
-            },
-        }
+        self.kind().0
     }
 
-    /// A word that programs can rely on.
-    fn code(&self) -> &'static str {
+    /// The status, and the code that programs can rely on.
+    fn kind(&self) -> (StatusCode, &'static str) {
+        use StatusCode as S;
         match self {
-            Self::Key { .. } => "invalid_api_key",
-            Self::NotFound | Self::NoJob | Self::NoFile => "not_found",
-            Self::NoModel(_) => "model_not_found",
-            Self::Method => "method_not_allowed",
-            Self::NotAcceptable(_) => "not_acceptable",
-            Self::SlowBody => "body_timeout",
-            Self::TooLarge(_) => "too_large",
-            Self::MediaType(_) => "unsupported_media_type",
-            Self::Crowded { .. } => "overloaded",
-            Self::Validation(ValidationError::Malformed { .. }) => "malformed",
-            Self::Validation(ValidationError::OutOfRange { .. }) => "out_of_range",
-            Self::Encode => "encode_failed",
-            Self::Registry(refusal) => match refusal {
-                RegistryError::Loaded(_) => "model_loaded",
-                RegistryError::Unknown(_) => "model_not_found",
-                RegistryError::NoRoom(_) => "out_of_memory",
-                RegistryError::Broken(_) => "model_load_failed",
+            Self::Key { .. } => (S::UNAUTHORIZED, "invalid_api_key"),
+            Self::NotFound | Self::NoJob | Self::NoFile => (S::NOT_FOUND, "not_found"),
+            Self::NoModel(_) => (S::NOT_FOUND, "model_not_found"),
+            Self::Method => (S::METHOD_NOT_ALLOWED, "method_not_allowed"),
+            Self::NotAcceptable(_) => (S::NOT_ACCEPTABLE, "not_acceptable"),
+            Self::SlowBody => (S::REQUEST_TIMEOUT, "body_timeout"),
+            Self::TooLarge(_) => (S::PAYLOAD_TOO_LARGE, "too_large"),
+            Self::MediaType(_) => (S::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
+            Self::Crowded { .. } => (S::TOO_MANY_REQUESTS, "overloaded"),
+            Self::Validation(ValidationError::Malformed { .. }) => (S::BAD_REQUEST, "malformed"),
+            Self::Validation(ValidationError::OutOfRange { .. }) => {
+                (S::UNPROCESSABLE_ENTITY, "out_of_range")
+            }
+            Self::Encode => (S::INTERNAL_SERVER_ERROR, "encode_failed"),
+            Self::Registry(error) => match error {
+                RegistryError::Loaded(_) => (S::CONFLICT, "model_loaded"),
+                RegistryError::Unknown(_) => (S::NOT_FOUND, "model_not_found"),
+                RegistryError::NoRoom(_) => (S::INSUFFICIENT_STORAGE, "out_of_memory"),
+                RegistryError::Broken(_) => (S::INTERNAL_SERVER_ERROR, "model_load_failed"),
             },
-            Self::Job(failure) => match failure {
-                JobError::Absent => "model_required",
-                JobError::Loading => "loading",
-                JobError::Stopping => "shutting_down",
-                JobError::Full { .. } => "overloaded",
-                JobError::Deadline => "deadline_exceeded",
-                JobError::OutOfMemory => "out_of_memory",
-                JobError::Spec { .. } => "out_of_range",
-                // OpenAI's word; its clients know it.
-                JobError::Withheld => "content_policy_violation",
-                JobError::DeviceLost => "device_lost",
-                JobError::Model => "model_failed",
+            Self::Job(error) => match error {
+                JobError::Absent => (S::NOT_FOUND, "model_required"),
+                JobError::Loading => (S::SERVICE_UNAVAILABLE, "loading"),
+                JobError::Stopping => (S::SERVICE_UNAVAILABLE, "shutting_down"),
+                JobError::Full { .. } => (S::TOO_MANY_REQUESTS, "overloaded"),
+                JobError::Deadline => (S::GATEWAY_TIMEOUT, "deadline_exceeded"),
+                JobError::OutOfMemory => (S::INSUFFICIENT_STORAGE, "out_of_memory"),
+                JobError::Spec { .. } => (S::UNPROCESSABLE_ENTITY, "out_of_range"),
+                // OpenAI's code, which its clients know.
+                JobError::Withheld => (S::BAD_REQUEST, "content_policy_violation"),
+                JobError::DeviceLost => (S::INTERNAL_SERVER_ERROR, "device_lost"),
+                JobError::Model => (S::INTERNAL_SERVER_ERROR, "model_failed"),
             },
         }
     }
@@ -177,11 +150,11 @@ impl ApiError {
     /// The error as clients see it.
     pub(crate) fn json(&self) -> Value {
         let message = self.to_string();
-        json!({ "error": { "code": self.code(), "message": message, "param": self.param() } })
+        json!({ "error": { "code": self.kind().1, "message": message, "param": self.param() } })
     }
 
     pub(crate) fn reason(&self) -> ErrorDetail {
-        let (code, param) = (self.code(), self.param().map(Into::into));
+        let (code, param) = (self.kind().1, self.param().map(Into::into));
         ErrorDetail { code, message: self.to_string(), param }
     }
 

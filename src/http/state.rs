@@ -93,9 +93,9 @@ pub(crate) struct AppState {
 pub(crate) struct AppShared {
     pub(crate) models: ModelRegistry,
     pub(crate) settings: HttpConfig,
-    /// A permit for each request in service: bodies and pictures take memory.
+    /// A permit for each request in flight: bodies and images take memory.
     pub(crate) request_slots: Arc<Semaphore>,
-    /// A permit for each request whose fields are being read.
+    /// A permit for each request whose images are being decoded.
     pub(crate) decode_slots: Arc<Semaphore>,
     pub(crate) jobs: Arc<JobStore>,
     pub(crate) urls: UrlStore,

@@ -578,7 +578,7 @@ fn an_interrupt_is_answered_with_what_there_is() {
     let ticket = studio.submit(1, vec![spec(1, 9), spec(2, 9), spec(3, 9)]);
     let other = studio.submit(2, vec![spec(4, 3)]);
     assert_eq!(stepped(&studio.turn()), [1, 4]);
-    let watch = studio.engine.watch(&ticket);
+    let watch = studio.engine.monitor(&ticket);
     watch.interrupt();
     let did = studio.turn();
     assert!(did.contains(&Did::Decode(1)) && !did.contains(&Did::Begin(2)), "{did:?}");
@@ -601,7 +601,7 @@ fn an_interrupted_picture_of_which_there_is_nothing_to_see_is_left_out() {
     let first = studio.submit(1, vec![Spec { size: square(128), ..spec(1, 9) }]);
     studio.turn();
     let ticket = studio.submit(2, vec![spec(2, 9)]);
-    studio.engine.watch(&ticket).interrupt();
+    studio.engine.monitor(&ticket).interrupt();
     assert!(!studio.turn().contains(&Did::Begin(2)));
     assert_eq!(ticket.wait().now_or_never().map(|drawn| drawn.map(|d| d.len())), Some(Ok(0)));
     assert_eq!(first.progress().borrow().completed, 2);
@@ -645,7 +645,7 @@ fn who_waits_for_a_file_has_a_place() {
     let _second = studio.submit(2, vec![spec(2, 1)]);
     let _other = studio.submit(3, vec![Spec { size: square(128), ..spec(3, 2) }]);
     assert_eq!(stepped(&studio.turn()), [3], "another size has places of its own");
-    studio.engine.watch(&leaves).interrupt();
+    studio.engine.monitor(&leaves).interrupt();
     let did = studio.turn();
     assert!(did.contains(&Did::Begin(2)), "the place of one who left is free: {did:?}");
     assert_eq!(leaves.wait().now_or_never().map(|drawn| drawn.map(|d| d.len())), Some(Ok(0)));

@@ -1,12 +1,12 @@
 //! The options, of which only the model can be changed.
 
 use axum::Json;
-use axum::extract::{Request, State};
+use axum::extract::State;
 use serde_json::{Value, json};
 
 use super::translate::{Object, is_noop};
 use crate::engine::JobError;
-use crate::http::admission;
+use crate::http::admission::Admitted;
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
 use crate::request::ValidationError;
@@ -52,9 +52,8 @@ pub(crate) async fn get_options(State(state): State<AppState>) -> Result<Json<Va
 /// is loaded before this is answered, and is that of every request of this API that names none.
 pub(crate) async fn set_options(
     State(state): State<AppState>,
-    request: Request,
+    Admitted { body, .. }: Admitted,
 ) -> Result<Json<Value>, ApiError> {
-    let body = admission::take(&state, request).await?.body;
     let wanted: Object = serde_json::from_slice(&body).map_err(|error| {
         ValidationError::body(format!("the body is not a JSON object: {error}"))
     })?;

@@ -1,22 +1,17 @@
 //! The parameters in a picture's file.
 
 use axum::Json;
-use axum::extract::{Request, State};
 use serde_json::{Value, json};
 
 use super::translate::Object;
-use crate::http::admission;
+use crate::http::admission::Admitted;
 use crate::http::error::ApiError;
-use crate::http::state::AppState;
 use crate::image;
 use crate::request::{self, ValidationError};
 
 /// `POST /sdapi/v1/png-info`: the parameters in a picture's file, as text and one by one.
-pub(crate) async fn png_info(
-    State(state): State<AppState>,
-    request: Request,
-) -> Result<Json<Value>, ApiError> {
-    let mut fields = admission::take(&state, request).await?.json()?;
+pub(crate) async fn png_info(admitted: Admitted) -> Result<Json<Value>, ApiError> {
+    let mut fields = admitted.json()?;
     let image = fields.text(&["image"], usize::MAX)?;
     let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
     let file = request::file("image", image)?;

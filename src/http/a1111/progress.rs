@@ -2,14 +2,15 @@
 
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, Request, State};
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
+use axum::extract::{Query, State};
 use serde_json::{Value, json};
 
-use crate::http::admission;
+use crate::http::admission::{Admitted, ClientId};
+use crate::http::drawing::encode_preview;
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
+use crate::http::store::InFlightRequest;
+use crate::image::{Format, JPEG_QUALITY};
 use crate::request::ValidationError;
 
 /// What may be asked of progress.
@@ -23,10 +24,9 @@ pub(crate) struct ProgressQuery {
 pub(crate) async fn progress(
     State(state): State<AppState>,
     look: Result<Query<ProgressQuery>, QueryRejection>,
-    request: Request,
+    ClientId(client): ClientId,
 ) -> Result<Json<Value>, ApiError> {
     let Query(look) = look.map_err(|error| ValidationError::body(error.body_text()))?;
-    let client = admission::client(&request);
     let begun = state.in_flight.of(&client);
     let Some(first) = begun.first() else {
         return Ok(Json(json!({
@@ -37,16 +37,21 @@ pub(crate) async fn progress(
             "textinfo": null,
         })));
     };
-    let outlook = first.outlook();
-    let preview = if look.skip_current_image { None } else { first.preview().await };
-    let step = (first.share() * first.steps as f64) as usize;
+    let outlook = first.monitor.estimate();
+    let preview = if look.skip_current_image { None } else { preview(first).await };
+    let step = (first.progress() * first.steps as f64) as usize;
     Ok(Json(json!({
-        "progress": first.share(),
+        "progress": first.progress(),
         "eta_relative": outlook.left.map_or(0.0, |left| left.as_secs_f64()),
         "state": job(begun.len(), step, first.steps),
-        "current_image": preview.map(|file| BASE64_STANDARD.encode(file)),
+        "current_image": preview,
         "textinfo": outlook.position.map(|ahead| format!("{ahead} images ahead")),
     })))
+}
+
+/// The latest preview, as PNG.
+async fn preview(request: &InFlightRequest) -> Option<String> {
+    encode_preview(request.monitor.preview()?.rgb, Format::Png, JPEG_QUALITY).await
 }
 
 fn job(count: usize, step: usize, steps: usize) -> Value {
@@ -66,35 +71,37 @@ fn job(count: usize, step: usize, steps: usize) -> Value {
 /// `POST /internal/progress`: of the request with this `force_task_id`.
 pub(crate) async fn task(
     State(state): State<AppState>,
-    request: Request,
+    admitted: Admitted,
 ) -> Result<Json<Value>, ApiError> {
-    let client = admission::client(&request);
-    let mut fields = admission::take(&state, request).await?.json()?;
+    let mut fields = admitted.json()?;
     let id = fields.text(&["id_task"], 256)?;
     let wants_preview = fields.flag(&["live_preview"])?.unwrap_or(true);
-    let begun = state.in_flight.of(&client);
+    let begun = state.in_flight.of(&admitted.client);
     let Some(begun) = begun.iter().find(|begun| begun.task.is_some() && begun.task == id) else {
         return Ok(Json(json!({ "active": false, "queued": false, "completed": false })));
     };
-    let outlook = begun.outlook();
-    let preview = if wants_preview { begun.preview().await } else { None };
-    let data = |file| format!("data:image/png;base64,{}", BASE64_STANDARD.encode(file));
+    let outlook = begun.monitor.estimate();
+    let preview = if wants_preview { preview(begun).await } else { None };
+    let data = |file| format!("data:image/png;base64,{file}");
     Ok(Json(json!({
         "active": outlook.position.is_none(),
         "queued": outlook.position.is_some(),
         "completed": false,
-        "progress": begun.share(),
+        "progress": begun.progress(),
         "eta": outlook.left.map(|left| left.as_secs_f64()),
         "live_preview": preview.map(data),
-        "id_live_preview": begun.completed(),
+        "id_live_preview": begun.monitor.current().completed,
         "textinfo": outlook.position.map(|ahead| format!("{ahead} images ahead")),
     })))
 }
 
 /// `POST /sdapi/v1/interrupt`: ends all that the client has under way with what there is of it.
-pub(crate) async fn interrupt(State(state): State<AppState>, request: Request) -> Json<Value> {
-    for begun in state.in_flight.of(&admission::client(&request)) {
-        begun.interrupt();
+pub(crate) async fn interrupt(
+    State(state): State<AppState>,
+    ClientId(client): ClientId,
+) -> Json<Value> {
+    for request in state.in_flight.of(&client) {
+        request.monitor.interrupt();
     }
     Json(json!({}))
 }

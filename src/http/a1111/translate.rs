@@ -5,6 +5,7 @@ use base64::prelude::BASE64_STANDARD;
 use sd_models::{SamplerName, SigmaSchedule};
 use serde_json::{Map, Value, json};
 
+use crate::http::admission::RequestSlot;
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
 use crate::image;
@@ -232,6 +233,7 @@ impl InitImage {
     pub(crate) async fn write_into(
         self,
         state: &AppState,
+        slot: &RequestSlot,
         ours: &mut Fields,
     ) -> Result<(), ApiError> {
         ours.add("image", "init_images", self.image);
@@ -243,9 +245,7 @@ impl InitImage {
         };
         let (file, most) =
             (request::file("mask", text.to_owned())?, state.settings.limits.max_input_pixels);
-        let _turn = state.decode_slots.acquire().await;
-        let turned = move || image::mask(&file, most, image::inverted);
-        let turned = tokio::task::spawn_blocking(turned).await;
+        let turned = slot.decode(state, move || image::mask(&file, most, image::inverted)).await;
         let turned = turned.map_err(|_| ValidationError::malformed("mask", "cannot be read"))?;
         let turned = turned.map_err(|reason| ValidationError::range("mask", reason))?;
         ours.add("mask", "mask", BASE64_STANDARD.encode(turned.unwrap_or_default()));

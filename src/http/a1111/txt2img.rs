@@ -1,7 +1,7 @@
 //! Text to picture and picture to picture.
 
 use axum::Json;
-use axum::extract::{Request, State};
+use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -11,7 +11,7 @@ use super::info::info;
 use super::options::check;
 use super::translate::{InitImage, Object, overrides, translate};
 use crate::engine::GeneratedImage;
-use crate::http::admission::{self, Admitted};
+use crate::http::admission::Admitted;
 use crate::http::drawing::{Drawing, ReplyFormat};
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
@@ -22,25 +22,28 @@ use crate::request::Draw;
 /// `POST /sdapi/v1/txt2img`.
 pub(crate) async fn txt2img(
     State(state): State<AppState>,
-    request: Request,
+    admitted: Admitted,
 ) -> Result<Response, ApiError> {
-    draw(state, request, false).await
+    draw(state, admitted, false).await
 }
 
 /// `POST /sdapi/v1/img2img`.
 pub(crate) async fn img2img(
     State(state): State<AppState>,
-    request: Request,
+    admitted: Admitted,
 ) -> Result<Response, ApiError> {
-    draw(state, request, true).await
+    draw(state, admitted, true).await
 }
 
 /// Draws and answers as AUTOMATIC1111 does.
-async fn draw(state: AppState, request: Request, from_picture: bool) -> Result<Response, ApiError> {
-    let intake = admission::take(&state, request).await?;
-    let mut theirs = intake.json()?;
-    let mut echo: Object = serde_json::from_slice(&intake.body).unwrap_or_default();
-    let Admitted { client, deadline, permit: _permit, .. } = intake;
+async fn draw(
+    state: AppState,
+    admitted: Admitted,
+    from_picture: bool,
+) -> Result<Response, ApiError> {
+    let mut theirs = admitted.json()?;
+    let mut echo: Object = serde_json::from_slice(&admitted.body).unwrap_or_default();
+    let Admitted { client, deadline, slot, .. } = admitted;
     let send_images = theirs.flag(&["send_images"])?.unwrap_or(true);
     let task = theirs.text(&["force_task_id"], 256)?;
     let mut notes = Vec::new();
@@ -62,14 +65,14 @@ async fn draw(state: AppState, request: Request, from_picture: bool) -> Result<R
     if let Some(start) = start {
         // As there, pictures do not go back to where they came from.
         echo.retain(|name, _| !["init_images", "mask"].contains(&name.as_str()));
-        start.write_into(&state, &mut fields).await?;
+        start.write_into(&state, &slot, &mut fields).await?;
     }
     let json = |draw: &Draw, _| Ok(ReplyFormat::Json(draw.format.unwrap_or(Format::Png)));
-    let mut asked = Drawing::prepare(&state, vec![fields], json).await?;
+    let mut asked = Drawing::prepare(&state, &slot, vec![fields], json).await?;
     asked.preview = true;
     let ticket = asked.submit(&client, Some(deadline))?;
     let begun = InFlightRequest::new(&state.engine, &ticket, client, task, &asked.specs);
-    let _underway = state.in_flight.enter(begun);
+    let _in_flight = state.in_flight.insert(begun);
     let pictures = ticket.wait().await?;
     // As there, an interrupted request is answered with what there is, and with 200 if there is
     // nothing: clients take any other status for a failure of the server.

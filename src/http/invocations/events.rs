@@ -10,19 +10,17 @@ use axum::body::Bytes;
 use axum::http;
 use axum::response::Response;
 use axum::response::sse::Event;
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
 use futures_util::stream;
 use serde_json::{Value, json};
-use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::render::Invocation;
 use crate::engine::{Engine, Estimate, JobMonitor, Preview, Progress, Ticket};
-use crate::http::drawing;
+use crate::http::admission::RequestSlot;
+use crate::http::drawing::{self, encode_preview};
 use crate::http::error::ApiError;
-use crate::image::{self, Format, JPEG_QUALITY};
+use crate::image::{Format, JPEG_QUALITY};
 
 /// Interval of `queued` events, which are sent when the position has changed.
 const POSITION_INTERVAL: Duration = Duration::from_secs(1);
@@ -35,12 +33,11 @@ enum Stage {
 }
 
 struct ProgressStream {
-    watch: JobMonitor,
+    monitor: JobMonitor,
     /// The last that was told of the queue.
     told: Option<Estimate>,
-    previews: Option<watch::Receiver<Option<Preview>>>,
     result: AbortOnDropHandle<Result<http::Response<Bytes>, ApiError>>,
-    _permit: OwnedSemaphorePermit,
+    _slot: RequestSlot,
 }
 
 /// Answers with events.
@@ -48,16 +45,15 @@ pub(crate) fn stream(
     engine: &Engine,
     asked: Invocation,
     ticket: Ticket,
-    permit: OwnedSemaphorePermit,
+    slot: RequestSlot,
 ) -> Response {
-    let watch = engine.watch(&ticket);
-    let previews = ticket.previews();
+    let monitor = engine.monitor(&ticket);
     let result = tokio::spawn(async move {
         let pictures = ticket.wait().await?;
         asked.answer(pictures).await
     });
     let result = AbortOnDropHandle::new(result);
-    let underway = ProgressStream { watch, told: None, previews, result, _permit: permit };
+    let underway = ProgressStream { monitor, told: None, result, _slot: slot };
     let first = Stage::Queued(Box::new(underway));
     drawing::events(stream::unfold(first, async |stage| {
         let (event, stage) = stage.next().await?;
@@ -84,7 +80,7 @@ impl ProgressStream {
     /// the job has begun or ended.
     async fn place(&mut self) -> Option<Event> {
         loop {
-            let outlook = self.watch.outlook();
+            let outlook = self.monitor.estimate();
             if self.told.is_none_or(|told| told.position != outlook.position)
                 && (self.told.is_none() || outlook.position.is_some())
             {
@@ -92,10 +88,10 @@ impl ProgressStream {
                 return Some(event("queued", &place(outlook)));
             }
             outlook.position?;
-            match timeout(POSITION_INTERVAL, self.watch.progress().changed()).await {
+            match timeout(POSITION_INTERVAL, self.monitor.progress().changed()).await {
                 Ok(Ok(())) => {
                     // It has begun; what there is to tell of it is told by `step`.
-                    self.watch.progress().mark_changed();
+                    self.monitor.progress().mark_changed();
                     return None;
                 }
                 Err(_) if !self.result.is_finished() => {}
@@ -110,10 +106,10 @@ impl ProgressStream {
             return Some((event, Stage::Drawing(self)));
         }
         loop {
-            match timeout(POSITION_INTERVAL, self.watch.progress().changed()).await {
+            match timeout(POSITION_INTERVAL, self.monitor.progress().changed()).await {
                 Ok(Ok(())) => {
-                    let progress = *self.watch.progress().borrow_and_update();
-                    let event = event("step", &step(progress, self.watch.outlook()));
+                    let progress = *self.monitor.progress().borrow_and_update();
+                    let event = event("step", &step(progress, self.monitor.estimate()));
                     return Some((event, Stage::Drawing(self)));
                 }
                 // The orders are gone, or the time is up while a step lasts.
@@ -134,14 +130,12 @@ impl ProgressStream {
 
     /// A preview that has not been told yet.
     async fn preview(&mut self) -> Option<Event> {
-        let previews = self.previews.as_mut()?;
+        let previews = self.monitor.previews()?;
         if !previews.has_changed().unwrap_or(false) {
             return None;
         }
         let Preview { index, rgb } = previews.borrow_and_update().clone()?;
-        let encode = move || image::encode(&rgb, Format::Jpeg, JPEG_QUALITY, "");
-        let file = tokio::task::spawn_blocking(encode).await.ok()?.ok()?;
-        let data = BASE64_STANDARD.encode(file);
+        let data = encode_preview(rgb, Format::Jpeg, JPEG_QUALITY).await?;
         let media_type = Format::Jpeg.media_type();
         Some(event("preview", &json!({ "index": index, "content_type": media_type, "data": data })))
     }

@@ -2,13 +2,13 @@
 
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Path, Request, State};
+use axum::extract::{FromRequest as _, Path, Request, State};
 use axum::response::Response;
 use serde_json::{Value, json};
 
 use super::render::Invocation;
 use super::{body, detect, events, lines};
-use crate::http::admission::{self, Admitted};
+use crate::http::admission::Admitted;
 use crate::http::drawing::ReplyFormat;
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
@@ -22,22 +22,21 @@ const MAX_TRANSFORMS: usize = 100 / PAYLOAD_MB;
 /// ticket, which withdraws the job.
 pub(crate) async fn invocations(
     State(state): State<AppState>,
-    request: Request,
+    admitted: Admitted,
 ) -> Result<Response, ApiError> {
-    let intake = admission::take(&state, request).await?;
-    if lines::are_declared(&intake.headers) {
-        return lines::answer(state, intake);
+    if lines::are_declared(&admitted.headers) {
+        return lines::answer(state, admitted);
     }
-    let Admitted { headers, body, client, deadline, stream_deadline, permit, .. } = intake;
+    let Admitted { headers, body, client, deadline, stream_deadline, slot, .. } = admitted;
     let (fields, speech) = body::read(&headers, &body)?;
     drop(body);
     let heard = detect::parse(&headers, fields, speech, state.settings.limits.max_images)?;
-    let asked = Invocation::read(&state, heard, &headers).await?;
+    let asked = Invocation::read(&state, &slot, heard, &headers).await?;
     let stream = matches!(asked.drawing.reply, ReplyFormat::Events(_));
     let ticket =
         asked.drawing.submit(&client, Some(if stream { stream_deadline } else { deadline }))?;
     if stream {
-        return Ok(events::stream(&state.engine, asked, ticket, permit));
+        return Ok(events::stream(&state.engine, asked, ticket, slot));
     }
     let pictures = ticket.wait().await?;
     Ok(asked.answer(pictures).await?.map(Body::from))
@@ -49,8 +48,9 @@ pub(crate) async fn loaded(
     Path(name): Path<String>,
     request: Request,
 ) -> Result<Response, ApiError> {
-    let chosen = state.models.get(&name)?;
-    invocations(State(state.on(chosen)), request).await
+    let state = state.on(state.models.get(&name)?);
+    let admitted = Admitted::from_request(request, &state).await?;
+    invocations(State(state), admitted).await
 }
 
 /// `POST /models/{owner}/{name}`, as Hugging Face's clients call a model that has an address.
@@ -60,7 +60,8 @@ pub(crate) async fn named(
     request: Request,
 ) -> Result<Response, ApiError> {
     let state = state.choose(&name).await?;
-    invocations(State(state), request).await
+    let admitted = Admitted::from_request(request, &state).await?;
+    invocations(State(state), admitted).await
 }
 
 /// What SageMaker's batch transform asks first. One record a request keeps its time bounded, and

@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, Request, State};
+use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::http::header::LOCATION;
 use axum::response::{IntoResponse as _, Response};
 use serde_json::{Value, json};
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::render::Invocation;
 use super::{body, detect, events};
@@ -28,21 +29,23 @@ use crate::request::ValidationError;
 /// Accepts a job: the body of `/invocations`, whose answer is kept.
 pub(crate) async fn create(
     State(state): State<AppState>,
-    request: Request,
+    admitted: Admitted,
 ) -> Result<Response, ApiError> {
-    let Admitted { headers, body, client, permit, .. } = admission::take(&state, request).await?;
+    let Admitted { headers, body, client, slot, .. } = admitted;
     let timeout = admission::timeout(&headers, state.settings.job_timeout)?;
     let (fields, speech) = body::read(&headers, &body)?;
     let heard = detect::parse(&headers, fields, speech, state.settings.limits.max_images)?;
-    let asked = Invocation::read(&state, heard, &headers).await?;
+    let mut asked = Invocation::read(&state, &slot, heard, &headers).await?;
     if let ReplyFormat::Events(_) = asked.drawing.reply {
         return Err(ValidationError::body("a job cannot stream events; poll its state").into());
     }
     let deadline = Instant::now() + timeout;
     let mut ticket = asked.drawing.submit(&client, Some(deadline))?;
-    drop(permit);
+    // A job is bounded by the number of jobs.
+    asked.drawing.release_slot();
+    drop(slot);
     let id = format!("{:032x}", random());
-    let entry = JobRecord { watch: state.engine.watch(&ticket), end: None, task: None };
+    let entry = JobRecord { monitor: state.engine.monitor(&ticket), end: None, task: None };
     let description = describe(&id, &entry);
     if !state.jobs.insert(id.clone(), entry, state.settings.max_jobs) {
         return Err(ApiError::Crowded { retry_after_s: state.engine.retry_after() });
@@ -54,7 +57,7 @@ pub(crate) async fn create(
                 // It made room for another client; it has been accepted and so comes again.
                 Err(JobError::Full { .. }) => {
                     ticket = asked.drawing.submit_with_retry(&client, deadline).await?;
-                    store.update(&name, |entry| entry.watch = engine.watch(&ticket));
+                    store.update(&name, |entry| entry.monitor = engine.monitor(&ticket));
                 }
                 pictures => return asked.answer(pictures?).await,
             }
@@ -62,7 +65,7 @@ pub(crate) async fn create(
     };
     let task =
         tokio::spawn(keep(Arc::clone(&state.jobs), state.settings.job_retention, id.clone(), work));
-    state.jobs.update(&id, |entry| entry.task = Some(task.abort_handle()));
+    state.jobs.update(&id, |entry| entry.task = Some(AbortOnDropHandle::new(task)));
     let location = [(LOCATION, format!("/v1/jobs/{id}"))];
     Ok((StatusCode::ACCEPTED, location, Json(description)).into_response())
 }
@@ -112,8 +115,8 @@ pub(crate) async fn delete(
 }
 
 fn describe(id: &str, job: &JobRecord) -> Value {
-    let outlook = job.watch.outlook();
-    let progress = job.watch.current();
+    let outlook = job.monitor.estimate();
+    let progress = job.monitor.current();
     let state = match &job.end {
         Some((_, end)) if end.is_ok() => "completed",
         Some(_) => "failed",

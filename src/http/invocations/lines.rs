@@ -16,7 +16,7 @@ use super::body::{BodyKind, essence};
 use super::detect;
 use super::render::Invocation;
 use crate::engine::{Client, JobError};
-use crate::http::admission::Admitted;
+use crate::http::admission::{Admitted, RequestSlot};
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
 use crate::request::{Fields, ValidationError};
@@ -36,8 +36,8 @@ pub(crate) fn are_declared(headers: &HeaderMap) -> bool {
 }
 
 /// Answers every line. Each has the request's time for itself, from when it is looked at.
-pub(crate) fn answer(state: AppState, intake: Admitted) -> Result<Response, ApiError> {
-    let Admitted { body, client, timeout, permit, .. } = intake;
+pub(crate) fn answer(state: AppState, admitted: Admitted) -> Result<Response, ApiError> {
+    let Admitted { body, client, timeout, slot, .. } = admitted;
     let body = Bytes::from(body);
     let text = body.strip_suffix(b"\n").unwrap_or(&body);
     if text.is_empty() {
@@ -57,25 +57,23 @@ pub(crate) fn answer(state: AppState, intake: Admitted) -> Result<Response, ApiE
     let together = state.engine.max_batch_rows();
     let answers = stream::iter(lines)
         .map(move |line| {
-            let (state, client) = (state.clone(), client.clone());
+            let (state, slot, client) = (state.clone(), slot.clone(), client.clone());
             async move {
-                let answer = draw(&state, &client, timeout, &line).await;
+                let answer = draw(&state, &slot, &client, timeout, &line).await;
                 let mut line = answer.unwrap_or_else(|error| error.json().to_string().into());
                 line.push(b'\n');
                 // Bodies are streams of results; this one has no errors of its own.
                 Ok::<_, Infallible>(line)
             }
         })
-        .buffered(together)
-        .inspect(move |_| {
-            let _held_to_the_end = &permit;
-        });
+        .buffered(together);
     Ok(([(CONTENT_TYPE, TYPES[0])], Body::from_stream(answers)).into_response())
 }
 
 /// One line's answer.
 async fn draw(
     state: &AppState,
+    slot: &RequestSlot,
     client: &Client,
     timeout: Duration,
     line: &[u8],
@@ -90,7 +88,7 @@ async fn draw(
     let headers = HeaderMap::new();
     let most = state.settings.limits.max_images;
     let heard = detect::parse(&headers, Fields::json(text)?, BodyKind::Json, most)?;
-    let asked = Invocation::read(state, heard, &headers).await?;
+    let asked = Invocation::read(state, slot, heard, &headers).await?;
     let pictures = loop {
         // A line is part of a larger work, which a full queue only delays.
         match asked.drawing.submit_with_retry(client, deadline).await?.wait().await {

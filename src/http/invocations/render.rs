@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::accept::{self, ReplyPreferences};
 use super::body::BodyKind;
 use crate::engine::GeneratedImage;
+use crate::http::admission::RequestSlot;
 use crate::http::drawing::{Drawing, ReplyFormat};
 use crate::http::error::ApiError;
 use crate::http::headers::{ATTRIBUTES, NSFW, SEED};
@@ -92,11 +93,12 @@ impl Invocation {
     /// Reads what was heard; `headers` say how to answer.
     pub(crate) async fn read(
         state: &AppState,
+        slot: &RequestSlot,
         heard: ParsedRequest,
         headers: &HeaderMap,
     ) -> Result<Self, ApiError> {
         let ParsedRequest { requests, speech, dialect } = heard;
-        let drawing = Drawing::prepare(state, requests, |draw, count| {
+        let drawing = Drawing::prepare(state, slot, requests, |draw, count| {
             let (usual, format, stream) = (dialect.format, draw.format, draw.stream);
             accept::choose(headers, ReplyPreferences { speech, usual, format, count, stream })
         });

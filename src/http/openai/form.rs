@@ -1,12 +1,10 @@
 //! A form with files in it.
 
-use std::convert::Infallible;
+use axum::body::{Body, Bytes};
+use axum::extract::multipart::MultipartError;
+use axum::extract::{DefaultBodyLimit, FromRequest as _, Multipart, Request};
 
-use axum::body::Bytes;
-use axum::http::HeaderMap;
-use axum::http::header::CONTENT_TYPE;
-use futures_util::stream;
-
+use crate::http::admission::Admitted;
 use crate::http::error::ApiError;
 use crate::request::ValidationError;
 
@@ -19,14 +17,18 @@ pub(crate) struct Form {
 }
 
 impl Form {
-    pub(crate) async fn read(headers: &HeaderMap, body: Vec<u8>) -> Result<Self, ApiError> {
-        let declared = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
-        let boundary = multer::parse_boundary(declared.unwrap_or_default())
+    /// Takes the body out of the request.
+    pub(crate) async fn read(admitted: &mut Admitted) -> Result<Self, ApiError> {
+        let mut request = Request::new(Body::from(std::mem::take(&mut admitted.body)));
+        request.headers_mut().clone_from(&admitted.headers);
+        // Admission has limited the body.
+        DefaultBodyLimit::disable().apply(&mut request);
+        let mut parts = Multipart::from_request(request, &())
+            .await
             .map_err(|_| ApiError::MediaType("send multipart/form-data with a boundary".into()))?;
-        let broken =
-            |error: multer::Error| ValidationError::body(format!("the form is malformed: {error}"));
-        let body = stream::iter([Ok::<_, Infallible>(Bytes::from(body))]);
-        let mut parts = multer::Multipart::new(body, boundary);
+        let broken = |error: MultipartError| {
+            ValidationError::body(format!("the form is malformed: {}", error.body_text()))
+        };
         let mut form = Self::default();
         while let Some(part) = parts.next_field().await.map_err(broken)? {
             let name = part.name().unwrap_or_default().to_owned();

@@ -1,7 +1,7 @@
 //! Generations and edits.
 
 use axum::Json;
-use axum::extract::{Request, State};
+use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::http::header::HOST;
 use axum::response::{IntoResponse as _, Response};
@@ -12,7 +12,7 @@ use super::form::Form;
 use super::render::{common, data, now};
 use super::stream::{ReplyOptions, stream};
 use super::translate::{OpenAiOptions, translate};
-use crate::http::admission::{self, Admitted};
+use crate::http::admission::Admitted;
 use crate::http::drawing::{Drawing, ReplyFormat};
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
@@ -25,11 +25,10 @@ const THEIR_MODELS: [&str; 3] = ["dall-e-", "gpt-image-", "chatgpt-image-"];
 /// `POST /v1/images/generations`.
 pub(crate) async fn generations(
     State(state): State<AppState>,
-    request: Request,
+    admitted: Admitted,
 ) -> Result<Response, ApiError> {
-    let intake = admission::take(&state, request).await?;
-    let fields = intake.json()?;
-    draw(state, intake, fields, "image_generation").await
+    let fields = admitted.json()?;
+    draw(state, admitted, fields, "image_generation").await
 }
 
 /// `POST /v1/images/edits`: a form with a picture in it, and a mask whose transparent parts are to
@@ -37,11 +36,9 @@ pub(crate) async fn generations(
 /// that the whole picture is begun from.
 pub(crate) async fn edits(
     State(state): State<AppState>,
-    request: Request,
+    mut admitted: Admitted,
 ) -> Result<Response, ApiError> {
-    let mut intake = admission::take(&state, request).await?;
-    let body = std::mem::take(&mut intake.body);
-    let Form { texts, image, mask } = Form::read(&intake.headers, body).await?;
+    let Form { texts, image, mask } = Form::read(&mut admitted).await?;
     let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
     let mut fields = Fields::form(texts);
     let encoded = BASE64_STANDARD.encode(&image);
@@ -50,11 +47,8 @@ pub(crate) async fn edits(
         None => ("image", image),
     };
     let most = state.settings.limits.max_input_pixels;
-    let turn = state.decode_slots.acquire().await;
-    let found =
-        tokio::task::spawn_blocking(move || image::mask(&file, most, image::transparency_mask))
-            .await;
-    drop(turn);
+    let find = move || image::mask(&file, most, image::transparency_mask);
+    let found = admitted.slot.decode(&state, find).await;
     let transparency_mask =
         found.map_err(|_| ValidationError::malformed(name, "cannot be read"))?;
     let transparency_mask =
@@ -71,22 +65,22 @@ pub(crate) async fn edits(
         }
     }
     fields.add("image", "image", encoded);
-    draw(state, intake, fields, "image_edit").await
+    draw(state, admitted, fields, "image_edit").await
 }
 
 /// Reads OpenAI's fields, draws, and answers.
 async fn draw(
     state: AppState,
-    intake: Admitted,
+    admitted: Admitted,
     mut fields: Fields,
     kind: &'static str,
 ) -> Result<Response, ApiError> {
-    let Admitted { headers, client, deadline, stream_deadline, permit, .. } = intake;
+    let Admitted { headers, client, deadline, stream_deadline, slot, .. } = admitted;
     let OpenAiOptions { model, compression, url, partial_images } = translate(&mut fields)?;
     let state = find(state, model).await?;
     let url = url.then(|| origin(&headers));
     let wish = ReplyOptions { kind, url, partial_images };
-    let asked = Drawing::prepare(&state, vec![fields], |draw, _| {
+    let asked = Drawing::prepare(&state, &slot, vec![fields], |draw, _| {
         let format = draw.format.unwrap_or(Format::Png);
         Ok(if draw.stream { ReplyFormat::Events(format) } else { ReplyFormat::Json(format) })
     });
@@ -96,7 +90,7 @@ async fn draw(
     let ticket = asked.submit(&client, Some(if streams { stream_deadline } else { deadline }))?;
     let common = common(&asked);
     if streams {
-        return Ok(stream(state, asked, ticket, wish, common, permit));
+        return Ok(stream(state, asked, ticket, wish, common, slot));
     }
     let pictures = ticket.wait().await?;
     let data = data(&state, asked, pictures, wish.url).await?;

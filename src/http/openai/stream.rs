@@ -5,20 +5,18 @@ use std::convert::Infallible;
 
 use axum::response::Response;
 use axum::response::sse::Event;
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
 use futures_util::stream;
 use serde_json::{Map, Value, json};
-use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::error::describe;
 use super::render::{data, now};
-use crate::engine::{Preview, Progress, Ticket};
-use crate::http::drawing::{self, Drawing};
+use crate::engine::{JobMonitor, Preview, Progress, Ticket};
+use crate::http::admission::RequestSlot;
+use crate::http::drawing::{self, Drawing, encode_preview};
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
-use crate::image::{self, Format};
+use crate::image::Format;
 
 /// What a client wants besides pictures.
 #[derive(Debug, Clone)]
@@ -36,15 +34,14 @@ struct ImageStream {
     common: Map<String, Value>,
     format: Format,
     quality: u8,
-    previews: Option<watch::Receiver<Option<Preview>>>,
-    progress: watch::Receiver<Progress>,
+    monitor: JobMonitor,
     /// Previews that have been told.
     told: usize,
     result: AbortOnDropHandle<Result<Vec<Value>, ApiError>>,
     /// What is to be told when the pictures are there.
     last: VecDeque<Event>,
     over: bool,
-    _permit: OwnedSemaphorePermit,
+    _slot: RequestSlot,
 }
 
 pub(crate) fn stream(
@@ -53,10 +50,10 @@ pub(crate) fn stream(
     ticket: Ticket,
     wish: ReplyOptions,
     common: Map<String, Value>,
-    permit: OwnedSemaphorePermit,
+    slot: RequestSlot,
 ) -> Response {
     let (format, quality) = (asked.reply.format(), asked.quality);
-    let (previews, progress) = (ticket.previews(), ticket.progress());
+    let monitor = state.engine.monitor(&ticket);
     let url = wish.url.clone();
     let result = tokio::spawn(async move {
         let pictures = ticket.wait().await?;
@@ -67,13 +64,12 @@ pub(crate) fn stream(
         common,
         format,
         quality,
-        previews,
-        progress,
+        monitor,
         told: 0,
         result: AbortOnDropHandle::new(result),
         last: VecDeque::new(),
         over: false,
-        _permit: permit,
+        _slot: slot,
     };
     let events = stream::unfold(underway, async |mut underway| {
         let event = underway.next().await?;
@@ -86,7 +82,7 @@ impl ImageStream {
     async fn next(&mut self) -> Option<Event> {
         while !self.over {
             let wanted = self.told < self.wish.partial_images;
-            let preview = look(self.previews.as_mut().filter(|_| wanted));
+            let preview = next_preview(&mut self.monitor, wanted);
             tokio::select! {
                 result = &mut self.result => {
                     self.over = true;
@@ -104,14 +100,13 @@ impl ImageStream {
 
     /// A look at a picture, when the next share of the steps has been made.
     async fn partial(&mut self, Preview { rgb, .. }: Preview) -> Option<Event> {
-        let Progress { completed, total, .. } = *self.progress.borrow();
+        let Progress { completed, total, .. } = self.monitor.current();
         if completed * (self.wish.partial_images + 1) < total * (self.told + 1) {
             return None;
         }
         let (format, quality) = (self.format, self.quality);
-        let encode = move || image::encode(&rgb, format, quality, "");
-        let file = tokio::task::spawn_blocking(encode).await.ok()?.ok()?;
-        let mut data = json!({ "b64_json": BASE64_STANDARD.encode(file) });
+        let file = encode_preview(rgb, format, quality).await?;
+        let mut data = json!({ "b64_json": file });
         data["partial_image_index"] = self.told.into();
         self.told += 1;
         Some(self.event("partial_image", data))
@@ -142,9 +137,9 @@ impl ImageStream {
     }
 }
 
-/// The next preview; never, where there is none to come.
-async fn look(previews: Option<&mut watch::Receiver<Option<Preview>>>) -> Preview {
-    if let Some(previews) = previews
+/// The next preview, if it is wanted; never completes if there is none.
+async fn next_preview(monitor: &mut JobMonitor, wanted: bool) -> Preview {
+    if let Some(previews) = monitor.previews().filter(|_| wanted)
         && previews.changed().await.is_ok()
         && let Some(preview) = previews.borrow_and_update().clone()
     {

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use axum::body::Bytes;
 use axum::http::Response;
-use tokio::task::AbortHandle;
 use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::engine::JobMonitor;
 use crate::http::error::ApiError;
@@ -23,19 +23,11 @@ pub(crate) type JobResult = Arc<Result<Response<Bytes>, ApiError>>;
 
 #[derive(Debug)]
 pub(crate) struct JobRecord {
-    pub(crate) watch: JobMonitor,
+    pub(crate) monitor: JobMonitor,
     /// When it ended, and how.
     pub(crate) end: Option<(Instant, JobResult)>,
-    pub(crate) task: Option<AbortHandle>,
-}
-
-/// Forgetting a job ends its task, which withdraws its pictures.
-impl Drop for JobRecord {
-    fn drop(&mut self) {
-        if let Some(task) = &self.task {
-            task.abort();
-        }
-    }
+    /// Dropping the record ends the task, which withdraws the images.
+    pub(crate) task: Option<AbortOnDropHandle<()>>,
 }
 
 impl JobStore {
