@@ -347,7 +347,11 @@ pub(super) struct GenerateArgs {
     /// is twice as fast and ignores --negative-prompt. Default: the model's own
     #[arg(long)]
     pub(super) guidance_scale: Option<f64>,
-    #[arg(long, value_parser = parse::<SamplerName>, help = format!("Sampler: {}. Default: the model's own", SamplerName::list()))]
+    #[arg(
+        long,
+        value_parser = parse::<SamplerName>,
+        help = format!("Sampler: {}. Default: the model's own", SamplerName::list()),
+    )]
     pub(super) scheduler: Option<SamplerName>,
     /// Seed; the same seed gives the same image. Default: random
     #[arg(long)]
