@@ -340,7 +340,7 @@ async function setInput(blob) {
   $("start-picture").src = URL.createObjectURL(blob);
   $("drop").hidden = true;
   $("chosen").hidden = false;
-  $("paint").textContent = "Inpaint: add mask";
+  $("paint").textContent = "Inpaint";
 }
 
 function editMask() {
@@ -368,7 +368,7 @@ function applyMask() {
   }
   input.mask = painted ? copy() : null;
   input.mask?.getContext("2d").putImageData(pixels, 0, 0);
-  $("paint").textContent = painted ? "Edit mask" : "Inpaint: add mask";
+  $("paint").textContent = painted ? "Edit mask" : "Inpaint";
 }
 
 {
