@@ -1,5 +1,5 @@
-//! `sd-server`: a Stable Diffusion server. `docs/architecture.md` takes a request through its
-//! modules.
+//! `sd-server`: a Stable Diffusion server. `docs/architecture.md` describes its modules in the
+//! order in which a request passes them.
 
 #![forbid(unsafe_code)]
 
@@ -22,7 +22,7 @@ use anyhow::Result;
 
 use cli::{Action, Config, bench, generate, healthcheck};
 
-/// Does what the command line asks for.
+/// Runs the subcommand of the command line.
 pub fn run(config: Config) -> Result<()> {
     telemetry::init(config.log_format, &config.log_filter)?;
     match config.action {
@@ -45,7 +45,7 @@ pub fn run(config: Config) -> Result<()> {
 fn block_on(work: impl Future<Output = Result<()>>) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let done = runtime.block_on(work);
-    // The model thread may be in the middle of a step; it ends with the process.
+    // The model thread may be in the middle of a step; it is not waited for.
     runtime.shutdown_timeout(Duration::from_millis(100));
     done
 }

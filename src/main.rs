@@ -1,4 +1,4 @@
-//! The doorway: arguments in, exit code out.
+//! The entry point: arguments in, exit code out; before that, the right `libcuda` and the allocator.
 
 use std::io::Write as _;
 use std::process::ExitCode;
@@ -7,20 +7,20 @@ use sd_server::cli;
 use sd_server::host::cuda_compat;
 use sd_server::request::ValidationError;
 
-/// `EX_USAGE` of sysexits.h: what was typed cannot be done, and trying again will not help.
+/// `EX_USAGE` of sysexits.h: invalid arguments; a retry will not help.
 const USAGE: u8 = 64;
 
 fn main() -> ExitCode {
     if let Err(error) = cuda_compat::prefer(cli::library_path().as_deref()) {
-        // There is no log yet, and the host's own library may do.
+        // The log is not started yet. Without the compatibility library the host's own may work.
         let _ = writeln!(std::io::stderr(), "the compatibility libcuda cannot be used: {error}");
     }
-    // Before there are threads, whose allocators it would not reach.
+    // Before any thread is started, since it applies to later ones only.
     sd_models::keep_freed_memory();
     let config = match cli::read(std::env::args_os()) {
         Ok(config) => config,
         Err(error) => {
-            // Nothing is left to do when not even this can be printed.
+            // If not even this can be printed, nothing is left to do.
             let _ = error.print();
             return if error.use_stderr() { ExitCode::from(USAGE) } else { ExitCode::SUCCESS };
         }

@@ -1,8 +1,8 @@
-//! The models of a server: the one that it was started on, which stays, and those that come and go
-//! by name while it runs. SageMaker loads and unloads them itself; or they are the directories and files
-//! of a folder, loaded when they are asked for, and the one that has not been used for longest makes
-//! room. All share one device: turns, the memory of an evaluation, the queue's bounds for each.
-//! Where files come from and how a model starts is the [`ModelLoader`]'s business.
+//! The models of a server: the default model, which is never unloaded, and models loaded by name.
+//! In multi-model mode SageMaker loads and unloads them; otherwise they are the directories and
+//! files of a directory, loaded on demand, and the least recently used one is evicted. All share
+//! one device: its time, and the memory budget of a UNet call; each has its own queue. This file
+//! does not read model files: that is the [`ModelLoader`]'s task.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -18,44 +18,44 @@ use tracing::info;
 use crate::engine::{Engine, EngineState, WorkerError};
 use crate::source::is_checkpoint;
 
-/// How to get an engine for the files of a model.
+/// Starts an engine for the files of a model.
 pub trait ModelLoader: Send + Sync + 'static {
-    /// Bytes that its weights will take, from the headers of its files.
+    /// Size of the weights in memory, in bytes, from the headers of the files.
     fn estimate_bytes(&self, path: &Path) -> anyhow::Result<u64>;
-    /// Begins to load it.
+    /// Starts loading the model.
     fn start(&self, path: &Path) -> io::Result<Engine>;
-    /// Bytes that weights can still have on the device, where that is known.
+    /// Memory available for weights on the device, in bytes, if known.
     fn free_bytes(&self) -> Option<u64>;
 }
 
-/// The bounds of the models that come and go.
+/// Limits of the models loaded by name.
 #[derive(Debug, Clone)]
 pub struct RegistryConfig {
-    /// How many may be loaded.
+    /// Maximum number of loaded models.
     pub max_models: usize,
-    /// What their weights may take in all; what the device has left when absent.
+    /// Maximum total size of their weights, in bytes; `None`: the memory available on the device.
     pub memory_bytes: Option<u64>,
-    /// The folder whose directories and single files are models.
+    /// Directory whose directories and single files are models.
     pub folder: Option<PathBuf>,
-    /// Whether SageMaker says which models are loaded.
+    /// Multi-model mode: whether SageMaker loads and unloads models.
     pub multi_model: bool,
-    /// How long a model that has to go may finish what it has accepted.
+    /// Time for an unloaded model to finish its accepted requests.
     pub patience: Duration,
 }
 
-/// Why a model is not there.
+/// Why a model is not available.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RegistryError {
-    /// There is one of this name.
+    /// A model of this name is already loaded.
     #[error("the model {0:?} is already loaded")]
     Loaded(String),
-    /// There is none of this name.
+    /// No model has this name.
     #[error("the model {0:?} does not exist")]
     Unknown(String),
-    /// Others must go first.
+    /// There is no room until another model is unloaded.
     #[error("not enough room for the model: {0}")]
     NoRoom(String),
-    /// Its files are not a model.
+    /// The files cannot be loaded.
     #[error("the model cannot be loaded: {0}")]
     Broken(String),
 }
@@ -63,22 +63,22 @@ pub enum RegistryError {
 /// A loaded model.
 #[derive(Debug, Clone)]
 pub struct LoadedModel {
-    /// What it is called.
+    /// Its name.
     pub name: String,
-    /// Where its files are.
+    /// The path of its files.
     pub path: PathBuf,
     engine: Engine,
     bytes: u64,
-    /// Everybody who has chosen it and may still submit holds a receiver.
+    /// Every lease holds a receiver: without one, no request can still be submitted.
     chosen: watch::Sender<()>,
 }
 
-/// A model that a request means. It stays, within reason, until this is dropped.
+/// The model selected by a request. Unloading waits until this is dropped, up to a timeout.
 #[derive(Debug, Clone)]
 pub struct ModelLease {
-    /// Where its pictures are drawn.
+    /// The engine of the model.
     pub engine: Engine,
-    /// Of a model that comes and goes.
+    /// Held for models loaded by name.
     _stays: Option<watch::Receiver<()>>,
 }
 
@@ -94,7 +94,7 @@ impl LoadedModel {
     }
 }
 
-/// The handle that handlers share.
+/// The handle shared by the HTTP handlers.
 #[derive(Clone)]
 pub struct ModelRegistry {
     shared: Arc<RegistryShared>,
@@ -104,9 +104,9 @@ struct RegistryShared {
     first: Engine,
     library: Option<Box<dyn ModelLoader>>,
     settings: RegistryConfig,
-    /// The one used last at the end.
+    /// In order of use, the most recently used last.
     loaded: Mutex<Vec<LoadedModel>>,
-    /// Held while one is loaded: two at a time would count on the same memory.
+    /// Held while a model is loaded: two at once would count on the same free memory.
     loading: tokio::sync::Mutex<()>,
 }
 
@@ -132,7 +132,7 @@ impl fmt::Debug for ModelRegistry {
 }
 
 impl ModelRegistry {
-    /// Models from a loader, beside the default one.
+    /// The default model, and a loader for models by name.
     pub fn new(first: Engine, library: impl ModelLoader, settings: RegistryConfig) -> Self {
         Self::build(first, Some(Box::new(library)), settings)
     }
@@ -146,7 +146,7 @@ impl ModelRegistry {
         Self { shared: Arc::new(RegistryShared { first, library, settings, loaded, loading }) }
     }
 
-    /// The one that the server was started on; absent where all are chosen by name.
+    /// The model the server was started with; its engine is `Absent` if all are loaded by name.
     pub fn default_engine(&self) -> &Engine {
         &self.shared.first
     }
@@ -156,19 +156,19 @@ impl ModelRegistry {
         self.shared.settings.multi_model
     }
 
-    /// Those that are loaded, the one used last at the end.
+    /// The models loaded by name, the most recently used last.
     pub fn loaded(&self) -> Vec<LoadedModel> {
         self.shared.loaded().clone()
     }
 
-    /// Every engine.
+    /// All engines.
     pub fn engines(&self) -> Vec<Engine> {
         let mut engines = vec![self.default_engine().clone()];
         engines.extend(self.loaded().into_iter().map(|model| model.engine));
         engines
     }
 
-    /// Where the server stands: a device that is lost is lost for all.
+    /// The state of the server. A lost device is lost for all models.
     pub fn state(&self) -> EngineState {
         let lost = |engine: &Engine| matches!(engine.state(), EngineState::DeviceLost);
         if self.engines().iter().any(lost) {
@@ -178,22 +178,22 @@ impl ModelRegistry {
         }
     }
 
-    /// The names in the folder, sorted.
+    /// The names of the models in the directory, sorted.
     pub async fn names(&self) -> Vec<String> {
         self.files().await.into_keys().collect()
     }
 
-    /// The models of the folder, which may be far away: it is read on another thread.
+    /// The models in the directory. It may be on a slow file system, so a blocking thread reads it.
     async fn files(&self) -> BTreeMap<String, PathBuf> {
         let Some(folder) = self.shared.settings.folder.clone() else { return BTreeMap::new() };
         let files = tokio::task::spawn_blocking(move || files(&folder)).await;
         files.unwrap_or_default()
     }
 
-    /// A model that is loaded. It counts as used.
+    /// A loaded model, which becomes the most recently used.
     pub fn get(&self, name: &str) -> Result<ModelLease, RegistryError> {
         let mut loaded = self.shared.loaded();
-        // One that panicked is as good as gone.
+        // A model whose thread panicked is no longer loaded.
         loaded.retain(|model| !matches!(model.engine.state(), EngineState::Dead(_)));
         let place = loaded.iter().position(|model| model.name == name);
         let model = place.map(|place| loaded.remove(place));
@@ -203,7 +203,7 @@ impl ModelRegistry {
         Ok(chosen)
     }
 
-    /// A model of the folder, loaded if need be, for which others may have to go.
+    /// A model of the directory, loaded if necessary; others may be evicted for it.
     pub async fn choose(&self, name: &str) -> Result<ModelLease, RegistryError> {
         if self.default_engine().model().is_ok_and(|model| model.name == name) {
             return Ok(self.default_engine().clone().into());
@@ -214,7 +214,7 @@ impl ModelRegistry {
         let path =
             self.files().await.remove(name).ok_or_else(|| RegistryError::Unknown(name.into()))?;
         match self.spawn(name, path, true).await {
-            // Somebody else asked for it first.
+            // A concurrent request loaded it.
             Err(RegistryError::Loaded(_)) => self.get(name),
             done => done,
         }
@@ -225,8 +225,8 @@ impl ModelRegistry {
         self.spawn(name, path, false).await.map(drop)
     }
 
-    /// Unloads a model. What it has accepted is finished, within reason; its memory is free when
-    /// this returns.
+    /// Unloads a model, after finishing its accepted requests within the timeout. Its memory is
+    /// free when this returns.
     pub async fn unload(&self, name: &str) -> Result<(), RegistryError> {
         let gone = {
             let mut loaded = self.shared.loaded();
@@ -236,31 +236,31 @@ impl ModelRegistry {
                 .ok_or_else(|| RegistryError::Unknown(name.into()))?
         };
         let end = Instant::now() + self.shared.settings.patience;
-        // Who has chosen it and not submitted yet is let in.
+        // Requests that selected the model can still submit.
         let _ = timeout_at(end, gone.chosen.closed()).await;
         gone.engine.retire(end.saturating_duration_since(Instant::now())).await;
         info!(name, "unloaded");
         Ok(())
     }
 
-    /// Takes no more jobs and finishes those there are.
+    /// Rejects new jobs and finishes accepted ones.
     pub fn drain(&self) {
         self.engines().iter().for_each(Engine::drain);
     }
 
-    /// Returns when every picture that was accepted has ended.
+    /// Returns when every accepted image has ended.
     pub async fn wait_idle(&self) {
         for engine in self.engines() {
             engine.wait_idle().await;
         }
     }
 
-    /// Gives up what is not finished.
+    /// Cancels what is not finished.
     pub fn abort(&self) {
         self.engines().iter().for_each(Engine::abort);
     }
 
-    /// Loads in a task of its own: when the client leaves, the next one finds the model loaded.
+    /// Loads in a separate task: if the client disconnects, loading continues for the next one.
     async fn spawn(
         &self,
         name: &str,
@@ -285,7 +285,7 @@ impl ModelRegistry {
         let (models, files) = (self.clone(), path.clone());
         let estimate_bytes = move || models.library()?.estimate_bytes(&files).map_err(broken);
         let bytes = tokio::task::spawn_blocking(estimate_bytes).await.map_err(broken)??;
-        // Nobody goes for one that is too large for all of it.
+        // Nothing is evicted for a model that would not fit into all of the memory.
         let evict = evict && self.memory()?.is_none_or(|(taken, free)| bytes <= taken + free);
         let engine = loop {
             let refusal = match self.room(bytes) {
@@ -308,7 +308,7 @@ impl ModelRegistry {
         Ok(chosen)
     }
 
-    /// A model that is ready.
+    /// Starts a model and waits until it is ready.
     async fn start(&self, path: &Path) -> Result<Engine, RegistryError> {
         let engine = self.library()?.start(path).map_err(broken)?;
         let Err(error) = engine.ready().await else { return Ok(engine) };
@@ -323,7 +323,7 @@ impl ModelRegistry {
         library.ok_or_else(|| RegistryError::Broken("this server has one model".into()))
     }
 
-    /// Whether weights of this size fit beside those that are there.
+    /// Checks that weights of this size fit in addition to the loaded ones.
     fn room(&self, bytes: u64) -> Result<(), RegistryError> {
         let max_models = self.shared.settings.max_models;
         if self.shared.loaded().len() >= max_models {
@@ -339,8 +339,7 @@ impl ModelRegistry {
         }
     }
 
-    /// Bytes of the weights that are loaded, and those that there is room for beside them, where
-    /// that is known.
+    /// Size of the loaded weights and of the free memory, in bytes, if known.
     fn memory(&self) -> Result<Option<(u64, u64)>, RegistryError> {
         let taken: u64 = self.shared.loaded().iter().map(|model| model.bytes).sum();
         let free = self.shared.settings.memory_bytes.map(|all| all.saturating_sub(taken));
@@ -354,9 +353,9 @@ impl RegistryShared {
     }
 }
 
-/// The models of a folder: its directories, and its single files without their endings. Of two with
-/// one name the directory counts, or the file that comes last in the alphabet: a .safetensors
-/// before a .ckpt.
+/// The models of a directory by name: its directories, and its single files without extension. If
+/// two have one name, the directory is used, else the last file in alphabetical order: .safetensors
+/// rather than .ckpt.
 fn files(folder: &Path) -> BTreeMap<String, PathBuf> {
     let entries = folder.read_dir().into_iter().flatten().flatten();
     let (mut models, mut files) = (Vec::new(), Vec::new());

@@ -16,42 +16,42 @@ use crate::registry::{ModelLoader, ModelRegistry};
 use crate::source::{ModelConfig, ModelLocation};
 use crate::{engine, http, registry, source};
 
-/// Time to write the answers of those who were given up.
+/// Time to write the responses of cancelled requests.
 const FINAL_RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// After the model thread has died, the time in which `/ping` says so.
+/// Time for which `/ping` reports that the model thread has terminated, before the process exits.
 const UNHEALTHY_LINGER: Duration = Duration::from_secs(1);
 
-/// Settings of `serve`.
+/// Configuration of `serve`.
 #[derive(Debug)]
 pub struct Serve {
     /// The model.
     pub model: ModelConfig,
-    /// Whether it is loaded at the start, rather than models that are chosen by name.
+    /// Whether it is loaded on start; otherwise models are only loaded by name.
     pub preload: bool,
-    /// Bounds of the models that are chosen by name.
+    /// Limits of the models loaded by name.
     pub models: registry::RegistryConfig,
     /// Address to listen on.
     pub host: String,
     /// Port to listen on; 0 lets the system choose.
     pub port: u16,
-    /// Bounds of the HTTP side.
+    /// Limits of the HTTP layer.
     pub http: http::HttpConfig,
-    /// Bounds of the engine.
+    /// Limits of the engine.
     pub engine: engine::EngineConfig,
-    /// From SIGTERM to giving up what is not finished.
+    /// Time from SIGTERM until unfinished requests are cancelled.
     pub drain_timeout: Duration,
 }
 
-/// Binds first, so that `/ping` can say 503 while the model loads.
+/// Binds the port first, so that `/ping` can return 503 while the model loads.
 pub(crate) async fn listen_and_serve(config: Serve) -> Result<()> {
-    // Before anyone can know that there is a server to end.
+    // Installed before the port is bound, so that no signal is missed.
     let shutdown = signal();
     let address = (config.host.as_str(), config.port);
     let listener = TcpListener::bind(address)
         .await
         .with_context(|| format!("cannot listen on {}:{}", config.host, config.port))?;
-    // The only line on standard output: with port 0 it tells which port it became.
+    // The only line on standard output: with port 0 it reports the chosen port.
     writeln!(std::io::stdout(), "listening on http://{}", listener.local_addr()?)?;
     let device = DeviceScheduler::default();
     let first = match config.preload {
@@ -63,11 +63,11 @@ pub(crate) async fn listen_and_serve(config: Serve) -> Result<()> {
     serve(models, config.http, listener, config.drain_timeout, shutdown).await
 }
 
-/// Models in directories and files, on the configured device.
+/// Loads models from directories and files onto the configured device.
 struct DiskLoader {
     device: DeviceScheduler,
     engine: engine::EngineConfig,
-    /// All but the place.
+    /// The configuration of every model, except its location.
     model: ModelConfig,
 }
 
@@ -91,14 +91,14 @@ impl ModelLoader for DiskLoader {
     }
 
     fn free_bytes(&self) -> Option<u64> {
-        // What a GPU has left is not known here; there the device itself says no.
+        // The free memory of a GPU is not known here; loading fails if it is insufficient.
         if self.model.half() { None } else { memory::available() }
     }
 }
 
-/// Serves until `shutdown`, then finishes what fits in the drain timeout and answers the rest and
-/// whoever comes with 503. An error means that the model thread is gone and the process should be
-/// too.
+/// Serves until `shutdown`, then drains: new requests get 503, accepted ones are finished within
+/// `drain_timeout`, the rest gets 503. An error means that the model thread has terminated and the
+/// process should exit.
 pub async fn serve(
     models: impl Into<ModelRegistry>,
     settings: http::HttpConfig,
@@ -112,7 +112,7 @@ pub async fn serve(
     let mut server =
         tokio::spawn(http::listen(listener, app, settings, close.clone().cancelled_owned()));
 
-    // Who comes from now on hears 503, as long as there is anything left to do.
+    // While draining, the server still accepts connections and returns 503.
     let end = tokio::select! {
         () = shutdown => {
             info!(
@@ -132,7 +132,7 @@ pub async fn serve(
     close.cancel();
     if timeout_at(end, &mut server).await.is_err() {
         models.abort();
-        // Connections that still hang after this are closed with the process.
+        // Connections still open after this are closed when the process exits.
         let _ = timeout(FINAL_RESPONSE_TIMEOUT, &mut server).await;
     }
     match models.default_engine().state() {
@@ -141,8 +141,8 @@ pub async fn serve(
     }
 }
 
-/// Completes at SIGTERM or SIGINT, from this call on and not only when it is waited for. As process
-/// 1 of a container nobody else would handle them.
+/// Completes at SIGTERM or SIGINT. The handlers are installed by the call, not by the first poll.
+/// Process 1 of a container has no default handlers.
 fn signal() -> impl Future<Output = ()> {
     use tokio::signal::unix::{SignalKind, signal};
     let handlers = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));

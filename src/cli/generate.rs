@@ -1,4 +1,5 @@
-//! `sd-server generate`: one prompt into files, over the same engine that serves requests.
+//! `sd-server generate`: generates images from one prompt into files, with the engine of the
+//! server.
 
 use std::fmt;
 use std::io::Write as _;
@@ -15,7 +16,7 @@ use crate::image::{self, Format};
 use crate::request::{Draw, Fields, Limits};
 use crate::source::{self, ModelConfig};
 
-/// The user's own machine: nothing is forbidden that the model can do.
+/// No limits except the model's own: the user's own machine.
 const LIMITS: Limits = Limits {
     max_pixels: usize::MAX,
     max_steps: MAX_STEPS,
@@ -25,21 +26,21 @@ const LIMITS: Limits = Limits {
     max_loras: usize::MAX,
 };
 
-/// Rows of one evaluation: four pictures with guidance.
+/// Rows per UNet call: four guided images.
 const MAX_BATCH_ROWS: usize = 8;
 
-/// Settings of `generate`.
+/// Configuration of `generate`.
 #[derive(Debug)]
 pub struct Generate {
     /// The model.
     pub model: ModelConfig,
-    /// What becomes of pictures that should not be shown.
+    /// The action on flagged images.
     pub safety: Safety,
-    /// The request's fields under their names on the wire.
+    /// The fields of the request, by name.
     pub fields: Vec<(String, String)>,
-    /// Where the picture goes.
+    /// The output file.
     pub output: PathBuf,
-    /// The format that the file's extension stands for.
+    /// The format, from the extension of the file.
     pub format: Format,
 }
 
@@ -47,7 +48,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     let settings = EngineConfig {
         max_queue: LIMITS.max_images,
         max_batch_rows: MAX_BATCH_ROWS,
-        // The user's own machine again: only the device says no.
+        // No memory budget except the device's own: the user's own machine.
         memory_budget_bytes: Some(u64::MAX),
         safety: config.safety,
     };
@@ -64,7 +65,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     let ticket = engine.submit(specs.clone())?;
     let bar = tokio::spawn(show(ticket.progress()));
     let pictures = ticket.wait().await;
-    // The orders are gone, and with them the sender of progress: the bar ends by itself.
+    // The tasks are dropped, and with them the sender of progress: the bar ends by itself.
     let _ = bar.await;
 
     let (mut out, hashes) = (std::io::stdout(), image::Hashes::default());
@@ -83,7 +84,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     Ok(())
 }
 
-/// Shows evaluations on a terminal until the job ends.
+/// Shows progress on a terminal until the job ends.
 async fn show(mut progress: watch::Receiver<Progress>) {
     let bar = ProgressBar::new(0);
     let template = "{wide_bar} step {pos}/{len} {rate} {eta} left";
@@ -103,7 +104,7 @@ async fn show(mut progress: watch::Receiver<Progress>) {
     bar.finish_and_clear();
 }
 
-/// `out.png`, or `out-0.png` and so on when there are several.
+/// The path of image `k`: `out.png`, or `out-0.png`, ... if there are several.
 fn numbered(path: &Path, k: usize, count: usize) -> PathBuf {
     if count == 1 {
         return path.into();

@@ -1,5 +1,5 @@
-//! `sd-server healthcheck`: asks a running server's `/ping`. It is there for Docker's
-//! HEALTHCHECK, in images that hold neither a shell nor curl.
+//! `sd-server healthcheck`: requests `/ping` of a running server. For Docker's HEALTHCHECK in
+//! images that have neither a shell nor curl.
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpStream, ToSocketAddrs as _};
@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
-/// SageMaker's own patience with `/ping`.
+/// SageMaker's timeout of `/ping`.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// An error unless the server is ready.
+/// Fails unless the server is ready.
 pub(crate) fn run(address: &str) -> Result<()> {
     let resolved = address.to_socket_addrs().ok().and_then(|mut found| found.next());
     let resolved = resolved.with_context(|| format!("{address} is not an address"))?;

@@ -1,5 +1,5 @@
-//! The command line: what was typed (`args`), resolved into what is needed ([`Config`]). Nothing
-//! else reads the environment or the arguments.
+//! The command line: converts arguments and environment (`args`) into a [`Config`]. Nothing else
+//! reads the environment or the arguments.
 
 mod args;
 pub(crate) mod bench;
@@ -36,41 +36,41 @@ use bench::load::{LoadConfig, LoadMode};
 use generate::Generate;
 use package::{Layout, Package};
 
-/// The model when nothing else is said.
+/// The default model.
 const DEFAULT_MODEL: &str = "CompVis/stable-diffusion-v1-4";
 
-/// Where SageMaker puts the files of a model.
+/// The directory of SageMaker's model files.
 const SAGEMAKER_MODEL: &str = "/opt/ml/model";
 
 const DEFAULT_PORT: u16 = 8080;
 
-/// Everything that a run needs to know.
+/// The configuration of a run.
 #[derive(Debug)]
 pub struct Config {
-    /// What to do.
+    /// The subcommand.
     pub action: Action,
-    /// The look of the log.
+    /// The format of the log.
     pub log_format: LogFormat,
-    /// Which events are logged, in the syntax of tracing's `EnvFilter`.
+    /// The log filter, in the syntax of tracing's `EnvFilter`.
     pub log_filter: String,
 }
 
-/// One subcommand with its settings.
+/// A subcommand with its configuration.
 #[derive(Debug)]
 pub enum Action {
-    /// Answer HTTP requests.
+    /// Serve HTTP requests.
     Serve(Box<Serve>),
-    /// Draw one prompt into files.
+    /// Generate images from one prompt into files.
     Generate(Box<Generate>),
-    /// Fetch a model from the hub.
+    /// Download a model from the hub.
     Download(Box<Download>),
-    /// Make a model.tar.gz.
+    /// Package a model for SageMaker.
     Package(Box<Package>),
-    /// Put load on a running server.
+    /// Send load to a running server.
     Bench(Box<LoadConfig>),
     /// Compare a device with the CPU, and time it.
     Verify(Box<Verify>),
-    /// Ask a running server whether it is ready.
+    /// Check whether a running server is ready.
     Healthcheck {
         /// Host and port.
         address: String,
@@ -112,24 +112,24 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
     Ok(Config { action, log_format, log_filter })
 }
 
-/// The command line, on which a variable that is set to nothing counts as not set: templates and
-/// compose files can leave a variable empty, but not out.
+/// The clap command. An empty environment variable counts as not set, because templates and compose
+/// files can leave a variable empty but cannot omit it.
 fn command() -> clap::Command {
     let empty = |arg: &clap::Arg| {
         let value = arg.get_env().and_then(std::env::var_os);
-        // A lock whose key was lost must not stand open.
+        // An empty key must not make protected routes public.
         arg.get_id() != "api_key" && value.is_some_and(|value| value.is_empty())
     };
     let unset = move |arg: clap::Arg| if empty(&arg) { arg.env(None::<&str>) } else { arg };
     Args::command().mut_subcommands(|subcommand| subcommand.mut_args(unset))
 }
 
-/// The dynamic loader's path.
+/// `LD_LIBRARY_PATH`.
 pub fn library_path() -> Option<String> {
     variable("LD_LIBRARY_PATH")
 }
 
-/// `serve` is understood where no command is given.
+/// Inserts `serve` if no subcommand is given.
 fn with_command(mut args: Vec<OsString>) -> Vec<OsString> {
     let asks = ["-h", "--help", "-V", "--version"];
     let bare = args.get(1).is_none_or(|first| {
@@ -207,7 +207,7 @@ impl GenerateArgs {
         }
         let (mut files, mut loras): (Vec<PathBuf>, _) = (Vec::new(), Vec::new());
         for (file, name, scale) in self.lora.iter().map(|typed| lora(typed)) {
-            // A file is asked for by its name, which must mean one.
+            // A file is selected by its name, which must be unique.
             let other = |known: &&PathBuf| {
                 file.as_ref().is_some_and(|f| f != *known && f.file_stem() == known.file_stem())
             };
@@ -326,8 +326,9 @@ impl ModelArgs {
     }
 }
 
-/// Whether a checker is loaded and what becomes of what it objects to. It errs on some harmless
-/// pictures: blurring them keeps the rest of a request, and every dialect has a place for a picture.
+/// Whether a checker is loaded, and the action on flagged images. The default is to blur: the
+/// checker has false positives, the other images of the request are still returned, and every API
+/// has a field for an image.
 fn safety(typed: Option<SafetyChecker>) -> (SafetyMode, Safety) {
     match typed {
         None => (SafetyMode::IfPresent, Safety::Blur),
@@ -375,7 +376,7 @@ fn existing(vae: PathBuf) -> Result<PathBuf, clap::Error> {
     )))
 }
 
-/// The folder of an option, which must be there.
+/// The directory of an option, which must exist.
 fn directory(path: PathBuf) -> Result<PathBuf, clap::Error> {
     if path.is_dir() {
         return Ok(path);
@@ -383,7 +384,7 @@ fn directory(path: PathBuf) -> Result<PathBuf, clap::Error> {
     Err(usage(format!("{} is not a directory", path.display())))
 }
 
-/// `name`, `name:0.8` or the same with a file: the file if it is one, its name, how much it counts.
+/// Parses `name`, `name:0.8`, `file` or `file:0.8` into file, name and scale.
 fn lora(typed: &str) -> (Option<PathBuf>, String, f64) {
     let scaled = typed.rsplit_once(':').and_then(|(name, scale)| Some((name, scale.parse().ok()?)));
     let (name, scale) = scaled.unwrap_or((typed, 1.0));
@@ -394,7 +395,7 @@ fn lora(typed: &str) -> (Option<PathBuf>, String, f64) {
     }
 }
 
-/// `--port`, else SageMaker's variable, else our own.
+/// The port: `--port`, else SAGEMAKER_BIND_TO_PORT, else SD_PORT, else the default.
 fn port(typed: Option<u16>) -> Result<u16, clap::Error> {
     if let Some(port) = typed {
         return Ok(port);
@@ -408,7 +409,7 @@ fn port(typed: Option<u16>) -> Result<u16, clap::Error> {
     Ok(DEFAULT_PORT)
 }
 
-/// The hub as the Python libraries would find it.
+/// The hub's configuration, from the variables of the Python libraries.
 fn hub() -> Result<Hub, clap::Error> {
     let home = || variable("HOME").map(|home| Path::new(&home).join(".cache/huggingface"));
     let root = variable("HF_HOME").map(PathBuf::from).or_else(home);
@@ -417,7 +418,7 @@ fn hub() -> Result<Hub, clap::Error> {
     let switched_on = |value: String| ["1", "true", "yes", "on"].contains(&&*value.to_lowercase());
     let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
     Ok(Hub {
-        // Without a home, as in some containers, what is fetched lasts as long as the container.
+        // Without a home directory, as in some containers, the cache is in a temporary directory.
         cache: cache.unwrap_or_else(|| std::env::temp_dir().join("huggingface/hub")),
         endpoint: endpoint.trim_end_matches('/').to_owned(),
         token: variable("HF_TOKEN"),
@@ -425,12 +426,12 @@ fn hub() -> Result<Hub, clap::Error> {
     })
 }
 
-/// A variable that is set to something.
+/// An environment variable, if not empty.
 fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
-/// A file as a request carries it.
+/// A file in base64.
 fn base64(path: &Path) -> Result<String, clap::Error> {
     let file = std::fs::read(path);
     let file = file.map_err(|error| usage(format!("cannot read {}: {error}", path.display())))?;

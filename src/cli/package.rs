@@ -1,6 +1,6 @@
-//! `sd-server package`: a model as SageMaker wants it, either a `model.tar.gz` or the same files in a
-//! directory, for an uncompressed prefix in S3. Only the files that the server reads, without
-//! symlinks, and the same bytes every time.
+//! `sd-server package`: packages a model for SageMaker, as `model.tar.gz` or as a directory for an
+//! uncompressed S3 prefix. Contains only the files that the server reads, without symlinks, and is
+//! reproducible byte for byte.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -15,30 +15,30 @@ use sd_models::Source;
 
 use crate::source::{self, ModelConfig, ModelLocation};
 
-/// What to make of which model.
+/// Configuration of `package`.
 #[derive(Debug)]
 pub struct Package {
-    /// The model, in a directory or on the hub.
+    /// The model: a directory or a model ID.
     pub model: ModelConfig,
-    /// The file or the directory to make.
+    /// The output file or directory.
     pub output: PathBuf,
-    /// Its form.
+    /// The layout of the output.
     pub layout: Layout,
-    /// Where to upload it: `s3://bucket/key`, or the prefix of a directory.
+    /// Upload destination: `s3://bucket/key`, or a prefix for a directory.
     pub upload: Option<String>,
 }
 
-/// The two forms of a model's files.
+/// The layouts of a package.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Layout {
-    /// One model.tar.gz, which every kind of endpoint and transform job takes.
+    /// One model.tar.gz, supported by all endpoints and transform jobs.
     Tarball,
-    /// Files as they are: nothing to unpack at the start of an endpoint.
+    /// Uncompressed files: nothing to unpack when an endpoint starts.
     Directory,
 }
 
 impl Package {
-    /// Makes the package, tells where it is.
+    /// Creates the package and returns its path.
     pub(crate) fn run(self) -> Result<PathBuf> {
         let (half, checking) = (self.model.half(), self.model.checking);
         ensure!(self.model.place != ModelLocation::Demo, "the built-in model needs no package");
@@ -62,7 +62,7 @@ impl Package {
     }
 }
 
-/// The files below a model's directory, two levels deep as in the diffusers layout, sorted.
+/// The files of a model directory, two levels deep as in Diffusers format, sorted.
 fn listing(root: &Path) -> Result<Vec<String>> {
     let mut files = Vec::new();
     let mut look = |folder: &str| -> io::Result<Vec<String>> {
@@ -71,7 +71,7 @@ fn listing(root: &Path) -> Result<Vec<String>> {
             let entry = entry?;
             let Ok(name) = entry.file_name().into_string() else { continue };
             let name = if folder.is_empty() { name } else { format!("{folder}/{name}") };
-            // Of what a link leads to: the hub's cache is made of links.
+            // Metadata of the link's target: the hub's cache consists of links.
             match fs::metadata(entry.path())? {
                 found if found.is_file() => files.push(name),
                 found if found.is_dir() => folders.push(name),
@@ -103,7 +103,7 @@ fn bar(root: &Path, files: &[String]) -> Result<ProgressBar> {
     Ok(bar)
 }
 
-/// Writes beside the target and renames: there is never half a tarball under its name.
+/// Writes to a temporary file next to the target and renames it, so the target is never incomplete.
 fn tarball(root: &Path, files: &[String], target: &Path, bar: &ProgressBar) -> Result<()> {
     let part = part(target);
     let archive = || -> Result<()> {
@@ -112,7 +112,7 @@ fn tarball(root: &Path, files: &[String], target: &Path, bar: &ProgressBar) -> R
         for name in files {
             bar.set_message(name.clone());
             let file = File::open(root.join(name))?;
-            // Nothing of this machine: no owner, no time, and everyone may read.
+            // Independent of this machine: no owner, no time, readable by all.
             let mut header = tar::Header::new_gnu();
             header.set_size(file.metadata()?.len());
             header.set_mode(0o644);
@@ -123,14 +123,14 @@ fn tarball(root: &Path, files: &[String], target: &Path, bar: &ProgressBar) -> R
     };
     let made = archive().and_then(|()| Ok(fs::rename(&part, target)?));
     if made.is_err() {
-        // The disk may be full; half a file helps nobody.
+        // The disk may be full; an incomplete file is useless.
         let _ = fs::remove_file(&part);
     }
     made
 }
 
-/// Writes beside the target and renames, as a tarball is written; within it where it is there, since
-/// that may be another disk.
+/// Writes to a temporary directory and renames it, as for a tarball; inside the target if that
+/// exists, since it may be another file system.
 fn directory(root: &Path, files: &[String], target: &Path, bar: &ProgressBar) -> Result<()> {
     let there = target.is_dir();
     let part = if there { target.join(PART) } else { part(target) };
@@ -153,7 +153,7 @@ fn directory(root: &Path, files: &[String], target: &Path, bar: &ProgressBar) ->
 }
 
 fn copied(root: &Path, files: &[String], target: &Path, bar: &ProgressBar) -> Result<()> {
-    // What is left of one that was killed.
+    // Remains of a killed run.
     if target.exists() {
         fs::remove_dir_all(target)?;
     }
@@ -167,7 +167,7 @@ fn copied(root: &Path, files: &[String], target: &Path, bar: &ProgressBar) -> Re
     Ok(())
 }
 
-/// What the names of things end in that are not whole.
+/// Suffix of incomplete files.
 const PART: &str = ".part";
 
 fn part(target: &Path) -> PathBuf {
@@ -176,8 +176,8 @@ fn part(target: &Path) -> PathBuf {
     target.with_file_name(name)
 }
 
-/// By the `aws` command: it resumes parts, uses every kind of credentials, and whoever deploys has
-/// it. Amazon's crates would be most of this binary.
+/// Uploads with the `aws` command: it resumes parts, supports all credentials, and deployment needs
+/// it anyway. Amazon's crates would be most of this binary.
 fn upload(path: &Path, layout: Layout, url: &str) -> Result<()> {
     let mut aws = Command::new("aws");
     aws.args(["s3", "cp", "--only-show-errors"]);
@@ -191,14 +191,14 @@ fn upload(path: &Path, layout: Layout, url: &str) -> Result<()> {
     Ok(())
 }
 
-/// Bytes that are compressed by themselves, so that all cores can.
+/// Size of the blocks that are compressed in parallel, in bytes.
 const BLOCK: usize = 1 << 20;
-/// Blocks that are compressed together.
+/// Number of blocks that are compressed at once.
 const TOGETHER: usize = 32;
 
-/// gzip (RFC 1952) of one member, whose blocks are compressed in parallel and, since they have a
-/// fixed size, to the same bytes on every machine. Weights are noise to a compressor: more than
-/// the fastest level costs time and saves nothing.
+/// gzip (RFC 1952) with one member, whose blocks are compressed in parallel. They have a fixed
+/// size, so the output is the same on every machine. Weights hardly compress: more than the fastest
+/// level costs time and saves nothing.
 struct Gzip<W> {
     out: W,
     pending: Vec<u8>,
@@ -207,7 +207,7 @@ struct Gzip<W> {
 
 impl<W: Write> Gzip<W> {
     fn new(mut out: W) -> io::Result<Self> {
-        // Deflate, no name, no time, the fastest level, an unknown system.
+        // Header: deflate, no name, no time, fastest level, unknown system.
         out.write_all(&[0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 4, 255])?;
         Ok(Self { out, pending: Vec::with_capacity(TOGETHER * BLOCK), crc: Crc::new() })
     }
@@ -247,13 +247,13 @@ impl<W: Write> Write for Gzip<W> {
         Ok(taken)
     }
 
-    /// Blocks stay whole until the end.
+    /// Only whole blocks are compressed before the end.
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }
 
-/// A block as deflate data that ends at a byte, and its checksum.
+/// Compresses a block to byte-aligned deflate data, and computes its checksum.
 fn deflate(block: &[u8], flush: FlushCompress) -> io::Result<(Vec<u8>, Crc)> {
     let mut compress = Compress::new(Compression::fast(), false);
     let mut out = Vec::with_capacity(block.len() + block.len() / 8 + 64);
@@ -261,7 +261,7 @@ fn deflate(block: &[u8], flush: FlushCompress) -> io::Result<(Vec<u8>, Crc)> {
         let taken = compress.total_in() as usize;
         let status = compress.compress_vec(&block[taken..], &mut out, flush)?;
         let all = compress.total_in() as usize == block.len();
-        // Spare room means that there was nothing more to write.
+        // Spare room in the buffer means that all output is written.
         if status == Status::StreamEnd || (all && out.len() < out.capacity()) {
             break;
         }
@@ -289,7 +289,7 @@ mod tests {
             let data: Vec<u8> = (0..length).map(&mut byte).collect();
             let mut packed = Vec::new();
             let mut gzip = Gzip::new(&mut packed).expect("memory");
-            // Pieces of every size come to the same.
+            // Writes of any size give the same output.
             for piece in data.chunks(700_001) {
                 gzip.write_all(piece).expect("memory");
             }

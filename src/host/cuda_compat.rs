@@ -1,7 +1,7 @@
-//! Which `libcuda` the process gets. The CUDA image carries NVIDIA's compatibility library for hosts
-//! whose driver is older than it; on others it must not be found, since it does not work there.
-//! The loader decides when a process begins, so this process begins again, once, before
-//! anything else is done. Without a driver, or without that library, nothing happens.
+//! Selects `libcuda`. The CUDA container image has NVIDIA's forward-compatibility package for hosts
+//! with an older driver; with a newer driver it does not work and must not be found. The dynamic
+//! loader decides when a process starts, so the process re-executes itself once with another
+//! `LD_LIBRARY_PATH`, before anything else. Without a driver or the package nothing is done.
 
 use std::ffi::OsString;
 use std::fs;
@@ -9,13 +9,14 @@ use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::Command;
 
-/// Where the image has the library, as NVIDIA's own images do.
+/// The path of the package in the image, as in NVIDIA's own images.
 const COMPAT: &str = "usr/local/cuda/compat";
-/// Where the kernel's driver says what it is.
+/// The version of the kernel driver.
 const DRIVER: &str = "proc/driver/nvidia/version";
 
-/// Begins again with the compatibility library in front, if that is needed. `library_path` is the
-/// environment's. Returns if it is not, or an error if the process cannot begin again.
+/// Re-executes the process with the compatibility package first in `LD_LIBRARY_PATH`, if the driver
+/// needs it. `library_path` is the current value. Returns if it is not needed; fails if the process
+/// cannot be executed.
 pub fn prefer(library_path: Option<&str>) -> std::io::Result<()> {
     let Some(path) = wanted(Path::new("/"), library_path) else { return Ok(()) };
     let mut args = std::env::args_os();
@@ -24,7 +25,7 @@ pub fn prefer(library_path: Option<&str>) -> std::io::Result<()> {
     Err(again.arg0(name).args(args).env("LD_LIBRARY_PATH", path).exec())
 }
 
-/// The library path to begin again with, below a root.
+/// The new library path, or `None` if the current one is right; `root` is `/` except in tests.
 fn wanted(root: &Path, library_path: Option<&str>) -> Option<String> {
     let compat = root.join(COMPAT);
     let shown = compat.to_str()?;
@@ -40,7 +41,7 @@ fn wanted(root: &Path, library_path: Option<&str>) -> Option<String> {
     (driver < library).then_some(path)
 }
 
-/// `535.129.03` as numbers that compare.
+/// The parts of a version such as `535.129.03`, for comparison.
 fn version(word: &str) -> Option<Vec<u32>> {
     let numbers: Option<Vec<u32>> = word.split('.').map(|part| part.parse().ok()).collect();
     numbers.filter(|numbers| numbers.len() > 1)
@@ -59,7 +60,7 @@ mod tests {
     const NEW: &str =
         "NVRM version: NVIDIA UNIX x86_64 Kernel Module  1000.1  Tue Mar  5 22:23:56 UTC 2030\n";
 
-    /// A host with this driver and an image with this library.
+    /// A host with this driver version and an image with this package version.
     fn host(driver: Option<&str>, library: Option<&str>) -> tempfile::TempDir {
         let root = tempfile::tempdir().expect("a directory");
         let write = |path: &str| {

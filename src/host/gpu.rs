@@ -1,27 +1,27 @@
-//! The GPUs of this host, as NVIDIA's management library tells of them. The library comes with the
-//! driver and is loaded when it is first asked; without it, as on hosts without a GPU, there is
-//! nothing to tell. Nothing here fails: what cannot be read is `None`.
+//! GPU metrics from NVIDIA's management library (NVML). The library is part of the driver and
+//! loaded on first use; without it there are no GPUs to report. Nothing here fails: a value that
+//! cannot be read is `None`.
 
 use std::sync::OnceLock;
 
 use nvml_wrapper::Nvml;
 use nvml_wrapper::enum_wrappers::device::TemperatureSensor;
 
-/// The name under which every driver package has it; the one without a number is for developers.
+/// The name in every driver package; the name without a number is for developers.
 const LIBRARY: &str = "libnvidia-ml.so.1";
 
-/// What is known of one GPU.
+/// The metrics of one GPU.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct GpuReading {
     pub(crate) memory_used_bytes: Option<f64>,
     pub(crate) memory_bytes: Option<f64>,
-    /// The share of the last moments in which a kernel ran, 0 to 1.
+    /// Share of recent time in which a kernel ran, 0 to 1.
     pub(crate) busy: Option<f64>,
     pub(crate) power_watts: Option<f64>,
     pub(crate) temperature_celsius: Option<f64>,
 }
 
-/// Every GPU that this process may see, in the library's order. Takes milliseconds.
+/// All GPUs visible to this process, in NVML's order. Takes milliseconds.
 pub(crate) fn read() -> Vec<GpuReading> {
     static NVML: OnceLock<Option<Nvml>> = OnceLock::new();
     let load = || Nvml::builder().lib_path(LIBRARY.as_ref()).init().ok();

@@ -1,13 +1,14 @@
-//! The memory of the host, as Linux tells it. Nothing here fails: what cannot be read is `None`.
+//! Host memory, from `/proc` and cgroups. Nothing here fails: a value that cannot be read is
+//! `None`.
 
 use std::fs::read_to_string;
 
-/// Bytes of this process in memory.
+/// Resident memory of this process, in bytes.
 pub(crate) fn resident() -> Option<u64> {
     kilobytes(&read_to_string("/proc/self/status").ok()?, "VmRSS:")
 }
 
-/// Bytes that can still be had: what the host has left, or the container if that is less.
+/// Available memory of the host, or of the container if that is less, in bytes.
 pub(crate) fn available() -> Option<u64> {
     let host = kilobytes(&read_to_string("/proc/meminfo").ok()?, "MemAvailable:");
     let group = |limit: &str, used: &str| {
@@ -22,7 +23,7 @@ pub(crate) fn available() -> Option<u64> {
     host.into_iter().chain(container).min()
 }
 
-/// The number behind a name in a file of `name: number kB` lines.
+/// The value of a name in a file of `name: value kB` lines, in bytes.
 fn kilobytes(text: &str, name: &str) -> Option<u64> {
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)

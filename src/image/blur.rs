@@ -1,11 +1,11 @@
-//! Pictures that must not be seen.
+//! Blurs images that must not be recognisable.
 
 use image::RgbImage;
 use image::imageops::FilterType;
 use sd_models::Rgb;
 
-/// A picture of which only the colours can be told: what is smaller than an eighth of its shorter
-/// side is gone, not hidden.
+/// Blurs an image until only colours remain: details smaller than an eighth of its shorter side are
+/// removed.
 pub fn blurred(rgb: &Rgb) -> Rgb {
     const PIECES: usize = 8;
     let (width, height) = (rgb.width, rgb.height);
@@ -36,7 +36,7 @@ mod tests {
     #[test]
     fn what_is_blurred_is_gone() {
         for (width, height) in [(64, 64), (8, 24), (131, 70), (1024, 8), (1, 3)] {
-            // Lines two pixels wide on the left, the same in the mean on the right.
+            // Lines two pixels wide on the left, their mean on the right.
             let byte = |i: usize| {
                 let (x, channel) = (i / 3 % width, i % 3);
                 let line = if x < width / 2 { 100 + 100 * (x / 2 % 2) } else { 150 };

@@ -1,4 +1,4 @@
-//! Pictures that came in, to pixels.
+//! Decodes input images.
 
 use std::io::Cursor;
 
@@ -6,10 +6,10 @@ use image::imageops::FilterType;
 use image::{DynamicImage, ImageDecoder as _, ImageReader, Limits};
 use sd_models::{Rgb, Size};
 
-/// A picture out of a PNG, JPEG, WebP, GIF (its first frame) or BMP file, turned as its EXIF
-/// orientation says. The error is what comes after "the picture".
+/// Decodes a PNG, JPEG, WebP, GIF (first frame) or BMP file and applies its EXIF orientation. The
+/// error message is the predicate of a sentence whose subject is the field.
 pub fn decode(file: &[u8], max_pixels: usize) -> Result<DynamicImage, String> {
-    /// Of a pixel of four channels of 16 bits; a decoder may hold a second copy.
+    /// Bytes of a pixel of four 16-bit channels; a decoder may hold a second copy.
     const PIXEL_BYTES: u64 = 2 * 8;
     let unreadable = |error: image::ImageError| format!("cannot be read: {error}");
     let reader = ImageReader::new(Cursor::new(file));
@@ -31,14 +31,14 @@ pub fn decode(file: &[u8], max_pixels: usize) -> Result<DynamicImage, String> {
     Ok(image)
 }
 
-/// The pixels of a picture in a size, by Lanczos' filter where it has another one. Transparency is
-/// passed over, as diffusers does.
+/// The RGB pixels of an image, resized by a Lanczos filter if necessary. Transparency is ignored,
+/// as in diffusers.
 pub fn resize_to(image: &DynamicImage, size: Size) -> Rgb {
     let (width, height) = (size.width(), size.height());
     Rgb { width, height, data: resized(image, size).into_rgb8().into_raw() }
 }
 
-/// The mask (a byte for each pixel) that a picture of light and dark stands for.
+/// The mask of a grayscale image: one byte per pixel.
 pub fn fit_mask(image: &DynamicImage, size: Size) -> Vec<u8> {
     resized(&DynamicImage::ImageLuma8(image.to_luma8()), size).into_luma8().into_raw()
 }

@@ -1,4 +1,4 @@
-//! Pixels to PNG, JPEG or WebP.
+//! Encodes images as PNG, JPEG or WebP.
 
 use std::io::Cursor;
 
@@ -8,7 +8,7 @@ use image::codecs::webp::WebPEncoder;
 use image::{ExtendedColorType, ImageEncoder};
 use sd_models::Rgb;
 
-/// Visually lossless at a quarter of PNG's size.
+/// Quality of JPEG: visually lossless at a quarter of PNG's size.
 pub const JPEG_QUALITY: u8 = 92;
 
 /// An image file format.
@@ -23,10 +23,10 @@ pub enum Format {
 }
 
 impl Format {
-    /// Every format.
+    /// All formats.
     pub const ALL: [Self; 3] = [Self::Png, Self::Jpeg, Self::Webp];
 
-    /// The name in requests and of files.
+    /// The name in requests, and the file extension.
     pub fn name(self) -> &'static str {
         match self {
             Self::Png => "png",
@@ -58,8 +58,8 @@ impl std::str::FromStr for Format {
     }
 }
 
-/// Encodes a picture with its infotext: a text chunk in PNG, EXIF in JPEG and WebP. The quality,
-/// up to 100, is JPEG's.
+/// Encodes an image with its infotext: a text chunk in PNG, EXIF in JPEG and WebP. `quality`, 1 to
+/// 100, is for JPEG only.
 pub fn encode(rgb: &Rgb, format: Format, quality: u8, infotext: &str) -> anyhow::Result<Vec<u8>> {
     let width = u32::try_from(rgb.width).context("width")?;
     let height = u32::try_from(rgb.height).context("height")?;
@@ -80,7 +80,7 @@ pub fn encode(rgb: &Rgb, format: Format, quality: u8, infotext: &str) -> anyhow:
     Ok(file.into_inner())
 }
 
-/// PNG's plain text chunk holds Latin-1 only; the international one holds the rest.
+/// PNG's plain text chunk (tEXt) holds Latin-1 only; the international one (iTXt) holds the rest.
 fn png(
     file: &mut Cursor<Vec<u8>>,
     rgb: &Rgb,
@@ -111,7 +111,7 @@ fn exif(comment: &str) -> Vec<u8> {
     const FIRST: u32 = 8;
     const SECOND: u32 = FIRST + 18;
     const DATA: u32 = SECOND + 18;
-    // A JPEG segment ends at 64 KiB; a prompt that long loses its tail here.
+    // A JPEG segment has at most 64 KiB; a longer infotext is truncated.
     const MAX_UNITS: usize = 32_000;
     let mut data = b"UNICODE\0".to_vec();
     data.extend(comment.encode_utf16().take(MAX_UNITS).flat_map(u16::to_be_bytes));

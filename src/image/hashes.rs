@@ -1,5 +1,5 @@
-//! What the files of LoRAs are known by on model sites: the short hashes that AUTOMATIC1111 writes
-//! beside the other parameters of a picture.
+//! Short hashes of LoRA files, as used by model sites and written by AUTOMATIC1111 into the
+//! generation parameters.
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata};
@@ -12,24 +12,24 @@ use ring::digest::{Context, SHA256};
 use sd_models::{AssetDir, Spec};
 use serde::Deserialize;
 
-/// Of the header of a safetensors file, as its own library reads it.
+/// Maximum length of the header of a safetensors file, as in the safetensors library.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
-/// Hexadecimal digits.
+/// Number of hexadecimal digits.
 const SHORT: usize = 12;
 
-/// The hashes of files, each computed once.
+/// Cache of the hashes, each computed once per file version.
 #[derive(Debug, Clone, Default)]
 pub struct Hashes {
     known: Arc<Mutex<HashMap<PathBuf, (Version, String)>>>,
 }
 
-/// When a file was changed, and how long it is.
+/// Modification time and length of a file.
 type Version = (Option<SystemTime>, u64);
 
 impl Hashes {
-    /// The LoRAs of a picture as AUTOMATIC1111 lists them, `name: hash, name: hash`; what is gone by
-    /// now is left out. Reads whole files, once: not for async threads.
+    /// The LoRAs of an image as in AUTOMATIC1111, `name: hash, name: hash`; missing files are
+    /// omitted. Blocks: reads whole files, once.
     pub fn of(&self, spec: &Spec, folder: &AssetDir) -> String {
         let named = spec.text().map(|(_, named)| named).unwrap_or_default();
         let mut names: Vec<_> = spec.loras.iter().chain(&named).map(|(name, _)| name).collect();
@@ -47,7 +47,7 @@ impl Hashes {
         hashes.collect::<Vec<_>>().join(", ")
     }
 
-    /// The hash of one of these files; others are forgotten.
+    /// The hash of one of these files; entries of other files are removed.
     fn get(&self, path: &Path, files: &[(String, PathBuf)]) -> Option<String> {
         let version = |data: Metadata| (data.modified().ok(), data.len());
         let version = version(path.metadata().ok()?);
@@ -57,7 +57,7 @@ impl Hashes {
         {
             return Some(hash.clone());
         }
-        // Not under the lock: a large file on a slow disk takes a while.
+        // Without the lock: a large file on a slow disk takes long.
         let hash = short(path).ok()?;
         let mut known = known();
         known.retain(|known, _| files.iter().any(|(_, path)| path == known));
@@ -66,7 +66,7 @@ impl Hashes {
     }
 }
 
-/// Reference: AUTOMATIC1111's `NetworkOnDisk`: what kohya's trainer has written, or else SHA-256 of
+/// Reference: AUTOMATIC1111's `NetworkOnDisk`: the hash written by kohya's trainer, else SHA-256 of
 /// the tensors, without the header, which tools change.
 fn short(path: &Path) -> io::Result<String> {
     let mut file = File::open(path)?;

@@ -1,5 +1,5 @@
-//! The generation parameters of a picture as text, in the form of AUTOMATIC1111: writes them, and
-//! reads them out of a file.
+//! Generation parameters as text (infotext), in AUTOMATIC1111's format: writes them, and reads them
+//! from files.
 
 use std::io::Cursor;
 
@@ -8,22 +8,21 @@ use exif::{Exif, In, Tag, Value};
 use image::{ImageDecoder as _, ImageFormat, ImageReader};
 use sd_models::{Hires, Spec};
 
-/// What AUTOMATIC1111 calls the list of LoRAs with their hashes.
+/// AUTOMATIC1111's name of the list of LoRAs with their hashes.
 pub(crate) const LORA_HASHES: &str = "Lora hashes";
 
-/// The longest text that is taken out of a file: a small file may hold a large one.
+/// Maximum length of a text read from a file, in bytes: a small file can hold a large text.
 const MAX_TEXT_BYTES: usize = 1 << 20;
 
-/// The name of the text in PNG files.
+/// The keyword of the text chunk in PNG files.
 const PARAMETERS: &str = "parameters";
 
-/// The parameters of a picture in the form that AUTOMATIC1111 writes and many tools read; `loras`
-/// are those of [`Hashes::of`].
+/// The infotext of an image. `loras` is the result of [`Hashes::of`].
 pub fn infotext(spec: &Spec, model: &str, loras: &str) -> String {
-    // A zero byte would end the text inside the file.
+    // A zero byte would terminate the text inside the file.
     let clean = |text: &str| text.replace('\0', "");
     let mut text = clean(&spec.prompt);
-    // As a prompt would name them that is pasted into AUTOMATIC1111.
+    // So that the prompt can be pasted into AUTOMATIC1111.
     for (name, scale) in &spec.loras {
         text += &clean(&format!(" <lora:{name}:{scale}>"));
     }
@@ -51,7 +50,7 @@ pub fn infotext(spec: &Spec, model: &str, loras: &str) -> String {
     text
 }
 
-/// What AUTOMATIC1111 calls the parameters of a second pass.
+/// AUTOMATIC1111's names and values of the hires parameters.
 pub(crate) fn hires_parameters(spec: &Spec, hires: &Hires) -> Vec<(&'static str, String)> {
     let (width, height) = (hires.size.width(), hires.size.height());
     let (w, h) = (spec.size.width(), spec.size.height());
@@ -60,14 +59,14 @@ pub(crate) fn hires_parameters(spec: &Spec, hires: &Hires) -> Vec<(&'static str,
         false => ("Hires resize", hires.size.to_string()),
     };
     let rest = [
-        // Those that are taken, as there.
+        // The steps that are run, as in AUTOMATIC1111.
         ("Hires steps", (hires.steps - hires.skipped_steps()).to_string()),
         ("Hires upscaler", hires.upscaler.title().to_owned()),
     ];
     std::iter::once(enlarged).chain(rest).collect()
 }
 
-/// The text with the parameters of a picture, if its file holds one.
+/// The infotext of an image file, if it has one.
 pub(crate) fn find(file: &[u8]) -> Result<Option<String>> {
     let reader = ImageReader::new(Cursor::new(file)).with_guessed_format()?;
     match reader.format() {
@@ -123,8 +122,7 @@ fn in_exif(exif: &Exif) -> Option<String> {
     Some(String::from_utf16_lossy(&pairs.iter().map(unit).collect::<Vec<_>>()))
 }
 
-/// The parameters one by one: `Prompt`, `Negative prompt`, and those of the last line under their
-/// own names.
+/// Parses an infotext: `Prompt`, `Negative prompt`, and the parameters of the last line by name.
 pub(crate) fn parse(text: &str) -> Vec<(String, String)> {
     let (above, last) = match text.rsplit_once('\n') {
         Some((above, last)) if pairs(last).len() >= 3 => (above, last),

@@ -1,4 +1,4 @@
-//! Masks that are made of a picture's file.
+//! Masks computed from image files.
 
 use std::io::Cursor;
 
@@ -6,7 +6,7 @@ use image::{DynamicImage, GrayImage, ImageFormat};
 
 use super::decode::decode;
 
-/// A mask that is made of a picture's file, as PNG, if `make` finds one in it.
+/// Computes a mask from an image file with `make`, as PNG; `None` if `make` finds none.
 pub fn mask(
     file: &[u8],
     max_pixels: usize,
@@ -18,7 +18,7 @@ pub fn mask(
     written.map(|()| Some(file.into_inner())).map_err(|error| format!("cannot be used: {error}"))
 }
 
-/// White where a picture is transparent; nothing where it is not.
+/// White where the image is transparent; `None` if it is nowhere.
 pub fn transparency_mask(image: &DynamicImage) -> Option<GrayImage> {
     let rgba = image.color().has_alpha().then(|| image.to_rgba8())?;
     let mut mask = GrayImage::new(rgba.width(), rgba.height());
@@ -28,7 +28,7 @@ pub fn transparency_mask(image: &DynamicImage) -> Option<GrayImage> {
     mask.pixels().any(|pixel| pixel.0[0] > 0).then_some(mask)
 }
 
-/// Dark where a picture is light.
+/// The inverted image.
 pub fn inverted(image: &DynamicImage) -> Option<GrayImage> {
     let mut mask = image.to_luma8();
     image::imageops::invert(&mut mask);

@@ -1,6 +1,6 @@
-//! Pixels to PNG, JPEG or WebP, with the parameters of the picture in the file; and pictures that
-//! came in to pixels. Not for the model thread, but for what it must not let out (`blurred`), and not
-//! for async threads: both take milliseconds of a whole core.
+//! Image files: encoding with generation parameters, decoding, masks and blurring. These functions
+//! take milliseconds of a core: not for async threads, and except for `blurred` not for the model
+//! thread.
 
 mod blur;
 mod decode;

@@ -1,4 +1,4 @@
-//! Single-file checkpoints, and the vocabulary that they lack.
+//! Single-file checkpoints, and CLIP's vocabulary for them.
 
 use std::path::{Path, PathBuf};
 
@@ -8,12 +8,12 @@ use sd_models::{Checkpoint, SafetyMode, Source};
 
 use super::hub::{Download, Hub};
 
-/// Where CLIP's vocabulary is, which single-file checkpoints lack.
+/// The repository with CLIP's vocabulary, which single-file checkpoints do not contain.
 const VOCABULARY: &str = "openai/clip-vit-large-patch14";
 
 const VOCABULARY_FILES: [&str; 2] = ["vocab.json", "merges.txt"];
 
-/// Whether a file may be a model by itself.
+/// Whether a file is a single-file checkpoint, by its extension.
 pub(crate) fn is_checkpoint(path: &Path) -> bool {
     let ending = path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
     path.is_file() && ["safetensors", "ckpt", "pt", "pth"].contains(&&*ending)
@@ -24,7 +24,7 @@ pub(super) fn source(file: PathBuf, hub: &Hub) -> Result<Source> {
     Ok(Source::Checkpoint(Checkpoint { file, vocabulary }))
 }
 
-/// CLIP's vocabulary for a checkpoint that has none beside it, from the cache or the hub.
+/// CLIP's vocabulary from the cache or the hub, for a checkpoint without a `tokenizer/`.
 fn vocabulary(file: &Path, hub: &Hub) -> Result<Option<PathBuf>> {
     if file.with_file_name("tokenizer").is_dir() {
         return Ok(None);

@@ -1,4 +1,5 @@
-//! The hub and its local cache. Only what the pipeline reads is fetched, and never a pickle.
+//! The Hugging Face hub and its local cache. Only the files that the pipeline reads are downloaded,
+//! and never a pickle.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,23 +13,23 @@ use sd_models::{SafetyMode, Source};
 use tokio::time::timeout;
 use tracing::info;
 
-/// Patience with the hub's first answer; files may take as long as they take.
+/// Timeout of the hub's first response; downloads have no timeout.
 const FIRST_ANSWER: Duration = Duration::from_secs(30);
 
-/// The directories that hold weights, and what the weights are called there.
+/// The directories with weights, and the stem of the weight files.
 const NETWORKS: [(&str, &str); 3] = [
     ("text_encoder", "model"),
     ("unet", "diffusion_pytorch_model"),
     ("vae", "diffusion_pytorch_model"),
 ];
 
-/// The safety checker, which some models have besides.
+/// The safety checker, which only some models have.
 const CHECKER: (&str, &str) = ("safety_checker", "model");
 
-/// What the safety checker is shown of a picture.
+/// The preprocessing of the safety checker.
 const PREPROCESSOR: &str = "feature_extractor/preprocessor_config.json";
 
-/// The other files that the pipeline reads if they exist.
+/// Other files that the pipeline reads if they exist.
 const SMALL_FILES: [&str; 12] = [
     PREPROCESSOR,
     "model_index.json",
@@ -49,15 +50,15 @@ const SMALL_FILES: [&str; 12] = [
 pub struct Hub {
     /// The directory of `models--owner--name` directories.
     pub cache: PathBuf,
-    /// The hub's address, without a slash at the end.
+    /// The hub's URL, without a trailing slash.
     pub endpoint: String,
-    /// For gated and private models; else the token file beside the cache is used.
+    /// Token for gated and private models; `None`: the token file next to the cache.
     pub token: Option<String>,
-    /// Whether asking the hub is forbidden.
+    /// Whether network access is forbidden (`HF_HUB_OFFLINE`).
     pub offline: bool,
 }
 
-/// A model to fetch.
+/// A model to download.
 #[derive(Debug)]
 pub struct Download {
     /// The hub and its cache.
@@ -68,19 +69,19 @@ pub struct Download {
     pub revision: String,
     /// Whether f16 weights are preferred.
     pub half: bool,
-    /// Whether the safety checker comes along.
+    /// Whether the safety checker is downloaded too.
     pub checking: SafetyMode,
 }
 
 impl Download {
-    /// Fetches the model, tells where it is. hf-hub goes on after the unbroken beginning of a
-    /// file, so its parts should come in order, which a runtime of one thread makes them do.
+    /// Downloads the model and returns its path. hf-hub resumes a file after its complete prefix,
+    /// so the parts of a file should arrive in order: the runtime has one thread.
     pub(crate) fn run(&self) -> Result<PathBuf> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         runtime.block_on(self.fetch())
     }
 
-    /// Fetches some files of a repository.
+    /// Downloads some files of a repository.
     pub(super) fn run_for(&self, files: &[&str]) -> Result<()> {
         let offline = self.hub.offline;
         ensure!(
@@ -107,7 +108,7 @@ impl Download {
         Repo::with_revision(self.id.clone(), RepoType::Model, self.revision.clone())
     }
 
-    /// The model's directory in the cache, if everything is there. Asks nobody.
+    /// The model's directory in the cache, if it is complete. No network access.
     pub(super) fn cached(&self) -> Option<PathBuf> {
         let cache = Cache::new(self.hub.cache.clone()).repo(self.repo());
         let by_ref = cache.get("model_index.json").and_then(|path| Some(path.parent()?.into()));
@@ -115,7 +116,7 @@ impl Download {
         is_complete(&path, self.checking).then_some(path)
     }
 
-    /// Brings what is missing into the cache. An interrupted file goes on where it stopped.
+    /// Downloads missing files into the cache. An interrupted download is resumed.
     async fn fetch(&self) -> Result<PathBuf> {
         let Hub { endpoint, offline, .. } = &self.hub;
         let name = format!("{} ({})", self.id, self.revision);
@@ -153,7 +154,7 @@ impl Download {
         Ok(builder.with_token(token).with_progress(false).build()?)
     }
 
-    /// What a person can do about an error of the hub.
+    /// The error message for a failed request to the hub, with a remedy.
     fn explain(&self, error: ApiError) -> anyhow::Error {
         let Hub { endpoint, cache, .. } = &self.hub;
         let advice = match &error {
@@ -180,7 +181,7 @@ impl Download {
     }
 }
 
-/// The progress of one file, on a terminal only.
+/// Progress bar of one file, on terminals only.
 #[derive(Clone)]
 struct DownloadBar(ProgressBar);
 
@@ -203,7 +204,7 @@ impl hf_hub::api::tokio::Progress for DownloadBar {
     }
 }
 
-/// A cache can hold half a model: a download may have been interrupted.
+/// Whether the cached model is complete: a download may have been interrupted.
 fn is_complete(model: &Path, checking: SafetyMode) -> bool {
     let weights = |folder: &str| -> Option<bool> {
         let names = model.join(folder).read_dir().ok()?;
@@ -214,7 +215,7 @@ fn is_complete(model: &Path, checking: SafetyMode) -> bool {
     let network = |folder: &str| {
         model.join(folder).join("config.json").is_file() && weights(folder) == Some(true)
     };
-    // What is wrong with an index is said when it is loaded.
+    // An invalid index is reported when it is loaded.
     let named = || check_pipeline(&Source::Directory(model.into())).unwrap_or(false);
     let checked = checking != SafetyMode::Never && named();
     model.join("model_index.json").is_file()
@@ -223,7 +224,7 @@ fn is_complete(model: &Path, checking: SafetyMode) -> bool {
         && (!checked || network(CHECKER.0) && model.join(PREPROCESSOR).is_file())
 }
 
-/// `x-00001-of-00003.safetensors` is one of three.
+/// Whether `names` has all shards of a file: three for `x-00001-of-00003.safetensors`.
 fn has_all_shards(name: &str, names: &[String]) -> bool {
     let Some((head, count)) = name.trim_end_matches(".safetensors").rsplit_once("-of-") else {
         return true;
@@ -233,7 +234,7 @@ fn has_all_shards(name: &str, names: &[String]) -> bool {
     count.parse().is_ok_and(|count: usize| siblings >= count)
 }
 
-/// The files to fetch out of those that a repository has: safetensors only, one variant each.
+/// The files of a repository to download: safetensors only, one variant each.
 pub(crate) fn files_to_fetch(
     files: &[String],
     half: bool,
@@ -277,7 +278,7 @@ pub(crate) fn files_to_fetch(
     Ok(files_to_fetch)
 }
 
-/// `owner/name` in the characters that the hub allows.
+/// Whether this is `owner/name` in the characters that the hub allows.
 pub(crate) fn is_hub_id(text: &str) -> bool {
     let word = |part: &str| {
         !part.is_empty()

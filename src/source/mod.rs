@@ -1,5 +1,5 @@
-//! Where a model's files come from: this binary, a directory, a single file, the local cache of the
-//! hub, or the hub itself.
+//! Finds a model's files: in this binary, a directory, a single file, the local cache of the hub,
+//! or the hub itself.
 
 mod checkpoint;
 mod hub;
@@ -14,49 +14,50 @@ use sd_models::{
 pub(crate) use checkpoint::is_checkpoint;
 pub(crate) use hub::{Download, Hub, files_to_fetch, is_hub_id};
 
-/// A model, where it runs and where it may come from.
+/// A model: its source, device and options.
 #[derive(Debug, Clone)]
 pub struct ModelConfig {
-    /// Which model.
+    /// The location of the model.
     pub place: ModelLocation,
-    /// A VAE in place of its own: a single file, or a directory with one in `vae/`.
+    /// VAE that replaces the model's own: a single file, or a directory with `vae/`.
     pub vae: Option<PathBuf>,
     /// The device.
     pub device: DeviceName,
-    /// The numbers it computes in.
+    /// Data type of the weights.
     pub precision: Precision,
     /// Whether its safety checker is loaded.
     pub checking: SafetyMode,
-    /// CPU threads; all cores when absent.
+    /// Number of CPU threads; `None`: all cores.
     pub threads: Option<usize>,
-    /// What requests can add to it by name.
+    /// LoRAs and embeddings that requests can select by name.
     pub add_ons: AddOns,
     /// The hub and its cache.
     pub hub: Hub,
 }
 
 impl ModelConfig {
-    /// Bytes of a number of its weights.
+    /// Bytes per weight.
     pub fn weight_bytes(&self) -> u64 {
         self.precision.weight_bytes(self.half())
     }
 
-    /// Whether f16 files will do.
+    /// Whether f16 files are preferred.
     pub fn half(&self) -> bool {
         wants_half(self.device, self.precision)
     }
 }
 
-/// Where a model is.
+/// The location of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelLocation {
-    /// In this binary.
+    /// The model built into this binary.
     Demo,
-    /// In a directory: in the diffusers layout, there or one level below, or as a single file.
+    /// A directory: in Diffusers format, there or one level below, or with a single-file
+    /// checkpoint.
     Directory(PathBuf),
-    /// In a single file in the names of the original code.
+    /// A single-file checkpoint in the original (LDM) format.
     Checkpoint(PathBuf),
-    /// On the hub or in its cache.
+    /// A model on the hub, or in its cache.
     Hub {
         /// `owner/name`.
         id: String,
@@ -65,7 +66,7 @@ pub enum ModelLocation {
     },
 }
 
-/// Finds the files of the configured model, fetching them if need be. Not for async threads.
+/// Finds the files of the configured model and downloads them if necessary. Blocks.
 pub(crate) fn locate(model: ModelConfig) -> Result<LoadOptions> {
     let (half, checking) = (model.half(), model.checking);
     let source = match model.place {
@@ -89,13 +90,13 @@ pub(crate) fn locate(model: ModelConfig) -> Result<LoadOptions> {
     Ok(LoadOptions { source, vae, device, precision, safety: checking, threads, add_ons })
 }
 
-/// Loads the configured model. Not for async threads.
+/// Loads the configured model. Blocks.
 pub(crate) fn load(model: ModelConfig) -> Result<Pipeline> {
     Ok(Pipeline::load(&locate(model)?)?)
 }
 
-/// The model in a directory: in diffusers' layout, perhaps one level below since tarballs often
-/// hold one directory, or as the only single file.
+/// The model in a directory: in Diffusers format, also one level below since tarballs often contain
+/// one directory, or the only single-file checkpoint.
 fn within(path: PathBuf, hub: &Hub) -> Result<Source> {
     let is_model = |path: &PathBuf| path.join("model_index.json").is_file();
     if is_model(&path) {

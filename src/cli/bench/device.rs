@@ -1,5 +1,5 @@
-//! `sd-server bench --verify`: whether a device draws what the CPU draws, and how fast. Made for
-//! whoever first has a card: the table or the JSON is to be pasted into an issue as it is.
+//! `sd-server bench --verify`: compares the images of a device with those of the CPU, and times the
+//! device. The table or the JSON can be pasted into an issue as it is.
 
 use std::fmt;
 use std::io::Write as _;
@@ -15,13 +15,14 @@ use serde::Serialize;
 
 use crate::source::{self, ModelConfig};
 
-/// Steps of the pictures that are compared.
+/// Number of steps of the compared images.
 const COMPARED_STEPS: usize = 2;
-/// Evaluations before those that are timed.
+/// Number of warm-up steps.
 const WARM_UP: usize = 2;
 
-/// Cards whose limits are known: a part of the name, f16 operations a second on the tensor cores
-/// without sparsity and with f32 sums, bytes a second of memory. From NVIDIA's data sheets.
+/// GPUs with known limits: part of the name, f16 operations per second on tensor cores without
+/// sparsity and with f32 accumulation, memory bandwidth in bytes per second. From NVIDIA's data
+/// sheets.
 const CARDS: [(&str, f64, f64); 5] = [
     ("T4", 65e12, 320e9),
     ("A10G", 70e12, 600e9),
@@ -35,12 +36,11 @@ const CARDS: [(&str, f64, f64); 5] = [
 pub struct Verify {
     /// The model and the device.
     pub model: ModelConfig,
-    /// Of the pictures; the model's own if `None`.
+    /// Image size; `None`: the model's own.
     pub size: Option<Size>,
-    /// Rows of the largest evaluation that is timed: 1, 2, 4 and so on up to it. A picture with
-    /// guidance takes two.
+    /// Maximum number of rows per step: 1, 2, 4, ... are timed. A guided image has two.
     pub max_rows: usize,
-    /// Evaluations that are timed for each number of rows.
+    /// Number of steps timed for each number of rows.
     pub evaluations: usize,
     /// Whether to print JSON.
     pub json: bool,
@@ -52,23 +52,23 @@ struct DeviceReport {
     model: String,
     device: String,
     name: Option<String>,
-    /// What our kernels were loaded from.
+    /// Whether the kernels were loaded as cubins or JIT-compiled from PTX.
     kernels: Option<String>,
     dtype: String,
     size: String,
     load_seconds: f64,
-    /// Of the picture's bytes against the CPU's in f32.
+    /// Difference of the image's bytes from the CPU's in f32.
     mean_difference: f64,
     max_difference: u8,
-    /// What is allowed of them.
+    /// Tolerance of mean and max.
     allowed: (f64, u8),
     decode_seconds: f64,
     rows: Vec<Timing>,
-    /// Free before and after the largest batch; the pool keeps what it has had.
+    /// Free memory before and after the largest batch; the pool retains its memory.
     free_bytes: (Option<u64>, Option<u64>),
-    /// What our kernels do in a step of two rows.
+    /// Work of the kernels in a step of two rows.
     step: Vec<(&'static str, Counted)>,
-    /// The part of the card's limit that a step of two rows reaches, where the card is known.
+    /// Share of the roofline bound that a step of two rows reaches, if the GPU is known.
     roofline_share: Option<f64>,
 }
 
@@ -76,7 +76,7 @@ struct DeviceReport {
 struct Timing {
     rows: usize,
     steps_per_second: f64,
-    /// With the model's default steps and one decode each.
+    /// With the model's default steps and one decode per image.
     images_per_second: f64,
 }
 
@@ -87,7 +87,7 @@ struct Counted {
     bytes: u64,
 }
 
-/// Pictures of one size on one model.
+/// Generates images of one size with one model.
 struct DeviceBench {
     pipeline: Pipeline,
     size: Size,
@@ -163,14 +163,14 @@ pub(crate) fn run(asked: Verify) -> Result<()> {
     Ok(())
 }
 
-/// Whether the device has no memory left.
+/// Whether the device is out of memory.
 fn is_full(error: &anyhow::Error) -> bool {
     let full = |cause: &Error| matches!(cause, Error::OutOfMemory(_));
     error.chain().filter_map(|cause| cause.downcast_ref()).any(full)
 }
 
 impl DeviceBench {
-    /// A picture with guidance, or without where there is one row.
+    /// The spec of a guided image, or an unguided one for one row.
     fn spec(&self, rows: usize, seed: u64, steps: usize) -> Spec {
         Spec {
             prompt: "a red house by the sea at night".into(),
@@ -188,7 +188,7 @@ impl DeviceBench {
         }
     }
 
-    /// Mean and maximum of the differences between the device's picture and the CPU's in f32.
+    /// Mean and maximum difference between the device's image and the CPU's in f32.
     fn compare(&self, options: LoadOptions) -> Result<(f64, u8)> {
         let cpu = LoadOptions { device: DeviceName::Cpu, precision: Precision::F32, ..options };
         let draw = |pipeline: &Pipeline| -> Result<Rgb> {
@@ -215,13 +215,13 @@ impl DeviceBench {
         Ok(self.pipeline.step(&mut pictures.iter_mut().collect::<Vec<_>>())?)
     }
 
-    /// Timings of more and more rows, as far as the card has room for them.
+    /// Times growing numbers of rows, until the GPU is out of memory.
     fn times(&self, max_rows: usize, decode_seconds: f64) -> Result<Vec<Timing>> {
         let mut rows = Vec::new();
         for count in successors(Some(1), |count| Some(2 * count)).take_while(|n| *n <= max_rows) {
             match self.time(count, decode_seconds) {
                 Ok(timing) => rows.push(timing),
-                // A card that is full at so many rows has something to tell of the others.
+                // Out of memory at this number of rows: report the smaller ones.
                 Err(error) if !rows.is_empty() && is_full(&error) => break,
                 Err(error) => return Err(error),
             }
@@ -247,7 +247,7 @@ impl DeviceBench {
     }
 }
 
-/// Operations and bytes a second of a card: the longest of the known names wins.
+/// Operations and bytes per second of a GPU; the longest matching name is used.
 fn card(name: &str) -> Option<(f64, f64)> {
     let known = CARDS.iter().filter(|(part, ..)| name.split([' ', '-']).any(|word| word == *part));
     known.max_by_key(|(part, ..)| part.len()).map(|(_, flops, bandwidth)| (*flops, *bandwidth))

@@ -1,7 +1,7 @@
-//! `sd-server bench`: load on a running server, and what became of it. With a rate the load is
-//! open: requests arrive by a Poisson process and their latency counts from the moment they were
-//! due, so that a slow server cannot slow down the arrivals that would show it. With clients it is
-//! closed: as many requests are under way as there are clients.
+//! `sd-server bench`: sends load to a running server and reports throughput and latency. With a
+//! rate it is an open loop: requests arrive by a Poisson process, and latency counts from the
+//! scheduled time, so that a slow server cannot delay arrivals (coordinated omission). With clients
+//! it is a closed loop: each client has one request in flight.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -21,17 +21,17 @@ use tokio::time::{Instant, sleep_until};
 /// What to do.
 #[derive(Debug)]
 pub struct LoadConfig {
-    /// The server, without a path.
+    /// URL of the server, without a path.
     pub url: String,
-    /// How requests arrive.
+    /// The arrival process.
     pub load: LoadMode,
-    /// For how long they do.
+    /// Time for which requests are sent.
     pub duration: Duration,
-    /// How long an answer is waited for.
+    /// Timeout of a request.
     pub timeout: Duration,
     /// The body of each request.
     pub body: Map<String, Value>,
-    /// Seed of the arrivals.
+    /// Seed of the random arrivals.
     pub arrivals_seed: u64,
     /// Whether to print JSON.
     pub json: bool,
@@ -40,21 +40,21 @@ pub struct LoadConfig {
 /// How requests arrive.
 #[derive(Debug, Clone, Copy)]
 pub enum LoadMode {
-    /// At random, so many a second.
+    /// Open loop: Poisson arrivals, requests per second.
     Rate(f64),
-    /// When one of so many clients has its answer.
+    /// Closed loop: number of clients.
     Clients(usize),
 }
 
-/// A request and its answer.
+/// The result of a request.
 struct Sample {
     latency: Duration,
-    /// 0 when there was none.
+    /// HTTP status; 0 without a response.
     status: u16,
     pictures: usize,
 }
 
-/// Sends requests, each with a seed of its own.
+/// Sends requests, each with its own seed.
 struct Sender {
     client: Client,
     url: String,
@@ -62,18 +62,18 @@ struct Sender {
     sent: AtomicU64,
 }
 
-/// What became of the load.
+/// The result of a run.
 #[derive(Debug, Serialize)]
 struct LoadReport {
     requests: usize,
-    /// By status; 0 is no answer.
+    /// Number of requests by status; 0 is no response.
     statuses: BTreeMap<u16, usize>,
     seconds: f64,
     requests_per_second: f64,
     images_per_second: f64,
-    /// Of the requests that were answered with pictures.
+    /// Latency of the requests that returned images.
     latency_seconds: Option<Latency>,
-    /// Mean rows of a step on the server meanwhile, if it says so.
+    /// Mean batch size on the server meanwhile, if it reports it.
     rows_per_step: Option<f64>,
 }
 
@@ -117,7 +117,7 @@ pub(crate) async fn run(plan: LoadConfig) -> Result<()> {
     Ok(())
 }
 
-/// Requests at the times of a Poisson process, and their answers.
+/// Sends requests in an open loop.
 async fn open(sender: &Arc<Sender>, rate: f64, duration: Duration, seed: u64) -> Vec<Sample> {
     let mut arrivals = Arrivals(seed);
     let mut answers = JoinSet::new();
@@ -134,7 +134,7 @@ async fn open(sender: &Arc<Sender>, rate: f64, duration: Duration, seed: u64) ->
     }
 }
 
-/// Clients that wait for their answer before they ask again.
+/// Sends requests in a closed loop.
 async fn closed(sender: &Arc<Sender>, clients: usize, duration: Duration) -> Vec<Sample> {
     let end = Instant::now() + duration;
     let client = async |sender: Arc<Sender>| {
@@ -149,7 +149,7 @@ async fn closed(sender: &Arc<Sender>, clients: usize, duration: Duration) -> Vec
 }
 
 impl Sender {
-    /// One request; its latency counts from `due`.
+    /// Sends one request; its latency counts from `due`.
     async fn send(&self, due: Instant) -> Sample {
         let k = self.sent.fetch_add(1, Ordering::Relaxed);
         let mut body = self.body.clone();
@@ -169,13 +169,13 @@ impl Sender {
     }
 }
 
-/// Rows and number of all steps, from the server's metrics.
+/// Sum of rows and number of steps so far, from the server's metrics.
 async fn steps(client: &Client, url: &str) -> Option<(f64, f64)> {
     let text = client.get(format!("{url}/metrics")).send().await.ok()?.text().await.ok()?;
     let value = |name: &str| {
         text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok())
     };
-    // A server that has made no step yet has no series of them.
+    // A server without a step yet has no such series.
     let value = |name| value(name).unwrap_or(0.0);
     text.contains("sd_batch_size")
         .then(|| (value("sd_batch_size_sum "), value("sd_batch_size_count ")))
@@ -206,7 +206,7 @@ impl LoadReport {
 impl Latency {
     fn of(mut seconds: Vec<f64>) -> Option<Self> {
         seconds.sort_by(f64::total_cmp);
-        // The nearest rank: the smallest value that so many are not above.
+        // Nearest-rank percentile.
         let rank = |p: f64| {
             let place = (p * seconds.len() as f64).ceil() as usize;
             seconds.get(place.saturating_sub(1)).copied()
@@ -243,8 +243,8 @@ impl fmt::Display for LoadReport {
     }
 }
 
-/// Gaps of a Poisson process of rate one. Not the pictures' noise: any generator will do, and
-/// this is Steele, Lea and Flood's SplitMix64.
+/// Gaps of a Poisson process of rate one. Independent of images' noise, so any generator works:
+/// this is SplitMix64 (Steele, Lea and Flood 2014).
 struct Arrivals(u64);
 
 impl Arrivals {
@@ -254,7 +254,7 @@ impl Arrivals {
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^= z >> 31;
-        // Above zero and at most one, so that the logarithm exists.
+        // In (0, 1], so that the logarithm is finite.
         let uniform = ((z >> 11) + 1) as f64 / (1_u64 << 53) as f64;
         -uniform.ln()
     }

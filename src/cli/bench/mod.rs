@@ -1,4 +1,4 @@
-//! `sd-server bench`: load on a running server, or a device compared with the CPU.
+//! `sd-server bench`: load tests of a running server, or verification of a device.
 
 pub(crate) mod device;
 pub(crate) mod load;
