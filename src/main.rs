@@ -1,4 +1,4 @@
-//! The entry point: arguments in, exit code out; before that, the right `libcuda` and the allocator.
+//! The entry point: arguments in, exit code out; before that, `libcuda` and the allocator.
 
 use std::io::Write as _;
 use std::process::ExitCode;

@@ -1,12 +1,12 @@
-//! Which pictures share the next UNet evaluation. Only pictures of one size can, so the sizes
-//! take turns by deficit round robin (Shreedhar and Varghese 1995): each gets the same share of
-//! the device, however large its pictures are. Arithmetic only; it knows no model.
+//! Selects the images of the next UNet call. Only images of one size can share it, so the sizes
+//! take turns by deficit round robin (Shreedhar and Varghese 1995): each gets the same share of the
+//! device, whatever its size. Arithmetic only, without a model.
 
 use std::collections::VecDeque;
 
 use sd_models::Size;
 
-/// The turns of the sizes.
+/// The order of the sizes.
 #[derive(Debug, Default)]
 pub(super) struct DeficitRoundRobin {
     buckets: VecDeque<Bucket>,
@@ -15,13 +15,13 @@ pub(super) struct DeficitRoundRobin {
 #[derive(Debug)]
 struct Bucket {
     size: Size,
-    /// Work that this size may do before the others have their turn, in pixel rows.
+    /// Work that this size may do before the next size's turn, in pixels times rows.
     credit: usize,
 }
 
 impl DeficitRoundRobin {
-    /// The size whose turn it is, given the rows that each size would put into its next
-    /// evaluation. `None` when nothing is to be done.
+    /// The size of the next UNet call, given the number of rows that each size would have in it.
+    /// `None` if there are no rows.
     pub(super) fn next(&mut self, loads: &[(Size, usize)]) -> Option<Size> {
         let cost = |size: Size| {
             loads.iter().find(|load| load.0 == size).map(|load| size.pixels() * load.1)
@@ -32,7 +32,7 @@ impl DeficitRoundRobin {
                 self.buckets.push_back(Bucket { size, credit: 0 });
             }
         }
-        // With the largest cost as quantum every size can act once a round, so this ends.
+        // With the largest cost as quantum, every size can run once per round, so this loop ends.
         let quantum = loads.iter().map(|(size, rows)| size.pixels() * rows).max()?;
         loop {
             let bucket = self.buckets.front_mut()?;

@@ -1,10 +1,9 @@
-//! What the models on one device share: its time, the memory budget of one UNet call, and the
-//! metrics.
+//! The resources shared by the models on one device: its time, the memory budget of one UNet call,
+//! and the metrics.
 //!
 //! A worker holds the device for one round of its loop. Rounds are scheduled by start-time fair
-//! queueing over time: the model that has used the device least goes next, and idle time is not
-//! made up for. So activations are in memory for one model at a time, and one budget is enough for
-//! all.
+//! queueing over time: the model that has used the device least is next, and idle time earns no
+//! credit. Only one model has activations in memory at a time, so one budget is enough for all.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -23,14 +22,14 @@ pub struct DeviceScheduler {
 struct DeviceShared {
     lock: Mutex<FairLock>,
     freed: Condvar,
-    /// Bytes; zero until the first model is there.
+    /// Bytes; zero until the first model is loaded.
     budget: AtomicU64,
 }
 
 #[derive(Debug, Default)]
 struct FairLock {
     busy: bool,
-    /// Virtual time: what the last holder had used when it began.
+    /// Virtual time: the time used by the last holder when it acquired the device.
     now: Duration,
     /// Time used and order of arrival of each waiting model.
     waiting: Vec<(Duration, u64)>,
@@ -59,7 +58,7 @@ impl FairLock {
     }
 }
 
-/// The device, held until this is dropped, which adds the time to the holder's account.
+/// Exclusive use of the device until this is dropped, which adds the time to the holder's account.
 pub(super) struct Lease<'a> {
     shared: Arc<DeviceShared>,
     began: Instant,
@@ -67,7 +66,7 @@ pub(super) struct Lease<'a> {
 }
 
 impl DeviceScheduler {
-    /// Waits for the device. `time_used` is the time that the model has had it so far.
+    /// Waits for the device. `time_used` is the time that the model has used it so far.
     pub(super) fn acquire<'a>(&self, time_used: &'a mut Duration) -> Lease<'a> {
         let mut lock = self.shared.lock();
         let me = lock.wait(time_used);
@@ -77,12 +76,12 @@ impl DeviceScheduler {
         Lease { shared: Arc::clone(&self.shared), began: Instant::now(), time_used }
     }
 
-    /// What one evaluation or decoding may take, once that is known.
+    /// Memory budget of one UNet call or VAE decode, in bytes, once known.
     pub(super) fn budget_bytes(&self) -> Option<u64> {
         Some(self.shared.budget.load(Ordering::Relaxed)).filter(|bytes| *bytes > 0)
     }
 
-    /// The newest model knows best how much is left.
+    /// Replaces the budget: the newest model has the latest measurement of free memory.
     pub(super) fn set_budget_bytes(&self, bytes: u64) {
         self.shared.budget.store(bytes, Ordering::Relaxed);
     }

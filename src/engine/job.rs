@@ -1,6 +1,6 @@
 //! A job and its two ends. The client's end is the [`Ticket`]; the worker's end is one
-//! [`ImageTask`] for each picture, which carries the way back with it. The channel is the only link: when the
-//! ticket is dropped the orders are no longer wanted, and when the worker dies the ticket hears it.
+//! [`ImageTask`] per image, with the sender of the result. The channel is the only link: if the
+//! ticket is dropped, the tasks are cancelled; if the worker terminates, the ticket fails.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ pub enum JobError {
     /// The queue is full.
     #[error("the queue is full; retry after {retry_after_s} s")]
     Full {
-        /// Seconds until there should be room.
+        /// Estimated time until there is room, in seconds.
         retry_after_s: u64,
     },
     /// The server is draining.
@@ -45,7 +45,7 @@ pub enum JobError {
     Spec {
         /// The field of the spec.
         field: &'static str,
-        /// What it must be.
+        /// The violated rule.
         reason: String,
     },
     /// The safety checker flags the image, and flagged images are blocked.
@@ -56,17 +56,18 @@ pub enum JobError {
     Model,
 }
 
-/// Whom a job is for. Clients share the device fairly.
+/// The client of a job, for fair queueing.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct Client(Arc<str>);
 
 impl Client {
-    /// A client that has a name.
+    /// A client with a name, such as an API key.
     pub fn named(name: &str) -> Self {
         Self(name.into())
     }
 
-    /// A client known by its address; one IPv6 subscriber has a network of 64 bits.
+    /// A client identified by its address. IPv6 addresses count by /64, the network of one
+    /// subscriber.
     pub fn at(address: IpAddr) -> Self {
         match address.to_canonical() {
             IpAddr::V4(address) => Self(address.to_string().into()),
@@ -78,16 +79,16 @@ impl Client {
     }
 }
 
-/// Pictures that are asked for together.
+/// The images of one request.
 #[derive(Debug, Clone)]
 pub struct Job {
-    /// One for each picture.
+    /// One spec per image.
     pub specs: Vec<Spec>,
-    /// Whose they are.
+    /// The client.
     pub client: Client,
-    /// When nobody wants them any more.
+    /// The time after which the job is cancelled.
     pub deadline: Option<tokio::time::Instant>,
-    /// Whether to show the pictures in the making.
+    /// Whether to send previews.
     pub preview: bool,
 }
 
@@ -97,23 +98,23 @@ impl From<Vec<Spec>> for Job {
     }
 }
 
-/// A job's number; later jobs have greater ones.
+/// A job's number; later jobs have greater numbers.
 pub(super) type JobId = u64;
 
-/// A finished picture, or what there was of one when its job was interrupted.
+/// A finished image, or the partly denoised one of an interrupted job.
 #[derive(Debug, Clone)]
 pub struct GeneratedImage {
-    /// Which picture of the job.
+    /// Index of the image in the job.
     pub index: usize,
     /// The pixels.
     pub rgb: Rgb,
-    /// What the client should know, such as a prompt that was cut.
+    /// Warnings for the client, such as a truncated prompt.
     pub warnings: Vec<String>,
-    /// Whether the safety checker objects to it; `None` where there is no checker.
+    /// Whether the safety checker flags it as NSFW; `None` without a checker.
     pub nsfw: Option<bool>,
-    /// From submission to the first look at the prompt.
+    /// Time in the queue: from submission to text encoding.
     pub queued: Duration,
-    /// From there to the pixels.
+    /// Time to generate: from text encoding to the pixels.
     pub drawn: Duration,
 }
 
@@ -129,7 +130,7 @@ pub struct Progress {
     pub started: usize,
 }
 
-/// A small look at a picture in the making.
+/// A preview of a running image.
 #[derive(Debug, Clone)]
 pub struct Preview {
     /// Which picture of the job.
@@ -138,14 +139,14 @@ pub struct Preview {
     pub rgb: Arc<Rgb>,
 }
 
-/// Previews are for eyes: more of one picture in a second would only cost.
+/// Minimum time between two previews of an image.
 const PREVIEW_PAUSE: Duration = Duration::from_millis(500);
 
 type Previews = watch::Sender<Option<Preview>>;
-/// Nothing, of a picture that was interrupted before there was anything to see.
+/// The index of an image and its result; `None` if it was interrupted before its first step.
 type TaskResult = (usize, Result<Option<GeneratedImage>, JobError>);
 
-/// The claim on the pictures of one job. Dropping it withdraws the job.
+/// The client's end of a job. Dropping it cancels the job.
 #[derive(Debug)]
 pub struct Ticket {
     pub(super) job: JobId,
@@ -158,19 +159,19 @@ pub struct Ticket {
     state: watch::Receiver<EngineState>,
 }
 
-/// One picture of a job, as the worker holds it. It is counted once, when it is dropped.
+/// The worker's end of one image of a job. It is counted in the metrics once, when dropped.
 #[derive(Debug)]
 pub(super) struct ImageTask {
     pub(super) spec: Spec,
     pub(super) client: Client,
     pub(super) job: JobId,
-    /// Pictures of the job, this one included.
+    /// Number of images of the job.
     pub(super) siblings: usize,
     pub(super) submitted: Instant,
     index: usize,
     settled: mpsc::Sender<TaskResult>,
     progress: watch::Sender<Progress>,
-    /// Of those who asked for previews, and when they were last shown one.
+    /// If previews are requested: their sender, and the time of the last one.
     previews: Option<(Previews, Option<Instant>)>,
     interrupted: Arc<AtomicBool>,
     outcome: Option<&'static str>,
@@ -178,7 +179,7 @@ pub(super) struct ImageTask {
     _busy: watch::Receiver<()>,
 }
 
-/// Opens a job: the ticket and an order for each spec.
+/// Creates a job: the ticket, and a task for each spec.
 pub(super) fn open(
     id: JobId,
     job: Job,
@@ -188,7 +189,7 @@ pub(super) fn open(
 ) -> (Ticket, Vec<ImageTask>) {
     let Job { specs, client, deadline, preview } = job;
     let count = specs.len();
-    // Each order settles once, so a place for each means that the worker never waits.
+    // Each task sends one result, so with this capacity the worker never waits.
     let (settled, pictures) = mpsc::channel(count.max(1));
     let (made, progress) = watch::channel(Progress::default());
     let previews = preview.then(|| Previews::new(None));
@@ -226,8 +227,8 @@ pub(super) fn open(
 }
 
 impl Ticket {
-    /// The pictures in the order of their specs, or the first failure. Only where the job was
-    /// interrupted may some be missing.
+    /// Waits for the images, in the order of their specs, or the first failure. Images of an
+    /// interrupted job may be missing.
     pub async fn wait(mut self) -> Result<Vec<GeneratedImage>, JobError> {
         let Self { pictures, count, deadline, state, .. } = &mut self;
         let late = async {
@@ -240,7 +241,9 @@ impl Ticket {
             biased;
             drawn = collect(pictures, *count) => drawn,
             () = late => Err(JobError::Deadline),
-            _ = state.wait_for(|state| matches!(state, EngineState::Stopped)) => Err(JobError::Stopping),
+            _ = state.wait_for(|state| matches!(state, EngineState::Stopped)) => {
+                Err(JobError::Stopping)
+            }
         }
     }
 
@@ -249,7 +252,7 @@ impl Ticket {
         self.progress.clone()
     }
 
-    /// The latest preview, where they were asked for.
+    /// The latest preview, if previews are requested.
     pub fn previews(&self) -> Option<watch::Receiver<Option<Preview>>> {
         self.previews.clone()
     }
@@ -261,7 +264,7 @@ async fn collect(
 ) -> Result<Vec<GeneratedImage>, JobError> {
     let mut drawn: Vec<Option<GeneratedImage>> = vec![None; count];
     for _ in 0..count {
-        // The orders are gone without a word when the model thread has panicked.
+        // The tasks are dropped without a result if the model thread has panicked.
         let (index, picture) = pictures.recv().await.ok_or(JobError::Model)?;
         drawn[index] = picture?;
     }
@@ -269,7 +272,7 @@ async fn collect(
 }
 
 impl ImageTask {
-    /// Which picture of which job.
+    /// Job and index of the image.
     pub(super) fn key(&self) -> (JobId, usize) {
         (self.job, self.index)
     }
@@ -280,23 +283,23 @@ impl ImageTask {
         (passes.sum::<usize>() * self.spec.rows()) as u64
     }
 
-    /// Whether anyone still holds the ticket.
+    /// Whether the ticket still exists.
     pub(super) fn is_wanted(&self) -> bool {
         !self.settled.is_closed()
     }
 
-    /// Whether the client takes what there is of it.
+    /// Whether the client has interrupted the job.
     pub(super) fn interrupted(&self) -> bool {
         self.interrupted.load(Ordering::Relaxed)
     }
 
-    /// Whether it is time for a preview.
+    /// Whether a preview is requested and due.
     pub(super) fn wants_preview(&self) -> bool {
         let due = |last: &Option<Instant>| last.is_none_or(|last| last.elapsed() > PREVIEW_PAUSE);
         self.previews.as_ref().is_some_and(|(_, last)| due(last))
     }
 
-    /// Shows a preview.
+    /// Sends a preview.
     pub(super) fn show(&mut self, rgb: Rgb) {
         if let Some((previews, last)) = &mut self.previews {
             previews.send_replace(Some(Preview { index: self.index, rgb: Arc::new(rgb) }));
@@ -313,26 +316,26 @@ impl ImageTask {
         });
     }
 
-    /// The end of this picture. Nobody may be listening any more, which is fine.
+    /// Sends the result. The ticket may already be dropped.
     pub(super) fn complete(mut self, result: Result<GeneratedImage, JobError>) {
         self.outcome = Some(if result.is_ok() { "completed" } else { "failed" });
         let _ = self.settled.try_send((self.index, result.map(Some)));
     }
 
-    /// The end of an interrupted picture of which there is nothing to see.
+    /// Ends an interrupted image without a finished step.
     pub(super) fn skip(mut self) {
         self.outcome = Some("cancelled");
         let _ = self.settled.try_send((self.index, Ok(None)));
     }
 
-    /// The end of a picture that is not even taken on.
+    /// Ends an image that is not accepted.
     pub(super) fn reject(mut self, failure: JobError) {
         self.outcome = Some("rejected");
         let _ = self.settled.try_send((self.index, Err(failure)));
     }
 }
 
-/// Dropped without a word: nobody wanted it, or the model thread is gone.
+/// Without an outcome, the ticket was dropped, or the model thread has terminated.
 impl Drop for ImageTask {
     fn drop(&mut self) {
         let silent = if self.is_wanted() { "failed" } else { "cancelled" };

@@ -1,9 +1,9 @@
 //! The engine: a bounded queue in front of one thread that owns the model.
 //!
-//! A handler hands over specs with [`Engine::submit`] and gets a [`Ticket`]; waiting on the ticket
-//! yields the pictures, dropping it withdraws them. Pictures of different requests share UNet
-//! evaluations and come and go between steps (`worker`). Nothing here knows HTTP, and nothing
-//! outside `worker` touches a model.
+//! A handler submits specs with [`Engine::submit`] and gets a [`Ticket`]; waiting on the ticket
+//! yields the images, dropping it cancels them. Images of different requests share UNet calls, and
+//! join and leave between steps (`worker`). Nothing here depends on HTTP, and nothing outside
+//! `worker` uses a model.
 
 mod batch;
 mod device;
@@ -34,7 +34,7 @@ use queue::{PushError, Queue};
 use shared::EngineShared;
 pub use state::{EngineConfig, EngineState, Safety, WorkerError};
 
-/// The handle that handlers share.
+/// The handle shared by the HTTP handlers.
 #[derive(Debug, Clone)]
 pub struct Engine {
     shared: Arc<EngineShared>,
@@ -49,8 +49,8 @@ impl Engine {
         Self::start_on(&DeviceScheduler::default(), settings, load)
     }
 
-    /// Starts the model thread, which loads and warms the model and then serves the queue, taking
-    /// turns with the other models of the device.
+    /// Starts the model thread, which loads and warms up the model and then serves the queue.
+    /// Models of the same device take turns.
     pub fn start_on<M: Model>(
         device: &DeviceScheduler,
         settings: EngineConfig,
@@ -60,7 +60,7 @@ impl Engine {
         let theirs = Arc::clone(&engine.shared);
         let work = move || {
             worker::main(theirs, load);
-            // The model is gone; the next one needs its memory.
+            // The model is dropped; the next one needs its memory.
             sd_models::return_freed_memory();
         };
         let thread = thread::Builder::new().name("model".into()).spawn(work)?;
@@ -68,7 +68,7 @@ impl Engine {
         Ok(engine)
     }
 
-    /// An engine without a model, for a server whose models are all chosen by name.
+    /// An engine without a model, for a server whose models are all loaded by name.
     pub fn absent(device: &DeviceScheduler, settings: EngineConfig) -> Self {
         Self::new(device, settings, EngineState::Absent)
     }
@@ -89,12 +89,12 @@ impl Engine {
         Self { shared: Arc::new(shared) }
     }
 
-    /// Where the engine stands; never blocks.
+    /// The state of the engine. Never blocks.
     pub fn state(&self) -> EngineState {
         self.shared.state.borrow().clone()
     }
 
-    /// The model, if it is ready to draw.
+    /// The model, if it is ready.
     pub fn model(&self) -> Result<Arc<ModelInfo>, JobError> {
         match &*self.shared.state.borrow() {
             EngineState::Absent => Err(JobError::Absent),
@@ -106,7 +106,7 @@ impl Engine {
         }
     }
 
-    /// Waits until the model can draw; the error says why it never will.
+    /// Waits until the model is ready; the error states why it cannot be loaded.
     pub async fn ready(&self) -> anyhow::Result<Arc<ModelInfo>> {
         let mut state = self.shared.state.subscribe();
         let settled = state.wait_for(|state| !matches!(state, EngineState::Loading)).await?.clone();
@@ -117,7 +117,7 @@ impl Engine {
         }
     }
 
-    /// Queues one job: all of its pictures or none.
+    /// Queues a job: all of its images or none.
     pub fn submit(&self, job: impl Into<Job>) -> Result<Ticket, JobError> {
         let (model, job) = (self.model()?, job.into());
         let id = self.shared.jobs.fetch_add(1, Ordering::Relaxed);
@@ -133,7 +133,7 @@ impl Engine {
             return Err(refuse(orders, JobError::OutOfMemory));
         }
         let mut queue = self.shared.queue();
-        // The queue's own word counts: the state may have changed since.
+        // The state may have changed since; the queue is authoritative.
         let pushed = queue.push(&mut orders);
         let retry_after_s = self.shared.retry_after(&queue, orders.len());
         drop(queue);
@@ -146,7 +146,7 @@ impl Engine {
         Ok(ticket)
     }
 
-    /// Seconds until there should be room for one more picture.
+    /// Estimated time until there is room for one more image, in seconds.
     pub fn retry_after(&self) -> u64 {
         self.shared.retry_after(&self.shared.queue(), 1)
     }
@@ -156,27 +156,27 @@ impl Engine {
         JobMonitor::new(&self.shared, ticket)
     }
 
-    /// Rows of one evaluation.
+    /// Maximum number of rows per UNet call.
     pub fn max_batch_rows(&self) -> usize {
         self.shared.settings.max_batch_rows
     }
 
-    /// What becomes of pictures that should not be shown.
+    /// The action on flagged images.
     pub fn safety(&self) -> Safety {
         self.shared.settings.safety
     }
 
-    /// The measurements of this process.
+    /// The metrics of this process.
     pub fn metrics(&self) -> &Metrics {
         &self.shared.metrics
     }
 
-    /// Brings the gauges up to date. Takes milliseconds where there are GPUs.
+    /// Updates the gauges. Takes milliseconds on a host with GPUs.
     pub fn gauge(&self) {
         self.gauge_with(std::slice::from_ref(self));
     }
 
-    /// Brings the gauges up to date; `all` are the engines of the device, this one included.
+    /// Updates the gauges; `all` are the engines of the device, including this one.
     pub fn gauge_with(&self, all: &[Self]) {
         let metrics = self.metrics();
         let set = |id, value: usize| metrics.set(id, &[], value as f64);
@@ -210,14 +210,14 @@ impl Engine {
         }
     }
 
-    /// Takes no more jobs and finishes those it has.
+    /// Rejects new jobs and finishes accepted ones.
     pub fn drain(&self) {
         self.shared.queue().close();
         self.shared.set_state(EngineState::Draining);
         self.shared.arrived.notify_one();
     }
 
-    /// Takes no more jobs, finishes those it has within `patience`, and returns when the model's
+    /// Rejects new jobs, finishes accepted ones within `patience`, and returns when the model's
     /// memory is free.
     pub async fn retire(&self, patience: Duration) {
         self.drain();
@@ -230,20 +230,20 @@ impl Engine {
         }
     }
 
-    /// Returns when every picture that was accepted has ended.
+    /// Returns when every accepted image has ended.
     pub async fn wait_idle(&self) {
         self.shared.busy.closed().await;
     }
 
-    /// Gives up what is not finished; every ticket says so at once.
+    /// Cancels what is not finished; every ticket fails at once.
     pub fn abort(&self) {
         self.shared.set_state(EngineState::Stopped);
-        // The worker looks at the state under this lock: it cannot miss the change.
+        // The worker checks the state under this lock, so it cannot miss the change.
         drop(self.shared.queue().clear());
         self.shared.arrived.notify_one();
     }
 
-    /// Returns when the model thread has ended by itself, with the reason.
+    /// Returns when the model thread has terminated by itself, with the reason.
     pub async fn terminated(&self) -> String {
         let mut state = self.shared.state.subscribe();
         loop {

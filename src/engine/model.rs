@@ -1,56 +1,56 @@
-//! What the worker asks of a model and of a picture in the making.
+//! The interface between the worker and a model.
 
 use sd_models::{ModelInfo, Rgb, Size, Spec};
 
 use crate::host::memory;
 
-/// What the worker drives: `sd_models::Pipeline`, or a fake in tests.
+/// A model: `sd_models::Pipeline`, or a fake in tests.
 pub trait Model: 'static {
-    /// A picture in the making.
+    /// A running image.
     type Trajectory: Trajectory;
     /// Name, device, defaults and limits.
     fn info(&self) -> &ModelInfo;
-    /// What has to be read from files before `begin` finds all in memory: work for another thread.
+    /// The file reads that `begin` would need, to be run on another thread; `None` if all is in
+    /// memory.
     fn files(&self, _spec: &Spec) -> Option<Box<dyn FnOnce() + Send>> {
         None
     }
-    /// Encodes the text and draws the noise.
+    /// Encodes the prompts and draws the initial noise.
     fn begin(&self, spec: &Spec) -> sd_models::Result<Self::Trajectory>;
-    /// One evaluation for each member; all have the same size.
+    /// One UNet call for the batch; all members have the same size.
     fn step(&self, batch: &mut [&mut Self::Trajectory]) -> sd_models::Result<()>;
-    /// The picture of a trajectory; of one that is not finished, what can be told of it.
+    /// Decodes the image of a trajectory; of an unfinished one, its predicted x0.
     fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb>;
-    /// Whether a picture should not be shown; `None` from a model that has nothing to tell by.
+    /// Whether the safety checker flags the image as NSFW; `None` without a checker.
     fn check_safety(&self, _picture: &Rgb) -> sd_models::Result<Option<bool>> {
         Ok(None)
     }
-    /// A small look at a picture in the making, from a model that can give one at little cost
-    /// once it is warm.
+    /// A preview of a running image, at low cost after warm-up; `None` if the model has none.
     fn preview(&self, _trajectory: &Self::Trajectory) -> sd_models::Result<Option<Rgb>> {
         Ok(None)
     }
-    /// Memory that the device has left, where that is known.
+    /// Free memory of the device in bytes, if known.
     fn free_bytes(&self) -> Option<u64> {
         None
     }
 }
 
-/// What the worker must know of a picture in the making.
+/// The state of a running image, as far as the worker needs it.
 pub trait Trajectory {
-    /// Whether nothing is left but to decode it.
+    /// Whether all steps are done and only decoding is left.
     fn done(&self) -> bool;
-    /// Evaluations made and to make.
+    /// UNet calls completed, and in total.
     fn progress(&self) -> (usize, usize);
-    /// Rows that one evaluation takes in a batch.
+    /// Number of rows in a batch: two with guidance, else one.
     fn rows(&self) -> usize;
-    /// The size in this pass: pictures of one size can share an evaluation.
+    /// The size in the current pass. Images of one size can share a UNet call.
     fn size(&self) -> Size;
-    /// Pixels times evaluations to make, in all passes.
+    /// Pixels times remaining UNet calls, over all passes.
     fn work_left(&self) -> usize {
         let (made, all) = self.progress();
         self.size().pixels() * all.saturating_sub(made)
     }
-    /// What the client should know, such as a prompt that was cut.
+    /// Warnings for the client, such as a truncated prompt.
     fn warnings(&self) -> &[String];
 }
 

@@ -1,31 +1,30 @@
-//! How fast pictures are drawn, learned from what was measured, and what follows for those who
-//! wait. Work is counted in pixels times rows times evaluations: what a picture costs, whatever
-//! its size.
+//! Measured throughput, and estimates from it: time left and `Retry-After`. The unit of work is
+//! pixels times rows times UNet calls, so that images of different sizes are comparable.
 
 use std::time::Duration;
 
-/// How much the past counts against one more turn: about the last fifty count.
+/// Exponential decay per turn: the last fifty or so count.
 const MEMORY: f64 = 0.98;
 
-/// Rejected clients are told to come back within an hour.
+/// Maximum estimate, in seconds.
 const LONGEST: f64 = 3600.0;
 
-/// The measured speed and the work under way. The worker writes it once a turn.
+/// The measured throughput and the running work. The worker updates it once per turn.
 #[derive(Debug, Default, Clone, Copy)]
 pub(super) struct Throughput {
     seconds: f64,
     work: f64,
     turns: f64,
-    /// Work left in the pictures in the making.
+    /// Remaining work of the running images.
     pub(super) drawing: u64,
-    /// How many they are.
+    /// Number of running images.
     pub(super) pictures: usize,
-    /// Sizes that take turns.
+    /// Number of image sizes that take turns.
     pub(super) sizes: usize,
 }
 
 impl Throughput {
-    /// A turn took so long and did so much; turns without a step are nobody's measure.
+    /// Adds a turn of this time and work. Turns without a step are not counted.
     pub(super) fn measure(&mut self, elapsed: Duration, work: u64) {
         if work == 0 {
             return;
@@ -35,19 +34,19 @@ impl Throughput {
         self.turns = self.turns * MEMORY + 1.0;
     }
 
-    /// The time for so much work, once anything has been measured.
+    /// Estimated time for this work; `None` before the first measurement.
     pub(super) fn time(&self, work: u64) -> Option<Duration> {
         (self.work > 0.0).then(|| duration(work as f64 * self.seconds / self.work))
     }
 
-    /// The time until a picture in the making has made so many more evaluations.
+    /// Estimated time for this number of UNet calls of a running image.
     pub(super) fn time_of(&self, evaluations: usize) -> Option<Duration> {
         let turns = evaluations as f64 * self.sizes.max(1) as f64;
         (self.turns > 0.0).then(|| duration(turns * self.seconds / self.turns))
     }
 
-    /// Whole seconds until as many of the pictures that wait or are drawn have ended as are in
-    /// the way, given the work of those that wait.
+    /// Estimated time until `in_the_way` of the waiting and running images have ended, in whole
+    /// seconds; `work` is that of the waiting ones.
     pub(super) fn retry_after(&self, in_the_way: usize, waiting: usize, work: u64) -> u64 {
         let all = (self.pictures + waiting).max(1);
         let share = (in_the_way as f64 / all as f64).min(1.0);

@@ -1,26 +1,25 @@
-//! Pictures that wait for a place in a batch: bounded, and fair between clients. Plain data; the
-//! engine puts a lock around it.
+//! The queue of images: bounded, and fair between clients. Plain data; the engine locks it.
 //!
-//! The order is start-time fair queueing (Goyal, Vin and Cheng 1996): a picture may start, in
-//! virtual time, when the work that its client has before it is done. So a client with one
-//! picture does not wait for another's hundred, and pictures of one client keep their order.
+//! The order is start-time fair queueing (Goyal, Vin and Cheng 1996): the start of an image, in
+//! virtual time, is when the earlier work of its client is done. A client with one image does not
+//! wait for another client's hundred, and images of one client keep their order.
 
 use std::collections::{HashMap, VecDeque};
 
 use super::job::{Client, ImageTask, JobId};
 
-/// The waiting pictures.
+/// The waiting images.
 #[derive(Debug)]
 pub(super) struct Queue {
-    /// By rising start.
+    /// By ascending start.
     orders: VecDeque<Waiting>,
     capacity: usize,
     closed: bool,
-    /// Jobs that were taken.
+    /// Number of accepted jobs.
     arrivals: u64,
-    /// Virtual time: the start of the picture that left last.
+    /// Virtual time: the start of the image that left last.
     now: u64,
-    /// When the work of each client ends, in virtual time; only of those ahead of `now`.
+    /// The virtual time when the work of each client ends; only of clients ahead of `now`.
     ends: HashMap<Client, u64>,
 }
 
@@ -30,7 +29,7 @@ struct Waiting {
     start: u64,
 }
 
-/// Why a job was not taken.
+/// Why a job was rejected.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum PushError {
     Full,
@@ -53,12 +52,12 @@ impl Queue {
         self.orders.is_empty()
     }
 
-    /// Whether nothing waits and nothing more will.
+    /// Whether the queue is closed and empty.
     pub(super) fn is_over(&self) -> bool {
         self.closed && self.orders.is_empty()
     }
 
-    /// Jobs that were ever taken: by this it can be told whether any came.
+    /// Number of jobs accepted so far, to detect new ones.
     pub(super) fn arrivals(&self) -> u64 {
         self.arrivals
     }
@@ -67,12 +66,12 @@ impl Queue {
         self.orders.len()
     }
 
-    /// The work of all that wait.
+    /// The work of all waiting images.
     pub(super) fn work(&self) -> u64 {
         self.orders.iter().map(|waiting| waiting.order.work()).sum()
     }
 
-    /// How many pictures are ahead of the first of a job, and the work up to the last of it.
+    /// Number of images ahead of the first image of a job, and the work up to its last image.
     pub(super) fn place(&self, job: JobId) -> Option<(usize, u64)> {
         let first = self.orders.iter().position(|waiting| waiting.order.job == job)?;
         let last = self.orders.iter().rposition(|waiting| waiting.order.job == job)?;
@@ -80,15 +79,15 @@ impl Queue {
         Some((first, ahead.map(|waiting| waiting.order.work()).sum()))
     }
 
-    /// Takes all pictures of a job or none. A job larger than the queue is taken when nobody
-    /// waits. Gives back the pictures that had to make room: see [`Self::make_room`].
+    /// Adds all images of a job or none. A job larger than the queue is accepted if the queue is
+    /// empty. Returns the evicted images: see [`Self::make_room`].
     pub(super) fn push(&mut self, job: &mut Vec<ImageTask>) -> Result<Vec<ImageTask>, PushError> {
         if self.closed {
             return Err(PushError::Closed);
         }
         let mut evicted = Vec::new();
         if self.orders.len() + job.len() > self.capacity {
-            // Clients who left must not keep others out.
+            // Images of disconnected clients do not count.
             self.forget_unwanted();
         }
         if !self.orders.is_empty() && self.orders.len() + job.len() > self.capacity {
@@ -105,8 +104,9 @@ impl Queue {
         Ok(evicted)
     }
 
-    /// In a full queue the client who has most of it gives up its newest job, none of which has
-    /// begun, for one who will have less. Otherwise whoever came first would keep others out.
+    /// If the queue is full, the client with the most images loses its newest job to a client that
+    /// will have fewer, if none of that job has started. Otherwise the first client could block all
+    /// others.
     fn make_room(&mut self, job: &[ImageTask]) -> Option<Vec<ImageTask>> {
         let newcomer = &job.first()?.client;
         let mut held: HashMap<&Client, usize> = HashMap::new();
@@ -126,7 +126,7 @@ impl Queue {
         (waiting == pictures && fits).then(|| self.take_out(|order| order.job == victim))
     }
 
-    /// Takes out the first wanted picture that `fits`.
+    /// Removes and returns the first image that is still wanted and `fits`.
     pub(super) fn next(&mut self, mut fits: impl FnMut(&ImageTask) -> bool) -> Option<ImageTask> {
         self.forget_unwanted();
         let place = self.orders.iter().position(|waiting| fits(&waiting.order))?;
@@ -143,7 +143,7 @@ impl Queue {
         self.take_out(ImageTask::interrupted).into_iter().for_each(ImageTask::skip);
     }
 
-    /// Takes pictures out of the queue and off their clients' account.
+    /// Removes images from the queue and from their clients' accounts.
     fn take_out(&mut self, mut which: impl FnMut(&ImageTask) -> bool) -> Vec<ImageTask> {
         let mut taken = Vec::new();
         for waiting in std::mem::take(&mut self.orders) {
@@ -159,12 +159,12 @@ impl Queue {
         taken
     }
 
-    /// Takes nothing more.
+    /// Rejects new jobs.
     pub(super) fn close(&mut self) {
         self.closed = true;
     }
 
-    /// Takes nothing more and gives back what waits.
+    /// Rejects new jobs and returns the waiting images.
     pub(super) fn clear(&mut self) -> Vec<ImageTask> {
         self.closed = true;
         self.take_out(|_| true)
@@ -179,7 +179,7 @@ mod tests {
     use super::super::{DeviceScheduler, Engine, EngineConfig, Safety};
     use super::*;
 
-    /// A job of pictures whose seeds are the client's number.
+    /// A job of images whose seeds are the client's number.
     fn job(client: u64, id: JobId, pictures: usize) -> (Ticket, Vec<ImageTask>) {
         let spec = Spec {
             prompt: String::new(),

@@ -1,4 +1,4 @@
-//! What the handle and the model thread have in common.
+//! The state shared by the handle and the model thread.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -17,21 +17,21 @@ use crate::telemetry::Metrics;
 pub(super) struct EngineShared {
     pub(super) settings: EngineConfig,
     pub(super) queue: Mutex<Queue>,
-    /// Signalled when an order arrives, when its files have been read, and when the queue closes.
+    /// Signalled when a task arrives, when its files have been read, and when the queue closes.
     pub(super) arrived: Condvar,
     pub(super) state: watch::Sender<EngineState>,
     pub(super) pace: Mutex<Throughput>,
     pub(super) device: DeviceScheduler,
     pub(super) jobs: AtomicU64,
-    /// Every order holds a receiver: without one, nothing is left to do.
+    /// Every task holds a receiver: without one, the engine is idle.
     pub(super) busy: watch::Sender<()>,
     pub(super) metrics: Arc<Metrics>,
-    /// The model thread, until somebody waits for its end.
+    /// The model thread, until it is joined.
     pub(super) thread: Mutex<Option<thread::JoinHandle<()>>>,
 }
 
 impl EngineShared {
-    /// The lock is held for a few moves of pointers and never across a model call.
+    /// The lock is held briefly, never across a model call.
     pub(super) fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -44,18 +44,18 @@ impl EngineShared {
         *self.pace.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes that one evaluation or decoding may take.
+    /// Memory budget of one UNet call or VAE decode, in bytes.
     pub(super) fn budget(&self) -> u64 {
         self.device.budget_bytes().unwrap_or(u64::MAX)
     }
 
-    /// Seconds until there should be room for so many more pictures.
+    /// Estimated time until there is room for this number of images, in seconds.
     pub(super) fn retry_after(&self, queue: &Queue, pictures: usize) -> u64 {
         let missing = (queue.len() + pictures).saturating_sub(self.settings.max_queue).max(1);
         self.pace().retry_after(missing, queue.len(), queue.work())
     }
 
-    /// Moves to a later phase; an earlier one is ignored.
+    /// Changes to a later state; an earlier one is ignored.
     pub(super) fn set_state(&self, next: EngineState) {
         self.state.send_if_modified(|state| {
             let later = next.rank() > state.rank();

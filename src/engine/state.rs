@@ -1,35 +1,35 @@
-//! The bounds of an engine, and where it stands.
+//! Configuration and state of an engine.
 
 use std::sync::Arc;
 
 use sd_models::ModelInfo;
 
-/// The bounds of the engine.
+/// Configuration of the engine.
 #[derive(Debug, Clone, Copy)]
 pub struct EngineConfig {
-    /// Pictures that may wait for a place in a batch.
+    /// Maximum number of queued images.
     pub max_queue: usize,
-    /// Rows of one UNet evaluation; a picture with guidance takes two.
+    /// Maximum number of rows per UNet call; a guided image has two.
     pub max_batch_rows: usize,
-    /// Memory that one evaluation or decoding may take; a share of what is free when absent.
+    /// Memory budget of one UNet call or VAE decode, in bytes; `None`: a share of the free memory.
     pub memory_budget_bytes: Option<u64>,
-    /// What becomes of pictures that should not be shown.
+    /// The action on flagged images.
     pub safety: Safety,
 }
 
-/// What becomes of a picture that the model's safety checker objects to.
+/// The action on an image that the model's safety checker flags as NSFW.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Safety {
-    /// It goes out, and the client is told.
+    /// Return it unchanged, marked as NSFW.
     Flag,
-    /// It goes out unrecognisable, and the client is told. So do looks at all that is in the making.
+    /// Return it blurred, marked as NSFW. All previews are blurred.
     Blur,
-    /// It does not go out. Looks at what is in the making are blurred.
+    /// Fail the request. All previews are blurred.
     Block,
 }
 
 impl Safety {
-    /// The word for it.
+    /// The name in options, metrics and `/info`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Flag => "flag",
@@ -39,22 +39,22 @@ impl Safety {
     }
 }
 
-/// Where the engine stands. It moves downwards only.
+/// The state of the engine. It changes only downwards in this list.
 #[derive(Debug, Clone)]
 pub enum EngineState {
-    /// There is no model; others may be chosen by name.
+    /// There is no default model; others can be loaded by name.
     Absent,
-    /// The model is being fetched, read or warmed.
+    /// The model is being downloaded, read or warmed up.
     Loading,
-    /// Pictures are drawn.
+    /// The model is ready.
     Ready(Arc<ModelInfo>),
-    /// What was accepted is finished; nothing more is taken.
+    /// Accepted jobs are finished, new ones rejected.
     Draining,
-    /// What was accepted and is not finished will not be.
+    /// Unfinished jobs are cancelled.
     Stopped,
-    /// The device is gone, and every picture with it; only a new process can help.
+    /// The device is lost with all running images; the process must be restarted.
     DeviceLost,
-    /// The model thread ended.
+    /// The model thread has terminated.
     Dead(WorkerError),
 }
 
@@ -71,12 +71,12 @@ impl EngineState {
     }
 }
 
-/// Why a model thread ended.
+/// Why a model thread terminated.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{reason}")]
 pub struct WorkerError {
     reason: String,
-    /// Whether another model in the way was the reason.
+    /// Whether the device was out of memory, so that unloading another model may help.
     pub out_of_memory: bool,
 }
 

@@ -1,8 +1,8 @@
-//! The one thread that owns the model. It loads and warms it and then repeats three verbs:
-//! *admit* waiting pictures into free rows, *step* the pictures of one size by one evaluation,
-//! *retire* one finished picture. Between two steps everything may change: pictures join, leave
-//! and are given up when nobody waits for them. Only files are read elsewhere: a picture that needs
-//! some has its place meanwhile, and the others step on.
+//! The thread that owns the model. It loads the model, warms it up and repeats three actions:
+//! *admit* waiting images into free rows, *step* the images of one size by one UNet call, *retire*
+//! one finished image. Between two steps images join, leave and are cancelled (continuous
+//! batching). Only files are read on other threads: an image that needs some keeps its rows
+//! meanwhile, and the others continue.
 
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,19 +22,19 @@ use super::state::{EngineState, Safety};
 use crate::image;
 use crate::telemetry::MetricId;
 
-/// Sizes that may be drawn at the same time, in full batches of each.
+/// Maximum number of image sizes that run at the same time, each with full batches.
 const MAX_BUCKETS: usize = 4;
 
-/// Of the memory that is free when the model is loaded; the rest is for what comes and goes.
+/// Share of the memory free after loading that is the budget; the rest is a reserve.
 const BUDGET_PERCENT: u64 = 80;
 
-/// Side of the picture that warms the model; small, since only the first touch matters.
+/// Side of the warm-up image in pixels; small, since only first use matters.
 const WARM_UP_SIDE: usize = 128;
 
 /// The warning for a flagged image.
 const NSFW_WARNING: &str = "the safety checker flags this image as NSFW";
 
-/// The life of the model thread.
+/// The main function of the model thread.
 pub(super) fn main<M: Model>(shared: Arc<EngineShared>, load: impl FnOnce() -> anyhow::Result<M>) {
     let engine = PanicGuard(shared);
     let started = Instant::now();
@@ -78,17 +78,17 @@ pub(super) fn main<M: Model>(shared: Arc<EngineShared>, load: impl FnOnce() -> a
     Worker::new(model, engine).run();
 }
 
-/// The operator's word, or else a share of the memory that is free now that the model is there.
-/// Where nothing is known there is no bound but the device's own.
+/// The memory budget in bytes: the configured one, else a share of the memory that is free after
+/// loading. If that is unknown, there is no limit but the device's own.
 fn budget<M: Model>(model: &M, engine: &EngineShared) -> u64 {
-    // Memory that the allocator keeps of earlier work is free, too.
+    // Memory retained by the allocator is free, too.
     sd_models::return_freed_memory();
     let share = |free: u64| free / 100 * BUDGET_PERCENT;
     engine.settings.memory_budget_bytes.or(model.free_bytes().map(share)).unwrap_or(u64::MAX)
 }
 
-/// The thread's hold on the engine. However the thread ends, by a return or by a panic, the
-/// state says so and nobody is left in the queue.
+/// Held by the thread. When the thread ends, by return or panic, this sets the state and empties
+/// the queue.
 struct PanicGuard(Arc<EngineShared>);
 
 impl Deref for PanicGuard {
@@ -110,7 +110,8 @@ impl Drop for PanicGuard {
     }
 }
 
-/// Draws a small picture that nobody sees: the first one pays for lazy work in the device.
+/// Generates a small image and drops it: the first image pays for lazy initialization of the
+/// device.
 fn warm_up<M: Model>(model: &M) -> anyhow::Result<()> {
     let defaults = &model.info().defaults;
     let small = Size::new(
@@ -129,7 +130,7 @@ fn warm_up<M: Model>(model: &M) -> anyhow::Result<()> {
     draw().context("warm-up failed").map(drop)
 }
 
-/// A picture of nothing in one step.
+/// The spec of the warm-up image: no prompt, one step.
 fn warm_up_params(defaults: &Defaults, size: Size) -> Spec {
     Spec {
         prompt: String::new(),
@@ -147,25 +148,25 @@ fn warm_up_params(defaults: &Defaults, size: Size) -> Spec {
     }
 }
 
-/// A picture in the making and whom it is for.
+/// A running image and its task.
 struct Slot<T> {
     order: ImageTask,
     trajectory: T,
     begun: Instant,
-    /// The picture, when it only has to be judged.
+    /// The decoded image, if only the safety check is left.
     decoded: Option<Rgb>,
-    /// Whether it is taken as it is.
+    /// Whether it is interrupted and decoded as it is.
     cut_short: bool,
 }
 
 impl<T: Trajectory> Slot<T> {
-    /// Whether nothing is left but to decode it.
+    /// Whether only decoding and the safety check are left.
     fn done(&self) -> bool {
         self.cut_short || self.trajectory.done()
     }
 }
 
-/// A picture that has a place, and waits for its files.
+/// An image that has its rows reserved and waits for its files.
 struct PendingFiles {
     order: ImageTask,
     done: Arc<AtomicBool>,
@@ -177,7 +178,7 @@ impl PendingFiles {
     }
 }
 
-/// The end of a thread that reads files, however it ends.
+/// Notifies the worker when a thread that reads files ends, also by panic.
 struct NotifyOnDrop {
     engine: Arc<EngineShared>,
     done: Arc<AtomicBool>,
@@ -186,13 +187,13 @@ struct NotifyOnDrop {
 impl Drop for NotifyOnDrop {
     fn drop(&mut self) {
         self.done.store(true, Ordering::Release);
-        // The worker looks under this lock: it cannot miss the change.
+        // The worker checks under this lock, so it cannot miss the change.
         drop(self.engine.queue());
         self.engine.arrived.notify_one();
     }
 }
 
-/// What the pictures of one size take of an evaluation.
+/// Rows and memory of the images of one size in a UNet call.
 struct SizeLoad {
     size: Size,
     rows: usize,
@@ -200,7 +201,7 @@ struct SizeLoad {
 }
 
 impl SizeLoad {
-    /// Adds up what pictures take, by size.
+    /// Sums rows and memory by size.
     fn all<'a>(info: &ModelInfo, pictures: impl Iterator<Item = (Size, &'a Spec)>) -> Vec<Self> {
         let mut loads: Vec<Self> = Vec::new();
         for (size, spec) in pictures {
@@ -215,22 +216,22 @@ impl SizeLoad {
 }
 
 struct Worker<M: Model> {
-    /// Dropped first: the state has changed before the pictures in the making are given up.
+    /// Dropped first: the state changes before the running images are cancelled.
     engine: PanicGuard,
     model: M,
     slots: Vec<Slot<M::Trajectory>>,
     reading: Vec<PendingFiles>,
-    /// Jobs that had arrived when the queue was last looked through.
+    /// Number of jobs that had arrived when the queue was last searched.
     last_arrival: u64,
     rotation: DeficitRoundRobin,
-    /// Rows that a size may have in an evaluation after the device had no memory for more; until
-    /// no picture of that size is left.
+    /// Maximum rows per size after the device was out of memory for more; until no image of that
+    /// size is left.
     caps: Vec<(Size, usize)>,
     /// The time that this model has used the device.
     time_used: Duration,
-    /// How long the last step took: the time that one admission round may take.
+    /// Duration of the last step, which limits the duration of one admission round.
     last_step: Duration,
-    /// Set by the failure after which nothing can be drawn.
+    /// Whether the device is lost.
     lost: bool,
 }
 
@@ -259,8 +260,7 @@ impl<M: Model> Worker<M> {
         }
     }
 
-    /// Sleeps until there is something to draw; false when the engine has stopped, or has drawn
-    /// all that it ever will.
+    /// Waits until there is work; false if the engine is stopped, or drained and done.
     fn wait(&self) -> bool {
         let mut queue = self.engine.queue();
         loop {
@@ -273,7 +273,7 @@ impl<M: Model> Worker<M> {
             match self.reading.is_empty() {
                 true if queue.is_over() => return false,
                 true if !queue.is_empty() => return true,
-                // Those who were passed over wait for what is being read.
+                // Skipped images wait for those whose files are being read.
                 false if queue.arrivals() != self.last_arrival => return true,
                 _ => {}
             }
@@ -299,7 +299,7 @@ impl<M: Model> Worker<M> {
         self.report(began.elapsed(), work);
     }
 
-    /// Draws no further what is interrupted, and leaves out what nothing can be seen of yet.
+    /// Stops interrupted images, and ends those without a finished step.
     fn cut_short(&mut self) {
         for slot in &mut self.slots {
             slot.cut_short |= slot.order.interrupted();
@@ -311,7 +311,7 @@ impl<M: Model> Worker<M> {
         unseen.chain(unread.map(|reading| reading.order)).for_each(ImageTask::skip);
     }
 
-    /// Tells those who wait how fast it goes and how much is left.
+    /// Updates the throughput and the remaining work, for estimates.
     fn report(&self, elapsed: Duration, work: u64) {
         let left = |slot: &Slot<M::Trajectory>| (slot.trajectory.work_left() * rows(slot)) as u64;
         let mut pace = self.engine.pace.lock().unwrap_or_else(PoisonError::into_inner);
@@ -323,8 +323,8 @@ impl<M: Model> Worker<M> {
         pace.sizes = self.loads().len();
     }
 
-    /// Begins waiting pictures while there are rows for them. Text is encoded here, so a round
-    /// ends early rather than keep the pictures in the making waiting for longer than a step.
+    /// Starts waiting images while there are rows for them. This encodes their text, so a round
+    /// ends once it took longer than a step, to keep the running images going.
     fn admit(&mut self) {
         let round = Instant::now();
         let busy = !self.slots.is_empty();
@@ -354,7 +354,7 @@ impl<M: Model> Worker<M> {
         }
     }
 
-    /// The first picture whose files have been read, or that needs none.
+    /// The first image whose files have been read, or that needs none.
     fn next_ready(&mut self) -> Option<ImageTask> {
         if let Some(place) = self.reading.iter().position(PendingFiles::done) {
             return Some(self.reading.remove(place).order);
@@ -368,14 +368,14 @@ impl<M: Model> Worker<M> {
                 let _read = read;
                 work();
             };
-            // Where there can be no thread, the picture reads its files when it begins.
+            // If no thread can be started, the image reads its files when it starts.
             let _ = thread::Builder::new().name("files".into()).spawn(work);
             self.reading.push(PendingFiles { order, done });
         }
     }
 
-    /// The first picture for whose size there are rows. One that has to wait for rows holds back
-    /// the later ones of its size, so that two rows are found before one.
+    /// The first image for whose size there are rows. An image that waits for rows blocks later
+    /// ones of its size, so that a guided image is not overtaken by unguided ones forever.
     fn next_order(&mut self) -> Option<ImageTask> {
         let (engine, info) = (&self.engine, self.model.info());
         let reading = || self.reading.iter().map(|reading| &reading.order.spec);
@@ -406,19 +406,19 @@ impl<M: Model> Worker<M> {
         })
     }
 
-    /// Rows of one evaluation of this size.
+    /// Maximum number of rows per UNet call of this size.
     fn max_rows(&self, size: Size) -> usize {
         let rows = self.engine.settings.max_batch_rows;
         self.caps.iter().find(|cap| cap.0 == size).map_or(rows, |cap| rows.min(cap.1))
     }
 
-    /// What is in the making, for each size.
+    /// Rows and memory of the running images, by size.
     fn loads(&self) -> Vec<SizeLoad> {
         SizeLoad::all(self.model.info(), stepping(&self.slots))
     }
 
-    /// One evaluation for the pictures of the size whose turn it is: the oldest, if not all fit.
-    /// Returns the work done.
+    /// One UNet call for the size whose turn it is, with its oldest images if not all fit. Returns
+    /// the work done.
     fn step(&mut self) -> u64 {
         let loads: Vec<_> = self.loads().iter().map(|load| (load.size, load.rows)).collect();
         let Some(size) = self.rotation.next(&loads) else { return 0 };
@@ -468,7 +468,7 @@ impl<M: Model> Worker<M> {
         (size.pixels() * rows) as u64
     }
 
-    /// The end of those who took part in an evaluation that failed.
+    /// Fails the images of a failed UNet call.
     fn complete(&mut self, members: &[(u64, usize)], failure: &JobError) {
         let member = |slot: &mut Slot<M::Trajectory>| members.contains(&slot.order.key());
         for slot in self.slots.extract_if(.., member) {
@@ -476,8 +476,8 @@ impl<M: Model> Worker<M> {
         }
     }
 
-    /// Decodes one finished picture or judges one that is decoded, if there is one; the next waits
-    /// for a step of the others.
+    /// Decodes one finished image, or runs the safety check on one decoded image. Others wait for
+    /// the next round, so each step waits for at most one of them.
     fn retire(&mut self) {
         let Some(place) = self.slots.iter().position(Slot::done) else { return };
         let mut slot = self.slots.remove(place);
@@ -499,7 +499,7 @@ impl<M: Model> Worker<M> {
         }
     }
 
-    /// The end of a picture that has been drawn, and judged if it can be.
+    /// Completes an image that is decoded and, with a checker, checked.
     fn finish(&self, slot: Slot<M::Trajectory>, mut rgb: Rgb, nsfw: Option<bool>) {
         let Slot { order, trajectory, begun, .. } = slot;
         let mut warnings = trajectory.warnings().to_vec();
@@ -536,7 +536,7 @@ impl<M: Model> Worker<M> {
         order.complete(Ok(drawn));
     }
 
-    /// What a client may know of an error. The error itself is logged here and nowhere else.
+    /// Logs an error, only here, and returns what a client may know of it.
     fn failure(&mut self, error: &Error, stage: &'static str) -> JobError {
         match error {
             Error::Spec { field, reason } => JobError::Spec { field, reason: reason.clone() },
@@ -547,7 +547,7 @@ impl<M: Model> Worker<M> {
             Error::DeviceLost(_) => {
                 error!(stage, "device lost, restart required: {}", chain(error));
                 self.lost = true;
-                // Before anyone hears of it, so that `/ping` is red by then.
+                // Before any client receives the error, so that `/ping` already returns 503.
                 self.engine.set_state(EngineState::DeviceLost);
                 JobError::DeviceLost
             }
@@ -558,7 +558,7 @@ impl<M: Model> Worker<M> {
         }
     }
 
-    /// The device is gone: everyone hears of it.
+    /// Fails all images, because the device is lost.
     fn fail_all(self) {
         let waiting = self.engine.queue().clear();
         let reading = self.reading.into_iter().map(|reading| reading.order);
@@ -569,8 +569,8 @@ impl<M: Model> Worker<M> {
     }
 }
 
-/// Steps the batch; when the device has no memory for it, half of it, and so on down to one
-/// picture. A step that fails has changed nothing. Returns how many pictures it was for.
+/// Steps the batch; if the device is out of memory, half of it, and so on down to one image. A
+/// failed step changes nothing. Returns the number of images stepped.
 fn step_with_oom_fallback<M: Model>(
     model: &M,
     batch: &mut [&mut M::Trajectory],
@@ -584,9 +584,8 @@ fn step_with_oom_fallback<M: Model>(
     }
 }
 
-/// Shows the picture to those who asked for it. Nobody has judged it yet: where an objection is more
-/// than a word, a look tells no more than colours. A preview that fails is not worth more than a
-/// line.
+/// Sends a preview, if requested. Previews are not checked, so they are blurred unless flagged
+/// images are returned unchanged. A failed preview is only logged.
 fn preview<M: Model>(model: &M, slot: &mut Slot<M::Trajectory>, safety: Safety) {
     if !slot.order.wants_preview() {
         return;
@@ -601,7 +600,7 @@ fn preview<M: Model>(model: &M, slot: &mut Slot<M::Trajectory>, safety: Safety) 
     }
 }
 
-/// The pictures that are not done, and their sizes.
+/// The images that still step, and their sizes.
 fn stepping<T: Trajectory>(slots: &[Slot<T>]) -> impl Iterator<Item = (Size, &Spec)> {
     let stepping = slots.iter().filter(|slot| !slot.done());
     stepping.map(|slot| (slot.trajectory.size(), &slot.order.spec))
@@ -611,7 +610,7 @@ fn rows<T: Trajectory>(slot: &Slot<T>) -> usize {
     slot.trajectory.rows()
 }
 
-/// An error and its causes in one line.
+/// An error and its causes, in one line.
 fn chain(error: &Error) -> impl fmt::Display {
     fmt::from_fn(move |f| {
         write!(f, "{error}")?;
