@@ -13,7 +13,7 @@ use candle_core::pickle::{Object, Stack};
 use zip::{CompressionMethod, ZipArchive};
 
 /// Name, type, shape and range of bytes in the file.
-type Tensor = (String, DType, Vec<usize>, (usize, usize));
+type TensorEntry = (String, DType, Vec<usize>, (usize, usize));
 type Zip = ZipArchive<BufReader<File>>;
 
 /// Maximum size of the pickle; that of a Stable Diffusion checkpoint is some 100 KB.
@@ -24,7 +24,7 @@ const MAX_DEPTH: usize = 100;
 const MAX_COPIED: usize = 4 << 20;
 
 /// The tensors of a file of `length` bytes. The error reads on from the file's name.
-pub(crate) fn tensors(path: &Path, length: u64) -> Result<Vec<Tensor>, String> {
+pub(crate) fn tensors(path: &Path, length: u64) -> Result<Vec<TensorEntry>, String> {
     let (content, folder, mut zip) = read(path).map_err(|reason| {
         format!("not a checkpoint of PyTorch 1.6 or later that can be read: {reason}")
     })?;
@@ -41,7 +41,8 @@ pub(crate) fn tensors(path: &Path, length: u64) -> Result<Vec<Tensor>, String> {
     for (name, value) in inner.as_ref().unwrap_or(top) {
         let (Object::Unicode(name), Some(args)) = (name, call(value)) else { continue };
         let named = |reason: &str| format!("tensor {name}: {reason}");
-        let view = View::read(args).ok_or_else(|| named("is not written as PyTorch does"))?;
+        let view =
+            StorageView::read(args).ok_or_else(|| named("is not written as PyTorch does"))?;
         let Some(dtype) = view.dtype else { continue };
         let place = view.place(dtype, &folder, &mut zip, length).map_err(|e| named(&e))?;
         tensors.push((name.clone(), dtype, view.size, place));
@@ -150,7 +151,7 @@ fn call(object: &Object) -> Option<&[Object]> {
 }
 
 /// A view of a storage.
-struct View {
+struct StorageView {
     /// `None` for types that no model uses.
     dtype: Option<DType>,
     storage: String,
@@ -159,7 +160,7 @@ struct View {
     stride: Vec<usize>,
 }
 
-impl View {
+impl StorageView {
     fn read(args: &[Object]) -> Option<Self> {
         let [Object::PersistentLoad(storage), offset, size, stride, ..] = args else { return None };
         let Object::Tuple(storage) = &**storage else { return None };

@@ -24,7 +24,7 @@ pub(crate) struct Norm {
 pub(crate) struct Resnet {
     norm1: GroupNorm,
     conv1: LoraLayer<Conv2d>,
-    time: Option<Columns>,
+    time: Option<StackSlice>,
     norm2: GroupNorm,
     conv2: LoraLayer<Conv2d>,
     conv_shortcut: Option<LoraLayer<Conv2d>>,
@@ -96,9 +96,9 @@ pub(crate) struct Stack<'w> {
     parts: RefCell<Vec<Part>>,
 }
 
-/// One layer's columns of a [`Stack`]'s product.
+/// One layer's share of a [`Stack`]'s outputs.
 #[derive(Clone, Copy)]
-pub(crate) struct Columns {
+pub(crate) struct StackSlice {
     first: usize,
     count: usize,
 }
@@ -108,12 +108,17 @@ impl<'w> Stack<'w> {
         Self { inputs, layers: RefCell::default(), parts: RefCell::default() }
     }
 
-    pub(crate) fn add(&self, p: &LayerBuilder<'w>, outputs: usize, bias: bool) -> Result<Columns> {
+    pub(crate) fn add(
+        &self,
+        p: &LayerBuilder<'w>,
+        outputs: usize,
+        bias: bool,
+    ) -> Result<StackSlice> {
         let mut layers = self.layers.borrow_mut();
         let first = layers.iter().map(LinearPart::outputs).sum();
         layers.push(p.part(self.inputs, outputs, bias)?);
         self.parts.borrow_mut().push(Part::at(p, LoraTarget::linear(self.inputs, outputs)));
-        Ok(Columns { first, count: outputs })
+        Ok(StackSlice { first, count: outputs })
     }
 
     pub(crate) fn build(self, p: &LayerBuilder<'w>) -> Result<LoraLayer<Linear>> {
@@ -121,7 +126,7 @@ impl<'w> Stack<'w> {
     }
 }
 
-impl Columns {
+impl StackSlice {
     /// (.., all) -> (.., own)
     pub(crate) fn of(self, product: &Tensor) -> candle_core::Result<Tensor> {
         product.narrow(D::Minus1, self.first, self.count)

@@ -54,7 +54,7 @@ impl ClipTextModel {
     }
 
     /// Appends embeddings (n, hidden) f32 of new tokens, whose ids follow the vocabulary's.
-    pub(crate) fn learn(&mut self, vectors: &Tensor) -> Result<()> {
+    pub(crate) fn add_embeddings(&mut self, vectors: &Tensor) -> Result<()> {
         let known = &self.token_embedding;
         let vectors = vectors.to_dtype(known.dtype())?.to_device(&self.device)?;
         self.token_embedding = Tensor::cat(&[known, &vectors], 0)?;

@@ -11,7 +11,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::config::UNetConfig;
-use super::resnet::{Columns, Norm, Resnet, Stack};
+use super::resnet::{Norm, Resnet, Stack, StackSlice};
 use crate::error::Result;
 use crate::files::Weights;
 use crate::layers::{LayerBuilder, LoraLayer, LoraStack, activation_dtype};
@@ -425,8 +425,8 @@ impl SelfAttention {
 
 struct CrossAttention {
     to_q: LoraLayer<Linear>,
-    k: Columns,
-    v: Columns,
+    k: StackSlice,
+    v: StackSlice,
     to_out: LoraLayer<Linear>,
     heads: usize,
 }

@@ -128,8 +128,8 @@ fn read_text(
     let (room, most) = (tokenizer.max_length() - 2, add_ons.max_embedding_bytes);
     let (embeddings, vectors) = Embeddings::read(&add_ons.embeddings, most, width, room)?;
     if let Some(vectors) = vectors {
-        encoder.learn(&vectors)?;
-        tokenizer.learn(&embeddings.words, ids);
+        encoder.add_embeddings(&vectors)?;
+        tokenizer.add_placeholders(&embeddings.words, ids);
     }
     Ok((tokenizer, encoder, embeddings))
 }

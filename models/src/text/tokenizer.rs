@@ -35,9 +35,9 @@ pub struct ClipTokenizer {
     comma: Option<u32>,
     max_length: usize,
     /// Placeholder tokens; longer ones before their prefixes.
-    learned: Vec<PlaceholderToken>,
+    placeholders: Vec<PlaceholderToken>,
     /// The id of the first embedding of textual inversion.
-    first_learned: usize,
+    first_embedding: usize,
 }
 
 /// A token, or all embeddings of a placeholder token.
@@ -82,15 +82,15 @@ impl ClipTokenizer {
             ));
         }
         let comma = tokenizer.token_to_id(",</w>");
-        let (learned, first_learned) = (Vec::new(), 0);
-        Ok(Self { tokenizer, begin, end, pad, comma, max_length, learned, first_learned })
+        let (placeholders, first_embedding) = (Vec::new(), 0);
+        Ok(Self { tokenizer, begin, end, pad, comma, max_length, placeholders, first_embedding })
     }
 
     /// Adds placeholder tokens, whose embeddings have the ids from `first` on.
-    pub(crate) fn learn(&mut self, words: &[PlaceholderToken], first: usize) {
-        self.learned = words.to_vec();
-        self.learned.sort_by_key(|word| std::cmp::Reverse(word.word.len()));
-        self.first_learned = first;
+    pub(crate) fn add_placeholders(&mut self, words: &[PlaceholderToken], first: usize) {
+        self.placeholders = words.to_vec();
+        self.placeholders.sort_by_key(|word| std::cmp::Reverse(word.word.len()));
+        self.first_embedding = first;
     }
 
     /// The ids of a prompt, truncated to one chunk.
@@ -116,12 +116,12 @@ impl ClipTokenizer {
 
     fn pieces(&self, text: &str) -> Result<Vec<Piece>> {
         let (mut pieces, mut from) = (Vec::new(), 0);
-        while let Some((at, learned)) = self.find_learned(text, from) {
+        while let Some((at, placeholder)) = self.find_placeholder(text, from) {
             self.tokens(&text[from..at], from, &mut pieces)?;
-            let first = self.first_learned + learned.first;
-            let ids = (first..first + learned.count).map(|id| id as u32).collect();
+            let first = self.first_embedding + placeholder.first;
+            let ids = (first..first + placeholder.count).map(|id| id as u32).collect();
             pieces.push(Piece { ids, start: at });
-            from = at + learned.word.len();
+            from = at + placeholder.word.len();
         }
         self.tokens(&text[from..], from, &mut pieces)?;
         Ok(pieces)
@@ -143,7 +143,7 @@ impl ClipTokenizer {
 
     /// The first placeholder token in a text from a byte on, and its offset. Letters and digits at
     /// its ends must not adjoin others: it is not found within a longer word.
-    fn find_learned(&self, text: &str, from: usize) -> Option<(usize, &PlaceholderToken)> {
+    fn find_placeholder(&self, text: &str, from: usize) -> Option<(usize, &PlaceholderToken)> {
         let joined = |a: Option<char>, b: Option<char>| {
             a.is_some_and(char::is_alphanumeric) && b.is_some_and(char::is_alphanumeric)
         };
@@ -154,11 +154,11 @@ impl ClipTokenizer {
                 && !joined(before.chars().next_back(), word.chars().next())
                 && !joined(word.chars().next_back(), after.chars().next())
         };
-        if self.learned.is_empty() {
+        if self.placeholders.is_empty() {
             return None;
         }
         text[from..].char_indices().map(|(at, _)| from + at).find_map(|at| {
-            Some((at, self.learned.iter().find(|learned| is_here(at, &learned.word))?))
+            Some((at, self.placeholders.iter().find(|placeholder| is_here(at, &placeholder.word))?))
         })
     }
 
@@ -251,7 +251,10 @@ mod tests {
         let [red, house, comma, end] = ["red", "house", ",", ">,"].map(|word| plain(word).concat());
         assert_ne!(end, comma, "signs are one token");
         let word = |word: &str, first, count| PlaceholderToken { word: word.into(), first, count };
-        tokenizer.learn(&[word("sky", 0, 1), word("<cat>", 1, 3), word("<cat>x", 4, 1)], 5000);
+        tokenizer.add_placeholders(
+            &[word("sky", 0, 1), word("<cat>", 1, 3), word("<cat>x", 4, 1)],
+            5000,
+        );
         let table: [(&str, Vec<Vec<u32>>); 5] = [
             ("red house", vec![red.clone(), house.clone()]),
             ("red <CAT>, house", vec![red.clone(), vec![5001, 5002, 5003], comma, house]),
