@@ -85,7 +85,10 @@ impl UNetConfig {
 
     /// Reads `unet/config.json`.
     pub fn read(source: &Source) -> Result<Self> {
-        let mut keys = Keys::read(source, "unet/config.json")?;
+        Self::parse(Keys::read(source, "unet/config.json")?)
+    }
+
+    fn parse(mut keys: Keys) -> Result<Self> {
         keys.only("_class_name", &[json!("UNet2DConditionModel")])?;
         let block_out_channels: Vec<usize> =
             keys.take("block_out_channels", vec![320, 640, 1280, 1280])?;
@@ -408,5 +411,24 @@ mod tests {
         assert_eq!(unet.heads, [4, 4, 4]);
         assert_eq!(VaeConfig::read(&Source::Demo).unwrap().scale(), 8);
         assert_eq!(ClipTextConfig::read(&Source::Demo).unwrap().transformer.hidden_size, 128);
+    }
+    #[test]
+    fn transformers_may_be_deeper_at_some_levels() {
+        let file = |depths| {
+            json!({
+                "block_out_channels": [320, 640, 1280],
+                "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+                "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+                "transformer_layers_per_block": depths,
+            })
+        };
+        let parse = |depths| UNetConfig::parse(Keys::new("unet/config.json", file(depths))?);
+        let deep = parse(json!([1, 2, 10])).unwrap();
+        assert_eq!(deep.transformer_layers_per_block, [1, 2, 10]);
+        // Per level two layers going down and three going up, and one in the middle.
+        assert_eq!(deep.kv_width(), 2 * (5 * 2 * 640 + 6 * 10 * 1280));
+        assert_eq!(parse(json!(1)).unwrap().kv_width(), 2 * (5 * 640 + 6 * 1280));
+        let error = parse(json!([1, 2])).unwrap_err().to_string();
+        assert!(error.starts_with("unet/config.json: transformer_layers_per_block: "), "{error}");
     }
 }
