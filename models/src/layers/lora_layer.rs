@@ -63,6 +63,11 @@ impl Part {
 type Low<'l> = (Tensor, &'l Linear);
 
 impl<L> LoraLayer<L> {
+    /// Channels of the output.
+    pub(crate) fn outputs(&self) -> usize {
+        self.parts.iter().map(|part| part.outputs).sum()
+    }
+
     /// What LoRAs add to the outputs, or nothing; `low` computes a weight's down projection for
     /// some rows (first, count).
     fn term(

@@ -62,27 +62,6 @@ pub struct UNetConfig {
 }
 
 impl UNetConfig {
-    /// Width of the keys and values of all cross attentions together, the last dimension of
-    /// [`Conditioning`](super::Conditioning).
-    pub(crate) fn kv_width(&self) -> usize {
-        let depths = &self.transformer_layers_per_block;
-        let widths: Vec<_> =
-            self.block_out_channels.iter().zip(depths).map(|(c, depth)| c * depth).collect();
-        let crossing = |(crosses, width): (&bool, &usize)| if *crosses { *width } else { 0 };
-        let down: usize = self.down_cross_attention.iter().zip(&widths).map(crossing).sum();
-        let up: usize = self.up_cross_attention.iter().zip(widths.iter().rev()).map(crossing).sum();
-        let middle = widths.last().copied().unwrap_or_default();
-        2 * (self.layers_per_block * down + middle + (self.layers_per_block + 1) * up)
-    }
-
-    /// Width of the time embeddings of all residual blocks together, the last dimension of
-    /// [`UNet2DConditionModel::time_embeddings`](super::UNet2DConditionModel::time_embeddings).
-    pub(crate) fn time_width(&self) -> usize {
-        let channels = &self.block_out_channels;
-        let middle = channels.last().copied().unwrap_or_default();
-        (2 * self.layers_per_block + 1) * channels.iter().sum::<usize>() + 2 * middle
-    }
-
     /// Reads `unet/config.json`.
     pub fn read(source: &Source) -> Result<Self> {
         Self::parse(Keys::read(source, "unet/config.json")?)
@@ -423,11 +402,9 @@ mod tests {
             })
         };
         let parse = |depths| UNetConfig::parse(Keys::new("unet/config.json", file(depths))?);
-        let deep = parse(json!([1, 2, 10])).unwrap();
-        assert_eq!(deep.transformer_layers_per_block, [1, 2, 10]);
-        // Per level two layers going down and three going up, and one in the middle.
-        assert_eq!(deep.kv_width(), 2 * (5 * 2 * 640 + 6 * 10 * 1280));
-        assert_eq!(parse(json!(1)).unwrap().kv_width(), 2 * (5 * 640 + 6 * 1280));
+        let depths = |depths| parse(depths).unwrap().transformer_layers_per_block;
+        assert_eq!(depths(json!([1, 2, 10])), [1, 2, 10]);
+        assert_eq!(depths(json!(1)), [1, 1, 1]);
         let error = parse(json!([1, 2])).unwrap_err().to_string();
         assert!(error.starts_with("unet/config.json: transformer_layers_per_block: "), "{error}");
     }

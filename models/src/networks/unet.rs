@@ -137,6 +137,18 @@ impl UNet2DConditionModel {
         &self.config
     }
 
+    /// Width of the keys and values of all cross attentions together, the last dimension of
+    /// [`Conditioning`].
+    pub(crate) fn kv_width(&self) -> usize {
+        self.to_kv.outputs()
+    }
+
+    /// Width of the time embeddings of all residual blocks together, the last dimension of
+    /// [`Self::time_embeddings`].
+    pub(crate) fn time_width(&self) -> usize {
+        self.time_proj.outputs()
+    }
+
     /// The conditioning for [`Self::forward`], which is the same at every step, from the text
     /// encoder's hidden states (B, M, D) f32.
     pub fn condition(&self, context: &Tensor, loras: &[LoraStack]) -> Result<Conditioning> {

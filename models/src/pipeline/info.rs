@@ -7,7 +7,7 @@ use super::options::AddOns;
 use super::spec::{Hires, MAX_STEPS, PromptSyntax, Spec};
 use crate::error::{Error, Result};
 use crate::layers::activation_dtype;
-use crate::networks::{UNetConfig, VaeConfig};
+use crate::networks::{UNet2DConditionModel, VaeConfig};
 use crate::picture::{Rgb, Size};
 use crate::sampling::{Sampler, SamplerName, SigmaSchedule};
 use crate::text::{Embeddings, max_chunks};
@@ -82,23 +82,24 @@ impl MemoryEstimate {
     /// where its last level begins: an input as wide as the level before, its norm, and two
     /// outputs. The delta of a LoRA on the feed forward is as wide as its output.
     pub(crate) fn of(
-        unet: &UNetConfig,
+        unet: &UNet2DConditionModel,
         max_length: usize,
         vae: &VaeConfig,
         device: &Device,
         dtype: DType,
     ) -> Self {
         let bytes = activation_dtype(device, dtype).size_in_bytes();
-        let layers = unet.layers_per_block + 1;
-        let levels = unet.block_out_channels.iter().enumerate();
+        let config = unet.config();
+        let layers = config.layers_per_block + 1;
+        let levels = config.block_out_channels.iter().enumerate();
         let skips: usize = levels.map(|(level, c)| (layers * c) >> (2 * level)).sum();
-        let first = unet.block_out_channels[0];
+        let first = config.block_out_channels[0];
         let wide = vae.block_out_channels.get(1).unwrap_or(&vae.block_out_channels[0]);
         let decode = 2 * wide + 3 * vae.block_out_channels[0];
         // Our kernels never store scores. candle's composition, used on GPUs in f32, stores them
         // twice.
         let stored = !device.is_cpu() && dtype == DType::F32;
-        let scores = if stored { unet.heads[0] * 8 } else { 0 };
+        let scores = if stored { config.heads[0] * 8 } else { 0 };
         Self {
             row_bytes: ((skips + 16 * first) * bytes) as u64,
             lora_bytes: (8 * first * bytes) as u64,

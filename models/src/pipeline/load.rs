@@ -61,7 +61,7 @@ impl LoadedModel {
         let encoder = Encoder::load(vae.clone(), &weights, &device, dtype)?;
         let decoder = Decoder::load(vae, &weights, &device, dtype)?;
         let length = tokenizer.max_length();
-        let memory = MemoryEstimate::of(unet.config(), length, decoder.config(), &device, dtype);
+        let memory = MemoryEstimate::of(&unet, length, decoder.config(), &device, dtype);
         check_widths(&text_encoder, &unet, &decoder)?;
         let checked = options.safety.loads_checker(has_checker)?;
         let safety_checker =
