@@ -20,7 +20,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{Device, Tensor};
 
 pub use self::device::{DeviceName, Precision, Work};
-use self::hires::{HiresPass, UpscaledLatents};
+use self::hires::HiresPass;
 pub use self::info::{Defaults, MemoryEstimate, ModelInfo};
 use self::init::{InitialLatents, LatentInit};
 use self::load::LoadedModel;
@@ -30,14 +30,13 @@ use self::preview::Preview;
 use self::prompts::PromptCache;
 pub use self::prompts::encode_chunks;
 pub use self::spec::{Hires, Img2Img, MAX_STEPS, PromptSyntax, Spec, Upscaler};
-use self::trajectory::StepResult;
 pub use self::trajectory::Trajectory;
 use crate::error::{Error, Result};
 use crate::layers::LoraStack;
 use crate::networks::Conditioning;
 use crate::ops::{combine, device_kernels, device_name, device_work, free_device_bytes};
 use crate::picture::Rgb;
-use crate::sampling::{Noise, SamplerState, guide};
+use crate::sampling::{Noise, SamplerState};
 
 /// A loaded model.
 pub struct Pipeline {
@@ -198,9 +197,9 @@ impl Pipeline {
                 input = Tensor::cat(&[&input, condition], 1)?;
             }
             let time = trajectory.time_embeddings.narrow(0, trajectory.sampler.completed(), 1)?;
-            for of_row in &trajectory.conditioning {
+            for row in &trajectory.conditioning {
                 latents.push(input.clone());
-                conditioning.push(Arc::clone(of_row));
+                conditioning.push(Arc::clone(row));
                 times.push(time.clone());
                 loras.push(trajectory.loras.clone());
             }
@@ -213,39 +212,13 @@ impl Pipeline {
         let rows: Vec<_> = conditioning.iter().map(Arc::as_ref).collect();
         let conditioning = Conditioning::stack(&rows)?;
         let output = self.model.unet.forward(&latents, &times, &conditioning, &loras)?;
+        let scale = self.model.decoder.config().scale();
         let mut row = 0;
         let mut results = Vec::new();
         for trajectory in &active {
             let rows = trajectory.rows();
-            let output = output.narrow(0, row, rows)?;
+            results.push(trajectory.step(&output.narrow(0, row, rows)?, scale)?);
             row += rows;
-            let output = match rows {
-                1 => output,
-                _ => guide(
-                    &output.narrow(0, 0, 1)?,
-                    &output.narrow(0, 1, 1)?,
-                    trajectory.guidance_scale,
-                )?,
-            };
-            let (mut sampler, mut noise) = (trajectory.sampler.clone(), trajectory.noise.clone());
-            let mut latents = sampler.advance(&trajectory.latents, &output, &mut noise)?;
-            if let Some(blend) = &trajectory.blend {
-                latents = blend.apply(&latents, &sampler)?;
-            }
-            let last_call = (trajectory.latents.clone(), output);
-            let next = trajectory.hires.as_ref().filter(|_| sampler.next().is_none());
-            results.push(match next {
-                None => StepResult { latents, last_call, sampler, noise, begins_hires: false },
-                Some(hires) => {
-                    let scale = self.model.decoder.config().scale();
-                    let begun = hires.begin(&latents, trajectory.size, scale)?;
-                    let UpscaledLatents { clean, latents, noise } = begun;
-                    // Until there is an output, a preview shows the upscaled latents.
-                    let last_call = (clean.clone(), clean);
-                    let sampler = hires.sampler.clone();
-                    StepResult { latents, last_call, sampler, noise, begins_hires: true }
-                }
-            });
         }
         // Only now, when nothing can fail any more.
         for (trajectory, result) in active.into_iter().zip(results) {

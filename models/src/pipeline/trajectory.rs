@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::hires::HiresPass;
+use super::hires::{HiresPass, UpscaledLatents};
 use super::init::InpaintBlend;
 use crate::error::Result;
 use crate::layers::LoraStack;
 use crate::networks::Conditioning;
 use crate::picture::Size;
-use crate::sampling::{Noise, SamplerState};
+use crate::sampling::{Noise, SamplerState, guide};
 
 /// One image in progress.
 pub struct Trajectory {
@@ -98,6 +98,34 @@ impl Trajectory {
                 self.blend.as_ref().map_or(Ok(x0.clone()), |blend| blend.without_noise(&x0))
             }
             _ => Ok(self.latents.clone()),
+        }
+    }
+
+    /// The result of a step, from the UNet's output for the rows (rows, C, h, w) f32; `scale` is
+    /// pixels per latent pixel. The trajectory stays as it is, so that a step can be repeated.
+    pub(super) fn step(&self, output: &Tensor, scale: usize) -> Result<StepResult> {
+        let output = match self.rows() {
+            1 => output.clone(),
+            _ => guide(&output.narrow(0, 0, 1)?, &output.narrow(0, 1, 1)?, self.guidance_scale)?,
+        };
+        let (mut sampler, mut noise) = (self.sampler.clone(), self.noise.clone());
+        let mut latents = sampler.advance(&self.latents, &output, &mut noise)?;
+        if let Some(blend) = &self.blend {
+            latents = blend.apply(&latents, &sampler)?;
+        }
+        match self.hires.as_ref().filter(|_| sampler.next().is_none()) {
+            None => {
+                let last_call = (self.latents.clone(), output);
+                Ok(StepResult { latents, last_call, sampler, noise, begins_hires: false })
+            }
+            Some(hires) => {
+                let UpscaledLatents { clean, latents, noise } =
+                    hires.begin(&latents, self.size, scale)?;
+                // Until there is an output, a preview shows the upscaled latents.
+                let last_call = (clean.clone(), clean);
+                let sampler = hires.sampler.clone();
+                Ok(StepResult { latents, last_call, sampler, noise, begins_hires: true })
+            }
         }
     }
 
