@@ -252,7 +252,7 @@ impl VaeConfig {
             return Err(keys.invalid("norm_num_groups", reason));
         }
         if config.out_channels != 3 || config.in_channels != 3 {
-            return Err(keys.invalid("out_channels", "pictures have three channels"));
+            return Err(keys.invalid("out_channels", "must be 3, the channels of an image"));
         }
         keys.drop_idle(&["force_upcast", "sample_size"]);
         keys.finish()?;

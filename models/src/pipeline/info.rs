@@ -173,7 +173,7 @@ impl ModelInfo {
         let Some(init) = &spec.img2img else { return Ok(()) };
         let Rgb { width, height, ref data } = init.picture;
         if (width, height) != (size.width(), size.height()) || data.len() != 3 * size.pixels() {
-            return refuse("image", format!("is {width}x{height}, but the picture is {size}"));
+            return refuse("image", format!("is {width}x{height}, but the output image is {size}"));
         }
         if init.mask.as_ref().is_some_and(|mask| mask.len() != size.pixels()) {
             return refuse("mask", format!("must have a byte for each pixel of {size}"));
@@ -193,7 +193,7 @@ impl ModelInfo {
         let refuse = |field, reason: String| Err(Error::Spec { field, reason });
         let Hires { size, steps, strength, .. } = *hires;
         if from_picture {
-            return refuse("hires_width", "is for pictures that begin as noise".into());
+            return refuse("hires_width", "is for text-to-image only".into());
         }
         let fits = |side: usize| side.is_multiple_of(self.multiple);
         if !fits(size.width()) || !fits(size.height()) {

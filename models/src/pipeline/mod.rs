@@ -164,7 +164,7 @@ impl Pipeline {
     fn hires_pass(&self, hires: &Hires, spec: &Spec, loras: &LoraStack) -> Result<HiresPass> {
         let unet = self.model.unet.config();
         if unet.in_channels > unet.out_channels {
-            let reason = "is not for a UNet that was trained for inpainting".into();
+            let reason = "is not supported by an inpainting UNet".into();
             return Err(Error::Spec { field: "hires_width", reason });
         }
         let (skipped, steps) = (hires.skipped_steps(), hires.steps);
@@ -246,13 +246,11 @@ impl Pipeline {
     /// call is decoded, as AUTOMATIC1111 does when it is interrupted.
     pub fn decode(&self, trajectory: &Trajectory) -> Result<Rgb> {
         let latents = (trajectory.predicted_x0()? / self.model.decoder.config().scaling_factor)?;
-        let picture = self.model.decoder.forward(&latents)?; // (1, H, W, 3)
-        let (_, height, width, _) = picture.dims4()?;
-        let values = picture.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+        let image = self.model.decoder.forward(&latents)?; // (1, H, W, 3)
+        let (_, height, width, _) = image.dims4()?;
+        let values = image.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
         if values.iter().any(|v| v.is_nan()) {
-            return Err(Error::Compute(candle_core::Error::Msg(
-                "the picture holds values that are not numbers".into(),
-            )));
+            return Err(Error::Compute(candle_core::Error::Msg("the image contains NaN".into())));
         }
         // Rounds half to even, as numpy.
         let byte = |v: f32| ((v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
@@ -260,9 +258,9 @@ impl Pipeline {
     }
 
     /// Whether the safety checker flags an image as NSFW; `None` without a safety checker.
-    pub fn check_safety(&self, picture: &Rgb) -> Result<Option<bool>> {
+    pub fn check_safety(&self, image: &Rgb) -> Result<Option<bool>> {
         let checker = self.model.safety_checker.as_ref();
-        checker.map(|checker| Ok(checker.check(picture)?.nsfw())).transpose()
+        checker.map(|checker| Ok(checker.check(image)?.nsfw())).transpose()
     }
 }
 

@@ -181,7 +181,7 @@ impl ConceptEmbeds {
         if cosines.iter().any(|cosine| cosine.is_nan()) {
             // NaN is not above any threshold, so the image would pass.
             return Err(Error::Compute(candle_core::Error::Msg(
-                "the picture's embedding holds values that are not numbers".into(),
+                "the image's embedding contains NaN".into(),
             )));
         }
         Ok(cosines)
