@@ -30,7 +30,7 @@ fn main() {
         running.map(|thread| thread.join().expect("nvcc has said why")).into()
     });
     let names = KERNELS.map(|kernels| format!("&{}", kernels.to_uppercase()));
-    let all = format!("static SOURCES: [&Source; {}] = [{}];", names.len(), names.join(", "));
+    let all = format!("static SOURCES: [&KernelFile; {}] = [{}];", names.len(), names.join(", "));
     fs::write(out.join("kernels.rs"), items.concat() + &all).expect("OUT_DIR can be written to");
 }
 
@@ -48,7 +48,7 @@ fn compile(nvcc: &Path, kernels: &str, cubins: &[u32], out: &Path) -> String {
     let ptx = |of| format!("({of}, include_str!({:?}))", image("ptx", "compute", of));
     let cubin = |of: &u32| format!("({of}, include_bytes!({:?}))", image("cubin", "sm", *of));
     format!(
-        "pub(super) static {}: Source = Source::new({kernels:?}, &[{}], &[{}]);\n",
+        "pub(super) static {}: KernelFile = KernelFile::new({kernels:?}, &[{}], &[{}]);\n",
         kernels.to_uppercase(),
         PTX.map(ptx).join(", "),
         cubins.iter().map(cubin).collect::<Vec<_>>().join(", "),

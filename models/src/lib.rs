@@ -23,12 +23,11 @@ pub mod text;
 pub use error::{Error, Result};
 pub use files::{AssetDir, Checkpoint, Source};
 pub use layers::LoraStack;
-pub use ops::{instructions, keep_freed_memory, return_freed_memory};
+pub use ops::{KernelStats, cpu_isa, keep_freed_memory, return_freed_memory};
 pub use picture::{Rgb, Size};
-pub(crate) use pipeline::device;
 pub use pipeline::{
     AddOns, Defaults, DeviceName, Hires, Img2Img, LoadOptions, MAX_STEPS, MemoryEstimate,
-    ModelInfo, Pipeline, Precision, PromptSyntax, SafetyMode, Spec, Trajectory, Upscaler, Work,
+    ModelInfo, Pipeline, Precision, PromptSyntax, SafetyMode, Spec, Trajectory, Upscaler,
     check_pipeline, parameters,
 };
 pub use sampling::{Sampler, SamplerName, SigmaSchedule};

@@ -55,7 +55,7 @@ pub(super) fn main<M: Model>(shared: Arc<EngineShared>, load: impl FnOnce() -> a
     let (size, max_rows) = (defaults.size, engine.settings.max_batch_rows as u64);
     let usual = warm_up_params(&defaults, size);
     let row_bytes = info.step_bytes(&usual, size).div_ceil(usual.rows() as u64).max(1);
-    let (cpu_isa, warning) = sd_models::instructions();
+    let (cpu_isa, warning) = sd_models::cpu_isa();
     info!(
         model = info.name,
         device = info.device,

@@ -13,7 +13,7 @@ use super::ldm::{LdmCheckpoint, Renamed};
 use super::mapped::{Bytes, map};
 use super::pickle;
 use crate::error::{Error, Result};
-use crate::ops::{Geometry, Numbers, Weight};
+use crate::ops::{Geometry, TensorData, Weight};
 
 /// A weight to which a LoRA may add.
 #[derive(Debug, Clone, Copy)]
@@ -179,7 +179,7 @@ impl Weights {
         }
         self.read.borrow_mut().insert(name.to_owned());
         let range = file.data + entry.range.0..file.data + entry.range.1;
-        let numbers = Numbers::new(&file.bytes.all()[range.clone()], entry.dtype);
+        let numbers = TensorData::new(&file.bytes.all()[range.clone()], entry.dtype);
         let numbers = numbers.ok_or_else(|| {
             error(&file.name, format!("type {:?}, expected F32, F16 or BF16", entry.dtype))
         })?;
@@ -202,7 +202,7 @@ impl Weights {
 
 /// A tensor in its file, until it is packed or copied. Its pages are released when it is dropped.
 pub(crate) struct StoredTensor<'a> {
-    pub(crate) numbers: Numbers<'a>,
+    pub(crate) numbers: TensorData<'a>,
     pub(crate) shape: &'a [usize],
     bytes: &'a Bytes,
     range: Range<usize>,
@@ -210,7 +210,7 @@ pub(crate) struct StoredTensor<'a> {
 
 impl<'a> From<&StoredTensor<'a>> for Weight<'a> {
     fn from(stored: &StoredTensor<'a>) -> Self {
-        Self::Stored(stored.numbers, stored.shape)
+        Self::Data(stored.numbers, stored.shape)
     }
 }
 

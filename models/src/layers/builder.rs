@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::error::Result;
 use crate::files::{LoraTarget, StoredTensor, Weights};
-use crate::ops::{Conv2d, Geglu, Geometry, GroupNorm, LayerNorm, Linear, Numbers, Weight};
+use crate::ops::{Conv2d, Geometry, GroupNorm, LayerNorm, Linear, TensorData, Weight};
 
 /// The tensors of a linear layer, in their file.
 pub(crate) struct LinearPart<'a> {
@@ -82,10 +82,10 @@ impl<'a> LayerBuilder<'a> {
         Ok(Linear::new(&weight, Some(&bias), self.device, self.dtype)?)
     }
 
-    pub(crate) fn geglu(&self, inputs: usize, outputs: usize) -> Result<Geglu> {
+    pub(crate) fn geglu(&self, inputs: usize, outputs: usize) -> Result<Linear> {
         let weight = self.stored("weight", &[2 * outputs, inputs])?;
         let bias = self.tensor("bias", &[2 * outputs])?;
-        Ok(Geglu::new(&weight, &bias, self.device, self.dtype)?)
+        Ok(Linear::geglu(&weight, &bias, self.device, self.dtype)?)
     }
 
     /// Several linear layers over one input as one product, with concatenated outputs.
@@ -115,7 +115,7 @@ impl<'a> LayerBuilder<'a> {
         let shape = [parts.iter().map(LinearPart::outputs).sum(), inputs];
         let biases: Option<Vec<_>> = parts.iter().map(|part| part.bias.as_ref()).collect();
         let bias = biases.map(|biases| Tensor::cat(&biases, 0)).transpose()?;
-        let weight = Weight::Stored(Numbers::Parts(&numbers), &shape);
+        let weight = Weight::Data(TensorData::Parts(&numbers), &shape);
         Linear::new(weight, bias.as_ref(), self.device, self.dtype)
     }
 

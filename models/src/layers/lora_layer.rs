@@ -1,18 +1,18 @@
-//! Layers to whose outputs LoRAs may add, row by row of a batch: y + scale * up(down(x)). Where
-//! the files come from is [`super::lora`]'s business.
+//! Layers whose outputs LoRAs add to, row by row of a batch: y + scale * up(down(x)). The files of
+//! LoRAs are read in [`super::lora`].
 //!
-//! The weights themselves never change, so that rows with other LoRAs, and rows with none, share
-//! the product with them. Where no row has a LoRA nothing else is computed.
+//! The weights themselves never change, so that rows with other LoRAs, and rows with none, are
+//! computed together. Where no row has a LoRA nothing else is computed.
 
 use std::sync::Arc;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 
 use super::builder::LayerBuilder;
 use super::lora::Lora;
 use crate::error;
 use crate::files::LoraTarget;
-use crate::ops::{Activation, Conv2d, Geglu, Geometry, Joined, Linear};
+use crate::ops::{ChannelConcat, Conv2d, Epilogue, Geometry, Linear};
 
 /// The LoRAs of a batch row and their scales.
 #[derive(Clone, Default)]
@@ -39,14 +39,14 @@ impl PartialEq for LoraStack {
     }
 }
 
-/// A layer that knows its weights' names.
+/// A layer and the names of its weights.
 pub(crate) struct LoraLayer<L> {
     layer: L,
-    /// Weights that are computed as one, their outputs side by side.
+    /// Weights that are computed as one layer, their outputs concatenated.
     parts: Vec<Part>,
 }
 
-/// A weight's name and its outputs.
+/// The name of a weight and its outputs.
 pub(crate) struct Part {
     name: String,
     outputs: usize,
@@ -59,8 +59,8 @@ impl Part {
     }
 }
 
-/// A part of a LoRA: what the down projection made of an input (.., rank), and the up projection.
-type Low<'l> = (Tensor, &'l Linear);
+/// The down projection of an input, (.., rank), and the layer that projects it up.
+type Down<'l> = (Tensor, &'l Linear);
 
 impl<L> LoraLayer<L> {
     /// Channels of the output.
@@ -68,38 +68,35 @@ impl<L> LoraLayer<L> {
         self.parts.iter().map(|part| part.outputs).sum()
     }
 
-    /// What LoRAs add to the outputs, or nothing; `low` computes a weight's down projection for
-    /// some rows (first, count).
-    fn term(
+    /// What LoRAs add to the outputs, if anything. `down` computes the down projection of a weight
+    /// for some rows (first, count).
+    fn delta(
         &self,
         rows: &[LoraStack],
-        low: impl for<'l> Fn(&'l Lora, &str, (usize, usize)) -> Result<Option<Low<'l>>>,
+        down: impl for<'l> Fn(&'l Lora, &str, (usize, usize)) -> Result<Option<Down<'l>>>,
     ) -> Result<Option<Tensor>> {
-        let (mut first, mut terms) = (0, Vec::new());
+        let (mut first, mut deltas) = (0, Vec::new());
         for run in rows.chunk_by(PartialEq::eq) {
             let mut parts = Vec::new();
             for Part { name, outputs } in &self.parts {
                 let mut sum: Option<Tensor> = None;
                 for (lora, scale) in &run[0].0 {
-                    let Some((low, up)) = low(lora, name, (first, run.len()))? else { continue };
-                    let low = (low * *scale)?;
-                    sum = Some(match sum {
-                        Some(sum) => up.forward_add(&low, &sum)?,
-                        None => up.forward(&low)?,
-                    });
+                    let Some((x, up)) = down(lora, name, (first, run.len()))? else { continue };
+                    let epilogue = Epilogue { residual: sum.as_ref(), ..Epilogue::NONE };
+                    sum = Some(up.forward(&(x * *scale)?, epilogue)?);
                 }
                 parts.push((*outputs, sum));
             }
-            terms.push((run.len(), filled(parts, true)?));
+            deltas.push((run.len(), concat(parts, true)?));
             first += run.len();
         }
-        filled(terms, false)
+        concat(deltas, false)
     }
 }
 
-/// Tensors side by side in the last dimension or in the first, zeros where there is none; nothing
-/// where there is none at all.
-fn filled(pieces: Vec<(usize, Option<Tensor>)>, last: bool) -> Result<Option<Tensor>> {
+/// Concatenates tensors of the given sizes in the last dimension or in the first, with zeros where
+/// there is none; `None` where there is none at all.
+fn concat(pieces: Vec<(usize, Option<Tensor>)>, last: bool) -> Result<Option<Tensor>> {
     let Some(like) = pieces.iter().find_map(|(_, piece)| piece.clone()) else { return Ok(None) };
     let dim = if last { like.rank() - 1 } else { 0 };
     let fill = |(size, piece): (usize, Option<Tensor>)| match piece {
@@ -117,48 +114,8 @@ fn filled(pieces: Vec<(usize, Option<Tensor>)>, last: bool) -> Result<Option<Ten
     }
 }
 
-fn plus(y: Tensor, term: Option<Tensor>) -> Result<Tensor> {
-    term.map_or(Ok(y.clone()), |term| y + term)
-}
-
-fn samples(x: &Tensor, (first, count): (usize, usize)) -> Result<Tensor> {
-    x.narrow(0, first, count)
-}
-
-/// What one linear layer's weight adds.
-fn low_linear<'l>(
-    x: &Tensor,
-    lora: &'l Lora,
-    name: &str,
-    rows: (usize, usize),
-) -> Result<Option<Low<'l>>> {
-    let Some((down, up)) = lora.linear(name) else { return Ok(None) };
-    Ok(Some((down.forward(&samples(x, rows)?)?, up)))
-}
-
-/// A nonlinear layer over rows with LoRAs and rows without, which go apart: what has none is
-/// computed as ever.
-fn apart(
-    x: &Tensor,
-    rows: &[LoraStack],
-    term: impl Fn(&Tensor, &[LoraStack]) -> Result<Option<Tensor>>,
-    plain: impl Fn(&Tensor) -> Result<Tensor>,
-    with: impl Fn(&Tensor, &Tensor) -> Result<Tensor>,
-) -> Result<Tensor> {
-    let (mut first, mut outputs) = (0, Vec::new());
-    for run in rows.chunk_by(PartialEq::eq) {
-        let x = samples(x, (first, run.len()))?;
-        outputs.push(match term(&x, run)? {
-            Some(term) => with(&x, &term)?,
-            None => plain(&x)?,
-        });
-        first += run.len();
-    }
-    match &outputs[..] {
-        [] => plain(x),
-        [one] => Ok(one.clone()),
-        several => Tensor::cat(several, 0),
-    }
+fn plus(y: Tensor, delta: Option<Tensor>) -> Result<Tensor> {
+    delta.map_or(Ok(y.clone()), |delta| y + delta)
 }
 
 impl LoraLayer<Linear> {
@@ -167,13 +124,11 @@ impl LoraLayer<Linear> {
         inputs: usize,
         outputs: usize,
     ) -> error::Result<Self> {
-        Ok(Self::new(
-            p.linear(inputs, outputs)?,
-            vec![Part::at(p, LoraTarget::linear(inputs, outputs))],
-        ))
+        let part = Part::at(p, LoraTarget::linear(inputs, outputs));
+        Ok(Self::new(p.linear(inputs, outputs)?, vec![part]))
     }
 
-    /// Several over one input, their outputs side by side.
+    /// Several over one input, their outputs concatenated.
     pub(crate) fn linears(
         p: &LayerBuilder<'_>,
         names: &[&str],
@@ -196,70 +151,57 @@ impl LoraLayer<Linear> {
         Ok(Self::new(p.linear_or_conv(inputs, outputs, conv)?, vec![part]))
     }
 
-    pub(crate) fn new(layer: Linear, parts: Vec<Part>) -> Self {
-        Self { layer, parts }
-    }
-
-    /// Whether its products are those of bf16 on tiles.
-    pub(crate) fn on_tiles(&self) -> bool {
-        self.layer.on_tiles()
-    }
-
-    fn term_of(&self, x: &Tensor, rows: &[LoraStack]) -> Result<Option<Tensor>> {
-        self.term(rows, |lora, name, rows| low_linear(x, lora, name, rows))
-    }
-
-    /// (B, .., in) -> (B, .., out)
-    pub(crate) fn forward(&self, x: &Tensor, rows: &[LoraStack]) -> Result<Tensor> {
-        plus(self.layer.forward(x)?, self.term_of(x, rows)?)
-    }
-
-    /// (B, .., in) -> (B, .., out), plus `residual` (B, .., out)
-    pub(crate) fn forward_add(
-        &self,
-        x: &Tensor,
-        residual: &Tensor,
-        rows: &[LoraStack],
-    ) -> Result<Tensor> {
-        plus(self.layer.forward_add(x, residual)?, self.term_of(x, rows)?)
-    }
-
-    /// (B, .., in) -> (B, .., out), through an activation
-    pub(crate) fn forward_activate(
-        &self,
-        x: &Tensor,
-        activation: Activation,
-        rows: &[LoraStack],
-    ) -> Result<Tensor> {
-        apart(
-            x,
-            rows,
-            |x, rows| self.term_of(x, rows),
-            |x| self.layer.forward_activate(x, activation),
-            |x, term| self.layer.forward_add_activate(x, term, activation),
-        )
-    }
-}
-
-impl LoraLayer<Geglu> {
     pub(crate) fn geglu(
         p: &LayerBuilder<'_>,
         inputs: usize,
         outputs: usize,
     ) -> error::Result<Self> {
         let part = Part::at(p, LoraTarget::linear(inputs, 2 * outputs));
-        Ok(Self { layer: p.geglu(inputs, outputs)?, parts: vec![part] })
+        Ok(Self::new(p.geglu(inputs, outputs)?, vec![part]))
     }
 
-    /// (B, .., in) -> (B, .., D)
-    pub(crate) fn forward(&self, x: &Tensor, rows: &[LoraStack]) -> Result<Tensor> {
-        apart(
-            x,
-            rows,
-            |x, rows| self.term(rows, |lora, name, rows| low_linear(x, lora, name, rows)),
-            |x| self.layer.forward(x),
-            |x, term| self.layer.forward_add(x, term),
-        )
+    pub(crate) fn new(layer: Linear, parts: Vec<Part>) -> Self {
+        Self { layer, parts }
+    }
+
+    /// Whether operands are rounded to bf16 and multiplied by AMX.
+    pub(crate) fn uses_amx(&self) -> bool {
+        self.layer.uses_amx()
+    }
+
+    /// x (B, .., in) -> (B, .., out). LoRAs add before an activation or a gate.
+    pub(crate) fn forward(
+        &self,
+        x: &Tensor,
+        epilogue: Epilogue<'_>,
+        rows: &[LoraStack],
+    ) -> Result<Tensor> {
+        let delta = |x: &Tensor, rows: &[LoraStack]| {
+            self.delta(rows, |lora, name, (first, count)| {
+                let Some((down, up)) = lora.linear(name) else { return Ok(None) };
+                Ok(Some((down.forward(&x.narrow(0, first, count)?, Epilogue::NONE)?, up)))
+            })
+        };
+        if self.layer.is_linear(epilogue) {
+            return plus(self.layer.forward(x, epilogue)?, delta(x, rows)?);
+        }
+        if epilogue.residual.is_some() {
+            bail!("a residual before an activation leaves no place for LoRAs");
+        }
+        // Rows with LoRAs are computed apart, so that the others are computed as ever.
+        let (mut first, mut outputs) = (0, Vec::new());
+        for run in rows.chunk_by(PartialEq::eq) {
+            let x = x.narrow(0, first, run.len())?;
+            let delta = delta(&x, run)?;
+            let epilogue = Epilogue { residual: delta.as_ref(), ..epilogue };
+            outputs.push(self.layer.forward(&x, epilogue)?);
+            first += run.len();
+        }
+        match &outputs[..] {
+            [] => self.layer.forward(x, epilogue),
+            [one] => Ok(one.clone()),
+            several => Tensor::cat(several, 0),
+        }
     }
 }
 
@@ -274,60 +216,31 @@ impl LoraLayer<Conv2d> {
         Ok(Self { layer: p.conv(inputs, outputs, geometry)?, parts: vec![part] })
     }
 
-    fn term_of(
+    /// x (B, H, W, in) -> (B, H', W', out)
+    pub(crate) fn forward(
         &self,
-        x: &Joined,
+        x: impl Into<ChannelConcat>,
+        epilogue: Epilogue<'_>,
         rows: &[LoraStack],
-        run: impl Fn(&Conv2d, &Joined) -> Result<Tensor>,
-    ) -> Result<Option<Tensor>> {
-        self.term(rows, |lora, name, (first, count)| {
-            let Some((down, up)) = lora.conv(name) else { return Ok(None) };
-            Ok(Some((run(down, &x.samples(first, count)?)?, up)))
-        })
-    }
-
-    /// (B, H, W, in) -> (B, H', W', out)
-    pub(crate) fn forward(&self, x: &Tensor, rows: &[LoraStack]) -> Result<Tensor> {
-        self.forward_joined(&Joined::one(x), rows)
-    }
-
-    /// As `forward` on two pictures as one.
-    pub(crate) fn forward_joined(&self, x: &Joined, rows: &[LoraStack]) -> Result<Tensor> {
-        let term = self.term_of(x, rows, Conv2d::forward_joined)?;
-        plus(self.layer.forward_joined(x)?, term)
+    ) -> Result<Tensor> {
+        let x = x.into();
+        self.forward_resized(&x, x.size()?, epilogue, rows)
     }
 
     /// As `forward` on `x` resized to `size` (height, width) by nearest neighbours.
     pub(crate) fn forward_resized(
         &self,
-        x: &Tensor,
+        x: impl Into<ChannelConcat>,
         size: (usize, usize),
+        epilogue: Epilogue<'_>,
         rows: &[LoraStack],
     ) -> Result<Tensor> {
-        let down = |down: &Conv2d, x: &Joined| down.forward_resized(&x.whole()?, size);
-        let term = self.term_of(&Joined::one(x), rows, down)?;
-        plus(self.layer.forward_resized(x, size)?, term)
-    }
-
-    /// As `forward`, plus `per_sample` (B, out) on every pixel.
-    pub(crate) fn forward_shift(
-        &self,
-        x: &Tensor,
-        per_sample: &Tensor,
-        rows: &[LoraStack],
-    ) -> Result<Tensor> {
-        let term = self.term_of(&Joined::one(x), rows, Conv2d::forward_joined)?;
-        plus(self.layer.forward_shift(x, per_sample)?, term)
-    }
-
-    /// As `forward`, plus `residual` (B, H', W', out).
-    pub(crate) fn forward_add(
-        &self,
-        x: &Tensor,
-        residual: &Tensor,
-        rows: &[LoraStack],
-    ) -> Result<Tensor> {
-        let term = self.term_of(&Joined::one(x), rows, Conv2d::forward_joined)?;
-        plus(self.layer.forward_add(x, residual)?, term)
+        let x = x.into();
+        let delta = self.delta(rows, |lora, name, (first, count)| {
+            let Some((down, up)) = lora.conv(name) else { return Ok(None) };
+            let x = x.samples(first, count)?;
+            Ok(Some((down.forward_resized(&x, size, Epilogue::NONE)?, up)))
+        })?;
+        plus(self.layer.forward_resized(&x, size, epilogue)?, delta)
     }
 }

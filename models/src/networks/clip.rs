@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use super::config::ClipConfig;
 use crate::error::Result;
 use crate::layers::{LayerBuilder, LoraLayer, LoraStack};
-use crate::ops::{Activation, Attention, LayerNorm, Linear, self_attention};
+use crate::ops::{Activation, Attention, Epilogue, LayerNorm, Linear, self_attention};
 
 /// The layers of a tower.
 pub(super) struct ClipTransformer {
@@ -43,14 +43,15 @@ impl ClipTransformer {
     pub(super) fn forward(&self, x: Tensor, loras: &[LoraStack]) -> Result<Tensor> {
         self.layers.iter().try_fold(x, |x, layer| {
             let n = layer.layer_norm1.forward(&x)?;
-            let qkv = layer.qkv_proj.forward(&n, loras)?; // (B, L, 3 hidden)
+            let qkv = layer.qkv_proj.forward(&n, Epilogue::NONE, loras)?; // (B, L, 3 hidden)
             let (heads, causal) = (self.heads, self.causal);
-            let kind = Attention { heads, causal, tiles: layer.out_proj.on_tiles() };
+            let kind = Attention { heads, causal, amx: layer.out_proj.uses_amx() };
             let y = self_attention(&qkv, kind)?;
-            let x = layer.out_proj.forward_add(&y, &x, loras)?;
+            let x = layer.out_proj.forward(&y, Epilogue::residual(&x), loras)?;
             let n = layer.layer_norm2.forward(&x)?;
-            let n = layer.fc1.forward_activate(&n, self.activation, loras)?; // (B, L, inner)
-            Ok(layer.fc2.forward_add(&n, &x, loras)?)
+            let activation = Epilogue::activation(self.activation);
+            let n = layer.fc1.forward(&n, activation, loras)?; // (B, L, inner)
+            Ok(layer.fc2.forward(&n, Epilogue::residual(&x), loras)?)
         })
     }
 }

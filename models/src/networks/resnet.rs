@@ -10,7 +10,7 @@ use candle_core::{D, Tensor};
 use crate::error::Result;
 use crate::files::LoraTarget;
 use crate::layers::{LayerBuilder, LinearPart, LoraLayer, LoraStack, Part};
-use crate::ops::{Conv2d, Geometry, GroupNorm, Joined, Linear};
+use crate::ops::{ChannelConcat, Conv2d, Epilogue, Geometry, GroupNorm, Linear};
 
 /// Groups and epsilon of a group norm.
 #[derive(Clone, Copy)]
@@ -56,35 +56,37 @@ impl Resnet {
     /// x (B, H, W, in), the time embeddings of all blocks (B, time_width) -> (B, H, W, out)
     pub(crate) fn forward(
         &self,
-        x: &Joined,
+        x: &ChannelConcat,
         time_embeddings: &Tensor,
         loras: &[LoraStack],
     ) -> Result<Tensor> {
-        let y = self.norm1.forward_silu_joined(x)?;
+        let y = self.norm1.forward_silu(x)?;
         let y = match self.time {
-            Some(time) => self.conv1.forward_shift(&y, &time.of(time_embeddings)?, loras)?,
-            None => self.conv1.forward(&y, loras)?,
+            Some(time) => {
+                let shift = time.of(time_embeddings)?;
+                self.conv1.forward(&y, Epilogue::shift(&shift), loras)?
+            }
+            None => self.conv1.forward(&y, Epilogue::NONE, loras)?,
         };
         self.second_half(x, y, loras)
     }
 
     /// A block without time embedding: (B, H, W, in) -> (B, H, W, out)
     pub(crate) fn forward_timeless(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.conv1.forward(&self.norm1.forward_silu(x)?, &[])?;
-        self.second_half(&Joined::one(x), y, &[])
+        let y = self.conv1.forward(&self.norm1.forward_silu(x)?, Epilogue::NONE, &[])?;
+        self.second_half(&x.into(), y, &[])
     }
 
-    fn second_half(&self, x: &Joined, y: Tensor, loras: &[LoraStack]) -> Result<Tensor> {
+    fn second_half(&self, x: &ChannelConcat, y: Tensor, loras: &[LoraStack]) -> Result<Tensor> {
         let normalized = self.norm2.forward_silu(&y)?;
         // In the last level of a VAE, y is 128 MiB at 512 px.
         drop(y);
         let y = normalized;
-        Ok(match &self.conv_shortcut {
-            Some(shortcut) => {
-                self.conv2.forward_add(&y, &shortcut.forward_joined(x, loras)?, loras)?
-            }
-            None => self.conv2.forward_add(&y, &x.whole()?, loras)?,
-        })
+        let residual = match &self.conv_shortcut {
+            Some(shortcut) => shortcut.forward(x, Epilogue::NONE, loras)?,
+            None => x.whole()?,
+        };
+        Ok(self.conv2.forward(&y, Epilogue::residual(&residual), loras)?)
     }
 }
 

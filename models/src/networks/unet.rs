@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::files::Weights;
 use crate::layers::{LayerBuilder, LoraLayer, LoraStack, activation_dtype};
 use crate::ops::{
-    Activation, Attention, Conv2d, Geglu, Geometry, GroupNorm, Joined, LayerNorm, Linear,
+    Activation, Attention, ChannelConcat, Conv2d, Epilogue, Geometry, GroupNorm, LayerNorm, Linear,
     attention, channels_first, channels_last, in_pool, self_attention,
 };
 
@@ -153,7 +153,7 @@ impl UNet2DConditionModel {
     /// encoder's hidden states (B, M, D) f32.
     pub fn condition(&self, context: &Tensor, loras: &[LoraStack]) -> Result<Conditioning> {
         let context = context.to_dtype(self.dtype)?.contiguous()?;
-        let kv = in_pool(&self.device, || self.to_kv.forward(&context, loras))?;
+        let kv = in_pool(&self.device, || self.to_kv.forward(&context, Epilogue::NONE, loras))?;
         Ok(Conditioning { kv })
     }
 
@@ -162,7 +162,7 @@ impl UNet2DConditionModel {
     pub fn time_embeddings(&self, timesteps: &[f64], loras: &[LoraStack]) -> Result<Tensor> {
         in_pool(&self.device, || {
             let embedded = self.time_embedding(timesteps, loras)?;
-            Ok(self.time_proj.forward(&embedded, loras)?)
+            Ok(self.time_proj.forward(&embedded, Epilogue::NONE, loras)?)
         })
     }
 
@@ -187,43 +187,43 @@ impl UNet2DConditionModel {
     ) -> Result<Tensor> {
         // 1. In
         let x = channels_last(latents, self.dtype)?;
-        let mut x = self.conv_in.forward(&x, loras)?; // (B, H, W, first)
+        let mut x = self.conv_in.forward(&x, Epilogue::NONE, loras)?; // (B, H, W, first)
         // 2. Down
         let mut skips = vec![x.clone()];
         for block in &self.down {
             for (resnet, transformer) in &block.layers {
-                x = resnet.forward(&Joined::one(&x), time_embeddings, loras)?;
+                x = resnet.forward(&(&x).into(), time_embeddings, loras)?;
                 if let Some(transformer) = transformer {
                     x = transformer.forward(&x, conditioning, loras)?;
                 }
                 skips.push(x.clone());
             }
             if let Some(downsample) = &block.downsample {
-                x = downsample.forward(&x, loras)?;
+                x = downsample.forward(&x, Epilogue::NONE, loras)?;
                 skips.push(x.clone());
             }
         }
         // 3. Middle
-        x = self.mid.0.forward(&Joined::one(&x), time_embeddings, loras)?;
+        x = self.mid.0.forward(&(&x).into(), time_embeddings, loras)?;
         x = self.mid.1.forward(&x, conditioning, loras)?;
-        x = self.mid.2.forward(&Joined::one(&x), time_embeddings, loras)?;
+        x = self.mid.2.forward(&(&x).into(), time_embeddings, loras)?;
         // 4. Up
         for block in &self.up {
             for (resnet, transformer) in &block.layers {
                 // load() built as many skips as layers.
                 let skip = skips.pop().ok_or_else(|| candle_core::Error::msg("no skip left"))?;
-                x = resnet.forward(&Joined::new(&x, &skip)?, time_embeddings, loras)?;
+                x = resnet.forward(&ChannelConcat::new(&x, &skip)?, time_embeddings, loras)?;
                 if let Some(transformer) = transformer {
                     x = transformer.forward(&x, conditioning, loras)?;
                 }
             }
             if let (Some(upsample), Some(next)) = (&block.upsample, skips.last()) {
                 let (_, h, w, _) = next.dims4()?;
-                x = upsample.forward_resized(&x, (h, w), loras)?;
+                x = upsample.forward_resized(&x, (h, w), Epilogue::NONE, loras)?;
             }
         }
         // 5. Out
-        let x = self.conv_out.forward(&self.norm_out.forward_silu(&x)?, loras)?;
+        let x = self.conv_out.forward(&self.norm_out.forward_silu(&x)?, Epilogue::NONE, loras)?;
         Ok(channels_first(&x)?)
     }
 
@@ -246,8 +246,8 @@ impl UNet2DConditionModel {
         }
         let x = Tensor::from_vec(values, (timesteps.len(), width), &self.device)?;
         let x = x.to_dtype(self.dtype)?;
-        let x = self.time[0].forward_activate(&x, Activation::Silu, loras)?;
-        Ok(self.time[1].forward_activate(&x, Activation::Silu, loras)?)
+        let silu = Epilogue::activation(Activation::Silu);
+        Ok(self.time[1].forward(&self.time[0].forward(&x, silu, loras)?, silu, loras)?)
     }
 }
 
@@ -371,7 +371,7 @@ struct TransformerBlock {
     norm2: LayerNorm,
     attn2: CrossAttention,
     norm3: LayerNorm,
-    ff_in: LoraLayer<Geglu>,
+    ff_in: LoraLayer<Linear>,
     ff_out: LoraLayer<Linear>,
 }
 
@@ -385,11 +385,12 @@ impl Transformer {
     ) -> Result<Tensor> {
         let (batch, h, w, channels) = x.dims4()?;
         let tokens = (batch, h * w, channels);
-        let mut y = self.proj_in.forward(&self.norm.forward(x)?.reshape(tokens)?, loras)?;
+        let mut y = self.norm.forward(x)?.reshape(tokens)?;
+        y = self.proj_in.forward(&y, Epilogue::NONE, loras)?;
         for block in &self.blocks {
             y = block.forward(y, conditioning, loras)?;
         }
-        let y = self.proj_out.forward_add(&y, &x.reshape(tokens)?, loras)?;
+        let y = self.proj_out.forward(&y, Epilogue::residual(&x.reshape(tokens)?), loras)?;
         Ok(y.reshape((batch, h, w, channels))?)
     }
 }
@@ -407,8 +408,8 @@ impl TransformerBlock {
         // 2. Cross attention
         y = self.attn2.forward_add(&self.norm2.forward(&y)?, conditioning, &y, loras)?;
         // 3. Feed forward
-        let n = self.ff_in.forward(&self.norm3.forward(&y)?, loras)?; // (B, L, 4 C)
-        Ok(self.ff_out.forward_add(&n, &y, loras)?)
+        let n = self.ff_in.forward(&self.norm3.forward(&y)?, Epilogue::NONE, loras)?; // (B, L, 4 C)
+        Ok(self.ff_out.forward(&n, Epilogue::residual(&y), loras)?)
     }
 }
 
@@ -429,9 +430,9 @@ impl SelfAttention {
 
     /// x (B, L, C), residual (B, L, C) -> (B, L, C)
     fn forward_add(&self, x: &Tensor, residual: &Tensor, loras: &[LoraStack]) -> Result<Tensor> {
-        let kind = Attention { heads: self.heads, causal: false, tiles: self.to_out.on_tiles() };
-        let y = self_attention(&self.to_qkv.forward(x, loras)?, kind)?;
-        Ok(self.to_out.forward_add(&y, residual, loras)?)
+        let kind = Attention { heads: self.heads, causal: false, amx: self.to_out.uses_amx() };
+        let y = self_attention(&self.to_qkv.forward(x, Epilogue::NONE, loras)?, kind)?;
+        Ok(self.to_out.forward(&y, Epilogue::residual(residual), loras)?)
     }
 }
 
@@ -467,8 +468,8 @@ impl CrossAttention {
         residual: &Tensor,
         loras: &[LoraStack],
     ) -> Result<Tensor> {
-        let q = self.to_q.forward(x, loras)?;
-        let kind = Attention { heads: self.heads, causal: false, tiles: self.to_out.on_tiles() };
+        let q = self.to_q.forward(x, Epilogue::NONE, loras)?;
+        let kind = Attention { heads: self.heads, causal: false, amx: self.to_out.uses_amx() };
         let mut outputs = Vec::with_capacity(conditioning.len());
         let mut row = 0;
         for Conditioning { kv } in conditioning {
@@ -480,6 +481,6 @@ impl CrossAttention {
             [one] => one.clone(),
             several => Tensor::cat(several, 0)?,
         };
-        Ok(self.to_out.forward_add(&y, residual, loras)?)
+        Ok(self.to_out.forward(&y, Epilogue::residual(residual), loras)?)
     }
 }

@@ -10,7 +10,8 @@ use crate::error::Result;
 use crate::files::Weights;
 use crate::layers::{LayerBuilder, activation_dtype};
 use crate::ops::{
-    Attention, Conv2d, Geometry, GroupNorm, Linear, channels_last, in_pool, self_attention,
+    Attention, Conv2d, Epilogue, Geometry, GroupNorm, Linear, channels_last, in_pool,
+    self_attention,
 };
 
 /// 3x3, stride 2, zero padding at the bottom and right only.
@@ -88,19 +89,19 @@ impl Decoder {
     fn draw(&self, latents: &Tensor) -> Result<Tensor> {
         let mut x = channels_last(latents, self.dtype)?;
         if let Some(conv) = &self.post_quant_conv {
-            x = conv.forward(&x)?;
+            x = conv.forward(&x, Epilogue::NONE)?;
         }
-        x = self.mid.forward(&self.conv_in.forward(&x)?)?;
+        x = self.mid.forward(&self.conv_in.forward(&x, Epilogue::NONE)?)?;
         for (resnets, upsample) in &self.up {
             for resnet in resnets {
                 x = resnet.forward_timeless(&x)?;
             }
             if let Some(conv) = upsample {
                 let (_, h, w, _) = x.dims4()?;
-                x = conv.forward_resized(&x, (2 * h, 2 * w))?;
+                x = conv.forward_resized(&x, (2 * h, 2 * w), Epilogue::NONE)?;
             }
         }
-        let x = self.conv_out.forward(&self.norm_out.forward_silu(&x)?)?;
+        let x = self.conv_out.forward(&self.norm_out.forward_silu(&x)?, Epilogue::NONE)?;
         Ok(x.to_dtype(DType::F32)?)
     }
 }
@@ -175,18 +176,20 @@ impl Encoder {
     }
 
     fn read(&self, pictures: &Tensor) -> Result<(Tensor, Tensor)> {
-        let mut x = self.conv_in.forward(&pictures.to_dtype(self.dtype)?.contiguous()?)?;
+        let mut x = pictures.to_dtype(self.dtype)?.contiguous()?;
+        x = self.conv_in.forward(&x, Epilogue::NONE)?;
         for (resnets, downsample) in &self.down {
             for resnet in resnets {
                 x = resnet.forward_timeless(&x)?;
             }
             if let Some(conv) = downsample {
-                x = conv.forward(&x)?;
+                x = conv.forward(&x, Epilogue::NONE)?;
             }
         }
-        x = self.conv_out.forward(&self.norm_out.forward_silu(&self.mid.forward(&x)?)?)?;
+        x = self.norm_out.forward_silu(&self.mid.forward(&x)?)?;
+        x = self.conv_out.forward(&x, Epilogue::NONE)?;
         if let Some(conv) = &self.quant_conv {
-            x = conv.forward(&x)?;
+            x = conv.forward(&x, Epilogue::NONE)?;
         }
         let moments = x.to_dtype(DType::F32)?.permute((0, 3, 1, 2))?;
         let channels = self.config.latent_channels;
@@ -244,9 +247,9 @@ impl PixelAttention {
         let (batch, h, w, channels) = x.dims4()?;
         let tokens = (batch, h * w, channels);
         let n = self.norm.forward(x)?.reshape(tokens)?;
-        let kind = Attention { heads: 1, causal: false, tiles: self.to_out.on_tiles() };
-        let y = self_attention(&self.to_qkv.forward(&n)?, kind)?;
-        let y = self.to_out.forward_add(&y, &x.reshape(tokens)?)?;
+        let kind = Attention { heads: 1, causal: false, amx: self.to_out.uses_amx() };
+        let y = self_attention(&self.to_qkv.forward(&n, Epilogue::NONE)?, kind)?;
+        let y = self.to_out.forward(&y, Epilogue::residual(&x.reshape(tokens)?))?;
         Ok(y.reshape((batch, h, w, channels))?)
     }
 }

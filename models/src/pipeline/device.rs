@@ -6,7 +6,7 @@ use std::str::FromStr;
 use candle_core::{DType, Device};
 
 use crate::error::{Error, Result};
-use crate::ops::{knows_bf16, open_cuda};
+use crate::ops::{has_bf16, open_cuda};
 
 /// A device as the user names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,7 +84,7 @@ impl Precision {
     /// The type of weights and, on CUDA, of activations.
     pub fn resolve(self, device: &Device) -> Result<DType> {
         match (self, device.is_cpu()) {
-            (Self::Auto, true) if knows_bf16() => Ok(DType::BF16),
+            (Self::Auto, true) if has_bf16() => Ok(DType::BF16),
             (Self::Auto, true) | (Self::F32, _) => Ok(DType::F32),
             (Self::Auto | Self::F16, false) => Ok(DType::F16),
             (Self::Bf16, _) => Ok(DType::BF16),
@@ -100,7 +100,7 @@ impl Precision {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
-            Self::Auto if gpu || knows_bf16() => 2,
+            Self::Auto if gpu || has_bf16() => 2,
             Self::Auto => 4,
         }
     }
@@ -129,17 +129,6 @@ impl fmt::Display for Precision {
             Self::F32 => "f32",
         })
     }
-}
-
-/// What kernels of one kind were asked to do.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Work {
-    /// Launches.
-    pub launches: u64,
-    /// Multiplications and additions in products.
-    pub flops: u64,
-    /// The least that must pass between memory and processors: every operand and result once.
-    pub bytes: u64,
 }
 
 #[cfg(test)]

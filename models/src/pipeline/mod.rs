@@ -19,7 +19,7 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{Device, Tensor};
 
-pub use self::device::{DeviceName, Precision, Work};
+pub use self::device::{DeviceName, Precision};
 use self::hires::HiresPass;
 pub use self::info::{Defaults, MemoryEstimate, ModelInfo};
 use self::init::{InitialLatents, LatentInit};
@@ -34,7 +34,9 @@ pub use self::trajectory::Trajectory;
 use crate::error::{Error, Result};
 use crate::layers::LoraStack;
 use crate::networks::Conditioning;
-use crate::ops::{combine, device_kernels, device_name, device_work, free_device_bytes};
+use crate::ops::{
+    KernelStats, device_kernels, device_name, device_stats, free_device_bytes, linear_combination,
+};
 use crate::picture::Rgb;
 use crate::sampling::{Noise, SamplerState};
 
@@ -80,8 +82,8 @@ impl Pipeline {
     }
 
     /// Statistics of our GPU kernels since the process started, by kind.
-    pub fn work() -> Vec<(&'static str, Work)> {
-        device_work()
+    pub fn work() -> Vec<(&'static str, KernelStats)> {
+        device_stats()
     }
 
     /// Checks a spec against the model's limits.
@@ -192,7 +194,7 @@ impl Pipeline {
         let mut active: Vec<&mut Trajectory> = Vec::new();
         for trajectory in batch.iter_mut() {
             let Some(evaluation) = trajectory.sampler.next() else { continue };
-            let mut input = combine(&[(evaluation.input_scale, &trajectory.latents)])?;
+            let mut input = linear_combination(&[(evaluation.input_scale, &trajectory.latents)])?;
             if let Some(condition) = &trajectory.mask_condition {
                 input = Tensor::cat(&[&input, condition], 1)?;
             }

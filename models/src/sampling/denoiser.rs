@@ -68,10 +68,10 @@ impl Denoiser {
 /// Classifier-free guidance (Ho and Salimans 2022, equation 6, in diffusers' numbering of the
 /// scale, where 1 is no guidance): both outputs (B, C, H, W).
 pub fn guide(unconditional: &Tensor, conditional: &Tensor, scale: f64) -> Result<Tensor> {
-    Ok(ops::extrapolate(unconditional, conditional, scale)?)
+    Ok(ops::lerp(unconditional, conditional, scale)?)
 }
 
 /// The sum of tensors of one shape, each times its factor.
 pub(super) fn linear_combination(terms: &[(f64, &Tensor)]) -> Result<Tensor> {
-    Ok(ops::combine(terms)?)
+    Ok(ops::linear_combination(terms)?)
 }

@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use sd_models::{
-    DeviceName, Error, LoadOptions, Pipeline, Precision, Rgb, Sampler, SigmaSchedule, Size, Spec,
-    Trajectory, Work,
+    DeviceName, Error, KernelStats, LoadOptions, Pipeline, Precision, Rgb, Sampler, SigmaSchedule,
+    Size, Spec, Trajectory,
 };
 use serde::Serialize;
 
@@ -110,7 +110,7 @@ pub(crate) fn run(asked: Verify) -> Result<()> {
     let before = Pipeline::work();
     bench.step(&mut two)?;
     let step_work = Pipeline::work().into_iter().zip(before).map(|((kind, now), (_, then))| {
-        let Work { launches, flops, bytes } = now;
+        let KernelStats { launches, flops, bytes } = now;
         let counted = Counted {
             launches: launches - then.launches,
             flops: flops - then.flops,

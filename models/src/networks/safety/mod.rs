@@ -14,7 +14,7 @@ use super::clip::ClipTransformer;
 use crate::error::{Error, Result};
 use crate::files::{SAFETY_CHECKER, Source};
 use crate::layers::LayerBuilder;
-use crate::ops::{LayerNorm, Linear, in_pool};
+use crate::ops::{Epilogue, LayerNorm, Linear, in_pool};
 use crate::picture::{Rgb, resized_part};
 
 /// Number of NSFW concepts.
@@ -156,14 +156,15 @@ impl SafetyChecker {
         let patches = pixels.reshape((3, n, p, n, p))?.permute((1, 3, 0, 2, 4))?;
         let patches = patches.contiguous()?.reshape((1, n * n, 3 * p * p))?;
         let dtype = self.position_embedding.dtype();
-        let patches =
-            self.patch_embedding.forward(&patches.to_device(&self.device)?.to_dtype(dtype)?)?;
+        let patches = patches.to_device(&self.device)?.to_dtype(dtype)?;
+        let patches = self.patch_embedding.forward(&patches, Epilogue::NONE)?;
         let class = self.class_embedding.reshape((1, 1, width))?;
         let tokens = Tensor::cat(&[&class, &patches], 1)?; // (1, 1 + n n, hidden)
         let x = self.pre_layernorm.forward(&tokens.broadcast_add(&self.position_embedding)?)?;
         let x = in_pool(&self.device, || self.transformer.forward(x, &[]))?;
         let pooled = self.post_layernorm.forward(&x.narrow(1, 0, 1)?.contiguous()?)?;
-        let embedding = self.visual_projection.forward(&pooled)?.to_dtype(DType::F32)?;
+        let embedding =
+            self.visual_projection.forward(&pooled, Epilogue::NONE)?.to_dtype(DType::F32)?;
         Ok(embedding.reshape((1, self.config.projection_dim))?)
     }
 }

@@ -3,7 +3,7 @@
 
 #include "common.cuh"
 
-/// In step with `Attention` in cuda.rs. Rows may lie apart; strides are in values.
+/// Mirrored by `AttentionArgs` in attention.rs. Rows may lie apart; strides are in values.
 template <typename T> struct Attention {
     const T *q, *k, *v;
     T *out; // (batch, queries, heads * width), dense

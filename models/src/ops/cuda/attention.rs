@@ -3,14 +3,14 @@
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{Error, Result, Tensor};
 
-use super::has_products;
+use super::device::has_products;
 use super::kernels::{ATTENTION, Grid, launch};
 use super::memory::{Operand, bytes, int, output};
-use crate::ops::Attention;
+use crate::ops::types::Attention;
 
-/// In step with `Attention` in `attention.cu`.
+/// Mirrors `Attention` in `attention.cu`.
 #[repr(C)]
-struct AttentionProblem {
+struct AttentionArgs {
     qkv: [u64; 3],
     out: u64,
     samples: [i64; 3],
@@ -24,7 +24,7 @@ struct AttentionProblem {
 }
 
 // SAFETY: plain numbers in C's layout.
-unsafe impl DeviceRepr for AttentionProblem {}
+unsafe impl DeviceRepr for AttentionArgs {}
 
 /// Widths of heads, each for all up to it that are multiples of 8.
 const WIDTHS: [usize; 7] = [16, 32, 48, 64, 80, 128, 160];
@@ -60,7 +60,7 @@ pub(in crate::ops) fn attention(
     }
     let (y, out) = output(device, q.dtype(), (batch, queries, channels))?;
     let scale = (width as f32).powf(-0.5) * std::f32::consts::LOG2_E;
-    let problem = AttentionProblem {
+    let problem = AttentionArgs {
         qkv: [operands[0].address, operands[1].address, operands[2].address],
         out,
         samples,

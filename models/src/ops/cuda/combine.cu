@@ -5,7 +5,7 @@
 
 constexpr int TERMS = 4;
 
-/// In step with `Combine` in cuda/combine.rs.
+/// Mirrored by `CombineArgs` in combine.rs.
 struct Combine {
     float *out;
     const float *in[TERMS];
@@ -13,8 +13,8 @@ struct Combine {
     int terms, count;
 };
 
-/// The sum of the terms, each times its factor.
-extern "C" __global__ void combine_f32(const Combine p) {
+/// The sum of factor * input.
+extern "C" __global__ void linear_combination_f32(const Combine p) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= p.count) return;
     float sum = __fmul_rn(p.in[0][i], p.factor[0]);
@@ -24,8 +24,8 @@ extern "C" __global__ void combine_f32(const Combine p) {
     p.out[i] = sum;
 }
 
-/// Guidance: from the first beyond the second.
-extern "C" __global__ void extrapolate_f32(const Combine p) {
+/// Guidance: a + t (b - a).
+extern "C" __global__ void lerp_f32(const Combine p) {
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= p.count) return;
     float a = p.in[0][i];

@@ -3,16 +3,16 @@
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{DType, Result, Tensor, bail};
 
-use super::has_plain;
+use super::device::has_plain;
 use super::kernels::{COMBINE, Grid, launch};
 use super::memory::{Operand, bytes, int, output};
 
 /// Terms of a sum at the most: Adams and Bashforth's.
 const TERMS: usize = 4;
 
-/// In step with `Combine` in `combine.cu`.
+/// Mirrors `Combine` in `combine.cu`.
 #[repr(C)]
-struct Combine {
+struct CombineArgs {
     out: u64,
     input: [u64; TERMS],
     factor: [f32; TERMS],
@@ -21,19 +21,19 @@ struct Combine {
 }
 
 // SAFETY: plain numbers in C's layout.
-unsafe impl DeviceRepr for Combine {}
+unsafe impl DeviceRepr for CombineArgs {}
 
 /// f32 of one shape -> the same
-pub(in crate::ops) fn combine(terms: &[(f64, &Tensor)]) -> Result<Option<Tensor>> {
+pub(in crate::ops) fn linear_combination(terms: &[(f64, &Tensor)]) -> Result<Option<Tensor>> {
     match terms {
         [(1.0, x)] => Ok(Some(Tensor::clone(x))),
-        _ => run("combine", terms),
+        _ => run("linear_combination", terms),
     }
 }
 
 /// a and b f32 of one shape -> the same
-pub(in crate::ops) fn extrapolate(a: &Tensor, b: &Tensor, scale: f64) -> Result<Option<Tensor>> {
-    run("extrapolate", &[(1.0, a), (scale, b)])
+pub(in crate::ops) fn lerp(a: &Tensor, b: &Tensor, t: f64) -> Result<Option<Tensor>> {
+    run("lerp", &[(1.0, a), (t, b)])
 }
 
 fn run(kernel: &str, terms: &[(f64, &Tensor)]) -> Result<Option<Tensor>> {
@@ -55,7 +55,7 @@ fn run(kernel: &str, terms: &[(f64, &Tensor)]) -> Result<Option<Tensor>> {
     for (i, (operand, (scale, _))) in operands.iter().zip(terms).enumerate() {
         (input[i], factor[i]) = (operand.address, *scale as f32);
     }
-    let problem = Combine { out, input, factor, terms: int(terms.len())?, count: int(count)? };
+    let problem = CombineArgs { out, input, factor, terms: int(terms.len())?, count: int(count)? };
     let grid = Grid { blocks: (count.div_ceil(256), 1, 1), threads: 256, shared: 0 };
     // SAFETY: all tensors have the elements that the problem says.
     unsafe { launch(device, &COMBINE, (kernel, DType::F32), &grid, &problem)? };

@@ -14,10 +14,10 @@ use candle_core::cuda_backend::cudarc::driver::{
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::{DType, Error, Result, bail};
 
-use crate::device::Work;
+use crate::ops::types::KernelStats;
 
 /// A file of kernels. Capabilities are 75 for compute capability 7.5.
-pub(super) struct Source {
+pub(super) struct KernelFile {
     name: &'static str,
     /// Which a driver compiles for this capability and every later one; ascending.
     ptx: &'static [(i32, &'static str)],
@@ -30,7 +30,7 @@ pub(super) struct Source {
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
-impl Source {
+impl KernelFile {
     pub(super) const fn new(
         name: &'static str,
         ptx: &'static [(i32, &'static str)],
@@ -41,12 +41,12 @@ impl Source {
     }
 
     /// What is to be loaded onto a device of this capability, the best first.
-    fn images(&self, capability: i32) -> impl Iterator<Item = Image> {
+    fn images(&self, capability: i32) -> impl Iterator<Item = ModuleImage> {
         let same = |of: i32| of / 10 == capability / 10 && of <= capability;
         let cubin = self.cubins.iter().rev().find(|(of, _)| same(*of));
         let ptx = self.ptx.iter().rev().find(|(of, _)| *of <= capability);
-        let cubin = cubin.map(|(of, code)| Image::Cubin(*of, code));
-        cubin.into_iter().chain(ptx.map(|(of, text)| Image::Ptx(*of, text)))
+        let cubin = cubin.map(|(of, code)| ModuleImage::Cubin(*of, code));
+        cubin.into_iter().chain(ptx.map(|(of, text)| ModuleImage::Ptx(*of, text)))
     }
 
     /// Counts the work of a launch: for benchmarks, which run alone.
@@ -57,23 +57,23 @@ impl Source {
 }
 
 /// What was launched since the program began, by file of kernels.
-pub(crate) fn work() -> Vec<(&'static str, Work)> {
-    let read = |source: &Source| {
+pub(crate) fn stats() -> Vec<(&'static str, KernelStats)> {
+    let read = |source: &KernelFile| {
         let [launches, flops, bytes] = [&source.launches, &source.flops, &source.bytes]
             .map(|count| count.load(Ordering::Relaxed));
-        (source.name, Work { launches, flops, bytes })
+        (source.name, KernelStats { launches, flops, bytes })
     };
     SOURCES.iter().map(|source| read(source)).collect()
 }
 
 /// A file of kernels as a driver takes it, and for which capability.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Image {
+enum ModuleImage {
     Cubin(i32, &'static [u8]),
     Ptx(i32, &'static str),
 }
 
-impl Image {
+impl ModuleImage {
     fn load(self, context: &Arc<CudaContext>) -> Result<Arc<CudaModule>> {
         let image = match self {
             Self::Cubin(_, code) => Ptx::from_binary(code.to_vec()),
@@ -92,7 +92,7 @@ impl Image {
 }
 
 /// An open device: what is asked of it once, and the kernels on it.
-pub(super) struct Card {
+pub(super) struct Gpu {
     context: Arc<CudaContext>,
     /// 75 for compute capability 7.5.
     pub(super) capability: i32,
@@ -107,25 +107,25 @@ struct Loaded {
     functions: BTreeMap<String, CudaFunction>,
 }
 
-/// The cards of open devices, found by the device's stream.
-static CARDS: Mutex<Vec<(Weak<CudaStream>, Arc<Card>)>> = Mutex::new(Vec::new());
+/// The open of open devices, found by the device's stream.
+static OPEN: Mutex<Vec<(Weak<CudaStream>, Arc<Gpu>)>> = Mutex::new(Vec::new());
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Card {
-    /// The card of an open device.
+impl Gpu {
+    /// The gpu of an open device.
     pub(super) fn of(device: &CudaDevice) -> Result<Arc<Self>> {
         let stream = device.cuda_stream();
-        let mut cards = locked(&CARDS);
-        let known = cards.iter().find(|(known, _)| known.as_ptr() == Arc::as_ptr(&stream));
-        if let Some((_, card)) = known {
-            return Ok(Arc::clone(card));
+        let mut open = locked(&OPEN);
+        let known = open.iter().find(|(known, _)| known.as_ptr() == Arc::as_ptr(&stream));
+        if let Some((_, gpu)) = known {
+            return Ok(Arc::clone(gpu));
         }
-        let card = Arc::new(Self::new(stream.context())?);
-        cards.push((Arc::downgrade(&stream), Arc::clone(&card)));
-        Ok(card)
+        let gpu = Arc::new(Self::new(stream.context())?);
+        open.push((Arc::downgrade(&stream), Arc::clone(&gpu)));
+        Ok(gpu)
     }
 
     fn new(context: &Arc<CudaContext>) -> Result<Self> {
@@ -143,7 +143,7 @@ impl Card {
     }
 
     /// A kernel, loaded with its file when the first of it is asked for.
-    fn function(&self, source: &Source, name: String) -> Result<CudaFunction> {
+    fn function(&self, source: &KernelFile, name: String) -> Result<CudaFunction> {
         let mut loaded = locked(&self.loaded);
         if let Some(function) = loaded.functions.get(&name) {
             return Ok(function.clone());
@@ -158,7 +158,7 @@ impl Card {
     }
 
     /// The best image that the driver takes.
-    fn load(&self, source: &Source) -> Result<(Arc<CudaModule>, String)> {
+    fn load(&self, source: &KernelFile) -> Result<(Arc<CudaModule>, String)> {
         let mut refused = None;
         for image in source.images(self.capability) {
             match image.load(&self.context) {
@@ -178,14 +178,14 @@ impl Card {
 }
 
 /// Forgets the kernels of devices that are no longer open: on the device they take room.
-pub(in crate::ops) fn forget() {
-    locked(&CARDS).retain(|(stream, _)| stream.strong_count() > 0);
+pub(in crate::ops) fn unload_closed() {
+    locked(&OPEN).retain(|(stream, _)| stream.strong_count() > 0);
 }
 
 /// What the kernels were loaded from: "cubin 8.6", "PTX 8.0", or both.
-pub(super) fn images(device: &CudaDevice) -> Result<String> {
-    let card = Card::of(device)?;
-    let loaded = locked(&card.loaded);
+pub(super) fn loaded_images(device: &CudaDevice) -> Result<String> {
+    let gpu = Gpu::of(device)?;
+    let loaded = locked(&gpu.loaded);
     let mut names: Vec<_> = loaded.modules.values().map(|(_, name)| name.as_str()).collect();
     names.sort_unstable();
     names.dedup();
@@ -206,12 +206,12 @@ pub(super) struct Grid {
 /// `problem` must be the kernel's argument, and every address in it of memory as large as it says.
 pub(super) unsafe fn launch<P: DeviceRepr>(
     device: &CudaDevice,
-    source: &Source,
+    source: &KernelFile,
     (name, dtype): (&str, DType),
     grid: &Grid,
     problem: &P,
 ) -> Result<()> {
-    let function = Card::of(device)?.function(source, format!("{name}_{}", dtype.as_str()))?;
+    let function = Gpu::of(device)?.function(source, format!("{name}_{}", dtype.as_str()))?;
     let shared = u32::try_from(grid.shared).map_err(Error::wrap)?;
     if shared > 48 << 10 {
         let which = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -237,7 +237,7 @@ pub(super) unsafe fn launch<P: DeviceRepr>(
 mod tests {
     use super::*;
 
-    static FAT: Source = Source::new(
+    static FAT: KernelFile = KernelFile::new(
         "fat",
         &[(75, "old"), (80, "new")],
         &[(75, b"75"), (80, b"80"), (86, b"86"), (89, b"89"), (90, b"90")],
@@ -245,8 +245,8 @@ mod tests {
 
     #[test]
     fn a_device_gets_the_cubin_of_its_kind_and_ptx_after_it() {
-        let images = |source: &Source, capability| -> Vec<_> {
-            source.images(capability).map(Image::name).collect()
+        let images = |source: &KernelFile, capability| -> Vec<_> {
+            source.images(capability).map(ModuleImage::name).collect()
         };
         for (capability, expected) in [
             (75, ["cubin 7.5", "PTX 7.5"]),
@@ -261,7 +261,7 @@ mod tests {
         // Machine code of another major version never runs.
         assert_eq!(images(&FAT, 120), ["PTX 8.0"]);
         assert!(images(&FAT, 70).is_empty());
-        let lean = Source::new("lean", FAT.ptx, &[(86, b"86")]);
+        let lean = KernelFile::new("lean", FAT.ptx, &[(86, b"86")]);
         assert_eq!(images(&lean, 80), ["PTX 8.0"]);
         assert_eq!(images(&lean, 75), ["PTX 7.5"]);
     }
@@ -269,16 +269,16 @@ mod tests {
     #[test]
     fn a_refused_cubin_gives_way_to_ptx() {
         let Some(device) = crate::ops::cuda::tests::device() else { return };
-        let card = Card::of(device.as_cuda_device().expect("a GPU")).expect("a card");
+        let gpu = Gpu::of(device.as_cuda_device().expect("a GPU")).expect("a gpu");
         const BROKEN: &[u8] = b"\x7fELF without any kernel\0";
         const CUBINS: &[(i32, &[u8])] =
             &[(75, BROKEN), (80, BROKEN), (90, BROKEN), (100, BROKEN), (120, BROKEN)];
-        let source = Source::new("refused", LAYOUT.ptx, CUBINS);
-        assert!(card.function(&source, "channels_last_f16".into()).is_ok());
-        let loaded = locked(&card.loaded).modules["refused"].1.clone();
+        let source = KernelFile::new("refused", LAYOUT.ptx, CUBINS);
+        assert!(gpu.function(&source, "channels_last_f16".into()).is_ok());
+        let loaded = locked(&gpu.loaded).modules["refused"].1.clone();
         assert!(loaded.starts_with("PTX "), "{loaded}");
-        let broken = Source::new("broken", &[(75, "no PTX")], CUBINS);
-        let error = card.function(&broken, "channels_first_f16".into()).map(|_| ());
+        let broken = KernelFile::new("broken", &[(75, "no PTX")], CUBINS);
+        let error = gpu.function(&broken, "channels_first_f16".into()).map(|_| ());
         let error = error.expect_err("there is nothing to load").to_string();
         assert!(error.contains("broken") && error.contains("PTX 7.5"), "{error}");
     }

@@ -3,7 +3,7 @@
 
 #include "common.cuh"
 
-/// In step with `Layout` in cuda.rs.
+/// Mirrored by `LayoutArgs` in layout.rs.
 struct Layout {
     void *out;
     const void *in;

@@ -3,13 +3,13 @@
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{DType, Result, Tensor};
 
-use super::has_plain;
+use super::device::has_plain;
 use super::kernels::{Grid, LAYOUT, launch};
 use super::memory::{Operand, bytes, int, output};
 
-/// In step with `Layout` in `layout.cu`.
+/// Mirrors `Layout` in `layout.cu`.
 #[repr(C)]
-struct Layout {
+struct LayoutArgs {
     out: u64,
     input: u64,
     pixels: i32,
@@ -18,7 +18,7 @@ struct Layout {
 }
 
 // SAFETY: plain numbers in C's layout.
-unsafe impl DeviceRepr for Layout {}
+unsafe impl DeviceRepr for LayoutArgs {}
 
 /// (B, C, H, W) f32 -> (B, H, W, C)
 pub(in crate::ops) fn channels_last(x: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
@@ -48,7 +48,7 @@ fn turn(
 ) -> Result<()> {
     let (device, elements) = (x.device().as_cuda_device()?, x.elem_count());
     let input = Operand::dense(x)?;
-    let problem = Layout {
+    let problem = LayoutArgs {
         out,
         input: input.address,
         pixels: int(pixels)?,

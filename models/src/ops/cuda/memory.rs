@@ -1,4 +1,4 @@
-//! Tensors as kernels take them: addresses in device memory, and numbers of 32 bits.
+//! Arguments of kernels: addresses in device memory, and 32-bit integers.
 
 use candle_core::backend::BackendStorage as _;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr as _};
@@ -7,9 +7,9 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaStorage, DType, Error, Result, Shape, Storage, StorageRef, Tensor, bail};
 use half::{bf16, f16};
 
-use crate::ops::Joined;
+use crate::ops::concat::ChannelConcat;
 
-/// A tensor in device memory, held until the launch that reads it has been queued.
+/// A tensor in device memory, locked until the launch that reads it has been queued.
 pub(super) struct Operand<'a> {
     _storage: StorageRef<'a>,
     pub(super) address: u64,
@@ -31,7 +31,7 @@ impl<'a> Operand<'a> {
         Ok(Self { address: base + bytes as u64, _storage: storage })
     }
 
-    /// As `new`, of a tensor whose elements lie one after another.
+    /// As `new`, of a contiguous tensor.
     pub(super) fn dense(tensor: &'a Tensor) -> Result<Self> {
         if !tensor.is_contiguous() {
             bail!("expected a contiguous tensor, got strides {:?}", tensor.stride());
@@ -82,16 +82,15 @@ pub(super) fn int(n: usize) -> Result<i32> {
     i32::try_from(n).map_err(Error::wrap)
 }
 
-impl Joined {
-    pub(super) fn second(&self) -> Result<(Option<Operand<'_>>, usize)> {
-        match &self.second {
-            Some(second) => Ok((Some(Operand::dense(second)?), second.dim(3)?)),
-            None => Ok((None, 0)),
-        }
+/// The second of two images, and its channels.
+pub(super) fn second(x: &ChannelConcat) -> Result<(Option<Operand<'_>>, usize)> {
+    match &x.second {
+        Some(second) => Ok((Some(Operand::dense(second)?), second.dim(3)?)),
+        None => Ok((None, 0)),
     }
 }
 
-/// What some tensors take in all.
+/// Bytes of some tensors in all.
 pub(super) fn bytes(tensors: &[Option<&Tensor>]) -> u64 {
     let size = |t: &&Tensor| (t.elem_count() * t.dtype().size_in_bytes()) as u64;
     tensors.iter().flatten().map(size).sum()

@@ -23,7 +23,7 @@ __device__ inline float2 statistics(float2 sums, float count, float pivot, float
     return make_float2(pivot + mean, rsqrtf(variance + eps));
 }
 
-/// In step with `GroupNorm` in cuda.rs. The channels are those of `in`, (batch, pixels, c1), and
+/// Mirrored by `GroupNormArgs` in norm.rs. The channels are those of `in`, (batch, pixels, c1), and
 /// behind them those of `in2`, (batch, pixels, channels - c1).
 template <typename T> struct GroupNorm {
     T *out; // (batch, pixels, channels)
@@ -123,7 +123,7 @@ template <typename T> __device__ void group_norm_apply(const GroupNorm<T> &p) {
     }
 }
 
-/// In step with `LayerNorm` in cuda.rs.
+/// Mirrored by `LayerNormArgs` in norm.rs.
 template <typename T> struct LayerNorm {
     T *out;      // (rows, width)
     const T *in; // (rows, width)

@@ -3,14 +3,14 @@
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{DType, Result, Tensor};
 
-use super::has_plain;
+use super::device::has_plain;
 use super::kernels::{Grid, NORM, launch};
-use super::memory::{Operand, address, bytes, int, output};
-use crate::ops::Joined;
+use super::memory::{Operand, address, bytes, int, output, second};
+use crate::ops::concat::ChannelConcat;
 
-/// In step with `GroupNorm` in `norm.cu`.
+/// Mirrors `GroupNorm` in `norm.cu`.
 #[repr(C)]
-struct GroupNorm {
+struct GroupNormArgs {
     out: u64,
     input: [u64; 2],
     weight: u64,
@@ -27,14 +27,14 @@ struct GroupNorm {
 }
 
 // SAFETY: plain numbers in C's layout.
-unsafe impl DeviceRepr for GroupNorm {}
+unsafe impl DeviceRepr for GroupNormArgs {}
 
 /// Pixels up to which one block normalises a group of a sample by itself.
 const SMALL: usize = 1024;
 
 /// (B, H, W, C) -> (B, H, W, C), `weight` and `bias` (C) f32.
 pub(in crate::ops) fn group_norm(
-    x: &Joined,
+    x: &ChannelConcat,
     (weight, bias): (&Tensor, &Tensor),
     groups: usize,
     eps: f64,
@@ -44,7 +44,7 @@ pub(in crate::ops) fn group_norm(
         return Ok(None);
     }
     let (batch, h, w, c1) = x.first.dims4()?;
-    let (first, (second, c2)) = (Operand::dense(&x.first)?, x.second()?);
+    let (first, (second, c2)) = (Operand::dense(&x.first)?, second(x)?);
     let (weight, bias) = (Operand::dense(weight)?, Operand::dense(bias)?);
     let (device, dtype) = (x.first.device().as_cuda_device()?, x.first.dtype());
     let (pixels, channels) = (h * w, c1 + c2);
@@ -52,7 +52,7 @@ pub(in crate::ops) fn group_norm(
     let partial = (parts > 0).then(|| output(device, DType::F32, (batch, parts, groups, 2)));
     let partial = partial.transpose()?;
     let (y, out) = output(device, dtype, (batch, h, w, channels))?;
-    let problem = GroupNorm {
+    let problem = GroupNormArgs {
         out,
         input: [first.address, address(second.as_ref())],
         weight: weight.address,
@@ -86,9 +86,9 @@ pub(in crate::ops) fn group_norm(
     Ok(Some(y))
 }
 
-/// In step with `LayerNorm` in `norm.cu`.
+/// Mirrors `LayerNorm` in `norm.cu`.
 #[repr(C)]
-struct LayerNorm {
+struct LayerNormArgs {
     out: u64,
     input: u64,
     weight: u64,
@@ -99,7 +99,7 @@ struct LayerNorm {
 }
 
 // SAFETY: plain numbers in C's layout.
-unsafe impl DeviceRepr for LayerNorm {}
+unsafe impl DeviceRepr for LayerNormArgs {}
 
 /// (.., C) -> (.., C), `weight` and `bias` (C) f32.
 pub(in crate::ops) fn layer_norm(
@@ -115,7 +115,7 @@ pub(in crate::ops) fn layer_norm(
     let rows = x.elem_count() / width;
     let (input, weight, bias) = (Operand::new(x)?, Operand::dense(weight)?, Operand::dense(bias)?);
     let (y, out) = output(device, x.dtype(), x.shape())?;
-    let problem = LayerNorm {
+    let problem = LayerNormArgs {
         out,
         input: input.address,
         weight: weight.address,

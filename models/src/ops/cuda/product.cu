@@ -9,7 +9,7 @@
 
 enum Activation { NONE, SILU, GELU, QUICK_GELU, GEGLU };
 
-/// In step with `Product` in cuda.rs.
+/// Mirrored by `ProductArgs` in product.rs.
 template <typename T> struct Product {
     const T *a, *a2;       // (batch, h, w, c1) and (batch, h, w, c - c1)
     const T *weight;       // (n, row), row = taps * c rounded up to 8 and filled with zeros

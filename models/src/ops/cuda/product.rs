@@ -1,16 +1,19 @@
 //! Convolutions and linear layers with what follows them, in `product.cu`.
 
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
-use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_core::{D, DType, Device, Result, Tensor, bail};
 
-use super::has_products;
-use super::kernels::{Card, Grid, PRODUCT, launch};
-use super::memory::{Operand, address, bytes, int, output};
-use crate::ops::{Activation, Geometry, Joined};
+use super::device::has_products;
+use super::kernels::{Gpu, Grid, PRODUCT, launch};
+use super::memory::{Operand, address, bytes, int, output, second};
+use crate::ops::concat::ChannelConcat;
+use crate::ops::gated::gated_order;
+use crate::ops::reference;
+use crate::ops::types::{Activation, Epilogue, Geometry};
 
-/// In step with `Product` in `product.cu`.
+/// Mirrors `Product` in `product.cu`.
 #[repr(C)]
-struct Product {
+struct ProductArgs {
     a: [u64; 2],
     weight: u64,
     bias: u64,
@@ -33,41 +36,22 @@ struct Product {
 }
 
 // SAFETY: plain numbers in C's layout.
-unsafe impl DeviceRepr for Product {}
+unsafe impl DeviceRepr for ProductArgs {}
 
-/// The right side of a product: the weights of a convolution or a linear layer.
-pub(in crate::ops) struct Filter {
+/// The weight and the bias of a convolution or a linear layer.
+pub(in crate::ops) struct CudaFilter {
     /// (n, taps * c rounded up to 8)
     weight: Tensor,
     /// (n) f32
     bias: Option<Tensor>,
     inputs: usize,
-    /// Whether outputs are value and gate in turn.
+    /// Whether outputs are values and gates in turn.
     gated: bool,
 }
 
-/// What follows a product.
-#[derive(Default, Clone, Copy)]
-pub(in crate::ops) struct After<'a> {
-    /// (B, n), on every pixel of a sample
-    pub(in crate::ops) shift: Option<&'a Tensor>,
-    pub(in crate::ops) activation: Option<Activation>,
-    /// As the output
-    pub(in crate::ops) residual: Option<&'a Tensor>,
-    /// No GEGLU, though the filter is made for it.
-    pub(in crate::ops) ungated: bool,
-}
-
-/// Where a kernel moves: the size that it sees the picture in, and how.
-#[derive(Clone, Copy)]
-pub(in crate::ops) struct Field {
-    pub(in crate::ops) size: (usize, usize),
-    pub(in crate::ops) geometry: Geometry,
-}
-
-impl Filter {
-    /// From a weight (n, taps, c) and a bias (n), if there is a kernel for the device and type.
-    /// With `gated` the first half of n are values and the second their gates: see [`super::Geglu`].
+impl CudaFilter {
+    /// From a weight (n, c, k, k) and a bias (n), if there is a kernel for the device and type. A
+    /// gated weight is (2 out, c, 1, 1): values, then gates.
     pub(in crate::ops) fn new(
         weight: &Tensor,
         bias: Option<&Tensor>,
@@ -78,86 +62,107 @@ impl Filter {
         if !has_products(device, dtype)? {
             return Ok(None);
         }
-        let (n, taps, inputs) = weight.dims3()?;
-        let interleave = |t: &Tensor| -> Result<Tensor> {
+        let (n, inputs) = (weight.dim(0)?, weight.dim(1)?);
+        let arrange = |t: &Tensor| {
             if !gated {
                 return Ok(t.clone());
             }
-            let rest = t.dims()[1..].to_vec();
-            let halves = t.reshape([&[2, n / 2], &rest[..]].concat())?;
-            halves.transpose(0, 1)?.contiguous()?.reshape(t.shape())
+            let order: Vec<_> = gated_order(n / 2, 1).flatten().map(|at| at as u32).collect();
+            t.index_select(&Tensor::new(order, t.device())?, 0)
         };
-        let depth = taps * inputs;
-        let weight = interleave(&weight.reshape((n, depth))?)?;
+        let weight = weight.flatten_from(2)?.transpose(1, 2)?.flatten_from(1)?; // (n, taps * c)
+        let depth = weight.dim(1)?;
+        let weight = arrange(&weight)?;
         let weight = weight.pad_with_zeros(1, 0, depth.next_multiple_of(8) - depth)?;
         let place = |t: &Tensor, dtype| t.to_dtype(dtype)?.contiguous()?.to_device(device);
-        let bias = bias.map(|b| place(&interleave(b)?, DType::F32)).transpose()?;
+        let bias = bias.map(|b| place(&arrange(b)?, DType::F32)).transpose()?;
         Ok(Some(Self { weight: place(&weight, dtype)?, bias, inputs, gated }))
     }
 
-    /// Bytes of its weight.
+    /// Bytes of the weight.
     pub(in crate::ops) fn bytes(&self) -> usize {
         self.weight.elem_count() * self.weight.dtype().size_in_bytes()
     }
 
-    /// (.., c) -> (.., n); after GEGLU (.., n / 2)
-    pub(in crate::ops) fn linear(&self, x: &Tensor, after: After<'_>) -> Result<Tensor> {
+    /// (.., c) -> (.., n); gated (.., n / 2)
+    pub(in crate::ops) fn linear(&self, x: &Tensor, epilogue: Epilogue<'_>) -> Result<Tensor> {
+        match epilogue.residual {
+            Some(residual) if self.gated => {
+                // The kernel adds no residual before the gate.
+                let y = self.rows(x, Epilogue::NONE, false)?; // values and gates in turn
+                let (shape, n) = (y.shape(), y.dim(D::Minus1)?);
+                let y = y.reshape(((), n / 2, 2))?.transpose(1, 2)?.contiguous()?.reshape(shape)?;
+                reference::geglu(&(y + residual)?)
+            }
+            _ => self.rows(x, epilogue, self.gated),
+        }
+    }
+
+    /// (.., c) -> (.., n); gated (.., n / 2)
+    fn rows(&self, x: &Tensor, epilogue: Epilogue<'_>, gated: bool) -> Result<Tensor> {
         let mut shape = x.dims().to_vec();
         shape.pop();
         let rows = shape.iter().product();
         let row = x.contiguous()?.reshape((1, 1, rows, self.inputs))?;
-        let field = Field { size: (1, rows), geometry: Geometry::POINT };
-        let y = self.convolve(&Joined::one(&row), field, after)?;
+        let y = self.multiply(&(&row).into(), (1, rows), Geometry::POINT, epilogue, gated)?;
         shape.push(y.dim(3)?);
         y.reshape(shape)
     }
 
-    /// (.., c) -> (.., n), what GEGLU would be made of: values, then gates
-    pub(in crate::ops) fn ungated(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.linear(x, After { ungated: true, ..After::default() })?;
-        let (mut pairs, n) = (x.dims().to_vec(), self.weight.dim(0)?);
-        pairs.pop();
-        let rows = pairs.iter().product::<usize>();
-        pairs.push(n);
-        y.reshape((rows, n / 2, 2))?.transpose(1, 2)?.contiguous()?.reshape(pairs)
-    }
-
-    /// (B, H, W, c) -> (B, H', W', n)
+    /// (B, H, W, c), resized to `size` by nearest neighbours -> (B, H', W', n)
     pub(in crate::ops) fn convolve(
         &self,
-        x: &Joined,
-        Field { size, geometry }: Field,
-        after: After<'_>,
+        x: &ChannelConcat,
+        size: (usize, usize),
+        geometry: Geometry,
+        epilogue: Epilogue<'_>,
     ) -> Result<Tensor> {
+        self.multiply(x, size, geometry, epilogue, false)
+    }
+
+    /// (B, H, W, c), resized to `size` -> (B, H', W', n); gated (B, H', W', n / 2)
+    fn multiply(
+        &self,
+        x: &ChannelConcat,
+        size: (usize, usize),
+        geometry: Geometry,
+        epilogue: Epilogue<'_>,
+        gated: bool,
+    ) -> Result<Tensor> {
+        if let Epilogue { residual: Some(_), activation: Some(activation), .. } = epilogue {
+            // The kernel adds a residual after the activation.
+            let epilogue = Epilogue { activation: None, ..epilogue };
+            let y = self.multiply(x, size, geometry, epilogue, gated)?;
+            return reference::activate(&y, activation);
+        }
         let (device, dtype) = (x.first.device().as_cuda_device()?, x.first.dtype());
         if dtype != self.weight.dtype() {
             bail!("a product of {:?} was given {dtype:?}", self.weight.dtype());
         }
         let (batch, h, w, c1) = x.first.dims4()?;
-        let (first, (second, c2)) = (Operand::dense(&x.first)?, x.second()?);
+        let (first, (second, c2)) = (Operand::dense(&x.first)?, second(x)?);
         if c1 + c2 != self.inputs {
             bail!("a product of {} channels was given {}", self.inputs, c1 + c2);
         }
         let (n, row) = self.weight.dims2()?;
         let (rows, columns) = (geometry.output(size.0), geometry.output(size.1));
         let m = batch * rows * columns;
-        let gated = self.gated && !after.ungated;
         let outputs = if gated { n / 2 } else { n };
         let (y, out) = output(device, dtype, (batch, rows, columns, outputs))?;
         let weight = Operand::dense(&self.weight)?;
         let bias = self.bias.as_ref().map(Operand::dense).transpose()?;
-        let shift = after.shift.map(Operand::new).transpose()?;
-        let shift_row = match after.shift.map(|shift| (shift.dims(), shift.stride())) {
+        let shift = epilogue.shift.map(Operand::new).transpose()?;
+        let shift_row = match epilogue.shift.map(|shift| (shift.dims(), shift.stride())) {
             None => 0,
             Some(([b, c], [row, 1])) if (*b, *c) == (batch, n) => int(*row)?,
             Some(_) => bail!("a shift must be ({batch}, {n}) in dense rows"),
         };
-        let residual = after.residual.map(Operand::dense).transpose()?;
-        if after.residual.is_some_and(|r| r.elem_count() != y.elem_count()) {
+        let residual = epilogue.residual.map(Operand::dense).transpose()?;
+        if epilogue.residual.is_some_and(|r| r.elem_count() != y.elem_count()) {
             bail!("a residual must have the output's {} elements", y.elem_count());
         }
         // Names of `Activation` in product.cu.
-        let activation = match after.activation {
+        let activation = match epilogue.activation {
             _ if gated => 4,
             None => 0,
             Some(Activation::Silu) => 1,
@@ -165,7 +170,7 @@ impl Filter {
             Some(Activation::QuickGelu) => 3,
         };
         let pair = |(a, b): (usize, usize)| -> Result<[i32; 2]> { Ok([int(a)?, int(b)?]) };
-        let problem = Product {
+        let problem = ProductArgs {
             a: [first.address, address(second.as_ref())],
             weight: weight.address,
             bias: address(bias.as_ref()),
@@ -189,14 +194,14 @@ impl Filter {
         // A chunk of 16 bytes lies in one pixel of one picture.
         let aligned = problem.a.iter().all(|address| address.is_multiple_of(16));
         let whole = aligned && c1.is_multiple_of(8) && c2.is_multiple_of(8);
-        let processors = Card::of(device)?.processors;
+        let processors = Gpu::of(device)?.processors;
         let (name, tile, threads) = Self::tile(processors, (m, n), whole);
         // On one axis, columns first: the others end at 65,535, less than a large picture's rows.
         let blocks = (n.div_ceil(tile.1) * m.div_ceil(tile.0), 1, 1);
         let grid = Grid { blocks, threads, shared: 0 };
         // SAFETY: the operands have the shapes that the problem says.
         unsafe { launch(device, &PRODUCT, (name, dtype), &grid, &problem)? };
-        let operands = [Some(&x.first), x.second.as_ref(), Some(&self.weight), after.residual];
+        let operands = [Some(&x.first), x.second.as_ref(), Some(&self.weight), epilogue.residual];
         let moved = bytes(&operands) + bytes(&[Some(&y)]);
         PRODUCT.count((2 * m * n * row) as u64, moved);
         Ok(y)

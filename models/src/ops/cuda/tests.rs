@@ -2,10 +2,11 @@
 
 use candle_core::{DType, Device, Tensor};
 
+use super::device::has_products;
 use super::*;
 use crate::ops::tests::{difference, tensor};
 use crate::ops::{
-    self, Activation, Attention, Conv2d, Geglu, Geometry, Joined, Linear, self_attention,
+    self, Activation, Attention, ChannelConcat, Conv2d, Epilogue, Geometry, Linear, self_attention,
 };
 
 /// The device, or a word on why the test is skipped; see `tests/cuda.rs`.
@@ -99,16 +100,16 @@ fn combinations_are_those_of_the_cpu_to_the_bit() {
     let factors = [55.0 / 24.0, -59.0 / 24.0, 1.0, -9.0 / 24.0];
     for terms in 1..=4 {
         let sum: Vec<_> = factors.into_iter().zip(&ours).take(terms).collect();
-        let got = combine(&sum).unwrap().expect("a kernel");
+        let got = linear_combination(&sum).unwrap().expect("a kernel");
         let rows = [0, 1, 2, 3].map(|i| row(&cpu[i]));
         let sum: Vec<_> = factors.into_iter().zip(&rows).take(terms).collect();
-        assert_eq!(values(&got), values(&ops::combine(&sum).unwrap()), "{terms} terms");
+        assert_eq!(values(&got), values(&ops::linear_combination(&sum).unwrap()), "{terms} terms");
     }
-    let got = extrapolate(&ours[0], &ours[1], 7.5).unwrap().expect("a kernel");
-    let want = ops::extrapolate(&row(&cpu[0]), &row(&cpu[1]), 7.5).unwrap();
+    let got = lerp(&ours[0], &ours[1], 7.5).unwrap().expect("a kernel");
+    let want = ops::lerp(&row(&cpu[0]), &row(&cpu[1]), 7.5).unwrap();
     assert_eq!(values(&got), values(&want), "guidance");
     // More terms than a launch takes are left to candle.
-    assert!(combine(&[(0.5, &ours[0]); 5]).unwrap().is_none());
+    assert!(linear_combination(&[(0.5, &ours[0]); 5]).unwrap().is_none());
 }
 
 #[test]
@@ -131,14 +132,14 @@ fn attention_agrees_with_the_cpu() {
             let q = exact(&[2, queries, channels], 1, dtype).affine(4.0, 0.0).unwrap();
             let (k, v) =
                 (exact(&[2, keys, channels], 2, dtype), exact(&[2, keys, channels], 3, dtype));
-            let kind = Attention { heads, causal, tiles: false };
+            let kind = Attention { heads, causal, amx: false };
             let placed = [&q, &k, &v].map(|t| place(t, dtype, &device));
             let got = attention(&placed[0], &placed[1], &placed[2], kind).unwrap();
             let want = ops::attention(&q, &k, &v, kind).unwrap();
             close(&got.expect("a kernel"), &want, allowed, &what);
         }
         let qkv = exact(&[2, 50, 3 * 32], 7, dtype);
-        let kind = Attention { heads: 2, causal: false, tiles: false };
+        let kind = Attention { heads: 2, causal: false, amx: false };
         let got = self_attention(&place(&qkv, dtype, &device), kind).unwrap();
         close(&got, &self_attention(&qkv, kind).unwrap(), allowed, "columns");
     }
@@ -148,7 +149,7 @@ fn attention_agrees_with_the_cpu() {
 fn large_scores_do_not_overflow() {
     let Some(device) = device() else { return };
     let q = exact(&[1, 40, 16], 8, DType::F16).affine(256.0, 0.0).unwrap();
-    let kind = Attention { heads: 1, causal: false, tiles: false };
+    let kind = Attention { heads: 1, causal: false, amx: false };
     let placed = place(&q, DType::F16, &device);
     let got = attention(&placed, &placed, &placed, kind).unwrap().expect("a kernel");
     close(&got, &ops::attention(&q, &q, &q, kind).unwrap(), 3e-3, "large scores");
@@ -158,7 +159,7 @@ fn large_scores_do_not_overflow() {
 fn widths_without_a_kernel_are_composed() {
     let Some(device) = device() else { return };
     let q = exact(&[1, 9, 2 * 12], 1, DType::F16);
-    let kind = Attention { heads: 2, causal: false, tiles: false };
+    let kind = Attention { heads: 2, causal: false, amx: false };
     let placed = place(&q, DType::F16, &device);
     assert!(attention(&placed, &placed, &placed, kind).unwrap().is_none());
     let got = ops::attention(&placed, &placed, &placed, kind).unwrap();
@@ -178,20 +179,24 @@ fn linear_layers_agree_with_the_cpu() {
                 |device: &Device, dtype| Linear::new(&weight, Some(&bias), device, dtype).unwrap();
             let (ours, cpu) = (layer(&device, dtype), layer(&Device::Cpu, DType::F32));
             let placed = place(&x, dtype, &device);
-            close(&ours.forward(&placed).unwrap(), &cpu.forward(&x).unwrap(), allowed, &what);
-            let got = ours.forward_add(&placed, &place(&residual, dtype, &device)).unwrap();
-            close(&got, &cpu.forward_add(&x, &residual).unwrap(), allowed, &what);
+            let got = ours.forward(&placed, Epilogue::NONE).unwrap();
+            close(&got, &cpu.forward(&x, Epilogue::NONE).unwrap(), allowed, &what);
+            let on_device = place(&residual, dtype, &device);
+            let got = ours.forward(&placed, Epilogue::residual(&on_device)).unwrap();
+            let want = cpu.forward(&x, Epilogue::residual(&residual)).unwrap();
+            close(&got, &want, allowed, &what);
             for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
-                let got = ours.forward_activate(&placed, activation).unwrap();
-                let want = cpu.forward_activate(&x, activation).unwrap();
+                let epilogue = Epilogue::activation(activation);
+                let got = ours.forward(&placed, epilogue).unwrap();
+                let want = cpu.forward(&x, epilogue).unwrap();
                 close(&got, &want, allowed, &what);
             }
         }
         let (x, weight) = (exact(&[2, 50, 64], 5, dtype), exact(&[2 * 72, 64], 6, dtype));
         let bias = tensor(&[2 * 72], 7);
-        let gate = |device: &Device, dtype| Geglu::new(&weight, &bias, device, dtype).unwrap();
-        let got = gate(&device, dtype).forward(&place(&x, dtype, &device)).unwrap();
-        let want = gate(&Device::Cpu, DType::F32).forward(&x).unwrap();
+        let gate = |device: &Device, dtype| Linear::geglu(&weight, &bias, device, dtype).unwrap();
+        let got = gate(&device, dtype).forward(&place(&x, dtype, &device), Epilogue::NONE).unwrap();
+        let want = gate(&Device::Cpu, DType::F32).forward(&x, Epilogue::NONE).unwrap();
         close(&got, &want, allowed, "geglu");
     }
 }
@@ -219,16 +224,20 @@ fn convolutions_agree_with_the_cpu() {
             let (ours, cpu) = (conv(&device, dtype), conv(&Device::Cpu, DType::F32));
             let placed = place(&x, dtype, &device);
             for size in [(h, w), (2 * h, 2 * w), (2 * h - 1, 2 * w - 1)] {
-                let got = ours.forward_resized(&placed, size).unwrap();
-                let want = cpu.forward_resized(&x, size).unwrap();
+                let got = ours.forward_resized(&placed, size, Epilogue::NONE).unwrap();
+                let want = cpu.forward_resized(&x, size, Epilogue::NONE).unwrap();
                 close(&got, &want, allowed, &what);
             }
-            let want = cpu.forward(&x).unwrap();
+            let want = cpu.forward(&x, Epilogue::NONE).unwrap();
             let (shift, residual) = (exact(&[2, outputs], 4, dtype), exact(want.dims(), 5, dtype));
-            let got = ours.forward_shift(&placed, &place(&shift, dtype, &device)).unwrap();
-            close(&got, &cpu.forward_shift(&x, &shift).unwrap(), allowed, &what);
-            let got = ours.forward_add(&placed, &place(&residual, dtype, &device)).unwrap();
-            close(&got, &cpu.forward_add(&x, &residual).unwrap(), allowed, &what);
+            let on_device = place(&shift, dtype, &device);
+            let got = ours.forward(&placed, Epilogue::shift(&on_device)).unwrap();
+            let want = cpu.forward(&x, Epilogue::shift(&shift)).unwrap();
+            close(&got, &want, allowed, &what);
+            let on_device = place(&residual, dtype, &device);
+            let got = ours.forward(&placed, Epilogue::residual(&on_device)).unwrap();
+            let want = cpu.forward(&x, Epilogue::residual(&residual)).unwrap();
+            close(&got, &want, allowed, &what);
         }
     }
 }
@@ -242,19 +251,19 @@ fn two_pictures_are_read_as_one() {
             exact(&[2, pixels, pixels, c2], 2, DType::F16),
         ];
         let placed = [0, 1].map(|i| place(&parts[i], DType::F16, &device));
-        let ours = Joined::new(&placed[0], &placed[1]).unwrap();
-        let cpu = Joined::one(&Tensor::cat(&parts, 3).unwrap());
+        let ours = ChannelConcat::new(&placed[0], &placed[1]).unwrap();
+        let cpu = ChannelConcat::from(&Tensor::cat(&parts, 3).unwrap());
         let (weight, bias) = (tensor(&[c1 + c2], 3), tensor(&[c1 + c2], 4));
         let norm = |device| ops::GroupNorm::new(&weight, &bias, 16, 1e-5, device).unwrap();
-        let got = norm(&device).forward_silu_joined(&ours).unwrap();
-        let want = norm(&Device::Cpu).forward_silu_joined(&cpu).unwrap();
+        let got = norm(&device).forward_silu(&ours).unwrap();
+        let want = norm(&Device::Cpu).forward_silu(&cpu).unwrap();
         close(&got, &want, 3e-3, "norm");
         let (weight, bias) = (exact(&[24, c1 + c2, 1, 1], 5, DType::F16), tensor(&[24], 6));
         let conv = |device: &Device, dtype| {
             Conv2d::new(&weight, &bias, Geometry::POINT, device, dtype).unwrap()
         };
-        let got = conv(&device, DType::F16).forward_joined(&ours).unwrap();
-        let want = conv(&Device::Cpu, DType::F32).forward_joined(&cpu).unwrap();
+        let got = conv(&device, DType::F16).forward(&ours, Epilogue::NONE).unwrap();
+        let want = conv(&Device::Cpu, DType::F32).forward(&cpu, Epilogue::NONE).unwrap();
         close(&got, &want, 3e-3, "convolution");
     }
 }
@@ -268,9 +277,9 @@ fn every_tile_computes_the_same() {
     let linear = |device: &Device, dtype| Linear::new(&weight, None, device, dtype).unwrap();
     let placed = place(&x, DType::F16, &device);
     let ours = linear(&device, DType::F16);
-    let want = linear(&Device::Cpu, DType::F32).forward(&x).unwrap();
+    let want = linear(&Device::Cpu, DType::F32).forward(&x, Epilogue::NONE).unwrap();
     for rows in [128 * 108 - 5, 128 * 54 - 7, 100] {
-        let got = ours.forward(&placed.narrow(1, 0, rows).unwrap()).unwrap();
+        let got = ours.forward(&placed.narrow(1, 0, rows).unwrap(), Epilogue::NONE).unwrap();
         close(&got, &want.narrow(1, 0, rows).unwrap().contiguous().unwrap(), 3e-3, "tile");
     }
 }

@@ -1,41 +1,44 @@
-//! Convolution of kernel 3 and stride 1 by Winograd's minimal filtering F(4x4, 3x3) (Lavin and
-//! Gray 2016): a tile of 4 x 4 outputs costs 36 products for each pair of channels, not 144.
+//! 3x3 convolution of stride 1 by Winograd's minimal filtering F(4x4, 3x3) (Lavin and Gray 2016): a
+//! tile of 4 x 4 outputs costs 36 multiplications for each pair of channels, not 144.
 //!
 //! The points are 0, +-3/4, +-3/2 and infinity: exact in binary, and a third of the error of the
 //! usual 0, +-1, +-2. Input tiles are transformed and packed once, weights panel by panel as they
-//! are needed, and 36 small matrix products run on the kernel of [`super::gemm`]. A tile's result
-//! does not depend on the tiles beside it.
+//! are needed, and 36 small GEMMs run on the micro-kernel of [`super::vectors`]. The result of a
+//! tile does not depend on the tiles beside it.
 
 use std::mem::MaybeUninit;
 use std::ops::{Add, Mul, Range, Sub};
 
 use rayon::prelude::*;
 
-use super::buffers::{Aligned, Out, Scratch, written};
-use super::conv::Fields;
-use super::gemm::{Epilogue, Kernel, MR, NR, Packed, into_columns};
+use super::buffers::{Aligned, Scratch, SharedOutput, fill};
+use super::epilogue::HostEpilogue;
+use super::im2col::{OVERREAD, ReceptiveFields};
+use super::packed::Packed;
 use super::simd::vectorized;
+use super::tile::{MR, NR};
+use super::transpose::into_columns;
+use super::vectors::MicroKernel;
 
-/// Outputs of a tile's side.
+/// Side of a tile of outputs.
 const SIDE: usize = 4;
-/// Inputs of a tile's side.
+/// Side of a tile of inputs.
 const PATCH: usize = SIDE + 2;
-/// Rows and columns past the padding that the last tiles of a picture may have.
-pub(super) const BEYOND: usize = SIDE - 1;
-/// Products of a tile.
+const _: () = assert!(OVERREAD >= SIDE - 1, "the last tile ends inside of the receptive fields");
+/// Elements of a transformed tile.
 const POINTS: usize = PATCH * PATCH;
-/// Channels that are transformed at a time.
+/// Channels that are transformed at a time, a vector.
 const LANES: usize = 16;
 /// Groups of MR tiles that share a pass over the weights of a point.
 const PASS: usize = 8;
-/// Depth of a block: its weights (DEPTH x NR) and a tile stay in the first-level cache.
+/// K of a block: its weights (DEPTH x NR) and a tile stay in L1d.
 const DEPTH: usize = 160;
-/// Numbers of transformed weights that are kept.
+/// Maximum size of transformed weights that are kept, in floats.
 const MOST_KEPT: usize = 640 << 10;
-/// Transformed input in memory at a time, in floats, if that is enough for [`FEWEST_GROUPS`].
+/// Transformed input in memory at a time, in floats, unless [`FEWEST_GROUPS`] are more.
 const CHUNK: usize = 8 << 20;
-/// Groups that are in memory at a time at least, if there are so many: weights that are not kept are
-/// transformed anew for the next.
+/// Fewest groups in memory at a time, if there are so many: weights that are not kept are
+/// transformed again for the next.
 const FEWEST_GROUPS: usize = 24;
 
 const A: f32 = 0.75;
@@ -43,22 +46,22 @@ const B: f32 = 1.5;
 const A2: f32 = A * A;
 const B2: f32 = B * B;
 
-/// Whether this is the faster way. It depends on the picture alone, never on the batch, so that a
-/// sample's result does not either.
-pub(super) fn pays(height: usize, width: usize, channels: usize) -> bool {
+/// Whether it is faster than im2col. This depends on the image alone, never on the batch, so that
+/// the result of a sample does not either.
+pub(super) fn is_profitable(height: usize, width: usize, channels: usize) -> bool {
     channels.is_multiple_of(LANES) && height.div_ceil(SIDE) * width.div_ceil(SIDE) >= 16
 }
 
 /// The convolution of `fields`, then the epilogue: (pixels, n).
 pub(super) fn convolve(
-    fields: &Fields<'_>,
+    fields: &ReceptiveFields<'_>,
     samples: usize,
     weights: &Packed,
-    kept: Option<&Kept>,
-    epilogue: Epilogue<'_>,
+    kept: Option<&TransformedWeights>,
+    epilogue: HostEpilogue<'_>,
 ) -> Vec<f32> {
     let (rows, columns) = fields.output;
-    let problem = |out| Problem {
+    let problem = |out| Winograd {
         fields,
         channels: fields.channels(),
         tiles: (rows.div_ceil(SIDE), columns.div_ceil(SIDE)),
@@ -73,31 +76,31 @@ pub(super) fn convolve(
     }
     // SAFETY: the tiles of all groups and the columns of all panels cover the output, and
     // store_group() writes those of its group and panel.
-    unsafe { written(samples * rows * columns * weights.n, |out| problem(out).run()) }
+    unsafe { fill(samples * rows * columns * weights.n, |out| problem(out).run()) }
 }
 
-struct Problem<'a> {
-    fields: &'a Fields<'a>,
+struct Winograd<'a> {
+    fields: &'a ReceptiveFields<'a>,
     channels: usize,
-    /// Tiles of a picture: rows, columns.
+    /// Tiles of an image: rows, columns.
     tiles: (usize, usize),
     samples: usize,
     weights: &'a Packed,
-    kept: Option<&'a Kept>,
-    epilogue: Epilogue<'a>,
-    out: Out,
+    kept: Option<&'a TransformedWeights>,
+    epilogue: HostEpilogue<'a>,
+    out: SharedOutput,
 }
 
-/// The weights of a small layer, transformed once: [panel][point][channel][NR].
-pub(super) struct Kept(Aligned);
+/// The weights of a small layer, transformed once at load: [panel][point][channel][NR].
+pub(super) struct TransformedWeights(Aligned);
 
-impl Kept {
-    /// None if they are many, since they are four times as large then (eight times those in bf16), or
-    /// of no use.
+impl TransformedWeights {
+    /// `None` if they would be too large (four times the weights in f32, eight times in bf16), or
+    /// the layer never uses Winograd's convolution.
     pub(super) fn new(weights: &Packed) -> Option<Self> {
         let (panels, channels) = (weights.n.div_ceil(NR), weights.k / 9);
         let size = POINTS * channels * NR;
-        let suits = channels.is_multiple_of(LANES) && !weights.tiled();
+        let suits = channels.is_multiple_of(LANES) && !weights.is_vnni();
         if !suits || panels * size > MOST_KEPT {
             return None;
         }
@@ -113,7 +116,7 @@ impl Kept {
     }
 }
 
-impl Problem<'_> {
+impl Winograd<'_> {
     fn run(&self) {
         let groups = self.count().div_ceil(MR);
         let size = POINTS * MR * self.channels;
@@ -122,7 +125,7 @@ impl Problem<'_> {
             let chunk = first..groups.min(first + per_chunk);
             // SAFETY: the tasks of transform() cover all channels of all groups of the chunk, and
             // transform_group() writes all points of its own.
-            let inputs = unsafe { written(chunk.len() * size, |out| self.transform(&chunk, out)) };
+            let inputs = unsafe { fill(chunk.len() * size, |out| self.transform(&chunk, out)) };
             self.multiply(&chunk, &inputs);
         }
     }
@@ -138,11 +141,11 @@ impl Problem<'_> {
         (tile / per_sample, place / self.tiles.1 * SIDE, place % self.tiles.1 * SIDE)
     }
 
-    /// Transforms the groups of a chunk, MR tiles each, into [group][point][channel][MR]. Places
-    /// past the last tile repeat it.
-    fn transform(&self, chunk: &Range<usize>, out: Out) {
+    /// Transforms the groups of a chunk, MR tiles each, into [group][point][channel][MR]. Tiles
+    /// past the last repeat it.
+    fn transform(&self, chunk: &Range<usize>, out: SharedOutput) {
         let blocks = self.channels / LANES;
-        // Few groups share their channels between threads.
+        // Where there are few groups, threads divide their channels.
         let parts = (4 * rayon::current_num_threads()).div_ceil(chunk.len()).min(blocks);
         let length = blocks.div_ceil(parts);
         let parts = blocks.div_ceil(length);
@@ -157,8 +160,8 @@ impl Problem<'_> {
         });
     }
 
-    /// Transforms some channels of a group, LANES at a time, to where `place` has a point and the
-    /// channels from one on.
+    /// Transforms some channels of a group, LANES at a time, into the memory that `place` returns
+    /// for a point and a first channel.
     fn transform_group<'o>(
         &self,
         group: usize,
@@ -182,22 +185,22 @@ impl Problem<'_> {
         }
     }
 
-    /// The 36 products and the way back, for the groups of a chunk.
+    /// The 36 GEMMs and the output transform, for the groups of a chunk.
     fn multiply(&self, chunk: &Range<usize>, inputs: &[f32]) {
         let panels = self.weights.n.div_ceil(NR);
         let tasks = 2 * rayon::current_num_threads();
-        // Each task transforms its weights anew, if they are not kept.
+        // Each task transforms its weights again, if they are not kept.
         let tasks = if self.kept.is_some() { 2 * tasks } else { tasks };
         let length = chunk.len().div_ceil(tasks.div_ceil(panels).min(chunk.len()));
         let splits = chunk.len().div_ceil(length);
         (0..panels * splits).into_par_iter().for_each(|task| {
-            // Groups first: a thread goes on with the pixels that it had.
+            // Groups first: consecutive tasks of a thread reuse its tiles (cache locality).
             let (part, panel) = (task / panels, task % panels);
             let mine = part * length..chunk.len().min((part + 1) * length);
             let size = POINTS * self.channels * NR;
             let mut transformed = Scratch::new(if self.kept.is_some() { 0 } else { size });
             let weights = match self.kept {
-                Some(Kept(all)) => &all.as_slice()[panel * size..][..size],
+                Some(TransformedWeights(all)) => &all.as_slice()[panel * size..][..size],
                 None => {
                     transform_panel(self.weights, panel, &mut transformed);
                     &transformed
@@ -217,7 +220,7 @@ impl Problem<'_> {
 
     /// products: [group of the pass][point][MR][NR]
     fn products(&self, pass: &Range<usize>, inputs: &[f32], weights: &[f32], products: &mut [f32]) {
-        let kernel = Kernel::detect();
+        let kernel = MicroKernel::detect();
         let depth = self.channels;
         for (p, b) in weights.chunks_exact(depth * NR).enumerate() {
             for k0 in (0..depth).step_by(DEPTH) {
@@ -232,7 +235,7 @@ impl Problem<'_> {
         }
     }
 
-    /// Transforms the products of a group back and writes the pixels that exist.
+    /// The output transform of a group: writes the pixels that exist.
     fn store_group(&self, group: usize, panel: usize, product: &[f32]) {
         let columns = panel * NR..self.weights.n.min((panel + 1) * NR);
         for i in 0..MR.min(self.count() - group * MR) {
@@ -251,10 +254,11 @@ impl Problem<'_> {
 /// A panel of weights as [point][channel][NR].
 fn transform_panel(weights: &Packed, panel: usize, out: &mut [f32]) {
     let mut wide = Scratch::new(weights.k * NR);
-    transform_weights(weights.panel(panel, 0, weights.k, &mut wide), out); // from [tap][channel][NR]
+    // From [tap][channel][NR].
+    transform_weights(weights.panel(panel, 0, weights.k, &mut wide), out);
 }
 
-/// One value for each of sixteen channels.
+/// A value for each of sixteen channels.
 #[derive(Clone, Copy)]
 struct Lanes([f32; LANES]);
 
@@ -291,7 +295,7 @@ impl Mul<f32> for Lanes {
     }
 }
 
-/// One dimension of the input's transform, B^T d.
+/// The input transform in one dimension, B^T d.
 #[inline(always)]
 fn input(d: [Lanes; PATCH]) -> [Lanes; PATCH] {
     let (even1, odd1) = (d[4] - d[2] * B2, (d[3] - d[1] * B2) * A);
@@ -306,7 +310,7 @@ fn input(d: [Lanes; PATCH]) -> [Lanes; PATCH] {
     ]
 }
 
-/// One dimension of the weights' transform, G g.
+/// The weight transform in one dimension, G g.
 #[inline(always)]
 fn weight(g: [Lanes; 3]) -> [Lanes; PATCH] {
     const FA: f32 = 1.0 / (2.0 * A2 * (A2 - B2));
@@ -316,7 +320,7 @@ fn weight(g: [Lanes; 3]) -> [Lanes; PATCH] {
     [g[0] * (1.0 / (A2 * B2)), even1 + odd1, even1 - odd1, even2 + odd2, even2 - odd2, g[2]]
 }
 
-/// One dimension of the way back, A^T m.
+/// The output transform in one dimension, A^T m.
 #[inline(always)]
 fn output(m: [Lanes; PATCH]) -> [Lanes; SIDE] {
     let (sum1, difference1) = (m[1] + m[2], m[1] - m[2]);
@@ -378,11 +382,11 @@ vectorized! {
     fn store_tile(
         product: &[f32],
         tile: usize,
-        out: Out,
+        out: SharedOutput,
         pixels: &[Option<usize>; SIDE * SIDE],
         columns: &Range<usize>,
         n: usize,
-        epilogue: &Epilogue<'_>,
+        epilogue: &HostEpilogue<'_>,
     ) {
         let mut values = [[0f32; NR]; SIDE * SIDE];
         for half in (0..NR).step_by(LANES) {

@@ -1,8 +1,9 @@
-//! Memory as the kernels want it: kept by the allocator, in large pages.
+//! What the kernels want of the allocator and of the operating system: freed memory is kept, and
+//! large blocks lie on huge pages.
 
-/// Tells the allocator to keep what is freed. A step allocates and frees the same few hundred
-/// megabytes of activations in blocks that glibc would otherwise return to the kernel one by one,
-/// and fault in again page by page.
+/// Makes glibc keep freed memory, for the whole process. A step allocates and frees the same few
+/// hundred megabytes of activations in blocks that glibc would otherwise return to the kernel one
+/// by one, and fault in again page by page.
 ///
 /// On other systems it does nothing.
 pub fn keep_freed_memory() {
@@ -29,30 +30,24 @@ pub fn keep_freed_memory() {
     }
 }
 
-/// Gives back to the kernel what [`keep_freed_memory`] has kept, and to GPUs what was loaded for
-/// models that are no more: after a model has gone, and before it is measured how much there is
-/// for the next.
-///
-/// On other systems than Linux the host's memory stays as it is.
-pub fn return_freed_memory() {
-    #[cfg(feature = "cuda")]
-    super::cuda::forget_closed();
+/// Returns to the kernel what [`keep_freed_memory`] has kept. On other systems it does nothing.
+pub(in crate::ops) fn trim_heap() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
         unsafe extern "C" {
             fn malloc_trim(keep: usize) -> i32;
         }
-        // SAFETY: malloc_trim only touches memory that is not allocated, and takes the
-        // allocator's own lock.
+        // SAFETY: malloc_trim only touches memory that is not allocated, and takes the allocator's
+        // own lock.
         unsafe { malloc_trim(0) };
     }
 }
 
-/// Asks for pages of 2 MiB under a large block that is about to be written for the first time:
-/// the weights of a model are a million small pages, each a fault at load and an entry that
-/// address translation must find at every step; activations and scratch of large pictures on small
-/// pages cost a sixth of a step, where chance has them so. Pages at both ends are shared with what
-/// lies beside the block: one block follows another, and small ones stay as they are.
+/// Asks for huge pages (2 MiB) under a large block that is about to be written for the first time.
+/// The weights of a model are a million small pages, each a fault at load and TLB misses at every
+/// step; activations and scratch of large images on small pages make a step up to a sixth slower.
+/// The pages at both ends are shared with the neighbouring allocations. Blocks below 2 MiB stay on
+/// small pages.
 pub(super) fn prefer_huge_pages<T>(block: &mut [T]) {
     #[cfg(target_os = "linux")]
     {
@@ -66,8 +61,8 @@ pub(super) fn prefer_huge_pages<T>(block: &mut [T]) {
         let start = range.start as usize / HUGE * HUGE;
         let end = (range.end as usize).next_multiple_of(HUGE);
         if size_of_val(block) >= HUGE {
-            // SAFETY: this advice changes no contents, neither of the block nor of its neighbours.
-            // An error means that the pages stay small.
+            // SAFETY: the advice changes no contents, neither of the block nor of its neighbours.
+            // On an error the pages stay small.
             unsafe { madvise(start as *mut std::ffi::c_void, end - start, MADV_HUGEPAGE) };
         }
     }
@@ -87,22 +82,5 @@ mod tests {
         let mut block = vec![7u8; 8 << 20];
         super::prefer_huge_pages(&mut block);
         assert!(block.iter().all(|b| *b == 7));
-    }
-
-    #[test]
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    fn what_is_freed_goes_back_when_asked() {
-        let resident = || -> usize {
-            let text = std::fs::read_to_string("/proc/self/statm").expect("Linux has it");
-            text.split(' ').nth(1).and_then(|pages| pages.parse().ok()).expect("a number")
-        };
-        super::keep_freed_memory();
-        let blocks: Vec<_> = (0..64).map(|_| vec![1u8; 4 << 20]).collect();
-        assert!(blocks.iter().all(|block| block[4 << 10] == 1));
-        let full = resident();
-        drop(blocks);
-        super::return_freed_memory();
-        let pages_of_half = (128 << 20) / 4096;
-        assert!(resident() + pages_of_half < full, "{} of {full} pages left", resident());
     }
 }

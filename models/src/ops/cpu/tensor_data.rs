@@ -1,4 +1,5 @@
-//! Numbers on their way from a file into a layer: most of what loading a model is.
+//! The numbers of a tensor between a file and a layer. Converting them is most of the time that it
+//! takes to load a model.
 
 use std::mem::MaybeUninit;
 
@@ -6,27 +7,27 @@ use candle_core::{DType, Device, Result, Tensor};
 use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
 
-use super::buffers::written_in_chunks;
-use super::host;
+use super::buffers::fill_chunks;
+use super::host::host;
 
-/// Numbers that one thread takes at a time.
+/// Numbers that a thread converts at a time.
 const CHUNK: usize = 1 << 16;
-/// Halves that are turned at a time.
+/// f16 that are converted at a time.
 const BLOCK: usize = 256;
 
-/// Numbers in memory, or as a file holds them: little-endian, and anywhere.
+/// The numbers of a tensor: f32 in memory, or little-endian and unaligned as in a file.
 #[derive(Clone, Copy)]
-pub(crate) enum Numbers<'a> {
+pub(crate) enum TensorData<'a> {
     Floats(&'a [f32]),
     F32(&'a [[u8; 4]]),
     F16(&'a [[u8; 2]]),
     Bf16(&'a [[u8; 2]]),
-    /// Several, one behind the other.
+    /// Several, concatenated.
     Parts(&'a [Self]),
 }
 
-impl<'a> Numbers<'a> {
-    /// `None` for a type that no weight has.
+impl<'a> TensorData<'a> {
+    /// The numbers in `bytes`; `None` if `dtype` is not f32, f16 or bf16.
     pub(crate) fn new(bytes: &'a [u8], dtype: DType) -> Option<Self> {
         match dtype {
             DType::F32 => Some(Self::F32(bytes.as_chunks().0)),
@@ -45,7 +46,7 @@ impl<'a> Numbers<'a> {
         }
     }
 
-    /// Those from `first` on, as many as `out` holds.
+    /// Reads the numbers from `first` on into all of `out`.
     pub(super) fn read(&self, first: usize, out: &mut [f32]) {
         let range = first..first + out.len();
         match self {
@@ -83,7 +84,7 @@ impl<'a> Numbers<'a> {
         }
     }
 
-    /// All of them, by all threads.
+    /// All numbers, by all threads.
     pub(crate) fn floats(&self) -> Vec<f32> {
         let part = |i: usize, out: &mut [MaybeUninit<f32>]| {
             let mut block = [0.0; BLOCK];
@@ -93,16 +94,16 @@ impl<'a> Numbers<'a> {
                 out.write_copy_of_slice(block);
             }
         };
-        // SAFETY: the blocks are all of a chunk.
-        unsafe { written_in_chunks(self.len(), CHUNK, part) }
+        // SAFETY: the blocks cover the chunk.
+        unsafe { fill_chunks(self.len(), CHUNK, part) }
     }
 }
 
 /// The weight of a layer, (out, ..), before it is packed or placed.
 pub(crate) enum Weight<'a> {
     Tensor(&'a Tensor),
-    /// Numbers and their shape.
-    Stored(Numbers<'a>, &'a [usize]),
+    /// As stored, and the shape.
+    Data(TensorData<'a>, &'a [usize]),
 }
 
 impl<'a> From<&'a Tensor> for Weight<'a> {
@@ -112,38 +113,36 @@ impl<'a> From<&'a Tensor> for Weight<'a> {
 }
 
 impl Weight<'_> {
-    pub(super) fn dims(&self) -> &[usize] {
+    fn dims(&self) -> &[usize] {
         match self {
             Self::Tensor(tensor) => tensor.dims(),
-            Self::Stored(_, shape) => shape,
+            Self::Data(_, shape) => shape,
         }
     }
 
     /// As a matrix: outputs, and inputs of each.
-    pub(super) fn matrix(&self) -> (usize, usize) {
+    pub(in crate::ops) fn matrix(&self) -> (usize, usize) {
         let (outputs, rest) = self.dims().split_first().unwrap_or((&0, &[]));
         (*outputs, rest.iter().product())
     }
 
     /// As f32 in host memory.
-    pub(super) fn tensor(&self) -> Result<Tensor> {
+    pub(in crate::ops) fn tensor(&self) -> Result<Tensor> {
         match self {
             Self::Tensor(tensor) => tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32),
-            Self::Stored(numbers, shape) => {
-                Tensor::from_vec(numbers.floats(), *shape, &Device::Cpu)
-            }
+            Self::Data(numbers, shape) => Tensor::from_vec(numbers.floats(), *shape, &Device::Cpu),
         }
     }
 
-    /// What `take` makes of the numbers.
-    pub(super) fn numbers<T>(&self, take: impl FnOnce(Numbers<'_>) -> T) -> Result<T> {
+    /// Calls `take` with the numbers.
+    pub(super) fn data<T>(&self, take: impl FnOnce(TensorData<'_>) -> T) -> Result<T> {
         match self {
             Self::Tensor(_) => {
                 let tensor = self.tensor()?.contiguous()?;
                 let source = host(&tensor)?;
-                Ok(take(Numbers::Floats(source.data()?)))
+                Ok(take(TensorData::Floats(source.data()?)))
             }
-            Self::Stored(numbers, _) => Ok(take(*numbers)),
+            Self::Data(numbers, _) => Ok(take(*numbers)),
         }
     }
 }
@@ -154,8 +153,8 @@ mod tests {
     use crate::ops::tests::random;
 
     #[test]
-    fn numbers_of_every_type_and_length_are_read() {
-        let floats = |bytes: &[u8], dtype| Numbers::new(bytes, dtype).unwrap().floats();
+    fn data_of_every_type_and_length_is_read() {
+        let floats = |bytes: &[u8], dtype| TensorData::new(bytes, dtype).unwrap().floats();
         for len in [0, 1, BLOCK + 1, CHUNK + 77] {
             let values = random(len, 1);
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
@@ -169,14 +168,15 @@ mod tests {
             let want: Vec<f32> = halves.iter().map(|v| v.to_f32()).collect();
             assert_eq!(floats(&bytes, DType::BF16), want);
         }
-        assert!(Numbers::new(&[0; 16], DType::I64).is_none());
+        assert!(TensorData::new(&[0; 16], DType::I64).is_none());
     }
 
     #[test]
     fn parts_are_read_as_one() {
         let values = random(1000, 1);
-        let parts = [0..300, 300..300, 300..301, 301..1000].map(|at| Numbers::Floats(&values[at]));
-        let all = Numbers::Parts(&parts);
+        let parts =
+            [0..300, 300..300, 300..301, 301..1000].map(|at| TensorData::Floats(&values[at]));
+        let all = TensorData::Parts(&parts);
         assert_eq!(all.floats(), values);
         for (first, count) in [(0, 0), (0, 301), (299, 3), (300, 1), (301, 699), (1000, 0)] {
             let mut some = vec![0.0; count];

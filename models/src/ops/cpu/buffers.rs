@@ -1,5 +1,5 @@
-//! Memory for the kernels to work in: aligned, reused by its thread, and written without being
-//! cleared first.
+//! Memory of the kernels: aligned to cache lines, scratch reused by its thread, outputs that are
+//! written without being cleared first.
 
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
@@ -13,34 +13,34 @@ use super::memory::prefer_huge_pages;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Numbers that start on a cache line.
-pub(crate) struct Aligned<T = f32> {
+/// Numbers aligned to a cache line.
+pub(super) struct Aligned<T = f32> {
     numbers: Vec<T>,
     first: usize,
     len: usize,
 }
 
 thread_local! {
-    /// What this thread's scratch was made of, the largest last.
+    /// Free scratch of this thread, the largest last.
     static KEPT: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Scratch of a thread that is in use at a time, at the most: attention on tiles has its queries,
-/// scores, weights, sums and results.
+/// Maximum number of scratch buffers that a thread uses at a time: attention by AMX has its
+/// queries, scores, weights, sums and results.
 const MAX_KEPT: usize = 5;
 
-/// [`Aligned`] floats that hold whatever this thread left in them: a task's scratch is as large as
-/// its work, and clearing it would take as long as writing it.
-pub(crate) struct Scratch(Aligned);
+/// [`Aligned`] floats of undefined value (those of the thread's last use): the scratch of a task is
+/// as large as its work, so clearing it would take as long as writing it.
+pub(super) struct Scratch(Aligned);
 
 impl Scratch {
-    pub(crate) fn new(len: usize) -> Self {
+    pub(super) fn new(len: usize) -> Self {
         let room = len + Aligned::<f32>::PER_LINE;
         let kept = KEPT.with_borrow_mut(|kept| {
             let fits = kept.iter().position(|floats| floats.len() >= room);
             fits.map(|at| kept.remove(at)).or_else(|| kept.pop())
         });
-        // The largest, where none fits, goes before a larger one takes its place.
+        // Where none fits the largest is freed before a larger one replaces it.
         let floats = kept.filter(|floats| floats.len() >= room).unwrap_or_else(|| {
             let mut floats = Vec::with_capacity(room);
             prefer_huge_pages(floats.spare_capacity_mut());
@@ -52,12 +52,11 @@ impl Scratch {
 }
 
 impl Scratch {
-    /// The same memory as twice as many halves.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "for AMX alone"))]
-    pub(crate) fn halves(&mut self) -> &mut [bf16] {
+    /// The same memory as twice as many bf16.
+    pub(super) fn halves(&mut self) -> &mut [bf16] {
         let floats = &mut **self;
         let len = 2 * floats.len();
-        // SAFETY: the memory is borrowed as a whole, and all bits are a number in either type.
+        // SAFETY: the memory is borrowed as a whole, and all bit patterns are valid in both types.
         unsafe { std::slice::from_raw_parts_mut(floats.as_mut_ptr().cast(), len) }
     }
 }
@@ -65,7 +64,7 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         let floats = std::mem::take(&mut self.0.numbers);
-        // The thread may be ending, and its store gone.
+        // While the thread ends its thread-local values may be gone.
         let _ = KEPT.try_with(|kept| {
             let mut kept = kept.borrow_mut();
             let at = kept.partition_point(|other| other.len() < floats.len());
@@ -95,7 +94,7 @@ impl<T: Copy + Default> Aligned<T> {
     /// Numbers in a cache line.
     const PER_LINE: usize = LINE / size_of::<T>();
 
-    pub(crate) fn zeros(len: usize) -> Self {
+    pub(super) fn zeros(len: usize) -> Self {
         Self::within(vec![T::default(); len + Self::PER_LINE], len)
     }
 
@@ -103,22 +102,22 @@ impl<T: Copy + Default> Aligned<T> {
         Self { first: Self::first(numbers.as_ptr()), numbers, len }
     }
 
-    /// How far after the start of some numbers a cache line begins.
+    /// Elements from `start` to the next cache line.
     fn first(start: *const T) -> usize {
         start.align_offset(LINE).min(Self::PER_LINE)
     }
 
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [T] {
+    pub(super) fn as_mut_slice(&mut self) -> &mut [T] {
         &mut self.numbers[self.first..self.first + self.len]
     }
 }
 
 impl<T: Copy + Default + Send> Aligned<T> {
-    /// On large pages, by many threads: `write` gets the number of each chunk and the chunk.
+    /// On huge pages, filled by many threads: `write` gets the index of each chunk and the chunk.
     ///
     /// # Safety
     /// `write` writes all of each chunk.
-    pub(crate) unsafe fn written(
+    pub(super) unsafe fn fill(
         len: usize,
         chunk: usize,
         write: impl Fn(usize, &mut [MaybeUninit<T>]) + Sync,
@@ -129,7 +128,7 @@ impl<T: Copy + Default + Send> Aligned<T> {
         let room = &mut numbers.spare_capacity_mut()[..len];
         prefer_huge_pages(room);
         let chunk = chunk.max(1);
-        // Whoever loads is not of the pool, and would wait for its only thread once for every call.
+        // The loading thread is not of the pool and would block once per call on its only thread.
         let alone = rayon::current_num_threads() == 1;
         let least = if alone { usize::MAX } else { FEWEST_PACKED.div_ceil(chunk) };
         let chunks = room.par_chunks_mut(chunk).enumerate().with_min_len(least);
@@ -141,65 +140,65 @@ impl<T: Copy + Default + Send> Aligned<T> {
 }
 
 impl<T> Aligned<T> {
-    pub(crate) fn as_slice(&self) -> &[T] {
+    pub(super) fn as_slice(&self) -> &[T] {
         &self.numbers[self.first..self.first + self.len]
     }
 }
 
-/// An output that several threads write at once, each its own part.
+/// An output that several threads write at once, each a part of its own.
 #[derive(Clone, Copy)]
-pub(crate) struct Out {
+pub(super) struct SharedOutput {
     start: *mut MaybeUninit<f32>,
     len: usize,
 }
 // SAFETY: parts are handed out by the unsafe `slice`, whose callers own them.
-unsafe impl Send for Out {}
+unsafe impl Send for SharedOutput {}
 // SAFETY: as above.
-unsafe impl Sync for Out {}
+unsafe impl Sync for SharedOutput {}
 
-/// A vector that `write` fills through the [`Out`] it is given: clearing it first would take as
-/// long.
+/// A vector that `write` fills through the [`SharedOutput`] it is given, without being cleared
+/// first.
 ///
 /// # Safety
 /// `write` writes every element.
-pub(crate) unsafe fn written(len: usize, write: impl FnOnce(Out)) -> Vec<f32> {
+pub(super) unsafe fn fill(len: usize, write: impl FnOnce(SharedOutput)) -> Vec<f32> {
     let mut out: Vec<f32> = Vec::with_capacity(len);
     let room = &mut out.spare_capacity_mut()[..len];
     prefer_huge_pages(room);
-    write(Out { start: room.as_mut_ptr(), len });
+    write(SharedOutput { start: room.as_mut_ptr(), len });
     // SAFETY: the capacity is `len` or more, and the caller has written all of it.
     unsafe { out.set_len(len) };
     out
 }
 
-/// Numbers that are not worth a second thread.
-pub(crate) const FEWEST: usize = 16 << 10;
-/// The same of weights, which are packed beside networks that run.
+/// Fewest numbers that are worth a second thread.
+pub(super) const FEWEST: usize = 16 << 10;
+/// The same of weights, which are packed while other networks run.
 const FEWEST_PACKED: usize = 128 << 10;
 
-/// As [`written`], by many threads: `write` gets the number of each chunk and the chunk.
+/// As [`fill`], by many threads: `write` gets the index of each chunk and the chunk.
 ///
 /// # Safety
 /// `write` writes all of each chunk.
-pub(crate) unsafe fn written_in_chunks(
+pub(super) unsafe fn fill_chunks(
     len: usize,
     chunk: usize,
     write: impl Fn(usize, &mut [MaybeUninit<f32>]) + Sync,
 ) -> Vec<f32> {
-    let part = |out: Out, i: usize| {
+    let part = |out: SharedOutput, i: usize| {
         // SAFETY: no two chunks overlap.
         write(i, unsafe { out.slice(i * chunk, chunk.min(len - i * chunk)) });
     };
     let chunks = (0..len.div_ceil(chunk)).into_par_iter().with_min_len(FEWEST.div_ceil(chunk));
     let all = |out| chunks.for_each(|i| part(out, i));
     // SAFETY: the chunks cover the vector, and the caller writes all of each.
-    unsafe { written(len, all) }
+    unsafe { fill(len, all) }
 }
 
-impl Out {
+impl SharedOutput {
     /// # Safety
     /// No other thread touches these elements while the slice lives.
-    pub(crate) unsafe fn slice<'a>(self, first: usize, len: usize) -> &'a mut [MaybeUninit<f32>] {
+    pub(super) unsafe fn slice<'a>(self, first: usize, len: usize) -> &'a mut [MaybeUninit<f32>] {
         assert!(first + len <= self.len, "output part");
         // SAFETY: the part lies inside the output, and the caller owns it.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(first), len) }
@@ -219,13 +218,13 @@ mod tests {
                 }
             };
             // SAFETY: all of each part is written.
-            let all = unsafe { written_in_chunks(len, chunk, write) };
+            let all = unsafe { fill_chunks(len, chunk, write) };
             assert_eq!(all, (0..len).map(|i| i as f32).collect::<Vec<_>>());
         }
     }
 
     #[test]
-    fn scratch_is_aligned_and_used_again() {
+    fn scratch_is_aligned_and_reused() {
         let mut first = Scratch::new(1000);
         first.fill(1.0);
         let place = first.as_ptr();
@@ -233,7 +232,7 @@ mod tests {
         let second = Scratch::new(1000);
         assert_ne!(second.as_ptr(), place, "two at a time do not share");
         drop((first, second));
-        // None of what is kept is large enough for this one.
+        // No free buffer is large enough for this one.
         let larger = Scratch::new(5000);
         assert_eq!((larger.len(), larger.as_ptr().align_offset(64)), (5000, 0));
         let many: Vec<_> = (1..=2 * MAX_KEPT).map(|i| Scratch::new(100 * i)).collect();

@@ -1,43 +1,20 @@
-//! Pointwise nonlinearities, and GEGLU.
+//! Pointwise nonlinearities, and the gate of GEGLU, in place.
 
-use candle_core::{D, Result, Tensor};
-
-use super::packed::NR;
 use super::simd::{erf, exp, vectorized};
+use super::tile::NR;
+use crate::ops::types::Activation;
 
-/// A pointwise nonlinearity.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Activation {
-    /// x * sigmoid(x)
-    Silu,
-    /// x * Phi(x), exact
-    Gelu,
-    /// x * sigmoid(1.702 x)
-    QuickGelu,
-}
-
-impl Activation {
-    /// The activation of every element, in place.
-    pub(super) fn apply(self, x: &mut [f32]) {
-        match self {
-            Self::Silu => silu(x),
-            Self::Gelu => gelu(x),
-            Self::QuickGelu => quick_gelu(x),
-        }
-    }
-
-    /// The same from candle's operations.
-    pub(super) fn reference(self, x: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Silu => x.silu(),
-            Self::Gelu => x.gelu_erf(),
-            Self::QuickGelu => x * candle_nn::ops::sigmoid(&(x * 1.702)?)?,
-        }
+/// The activation of every element.
+pub(super) fn activate(x: &mut [f32], activation: Activation) {
+    match activation {
+        Activation::Silu => silu(x),
+        Activation::Gelu => gelu(x),
+        Activation::QuickGelu => quick_gelu(x),
     }
 }
 
 vectorized! {
-    /// x * sigmoid(x), in place
+    /// x * sigmoid(x)
     pub(super) fn silu(x: &mut [f32]) {
         for x in x {
             *x /= 1.0 + exp::<FMA>(-*x);
@@ -62,8 +39,8 @@ vectorized! {
 }
 
 vectorized! {
-    /// Rows of NR / 2 values and their gates, without `bias`: each value times the gelu of its
-    /// gate, in place.
+    /// Rows of NR / 2 values and their gates, and their bias (NR): each value times the gelu of its
+    /// gate, in the place of the value.
     pub(super) fn gate(rows: &mut [f32], bias: &[f32]) {
         let (value_bias, gate_bias) = bias.split_at(NR / 2);
         for row in rows.chunks_exact_mut(NR) {
@@ -78,17 +55,12 @@ vectorized! {
     }
 }
 
-/// GEGLU (Shazeer 2020) from candle's operations: (.., 2D) -> (.., D), the first half times the
-/// gelu of the second.
-pub(super) fn geglu_reference(x: &Tensor) -> Result<Tensor> {
-    let width = x.dim(D::Minus1)? / 2;
-    let gate = x.narrow(D::Minus1, width, width)?.contiguous()?.gelu_erf()?;
-    x.narrow(D::Minus1, 0, width)?.contiguous()? * gate
-}
-
 #[cfg(test)]
 mod tests {
+    use candle_core::Tensor;
+
     use super::*;
+    use crate::ops::reference;
     use crate::ops::tests::{difference, tensor};
 
     #[test]
@@ -96,9 +68,9 @@ mod tests {
         let x = (tensor(&[3, 7, 129], 1) * 6.0).unwrap();
         for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
             let mut values = x.flatten_all().unwrap().to_vec1().unwrap();
-            activation.apply(&mut values);
+            activate(&mut values, activation);
             let got = Tensor::from_vec(values, x.shape(), x.device()).unwrap();
-            assert!(difference(&got, &activation.reference(&x).unwrap()) < 1e-6);
+            assert!(difference(&got, &reference::activate(&x, activation).unwrap()) < 1e-6);
         }
     }
 }

@@ -1,9 +1,9 @@
 //! One loop, compiled three times. [`vectorized!`] turns a plain function over slices into a
-//! dispatcher that runs the copy built for AVX-512, for AVX2 or for the baseline of the target,
-//! whichever the processor has. The loops hold no intrinsics: the compiler vectorises them. In
-//! their bodies `FMA` says whether a product and a sum are one instruction.
+//! dispatcher that runs the copy compiled for AVX-512, for AVX2 or for the baseline of the target,
+//! the best that the processor has. The loops hold no intrinsics: the compiler vectorises them. In
+//! their bodies `FMA` is whether multiply-add is one instruction.
 
-/// Instruction sets for which there is a copy of every loop, the best first.
+/// Instruction sets that every loop is compiled for, the best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Isa {
     #[cfg(target_arch = "x86_64")]
@@ -14,12 +14,26 @@ pub(crate) enum Isa {
 }
 
 impl Isa {
-    /// The best one of this processor, and in tests of those that [`tests::ALLOWED`] names.
+    /// The best one of this processor; in tests no better than [`tests::ALLOWED`].
     pub(crate) fn detect() -> Self {
         #[cfg(test)]
         return Self::best().max(*tests::ALLOWED);
         #[cfg(not(test))]
         Self::best()
+    }
+
+    /// For the log.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "AVX-512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "AVX2",
+            #[cfg(target_arch = "x86_64")]
+            Self::Portable => "SSE2",
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Portable => "portable",
+        }
     }
 
     fn best() -> Self {
@@ -36,45 +50,6 @@ impl Isa {
     }
 }
 
-/// Whether products of bf16 are done on tiles.
-pub(super) fn has_tiles() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return super::amx::usable();
-    #[cfg(not(target_arch = "x86_64"))]
-    false
-}
-
-/// Whether this processor was made to compute in bf16.
-pub(crate) fn knows_bf16() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    return has_tiles() || is_x86_feature_detected!("avx512bf16");
-    #[cfg(not(target_arch = "x86_64"))]
-    false
-}
-
-/// The instructions that the kernels of the CPU use, and what is to be said of those that they
-/// should use and do not.
-pub fn instructions() -> (&'static str, Option<&'static str>) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use super::amx::{Found, find};
-
-        let vectors = match Isa::detect() {
-            Isa::Avx512 => "AVX-512",
-            Isa::Avx2 => "AVX2",
-            Isa::Portable => "SSE2",
-        };
-        match find() {
-            Found::Absent => (vectors, None),
-            Found::Usable => ("AVX-512, AMX", None),
-            Found::Refused => (vectors, Some("the system does not permit AMX")),
-            Found::Wrong => (vectors, Some("AMX is not used: its sums were wrong when tried")),
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    ("portable", None)
-}
-
 macro_rules! vectorized {
     ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $body:block) => {
         $(#[$doc])*
@@ -87,21 +62,21 @@ macro_rules! vectorized {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
             fn avx2($($arg: $ty),*) { body::<true>($($arg),*) }
-            match $crate::ops::simd::Isa::detect() {
+            match $crate::ops::cpu::simd::Isa::detect() {
                 // SAFETY: detect() has just found these instructions on this processor.
                 #[cfg(target_arch = "x86_64")]
-                $crate::ops::simd::Isa::Avx512 => unsafe { avx512($($arg),*) },
+                $crate::ops::cpu::simd::Isa::Avx512 => unsafe { avx512($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
-                $crate::ops::simd::Isa::Avx2 => unsafe { avx2($($arg),*) },
-                $crate::ops::simd::Isa::Portable => body::<false>($($arg),*),
+                $crate::ops::cpu::simd::Isa::Avx2 => unsafe { avx2($($arg),*) },
+                $crate::ops::cpu::simd::Isa::Portable => body::<false>($($arg),*),
             }
         }
     };
 }
 pub(crate) use vectorized;
 
-/// a * b + c, rounded once if `FMA`. (Without the instruction that would be a call of libm.)
+/// a * b + c, rounded once if `FMA`. (Without the instruction `mul_add` would call libm.)
 #[inline(always)]
 fn fma<const FMA: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FMA { a.mul_add(b, c) } else { a * b + c }
@@ -113,7 +88,7 @@ fn horner<const FMA: bool, const N: usize>(x: f32, coefficients: [f32; N]) -> f3
     coefficients[1..].iter().fold(coefficients[0], |p, c| fma::<FMA>(p, x, *c))
 }
 
-/// e^x to about two units in the last place for x in [-87, 88], flat outside (Cephes `expf`).
+/// e^x within about 2 ulp for x in [-87, 88], clamped outside (Cephes `expf`).
 #[inline(always)]
 pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
     /// Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
@@ -124,11 +99,11 @@ pub(crate) fn exp<const FMA: bool>(x: f32) -> f32 {
     let r = fma::<FMA>(n, 2.121_944_4e-4, fma::<FMA>(n, -0.693_359_4, x));
     let p = [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
     let y = fma::<FMA>(horner::<FMA, 6>(r, p), r * r, r + 1.0);
-    // The integer stands in the low bits of `rounded`; moved up it is the exponent of 2^n.
+    // The integer is in the low bits of `rounded`; shifted left it is the exponent of 2^n.
     y * f32::from_bits(rounded.to_bits().wrapping_add(127) << 23)
 }
 
-/// The error function to a few units in the last place (the rational approximation of Eigen).
+/// The error function within a few ulp (Eigen's rational approximation).
 #[inline(always)]
 pub(crate) fn erf<const FMA: bool>(x: f32) -> f32 {
     const P: [f32; 7] = [
@@ -172,7 +147,7 @@ pub(in crate::ops) mod tests {
         all.into_iter().filter(|isa| *isa >= Isa::best()).collect()
     }
 
-    /// What a lesser processor would run: loops are compiled for each of them.
+    /// As on a processor with a smaller instruction set.
     #[test]
     fn the_kernels_pass_their_tests_with_every_instruction_set() {
         if std::env::var_os(VARIABLE).is_some() {
