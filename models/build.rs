@@ -30,7 +30,8 @@ fn main() {
         running.map(|thread| thread.join().expect("nvcc has said why")).into()
     });
     let names = KERNELS.map(|kernels| format!("&{}", kernels.to_uppercase()));
-    let all = format!("static SOURCES: [&KernelFile; {}] = [{}];", names.len(), names.join(", "));
+    let all =
+        format!("static KERNEL_FILES: [&KernelFile; {}] = [{}];", names.len(), names.join(", "));
     fs::write(out.join("kernels.rs"), items.concat() + &all).expect("OUT_DIR can be written to");
 }
 

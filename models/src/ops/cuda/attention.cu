@@ -13,6 +13,7 @@ template <typename T> struct Attention {
     float scale; // 1 / sqrt(width), times log2(e)
     int causal;
 };
+static_assert(sizeof(Attention<f16>) == 96, "as in attention.rs");
 
 __device__ inline float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));

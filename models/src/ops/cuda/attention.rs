@@ -4,11 +4,12 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{Error, Result, Tensor};
 
 use super::device::has_products;
-use super::kernels::{ATTENTION, Grid, launch};
+use super::images::ATTENTION;
+use super::launch::{Grid, launch};
 use super::memory::{Operand, bytes, int, output};
 use crate::ops::types::Attention;
 
-/// Mirrors `Attention` in `attention.cu`.
+/// Mirrors `Attention` of `attention.cu`.
 #[repr(C)]
 struct AttentionArgs {
     qkv: [u64; 3],
@@ -22,6 +23,8 @@ struct AttentionArgs {
     scale: f32,
     causal: i32,
 }
+
+const _: () = assert!(size_of::<AttentionArgs>() == 96);
 
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for AttentionArgs {}
@@ -60,7 +63,7 @@ pub(in crate::ops) fn attention(
     }
     let (y, out) = output(device, q.dtype(), (batch, queries, channels))?;
     let scale = (width as f32).powf(-0.5) * std::f32::consts::LOG2_E;
-    let problem = AttentionArgs {
+    let args = AttentionArgs {
         qkv: [operands[0].address, operands[1].address, operands[2].address],
         out,
         samples,
@@ -80,9 +83,9 @@ pub(in crate::ops) fn attention(
     } else {
         Grid { blocks: (queries.div_ceil(64), kind.heads, batch), threads: 128, shared: 0 }
     };
-    // SAFETY: the operands have the shapes and strides that the problem says.
+    // SAFETY: the operands have the shapes and strides that the arguments say.
     unsafe {
-        launch(device, &ATTENTION, (&format!("attention_{known}"), q.dtype()), &grid, &problem)?;
+        launch(device, &ATTENTION, (&format!("attention_{known}"), q.dtype()), &grid, &args)?;
     }
     let flops = (4 * batch * queries * keys * channels) as u64;
     let moved = bytes(&[Some(q), Some(k), Some(v), Some(&y)]);

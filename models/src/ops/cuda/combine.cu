@@ -12,6 +12,7 @@ struct Combine {
     float factor[TERMS];
     int terms, count;
 };
+static_assert(sizeof(Combine) == 64, "as in combine.rs");
 
 /// The sum of factor * input.
 extern "C" __global__ void linear_combination_f32(const Combine p) {

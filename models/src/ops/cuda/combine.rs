@@ -4,7 +4,8 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{DType, Result, Tensor, bail};
 
 use super::device::has_plain;
-use super::kernels::{COMBINE, Grid, launch};
+use super::images::COMBINE;
+use super::launch::{Grid, launch};
 use super::memory::{Operand, bytes, int, output};
 
 /// Terms of a sum at the most: Adams and Bashforth's.
@@ -19,6 +20,8 @@ struct CombineArgs {
     terms: i32,
     count: i32,
 }
+
+const _: () = assert!(size_of::<CombineArgs>() == 64);
 
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for CombineArgs {}
@@ -55,10 +58,10 @@ fn run(kernel: &str, terms: &[(f64, &Tensor)]) -> Result<Option<Tensor>> {
     for (i, (operand, (scale, _))) in operands.iter().zip(terms).enumerate() {
         (input[i], factor[i]) = (operand.address, *scale as f32);
     }
-    let problem = CombineArgs { out, input, factor, terms: int(terms.len())?, count: int(count)? };
+    let args = CombineArgs { out, input, factor, terms: int(terms.len())?, count: int(count)? };
     let grid = Grid { blocks: (count.div_ceil(256), 1, 1), threads: 256, shared: 0 };
-    // SAFETY: all tensors have the elements that the problem says.
-    unsafe { launch(device, &COMBINE, (kernel, DType::F32), &grid, &problem)? };
+    // SAFETY: all tensors have the elements that the arguments say.
+    unsafe { launch(device, &COMBINE, (kernel, DType::F32), &grid, &args)? };
     let moved: u64 = terms.iter().map(|(_, x)| bytes(&[Some(x)])).sum();
     COMBINE.count(0, moved + bytes(&[Some(&y)]));
     Ok(Some(y))

@@ -9,6 +9,7 @@ struct Layout {
     const void *in;
     int pixels, channels, count; // count = batch * pixels * channels
 };
+static_assert(sizeof(Layout) == 32, "as in layout.rs");
 
 /// A thread takes an element of the channels-last side.
 template <typename T, bool LAST> __device__ void turn(const Layout &p) {

@@ -4,7 +4,8 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{DType, Result, Tensor};
 
 use super::device::has_plain;
-use super::kernels::{Grid, LAYOUT, launch};
+use super::images::LAYOUT;
+use super::launch::{Grid, launch};
 use super::memory::{Operand, bytes, int, output};
 
 /// Mirrors `Layout` in `layout.cu`.
@@ -16,6 +17,8 @@ struct LayoutArgs {
     channels: i32,
     count: i32,
 }
+
+const _: () = assert!(size_of::<LayoutArgs>() == 32);
 
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for LayoutArgs {}
@@ -48,7 +51,7 @@ fn turn(
 ) -> Result<()> {
     let (device, elements) = (x.device().as_cuda_device()?, x.elem_count());
     let input = Operand::dense(x)?;
-    let problem = LayoutArgs {
+    let args = LayoutArgs {
         out,
         input: input.address,
         pixels: int(pixels)?,
@@ -56,8 +59,8 @@ fn turn(
         count: int(elements)?,
     };
     let grid = Grid { blocks: (elements.div_ceil(256), 1, 1), threads: 256, shared: 0 };
-    // SAFETY: both tensors have the elements that the problem says.
-    unsafe { launch(device, &LAYOUT, kernel, &grid, &problem)? };
+    // SAFETY: both tensors have the elements that the arguments say.
+    unsafe { launch(device, &LAYOUT, kernel, &grid, &args)? };
     LAYOUT.count(0, bytes(&[Some(x), Some(y)]));
     Ok(())
 }

@@ -8,7 +8,8 @@
 mod attention;
 mod combine;
 mod device;
-mod kernels;
+mod images;
+mod launch;
 mod layout;
 mod memory;
 mod norm;
@@ -18,9 +19,9 @@ mod tests;
 
 pub(super) use attention::attention;
 pub(super) use combine::{lerp, linear_combination};
+pub(super) use device::unload_closed;
 pub(crate) use device::{free_bytes, loaded_images, name, open};
-pub(crate) use kernels::stats;
-pub(super) use kernels::unload_closed;
+pub(crate) use images::stats;
 pub(super) use layout::{channels_first, channels_last};
 pub(super) use norm::{group_norm, layer_norm};
 pub(super) use product::CudaFilter;

@@ -35,6 +35,7 @@ template <typename T> struct GroupNorm {
     float eps;
     int silu;
 };
+static_assert(sizeof(GroupNorm<f16>) == 80, "as in norm.rs");
 
 /// A channel of a sample: its first value and the distance to the next.
 template <typename T> struct Channel {
@@ -131,6 +132,7 @@ template <typename T> struct LayerNorm {
     int rows, width;
     float eps;
 };
+static_assert(sizeof(LayerNorm<f16>) == 48, "as in norm.rs");
 
 /// One warp a row.
 template <typename T> __device__ void layer_norm(const LayerNorm<T> &p) {

@@ -4,7 +4,8 @@ use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{DType, Result, Tensor};
 
 use super::device::has_plain;
-use super::kernels::{Grid, NORM, launch};
+use super::images::NORM;
+use super::launch::{Grid, launch};
 use super::memory::{Operand, address, bytes, int, output, second};
 use crate::ops::concat::ChannelConcat;
 
@@ -25,6 +26,8 @@ struct GroupNormArgs {
     eps: f32,
     silu: i32,
 }
+
+const _: () = assert!(size_of::<GroupNormArgs>() == 80);
 
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for GroupNormArgs {}
@@ -52,7 +55,7 @@ pub(in crate::ops) fn group_norm(
     let partial = (parts > 0).then(|| output(device, DType::F32, (batch, parts, groups, 2)));
     let partial = partial.transpose()?;
     let (y, out) = output(device, dtype, (batch, h, w, channels))?;
-    let problem = GroupNormArgs {
+    let args = GroupNormArgs {
         out,
         input: [first.address, address(second.as_ref())],
         weight: weight.address,
@@ -68,17 +71,17 @@ pub(in crate::ops) fn group_norm(
         silu: i32::from(silu),
     };
     let threads = 512;
-    // SAFETY: the operands have the shapes that the problem says.
+    // SAFETY: the operands have the shapes that the arguments say.
     unsafe {
         if parts == 0 {
             let grid = Grid { blocks: (groups, batch, 1), threads, shared: 0 };
-            launch(device, &NORM, ("group_norm_small", dtype), &grid, &problem)?;
+            launch(device, &NORM, ("group_norm_small", dtype), &grid, &args)?;
         } else {
             let blocks = (parts, batch, 1);
             let grid = Grid { blocks, threads, shared: 8 * channels.max(threads) };
-            launch(device, &NORM, ("group_norm_sums", dtype), &grid, &problem)?;
+            launch(device, &NORM, ("group_norm_sums", dtype), &grid, &args)?;
             let grid = Grid { blocks, threads, shared: 8 * groups };
-            launch(device, &NORM, ("group_norm_apply", dtype), &grid, &problem)?;
+            launch(device, &NORM, ("group_norm_apply", dtype), &grid, &args)?;
         }
     }
     let moved = bytes(&[Some(&x.first), x.second.as_ref(), Some(&y)]);
@@ -98,6 +101,8 @@ struct LayerNormArgs {
     eps: f32,
 }
 
+const _: () = assert!(size_of::<LayerNormArgs>() == 48);
+
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for LayerNormArgs {}
 
@@ -115,7 +120,7 @@ pub(in crate::ops) fn layer_norm(
     let rows = x.elem_count() / width;
     let (input, weight, bias) = (Operand::new(x)?, Operand::dense(weight)?, Operand::dense(bias)?);
     let (y, out) = output(device, x.dtype(), x.shape())?;
-    let problem = LayerNormArgs {
+    let args = LayerNormArgs {
         out,
         input: input.address,
         weight: weight.address,
@@ -125,8 +130,8 @@ pub(in crate::ops) fn layer_norm(
         eps: eps as f32,
     };
     let grid = Grid { blocks: (rows.div_ceil(4), 1, 1), threads: 128, shared: 0 };
-    // SAFETY: the operands have the shapes that the problem says.
-    unsafe { launch(device, &NORM, ("layer_norm", x.dtype()), &grid, &problem)? };
+    // SAFETY: the operands have the shapes that the arguments say.
+    unsafe { launch(device, &NORM, ("layer_norm", x.dtype()), &grid, &args)? };
     NORM.count(0, bytes(&[Some(x), Some(&y)]));
     Ok(Some(y))
 }

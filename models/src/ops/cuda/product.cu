@@ -25,6 +25,7 @@ template <typename T> struct Product {
     int shift_row;
     int activation;
 };
+static_assert(sizeof(Product<f16>) == 120, "as in product.rs");
 
 constexpr int DEPTH = 32; // of a tile, in values: four chunks of 16 bytes
 

@@ -3,8 +3,9 @@
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{D, DType, Device, Result, Tensor, bail};
 
-use super::device::has_products;
-use super::kernels::{Gpu, Grid, PRODUCT, launch};
+use super::device::{Gpu, has_products};
+use super::images::PRODUCT;
+use super::launch::{Grid, launch};
 use super::memory::{Operand, address, bytes, int, output, second};
 use crate::ops::concat::ChannelConcat;
 use crate::ops::gated::gated_order;
@@ -23,7 +24,7 @@ struct ProductArgs {
     m: i32,
     n: i32,
     row: i32,
-    picture: [i32; 2],
+    image: [i32; 2],
     c: i32,
     c1: i32,
     sized: [i32; 2],
@@ -35,8 +36,23 @@ struct ProductArgs {
     activation: i32,
 }
 
+const _: () = assert!(size_of::<ProductArgs>() == 120);
+
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for ProductArgs {}
+
+/// The last of `Activation` in `product.cu`.
+const GEGLU: i32 = 4;
+
+/// As `Activation` in `product.cu`.
+fn activation(activation: Option<Activation>) -> i32 {
+    match activation {
+        None => 0,
+        Some(Activation::Silu) => 1,
+        Some(Activation::Gelu) => 2,
+        Some(Activation::QuickGelu) => 3,
+    }
+}
 
 /// The weight and the bias of a convolution or a linear layer.
 pub(in crate::ops) struct CudaFilter {
@@ -161,16 +177,8 @@ impl CudaFilter {
         if epilogue.residual.is_some_and(|r| r.elem_count() != y.elem_count()) {
             bail!("a residual must have the output's {} elements", y.elem_count());
         }
-        // Names of `Activation` in product.cu.
-        let activation = match epilogue.activation {
-            _ if gated => 4,
-            None => 0,
-            Some(Activation::Silu) => 1,
-            Some(Activation::Gelu) => 2,
-            Some(Activation::QuickGelu) => 3,
-        };
         let pair = |(a, b): (usize, usize)| -> Result<[i32; 2]> { Ok([int(a)?, int(b)?]) };
-        let problem = ProductArgs {
+        let args = ProductArgs {
             a: [first.address, address(second.as_ref())],
             weight: weight.address,
             bias: address(bias.as_ref()),
@@ -180,7 +188,7 @@ impl CudaFilter {
             m: int(m)?,
             n: int(n)?,
             row: int(row)?,
-            picture: pair((h, w))?,
+            image: pair((h, w))?,
             c: int(self.inputs)?,
             c1: int(c1)?,
             sized: pair(size)?,
@@ -189,18 +197,18 @@ impl CudaFilter {
             stride: int(geometry.stride)?,
             before: int(geometry.before)?,
             shift_row,
-            activation,
+            activation: if gated { GEGLU } else { activation(epilogue.activation) },
         };
-        // A chunk of 16 bytes lies in one pixel of one picture.
-        let aligned = problem.a.iter().all(|address| address.is_multiple_of(16));
+        // A chunk of 16 bytes is part of one pixel of one image.
+        let aligned = args.a.iter().all(|address| address.is_multiple_of(16));
         let whole = aligned && c1.is_multiple_of(8) && c2.is_multiple_of(8);
         let processors = Gpu::of(device)?.processors;
         let (name, tile, threads) = Self::tile(processors, (m, n), whole);
-        // On one axis, columns first: the others end at 65,535, less than a large picture's rows.
+        // On the x axis, columns first: the others end at 65,535, less than a large image's rows.
         let blocks = (n.div_ceil(tile.1) * m.div_ceil(tile.0), 1, 1);
         let grid = Grid { blocks, threads, shared: 0 };
-        // SAFETY: the operands have the shapes that the problem says.
-        unsafe { launch(device, &PRODUCT, (name, dtype), &grid, &problem)? };
+        // SAFETY: the operands have the shapes that the arguments say.
+        unsafe { launch(device, &PRODUCT, (name, dtype), &grid, &args)? };
         let operands = [Some(&x.first), x.second.as_ref(), Some(&self.weight), epilogue.residual];
         let moved = bytes(&operands) + bytes(&[Some(&y)]);
         PRODUCT.count((2 * m * n * row) as u64, moved);
