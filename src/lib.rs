@@ -13,6 +13,7 @@ pub mod request;
 pub mod server;
 pub mod telemetry;
 
+mod options;
 mod source;
 
 use std::io::Write as _;

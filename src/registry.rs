@@ -11,11 +11,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{fmt, io};
 
+use clap::builder::FalseyValueParser;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use tracing::info;
 
 use crate::engine::{Engine, EngineState, WorkerError};
+use crate::options::min;
 use crate::source::is_checkpoint;
 
 /// Starts an engine for the files of a model.
@@ -28,18 +30,29 @@ pub trait ModelLoader: Send + Sync + 'static {
     fn free_bytes(&self) -> Option<u64>;
 }
 
-/// Limits of the models loaded by name.
-#[derive(Debug, Clone)]
+/// The bounds of the models that are loaded by name, which are options of `serve`.
+#[derive(Debug, Clone, Default, clap::Args)]
+#[command(next_help_heading = "Several models")]
 pub struct RegistryConfig {
-    /// Maximum number of loaded models.
-    pub max_models: usize,
-    /// Maximum total size of their weights, in bytes; `None`: the memory available on the device.
-    pub memory_bytes: Option<u64>,
-    /// Directory whose directories and single files are models.
+    /// Directory whose directories and single files are models that requests can select by name.
+    /// They are loaded on demand; when the limit is reached, the least recently used model is
+    /// evicted. The model of --model is never evicted; without --model none is loaded on start
+    #[arg(long = "models-dir", env = "SD_MODELS_DIR")]
     pub folder: Option<PathBuf>,
-    /// Multi-model mode: whether SageMaker loads and unloads models.
+    /// Multi-model mode: SageMaker loads and unloads models through /models
+    #[arg(long, env = "SAGEMAKER_MULTI_MODEL", value_parser = FalseyValueParser::new())]
     pub multi_model: bool,
-    /// Time for an unloaded model to finish its accepted requests.
+    /// Maximum number of models loaded by name. At the limit, the least recently used model is
+    /// evicted; SageMaker's `POST /models` gets 507 instead
+    #[arg(long, env = "SD_MAX_MODELS", default_value = "8", value_parser = min::<1>)]
+    pub max_models: usize,
+    /// Maximum memory for the weights of models loaded by name, in bytes. At the limit, as for
+    /// --max-models. Default: the free memory of the host; on a GPU no limit but the device's own
+    #[arg(long = "models-memory-bytes", env = "SD_MODELS_MEMORY_BYTES")]
+    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    pub memory_bytes: Option<u64>,
+    /// Time for which a model that is unloaded may finish its accepted requests.
+    #[arg(skip)]
     pub patience: Duration,
 }
 
@@ -113,15 +126,7 @@ struct RegistryShared {
 /// A server with one model.
 impl From<Engine> for ModelRegistry {
     fn from(first: Engine) -> Self {
-        let patience = Duration::ZERO;
-        let none = RegistryConfig {
-            max_models: 0,
-            memory_bytes: None,
-            folder: None,
-            multi_model: false,
-            patience,
-        };
-        Self::build(first, None, none)
+        Self::build(first, None, RegistryConfig::default())
     }
 }
 

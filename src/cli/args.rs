@@ -2,13 +2,15 @@
 //! configurations is in the parent module.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-use axum::http::HeaderValue;
-use clap::builder::FalseyValueParser;
 use clap::{Parser, Subcommand};
 use sd_models::{DeviceName, Precision, SamplerName, Size};
 
-use crate::http::ApiKey;
+use crate::engine::EngineConfig;
+use crate::http::HttpConfig;
+use crate::options::{millis, min};
+use crate::registry::RegistryConfig;
 use crate::telemetry::LogFormat;
 
 use super::package::Layout;
@@ -49,23 +51,26 @@ pub(super) struct ServeArgs {
     #[command(flatten)]
     pub(super) model: ModelArgs,
     #[command(flatten)]
-    pub(super) models: ModelsArgs,
+    pub(super) models: RegistryConfig,
+    /// Address to listen on
+    #[arg(long, env = "SD_HOST", default_value = "0.0.0.0", help_heading = "Network")]
+    pub(super) host: String,
+    /// Port to listen on; 0 picks a free port, which the first line of output names. Default:
+    /// SAGEMAKER_BIND_TO_PORT, else SD_PORT, else 8080
+    #[arg(long, help_heading = "Network")]
+    pub(super) port: Option<u16>,
+    /// Time to finish accepted requests after SIGTERM, or before a model is unloaded, in
+    /// milliseconds; after it unfinished requests get 503. SageMaker kills the process 30 s after
+    /// SIGTERM
+    #[arg(long = "drain-timeout-ms", env = "SD_DRAIN_TIMEOUT_MS", default_value = "25000")]
+    #[arg(value_parser = millis::<0>, help_heading = "Network")]
+    pub(super) drain_timeout: Duration,
     #[command(flatten)]
-    pub(super) network: NetworkArgs,
+    pub(super) http: HttpConfig,
     #[command(flatten)]
-    pub(super) access: AccessArgs,
-    #[command(flatten)]
-    pub(super) limits: LimitArgs,
+    pub(super) engine: EngineConfig,
     #[command(flatten)]
     pub(super) log: LogArgs,
-    /// Log prompts. Without this they never appear in the log
-    #[arg(
-        long,
-        env = "SD_LOG_PROMPTS",
-        value_parser = FalseyValueParser::new(),
-        help_heading = "Log",
-    )]
-    pub(super) log_prompts: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -85,12 +90,7 @@ pub(super) struct ModelArgs {
     pub(super) loras_dir: Option<PathBuf>,
     /// Maximum size of the LoRA cache of each model, in bytes. At the limit, the least recently
     /// used LoRA is evicted, and read again on its next use
-    #[arg(
-        long,
-        env = "SD_MAX_LORA_BYTES",
-        default_value = "536870912",
-        value_parser = at_least::<0>,
-    )]
+    #[arg(long, env = "SD_MAX_LORA_BYTES", default_value = "536870912", value_parser = min::<0>)]
     pub(super) max_lora_bytes: usize,
     /// Directory of textual inversion embeddings (.safetensors, .pt, .bin in the AUTOMATIC1111 or
     /// diffusers format), read with the model. The file name, or the placeholder token in the file,
@@ -99,12 +99,8 @@ pub(super) struct ModelArgs {
     pub(super) embeddings_dir: Option<PathBuf>,
     /// Maximum memory for the embeddings of each model, in bytes. Files beyond it are skipped with
     /// a warning
-    #[arg(
-        long,
-        env = "SD_MAX_EMBEDDING_BYTES",
-        default_value = "67108864",
-        value_parser = at_least::<0>,
-    )]
+    #[arg(long, env = "SD_MAX_EMBEDDING_BYTES", default_value = "67108864")]
+    #[arg(value_parser = min::<0>)]
     pub(super) max_embedding_bytes: usize,
     /// Branch, tag or commit of a Hugging Face model ID
     #[arg(long, env = "SD_REVISION", default_value = "main")]
@@ -121,7 +117,7 @@ pub(super) struct ModelArgs {
     #[arg(long, env = "SD_SAFETY_CHECKER")]
     pub(super) safety_checker: Option<SafetyChecker>,
     /// Number of CPU threads for the model. Default: all cores
-    #[arg(long, env = "SD_THREADS", value_parser = at_least::<1>)]
+    #[arg(long, env = "SD_THREADS", value_parser = min::<1>)]
     pub(super) threads: Option<usize>,
 }
 
@@ -136,172 +132,6 @@ pub(super) enum SafetyChecker {
     Blur,
     /// Fail the request with an error
     Block,
-}
-
-#[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Several models")]
-pub(super) struct ModelsArgs {
-    /// Directory whose directories and single files are models that requests can select by name.
-    /// They are loaded on demand; when the limit is reached, the least recently used model is
-    /// evicted. The model of --model is never evicted; without --model none is loaded on start
-    #[arg(long, env = "SD_MODELS_DIR")]
-    pub(super) models_dir: Option<PathBuf>,
-    /// Multi-model mode: SageMaker loads and unloads models through /models
-    #[arg(long, env = "SAGEMAKER_MULTI_MODEL", value_parser = FalseyValueParser::new())]
-    pub(super) multi_model: bool,
-    /// Maximum number of models loaded by name. At the limit, the least recently used model is
-    /// evicted; SageMaker's `POST /models` gets 507 instead
-    #[arg(long, env = "SD_MAX_MODELS", default_value = "8", value_parser = at_least::<1>)]
-    pub(super) max_models: usize,
-    /// Maximum memory for the weights of models loaded by name, in bytes. At the limit, as for
-    /// --max-models. Default: the free memory of the host; on a GPU no limit but the device's own
-    #[arg(long, env = "SD_MODELS_MEMORY_BYTES", value_parser = at_least::<1>)]
-    pub(super) models_memory_bytes: Option<usize>,
-}
-
-#[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Network")]
-pub(super) struct NetworkArgs {
-    /// Address to listen on
-    #[arg(long, env = "SD_HOST", default_value = "0.0.0.0")]
-    pub(super) host: String,
-    /// Port to listen on; 0 picks a free port, which the first line of output names. Default:
-    /// SAGEMAKER_BIND_TO_PORT, else SD_PORT, else 8080
-    #[arg(long)]
-    pub(super) port: Option<u16>,
-    /// Time for a request, in milliseconds; after it the request is cancelled with 504. A client
-    /// can ask for less with the header x-request-timeout-ms. SageMaker closes the connection after
-    /// 60 s; asynchronous endpoints can wait up to an hour (3600000)
-    #[arg(
-        long,
-        env = "SD_REQUEST_TIMEOUT_MS",
-        default_value = "58000",
-        value_parser = at_least::<1>,
-    )]
-    pub(super) request_timeout_ms: usize,
-    /// Time for a request whose response is a stream of events, in milliseconds; after it the
-    /// request is cancelled with an error event. SageMaker allows 8 minutes
-    #[arg(
-        long,
-        env = "SD_STREAM_TIMEOUT_MS",
-        default_value = "470000",
-        value_parser = at_least::<1>,
-    )]
-    pub(super) stream_timeout_ms: usize,
-    /// Time to finish accepted requests after SIGTERM, or before a model is unloaded, in
-    /// milliseconds; after it unfinished requests get 503. SageMaker kills the process 30 s after
-    /// SIGTERM
-    #[arg(long, env = "SD_DRAIN_TIMEOUT_MS", default_value = "25000", value_parser = at_least::<0>)]
-    pub(super) drain_timeout_ms: usize,
-    /// Time for the headers of the next request to arrive on a connection, in milliseconds; after
-    /// it the connection is closed
-    #[arg(long, env = "SD_IDLE_TIMEOUT_MS", default_value = "75000", value_parser = at_least::<1>)]
-    pub(super) idle_timeout_ms: usize,
-    /// Maximum number of open connections. At the limit, new connections wait until one is closed
-    #[arg(long, env = "SD_MAX_CONNECTIONS", default_value = "1024", value_parser = at_least::<1>)]
-    pub(super) max_connections: usize,
-}
-
-#[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Access")]
-pub(super) struct AccessArgs {
-    /// API keys, comma-separated. With any, these routes return 401 without one: /v1/*, /sdapi/*,
-    /// /internal/progress, POST / and POST /models/{name} (outside multi-model mode). All others,
-    /// including the web page, /invocations and /metrics, are public, because SageMaker
-    /// authenticates callers itself: do not expose them on a public network
-    #[arg(long, env = "SD_API_KEY", value_delimiter = ',', hide_env_values = true)]
-    pub(super) api_key: Vec<ApiKey>,
-    /// Allowed origins (CORS) such as https://example.org, comma-separated, or * for all. Default:
-    /// none, so browsers allow requests from the server's own page only
-    #[arg(long, env = "SD_CORS_ORIGIN", value_delimiter = ',', value_parser = origin)]
-    pub(super) cors_origin: Vec<HeaderValue>,
-}
-
-#[derive(Debug, clap::Args)]
-#[command(next_help_heading = "Limits")]
-pub(super) struct LimitArgs {
-    /// Maximum width x height of an image; memory and time grow with it
-    #[arg(long, env = "SD_MAX_PIXELS", default_value = "1048576", value_parser = at_least::<64>)]
-    pub(super) max_pixels: usize,
-    /// Maximum number of sampler steps of an image
-    #[arg(long, env = "SD_MAX_STEPS", default_value = "150", value_parser = at_least::<1>)]
-    pub(super) max_steps: usize,
-    /// Maximum number of images per request
-    #[arg(long, env = "SD_MAX_IMAGES", default_value = "8", value_parser = at_least::<1>)]
-    pub(super) max_images: usize,
-    /// Maximum length of a prompt, in bytes. The model reads 77 tokens of it, or eight times as
-    /// many with the a1111 syntax
-    #[arg(long, env = "SD_MAX_PROMPT_BYTES", default_value = "16384", value_parser = at_least::<1>)]
-    pub(super) max_prompt_bytes: usize,
-    /// Maximum width x height of an input image or mask, which is decoded before it is resized
-    #[arg(
-        long,
-        env = "SD_MAX_INPUT_PIXELS",
-        default_value = "33554432",
-        value_parser = at_least::<64>,
-    )]
-    pub(super) max_input_pixels: usize,
-    /// Maximum number of LoRAs per image; each costs time
-    #[arg(long, env = "SD_MAX_LORAS", default_value = "8", value_parser = at_least::<0>)]
-    pub(super) max_loras: usize,
-    /// Maximum length of a request body, in bytes; a longer one gets 413
-    #[arg(
-        long,
-        env = "SD_MAX_BODY_BYTES",
-        default_value = "26214400",
-        value_parser = at_least::<1>,
-    )]
-    pub(super) max_body_bytes: usize,
-    /// Maximum number of queued images. At the limit, requests get 429; the client with the most
-    /// queued images may lose its newest job to one with fewer
-    #[arg(long, env = "SD_MAX_QUEUE", default_value = "64", value_parser = at_least::<1>)]
-    pub(super) max_queue: usize,
-    /// Maximum number of requests in flight, queued ones included. At the limit, requests get 429
-    /// before the body is read
-    #[arg(long, env = "SD_MAX_REQUESTS", default_value = "256", value_parser = at_least::<1>)]
-    pub(super) max_requests: usize,
-    /// Maximum number of jobs of /v1/jobs, finished ones included. At the limit, the oldest result
-    /// is evicted for a new job; if no job has finished, it gets 429
-    #[arg(long, env = "SD_MAX_JOBS", default_value = "64", value_parser = at_least::<1>)]
-    pub(super) max_jobs: usize,
-    /// Time for a job, in milliseconds; after it the job fails. A client can ask for less with the
-    /// header x-request-timeout-ms
-    #[arg(
-        long,
-        env = "SD_JOB_TIMEOUT_MS",
-        default_value = "3600000",
-        value_parser = at_least::<1>,
-    )]
-    pub(super) job_timeout_ms: usize,
-    /// Time for which the result of a job is retained, in milliseconds
-    #[arg(
-        long,
-        env = "SD_JOB_RETENTION_MS",
-        default_value = "600000",
-        value_parser = at_least::<1>,
-    )]
-    pub(super) job_retention_ms: usize,
-    /// Time for which an image that was returned as a URL is retained, in milliseconds
-    #[arg(
-        long,
-        env = "SD_URL_RETENTION_MS",
-        default_value = "3600000",
-        value_parser = at_least::<1>,
-    )]
-    pub(super) url_retention_ms: usize,
-    /// Maximum total size of the images retained for their URLs, in bytes. At the limit, the oldest
-    /// is evicted
-    #[arg(long, env = "SD_MAX_URL_BYTES", default_value = "268435456", value_parser = at_least::<0>)]
-    pub(super) max_url_bytes: usize,
-    /// Maximum number of rows per UNet call: two per image, or one without guidance. More rows give
-    /// more images per second, slower first images and need more memory
-    #[arg(long, env = "SD_MAX_BATCH_ROWS", default_value = "8", value_parser = at_least::<2>)]
-    pub(super) max_batch_rows: usize,
-    /// Maximum memory for one UNet call or VAE decode, in bytes. A batch has fewer rows to stay
-    /// below it; images that never fit get 507. Default: 80 % of the memory free on the device
-    /// after loading the model
-    #[arg(long, env = "SD_MEMORY_BUDGET_BYTES", value_parser = at_least::<1>)]
-    pub(super) memory_budget_bytes: Option<usize>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -449,17 +279,17 @@ pub(super) struct BenchArgs {
     #[arg(long, requires = "verify", value_parser = size)]
     pub(super) size: Option<Size>,
     /// Maximum number of rows per step timed with --verify, in powers of two from 1
-    #[arg(long, requires = "verify", default_value = "16", value_parser = at_least::<1>)]
+    #[arg(long, requires = "verify", default_value = "16", value_parser = min::<1>)]
     pub(super) max_rows: usize,
     /// Number of steps timed with --verify for each number of rows
-    #[arg(long, requires = "verify", default_value = "10", value_parser = at_least::<1>)]
+    #[arg(long, requires = "verify", default_value = "10", value_parser = min::<1>)]
     pub(super) evaluations: usize,
     /// Number of requests per second in an open loop: random (Poisson) arrivals, independent of
     /// responses. Shows the behaviour under overload
     #[arg(long, conflicts_with = "clients", value_parser = positive)]
     pub(super) rate: Option<f64>,
     /// Number of clients in a closed loop: each sends its next request when it has a response
-    #[arg(long, default_value = "8", value_parser = at_least::<1>)]
+    #[arg(long, default_value = "8", value_parser = min::<1>)]
     pub(super) clients: usize,
     /// Time for which requests are sent, in seconds
     #[arg(long, default_value = "30", value_parser = positive)]
@@ -468,7 +298,7 @@ pub(super) struct BenchArgs {
     #[arg(long, default_value = r#"{"prompt":"a red house by the sea","steps":20}"#)]
     pub(super) body: String,
     /// Time for a request, in milliseconds; after it the request counts as unanswered
-    #[arg(long, default_value = "120000", value_parser = at_least::<1>)]
+    #[arg(long, default_value = "120000", value_parser = min::<1>)]
     pub(super) timeout_ms: usize,
     /// Seed of the random arrivals; the same seed gives the same arrivals
     #[arg(long, default_value = "1")]
@@ -492,13 +322,6 @@ fn parse<T: std::str::FromStr<Err = String>>(text: &str) -> Result<T, String> {
     text.parse()
 }
 
-fn origin(text: &str) -> Result<HeaderValue, String> {
-    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
-    let whole = host.is_some_and(|host| !host.is_empty() && !host.contains(['/', '*']));
-    let value = HeaderValue::try_from(text).ok().filter(|_| whole || text == "*");
-    value.ok_or_else(|| "must be * or http(s)://host without a path".into())
-}
-
 fn positive(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(number) if number > 0.0 && number <= 1e6 => Ok(number),
@@ -511,11 +334,4 @@ fn size(text: &str) -> Result<Size, String> {
     sides
         .and_then(|(width, height)| Size::new(width, height))
         .ok_or_else(|| "must be two multiples of 8, as in 512x512".into())
-}
-
-fn at_least<const LEAST: usize>(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(number) if number >= LEAST => Ok(number),
-        _ => Err(format!("must be a whole number of at least {LEAST}")),
-    }
 }

@@ -16,18 +16,16 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use clap::error::ErrorKind;
 use clap::{CommandFactory as _, FromArgMatches as _};
-use sd_models::{AddOns, AssetDir, DeviceName, MAX_STEPS, SafetyMode};
+use sd_models::{AddOns, AssetDir, DeviceName, SafetyMode};
 use serde_json::{Value, json};
 
 use crate::engine::Safety;
 use crate::image::Format;
-use crate::request::Limits;
 use crate::server::Serve;
 use crate::source::{
     Download, Hub, ModelConfig, ModelLocation, is_checkpoint, is_hub_id, wants_half,
 };
 use crate::telemetry::LogFormat;
-use crate::{engine, http, registry};
 use args::{
     Args, BenchArgs, Command, GenerateArgs, ModelArgs, PackageArgs, SafetyChecker, ServeArgs,
 };
@@ -118,7 +116,7 @@ fn command() -> clap::Command {
     let empty = |arg: &clap::Arg| {
         let value = arg.get_env().and_then(std::env::var_os);
         // An empty key must not make protected routes public.
-        arg.get_id() != "api_key" && value.is_some_and(|value| value.is_empty())
+        arg.get_id() != "api_keys" && value.is_some_and(|value| value.is_empty())
     };
     let unset = move |arg: clap::Arg| if empty(&arg) { arg.env(None::<&str>) } else { arg };
     Args::command().mut_subcommands(|subcommand| subcommand.mut_args(unset))
@@ -144,54 +142,14 @@ fn with_command(mut args: Vec<OsString>) -> Vec<OsString> {
 
 impl ServeArgs {
     fn resolve(self) -> Result<Serve, clap::Error> {
-        let Self { network, limits, models, .. } = self;
-        let drain_timeout = Duration::from_millis(network.drain_timeout_ms as u64);
-        let preload = self.model.model.is_some();
+        let Self { mut models, mut engine, host, drain_timeout, http, .. } = self;
+        let chosen = self.model.model.is_some();
         let (model, safety) = self.model.resolve()?;
-        Ok(Serve {
-            port: port(network.port)?,
-            host: network.host,
-            http: http::HttpConfig {
-                limits: Limits {
-                    max_pixels: limits.max_pixels,
-                    max_steps: limits.max_steps.min(MAX_STEPS),
-                    max_images: limits.max_images,
-                    max_prompt_bytes: limits.max_prompt_bytes,
-                    max_input_pixels: limits.max_input_pixels,
-                    max_loras: limits.max_loras,
-                },
-                max_body_bytes: limits.max_body_bytes,
-                max_requests: limits.max_requests,
-                request_timeout: Duration::from_millis(network.request_timeout_ms as u64),
-                stream_timeout: Duration::from_millis(network.stream_timeout_ms as u64),
-                max_jobs: limits.max_jobs,
-                job_timeout: Duration::from_millis(limits.job_timeout_ms as u64),
-                job_retention: Duration::from_millis(limits.job_retention_ms as u64),
-                url_retention: Duration::from_millis(limits.url_retention_ms as u64),
-                max_url_bytes: limits.max_url_bytes,
-                idle_timeout: Duration::from_millis(network.idle_timeout_ms as u64),
-                max_connections: network.max_connections,
-                log_prompts: self.log_prompts,
-                api_keys: self.access.api_key,
-                cors_origins: self.access.cors_origin,
-            },
-            engine: engine::EngineConfig {
-                max_queue: limits.max_queue,
-                max_batch_rows: limits.max_batch_rows,
-                memory_budget_bytes: limits.memory_budget_bytes.map(|bytes| bytes as u64),
-                safety,
-            },
-            drain_timeout,
-            preload: preload || !(models.multi_model || models.models_dir.is_some()),
-            models: registry::RegistryConfig {
-                max_models: models.max_models,
-                memory_bytes: models.models_memory_bytes.map(|bytes| bytes as u64),
-                folder: models.models_dir,
-                multi_model: models.multi_model,
-                patience: drain_timeout,
-            },
-            model,
-        })
+        engine.safety = safety;
+        models.patience = drain_timeout;
+        let preload = chosen || !(models.multi_model || models.folder.is_some());
+        let port = port(self.port)?;
+        Ok(Serve { model, preload, models, host, port, http, engine, drain_timeout })
     }
 }
 

@@ -4,16 +4,27 @@ use std::sync::Arc;
 
 use sd_models::ModelInfo;
 
-/// Configuration of the engine.
-#[derive(Debug, Clone, Copy)]
+use crate::options::min;
+
+/// The bounds of the engine, which are options of `serve`.
+#[derive(Debug, Clone, Copy, clap::Args)]
+#[command(next_help_heading = "Limits")]
 pub struct EngineConfig {
-    /// Maximum number of queued images.
+    /// Maximum number of queued images. At the limit, requests get 429; the client with the most
+    /// queued images may lose its newest job to one with fewer
+    #[arg(long, env = "SD_MAX_QUEUE", default_value = "64", value_parser = min::<1>)]
     pub max_queue: usize,
-    /// Maximum number of rows per UNet call; a guided image has two.
+    /// Maximum number of rows per UNet call: two per image, or one without guidance. More rows give
+    /// more images per second, slower first images and need more memory
+    #[arg(long, env = "SD_MAX_BATCH_ROWS", default_value = "8", value_parser = min::<2>)]
     pub max_batch_rows: usize,
-    /// Memory budget of one UNet call or VAE decode, in bytes; `None`: a share of the free memory.
+    /// Maximum memory for one UNet call or VAE decode, in bytes. A batch has fewer rows to stay
+    /// below it; images that never fit get 507. Default: 80 % of the memory free on the device
+    /// after loading the model
+    #[arg(long, env = "SD_MEMORY_BUDGET_BYTES", value_parser = clap::value_parser!(u64).range(1..))]
     pub memory_budget_bytes: Option<u64>,
-    /// The action on flagged images.
+    /// What to do with images that the safety checker flags.
+    #[arg(skip = Safety::Blur)]
     pub safety: Safety,
 }
 

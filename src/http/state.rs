@@ -8,48 +8,101 @@ use std::thread;
 use std::time::Duration;
 
 use axum::http::HeaderValue;
+use clap::builder::FalseyValueParser;
 use tokio::sync::Semaphore;
 
 use super::error::ApiError;
 use super::store::{InFlight, JobStore, SelectedCheckpoint, UrlStore};
 use crate::engine::{Engine, JobError};
 use crate::image::Hashes;
+use crate::options::{millis, min};
 use crate::registry::{ModelLease, ModelRegistry, RegistryError};
 use crate::request::Limits;
 
-/// The bounds of the HTTP side.
-#[derive(Debug, Clone)]
+/// The bounds of the HTTP side, which are options of `serve`.
+#[derive(Debug, Clone, clap::Args)]
+#[command(next_help_heading = "Limits")]
 pub struct HttpConfig {
-    /// What one request may ask for.
+    /// The limits of one request.
+    #[command(flatten)]
     pub limits: Limits,
-    /// Length of a body.
+    /// Maximum length of a request body, in bytes; a longer one gets 413
+    #[arg(long, env = "SD_MAX_BODY_BYTES", default_value = "26214400", value_parser = min::<1>)]
     pub max_body_bytes: usize,
-    /// Requests served at the same time, waiting ones included.
+    /// Maximum number of requests in flight, queued ones included. At the limit, requests get 429
+    /// before the body is read
+    #[arg(long, env = "SD_MAX_REQUESTS", default_value = "256", value_parser = min::<1>)]
     pub max_requests: usize,
-    /// From the head of a request to its answer.
+    /// Time for a request, in milliseconds; after it the request is cancelled with 504. A client
+    /// can ask for less with the header x-request-timeout-ms. SageMaker closes the connection after
+    /// 60 s; asynchronous endpoints can wait up to an hour (3600000)
+    #[arg(long = "request-timeout-ms", env = "SD_REQUEST_TIMEOUT_MS", default_value = "58000")]
+    #[arg(value_parser = millis::<1>, help_heading = "Network")]
     pub request_timeout: Duration,
-    /// The same for an answer that is a stream.
+    /// Time for a request whose response is a stream of events, in milliseconds; after it the
+    /// request is cancelled with an error event. SageMaker allows 8 minutes
+    #[arg(long = "stream-timeout-ms", env = "SD_STREAM_TIMEOUT_MS", default_value = "470000")]
+    #[arg(value_parser = millis::<1>, help_heading = "Network")]
     pub stream_timeout: Duration,
-    /// Jobs that are kept, those with a result included.
+    /// Maximum number of jobs of /v1/jobs, finished ones included. At the limit, the oldest result
+    /// is evicted for a new job; if no job has finished, it gets 429
+    #[arg(long, env = "SD_MAX_JOBS", default_value = "64", value_parser = min::<1>)]
     pub max_jobs: usize,
-    /// From the acceptance of a job to its result.
+    /// Time for a job, in milliseconds; after it the job fails. A client can ask for less with the
+    /// header x-request-timeout-ms
+    #[arg(long = "job-timeout-ms", env = "SD_JOB_TIMEOUT_MS", default_value = "3600000")]
+    #[arg(value_parser = millis::<1>)]
     pub job_timeout: Duration,
-    /// How long the result of a job is kept.
+    /// Time for which the result of a job is retained, in milliseconds
+    #[arg(long = "job-retention-ms", env = "SD_JOB_RETENTION_MS", default_value = "600000")]
+    #[arg(value_parser = millis::<1>)]
     pub job_retention: Duration,
-    /// How long a picture that was answered with a URL is kept.
+    /// Time for which an image that was returned as a URL is retained, in milliseconds
+    #[arg(long = "url-retention-ms", env = "SD_URL_RETENTION_MS", default_value = "3600000")]
+    #[arg(value_parser = millis::<1>)]
     pub url_retention: Duration,
-    /// Size of all pictures that are kept for their URL.
+    /// Maximum total size of the images retained for their URLs, in bytes. At the limit, the oldest
+    /// is evicted
+    #[arg(long, env = "SD_MAX_URL_BYTES", default_value = "268435456", value_parser = min::<0>)]
     pub max_url_bytes: usize,
-    /// From the opening of a connection, or the last answer on it, to the head of a request.
+    /// Time for the headers of the next request to arrive on a connection, in milliseconds; after
+    /// it the connection is closed
+    #[arg(long = "idle-timeout-ms", env = "SD_IDLE_TIMEOUT_MS", default_value = "75000")]
+    #[arg(value_parser = millis::<1>, help_heading = "Network")]
     pub idle_timeout: Duration,
-    /// Open connections.
+    /// Maximum number of open connections. At the limit, new connections wait until one is closed
+    #[arg(long, env = "SD_MAX_CONNECTIONS", default_value = "1024")]
+    #[arg(value_parser = min::<1>, help_heading = "Network")]
     pub max_connections: usize,
-    /// Whether prompts may appear in the log.
+    /// Log prompts. Without this they never appear in the log
+    #[arg(long, env = "SD_LOG_PROMPTS")]
+    #[arg(value_parser = FalseyValueParser::new(), help_heading = "Log")]
     pub log_prompts: bool,
-    /// Who may come in; everyone when there are none.
+    /// API keys, comma-separated. With any, these routes return 401 without one: /v1/*, /sdapi/*,
+    /// /internal/progress, POST / and POST /models/{name} (outside multi-model mode). All others,
+    /// including the web page, /invocations and /metrics, are public, because SageMaker
+    /// authenticates callers itself: do not expose them on a public network
+    #[arg(
+        long = "api-key",
+        env = "SD_API_KEY",
+        value_delimiter = ',',
+        hide_env_values = true,
+        help_heading = "Access"
+    )]
     pub api_keys: Vec<ApiKey>,
-    /// The web pages that may call from a browser; `*` stands for all.
+    /// Allowed origins (CORS) such as https://example.org, comma-separated, or * for all. Default:
+    /// none, so browsers allow requests from the server's own page only
+    #[arg(long = "cors-origin", env = "SD_CORS_ORIGIN")]
+    #[arg(value_delimiter = ',', value_parser = origin, help_heading = "Access")]
     pub cors_origins: Vec<HeaderValue>,
+}
+
+/// A web origin, or `*`.
+fn origin(text: &str) -> Result<HeaderValue, String> {
+    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
+    let whole = host.is_some_and(|host| !host.is_empty() && !host.contains(['/', '*']));
+    let value = HeaderValue::try_from(text).ok().filter(|_| whole || text == "*");
+    value.ok_or_else(|| "must be * or http(s)://host without a path".into())
 }
 
 /// A key that opens the routes of `/v1` and `/sdapi`. It does not show itself.

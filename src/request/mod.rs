@@ -9,11 +9,12 @@ use std::sync::Arc;
 
 use ::image::DynamicImage;
 use sd_models::{
-    Hires, Img2Img, Loras, ModelInfo, PromptSyntax, SamplerName, Size, Spec, Upscaler,
+    Hires, Img2Img, Loras, MAX_STEPS, ModelInfo, PromptSyntax, SamplerName, Size, Spec, Upscaler,
 };
 use serde_json::{Value, json};
 
 use crate::image::{self, Format};
+use crate::options::min;
 pub use error::ValidationError;
 pub use fields::Fields;
 pub(crate) use fields::{Described, file, kind};
@@ -33,21 +34,34 @@ const DEFAULT_STRENGTH: f64 = 0.8;
 /// How much of a picture's latents is painted anew when they have been enlarged, as in AUTOMATIC1111.
 const DEFAULT_HIRES_STRENGTH: f64 = 0.75;
 
-/// What a request may ask for; the operator's limits.
-#[derive(Debug, Clone, Copy)]
+/// Maximum values of one request, set by the operator.
+#[derive(Debug, Clone, Copy, clap::Args)]
+#[command(next_help_heading = "Limits")]
 pub struct Limits {
-    /// Width times height.
+    /// Maximum width x height of an image; memory and time grow with it
+    #[arg(long, env = "SD_MAX_PIXELS", default_value = "1048576", value_parser = min::<64>)]
     pub max_pixels: usize,
-    /// Sampler steps.
+    /// Maximum number of sampler steps of an image
+    #[arg(long, env = "SD_MAX_STEPS", default_value = "150", value_parser = steps)]
     pub max_steps: usize,
-    /// Images of one request.
+    /// Maximum number of images per request
+    #[arg(long, env = "SD_MAX_IMAGES", default_value = "8", value_parser = min::<1>)]
     pub max_images: usize,
-    /// Length of each prompt in bytes.
+    /// Maximum length of a prompt, in bytes. The model reads 77 tokens of it, or eight times as
+    /// many with the a1111 syntax
+    #[arg(long, env = "SD_MAX_PROMPT_BYTES", default_value = "16384", value_parser = min::<1>)]
     pub max_prompt_bytes: usize,
-    /// Width times height of a picture that comes in, before it is resized.
+    /// Maximum width x height of an input image or mask, which is decoded before it is resized
+    #[arg(long, env = "SD_MAX_INPUT_PIXELS", default_value = "33554432", value_parser = min::<64>)]
     pub max_input_pixels: usize,
-    /// LoRAs of a picture.
+    /// Maximum number of LoRAs per image; each costs time
+    #[arg(long, env = "SD_MAX_LORAS", default_value = "8", value_parser = min::<0>)]
     pub max_loras: usize,
+}
+
+/// No sampler takes more than [`MAX_STEPS`].
+fn steps(text: &str) -> Result<usize, String> {
+    Ok(min::<1>(text)?.min(MAX_STEPS))
 }
 
 /// A valid request.
