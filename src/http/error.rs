@@ -1,6 +1,5 @@
-//! Everything that can go wrong with a request, as a status and one JSON shape:
-//! `{"error":{"code","message","param"}}`. Short and self-sufficient, since SageMaker passes on
-//! no more than the first 2048 characters.
+//! The errors of HTTP requests: status, code and JSON `{"error":{"code","message","param"}}`. They
+//! are short, since SageMaker forwards the first 2048 characters only.
 
 use axum::Json;
 use axum::http::header::{CONTENT_LENGTH, RETRY_AFTER};
@@ -12,7 +11,7 @@ use crate::engine::JobError;
 use crate::registry::RegistryError;
 use crate::request::ValidationError;
 
-/// An answer that is not a picture.
+/// An error response.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ApiError {
     /// 401.
@@ -21,16 +20,16 @@ pub(crate) enum ApiError {
         false => "this route requires an API key: send Authorization: Bearer KEY",
     })]
     Key {
-        /// Whether there was one.
+        /// Whether the request has a key.
         given: bool,
     },
     /// 404.
     #[error("no such route; POST a prompt to /invocations")]
     NotFound,
-    /// 404: a job that never was, or is no longer kept.
+    /// 404: an unknown or expired job.
     #[error("no such job; it may have expired")]
     NoJob,
-    /// 404: a picture that is no longer kept.
+    /// 404: an unknown or expired image.
     #[error("no such image; it may have expired")]
     NoFile,
     /// 404.
@@ -51,22 +50,22 @@ pub(crate) enum ApiError {
     /// 415.
     #[error("{0}")]
     MediaType(String),
-    /// 429: as many requests are being served as may.
+    /// 429: all request slots are taken.
     #[error("too many requests are in flight; retry after {retry_after_s} s")]
     Crowded {
-        /// Seconds until there should be room.
+        /// Estimated seconds until there is room.
         retry_after_s: u64,
     },
-    /// 404, 409, 507 and 500: a model that is not there.
+    /// 404, 409, 507 and 500: the model is not available.
     #[error(transparent)]
     Registry(#[from] RegistryError),
     /// 400 and 422.
     #[error(transparent)]
     Validation(#[from] ValidationError),
-    /// What the engine could not do.
+    /// The engine could not finish the job.
     #[error(transparent)]
     Job(#[from] JobError),
-    /// 500: a picture that cannot be put into a file.
+    /// 500: the image could not be encoded.
     #[error("the image could not be encoded")]
     Encode,
 }
@@ -76,7 +75,7 @@ impl ApiError {
         self.kind().0
     }
 
-    /// The status, and the code that programs can rely on.
+    /// The status, and the code for programs.
     fn kind(&self) -> (StatusCode, &'static str) {
         use StatusCode as S;
         match self {
@@ -116,7 +115,7 @@ impl ApiError {
         }
     }
 
-    /// When to come back, for those who may.
+    /// Value of `Retry-After`, in seconds.
     fn retry_after_s(&self) -> Option<u64> {
         match self {
             Self::Crowded { retry_after_s } | Self::Job(JobError::Full { retry_after_s }) => {
@@ -138,7 +137,8 @@ impl ApiError {
     }
 }
 
-/// The reason of an error, left in the response for the log, the metrics and other dialects.
+/// The details of an error, as an extension of its response: for the log, the metrics and the other
+/// dialects' formats.
 #[derive(Debug, Clone)]
 pub(crate) struct ErrorDetail {
     pub(crate) code: &'static str,
@@ -147,7 +147,7 @@ pub(crate) struct ErrorDetail {
 }
 
 impl ApiError {
-    /// The error as clients see it.
+    /// The native JSON of the error.
     pub(crate) fn json(&self) -> Value {
         let message = self.to_string();
         json!({ "error": { "code": self.kind().1, "message": message, "param": self.param() } })
@@ -168,7 +168,7 @@ impl ApiError {
     }
 }
 
-/// Puts an error into the words of another dialect; other responses pass as they are.
+/// Replaces the body of an error by another dialect's; other responses are unchanged.
 pub(crate) fn map_error_body(
     response: Response,
     describe: impl FnOnce(StatusCode, &ErrorDetail) -> Value,

@@ -1,16 +1,16 @@
-//! Headers of our own and of SageMaker that more than one module reads or writes.
+//! Header names that several modules use.
 
 use axum::http::HeaderName;
 
-/// The request's name, which the answer repeats.
+/// Name of the request, which the response repeats.
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// SageMaker's name for a request.
+/// SageMaker's name of the request.
 pub(crate) const INFERENCE_ID: HeaderName =
     HeaderName::from_static("x-amzn-sagemaker-inference-id");
-/// The seed for those who see every header.
+/// Seed of the first image.
 pub(crate) const SEED: HeaderName = HeaderName::from_static("x-sd-seed");
-/// Whether the safety checker objects to any picture; absent where there is no checker.
+/// Whether the safety checker flags any image; absent if the model has no checker.
 pub(crate) const NSFW: HeaderName = HeaderName::from_static("x-sd-nsfw");
-/// Forwarded by SageMaker as the caller wrote it, and passed back to the caller.
+/// Forwarded by SageMaker in both directions.
 pub(crate) const ATTRIBUTES: HeaderName =
     HeaderName::from_static("x-amzn-sagemaker-custom-attributes");

@@ -1,4 +1,4 @@
-//! The HTTP side: the routes, what every request passes, and one folder for each dialect.
+//! The HTTP server: routes, middleware, admission, and a folder for each API.
 
 mod a1111;
 mod admin;

@@ -15,7 +15,7 @@ use super::state::{ApiKey, AppState, HttpConfig};
 use super::{a1111, admin, invocations, openai, page};
 use crate::registry::ModelRegistry;
 
-/// Every route of the server. Those behind the lock need a key where keys are configured.
+/// All routes. Those behind `lock` need a key if any are configured.
 pub fn router(models: ModelRegistry, settings: HttpConfig) -> Router {
     let keys: Arc<[ApiKey]> = settings.api_keys.as_slice().into();
     let lock = || from_fn_with_state(Arc::clone(&keys), auth::require);
@@ -45,8 +45,8 @@ pub fn router(models: ModelRegistry, settings: HttpConfig) -> Router {
     sagemaker_route::by_attribute(router.with_state(state))
 }
 
-/// A method that a route does not take. To ask what it takes is no error: the answer is the header
-/// `Allow`, and SillyTavern finds out in this way whether there is a server.
+/// A method that a route does not support. OPTIONS is no error: the response is the header `Allow`,
+/// which SillyTavern uses to find out whether there is a server.
 async fn other_method(method: Method) -> Result<StatusCode, ApiError> {
     if method == Method::OPTIONS { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::Method) }
 }

@@ -1,4 +1,4 @@
-//! The bounds of the HTTP side, and what its handlers share.
+//! The configuration of the HTTP server, and the state that its handlers share.
 
 use std::fmt;
 use std::ops::Deref;
@@ -105,7 +105,7 @@ fn origin(text: &str) -> Result<HeaderValue, String> {
     value.ok_or_else(|| "must be * or http(s)://host without a path".into())
 }
 
-/// A key that opens the routes of `/v1` and `/sdapi`. It does not show itself.
+/// A key for `/v1` and `/sdapi`. Its debug output does not contain it.
 #[derive(Clone)]
 pub struct ApiKey(Box<str>);
 
@@ -132,16 +132,16 @@ impl fmt::Debug for ApiKey {
     }
 }
 
-/// What the handlers share.
+/// The state of a handler.
 #[derive(Debug, Clone)]
 pub(crate) struct AppState {
-    /// The model that the request means.
+    /// The engine of the request's model.
     pub(crate) engine: Engine,
     _chosen: Option<ModelLease>,
     shared: Arc<AppShared>,
 }
 
-/// The part that is the same for every model.
+/// The state that is the same for every model.
 #[derive(Debug)]
 pub(crate) struct AppShared {
     pub(crate) models: ModelRegistry,
@@ -184,13 +184,13 @@ impl AppState {
         Self { engine, _chosen: None, shared: Arc::new(shared) }
     }
 
-    /// The same for a request that means another model.
+    /// The state for a request to another model.
     pub(crate) fn on(&self, chosen: ModelLease) -> Self {
         let engine = chosen.engine.clone();
         Self { engine, _chosen: Some(chosen), shared: Arc::clone(&self.shared) }
     }
 
-    /// The same for a request that names a model, which may have to be loaded first.
+    /// The state for a request that names a model, which may have to be loaded first.
     pub(crate) async fn choose(&self, name: &str) -> Result<Self, ApiError> {
         match self.models.choose(name).await {
             Ok(chosen) => Ok(self.on(chosen)),
@@ -199,7 +199,7 @@ impl AppState {
         }
     }
 
-    /// The models that requests can name: the one that is here, and those that can be loaded.
+    /// The models that requests can name: the default one, and those in the directory.
     pub(crate) async fn model_names(&self) -> Result<Vec<String>, ApiError> {
         let mut names = self.models.names().await;
         match self.engine.model() {

@@ -6,7 +6,7 @@ use axum::http::StatusCode;
 use crate::engine::EngineState;
 use crate::http::state::AppState;
 
-/// 200 when pictures can be drawn or models be loaded, else 503. Looks at flags, waits for nothing.
+/// Readiness probe: 200 if images can be generated or models loaded, else 503. It never waits.
 pub(crate) async fn ready(State(state): State<AppState>) -> StatusCode {
     match state.models.state() {
         EngineState::Ready(_) | EngineState::Absent => StatusCode::OK,

@@ -1,4 +1,4 @@
-//! `/metrics` for Prometheus, on the main port, as SageMaker's scraper wants it.
+//! `/metrics` for Prometheus, on the main port, which SageMaker scrapes.
 
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
@@ -10,11 +10,11 @@ use crate::telemetry::MetricId;
 /// The Prometheus text format.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// Every metric, with the gauges as they are now.
+/// All metrics, with up-to-date gauges.
 pub(crate) async fn metrics(State(state): State<AppState>) -> impl IntoResponse {
     let metrics = state.engine.metrics();
     let (engine, engines) = (state.engine.clone(), state.models.engines());
-    // A driver may take its time; a gauge that could not be read keeps its value.
+    // The GPU driver may be slow. A gauge that cannot be read keeps its value.
     let _ = tokio::task::spawn_blocking(move || engine.gauge_with(&engines)).await;
     let in_flight = state.settings.max_requests - state.request_slots.available_permits();
     metrics.set(MetricId::RequestsInFlight, &[], in_flight as f64);

@@ -1,4 +1,4 @@
-//! The routes that say something of the server or govern it.
+//! Routes that describe or manage the server.
 
 mod health;
 mod info;
@@ -12,7 +12,7 @@ use axum::routing::get;
 
 use super::state::AppState;
 
-/// What the server says of itself; open to everyone, as SageMaker wants it.
+/// Public routes that describe the server.
 pub(crate) fn routes() -> Router<AppState> {
     Router::new()
         .route("/openapi.json", get(openapi::document))

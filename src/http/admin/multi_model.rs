@@ -13,20 +13,20 @@ use crate::http::state::AppState;
 use crate::registry::LoadedModel;
 use crate::request::ValidationError;
 
-/// Of a request to load a model: two short strings.
+/// Maximum length of a request to load a model, in bytes.
 const MAX_BODY_BYTES: usize = 1 << 16;
 
 /// A request to load a model.
 #[derive(Debug, Deserialize)]
 struct LoadModelBody {
-    /// Made up by SageMaker.
+    /// The name, assigned by SageMaker.
     model_name: String,
-    /// A directory of this container.
+    /// A directory in the container.
     url: PathBuf,
 }
 
-/// `POST /models`: 409 when it is loaded, 507 when there is no room, so that SageMaker unloads
-/// others and comes back.
+/// `POST /models`: 409 if it is loaded already, 507 if there is no room, after which SageMaker
+/// unloads others and retries.
 pub(crate) async fn load(
     State(state): State<AppState>,
     request: Request,
@@ -40,7 +40,7 @@ pub(crate) async fn load(
     Ok(StatusCode::OK)
 }
 
-/// `GET /models`. There are few enough for one page.
+/// `GET /models`, in a single page.
 pub(crate) async fn list(State(state): State<AppState>) -> Json<Value> {
     let models: Vec<Value> = state.models.loaded().iter().map(describe).collect();
     Json(json!({ "models": models }))
@@ -56,7 +56,7 @@ pub(crate) async fn show(
     model.map(describe).map(Json).ok_or(ApiError::NoModel(name))
 }
 
-/// `DELETE /models/{name}`: the memory is free when this is answered.
+/// `DELETE /models/{name}`: the memory is free when the response is sent.
 pub(crate) async fn unload(
     State(state): State<AppState>,
     Path(name): Path<String>,

@@ -1,7 +1,7 @@
-//! Who may come in. A key comes as `Authorization: Bearer KEY` (OpenAI's clients), as the password
-//! of `Authorization: Basic` (AUTOMATIC1111's clients) or as `X-Api-Key`. It is also the client's
-//! name: whoever shares a key shares a turn. SageMaker's routes have no lock, since its own front
-//! door checks the caller and passes no such header on.
+//! Authentication. A key is sent as `Authorization: Bearer KEY` (OpenAI's clients), as the password
+//! of `Authorization: Basic` (AUTOMATIC1111's clients) or as `X-Api-Key`. It also identifies the
+//! client for fair queueing. SageMaker's routes are public, since SageMaker authenticates callers
+//! itself and forwards no key.
 
 use std::sync::Arc;
 
@@ -19,10 +19,10 @@ use crate::engine::Client;
 use crate::http::error::ApiError;
 use crate::http::state::ApiKey;
 
-/// Where keys go that are not in `Authorization`.
+/// Header of keys that are not in `Authorization`.
 const API_KEY: &str = "x-api-key";
 
-/// Lets a request in that has a key. Where none are configured everyone may come in.
+/// Requires a key, if any are configured.
 pub(crate) async fn require(
     State(keys): State<Arc<[ApiKey]>>,
     mut request: Request,
@@ -42,7 +42,7 @@ pub(crate) async fn require(
     Ok(next.run(request).await)
 }
 
-/// The key that a request carries.
+/// The key of a request.
 fn given(headers: &HeaderMap) -> Option<Vec<u8>> {
     let authorization = headers.get(AUTHORIZATION).and_then(authorized);
     authorization.or_else(|| headers.get(API_KEY).map(|value| value.as_bytes().to_vec()))
@@ -62,7 +62,7 @@ fn authorized(value: &HeaderValue) -> Option<Vec<u8>> {
     }
 }
 
-/// Compares with every key in a time that tells nothing but lengths.
+/// Compares with every key, in a time that depends on lengths only.
 fn find(keys: &[ApiKey], given: &[u8]) -> Option<usize> {
     keys.iter().enumerate().fold(None, |found, (place, key)| {
         if key.as_bytes().ct_eq(given).into() { Some(place) } else { found }

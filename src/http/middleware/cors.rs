@@ -1,4 +1,4 @@
-//! What browsers must hear before a page of another origin may call. Nothing, unless configured.
+//! CORS headers, if origins are configured.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use tower_http::cors::{AllowHeaders, AllowOrigin, CorsLayer};
 
 use crate::http::headers::{NSFW, REQUEST_ID, SEED};
 
-/// What browsers must hear before a page of another origin may call. Nothing, unless configured.
+/// The layer for these origins; none if there are none.
 pub(crate) fn cors(origins: &[HeaderValue]) -> Option<CorsLayer> {
     let origin = match origins {
         [] => return None,

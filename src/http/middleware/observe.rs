@@ -1,4 +1,4 @@
-//! Names each request, measures it and writes its one log line.
+//! Request ids, metrics, and one log line per request.
 
 use std::time::Instant;
 
@@ -16,7 +16,7 @@ use crate::telemetry::MetricId;
 /// Routes that machines poll. Their requests are logged at `debug` only.
 const PROBE_ROUTES: [&str; 4] = ["/ping", "/health/live", "/health/ready", "/metrics"];
 
-/// The routes that are measured by their name; others are `other`, since clients make them up.
+/// The routes with a label of their own in metrics; unknown paths are `other`.
 pub(crate) const ROUTES: [&str; 42] = [
     "/",
     "/page.css",
@@ -78,7 +78,7 @@ impl Drop for RequestMetricsGuard {
     }
 }
 
-/// Names the request, echoes the name, counts the request and writes its one log line.
+/// Sets the request id, counts the request and logs it.
 pub(crate) async fn observe(
     State(engine): State<Engine>,
     request: Request,
@@ -102,7 +102,7 @@ pub(crate) async fn observe(
         None if status.is_success() => "ok",
         None => "not_ready",
     };
-    // A failure of ours, as against a state that clients are told to expect.
+    // An error of the server, in contrast to a state that clients should expect.
     let fault = status.is_server_error() && status != StatusCode::SERVICE_UNAVAILABLE;
     let duration_ms = tally.began.elapsed().as_millis() as u64;
     let (status, reason) = (status.as_u16(), reason.map(|reason| reason.message.as_str()));
@@ -116,7 +116,7 @@ pub(crate) async fn observe(
     response
 }
 
-/// The client's name for the request when it is fit for a header and a log, or else a random one.
+/// The client's request id if it is valid in a header and a log, else a random one.
 fn request_id(headers: &HeaderMap) -> HeaderValue {
     let fit = |value: &&HeaderValue| {
         (1..=128).contains(&value.len()) && value.as_bytes().iter().all(u8::is_ascii_graphic)

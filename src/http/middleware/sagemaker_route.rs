@@ -1,6 +1,5 @@
-//! Other dialects through SageMaker's one door: `X-Amzn-SageMaker-Custom-Attributes:
-//! route=/v1/images/generations` on `/invocations` takes the request to that route. AWS's own
-//! containers route so.
+//! Routes by attribute: `X-Amzn-SageMaker-Custom-Attributes: route=/v1/images/generations` forwards
+//! a request for `/invocations` to that route, as in AWS's own containers.
 
 use axum::Router;
 use axum::extract::Request;
@@ -10,15 +9,15 @@ use tower::{ServiceExt as _, service_fn};
 
 use crate::http::headers::ATTRIBUTES;
 
-/// What can be reached: the dialects of pictures, and nothing that governs the server.
+/// The routes that can be reached: those of images, and none that governs the server.
 const OPEN: [&str; 2] = ["/v1/", "/sdapi/"];
 
-/// A request that came in through SageMaker's door, whatever its path says now.
+/// Marks a request that was routed by the attribute.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ViaSageMaker;
 
-/// The routes, reached by the attribute too. It must be read before a route is chosen, so this
-/// stands before the router, not inside.
+/// The router with routing by attribute, which must take place before a route is matched, so
+/// outside of the router.
 pub(crate) fn by_attribute(router: Router) -> Router {
     let rewrite = move |mut request: Request| {
         let router = router.clone();
@@ -34,7 +33,7 @@ pub(crate) fn by_attribute(router: Router) -> Router {
     Router::new().fallback_service(service_fn(rewrite))
 }
 
-/// The open route that the attributes name.
+/// The route that the attributes name, if it can be reached.
 fn target(headers: &HeaderMap) -> Option<Uri> {
     let attributes = headers.get(ATTRIBUTES)?.to_str().ok()?;
     let parts = attributes.split([',', ';', ' ']);

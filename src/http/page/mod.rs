@@ -1,5 +1,5 @@
-//! The web page and that of the routes: files in the binary, plain HTML, CSS and ES modules. They
-//! ask nobody but this server, and their policy tells the browser to see to that.
+//! The web page and the API reference: files in the binary, plain HTML, CSS and ES modules. Their
+//! policy allows requests to this server only.
 
 use axum::Router;
 use axum::http::header::{
@@ -14,7 +14,7 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
                       img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; \
                       form-action 'none'; frame-ancestors 'none'";
 
-/// The page and the reference of the routes.
+/// The page and the API reference.
 pub(crate) fn routes() -> Router<AppState> {
     Router::new()
         .route("/", get(index))
@@ -39,7 +39,7 @@ async fn script() -> impl IntoResponse {
     file("text/javascript; charset=utf-8", include_str!("page.js"))
 }
 
-/// `GET /docs`: `/openapi.json` for people.
+/// `GET /docs`: the API reference, from `/openapi.json`.
 async fn docs() -> impl IntoResponse {
     file("text/html; charset=utf-8", include_str!("docs.html"))
 }
@@ -49,7 +49,7 @@ async fn docs_script() -> impl IntoResponse {
     file("text/javascript; charset=utf-8", include_str!("docs.js"))
 }
 
-/// A file that goes with this version of the server, so that no browser may keep it unasked.
+/// A file of this version of the server, which browsers must revalidate.
 fn file(media_type: &'static str, text: &'static str) -> impl IntoResponse {
     let headers = [
         (CONTENT_TYPE, media_type),

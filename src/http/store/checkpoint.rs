@@ -1,8 +1,8 @@
-//! The model that AUTOMATIC1111's clients have chosen.
+//! The model that AUTOMATIC1111's clients have selected.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The model that was chosen for requests that name none; without it, the one that is there.
+/// The model of requests that name none; if `None`, the default one.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct SelectedCheckpoint(Arc<Mutex<Option<String>>>);
 

@@ -1,5 +1,4 @@
-//! Jobs that outlive their connection, and their results: bounded in number, and gone with the
-//! process.
+//! Background jobs and their results: bounded in number, and lost with the process.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,7 +11,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::engine::JobMonitor;
 use crate::http::error::ApiError;
 
-/// The jobs that are kept.
+/// The retained jobs.
 #[derive(Debug, Default)]
 pub(crate) struct JobStore {
     jobs: Mutex<HashMap<String, JobRecord>>,
@@ -24,9 +23,9 @@ pub(crate) type JobResult = Arc<Result<Response<Bytes>, ApiError>>;
 #[derive(Debug)]
 pub(crate) struct JobRecord {
     pub(crate) monitor: JobMonitor,
-    /// When it ended, and how.
+    /// When it finished, and its result.
     pub(crate) end: Option<(Instant, JobResult)>,
-    /// Dropping the record ends the task, which withdraws the images.
+    /// Dropping the record ends the task, which cancels the images.
     pub(crate) task: Option<AbortOnDropHandle<()>>,
 }
 
@@ -35,8 +34,8 @@ impl JobStore {
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Keeps a job. When as many are kept as may be, the oldest result makes room; false when
-    /// none of them has ended.
+    /// Adds a job. If the number of jobs is at `max`, the oldest finished job is evicted; false if
+    /// none has finished.
     pub(crate) fn insert(&self, id: String, entry: JobRecord, max: usize) -> bool {
         let mut jobs = self.jobs();
         if jobs.len() >= max {
@@ -63,12 +62,12 @@ impl JobStore {
         self.jobs().get(id).map(read).ok_or(ApiError::NoJob)
     }
 
-    /// Forgets a job; false when there is none.
+    /// Deletes a job; false if there is none.
     pub(crate) fn remove(&self, id: &str) -> bool {
         self.jobs().remove(id).is_some()
     }
 
-    /// How many jobs are under way and how many have ended.
+    /// Number of running and of finished jobs.
     pub(crate) fn count(&self) -> [usize; 2] {
         let jobs = self.jobs();
         let ended = jobs.values().filter(|job| job.end.is_some()).count();

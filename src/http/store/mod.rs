@@ -1,4 +1,4 @@
-//! What is kept between requests, all of it in memory and bounded.
+//! Stores that outlive a request: in memory and bounded.
 
 mod checkpoint;
 mod in_flight;

@@ -1,5 +1,5 @@
-//! Pictures that are kept for a while, for replies that hold a URL in their place. Bounded in bytes
-//! and time; the oldest goes first.
+//! Images for responses with URLs. They are retained for a limited time and up to a total size; the
+//! oldest is evicted first.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,7 +11,7 @@ use crate::http::ids::random;
 use crate::image::Format;
 use crate::request::ValidationError;
 
-/// The pictures, the oldest first.
+/// The images, the oldest first.
 #[derive(Debug)]
 pub(crate) struct UrlStore {
     retention: Duration,
@@ -28,7 +28,7 @@ struct StoredImage {
 }
 
 impl UrlStore {
-    /// Keeps pictures for a time, and so many bytes of them in all.
+    /// Retains images for `retention`, and at most `max_bytes` of them.
     pub(crate) fn new(retention: Duration, max_bytes: usize) -> Self {
         Self { retention, max_bytes, files: Mutex::default() }
     }
@@ -41,8 +41,8 @@ impl UrlStore {
         files
     }
 
-    /// Keeps the pictures of a request, for which older ones may have to go, and returns their
-    /// names. Those that never fit together are refused, and nothing goes.
+    /// Adds the images of a request, which may evict older ones, and returns their names. If they
+    /// are too large together, they are rejected and nothing is evicted.
     pub(crate) fn keep(
         &self,
         pictures: Vec<Vec<u8>>,
@@ -57,7 +57,7 @@ impl UrlStore {
             return Err(ValidationError::range("response_format", reason));
         };
         let mut files = self.files();
-        // From the newest on, as many as fit beside the new ones.
+        // The newest images that fit beside the new ones.
         let kept = files.iter().rev().take_while(|file| {
             let left = room.checked_sub(file.data.len());
             room = left.unwrap_or(0);
@@ -73,7 +73,7 @@ impl UrlStore {
         Ok(files.range(first..).map(|file| file.name.clone()).collect())
     }
 
-    /// The picture of a name.
+    /// The image of a name.
     pub(crate) fn get(&self, name: &str) -> Option<(Format, Bytes)> {
         let files = self.files();
         let file = files.iter().find(|file| file.name == name)?;
