@@ -13,6 +13,7 @@ use crate::options::{millis, min};
 use crate::registry::RegistryConfig;
 use crate::telemetry::LogFormat;
 
+use super::bench::load::LoadConfig;
 use super::package::Layout;
 
 /// Stable Diffusion inference: an HTTP server and a command line in one native binary.
@@ -267,14 +268,13 @@ pub(super) struct PackageArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct BenchArgs {
-    /// URL of the server: http://host:port
-    #[arg(required_unless_present = "verify", conflicts_with = "verify")]
-    pub(super) url: Option<String>,
     /// Without a server: compare images of a device with those of the CPU, then time the device
     #[arg(long)]
     pub(super) verify: bool,
     #[command(flatten)]
     pub(super) model: ModelArgs,
+    #[command(flatten)]
+    pub(super) load: LoadConfig,
     /// Image size with --verify, such as 512x512. Default: the model's own
     #[arg(long, requires = "verify", value_parser = size)]
     pub(super) size: Option<Size>,
@@ -284,28 +284,6 @@ pub(super) struct BenchArgs {
     /// Number of steps timed with --verify for each number of rows
     #[arg(long, requires = "verify", default_value = "10", value_parser = min::<1>)]
     pub(super) evaluations: usize,
-    /// Number of requests per second in an open loop: random (Poisson) arrivals, independent of
-    /// responses. Shows the behaviour under overload
-    #[arg(long, conflicts_with = "clients", value_parser = positive)]
-    pub(super) rate: Option<f64>,
-    /// Number of clients in a closed loop: each sends its next request when it has a response
-    #[arg(long, default_value = "8", value_parser = min::<1>)]
-    pub(super) clients: usize,
-    /// Time for which requests are sent, in seconds
-    #[arg(long, default_value = "30", value_parser = positive)]
-    pub(super) duration_s: f64,
-    /// Request body, as JSON; each request gets its own seed unless it has one
-    #[arg(long, default_value = r#"{"prompt":"a red house by the sea","steps":20}"#)]
-    pub(super) body: String,
-    /// Time for a request, in milliseconds; after it the request counts as unanswered
-    #[arg(long, default_value = "120000", value_parser = min::<1>)]
-    pub(super) timeout_ms: usize,
-    /// Seed of the random arrivals; the same seed gives the same arrivals
-    #[arg(long, default_value = "1")]
-    pub(super) arrivals_seed: u64,
-    /// Print JSON instead of a table
-    #[arg(long)]
-    pub(super) json: bool,
 }
 
 #[derive(Debug, clap::Args)]
@@ -320,13 +298,6 @@ pub(super) struct HealthcheckArgs {
 
 fn parse<T: std::str::FromStr<Err = String>>(text: &str) -> Result<T, String> {
     text.parse()
-}
-
-fn positive(text: &str) -> Result<f64, String> {
-    match text.parse() {
-        Ok(number) if number > 0.0 && number <= 1e6 => Ok(number),
-        _ => Err("must be a positive number".into()),
-    }
 }
 
 fn size(text: &str) -> Result<Size, String> {

@@ -10,7 +10,6 @@ pub(crate) mod package;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -26,11 +25,9 @@ use crate::source::{
     Download, Hub, ModelConfig, ModelLocation, is_checkpoint, is_hub_id, wants_half,
 };
 use crate::telemetry::LogFormat;
-use args::{
-    Args, BenchArgs, Command, GenerateArgs, ModelArgs, PackageArgs, SafetyChecker, ServeArgs,
-};
+use args::{Args, Command, GenerateArgs, ModelArgs, PackageArgs, SafetyChecker, ServeArgs};
 use bench::device::Verify;
-use bench::load::{LoadConfig, LoadMode};
+use bench::load::LoadConfig;
 use generate::Generate;
 use package::{Layout, Package};
 
@@ -99,10 +96,10 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
         Command::Bench(args) if args.verify => {
             let model = ModelConfig { checking: SafetyMode::Never, ..args.model.resolve()?.0 };
             let (max_rows, evaluations) = (args.max_rows, args.evaluations);
-            let (size, json) = (args.size, args.json);
+            let (size, json) = (args.size, args.load.json);
             Action::Verify(Box::new(Verify { model, size, max_rows, evaluations, json }))
         }
-        Command::Bench(args) => Action::Bench(Box::new(args.resolve()?)),
+        Command::Bench(args) => Action::Bench(Box::new(args.load)),
         Command::Healthcheck(args) => {
             Action::Healthcheck { address: format!("{}:{}", args.host, port(args.port)?) }
         }
@@ -230,26 +227,6 @@ impl PackageArgs {
             output,
             layout: self.layout,
             upload: self.upload,
-        })
-    }
-}
-
-impl BenchArgs {
-    fn resolve(self) -> Result<LoadConfig, clap::Error> {
-        let url = self.url.unwrap_or_default().trim_end_matches('/').to_owned();
-        if !["http://", "https://"].iter().any(|scheme| url.starts_with(scheme)) {
-            return Err(usage(format!("{url}: the URL must start with http:// or https://")));
-        }
-        let body = serde_json::from_str(&self.body)
-            .map_err(|error| usage(format!("--body is not a JSON object: {error}")))?;
-        Ok(LoadConfig {
-            url,
-            load: self.rate.map_or(LoadMode::Clients(self.clients), LoadMode::Rate),
-            duration: Duration::from_secs_f64(self.duration_s),
-            timeout: Duration::from_millis(self.timeout_ms as u64),
-            body,
-            arrivals_seed: self.arrivals_seed,
-            json: self.json,
         })
     }
 }

@@ -35,7 +35,8 @@ fn vocabulary(file: &Path, hub: &Hub) -> Result<Option<PathBuf>> {
         let (hub, id, revision) = (hub.clone(), VOCABULARY.to_owned(), "main".to_owned());
         let (half, checking) = (false, SafetyMode::Never);
         let download = Download { hub, id, revision, half, checking };
-        download.run_for(&VOCABULARY_FILES).with_context(|| {
+        let files = VOCABULARY_FILES.map(String::from).into();
+        download.fetch(|_| Ok(files)).with_context(|| {
             format!(
                 "{} holds no vocabulary: put tokenizer/vocab.json and tokenizer/merges.txt beside it",
                 file.display()

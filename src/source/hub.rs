@@ -74,34 +74,9 @@ pub struct Download {
 }
 
 impl Download {
-    /// Downloads the model and returns its path. hf-hub resumes a file after its complete prefix,
-    /// so the parts of a file should arrive in order: the runtime has one thread.
+    /// Downloads the model and returns its directory.
     pub(crate) fn run(&self) -> Result<PathBuf> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(self.fetch())
-    }
-
-    /// Downloads some files of a repository.
-    pub(super) fn run_for(&self, files: &[&str]) -> Result<()> {
-        let offline = self.hub.offline;
-        ensure!(
-            !offline,
-            "{} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it",
-            self.id
-        );
-        let repo = self.api()?.repo(self.repo());
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(async {
-            timeout(FIRST_ANSWER, repo.info())
-                .await
-                .map_err(|_| anyhow!("{} does not answer", self.hub.endpoint))?
-                .map_err(|error| self.explain(error))?;
-            for file in files {
-                let fetched = repo.get(file).await.map_err(|error| self.explain(error));
-                fetched.with_context(|| format!("cannot fetch {file} of {}", self.id))?;
-            }
-            Ok(())
-        })
+        self.fetch(|files| files_to_fetch(files, self.half, self.checking))
     }
 
     fn repo(&self) -> Repo {
@@ -116,20 +91,34 @@ impl Download {
         is_complete(&path, self.checking).then_some(path)
     }
 
-    /// Downloads missing files into the cache. An interrupted download is resumed.
-    async fn fetch(&self) -> Result<PathBuf> {
-        let Hub { endpoint, offline, .. } = &self.hub;
+    /// Downloads files that the cache lacks, which are selected from those of the repository, and
+    /// returns their directory. Interrupted files are resumed: hf-hub does so after a file's
+    /// contiguous beginning, so its parts should arrive in order, for which the runtime has one
+    /// thread.
+    pub(super) fn fetch(
+        &self,
+        select: impl FnOnce(&[String]) -> Result<Vec<String>>,
+    ) -> Result<PathBuf> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let name = format!("{} ({})", self.id, self.revision);
+        let offline = self.hub.offline;
         ensure!(!offline, "{name} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it");
+        runtime.block_on(self.download(&name, select))
+    }
+
+    async fn download(
+        &self,
+        name: &str,
+        select: impl FnOnce(&[String]) -> Result<Vec<String>>,
+    ) -> Result<PathBuf> {
         let repo = self.api()?.repo(self.repo());
         let listing = timeout(FIRST_ANSWER, repo.info())
             .await
-            .map_err(|_| anyhow!("{endpoint} does not answer"))
+            .map_err(|_| anyhow!("{} does not answer", self.hub.endpoint))
             .and_then(|listing| listing.map_err(|error| self.explain(error)))
             .with_context(|| format!("cannot fetch {name}"))?;
         let files: Vec<String> = listing.siblings.into_iter().map(|file| file.rfilename).collect();
-        let files =
-            files_to_fetch(&files, self.half, self.checking).with_context(|| name.clone())?;
+        let files = select(&files).with_context(|| name.to_owned())?;
 
         let present = Cache::new(self.hub.cache.clone()).repo(self.repo());
         let snapshot = present.pointer_path(&listing.sha);

@@ -18,32 +18,61 @@ use serde_json::{Map, Value};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
-/// What to do.
-#[derive(Debug)]
+use crate::options::{millis, min};
+
+/// Configuration of `bench`.
+#[derive(Debug, clap::Args)]
 pub struct LoadConfig {
-    /// URL of the server, without a path.
-    pub url: String,
-    /// The arrival process.
-    pub load: LoadMode,
-    /// Time for which requests are sent.
+    /// URL of the server: http://host:port
+    #[arg(required_unless_present = "verify", conflicts_with = "verify", value_parser = url)]
+    pub url: Option<String>,
+    /// Number of requests per second in an open loop: random (Poisson) arrivals, independent of
+    /// responses. Shows the behaviour under overload
+    #[arg(long, conflicts_with = "clients", value_parser = positive)]
+    pub rate: Option<f64>,
+    /// Number of clients in a closed loop: each sends its next request when it has a response
+    #[arg(long, default_value = "8", value_parser = min::<1>)]
+    pub clients: usize,
+    /// Time for which requests are sent, in seconds
+    #[arg(long = "duration-s", default_value = "30", value_parser = seconds)]
     pub duration: Duration,
-    /// Timeout of a request.
+    /// Request body, as JSON; each request gets its own seed unless it has one
+    #[arg(long, default_value = r#"{"prompt":"a red house by the sea","steps":20}"#)]
+    #[arg(value_parser = object)]
+    pub body: JsonObject,
+    /// Time for a request, in milliseconds; after it the request counts as unanswered
+    #[arg(long = "timeout-ms", default_value = "120000", value_parser = millis::<1>)]
     pub timeout: Duration,
-    /// The body of each request.
-    pub body: Map<String, Value>,
-    /// Seed of the random arrivals.
+    /// Seed of the random arrivals; the same seed gives the same arrivals
+    #[arg(long, default_value = "1")]
     pub arrivals_seed: u64,
-    /// Whether to print JSON.
+    /// Print JSON instead of a table
+    #[arg(long)]
     pub json: bool,
 }
 
-/// How requests arrive.
-#[derive(Debug, Clone, Copy)]
-pub enum LoadMode {
-    /// Open loop: Poisson arrivals, requests per second.
-    Rate(f64),
-    /// Closed loop: number of clients.
-    Clients(usize),
+/// A JSON object.
+type JsonObject = Map<String, Value>;
+
+fn url(text: &str) -> Result<String, String> {
+    let known = ["http://", "https://"].iter().any(|scheme| text.starts_with(scheme));
+    let url = known.then(|| text.trim_end_matches('/').to_owned());
+    url.ok_or_else(|| "must start with http:// or https://".into())
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(number) if number > 0.0 && number <= 1e6 => Ok(number),
+        _ => Err("must be a positive number".into()),
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    positive(text).map(Duration::from_secs_f64)
+}
+
+fn object(text: &str) -> Result<JsonObject, String> {
+    serde_json::from_str(text).map_err(|error| format!("must be a JSON object: {error}"))
 }
 
 /// The result of a request.
@@ -87,24 +116,25 @@ struct Latency {
 }
 
 pub(crate) async fn run(plan: LoadConfig) -> Result<()> {
+    let url = plan.url.unwrap_or_default();
     let client = Client::builder().timeout(plan.timeout).build()?;
-    let ping = client.get(format!("{}/ping", plan.url)).send().await;
-    let ping = ping.with_context(|| format!("{} does not respond", plan.url))?;
-    ensure!(ping.status().is_success(), "{} is not ready: {}", plan.url, ping.status());
-    let steps_before = steps(&client, &plan.url).await;
+    let ping = client.get(format!("{url}/ping")).send().await;
+    let ping = ping.with_context(|| format!("{url} does not respond"))?;
+    ensure!(ping.status().is_success(), "{url} is not ready: {}", ping.status());
+    let steps_before = steps(&client, &url).await;
     let sender = Arc::new(Sender {
         client: client.clone(),
-        url: format!("{}/invocations", plan.url),
+        url: format!("{url}/invocations"),
         body: plan.body,
         sent: AtomicU64::new(0),
     });
     let began = Instant::now();
-    let samples = match plan.load {
-        LoadMode::Rate(rate) => open(&sender, rate, plan.duration, plan.arrivals_seed).await,
-        LoadMode::Clients(clients) => closed(&sender, clients, plan.duration).await,
+    let samples = match plan.rate {
+        Some(rate) => open(&sender, rate, plan.duration, plan.arrivals_seed).await,
+        None => closed(&sender, plan.clients, plan.duration).await,
     };
     let mut report = LoadReport::new(&samples, began.elapsed());
-    if let (Some(before), Some(after)) = (steps_before, steps(&client, &plan.url).await) {
+    if let (Some(before), Some(after)) = (steps_before, steps(&client, &url).await) {
         let (rows, count) = (after.0 - before.0, after.1 - before.1);
         report.rows_per_step = (count > 0.0).then_some(rows / count);
     }
