@@ -196,7 +196,7 @@ pub(super) fn open(
     let looks = previews.as_ref().map(watch::Sender::subscribe);
     let interrupted = Arc::<AtomicBool>::default();
     let submitted = Instant::now();
-    let order = |(index, spec)| ImageTask {
+    let task = |(index, spec)| ImageTask {
         spec,
         client: client.clone(),
         job: id,
@@ -212,7 +212,7 @@ pub(super) fn open(
         _busy: busy.subscribe(),
     };
     let state = state.subscribe();
-    let orders = specs.into_iter().enumerate().map(order).collect();
+    let tasks = specs.into_iter().enumerate().map(task).collect();
     let ticket = Ticket {
         job: id,
         pictures,
@@ -223,7 +223,7 @@ pub(super) fn open(
         interrupted,
         state,
     };
-    (ticket, orders)
+    (ticket, tasks)
 }
 
 impl Ticket {

@@ -121,26 +121,26 @@ impl Engine {
     pub fn submit(&self, job: impl Into<Job>) -> Result<Ticket, JobError> {
         let (model, job) = (self.model()?, job.into());
         let id = self.shared.jobs.fetch_add(1, Ordering::Relaxed);
-        let (ticket, mut orders) =
+        let (ticket, mut tasks) =
             job::open(id, job, &self.shared.state, &self.shared.busy, &self.shared.metrics);
-        let refuse = |orders: Vec<job::ImageTask>, failure: JobError| {
-            orders.into_iter().for_each(|order| order.reject(failure.clone()));
+        let refuse = |tasks: Vec<job::ImageTask>, failure: JobError| {
+            tasks.into_iter().for_each(|task| task.reject(failure.clone()));
             failure
         };
         let budget = self.shared.budget();
-        let too_large = |order: &job::ImageTask| model.peak_bytes(&order.spec) > budget;
-        if orders.iter().any(too_large) {
-            return Err(refuse(orders, JobError::OutOfMemory));
+        let too_large = |task: &job::ImageTask| model.peak_bytes(&task.spec) > budget;
+        if tasks.iter().any(too_large) {
+            return Err(refuse(tasks, JobError::OutOfMemory));
         }
         let mut queue = self.shared.queue();
         // The state may have changed since; the queue is authoritative.
-        let pushed = queue.push(&mut orders);
-        let retry_after_s = self.shared.retry_after(&queue, orders.len());
+        let pushed = queue.push(&mut tasks);
+        let retry_after_s = self.shared.retry_after(&queue, tasks.len());
         drop(queue);
         match pushed {
             Ok(evicted) => drop(refuse(evicted, JobError::Full { retry_after_s })),
-            Err(PushError::Full) => return Err(refuse(orders, JobError::Full { retry_after_s })),
-            Err(PushError::Closed) => return Err(refuse(orders, JobError::Stopping)),
+            Err(PushError::Full) => return Err(refuse(tasks, JobError::Full { retry_after_s })),
+            Err(PushError::Closed) => return Err(refuse(tasks, JobError::Stopping)),
         }
         self.shared.arrived.notify_one();
         Ok(ticket)

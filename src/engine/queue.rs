@@ -12,7 +12,7 @@ use super::job::{Client, ImageTask, JobId};
 #[derive(Debug)]
 pub(super) struct Queue {
     /// By ascending start.
-    orders: VecDeque<Waiting>,
+    tasks: VecDeque<Waiting>,
     capacity: usize,
     closed: bool,
     /// Number of accepted jobs.
@@ -25,7 +25,7 @@ pub(super) struct Queue {
 
 #[derive(Debug)]
 struct Waiting {
-    order: ImageTask,
+    task: ImageTask,
     start: u64,
 }
 
@@ -39,7 +39,7 @@ pub(super) enum PushError {
 impl Queue {
     pub(super) fn new(capacity: usize) -> Self {
         Self {
-            orders: VecDeque::new(),
+            tasks: VecDeque::new(),
             capacity,
             closed: false,
             arrivals: 0,
@@ -49,12 +49,12 @@ impl Queue {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.orders.is_empty()
+        self.tasks.is_empty()
     }
 
     /// Whether the queue is closed and empty.
     pub(super) fn is_over(&self) -> bool {
-        self.closed && self.orders.is_empty()
+        self.closed && self.tasks.is_empty()
     }
 
     /// Number of jobs accepted so far, to detect new ones.
@@ -63,20 +63,20 @@ impl Queue {
     }
 
     pub(super) fn len(&self) -> usize {
-        self.orders.len()
+        self.tasks.len()
     }
 
     /// The work of all waiting images.
     pub(super) fn work(&self) -> u64 {
-        self.orders.iter().map(|waiting| waiting.order.work()).sum()
+        self.tasks.iter().map(|waiting| waiting.task.work()).sum()
     }
 
     /// Number of images ahead of the first image of a job, and the work up to its last image.
     pub(super) fn place(&self, job: JobId) -> Option<(usize, u64)> {
-        let first = self.orders.iter().position(|waiting| waiting.order.job == job)?;
-        let last = self.orders.iter().rposition(|waiting| waiting.order.job == job)?;
-        let ahead = self.orders.iter().take(last + 1);
-        Some((first, ahead.map(|waiting| waiting.order.work()).sum()))
+        let first = self.tasks.iter().position(|waiting| waiting.task.job == job)?;
+        let last = self.tasks.iter().rposition(|waiting| waiting.task.job == job)?;
+        let ahead = self.tasks.iter().take(last + 1);
+        Some((first, ahead.map(|waiting| waiting.task.work()).sum()))
     }
 
     /// Adds all images of a job or none. A job larger than the queue is accepted if the queue is
@@ -86,20 +86,20 @@ impl Queue {
             return Err(PushError::Closed);
         }
         let mut evicted = Vec::new();
-        if self.orders.len() + job.len() > self.capacity {
+        if self.tasks.len() + job.len() > self.capacity {
             // Images of disconnected clients do not count.
             self.forget_unwanted();
         }
-        if !self.orders.is_empty() && self.orders.len() + job.len() > self.capacity {
+        if !self.tasks.is_empty() && self.tasks.len() + job.len() > self.capacity {
             evicted = self.make_room(job).ok_or(PushError::Full)?;
         }
         self.arrivals += 1;
-        for order in job.drain(..) {
-            let end = self.ends.entry(order.client.clone()).or_default();
+        for task in job.drain(..) {
+            let end = self.ends.entry(task.client.clone()).or_default();
             let start = self.now.max(*end);
-            *end = start.saturating_add(order.work());
-            let place = self.orders.partition_point(|waiting| waiting.start <= start);
-            self.orders.insert(place, Waiting { order, start });
+            *end = start.saturating_add(task.work());
+            let place = self.tasks.partition_point(|waiting| waiting.start <= start);
+            self.tasks.insert(place, Waiting { task, start });
         }
         Ok(evicted)
     }
@@ -110,51 +110,51 @@ impl Queue {
     fn make_room(&mut self, job: &[ImageTask]) -> Option<Vec<ImageTask>> {
         let newcomer = &job.first()?.client;
         let mut held: HashMap<&Client, usize> = HashMap::new();
-        for waiting in &self.orders {
-            *held.entry(&waiting.order.client).or_default() += 1;
+        for waiting in &self.tasks {
+            *held.entry(&waiting.task.client).or_default() += 1;
         }
         let theirs = held.get(newcomer).copied().unwrap_or_default() + job.len();
         let (greedy, most) = held.into_iter().max_by_key(|(_, held)| *held)?;
         if most <= theirs {
             return None;
         }
-        let victim = self.orders.iter().rev().map(|waiting| &waiting.order);
-        let victim = victim.filter(|order| order.client == *greedy).max_by_key(|o| o.job)?;
+        let victim = self.tasks.iter().rev().map(|waiting| &waiting.task);
+        let victim = victim.filter(|task| task.client == *greedy).max_by_key(|o| o.job)?;
         let (victim, pictures) = (victim.job, victim.siblings);
-        let waiting = self.orders.iter().filter(|waiting| waiting.order.job == victim).count();
-        let fits = self.orders.len() - waiting + job.len() <= self.capacity;
-        (waiting == pictures && fits).then(|| self.take_out(|order| order.job == victim))
+        let waiting = self.tasks.iter().filter(|waiting| waiting.task.job == victim).count();
+        let fits = self.tasks.len() - waiting + job.len() <= self.capacity;
+        (waiting == pictures && fits).then(|| self.take_out(|task| task.job == victim))
     }
 
     /// Removes and returns the first image that is still wanted and `fits`.
     pub(super) fn next(&mut self, mut fits: impl FnMut(&ImageTask) -> bool) -> Option<ImageTask> {
         self.forget_unwanted();
-        let place = self.orders.iter().position(|waiting| fits(&waiting.order))?;
-        let Waiting { order, start } = self.orders.remove(place)?;
+        let place = self.tasks.iter().position(|waiting| fits(&waiting.task))?;
+        let Waiting { task, start } = self.tasks.remove(place)?;
         self.now = self.now.max(start);
         let now = self.now;
-        let idle = self.orders.is_empty();
+        let idle = self.tasks.is_empty();
         self.ends.retain(|_, end| !idle && *end > now);
-        Some(order)
+        Some(task)
     }
 
     fn forget_unwanted(&mut self) {
-        drop(self.take_out(|order| !order.is_wanted()));
+        drop(self.take_out(|task| !task.is_wanted()));
         self.take_out(ImageTask::interrupted).into_iter().for_each(ImageTask::skip);
     }
 
     /// Removes images from the queue and from their clients' accounts.
     fn take_out(&mut self, mut which: impl FnMut(&ImageTask) -> bool) -> Vec<ImageTask> {
         let mut taken = Vec::new();
-        for waiting in std::mem::take(&mut self.orders) {
-            if !which(&waiting.order) {
-                self.orders.push_back(waiting);
+        for waiting in std::mem::take(&mut self.tasks) {
+            if !which(&waiting.task) {
+                self.tasks.push_back(waiting);
                 continue;
             }
-            if let Some(end) = self.ends.get_mut(&waiting.order.client) {
-                *end = end.saturating_sub(waiting.order.work());
+            if let Some(end) = self.ends.get_mut(&waiting.task.client) {
+                *end = end.saturating_sub(waiting.task.work());
             }
-            taken.push(waiting.order);
+            taken.push(waiting.task);
         }
         taken
     }
@@ -208,7 +208,7 @@ mod tests {
     }
 
     fn drain(queue: &mut Queue) -> Vec<u64> {
-        std::iter::from_fn(|| queue.next(|_| true).map(|order| order.spec.seed)).collect()
+        std::iter::from_fn(|| queue.next(|_| true).map(|task| task.spec.seed)).collect()
     }
 
     #[test]
@@ -217,8 +217,8 @@ mod tests {
         let jobs = [(1, 0, 5), (2, 1, 1), (3, 2, 2), (1, 3, 1)];
         let mut tickets = Vec::new();
         for (client, id, pictures) in jobs {
-            let (ticket, mut orders) = job(client, id, pictures);
-            assert!(queue.push(&mut orders).expect("room").is_empty());
+            let (ticket, mut tasks) = job(client, id, pictures);
+            assert!(queue.push(&mut tasks).expect("room").is_empty());
             tickets.push(ticket);
         }
         assert_eq!(queue.place(3), Some((8, queue.work())));
@@ -234,8 +234,8 @@ mod tests {
         let mut served = [0_u64; 3];
         let mut tickets = Vec::new();
         for id in 1..40 {
-            let (ticket, mut orders) = job(2, id, 1);
-            queue.push(&mut orders).expect("room");
+            let (ticket, mut tasks) = job(2, id, 1);
+            queue.push(&mut tasks).expect("room");
             tickets.push(ticket);
             let next = queue.next(|_| true).expect("a picture");
             served[next.spec.seed as usize] += 1;
@@ -268,7 +268,7 @@ mod tests {
         assert_eq!(queue.push(&mut more).expect_err("it has all of it"), PushError::Full);
         let (_d, mut other) = job(2, 3, 1);
         let evicted = queue.push(&mut other).expect("room is made");
-        assert!(evicted.len() == 2 && evicted.iter().all(|order| order.job == 1));
+        assert!(evicted.len() == 2 && evicted.iter().all(|task| task.job == 1));
         assert_eq!(queue.len(), 3);
         let (_e, mut large) = job(3, 4, 2);
         assert_eq!(queue.push(&mut large).expect_err("as much as the others"), PushError::Full);

@@ -150,7 +150,7 @@ fn warm_up_params(defaults: &Defaults, size: Size) -> Spec {
 
 /// A running image and its task.
 struct Slot<T> {
-    order: ImageTask,
+    task: ImageTask,
     trajectory: T,
     begun: Instant,
     /// The decoded image, if only the safety check is left.
@@ -168,7 +168,7 @@ impl<T: Trajectory> Slot<T> {
 
 /// An image that has its rows reserved and waits for its files.
 struct PendingFiles {
-    order: ImageTask,
+    task: ImageTask,
     done: Arc<AtomicBool>,
 }
 
@@ -286,8 +286,8 @@ impl<M: Model> Worker<M> {
         let began = Instant::now();
         let (device, mut time_used) = (self.engine.device.clone(), self.time_used);
         let turn = device.acquire(&mut time_used);
-        self.slots.retain(|slot| slot.order.is_wanted());
-        self.reading.retain(|reading| reading.order.is_wanted());
+        self.slots.retain(|slot| slot.task.is_wanted());
+        self.reading.retain(|reading| reading.task.is_wanted());
         self.cut_short();
         self.admit();
         let loads = self.loads();
@@ -302,13 +302,13 @@ impl<M: Model> Worker<M> {
     /// Stops interrupted images, and ends those without a finished step.
     fn cut_short(&mut self) {
         for slot in &mut self.slots {
-            slot.cut_short |= slot.order.interrupted();
+            slot.cut_short |= slot.task.interrupted();
         }
         let unseen =
             |slot: &mut Slot<M::Trajectory>| slot.cut_short && slot.trajectory.progress().0 == 0;
-        let unseen = self.slots.extract_if(.., unseen).map(|slot| slot.order);
-        let unread = self.reading.extract_if(.., |reading| reading.order.interrupted());
-        unseen.chain(unread.map(|reading| reading.order)).for_each(ImageTask::skip);
+        let unseen = self.slots.extract_if(.., unseen).map(|slot| slot.task);
+        let unread = self.reading.extract_if(.., |reading| reading.task.interrupted());
+        unseen.chain(unread.map(|reading| reading.task)).for_each(ImageTask::skip);
     }
 
     /// Updates the throughput and the remaining work, for estimates.
@@ -317,7 +317,7 @@ impl<M: Model> Worker<M> {
         let mut pace = self.engine.pace.lock().unwrap_or_else(PoisonError::into_inner);
         pace.measure(elapsed, work);
         let drawing = self.slots.iter().filter(|slot| !slot.done()).map(left);
-        let reading = self.reading.iter().map(|reading| reading.order.work());
+        let reading = self.reading.iter().map(|reading| reading.task.work());
         pace.drawing = drawing.chain(reading).sum();
         pace.pictures = self.slots.len() + self.reading.len();
         pace.sizes = self.loads().len();
@@ -329,24 +329,24 @@ impl<M: Model> Worker<M> {
         let round = Instant::now();
         let busy = !self.slots.is_empty();
         while !self.lost {
-            let Some(order) = self.next_ready() else { return };
+            let Some(task) = self.next_ready() else { return };
             let began = Instant::now();
-            let queued = began.saturating_duration_since(order.submitted);
+            let queued = began.saturating_duration_since(task.submitted);
             self.engine.metrics.time(MetricId::QueueDuration, &[], queued);
-            let begun = self.model.begin(&order.spec);
+            let begun = self.model.begin(&task.spec);
             self.engine.metrics.time(MetricId::StageDuration, &["text_encode"], began.elapsed());
             match begun {
                 Ok(trajectory) => {
-                    order.advance(0, trajectory.progress().1);
+                    task.advance(0, trajectory.progress().1);
                     self.slots.push(Slot {
-                        order,
+                        task,
                         trajectory,
                         begun: began,
                         decoded: None,
                         cut_short: false,
                     });
                 }
-                Err(error) => order.complete(Err(self.failure(&error, "begin"))),
+                Err(error) => task.complete(Err(self.failure(&error, "begin"))),
             }
             if busy && round.elapsed() > self.last_step {
                 return;
@@ -357,11 +357,11 @@ impl<M: Model> Worker<M> {
     /// The first image whose files have been read, or that needs none.
     fn next_ready(&mut self) -> Option<ImageTask> {
         if let Some(place) = self.reading.iter().position(PendingFiles::done) {
-            return Some(self.reading.remove(place).order);
+            return Some(self.reading.remove(place).task);
         }
         loop {
-            let order = self.next_order()?;
-            let Some(work) = self.model.files(&order.spec) else { return Some(order) };
+            let task = self.next_task()?;
+            let Some(work) = self.model.files(&task.spec) else { return Some(task) };
             let done = Arc::<AtomicBool>::default();
             let read = NotifyOnDrop { engine: Arc::clone(&self.engine.0), done: Arc::clone(&done) };
             let work = move || {
@@ -370,15 +370,15 @@ impl<M: Model> Worker<M> {
             };
             // If no thread can be started, the image reads its files when it starts.
             let _ = thread::Builder::new().name("files".into()).spawn(work);
-            self.reading.push(PendingFiles { order, done });
+            self.reading.push(PendingFiles { task, done });
         }
     }
 
     /// The first image for whose size there are rows. An image that waits for rows blocks later
     /// ones of its size, so that a guided image is not overtaken by unguided ones forever.
-    fn next_order(&mut self) -> Option<ImageTask> {
+    fn next_task(&mut self) -> Option<ImageTask> {
         let (engine, info) = (&self.engine, self.model.info());
-        let reading = || self.reading.iter().map(|reading| &reading.order.spec);
+        let reading = || self.reading.iter().map(|reading| &reading.task.spec);
         let drawing = self.slots.iter().map(|slot| slot.trajectory.rows());
         let taken: usize = drawing.chain(reading().map(Spec::rows)).sum();
         let mut free = (MAX_BUCKETS * engine.settings.max_batch_rows).saturating_sub(taken);
@@ -387,11 +387,11 @@ impl<M: Model> Worker<M> {
         let mut held_back: Vec<Size> = Vec::new();
         let mut queue = engine.queue();
         self.last_arrival = queue.arrivals();
-        queue.next(|order| {
-            let (size, rows) = (order.spec.size, order.spec.rows());
+        queue.next(|task| {
+            let (size, rows) = (task.spec.size, task.spec.rows());
             let load = loads.iter().find(|load| load.size == size);
             let joins = |load: &SizeLoad| {
-                let bytes = load.bytes + info.step_bytes(&order.spec, size);
+                let bytes = load.bytes + info.step_bytes(&task.spec, size);
                 load.rows + rows <= self.max_rows(size) && bytes <= engine.budget()
             };
             let fits = rows <= free && load.is_none_or(joins);
@@ -432,7 +432,7 @@ impl<M: Model> Worker<M> {
             .take_while(|slot| {
                 let first = taken == 0;
                 taken += rows(slot);
-                bytes += info.step_bytes(&slot.order.spec, size);
+                bytes += info.step_bytes(&slot.task.spec, size);
                 first || taken <= max_rows && bytes <= budget
             })
             .collect();
@@ -450,11 +450,11 @@ impl<M: Model> Worker<M> {
             Ok(()) => {
                 for slot in members {
                     preview(&self.model, slot, self.engine.settings.safety);
-                    slot.order.advance(1, 0);
+                    slot.task.advance(1, 0);
                 }
             }
             Err(error) => {
-                let members = members.iter().map(|slot| slot.order.key()).collect::<Vec<_>>();
+                let members = members.iter().map(|slot| slot.task.key()).collect::<Vec<_>>();
                 let failure = self.failure(&error, "step");
                 self.complete(&members, &failure);
             }
@@ -470,9 +470,9 @@ impl<M: Model> Worker<M> {
 
     /// Fails the images of a failed UNet call.
     fn complete(&mut self, members: &[(u64, usize)], failure: &JobError) {
-        let member = |slot: &mut Slot<M::Trajectory>| members.contains(&slot.order.key());
+        let member = |slot: &mut Slot<M::Trajectory>| members.contains(&slot.task.key());
         for slot in self.slots.extract_if(.., member) {
-            slot.order.complete(Err(failure.clone()));
+            slot.task.complete(Err(failure.clone()));
         }
     }
 
@@ -495,13 +495,13 @@ impl<M: Model> Worker<M> {
                 self.slots.insert(place, slot);
             }
             Ok((rgb, nsfw)) => self.finish(slot, rgb, nsfw.flatten()),
-            Err(error) => slot.order.complete(Err(self.failure(&error, stage))),
+            Err(error) => slot.task.complete(Err(self.failure(&error, stage))),
         }
     }
 
     /// Completes an image that is decoded and, with a checker, checked.
     fn finish(&self, slot: Slot<M::Trajectory>, mut rgb: Rgb, nsfw: Option<bool>) {
-        let Slot { order, trajectory, begun, .. } = slot;
+        let Slot { task, trajectory, begun, .. } = slot;
         let mut warnings = trajectory.warnings().to_vec();
         if !trajectory.done() {
             let (made, all) = trajectory.progress();
@@ -519,21 +519,21 @@ impl<M: Model> Worker<M> {
                     rgb = image::blurred(&rgb);
                     warnings.push(format!("{NSFW_WARNING}; it is blurred"));
                 }
-                Safety::Block => return order.complete(Err(JobError::Withheld)),
+                Safety::Block => return task.complete(Err(JobError::Withheld)),
             }
         }
         self.engine.metrics.time(MetricId::ImageDuration, &[], begun.elapsed());
-        let queued = begun.saturating_duration_since(order.submitted);
-        let index = order.key().1;
+        let queued = begun.saturating_duration_since(task.submitted);
+        let index = task.key().1;
         let drawn = GeneratedImage { index, rgb, warnings, nsfw, queued, drawn: begun.elapsed() };
         debug!(
-            size = %order.spec.final_size(),
-            steps = order.spec.steps,
+            size = %task.spec.final_size(),
+            steps = task.spec.steps,
             queue_ms = millis(queued),
             generate_ms = millis(drawn.drawn),
             "image generated"
         );
-        order.complete(Ok(drawn));
+        task.complete(Ok(drawn));
     }
 
     /// Logs an error, only here, and returns what a client may know of it.
@@ -561,10 +561,10 @@ impl<M: Model> Worker<M> {
     /// Fails all images, because the device is lost.
     fn fail_all(self) {
         let waiting = self.engine.queue().clear();
-        let reading = self.reading.into_iter().map(|reading| reading.order);
-        let drawing = self.slots.into_iter().map(|slot| slot.order);
-        for order in drawing.chain(reading).chain(waiting) {
-            order.complete(Err(JobError::DeviceLost));
+        let reading = self.reading.into_iter().map(|reading| reading.task);
+        let drawing = self.slots.into_iter().map(|slot| slot.task);
+        for task in drawing.chain(reading).chain(waiting) {
+            task.complete(Err(JobError::DeviceLost));
         }
     }
 }
@@ -587,14 +587,14 @@ fn step_with_oom_fallback<M: Model>(
 /// Sends a preview, if requested. Previews are not checked, so they are blurred unless flagged
 /// images are returned unchanged. A failed preview is only logged.
 fn preview<M: Model>(model: &M, slot: &mut Slot<M::Trajectory>, safety: Safety) {
-    if !slot.order.wants_preview() {
+    if !slot.task.wants_preview() {
         return;
     }
     match model.preview(&slot.trajectory) {
         Ok(Some(rgb)) if model.info().checked && safety != Safety::Flag => {
-            slot.order.show(image::blurred(&rgb));
+            slot.task.show(image::blurred(&rgb));
         }
-        Ok(Some(rgb)) => slot.order.show(rgb),
+        Ok(Some(rgb)) => slot.task.show(rgb),
         Ok(None) => {}
         Err(error) => debug!("no preview: {}", chain(&error)),
     }
@@ -603,7 +603,7 @@ fn preview<M: Model>(model: &M, slot: &mut Slot<M::Trajectory>, safety: Safety) 
 /// The images that still step, and their sizes.
 fn stepping<T: Trajectory>(slots: &[Slot<T>]) -> impl Iterator<Item = (Size, &Spec)> {
     let stepping = slots.iter().filter(|slot| !slot.done());
-    stepping.map(|slot| (slot.trajectory.size(), &slot.order.spec))
+    stepping.map(|slot| (slot.trajectory.size(), &slot.task.spec))
 }
 
 fn rows<T: Trajectory>(slot: &Slot<T>) -> usize {
