@@ -153,7 +153,8 @@ mod tests {
     fn the_table_is_in_order_and_well_named() {
         for (place, metric) in TABLE.iter().enumerate() {
             assert_eq!(metric.id as usize, place, "{}", metric.name);
-            assert!(metric.name.starts_with("sd_"));
+            // The process metrics have the names of the Prometheus client libraries.
+            assert!(["sd_", "process_"].iter().any(|prefix| metric.name.starts_with(prefix)));
             assert_eq!(metric.name.ends_with("_total"), metric.kind == MetricKind::Counter);
             if let MetricKind::Histogram(bounds) = metric.kind {
                 assert!(bounds.is_sorted_by(|a, b| a < b), "{}", metric.name);
