@@ -11,7 +11,7 @@ use sd_models::{Rgb, Spec};
 use tokio::sync::{mpsc, watch};
 
 use super::state::EngineState;
-use crate::telemetry::{MetricId, Metrics};
+use crate::telemetry::Metrics;
 
 /// Why an image was not generated, as far as a client may know. The causes are in the log.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -339,6 +339,6 @@ impl ImageTask {
 impl Drop for ImageTask {
     fn drop(&mut self) {
         let silent = if self.is_wanted() { "failed" } else { "cancelled" };
-        self.metrics.count(MetricId::Images, &[self.outcome.unwrap_or(silent)]);
+        self.metrics.images.with([self.outcome.unwrap_or(silent)]).inc();
     }
 }

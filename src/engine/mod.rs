@@ -25,7 +25,7 @@ use sd_models::ModelInfo;
 use tokio::sync::watch;
 
 use crate::host::{gpu, memory};
-use crate::telemetry::{GPUS, MetricId, Metrics};
+use crate::telemetry::Metrics;
 pub use device::DeviceScheduler;
 pub use job::{Client, GeneratedImage, Job, JobError, Preview, Progress, Ticket};
 pub use model::{Model, Trajectory};
@@ -179,32 +179,31 @@ impl Engine {
     /// Updates the gauges; `all` are the engines of the device, including this one.
     pub fn gauge_with(&self, all: &[Self]) {
         let metrics = self.metrics();
-        let set = |id, value: usize| metrics.set(id, &[], value as f64);
-        set(MetricId::ImagesWaiting, all.iter().map(|engine| engine.shared.queue().len()).sum());
-        set(MetricId::ImagesRunning, all.iter().map(|engine| engine.shared.pace().pictures).sum());
-        set(MetricId::ImagesCapacity, self.shared.settings.max_batch_rows / 2);
-        set(MetricId::Ready, usize::from(matches!(self.state(), EngineState::Ready(_))));
-        let bytes = [
-            (MetricId::MemoryBudget, self.shared.device.budget_bytes()),
-            (MetricId::ResidentMemory, memory::resident()),
-            (MetricId::AvailableMemory, memory::available()),
-        ];
-        for (id, bytes) in bytes {
+        let count = |of: fn(&Self) -> usize| all.iter().map(of).sum::<usize>() as f64;
+        metrics.images_waiting.with([]).set(count(|engine| engine.shared.queue().len()));
+        metrics.images_running.with([]).set(count(|engine| engine.shared.pace().pictures));
+        metrics.images_capacity.with([]).set((self.max_batch_rows() / 2) as f64);
+        let ready = matches!(self.state(), EngineState::Ready(_));
+        metrics.ready.with([]).set(f64::from(u8::from(ready)));
+        for (gauge, bytes) in [
+            (&metrics.memory_budget, self.shared.device.budget_bytes()),
+            (&metrics.resident_memory, memory::resident()),
+            (&metrics.available_memory, memory::available()),
+        ] {
             if let Some(bytes) = bytes {
-                metrics.set(id, &[], bytes as f64);
+                gauge.with([]).set(bytes as f64);
             }
         }
-        for (name, gpu) in GPUS.into_iter().zip(gpu::read()) {
-            let values = [
-                (MetricId::GpuMemoryUsed, gpu.memory_used_bytes),
-                (MetricId::GpuMemoryTotal, gpu.memory_bytes),
-                (MetricId::GpuUtilization, gpu.busy),
-                (MetricId::GpuPower, gpu.power_watts),
-                (MetricId::GpuTemperature, gpu.temperature_celsius),
-            ];
-            for (id, value) in values {
+        for (index, gpu) in gpu::read().into_iter().enumerate() {
+            for (gauge, value) in [
+                (&metrics.gpu_memory_used, gpu.memory_used_bytes),
+                (&metrics.gpu_memory_total, gpu.memory_bytes),
+                (&metrics.gpu_utilization, gpu.busy),
+                (&metrics.gpu_power, gpu.power_watts),
+                (&metrics.gpu_temperature, gpu.temperature_celsius),
+            ] {
                 if let Some(value) = value {
-                    metrics.set(id, &[name], value);
+                    gauge.with([&index.to_string()]).set(value);
                 }
             }
         }

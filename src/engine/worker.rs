@@ -20,7 +20,6 @@ use super::model::{Model, Trajectory};
 use super::shared::EngineShared;
 use super::state::{EngineState, Safety};
 use crate::image;
-use crate::telemetry::MetricId;
 
 /// Maximum number of image sizes that run at the same time, each with full batches.
 const MAX_BUCKETS: usize = 4;
@@ -73,7 +72,7 @@ pub(super) fn main<M: Model>(shared: Arc<EngineShared>, load: impl FnOnce() -> a
     for (name, reason) in &info.embeddings.skipped {
         warn!(name, reason, "embedding skipped");
     }
-    engine.metrics.set(MetricId::LoadDuration, &[], started.elapsed().as_secs_f64());
+    engine.metrics.model_load.with([]).set(started.elapsed().as_secs_f64());
     engine.set_state(EngineState::Ready(Arc::new(info)));
     Worker::new(model, engine).run();
 }
@@ -332,9 +331,9 @@ impl<M: Model> Worker<M> {
             let Some(task) = self.next_ready() else { return };
             let began = Instant::now();
             let queued = began.saturating_duration_since(task.submitted);
-            self.engine.metrics.time(MetricId::QueueDuration, &[], queued);
+            self.engine.metrics.queue_duration.time([], queued);
             let begun = self.model.begin(&task.spec);
-            self.engine.metrics.time(MetricId::StageDuration, &["text_encode"], began.elapsed());
+            self.engine.metrics.stage_duration.time(["text_encode"], began.elapsed());
             match begun {
                 Ok(trajectory) => {
                     task.advance(0, trajectory.progress().1);
@@ -443,9 +442,8 @@ impl<M: Model> Worker<M> {
         let shrunk = len < members.len();
         members.truncate(len);
         let rows: usize = members.iter().map(|slot| rows(slot)).sum();
-        let metrics = &self.engine.metrics;
-        metrics.time(MetricId::StageDuration, &["step"], self.last_step);
-        metrics.observe(MetricId::BatchSize, &[], rows as f64);
+        self.engine.metrics.stage_duration.time(["step"], self.last_step);
+        self.engine.metrics.batch_size.with([]).observe(rows as f64);
         match stepped {
             Ok(()) => {
                 for slot in members {
@@ -461,7 +459,7 @@ impl<M: Model> Worker<M> {
         }
         if shrunk {
             warn!(%size, rows, "out of memory, batch size reduced");
-            self.engine.metrics.count(MetricId::BatchOomRetries, &[]);
+            self.engine.metrics.batch_oom_retries.with([]).inc();
             self.caps.retain(|cap| cap.0 != size);
             self.caps.push((size, rows));
         }
@@ -488,7 +486,7 @@ impl<M: Model> Worker<M> {
                 ("safety_check", self.model.check_safety(&rgb).map(|nsfw| (rgb, Some(nsfw))))
             }
         };
-        self.engine.metrics.time(MetricId::StageDuration, &[stage], began.elapsed());
+        self.engine.metrics.stage_duration.time([stage], began.elapsed());
         match done {
             Ok((rgb, None)) if self.model.info().checked => {
                 slot.decoded = Some(rgb);
@@ -510,7 +508,7 @@ impl<M: Model> Worker<M> {
         let safety = self.engine.settings.safety;
         if let Some(nsfw) = nsfw {
             let verdict = if nsfw { safety.name() } else { "pass" };
-            self.engine.metrics.count(MetricId::SafetyChecks, &[verdict]);
+            self.engine.metrics.safety_checks.with([verdict]).inc();
         }
         if nsfw == Some(true) {
             match safety {
@@ -522,7 +520,7 @@ impl<M: Model> Worker<M> {
                 Safety::Block => return task.complete(Err(JobError::Withheld)),
             }
         }
-        self.engine.metrics.time(MetricId::ImageDuration, &[], begun.elapsed());
+        self.engine.metrics.image_duration.time([], begun.elapsed());
         let queued = begun.saturating_duration_since(task.submitted);
         let index = task.key().1;
         let drawn = GeneratedImage { index, rgb, warnings, nsfw, queued, drawn: begun.elapsed() };

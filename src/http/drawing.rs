@@ -19,7 +19,6 @@ use super::state::AppState;
 use crate::engine::{Client, Engine, GeneratedImage, Job, JobError, Ticket};
 use crate::image::{self, Format, Hashes, JPEG_QUALITY};
 use crate::request::{Draw, Fields, ValidationError};
-use crate::telemetry::MetricId;
 
 /// Proxies close connections on which nothing happens; a comment is sent this often.
 const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -169,7 +168,7 @@ impl Drawing {
             let began = Instant::now();
             let infotext = image::infotext(spec, &self.model.name, &self.loras(spec));
             let file = image::encode(&picture.rgb, self.reply.format(), self.quality, &infotext);
-            self.engine.metrics().time(MetricId::StageDuration, &["image_encode"], began.elapsed());
+            self.engine.metrics().stage_duration.time(["image_encode"], began.elapsed());
             file.map_err(|error| {
                 error!("{error:#}");
                 ApiError::Encode

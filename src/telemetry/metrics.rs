@@ -1,147 +1,168 @@
-//! The store of measurements and its Prometheus text form. It knows no metric: those are the
-//! table in the parent module. Every label value is a word of this program, so the number of
-//! series is bounded. What can be asked for when it is wanted (depths, memory) is not kept here
-//! but set just before rendering, so that no gauge can be left behind.
+//! Every metric in one table: its name, labels and help. What is measured when is the business of
+//! the callers; gauges that can be read at any time are set just before rendering.
 
-use std::collections::BTreeMap;
-use std::fmt::{self, Write as _};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::array;
+use std::fmt;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use super::{MetricId, TABLE};
+use prometheus_client::encoding::{prometheus_text, text};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::registry::{Metric, Registry};
 
-/// One row of the table.
+type Gauge = prometheus_client::metrics::gauge::Gauge<f64, AtomicU64>;
+type Histogram = prometheus_client::metrics::histogram::Histogram;
+
+/// A metric of the table, with a series for each combination of label values.
 #[derive(Debug)]
-pub struct Metric {
-    /// Which metric this is; its place in the table.
-    pub id: MetricId,
-    /// The name; its last word but `total` is the unit.
-    pub name: &'static str,
-    /// One sentence.
-    pub help: &'static str,
-    /// How it is counted.
-    pub kind: MetricKind,
-    /// Names of its labels.
-    pub labels: &'static [&'static str],
+pub struct Series<M, const N: usize> {
+    labels: [&'static str; N],
+    family: Family<[(&'static str, String); N], M, fn() -> M>,
 }
 
-/// How a metric is counted.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum MetricKind {
-    /// Only grows.
-    Counter,
-    /// Is what it is now.
-    Gauge,
-    /// How many values were at most so large; upper bounds of the buckets, rising.
-    Histogram(&'static [f64]),
-}
-
-/// The measurements of one process.
-#[derive(Debug)]
-pub struct Metrics {
-    /// As many as the table has rows; the key is the label values.
-    families: Vec<Mutex<BTreeMap<Vec<&'static str>, Series>>>,
-}
-
-#[derive(Debug, Default)]
-struct Series {
-    /// The value, or the sum of all values of a histogram.
-    value: f64,
-    /// One for each bucket and one for what is larger than the last bound.
-    counts: Vec<u64>,
-}
-
-impl Default for Metrics {
-    fn default() -> Self {
-        Self { families: TABLE.iter().map(|_| Mutex::default()).collect() }
+impl<M: Metric + Clone, const N: usize> Series<M, N> {
+    fn register(
+        registry: &mut Registry,
+        name: &str,
+        help: &str,
+        labels: [&'static str; N],
+        new: fn() -> M,
+    ) -> Self
+    where
+        Family<[(&'static str, String); N], M, fn() -> M>: Metric,
+    {
+        let family = Family::new_with_constructor(new);
+        // The formats end the sentence.
+        registry.register(name, help.trim().trim_end_matches('.'), family.clone());
+        Self { labels, family }
     }
+
+    /// The series of these label values, in the order of the table.
+    pub fn with(&self, values: [&str; N]) -> M {
+        let pair = |n: usize| (self.labels[n], values[n].to_owned());
+        self.family.get_or_create_owned(&array::from_fn(pair))
+    }
+}
+
+impl<const N: usize> Series<Histogram, N> {
+    /// Adds a duration in seconds.
+    pub fn time(&self, values: [&str; N], duration: Duration) {
+        self.with(values).observe(duration.as_secs_f64());
+    }
+}
+
+/// One entry of the table: `/// help`, then field, kind, name, labels and constructor.
+macro_rules! metrics {
+    ($(#[doc = $help:literal]
+       $field:ident: $kind:ident = $name:literal [$($label:literal),*] $new:expr;)*) => {
+        /// The measurements of one process.
+        #[derive(Debug)]
+        pub struct Metrics {
+            registry: Registry,
+            $(#[doc = $help] pub $field: Series<$kind, { <[&str]>::len(&[$($label),*]) }>,)*
+        }
+
+        impl Default for Metrics {
+            fn default() -> Self {
+                let mut registry = Registry::default();
+                $(let $field =
+                    Series::register(&mut registry, $name, $help, [$($label),*], $new);)*
+                Self { registry, $($field,)* }
+            }
+        }
+    };
+}
+
+// The last word of a name is its unit; the formats add `_total` to counters.
+metrics! {
+    /// Requests by route and outcome: ok, an error code, or client_closed.
+    requests: Counter = "sd_requests" ["route", "outcome"] Counter::default;
+    /// Time from request headers to response headers.
+    request_duration: Histogram = "sd_request_duration_seconds" ["route"] request_buckets;
+    /// Generation requests in flight, queued ones included.
+    requests_in_flight: Gauge = "sd_requests_in_flight" [] Gauge::default;
+    /// Requested images by outcome: completed, failed, cancelled or rejected.
+    images: Counter = "sd_images" ["outcome"] Counter::default;
+    /// Images in the queue.
+    images_waiting: Gauge = "sd_images_waiting" [] Gauge::default;
+    /// Images that have left the queue and are not finished.
+    images_running: Gauge = "sd_images_running" [] Gauge::default;
+    /// Guided images per UNet call: half of the maximum number of batch rows.
+    images_capacity: Gauge = "sd_images_capacity" [] Gauge::default;
+    /// Time of an image in the queue, from acceptance to its text encoding.
+    queue_duration: Histogram = "sd_queue_duration_seconds" [] request_buckets;
+    /// Time of one text_encode (with noise), step, decode, safety_check or image_encode.
+    stage_duration: Histogram = "sd_stage_duration_seconds" ["stage"] stage_buckets;
+    /// Time to generate an image, from its text encoding to its pixels.
+    image_duration: Histogram = "sd_image_duration_seconds" [] request_buckets;
+    /// Rows per UNet call; a guided image has two.
+    batch_size: Histogram = "sd_batch_size" [] batch_buckets;
+    /// Steps retried with fewer rows because the device was out of memory.
+    batch_oom_retries: Counter = "sd_batch_oom_retries" [] Counter::default;
+    /// Images checked by the safety checker: pass, or the action on a flagged image.
+    safety_checks: Counter = "sd_safety_checks" ["result"] Counter::default;
+    /// 1 if the model is ready to generate images, else 0.
+    ready: Gauge = "sd_ready" [] Gauge::default;
+    /// Time from the start of loading the model, download included, to the end of its warm-up.
+    model_load: Gauge = "sd_model_load_seconds" [] Gauge::default;
+    /// Jobs of /v1/jobs held in memory, by state: running or finished.
+    jobs: Gauge = "sd_jobs" ["state"] Gauge::default;
+    /// Device memory available to one UNet call or VAE decode.
+    memory_budget: Gauge = "sd_memory_budget_bytes" [] Gauge::default;
+    /// Resident memory size in bytes.
+    resident_memory: Gauge = "process_resident_memory_bytes" [] Gauge::default;
+    /// Memory available on the host, or within the container's limit.
+    available_memory: Gauge = "sd_host_memory_available_bytes" [] Gauge::default;
+    /// GPU memory used by all processes.
+    gpu_memory_used: Gauge = "sd_gpu_memory_used_bytes" ["gpu"] Gauge::default;
+    /// GPU memory in total.
+    gpu_memory_total: Gauge = "sd_gpu_memory_total_bytes" ["gpu"] Gauge::default;
+    /// Share of recent time in which a kernel ran, whatever its batch size.
+    gpu_utilization: Gauge = "sd_gpu_utilization_ratio" ["gpu"] Gauge::default;
+    /// Power draw of the GPU.
+    gpu_power: Gauge = "sd_gpu_power_watts" ["gpu"] Gauge::default;
+    /// Temperature of the GPU.
+    gpu_temperature: Gauge = "sd_gpu_temperature_celsius" ["gpu"] Gauge::default;
+    /// Always 1; the label is the version of the server.
+    build: Gauge = "sd_build_info" ["version"] Gauge::default;
+}
+
+/// Seconds: from a probe to a job of an hour.
+fn request_buckets() -> Histogram {
+    Histogram::new([
+        0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 900.0,
+        3600.0,
+    ])
+}
+
+/// Seconds: from a step of a small model on a GPU to one of a large image on a CPU.
+fn stage_buckets() -> Histogram {
+    Histogram::new([
+        0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
+        30.0,
+    ])
+}
+
+/// Rows of a batch.
+fn batch_buckets() -> Histogram {
+    Histogram::new([1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0])
 }
 
 impl Metrics {
-    /// Counts one.
-    pub fn count(&self, id: MetricId, labels: &[&'static str]) {
-        self.update(id, labels, |series| series.value += 1.0);
+    /// The OpenMetrics text format, version 1.0.0.
+    pub fn open_metrics(&self) -> String {
+        let mut rendered = String::new();
+        // Writing into a string does not fail.
+        let _ = text::encode(&mut rendered, &self.registry);
+        rendered
     }
-
-    /// Sets a gauge.
-    pub fn set(&self, id: MetricId, labels: &[&'static str], value: f64) {
-        self.update(id, labels, |series| series.value = value);
-    }
-
-    /// Puts a value into a histogram.
-    pub fn observe(&self, id: MetricId, labels: &[&'static str], value: f64) {
-        let MetricKind::Histogram(bounds) = TABLE[id as usize].kind else { return };
-        self.update(id, labels, |series| {
-            series.counts.resize(bounds.len() + 1, 0);
-            series.counts[bounds.partition_point(|bound| *bound < value)] += 1;
-            series.value += value;
-        });
-    }
-
-    /// Puts a duration into a histogram.
-    pub fn time(&self, id: MetricId, labels: &[&'static str], duration: Duration) {
-        self.observe(id, labels, duration.as_secs_f64());
-    }
-
-    fn update(&self, id: MetricId, labels: &[&'static str], change: impl FnOnce(&mut Series)) {
-        debug_assert_eq!(labels.len(), TABLE[id as usize].labels.len(), "{id:?}");
-        let mut family = lock(&self.families[id as usize]);
-        match family.get_mut(labels) {
-            Some(series) => change(series),
-            None => change(family.entry(labels.to_vec()).or_default()),
-        }
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The Prometheus text format, version 0.0.4.
 impl fmt::Display for Metrics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (metric, family) in TABLE.iter().zip(&self.families) {
-            let family = lock(family);
-            let kind = match metric.kind {
-                MetricKind::Counter => "counter",
-                MetricKind::Gauge => "gauge",
-                MetricKind::Histogram(_) => "histogram",
-            };
-            writeln!(f, "# HELP {} {}\n# TYPE {} {kind}", metric.name, metric.help, metric.name)?;
-            for (values, series) in family.iter() {
-                metric.write(f, values, series)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Metric {
-    fn write(&self, f: &mut fmt::Formatter<'_>, values: &[&str], series: &Series) -> fmt::Result {
-        let name = self.name;
-        let MetricKind::Histogram(bounds) = self.kind else {
-            return writeln!(f, "{name}{} {}", self.tags(values, None), series.value);
-        };
-        let mut below = 0;
-        for (count, bound) in series.counts.iter().zip(bounds) {
-            below += count;
-            let tags = self.tags(values, Some(&bound.to_string()));
-            writeln!(f, "{name}_bucket{tags} {below}")?;
-        }
-        let all: u64 = series.counts.iter().sum();
-        writeln!(f, "{name}_bucket{} {all}", self.tags(values, Some("+Inf")))?;
-        let tags = self.tags(values, None);
-        writeln!(f, "{name}_sum{tags} {}\n{name}_count{tags} {all}", series.value)
-    }
-
-    fn tags(&self, values: &[&str], bound: Option<&str>) -> String {
-        let pairs = self.labels.iter().copied().zip(values.iter().copied());
-        let mut tags = String::new();
-        for (name, value) in pairs.chain(bound.map(|bound| ("le", bound))) {
-            let comma = if tags.is_empty() { "" } else { "," };
-            let _ = write!(tags, "{comma}{name}=\"{value}\"");
-        }
-        if tags.is_empty() { tags } else { format!("{{{tags}}}") }
+        prometheus_text::encode(f, &self.registry)
     }
 }
 
@@ -150,36 +171,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_is_in_order_and_well_named() {
-        for (place, metric) in TABLE.iter().enumerate() {
-            assert_eq!(metric.id as usize, place, "{}", metric.name);
-            // The process metrics have the names of the Prometheus client libraries.
-            assert!(["sd_", "process_"].iter().any(|prefix| metric.name.starts_with(prefix)));
-            assert_eq!(metric.name.ends_with("_total"), metric.kind == MetricKind::Counter);
-            if let MetricKind::Histogram(bounds) = metric.kind {
-                assert!(bounds.is_sorted_by(|a, b| a < b), "{}", metric.name);
-            }
-        }
-    }
-
-    #[test]
-    fn histograms_are_cumulative() {
+    fn both_formats_have_every_series() {
         let metrics = Metrics::default();
         for rows in [1.0, 2.0, 2.0, 1000.0] {
-            metrics.observe(MetricId::BatchSize, &[], rows);
+            metrics.batch_size.with([]).observe(rows);
         }
-        metrics.count(MetricId::Requests, &["/ping", "ok"]);
-        let text = metrics.to_string();
+        metrics.requests.with(["/ping", "ok"]).inc();
+        metrics.ready.with([]).set(1.0);
+        let (classic, open) = (metrics.to_string(), metrics.open_metrics());
         for line in [
+            "# HELP sd_requests_total Requests by route and outcome: ok, an error code, or client_closed.",
+            "# TYPE sd_requests_total counter",
             "sd_requests_total{route=\"/ping\",outcome=\"ok\"} 1",
+            "# TYPE sd_batch_size histogram",
             "sd_batch_size_bucket{le=\"1\"} 1",
             "sd_batch_size_bucket{le=\"2\"} 3",
             "sd_batch_size_bucket{le=\"64\"} 3",
             "sd_batch_size_bucket{le=\"+Inf\"} 4",
             "sd_batch_size_sum 1005",
             "sd_batch_size_count 4",
+            "sd_ready 1",
         ] {
-            assert!(text.lines().any(|found| found == line), "{line} in {text}");
+            assert!(classic.lines().any(|found| found == line), "{line} in {classic}");
         }
+        assert!(open.contains("# TYPE sd_requests counter\nsd_requests_total{"), "{open}");
+        assert!(open.contains("sd_ready 1.0\n") && open.ends_with("# EOF\n"), "{open}");
     }
 }

@@ -61,6 +61,18 @@ fn metrics_count_what_clients_saw() {
 }
 
 #[test]
+fn open_metrics_are_rendered_when_they_are_accepted() {
+    let server = Server::ready(&[]);
+    let accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5";
+    let reply = server.client.get(server.url("/metrics")).header("accept", accept).send();
+    let reply = reply.expect("an answer");
+    let media_type = reply.headers()["content-type"].to_str().expect("text").to_owned();
+    assert!(media_type.starts_with("application/openmetrics-text"), "{media_type}");
+    let text = reply.text().expect("text");
+    assert!(text.contains("\nsd_ready 1.0\n") && text.ends_with("\n# EOF\n"), "{text}");
+}
+
+#[test]
 fn health_and_info_answer() {
     let server = Server::ready(&[]);
     assert_eq!(get(&server, "/health/live").0, 200);

@@ -1,26 +1,35 @@
 //! `/metrics` for Prometheus, on the main port, which SageMaker scrapes.
 
 use axum::extract::State;
-use axum::http::header::CONTENT_TYPE;
+use axum::http::HeaderMap;
+use axum::http::header::{ACCEPT, CONTENT_TYPE};
 use axum::response::IntoResponse;
 
 use crate::http::state::AppState;
-use crate::telemetry::MetricId;
 
-/// The Prometheus text format.
-const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
+const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// All metrics, with up-to-date gauges.
-pub(crate) async fn metrics(State(state): State<AppState>) -> impl IntoResponse {
+/// Every metric, with the gauges as they are now: in OpenMetrics if the client names it, else in
+/// the Prometheus text format.
+pub(crate) async fn metrics(
+    State(state): State<AppState>,
+    headers: HeaderMap,
+) -> impl IntoResponse {
     let metrics = state.engine.metrics();
     let (engine, engines) = (state.engine.clone(), state.models.engines());
     // The GPU driver may be slow. A gauge that cannot be read keeps its value.
     let _ = tokio::task::spawn_blocking(move || engine.gauge_with(&engines)).await;
     let in_flight = state.settings.max_requests - state.request_slots.available_permits();
-    metrics.set(MetricId::RequestsInFlight, &[], in_flight as f64);
+    metrics.requests_in_flight.with([]).set(in_flight as f64);
     let [running, finished] = state.jobs.count();
-    metrics.set(MetricId::Jobs, &["running"], running as f64);
-    metrics.set(MetricId::Jobs, &["finished"], finished as f64);
-    metrics.set(MetricId::Build, &[env!("CARGO_PKG_VERSION")], 1.0);
-    ([(CONTENT_TYPE, TEXT)], metrics.to_string())
+    metrics.jobs.with(["running"]).set(running as f64);
+    metrics.jobs.with(["finished"]).set(finished as f64);
+    metrics.build.with([env!("CARGO_PKG_VERSION")]).set(1.0);
+    let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    if accept.contains("application/openmetrics-text") {
+        ([(CONTENT_TYPE, OPEN_METRICS)], metrics.open_metrics())
+    } else {
+        ([(CONTENT_TYPE, PROMETHEUS)], metrics.to_string())
+    }
 }

@@ -429,11 +429,56 @@ fn sdapi_error() -> Value {
 mod tests {
     use super::*;
 
+    const ROUTES: [&str; 42] = [
+        "/",
+        "/page.css",
+        "/page.js",
+        "/docs",
+        "/docs.js",
+        "/openapi.json",
+        "/ping",
+        "/invocations",
+        "/v1/invocations",
+        "/execution-parameters",
+        "/models",
+        "/models/{name}",
+        "/models/{name}/invoke",
+        "/models/{*id}",
+        "/v1/images/generations",
+        "/v1/images/edits",
+        "/v1/models",
+        "/v1/models/{*id}",
+        "/files/{name}",
+        "/v1/jobs",
+        "/v1/jobs/{id}",
+        "/v1/jobs/{id}/result",
+        "/health/live",
+        "/health/ready",
+        "/info",
+        "/metrics",
+        "/sdapi/v1/txt2img",
+        "/sdapi/v1/img2img",
+        "/sdapi/v1/progress",
+        "/sdapi/v1/interrupt",
+        "/sdapi/v1/options",
+        "/sdapi/v1/samplers",
+        "/sdapi/v1/schedulers",
+        "/sdapi/v1/sd-models",
+        "/sdapi/v1/sd-vae",
+        "/sdapi/v1/upscalers",
+        "/sdapi/v1/latent-upscale-modes",
+        "/sdapi/v1/loras",
+        "/sdapi/v1/embeddings",
+        "/sdapi/v1/scripts",
+        "/sdapi/v1/png-info",
+        "/internal/progress",
+    ];
+
     #[test]
     fn every_route_of_the_dialects_is_described() {
         let none = json!({});
         let paths = [native_paths(&none), openai_paths(&none, &none), sdapi_paths(&none)].concat();
-        for route in crate::http::middleware::observe::ROUTES {
+        for route in ROUTES {
             let path = route.replace("{*id}", "{id}");
             let told = paths.iter().any(|(told, _)| *told == path);
             assert!(

@@ -11,61 +11,15 @@ use tracing::{Instrument, debug, error, info, info_span};
 use crate::engine::Engine;
 use crate::http::error::ErrorDetail;
 use crate::http::headers::{INFERENCE_ID, REQUEST_ID};
-use crate::telemetry::MetricId;
 
 /// Routes that machines poll. Their requests are logged at `debug` only.
 const PROBE_ROUTES: [&str; 4] = ["/ping", "/health/live", "/health/ready", "/metrics"];
 
-/// The routes with a label of their own in metrics; unknown paths are `other`.
-pub(crate) const ROUTES: [&str; 42] = [
-    "/",
-    "/page.css",
-    "/page.js",
-    "/docs",
-    "/docs.js",
-    "/openapi.json",
-    "/ping",
-    "/invocations",
-    "/v1/invocations",
-    "/execution-parameters",
-    "/models",
-    "/models/{name}",
-    "/models/{name}/invoke",
-    "/models/{*id}",
-    "/v1/images/generations",
-    "/v1/images/edits",
-    "/v1/models",
-    "/v1/models/{*id}",
-    "/files/{name}",
-    "/v1/jobs",
-    "/v1/jobs/{id}",
-    "/v1/jobs/{id}/result",
-    "/health/live",
-    "/health/ready",
-    "/info",
-    "/metrics",
-    "/sdapi/v1/txt2img",
-    "/sdapi/v1/img2img",
-    "/sdapi/v1/progress",
-    "/sdapi/v1/interrupt",
-    "/sdapi/v1/options",
-    "/sdapi/v1/samplers",
-    "/sdapi/v1/schedulers",
-    "/sdapi/v1/sd-models",
-    "/sdapi/v1/sd-vae",
-    "/sdapi/v1/upscalers",
-    "/sdapi/v1/latent-upscale-modes",
-    "/sdapi/v1/loras",
-    "/sdapi/v1/embeddings",
-    "/sdapi/v1/scripts",
-    "/sdapi/v1/png-info",
-    "/internal/progress",
-];
-
 /// Counts a request once: with its outcome, or as `client_closed` if the client disconnected first.
 struct RequestMetricsGuard {
     engine: Engine,
-    route: &'static str,
+    /// The template of the matched route, or `other`: clients choose paths, not routes.
+    route: String,
     outcome: &'static str,
     began: Instant,
 }
@@ -73,8 +27,8 @@ struct RequestMetricsGuard {
 impl Drop for RequestMetricsGuard {
     fn drop(&mut self) {
         let metrics = self.engine.metrics();
-        metrics.count(MetricId::Requests, &[self.route, self.outcome]);
-        metrics.time(MetricId::RequestDuration, &[self.route], self.began.elapsed());
+        metrics.requests.with([&self.route, self.outcome]).inc();
+        metrics.request_duration.time([&self.route], self.began.elapsed());
     }
 }
 
@@ -86,8 +40,8 @@ pub(crate) async fn observe(
 ) -> Response {
     let id = request_id(request.headers());
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let matched = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
-    let route = ROUTES.into_iter().find(|route| Some(*route) == matched).unwrap_or("other");
+    let route = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str);
+    let route = route.to_owned();
     let span = info_span!("request", id = id.to_str().unwrap_or_default());
     let mut tally =
         RequestMetricsGuard { engine, route, outcome: "client_closed", began: Instant::now() };
@@ -108,7 +62,7 @@ pub(crate) async fn observe(
     let (status, reason) = (status.as_u16(), reason.map(|reason| reason.message.as_str()));
     if fault {
         error!(%method, path, status, duration_ms, reason);
-    } else if PROBE_ROUTES.contains(&route) {
+    } else if PROBE_ROUTES.contains(&tally.route.as_str()) {
         debug!(%method, path, status, duration_ms);
     } else {
         info!(%method, path, status, duration_ms, reason);
