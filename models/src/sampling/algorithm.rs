@@ -53,7 +53,7 @@ pub(super) struct Algorithm {
     schedules: &'static [SigmaSchedule],
     /// The schedule that AUTOMATIC1111's "Automatic" stands for.
     automatic: SigmaSchedule,
-    pub(super) levels: Levels,
+    pub(super) grid: LevelGrid,
     /// On timesteps: whether a step ends `train / steps` timesteps below its begin, and not at the
     /// next timestep of the run.
     pub(super) fixed_stride: bool,
@@ -95,7 +95,7 @@ pub(super) type Restricted = (&'static str, &'static [&'static str]);
 
 /// The layout of the noise levels of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Levels {
+pub(super) enum LevelGrid {
     /// Whole timesteps of the training, x at unit variance.
     Timesteps,
     /// Sigmas at fractions of timesteps: x = x0 + sigma epsilon.
@@ -181,7 +181,7 @@ static ALGORITHMS: [Algorithm; 9] = [
     Algorithm {
         schedules: &[SigmaSchedule::Model, SigmaSchedule::Karras],
         automatic: SigmaSchedule::Karras,
-        levels: Levels::ScaledSigmas,
+        grid: LevelGrid::ScaledSigmas,
         truncates_with_cosine: true,
         // The schedule of the request decides.
         use_karras_sigmas: false,
@@ -203,7 +203,7 @@ static ALGORITHMS: [Algorithm; 9] = [
         )
     },
     Algorithm {
-        levels: Levels::ScaledSigmas,
+        grid: LevelGrid::ScaledSigmas,
         lower_order_below: usize::MAX,
         restricted: &[
             THRESHOLDING,
@@ -240,7 +240,7 @@ const fn on_timesteps(sampler: Sampler, names: [&'static str; 3], advance: Advan
         advance,
         schedules: &[SigmaSchedule::Model],
         automatic: SigmaSchedule::Model,
-        levels: Levels::Timesteps,
+        grid: LevelGrid::Timesteps,
         fixed_stride: false,
         repeats_first: false,
         timesteps: None,
@@ -263,7 +263,7 @@ const fn on_timesteps(sampler: Sampler, names: [&'static str; 3], advance: Advan
 /// What the samplers on sigmas have in common.
 const fn on_sigmas(sampler: Sampler, names: [&'static str; 3], advance: Advance) -> Algorithm {
     Algorithm {
-        levels: Levels::Sigmas,
+        grid: LevelGrid::Sigmas,
         spacing: Spacing::Linspace,
         use_karras_sigmas: true,
         final_sigmas_type: true,

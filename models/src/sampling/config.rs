@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::algorithm::{Algorithm, Levels, SamplerName};
+use super::algorithm::{Algorithm, LevelGrid, SamplerName};
 use super::betas::{Betas, alphas_cumprod, rescale_zero_terminal_snr};
 use super::denoiser::{Denoiser, Prediction};
 use super::sigmas::SigmaSchedule;
@@ -119,7 +119,7 @@ impl SchedulerConfig {
         let mut products = alphas_cumprod(&betas);
         if row.rescale_betas_zero_snr && self.rescale_betas_zero_snr.unwrap_or(false) {
             rescale_zero_terminal_snr(&mut products);
-            if row.levels != Levels::Timesteps {
+            if row.grid != LevelGrid::Timesteps {
                 // Sigma must be finite.
                 products[train - 1] = 2_f32.powi(-24);
             }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use super::algorithm::{Algorithm, Levels, Sampler};
+use super::algorithm::{Algorithm, LevelGrid, Sampler};
 use super::betas::Betas;
 use super::config::SchedulerConfig;
 use super::schedule::{Evaluation, NoiseLevel, Schedule, Step};
@@ -37,10 +37,10 @@ impl SamplerState {
         let schedule = config.schedule(row, schedule);
         let spacing = config.spacing(row)?;
         let plan = Plan { row, schedule, config, steps, skipped, spacing, alphas_cumprod };
-        let schedule = match row.levels {
-            Levels::Timesteps => plan.on_timesteps()?,
-            Levels::Sigmas => plan.on_sigmas(false)?,
-            Levels::ScaledSigmas => plan.on_sigmas(true)?,
+        let schedule = match row.grid {
+            LevelGrid::Timesteps => plan.on_timesteps()?,
+            LevelGrid::Sigmas => plan.on_sigmas(false)?,
+            LevelGrid::ScaledSigmas => plan.on_sigmas(true)?,
         };
         Ok(Self {
             advance: row.advance,
