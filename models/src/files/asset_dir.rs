@@ -1,5 +1,5 @@
-//! Small files that requests name (LoRAs, textual inversion embeddings): which there are, and an LRU
-//! cache of their contents.
+//! Small files that requests name (LoRAs, textual inversion embeddings): which there are, and an
+//! LRU cache of their contents.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,8 +21,8 @@ pub struct AssetDir {
 }
 
 impl AssetDir {
-    /// Names and paths, sorted by name. The directory is read at each call, since files may be added
-    /// and removed.
+    /// Names and paths, sorted by name. The directory is read at each call, since files may be
+    /// added and removed.
     pub fn list(&self) -> Vec<(String, PathBuf)> {
         let entries =
             self.directory.iter().filter_map(|directory| directory.read_dir().ok()).flatten();
@@ -46,7 +46,7 @@ impl AssetDir {
         let mut files = self.list();
         match files.iter().position(|(known, _)| known == name) {
             Some(place) => Ok(files.swap_remove(place).1),
-            None if files.is_empty() => Err(format!("{name:?}: this server has none")),
+            None if files.is_empty() => Err(format!("{name:?} is unknown; there are none")),
             None => {
                 let names: Vec<_> = files.into_iter().map(|(name, _)| name).collect();
                 Err(format!("{name:?} is unknown; there are {}", names.join(", ")))
@@ -88,7 +88,7 @@ impl<T> AssetCache<T> {
             return Ok(content);
         }
         let path = self.assets.find(name).map_err(|reason| Error::Spec { field, reason })?;
-        // A file that cannot be used is the request's error, not the server's.
+        // A file that cannot be used is an error of the request that names it.
         let (content, bytes) = read(&path).map_err(|error| match error {
             Error::File { .. } | Error::Config { .. } | Error::Tensor { .. } => {
                 Error::Spec { field, reason: error.to_string() }

@@ -104,7 +104,8 @@ impl Source {
     }
 
     /// The tensors of a network, from the safetensors in `folder`: `stem.safetensors`, its `.fp16`
-    /// variant, or the shards of an index. The variant comes first if `half` says that f16 is enough.
+    /// variant, or the shards of an index. The variant comes first if `half` says that f16 is
+    /// enough.
     pub fn weights(&self, folder: &str, stem: &str, half: bool) -> Result<Weights> {
         // No checkpoint contains a safety checker, but its folder may be beside one.
         if let Self::Checkpoint(checkpoint) = self

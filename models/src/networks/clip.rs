@@ -1,5 +1,5 @@
-//! CLIP's transformer, which the text encoder and the safety checker's vision tower share. Not their
-//! embeddings and projections.
+//! CLIP's transformer, which the text encoder and the safety checker's vision tower share. Not
+//! their embeddings and projections.
 //!
 //! Reference: transformers `models/clip/modeling_clip.py`, `CLIPEncoder` and `CLIPEncoderLayer`.
 

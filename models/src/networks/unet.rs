@@ -166,8 +166,8 @@ impl UNet2DConditionModel {
         })
     }
 
-    /// Latents (B, C, H, W) f32, time embeddings (B, time_width) and the conditioning of the rows in
-    /// their order, whose entries may differ in M -> the prediction (B, C, H, W) f32.
+    /// Latents (B, C, H, W) f32, time embeddings (B, time_width) and the conditioning of the rows
+    /// in their order, whose entries may differ in M -> the prediction (B, C, H, W) f32.
     pub fn forward(
         &self,
         latents: &Tensor,

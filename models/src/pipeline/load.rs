@@ -25,8 +25,8 @@ pub(super) struct LoadedModel {
     pub(super) tokenizer: ClipTokenizer,
     pub(super) text_encoder: ClipTextModel,
     pub(super) unet: UNet2DConditionModel,
-    /// Always loaded, also for text-to-image alone: it is a thirtieth of the model, and a server
-    /// should fail at start rather than at the first request that needs it.
+    /// Always loaded, also for text-to-image alone: it is a thirtieth of the model, and what is
+    /// wrong with it should show at load rather than at the first request that needs it.
     pub(super) encoder: Encoder,
     pub(super) decoder: Decoder,
     pub(super) safety_checker: Option<SafetyChecker>,
