@@ -218,7 +218,7 @@ impl Winograd<'_> {
         });
     }
 
-    /// products: [group of the pass][point][MR][NR]
+    /// The GEMMs of a pass, into `products` [group of the pass][point][MR][NR].
     fn products(&self, pass: &Range<usize>, inputs: &[f32], weights: &[f32], products: &mut [f32]) {
         let kernel = MicroKernel::detect();
         let depth = self.channels;
@@ -377,8 +377,8 @@ vectorized! {
 }
 
 vectorized! {
-    /// The products [point][MR][NR] of one tile to some columns of its pixels of `out` (.., n),
-    /// and the epilogue.
+    /// The output transform of one tile, `product` [point][MR][NR], to some columns of its pixels
+    /// of `out` (.., n), and the epilogue.
     fn store_tile(
         product: &[f32],
         tile: usize,

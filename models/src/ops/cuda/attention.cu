@@ -3,7 +3,7 @@
 
 #include "common.cuh"
 
-/// Mirrored by `AttentionArgs` in attention.rs. Rows may lie apart; strides are in values.
+/// Mirrored by `AttentionArgs` in attention.rs. Rows may be strided; strides are in values.
 template <typename T> struct Attention {
     const T *q, *k, *v;
     T *out; // (batch, queries, heads * width), dense
@@ -76,7 +76,7 @@ template <typename T, int WIDTH> __device__ void attention(const Attention<T> &p
 #pragma unroll 1
     for (int block = 0; block < blocks; block++) {
         wait_copies<0>();
-        __syncthreads(); // this tile has come, and the one before it has been used
+        __syncthreads(); // this tile has been loaded, and the one before it has been used
         if (block + 1 < blocks) load(block + 1);
         const T *tile = tiles[block % STAGES][0];
 
@@ -104,7 +104,7 @@ template <typename T, int WIDTH> __device__ void attention(const Attention<T> &p
         float factor[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            // The first key is never hidden, so the maximum is finite from the first block on.
+            // The first key is never masked, so the maximum is finite from the first block on.
             peak[r] = quad_max(peak[r]);
             factor[r] = exp2f(max[r] - peak[r]);
             max[r] = peak[r];
@@ -124,7 +124,7 @@ template <typename T, int WIDTH> __device__ void attention(const Attention<T> &p
 
 #pragma unroll
         for (int j = 0; j < KEYS / 16; j++) {
-            // The scores of two tiles lie just as the left operand wants them.
+            // The scores of two tiles are in the layout of the left operand.
             const float *low = score[2 * j], *high = score[2 * j + 1];
             uint32_t a[4] = {pack<T>(low[0], low[1]), pack<T>(low[2], low[3]), pack<T>(high[0], high[1]),
                              pack<T>(high[2], high[3])};
@@ -181,8 +181,8 @@ template <typename T, int WIDTH> __device__ void attention_wide(const Attention<
     float max[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY}, total[4] = {}; // rows quad + 8 r
 #pragma unroll 1
     for (int first_key = 0; first_key < p.keys; first_key += KEYS) {
-        // Scores of this warp's 8 keys. A sum does not mind its order: a lane takes 8 values in a
-        // row of both operands, so that 32 values are two products.
+        // Scores of this warp's 8 keys. The order of K is free: a lane takes 8 consecutive values of
+        // both operands, so that 32 values are two mma.
         int own = first_key + warp * 8;
         const T *key = k + (int64_t)(own + quad) * p.k_row;
         bool inside = own + quad < p.keys;

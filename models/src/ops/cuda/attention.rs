@@ -29,9 +29,9 @@ const _: () = assert!(size_of::<AttentionArgs>() == 96);
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for AttentionArgs {}
 
-/// Widths of heads, each for all up to it that are multiples of 8.
+/// Head widths of the kernels; each is for all narrower multiples of 8, too.
 const WIDTHS: [usize; 7] = [16, 32, 48, 64, 80, 128, 160];
-/// The one width of the kernel that shares a head among warps.
+/// The head width of the kernel that divides a head among warps.
 const WIDE: usize = 512;
 
 /// q (B, Lq, C), k and v (B, Lk, C), rows strided or not -> (B, Lq, C)

@@ -1,5 +1,5 @@
-// What becomes of latents between two evaluations, all f32. Every operation is rounded by itself,
-// as on the CPU, and none is contracted into another.
+// Linear combinations of latents and guidance, all f32. Every operation is rounded by itself, as on
+// the CPU, and none is contracted into another.
 
 #include <stdint.h>
 

@@ -34,7 +34,7 @@ __device__ inline float warp_sum(float x) {
     return x;
 }
 
-/// 16 bytes from global to shared memory, or zeros; done when wait_copies() and a barrier say so.
+/// 16 bytes from global to shared memory, or zeros; complete after wait_copies() and a barrier.
 __device__ inline void copy16(void *to, const void *from, bool inside) {
 #if __CUDA_ARCH__ >= 800
     uint32_t shared = (uint32_t)__cvta_generic_to_shared(to);

@@ -49,7 +49,7 @@ template <typename T> struct Channel {
     __device__ float operator[](int pixel) const { return to_float(first[(int64_t)pixel * row]); }
 };
 
-/// One block a group of one sample: grid (groups, batch). For small pictures.
+/// One block a group of one sample: grid (groups, batch). For small images.
 template <typename T> __device__ void group_norm_small(const GroupNorm<T> &p) {
     __shared__ float scratch[64];
     int width = p.channels / p.groups, first = blockIdx.x * width, sample = blockIdx.y;
@@ -69,8 +69,8 @@ template <typename T> __device__ void group_norm_small(const GroupNorm<T> &p) {
     }
 }
 
-/// Sums of a run of pixels for each group: grid (parts, batch). Threads lie along the channels, so
-/// that a pixel is read in one piece; where there are more threads than channels they take several
+/// Sums of a run of pixels for each group: grid (parts, batch). Threads are along the channels, so
+/// that the reads of a pixel coalesce; where there are more threads than channels they take several
 /// pixels at once. Shared memory holds two floats a thread or a channel, whichever are more.
 template <typename T> __device__ void group_norm_sums(const GroupNorm<T> &p) {
     extern __shared__ float columns[];

@@ -1,4 +1,4 @@
-//! Group and layer norms, each with what follows it, in `norm.cu`.
+//! Group and layer norms, the former with or without SiLU, in `norm.cu`.
 
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{DType, Result, Tensor};
@@ -32,7 +32,7 @@ const _: () = assert!(size_of::<GroupNormArgs>() == 80);
 // SAFETY: plain numbers in C's layout.
 unsafe impl DeviceRepr for GroupNormArgs {}
 
-/// Pixels up to which one block normalises a group of a sample by itself.
+/// Maximum number of pixels whose groups are normalised by one block each.
 const SMALL: usize = 1024;
 
 /// (B, H, W, C) -> (B, H, W, C), `weight` and `bias` (C) f32.

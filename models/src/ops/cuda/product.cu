@@ -1,9 +1,9 @@
-// Convolutions and linear layers as one matrix product on the tensor cores (implicit GEMM).
+// Convolutions and linear layers as one GEMM on the tensor cores (implicit im2col).
 //
-// A row of the left matrix is a receptive field, gathered from one or two channels-last pictures
-// on its way into shared memory: padding, stride, nearest resizing and the concatenation of skips
-// exist only as addresses. A linear layer is the convolution of kernel 1 over one long row. What
-// follows the product (bias, time embedding, activation or GEGLU, residual) happens in registers.
+// A row of the left matrix is a receptive field, gathered from one or two channels-last images
+// while it is copied into shared memory: padding, stride, nearest-neighbour resizing and the
+// concatenation of skips exist only as addresses. A linear layer is the 1x1 convolution of one long
+// row. The epilogue (bias, shift, activation or GEGLU, residual) is computed in registers.
 
 #include "common.cuh"
 
@@ -18,8 +18,8 @@ template <typename T> struct Product {
     const T *residual;     // like out, or null
     T *out;                // (m, n), or (m, n / 2) after GEGLU
     int m, n, row;         // m = batch * out_h * out_w
-    int h, w, c, c1;       // the pictures in memory
-    int sized_h, sized_w;  // the picture that the kernel sees
+    int h, w, c, c1;       // the images in memory
+    int sized_h, sized_w;  // the resized image, which the kernel moves over
     int out_h, out_w;
     int kernel, stride, before;
     int shift_row;
@@ -27,12 +27,12 @@ template <typename T> struct Product {
 };
 static_assert(sizeof(Product<f16>) == 120, "as in product.rs");
 
-constexpr int DEPTH = 32; // of a tile, in values: four chunks of 16 bytes
+constexpr int DEPTH = 32; // K of a tile, in values: four chunks of 16 bytes
 
-/// Where a chunk lies in a tile: rotated so that eight rows meet all banks.
+/// The place of a chunk in a tile: swizzled, so that eight rows use all banks.
 __device__ inline int place(int row, int chunk) { return row * DEPTH + ((chunk ^ (row >> 1 & 3)) << 3); }
 
-// Not inlined: the epilogue has a hundred places for them.
+// Not inlined: the unrolled epilogue calls them a hundred times.
 __device__ __noinline__ float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678f)); }
 
 __device__ __noinline__ float activate(float x, int activation) {
@@ -60,7 +60,7 @@ __device__ void product(const Product<T> &p) {
     int chunk = thread % 4; // the same for every row that this thread copies
     int pixels = p.out_h * p.out_w;
 
-    // Top left of the receptive fields that this thread gathers.
+    // The top left of the receptive fields that this thread gathers.
     int top[A_CHUNKS], left[A_CHUNKS];
     int64_t sample[A_CHUNKS];
 #pragma unroll
@@ -71,7 +71,7 @@ __device__ void product(const Product<T> &p) {
         sample[i] = (int64_t)(m / pixels) * p.h * p.w;
     }
     bool resized = p.sized_h != p.h || p.sized_w != p.w;
-    // Index of a pixel of the picture that the kernel sees, or -1 in the padding.
+    // The index of a pixel of the resized image, or -1 in the padding.
     auto pixel = [&](int i, int tap_y, int tap_x) -> int64_t {
         int y = top[i] + tap_y, x = left[i] + tap_x;
         if ((unsigned)y >= (unsigned)p.sized_h || (unsigned)x >= (unsigned)p.sized_w) return -1;
@@ -82,7 +82,7 @@ __device__ void product(const Product<T> &p) {
         return c < p.c1 ? p.a + at * p.c1 + c : p.a2 + at * (p.c - p.c1) + (c - p.c1);
     };
 
-    // Tap and channel of this thread's next chunk: loads go through the depth in order.
+    // Tap and channel of this thread's next chunk: loads follow K in order.
     int c = chunk * 8, tap_y = 0, tap_x = 0, next = chunk * 8;
     auto load = [&](T *tile) {
         if (WHOLE) {
@@ -147,7 +147,7 @@ __device__ void product(const Product<T> &p) {
     }
     for (int step = 0; step < steps; step++) {
         wait_copies<STAGES - 2>();
-        __syncthreads(); // this tile has come, and the one before it has been used
+        __syncthreads(); // this tile has been loaded, and the one before it has been used
         if (step + STAGES - 1 < steps) load(tiles[(step + STAGES - 1) % STAGES]);
         commit_copies();
         compute(tiles[step % STAGES]);

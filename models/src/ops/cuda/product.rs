@@ -1,4 +1,4 @@
-//! Convolutions and linear layers with what follows them, in `product.cu`.
+//! Convolutions and linear layers with their epilogues, in `product.cu`.
 
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{D, DType, Device, Result, Tensor, bail};
@@ -153,12 +153,12 @@ impl CudaFilter {
         }
         let (device, dtype) = (x.first.device().as_cuda_device()?, x.first.dtype());
         if dtype != self.weight.dtype() {
-            bail!("a product of {:?} was given {dtype:?}", self.weight.dtype());
+            bail!("a layer of {:?} was given {dtype:?}", self.weight.dtype());
         }
         let (batch, h, w, c1) = x.first.dims4()?;
         let (first, (second, c2)) = (Operand::dense(&x.first)?, second(x)?);
         if c1 + c2 != self.inputs {
-            bail!("a product of {} channels was given {}", self.inputs, c1 + c2);
+            bail!("a layer of {} channels was given {}", self.inputs, c1 + c2);
         }
         let (n, row) = self.weight.dims2()?;
         let (rows, columns) = (geometry.output(size.0), geometry.output(size.1));

@@ -9,7 +9,7 @@ use crate::ops::{
     self, Activation, Attention, ChannelConcat, Conv2d, Epilogue, Geometry, Linear, self_attention,
 };
 
-/// The device, or a word on why the test is skipped; see `tests/cuda.rs`.
+/// The device, or a message why the test is skipped; see `tests/cuda.rs`.
 pub(super) fn device() -> Option<Device> {
     let required = std::env::var_os("SD_TEST_CUDA").is_some_and(|v| v == "required");
     match open(0) {
@@ -22,13 +22,13 @@ pub(super) fn device() -> Option<Device> {
     }
 }
 
-/// Types that this device's tensor cores know, each with what rounding to it may change.
+/// Types of this device's tensor cores, each with the tolerance of its rounding.
 fn halves(device: &Device) -> impl Iterator<Item = (DType, f32)> {
     let known = |(dtype, _): &(DType, f32)| has_products(device, *dtype).unwrap();
     [(DType::F16, 3e-3), (DType::BF16, 2e-2)].into_iter().filter(known)
 }
 
-/// Random numbers that the type holds exactly, on the CPU in f32.
+/// Random numbers that are exact in the type, on the CPU in f32.
 fn exact(shape: &[usize], seed: u64, dtype: DType) -> Tensor {
     tensor(shape, seed).to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap()
 }
