@@ -146,6 +146,7 @@ macro_rules! tile {
     };
 }
 
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused, reason = "never called without AMX"))]
 impl Registers {
     /// Configures all of them at their full size.
     ///
@@ -173,6 +174,7 @@ impl Registers {
     }
 }
 
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused, reason = "never called without AMX"))]
 impl Drop for Registers {
     fn drop(&mut self) {
         // SAFETY: configure() requires AMX, and nothing is read from the registers any more.
@@ -180,6 +182,7 @@ impl Drop for Registers {
     }
 }
 
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused, reason = "never called without AMX"))]
 impl Tiles for Registers {
     #[inline(always)]
     fn zero<const T: usize>(&mut self) {

@@ -182,7 +182,7 @@ template <typename T, int WIDTH> __device__ void attention_wide(const Attention<
 #pragma unroll 1
     for (int first_key = 0; first_key < p.keys; first_key += KEYS) {
         // Scores of this warp's 8 keys. The order of K is free: a lane takes 8 consecutive values of
-        // both operands, so that 32 values are two mma.
+        // both operands, so that 32 values are two multiply().
         int own = first_key + warp * 8;
         const T *key = k + (int64_t)(own + quad) * p.k_row;
         bool inside = own + quad < p.keys;
