@@ -4,12 +4,12 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use super::concat::ChannelConcat;
 use super::cpu::Weight;
-use super::filter::Filter;
+use super::filter::PlacedFilter;
 use super::types::{Epilogue, Geometry};
 
 /// A convolution with a bias.
 pub(crate) struct Conv2d {
-    filter: Filter,
+    filter: PlacedFilter,
     geometry: Geometry,
 }
 
@@ -22,7 +22,7 @@ impl Conv2d {
         device: &Device,
         dtype: DType,
     ) -> Result<Self> {
-        let filter = Filter::new(&weight.into(), Some(bias), geometry, false, device, dtype)?;
+        let filter = PlacedFilter::new(&weight.into(), Some(bias), geometry, false, device, dtype)?;
         Ok(Self { filter, geometry })
     }
 

@@ -9,7 +9,7 @@ use super::reference::TensorFilter;
 use super::types::{Epilogue, Geometry};
 
 /// A weight and its bias on one of the backends.
-pub(super) enum Filter {
+pub(super) enum PlacedFilter {
     /// Packed into panels in host memory.
     Cpu(PackedFilter),
     /// As our CUDA kernels read it.
@@ -18,7 +18,7 @@ pub(super) enum Filter {
     Device(TensorFilter),
 }
 
-impl Filter {
+impl PlacedFilter {
     /// From a weight (out, in, k, k) or (out, in), and a bias (out), for a device and its type.
     ///
     /// A gated weight is (2 out, in): values, then gates.

@@ -3,13 +3,13 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::cpu::Weight;
-use super::filter::Filter;
+use super::filter::PlacedFilter;
 use super::types::{Epilogue, Geometry};
 
 /// A linear layer; a gated one is GEGLU (Shazeer 2020): the first half of its outputs times the gelu
 /// of the second.
 pub(crate) struct Linear {
-    filter: Filter,
+    filter: PlacedFilter,
     gated: bool,
 }
 
@@ -22,7 +22,7 @@ impl Linear {
         dtype: DType,
     ) -> Result<Self> {
         let weight = weight.into();
-        let filter = Filter::new(&weight, bias, Geometry::POINT, false, device, dtype)?;
+        let filter = PlacedFilter::new(&weight, bias, Geometry::POINT, false, device, dtype)?;
         Ok(Self { filter, gated: false })
     }
 
@@ -34,7 +34,7 @@ impl Linear {
         dtype: DType,
     ) -> Result<Self> {
         let weight = weight.into();
-        let filter = Filter::new(&weight, Some(bias), Geometry::POINT, true, device, dtype)?;
+        let filter = PlacedFilter::new(&weight, Some(bias), Geometry::POINT, true, device, dtype)?;
         Ok(Self { filter, gated: true })
     }
 

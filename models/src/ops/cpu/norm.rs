@@ -18,7 +18,7 @@ use crate::ops::concat::ChannelConcat;
 const RUN: usize = 64;
 
 /// Images of some of the channels, and which.
-type Part<'a> = (&'a [f32], Range<usize>);
+type ImagePart<'a> = (&'a [f32], Range<usize>);
 
 /// Group normalisation: (B, H, W, C) -> (B, H, W, C), `weight` and `bias` (C).
 pub(in crate::ops) fn group_norm(
@@ -67,7 +67,7 @@ pub(in crate::ops) fn group_norm(
 
 /// Mean and scale of every channel of each sample: y = (x - mean) * scale + bias.
 fn coefficients(
-    parts: &[Part<'_>],
+    parts: &[ImagePart<'_>],
     (batch, pixels): (usize, usize),
     weight: &[f32],
     (groups, eps): (usize, f64),
