@@ -4,7 +4,7 @@
 //! trajectories, each at its own step of its own schedule, in a single UNet call. Batch rows: a
 //! trajectory with guidance takes two (unconditional, conditional), one without takes one.
 
-pub(crate) mod device;
+mod device;
 mod hires;
 mod info;
 mod init;
@@ -12,7 +12,7 @@ mod load;
 mod options;
 mod preview;
 mod prompts;
-pub(crate) mod spec;
+mod spec;
 mod trajectory;
 
 use std::sync::{Arc, OnceLock};
