@@ -13,7 +13,7 @@ use tokio::sync::watch;
 
 use crate::engine::{Engine, EngineConfig, Progress, Safety};
 use crate::image::{self, Format};
-use crate::request::{Draw, Fields, Limits};
+use crate::request::{DrawRequest, Fields, ImageFile, Limits};
 use crate::source::{self, ModelConfig};
 
 /// No limits except the model's own: the user's own machine.
@@ -38,6 +38,10 @@ pub struct Generate {
     pub safety: Safety,
     /// The fields of the request, by name.
     pub fields: Vec<(String, String)>,
+    /// The file of the input image.
+    pub image: Option<Vec<u8>>,
+    /// The file of the mask.
+    pub mask: Option<Vec<u8>>,
     /// The output file.
     pub output: PathBuf,
     /// The format, from the extension of the file.
@@ -59,8 +63,10 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     spinner.finish_and_clear();
 
     let seed = || getrandom::u32().unwrap_or_default().into();
-    let draw = Draw::read(Fields::form(config.fields), &LIMITS, &model, seed)?;
-    let specs = draw.specs();
+    let mut request = DrawRequest::read(Fields::form(config.fields), &LIMITS)?;
+    request.image = config.image.map(|file| ImageFile::Bytes(file.into()));
+    request.mask = config.mask.map(|file| ImageFile::Bytes(file.into()));
+    let specs = request.specs(&LIMITS, &model, seed)?;
     let began = Instant::now();
     let ticket = engine.submit(specs.clone())?;
     let bar = tokio::spawn(show(ticket.progress()));

@@ -11,8 +11,6 @@ use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
 use clap::error::ErrorKind;
 use clap::{CommandFactory as _, FromArgMatches as _};
 use sd_models::{AddOns, AssetDir, DeviceName, SafetyMode};
@@ -184,8 +182,6 @@ impl GenerateArgs {
             ("scheduler", text(self.scheduler)),
             ("seed", text(self.seed)),
             ("n", text(self.num_images)),
-            ("image", self.image.as_deref().map(base64).transpose()?),
-            ("mask", self.mask.as_deref().map(base64).transpose()?),
             ("strength", text(self.strength)),
             ("hires_width", text(self.hires_width)),
             ("hires_height", text(self.hires_height)),
@@ -199,7 +195,9 @@ impl GenerateArgs {
             .collect();
         let (mut model, safety) = self.model.resolve()?;
         model.add_ons.loras.files = files;
-        Ok(Generate { model, safety, fields, output: self.output, format })
+        let image = self.image.as_deref().map(read_file).transpose()?;
+        let mask = self.mask.as_deref().map(read_file).transpose()?;
+        Ok(Generate { model, safety, fields, image, mask, output: self.output, format })
     }
 }
 
@@ -366,11 +364,9 @@ fn variable(name: &str) -> Option<String> {
     std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
-/// A file in base64.
-fn base64(path: &Path) -> Result<String, clap::Error> {
-    let file = std::fs::read(path);
-    let file = file.map_err(|error| usage(format!("cannot read {}: {error}", path.display())))?;
-    Ok(BASE64_STANDARD.encode(file))
+/// A file as a request carries it.
+fn read_file(path: &Path) -> Result<Vec<u8>, clap::Error> {
+    std::fs::read(path).map_err(|error| usage(format!("cannot read {}: {error}", path.display())))
 }
 
 fn text<T: ToString>(value: Option<T>) -> Option<String> {

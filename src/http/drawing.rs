@@ -18,7 +18,7 @@ use super::error::ApiError;
 use super::state::AppState;
 use crate::engine::{Client, Engine, GeneratedImage, Job, JobError, Ticket};
 use crate::image::{self, Format, Hashes, JPEG_QUALITY};
-use crate::request::{Draw, Fields, ValidationError};
+use crate::request::{DrawRequest, ValidationError};
 
 /// Proxies close connections on which nothing happens; a comment is sent this often.
 const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -67,25 +67,28 @@ impl Drawing {
     pub(crate) async fn prepare(
         state: &AppState,
         slot: &RequestSlot,
-        requests: Vec<Fields>,
-        choose: impl FnOnce(&Draw, usize) -> Result<ReplyFormat, ApiError>,
+        requests: Vec<DrawRequest>,
+        choose: impl FnOnce(&DrawRequest, usize) -> Result<ReplyFormat, ApiError>,
     ) -> Result<Self, ApiError> {
         let (engine, settings) = (state.engine.clone(), &state.settings);
         let model = engine.model()?;
         let (limits, reader) = (settings.limits, Arc::clone(&model));
-        let read = move |fields| Draw::read(fields, &limits, &reader, random_seed);
-        let read = move || requests.into_iter().map(read).collect::<Result<Vec<_>, _>>();
+        let read = move || {
+            let specs = |request: &DrawRequest| request.specs(&limits, &reader, random_seed);
+            let specs = requests.iter().map(specs).collect::<Result<Vec<_>, _>>()?;
+            Ok((specs.concat(), requests.into_iter().next()))
+        };
         // A decoder that panics was given a malicious file.
-        let draws = slot.decode(state, read).await;
-        let draws = draws.map_err(|_| ValidationError::body("the request cannot be read"))??;
-        let mut specs: Vec<Spec> = draws.iter().flat_map(Draw::specs).collect();
+        let read: Result<Result<_, ValidationError>, _> = slot.decode(state, read).await;
+        let read = read.map_err(|_| ValidationError::body("the request cannot be read"))?;
+        let (mut specs, request) = read?;
         let count = specs.len();
         if count > settings.limits.max_images {
             let most = settings.limits.max_images;
             let reason = format!("requests {count} images in total; the maximum is {most}");
             return Err(ValidationError::range("prompt", reason).into());
         }
-        let Some(draw) = draws.into_iter().next() else {
+        let Some(request) = request else {
             return Err(ValidationError::body("the request contains no prompt").into());
         };
         // Several prompts are one request: picture k has seed + k.
@@ -93,8 +96,8 @@ impl Drawing {
         for (k, spec) in specs.iter_mut().enumerate() {
             spec.seed = first.wrapping_add(k as u64);
         }
-        let reply = choose(&draw, count)?;
-        let preview = draw.preview && matches!(reply, ReplyFormat::Events(_));
+        let reply = choose(&request, count)?;
+        let preview = request.preview == Some(true) && matches!(reply, ReplyFormat::Events(_));
         if settings.log_prompts {
             info!(prompt = specs[0].prompt, "accepted");
         }

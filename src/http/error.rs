@@ -5,6 +5,8 @@ use axum::Json;
 use axum::http::header::{CONTENT_LENGTH, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use schemars::JsonSchema;
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::engine::JobError;
@@ -139,18 +141,24 @@ impl ApiError {
 
 /// The details of an error, as an extension of its response: for the log, the metrics and the other
 /// dialects' formats.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, JsonSchema)]
 pub(crate) struct ErrorDetail {
     pub(crate) code: &'static str,
     pub(crate) message: String,
+    #[schemars(required, extend("type" = ["string", "null"]))]
     pub(crate) param: Option<String>,
+}
+
+/// The body of an error.
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct ErrorBody {
+    error: ErrorDetail,
 }
 
 impl ApiError {
     /// The native JSON of the error.
     pub(crate) fn json(&self) -> Value {
-        let message = self.to_string();
-        json!({ "error": { "code": self.kind().1, "message": message, "param": self.param() } })
+        json!(ErrorBody { error: self.reason() })
     }
 
     pub(crate) fn reason(&self) -> ErrorDetail {

@@ -4,6 +4,7 @@ mod a1111;
 mod admin;
 mod admission;
 mod connections;
+mod docs;
 mod drawing;
 mod error;
 mod headers;

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use aide::axum::ApiRouter;
 use axum::Router;
 use axum::http::{Method, StatusCode};
 use axum::middleware::{from_fn_with_state, map_response};
@@ -21,7 +22,9 @@ pub fn router(models: ModelRegistry, settings: HttpConfig) -> Router {
     let lock = || from_fn_with_state(Arc::clone(&keys), auth::require);
     let cors = option_layer(cors(&settings.cors_origins));
     let state = AppState::new(models, settings);
-    let mut router = Router::new()
+    // Schemas that refer to no other are what the page at /docs can show.
+    aide::generate::extract_schemas(false);
+    let mut router = ApiRouter::new()
         .merge(page::routes())
         .merge(admin::routes())
         .merge(openai::files())
@@ -37,7 +40,8 @@ pub fn router(models: ModelRegistry, settings: HttpConfig) -> Router {
     let router = router
         .merge(locked.route_layer(lock()))
         .merge(openai::routes().route_layer(lock()).route_layer(errors))
-        .merge(a1111::routes().route_layer(lock()).route_layer(map_response(a1111::errors)))
+        .merge(a1111::routes().route_layer(lock()).route_layer(map_response(a1111::errors)));
+    let router = admin::with_document(router, &state)
         .fallback(async || ApiError::NotFound)
         .method_not_allowed_fallback(other_method)
         .layer(cors)

@@ -15,4 +15,4 @@ pub use encode::{Format, JPEG_QUALITY, encode};
 pub use hashes::Hashes;
 pub use infotext::infotext;
 pub(crate) use infotext::{LORA_HASHES, find, hires_parameters, parse};
-pub use mask::{inverted, mask, transparency_mask};
+pub use mask::{inverted, transparency_mask};

@@ -2,13 +2,14 @@
 
 use std::fmt;
 
-/// Of an error, which may quote the client.
+/// Maximum length of an error message, in bytes. Messages may quote client input, and SageMaker
+/// forwards 2048 characters.
 const MAX_MESSAGE_BYTES: usize = 600;
 
 /// A request that cannot be honoured as it is.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ValidationError {
-    /// It does not say what it should: a missing, unknown, repeated or wrongly typed field.
+    /// A missing, unknown, repeated or wrongly typed field.
     #[error("{message}")]
     Malformed {
         /// The field, as the client spelt it.
@@ -16,7 +17,7 @@ pub enum ValidationError {
         /// One sentence.
         message: String,
     },
-    /// It says something that is out of range.
+    /// A value out of range.
     #[error("{message}")]
     OutOfRange {
         /// The field, as the client spelt it.
@@ -27,7 +28,7 @@ pub enum ValidationError {
 }
 
 impl ValidationError {
-    /// A body that is not even a list of fields.
+    /// A body that is not a list of fields.
     pub fn body(message: impl Into<String>) -> Self {
         Self::Malformed { param: None, message: truncate(message.into()) }
     }
@@ -37,9 +38,19 @@ impl ValidationError {
         Self::Malformed { param: Some(truncate(param.into())), message: message(param, reason) }
     }
 
-    /// A field whose value cannot be had.
+    /// A field whose value is not possible.
     pub(crate) fn range(param: &str, reason: impl fmt::Display) -> Self {
         Self::OutOfRange { param: truncate(param.into()), message: message(param, reason) }
+    }
+
+    /// The same error of the whole field, if it is of an item of a list.
+    pub(crate) fn of_field(mut self) -> Self {
+        if let Self::Malformed { param: Some(param), .. } | Self::OutOfRange { param, .. } =
+            &mut self
+        {
+            param.truncate(param.find('[').unwrap_or(param.len()));
+        }
+        self
     }
 }
 
@@ -47,7 +58,6 @@ fn message(param: &str, reason: impl fmt::Display) -> String {
     truncate(format!("{param} {reason}"))
 }
 
-/// What quotes a client is as long as the client likes; SageMaker passes on 2048 characters.
 fn truncate(mut text: String) -> String {
     if text.len() > MAX_MESSAGE_BYTES {
         text.truncate(text.floor_char_boundary(MAX_MESSAGE_BYTES));

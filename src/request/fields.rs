@@ -1,159 +1,137 @@
-//! The fields of a request as they came over the wire, and how each kind of value is read.
+//! The fields of a request as they were sent: in order, with repetitions, each with the name that
+//! the client used. [`Fields::read`] takes those of a typed struct out, and what is left at the
+//! end is unknown. Errors name a field in the client's spelling.
 
+use std::collections::HashMap;
 use std::fmt;
-use std::ops::RangeInclusive;
-use std::sync::{Arc, Mutex, PoisonError};
 
-use base64::Engine as _;
-use base64::alphabet::STANDARD;
-use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
-use serde::de::{Deserializer, MapAccess, Visitor};
-use serde_json::{Value, json};
+use schemars::JsonSchema;
+use serde::de::{DeserializeOwned, Deserializer as _, MapAccess, Visitor};
+use serde_json::{Map, Value};
 
 use super::error::ValidationError;
+use super::limits::Limits;
+use super::schema;
+use super::values::FieldSchema;
 
-/// Fields of one request, known or not.
+/// Maximum number of fields of one request, known or not.
 const MAX_FIELDS: usize = 256;
 
-/// Clients differ in whether they pad.
-const BASE64: GeneralPurpose = GeneralPurpose::new(
-    &STANDARD,
-    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
-);
-
-/// The fields of a request as they came, in order and with repetitions.
+/// The client's names of fields, where they differ from ours.
 #[derive(Debug, Clone, Default)]
-pub struct Fields {
-    values: Vec<Field>,
-    /// Whether values carry their type (JSON) or are all text (a form).
-    pub(super) typed: bool,
-    /// Notes what is asked of the fields, when that is what is wanted.
-    record: Option<Arc<Mutex<Vec<Described>>>>,
+pub(crate) struct Names(HashMap<String, String>);
+
+impl Names {
+    /// Our name and the client's.
+    pub(crate) fn insert(&mut self, name: &str, theirs: impl Into<String>) {
+        self.0.insert(name.into(), theirs.into());
+    }
+
+    /// The client's name of a field.
+    pub(crate) fn of<'a>(&'a self, name: &'a str) -> &'a str {
+        self.0.get(name).map_or(name, String::as_str)
+    }
 }
 
-/// A field as it is read: its name, its other names, and the JSON schema of its values.
-#[derive(Debug, Clone)]
-pub(crate) struct Described {
-    pub(crate) names: Vec<&'static str>,
-    pub(crate) schema: Value,
+impl<const N: usize> From<[(&str, &str); N]> for Names {
+    fn from(names: [(&str, &str); N]) -> Self {
+        Self(names.into_iter().map(|(ours, theirs)| (ours.into(), theirs.into())).collect())
+    }
+}
+
+/// The fields of a request.
+#[derive(Debug, Clone, Default)]
+pub struct Fields {
+    fields: Vec<Field>,
+    /// Whether all values are text.
+    is_form: bool,
+    names: Names,
 }
 
 #[derive(Debug, Clone)]
 struct Field {
-    /// The native name.
-    key: String,
-    /// The client's name for it, in which errors speak.
+    name: String,
+    /// The client's name.
     spelt: String,
     value: Value,
 }
 
-impl Field {
-    fn new((key, value): (String, Value)) -> Self {
-        Self { spelt: key.clone(), key, value }
-    }
-}
-
 impl Fields {
+    fn new(pairs: impl IntoIterator<Item = (String, Value)>, is_form: bool) -> Self {
+        let field = |(name, value): (String, Value)| Field { spelt: name.clone(), name, value };
+        Self { fields: pairs.into_iter().map(field).collect(), is_form, names: Names::default() }
+    }
+
     /// A bare prompt.
     pub fn prompt(prompt: impl Into<String>) -> Self {
-        let prompt = Field::new(("prompt".into(), Value::String(prompt.into())));
-        Self { values: vec![prompt], typed: true, record: None }
+        Self::new([("prompt".to_owned(), Value::String(prompt.into()))], false)
     }
 
-    /// The fields of a form. An empty one was left blank, except that a prompt may be empty.
+    /// The fields of a form. Empty fields are omitted, except the prompt.
     pub fn form(pairs: impl IntoIterator<Item = (String, String)>) -> Self {
         let filled = |(name, value): &(String, String)| !value.is_empty() || name == "prompt";
-        let values = pairs.into_iter().filter(filled);
-        let values = values.map(|(name, value)| Field::new((name, Value::String(value))));
-        Self { values: values.collect(), typed: false, record: None }
+        let pairs = pairs.into_iter().filter(filled);
+        Self::new(pairs.map(|(name, value)| (name, Value::String(value))), true)
     }
 
-    /// A JSON object.
+    /// The fields of a JSON object.
     pub fn json(text: &str) -> Result<Self, ValidationError> {
         // serde_json would quote a string that stands there, and so what a user typed.
         if !text.trim_ascii_start().starts_with('{') {
             return Err(ValidationError::body("the body is not a JSON object"));
         }
         let mut reader = serde_json::Deserializer::from_str(text);
-        let values = reader.deserialize_map(Pairs).and_then(|values| {
-            reader.end()?;
-            Ok(values)
-        });
-        match values {
-            Ok(values) => Ok(Self {
-                values: values.into_iter().map(Field::new).collect(),
-                typed: true,
-                record: None,
-            }),
-            Err(error) => {
-                Err(ValidationError::body(format!("the body is not a JSON object: {error}")))
-            }
-        }
+        let pairs = reader.deserialize_map(Pairs).and_then(|pairs| reader.end().map(|()| pairs));
+        let broken =
+            |error| ValidationError::body(format!("the body is not a JSON object: {error}"));
+        Ok(Self::new(pairs.map_err(broken)?, false))
     }
 
-    /// What `read` asks of the fields: so a description cannot say anything else than the code.
-    pub(crate) fn described(read: impl FnOnce(Self)) -> Vec<Described> {
-        let record = Arc::default();
-        let mut fields = Self::prompt("");
-        fields.record = Some(Arc::clone(&record));
-        read(fields);
-        record.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub(super) fn note(&self, names: &[&'static str], schema: impl FnOnce() -> Value) {
-        if let Some(record) = &self.record {
-            let described = Described { names: names.into(), schema: schema() };
-            record.lock().unwrap_or_else(PoisonError::into_inner).push(described);
-        }
+    /// All fields as a JSON object.
+    pub(crate) fn object(&self) -> Map<String, Value> {
+        self.fields.iter().map(|field| (field.name.clone(), field.value.clone())).collect()
     }
 
     /// Whether there is a field of this name.
     pub(crate) fn has(&self, name: &str) -> bool {
-        self.values.iter().any(|field| field.key == name)
+        self.fields.iter().any(|field| field.name == name)
     }
 
     /// Whether the field of this name is a list.
     pub(crate) fn is_list(&self, name: &str) -> bool {
-        self.values.iter().any(|field| field.key == name && field.value.is_array())
+        self.fields.iter().any(|field| field.name == name && field.value.is_array())
     }
 
-    /// The client's name for a native field.
-    pub(super) fn spelt(&self, name: &str) -> String {
-        let field = self.values.iter().find(|field| field.key == name);
-        field.map_or(name, |field| &field.spelt).to_owned()
-    }
-
-    /// The whole number of this name, if it is one.
-    pub(crate) fn peek(&self, name: &str) -> Option<u64> {
-        self.values.iter().find(|field| field.key == name)?.value.as_u64()
-    }
-
-    /// How many there are.
+    /// The number of fields.
     pub(crate) fn len(&self) -> usize {
-        self.values.len()
+        self.fields.len()
     }
 
-    /// Understands a field of another dialect as a native one.
-    pub(crate) fn rename(&mut self, theirs: &str, native: &str) {
-        for field in self.values.iter_mut().filter(|field| field.key == theirs) {
-            native.clone_into(&mut field.key);
+    /// Gives a field of another dialect our name.
+    pub(crate) fn rename(&mut self, theirs: &str, name: &str) {
+        for field in self.fields.iter_mut().filter(|field| field.name == theirs) {
+            name.clone_into(&mut field.name);
         }
     }
 
-    /// Adds a native field that the client spelt otherwise.
-    pub(crate) fn add(&mut self, native: &str, spelt: &str, value: impl Into<Value>) {
-        let (key, spelt, value) = (native.to_owned(), spelt.to_owned(), value.into());
-        self.values.push(Field { key, spelt, value });
+    /// Adds a field which the client spelt otherwise.
+    pub(crate) fn add(&mut self, name: &str, spelt: String, value: Value) {
+        self.fields.push(Field { name: name.into(), spelt, value });
     }
 
-    /// Takes a field out under the name that the client used. JSON's null means absent.
+    /// Drops a field whose value means the same as none.
+    pub(crate) fn drop_if(&mut self, name: &str, means_none: impl Fn(&Value) -> bool) {
+        self.fields.retain(|field| field.name != name || !means_none(&field.value));
+    }
+
+    /// Takes a field out by any of its names, with the one that the client used. Null means none.
     pub(crate) fn take(
         &mut self,
         names: &[&str],
     ) -> Result<Option<(String, Value)>, ValidationError> {
         let mut taken = None;
         for name in names {
-            for field in self.values.extract_if(.., |field| field.key == *name) {
+            for field in self.fields.extract_if(.., |field| field.name == *name) {
                 if taken.is_some() {
                     return Err(ValidationError::malformed(&field.spelt, "is given twice"));
                 }
@@ -163,181 +141,33 @@ impl Fields {
         Ok(taken.filter(|(_, value)| !value.is_null()))
     }
 
-    /// A string of at most `max` bytes.
-    pub(crate) fn text(
+    /// Takes the fields of `T` out, checked against its schema.
+    pub(crate) fn read<T: JsonSchema + DeserializeOwned + 'static>(
         &mut self,
-        names: &[&'static str],
-        max: usize,
-    ) -> Result<Option<String>, ValidationError> {
-        self.note(names, || json!({ "type": "string" }));
-        match self.take(names)? {
-            None => Ok(None),
-            Some((name, Value::String(text))) if text.len() > max => {
-                let bytes = text.len();
-                Err(ValidationError::range(
-                    &name,
-                    format!("has {bytes} bytes; at most {max} are allowed"),
-                ))
+        limits: &Limits,
+    ) -> Result<T, ValidationError> {
+        let mut object = Map::new();
+        for (name, schema) in schema::properties::<T>().iter() {
+            let names = [vec![name.as_str()], schema::aliases(schema)].concat();
+            let Some((spelt, value)) = self.take(&names)? else { continue };
+            let field = FieldSchema { name: &spelt, schema, limits };
+            let value = field.check(value, self.is_form)?;
+            if spelt != *name {
+                self.names.insert(name, spelt);
             }
-            Some((_, Value::String(text))) => Ok(Some(text)),
-            Some((name, other)) => Err(ValidationError::malformed(
-                &name,
-                format!("must be a string, not {}", kind(&other)),
-            )),
+            object.insert(name.clone(), value);
         }
+        serde_json::from_value(Value::Object(object))
+            .map_err(|error| ValidationError::body(format!("the fields cannot be read: {error}")))
     }
 
-    pub(crate) fn whole(
-        &mut self,
-        names: &[&'static str],
-        range: RangeInclusive<u64>,
-    ) -> Result<Option<u64>, ValidationError> {
-        self.note(
-            names,
-            || json!({ "type": "integer", "minimum": range.start(), "maximum": range.end() }),
-        );
-        let Some((name, value)) = self.take(names)? else { return Ok(None) };
-        let value = self.numeral(&name, value, "a whole number")?;
-        let in_range = value.as_u64().filter(|whole| range.contains(whole));
-        if value.as_f64().is_some_and(|value| value.fract() != 0.0) {
-            return Err(ValidationError::malformed(
-                &name,
-                format!("must be a whole number, not {value}"),
-            ));
-        }
-        in_range.map(Some).ok_or_else(|| {
-            let (low, high) = range.into_inner();
-            ValidationError::range(&name, format!("must be from {low} to {high}, not {value}"))
-        })
+    /// The client's names of all fields that were read. Another field is a mistake of the client.
+    pub(crate) fn finish(self) -> Result<Names, ValidationError> {
+        let Some(Field { spelt, .. }) = self.fields.first() else { return Ok(self.names) };
+        let name: String = spelt.chars().take(64).collect();
+        let message = format!("unknown field {name:?}");
+        Err(ValidationError::Malformed { param: Some(name), message })
     }
-
-    pub(crate) fn number(
-        &mut self,
-        names: &[&'static str],
-        range: RangeInclusive<f64>,
-    ) -> Result<Option<f64>, ValidationError> {
-        self.note(
-            names,
-            || json!({ "type": "number", "minimum": range.start(), "maximum": range.end() }),
-        );
-        let Some((name, value)) = self.take(names)? else { return Ok(None) };
-        let value = self.numeral(&name, value, "a number")?;
-        value.as_f64().filter(|number| range.contains(number)).map(Some).ok_or_else(|| {
-            let (low, high) = range.into_inner();
-            ValidationError::range(&name, format!("must be from {low} to {high}, not {value}"))
-        })
-    }
-
-    /// A JSON number, or the text of one in a form.
-    fn numeral(
-        &self,
-        name: &str,
-        value: Value,
-        wanted: &str,
-    ) -> Result<serde_json::Number, ValidationError> {
-        match value {
-            Value::Number(number) => Ok(number),
-            Value::String(text) if !self.typed => serde_json::from_str(text.trim()).map_err(|_| {
-                ValidationError::malformed(name, format!("must be {wanted}, not {text:?}"))
-            }),
-            other => Err(ValidationError::malformed(
-                name,
-                format!("must be {wanted}, not {}", kind(&other)),
-            )),
-        }
-    }
-
-    pub(crate) fn flag(&mut self, names: &[&'static str]) -> Result<Option<bool>, ValidationError> {
-        self.note(names, || json!({ "type": "boolean" }));
-        match self.take(names)? {
-            None => Ok(None),
-            Some((_, Value::Bool(flag))) => Ok(Some(flag)),
-            Some((name, Value::String(text))) if !self.typed => {
-                let flag = text.trim().parse().map_err(|_| {
-                    ValidationError::malformed(
-                        &name,
-                        format!("must be true or false, not {text:?}"),
-                    )
-                })?;
-                Ok(Some(flag))
-            }
-            Some((name, other)) => {
-                let found = kind(&other);
-                Err(ValidationError::malformed(
-                    &name,
-                    format!("must be true or false, not {found}"),
-                ))
-            }
-        }
-    }
-
-    pub(super) fn choice<T: std::str::FromStr<Err = String>>(
-        &mut self,
-        names: &[&'static str],
-    ) -> Result<Option<T>, ValidationError> {
-        self.note(names, || json!({ "type": "string" }));
-        match self.take(names)? {
-            None => Ok(None),
-            Some((name, Value::String(text))) => text
-                .parse()
-                .map(Some)
-                .map_err(|reason| ValidationError::range(&name, format!("is an {reason}"))),
-            Some((name, other)) => Err(ValidationError::malformed(
-                &name,
-                format!("must be a string, not {}", kind(&other)),
-            )),
-        }
-    }
-
-    /// One of a few words.
-    pub(crate) fn one_of(
-        &mut self,
-        names: &[&'static str],
-        words: &[&'static str],
-    ) -> Result<Option<&'static str>, ValidationError> {
-        self.note(names, || json!({ "type": "string", "enum": words }));
-        let Some((name, value)) = self.take(names)? else { return Ok(None) };
-        words.iter().find(|word| value == **word).map(|word| Some(*word)).ok_or_else(|| {
-            ValidationError::range(
-                &name,
-                format!("must be one of {}, not {value}", words.join(", ")),
-            )
-        })
-    }
-
-    /// What nobody took is a mistake that the client should hear of.
-    pub(super) fn finish(self) -> Result<(), ValidationError> {
-        match self.values.into_iter().next() {
-            None => Ok(()),
-            Some(Field { spelt, .. }) => {
-                let name: String = spelt.chars().take(64).collect();
-                let message = format!("unknown field {name:?}");
-                Err(ValidationError::Malformed { param: Some(name), message })
-            }
-        }
-    }
-}
-
-/// The type of a value, for people.
-pub(crate) fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
-    }
-}
-
-/// A picture's file out of base64, bare or as a data URL, in lines or in one.
-pub(crate) fn file(name: &str, mut text: String) -> Result<Vec<u8>, ValidationError> {
-    if let Some(comma) = text.starts_with("data:").then(|| text.find(',')).flatten() {
-        text.drain(..=comma);
-    }
-    text.retain(|c| !c.is_ascii_whitespace());
-    let broken = |error| ValidationError::malformed(name, format!("is not base64: {error}"));
-    BASE64.decode(text).map_err(broken)
 }
 
 /// Reads a JSON object without losing repeated keys, as a map would.
@@ -359,5 +189,98 @@ impl<'de> Visitor<'de> for Pairs {
             pairs.push(pair);
         }
         Ok(pairs)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::draw::DrawRequest;
+    use super::*;
+
+    const LIMITS: Limits = Limits {
+        max_pixels: 1 << 20,
+        max_steps: 50,
+        max_images: 4,
+        max_prompt_bytes: 100,
+        max_input_pixels: 1 << 20,
+        max_loras: 2,
+    };
+
+    fn error(read: Result<DrawRequest, ValidationError>) -> String {
+        read.expect_err("an error").to_string()
+    }
+
+    #[test]
+    fn json_is_checked_against_the_schema() {
+        let read = |fields: &str| {
+            let body = format!(r#"{{"prompt":"a"{fields}}}"#);
+            DrawRequest::read(Fields::json(&body).expect("an object"), &LIMITS)
+        };
+        let request = read(r#","steps":7,"sampler":"euler","width":null"#).expect("a request");
+        assert_eq!((request.num_inference_steps, request.width), (Some(7), None));
+        assert_eq!(request.names.of("num_inference_steps"), "steps");
+        let table = [
+            (r#","steps":"7""#, "steps must be a whole number, not a string"),
+            (r#","steps":2.5"#, "steps must be a whole number, not 2.5"),
+            (r#","num_inference_steps":51"#, "num_inference_steps must be from 1 to 50, not 51"),
+            (r#","steps":-1"#, "steps must be from 1 to 50, not -1"),
+            (r#","steps":7,"num_inference_steps":8"#, "steps is given twice"),
+            (r#","seed":18446744073709551616"#, "seed must be from 0 to"),
+            (r#","cfg_scale":"1""#, "cfg_scale must be a number, not a string"),
+            (r#","strength":1.1"#, "strength must be from 0 to 1, not 1.1"),
+            (r#","stream":1"#, "stream must be true or false, not 1"),
+            (r#","image":5"#, "image must be a string, not 5"),
+            (r#","loras":[{},{},{}]"#, "loras has 3 entries; at most 2 are allowed"),
+            (r#","loras":[{"name":"a"},{"nam":"b"}]"#, r#"loras[1] must have "name""#),
+            (r#","loras":[{"name":"a","scal":1}]"#, r#"loras[0] has no "scal""#),
+            (r#","loras":[{"name":"a","scale":101}]"#, "loras[0].scale must be from -100 to 100"),
+            (r#","stepz":null"#, r#"unknown field "stepz""#),
+        ];
+        for (fields, message) in table {
+            assert!(error(read(fields)).starts_with(message), "{}", error(read(fields)));
+        }
+    }
+
+    #[test]
+    fn a_form_is_text_that_stands_for_other_types() {
+        let read = |name: &str, value: &str| {
+            let pairs = [("prompt", ""), (name, value)].map(|(n, v)| (n.to_owned(), v.to_owned()));
+            DrawRequest::read(Fields::form(pairs), &LIMITS)
+        };
+        assert_eq!(read("steps", " 7 ").expect("read").num_inference_steps, Some(7));
+        assert_eq!(read("steps", "").expect("read").num_inference_steps, None);
+        assert_eq!(read("stream", "true").expect("read").stream, Some(true));
+        assert_eq!(
+            read("negative_prompt", "7").expect("read").negative_prompt.as_deref(),
+            Some("7")
+        );
+        let loras = read("loras", r#"[{"name":"a","scale":0.5}]"#).expect("read").loras;
+        assert_eq!(loras.expect("a list").len(), 1);
+        let table =
+            [("steps", "twenty"), ("guidance_scale", "NaN"), ("stream", "1"), ("loras", "a")];
+        for (name, value) in table {
+            assert!(error(read(name, value)).starts_with(&format!("{name} must be ")), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_published_schema_has_the_limits_and_all_names() {
+        let mut schema = json!({ "properties": *schema::properties::<DrawRequest>() });
+        schema::publish(&mut schema, &LIMITS);
+        let fields = &schema["properties"];
+        for name in ["num_inference_steps", "steps"] {
+            assert_eq!(
+                (&fields[name]["minimum"], &fields[name]["maximum"]),
+                (&1.into(), &50.into())
+            );
+            assert_eq!(fields[name].get("x-aliases"), None);
+        }
+        assert_eq!(fields["steps"]["description"], "Alias of num_inference_steps.");
+        assert_eq!(fields["loras"]["maxItems"], 2);
+        assert_eq!(fields["image"]["type"], json!(["string", "null"]));
+        assert_eq!(fields["prompt"]["type"], "string");
+        assert!(fields.get("names").is_none());
     }
 }

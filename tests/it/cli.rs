@@ -45,7 +45,7 @@ fn generate_writes_a_picture_with_its_parameters() {
     let picture = image::load_from_memory(&png).expect("a picture");
     assert_eq!((picture.width(), picture.height()), (128, 192));
     let lonely = run(&[&["generate", "x", "--hires-steps", "4"][..], &model].concat());
-    assert!(text(&lonely.stderr).contains("hires_steps is of no use without hires_width"));
+    assert!(text(&lonely.stderr).contains("hires_steps requires hires_width"));
 }
 
 #[test]

@@ -2,14 +2,24 @@
 
 use axum::http::StatusCode;
 use axum::response::Response;
+use schemars::JsonSchema;
+use serde::Serialize;
 use serde_json::json;
 
 use crate::http::error::{self, ErrorDetail};
 
 /// Puts errors into AUTOMATIC1111's words, whoever made them.
 pub(crate) async fn errors(response: Response) -> Response {
-    error::map_error_body(
-        response,
-        |_: StatusCode, ErrorDetail { code, message, .. }| json!({ "error": code, "detail": message, "body": "", "errors": message }),
-    )
+    error::map_error_body(response, |_: StatusCode, ErrorDetail { code, message, .. }| {
+        json!(A1111Error { error: code, detail: message, body: "", errors: message })
+    })
+}
+
+/// The body of an error.
+#[derive(Serialize, JsonSchema)]
+pub(crate) struct A1111Error<'a> {
+    error: &'a str,
+    detail: &'a str,
+    body: &'a str,
+    errors: &'a str,
 }

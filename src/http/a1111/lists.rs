@@ -24,13 +24,13 @@ fn current_model(state: &AppState) -> Result<Option<Arc<ModelInfo>>, ApiError> {
 }
 
 /// `GET /sdapi/v1/samplers`.
-pub(crate) async fn samplers() -> Json<Value> {
+pub(crate) async fn samplers() -> Json<Vec<Value>> {
     let sampler = |name: SamplerName| json!({ "name": name.title(), "aliases": [name.to_string()], "options": {} });
     Json(SamplerName::all().map(sampler).collect())
 }
 
 /// `GET /sdapi/v1/schedulers`.
-pub(crate) async fn schedulers() -> Json<Value> {
+pub(crate) async fn schedulers() -> Json<Vec<Value>> {
     let schedule = |(name, label)| {
         json!({
             "name": name, "label": label, "aliases": null, "default_rho": -1.0,
@@ -42,7 +42,7 @@ pub(crate) async fn schedulers() -> Json<Value> {
 }
 
 /// `GET /sdapi/v1/sd-models`.
-pub(crate) async fn models(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn models(State(state): State<AppState>) -> Result<Json<Vec<Value>>, ApiError> {
     let model = |name: &String| {
         json!({
             "title": name, "model_name": name, "hash": null, "sha256": null, "filename": name,
@@ -53,7 +53,7 @@ pub(crate) async fn models(State(state): State<AppState>) -> Result<Json<Value>,
 }
 
 /// `GET /sdapi/v1/loras`: what `<lora:name:1>` in a prompt can name.
-pub(crate) async fn loras(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn loras(State(state): State<AppState>) -> Result<Json<Vec<Value>>, ApiError> {
     let Some(model) = current_model(&state)? else { return Ok(empty_list().await) };
     let list = tokio::task::spawn_blocking(move || model.add_ons.loras.list()).await;
     let lora = |(name, path): (String, PathBuf)| {
@@ -64,12 +64,12 @@ pub(crate) async fn loras(State(state): State<AppState>) -> Result<Json<Value>, 
 }
 
 /// The lists of what there is none of, which clients ask for before anything else.
-pub(crate) async fn empty_list() -> Json<Value> {
-    Json(json!([]))
+pub(crate) async fn empty_list() -> Json<Vec<Value>> {
+    Json(Vec::new())
 }
 
 /// `GET /sdapi/v1/latent-upscale-modes`.
-pub(crate) async fn upscalers() -> Json<Value> {
+pub(crate) async fn upscalers() -> Json<Vec<Value>> {
     Json(Upscaler::all().map(|upscaler| json!({ "name": upscaler.title() })).collect())
 }
 

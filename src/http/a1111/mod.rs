@@ -9,33 +9,50 @@ mod lists;
 mod options;
 mod png_info;
 mod progress;
-mod translate;
+mod request;
 mod txt2img;
 
-use axum::Router;
-use axum::routing::{get, post};
+use aide::axum::ApiRouter;
+use aide::axum::routing::{get_with, post_with};
 
+use super::docs::{self, Docs};
 use super::state::AppState;
 pub(crate) use error::errors;
-pub(crate) use translate::SAME_FIELDS;
 
 /// The routes of AUTOMATIC1111's API.
-pub(crate) fn routes() -> Router<AppState> {
-    Router::new()
-        .route("/sdapi/v1/txt2img", post(txt2img::txt2img))
-        .route("/sdapi/v1/img2img", post(txt2img::img2img))
-        .route("/sdapi/v1/progress", get(progress::progress))
-        .route("/sdapi/v1/interrupt", post(progress::interrupt))
-        .route("/sdapi/v1/options", get(options::get_options).post(options::set_options))
-        .route("/sdapi/v1/samplers", get(lists::samplers))
-        .route("/sdapi/v1/schedulers", get(lists::schedulers))
-        .route("/sdapi/v1/sd-models", get(lists::models))
-        .route("/sdapi/v1/sd-vae", get(lists::empty_list))
-        .route("/sdapi/v1/upscalers", get(lists::empty_list))
-        .route("/sdapi/v1/latent-upscale-modes", get(lists::upscalers))
-        .route("/sdapi/v1/loras", get(lists::loras))
-        .route("/sdapi/v1/embeddings", get(lists::embeddings))
-        .route("/sdapi/v1/scripts", get(lists::scripts))
-        .route("/sdapi/v1/png-info", post(png_info::png_info))
-        .route("/internal/progress", post(progress::task))
+pub(crate) fn routes() -> ApiRouter<AppState> {
+    const IMAGES: [&str; 3] = ["images", "parameters", "info"];
+    let txt2img = Docs::of("Text-to-image").takes::<request::Txt2Img>().gives(200, &IMAGES, &[]);
+    let img2img = Docs::of("Image-to-image").takes::<request::Img2Img>().gives(200, &IMAGES, &[]);
+    let progress = Docs::of("Progress of the client's oldest request");
+    let progress = progress.gives(200, &["progress", "state"], &[]).describe();
+    let task = Docs::of("Progress of a request").takes::<progress::TaskQuery>();
+    let task = task.gives(200, &["active"], &[]).describe();
+    let set_options = Docs::of("Select the model").takes::<request::Object>().describe();
+    let options = get_with(options::get_options, Docs::of("Options").describe());
+    let png_info = Docs::of("Generation parameters of an image file").takes::<png_info::PngInfo>();
+    let png_info = png_info.gives(200, &["info"], &[]).describe();
+    let interrupt = Docs::of("Interrupt the client's requests").describe();
+    let about = |summary| Docs::of(summary).describe();
+    let routes = ApiRouter::new()
+        .api_route("/sdapi/v1/txt2img", post_with(txt2img::txt2img, txt2img.describe()))
+        .api_route("/sdapi/v1/img2img", post_with(txt2img::img2img, img2img.describe()))
+        .api_route("/sdapi/v1/progress", get_with(progress::progress, progress))
+        .api_route("/sdapi/v1/interrupt", post_with(progress::interrupt, interrupt))
+        .api_route("/sdapi/v1/options", options.post_with(options::set_options, set_options))
+        .api_route("/sdapi/v1/samplers", get_with(lists::samplers, about("Samplers")))
+        .api_route("/sdapi/v1/schedulers", get_with(lists::schedulers, about("Schedules")))
+        .api_route("/sdapi/v1/sd-models", get_with(lists::models, about("Models")))
+        .api_route("/sdapi/v1/sd-vae", get_with(lists::empty_list, about("VAEs")))
+        .api_route("/sdapi/v1/upscalers", get_with(lists::empty_list, about("Upscalers")))
+        .api_route(
+            "/sdapi/v1/latent-upscale-modes",
+            get_with(lists::upscalers, about("Latent upscalers")),
+        )
+        .api_route("/sdapi/v1/loras", get_with(lists::loras, about("LoRAs")))
+        .api_route("/sdapi/v1/embeddings", get_with(lists::embeddings, about("Embeddings")))
+        .api_route("/sdapi/v1/scripts", get_with(lists::scripts, about("Scripts")))
+        .api_route("/sdapi/v1/png-info", post_with(png_info::png_info, png_info))
+        .api_route("/internal/progress", post_with(progress::task, task));
+    docs::keyed::<error::A1111Error<'_>>(routes, "AUTOMATIC1111")
 }

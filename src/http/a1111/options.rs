@@ -4,7 +4,7 @@ use axum::Json;
 use axum::extract::State;
 use serde_json::{Value, json};
 
-use super::translate::{Object, is_noop};
+use super::request::{Object, is_noop};
 use crate::engine::JobError;
 use crate::http::admission::Admitted;
 use crate::http::error::ApiError;

@@ -1,20 +1,35 @@
 //! The parameters in a picture's file.
 
 use axum::Json;
+use axum::extract::State;
+use schemars::JsonSchema;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::translate::Object;
+use super::request::Object;
 use crate::http::admission::Admitted;
 use crate::http::error::ApiError;
+use crate::http::state::AppState;
 use crate::image;
-use crate::request::{self, ValidationError};
+use crate::request::{ImageFile, ValidationError};
+
+/// A request for the parameters of an image.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct PngInfo {
+    /// The image file, in base64 or as a data URL.
+    #[schemars(required)]
+    image: Option<ImageFile>,
+}
 
 /// `POST /sdapi/v1/png-info`: the parameters in a picture's file, as text and one by one.
-pub(crate) async fn png_info(admitted: Admitted) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn png_info(
+    State(state): State<AppState>,
+    admitted: Admitted,
+) -> Result<Json<Value>, ApiError> {
     let mut fields = admitted.json()?;
-    let image = fields.text(&["image"], usize::MAX)?;
+    let PngInfo { image } = fields.read(&state.settings.limits)?;
     let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
-    let file = request::file("image", image)?;
+    let file = image.bytes("image")?.into_owned();
     let found = tokio::task::spawn_blocking(move || image::find(&file));
     let found = found.await.map_err(|_| ValidationError::malformed("image", "cannot be read"))?;
     let text =

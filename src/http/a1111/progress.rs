@@ -3,6 +3,8 @@
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
+use schemars::JsonSchema;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::http::admission::{Admitted, ClientId};
@@ -14,10 +16,21 @@ use crate::image::{Format, JPEG_QUALITY};
 use crate::request::ValidationError;
 
 /// What may be asked of progress.
-#[derive(Debug, serde::Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct ProgressQuery {
+    /// Whether the response omits the live preview. Default: false.
     #[serde(default)]
     skip_current_image: bool,
+}
+
+/// A request for the progress of a task.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct TaskQuery {
+    /// The `force_task_id` of the request.
+    #[schemars(extend("maxLength" = 256))]
+    id_task: Option<String>,
+    /// Whether the response holds a live preview. Default: true.
+    live_preview: Option<bool>,
 }
 
 /// `GET /sdapi/v1/progress`: of the client's oldest request.
@@ -73,15 +86,14 @@ pub(crate) async fn task(
     State(state): State<AppState>,
     admitted: Admitted,
 ) -> Result<Json<Value>, ApiError> {
-    let mut fields = admitted.json()?;
-    let id = fields.text(&["id_task"], 256)?;
-    let wants_preview = fields.flag(&["live_preview"])?.unwrap_or(true);
+    let TaskQuery { id_task, live_preview } = admitted.json()?.read(&state.settings.limits)?;
     let begun = state.in_flight.of(&admitted.client);
-    let Some(begun) = begun.iter().find(|begun| begun.task.is_some() && begun.task == id) else {
+    let Some(begun) = begun.iter().find(|begun| begun.task.is_some() && begun.task == id_task)
+    else {
         return Ok(Json(json!({ "active": false, "queued": false, "completed": false })));
     };
     let outlook = begun.monitor.estimate();
-    let preview = if wants_preview { preview(begun).await } else { None };
+    let preview = if live_preview.unwrap_or(true) { preview(begun).await } else { None };
     let data = |file| format!("data:image/png;base64,{file}");
     Ok(Json(json!({
         "active": outlook.position.is_none(),

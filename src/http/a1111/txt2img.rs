@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::info::info;
 use super::options::check;
-use super::translate::{InitImage, Object, overrides, translate};
+use super::request::{Common, HiresPass, InitImage};
 use crate::engine::GeneratedImage;
 use crate::http::admission::Admitted;
 use crate::http::drawing::{Drawing, ReplyFormat};
@@ -17,7 +17,7 @@ use crate::http::error::ApiError;
 use crate::http::state::AppState;
 use crate::http::store::InFlightRequest;
 use crate::image::Format;
-use crate::request::Draw;
+use crate::request::{DrawRequest, ValidationError};
 
 /// `POST /sdapi/v1/txt2img`.
 pub(crate) async fn txt2img(
@@ -41,34 +41,36 @@ async fn draw(
     admitted: Admitted,
     from_picture: bool,
 ) -> Result<Response, ApiError> {
-    let mut theirs = admitted.json()?;
-    let mut echo: Object = serde_json::from_slice(&admitted.body).unwrap_or_default();
+    let mut fields = admitted.json()?;
     let Admitted { client, deadline, slot, .. } = admitted;
-    let send_images = theirs.flag(&["send_images"])?.unwrap_or(true);
-    let task = theirs.text(&["force_task_id"], 256)?;
-    let mut notes = Vec::new();
-    let start = match from_picture {
-        true => Some(InitImage::take(&mut theirs, &mut notes)?),
-        false => None,
-    };
-    let (mut settings, model) = overrides(&mut theirs)?;
-    let state = match model.or_else(|| state.checkpoint.get()) {
+    let mut parameters = fields.object();
+    let limits = &state.settings.limits;
+    let mut common = Common::read(&mut fields, limits)?;
+    let options = common.override_settings.as_mut();
+    let model = options.and_then(|options| options.sd_model_checkpoint.take());
+    let state = match model.filter(|name| !name.is_empty()).or_else(|| state.checkpoint.get()) {
         Some(model) => state.choose(&model).await?,
-        None => state,
+        None => state.clone(),
     };
-    let format = settings.remove("samples_format");
-    check(&state, &settings)?;
-    let mut fields = translate(&state, theirs, from_picture)?;
-    if let Some(format) = format {
-        fields.add("output_format", "override_settings.samples_format", format);
+    if let Some(options) = &common.override_settings {
+        check(&state, &options.others)?;
     }
-    if let Some(start) = start {
-        // As there, pictures do not go back to where they came from.
-        echo.retain(|name, _| !["init_images", "mask"].contains(&name.as_str()));
-        start.write_into(&state, &slot, &mut fields).await?;
+    let (task, send_images) = (common.force_task_id.take(), common.send_images.unwrap_or(true));
+    let has_hires = common.has_hires();
+    let mut draw = common.into_draw()?;
+    let mut notes = Vec::new();
+    if from_picture && has_hires {
+        return Err(ValidationError::range("enable_hr", "is supported for txt2img only").into());
+    } else if from_picture {
+        notes = InitImage::read(&mut fields, limits)?.add_to(&mut draw)?;
+        // As there, images do not go back to where they came from.
+        parameters.retain(|name, _| !["init_images", "mask"].contains(&name.as_str()));
+    } else if has_hires {
+        let model = state.engine.model()?;
+        HiresPass::read(&mut fields, limits)?.add_to(&mut draw, limits, &model);
     }
-    let json = |draw: &Draw, _| Ok(ReplyFormat::Json(draw.format.unwrap_or(Format::Png)));
-    let mut asked = Drawing::prepare(&state, &slot, vec![fields], json).await?;
+    let json = |draw: &DrawRequest, _| Ok(ReplyFormat::Json(draw.format()?.unwrap_or(Format::Png)));
+    let mut asked = Drawing::prepare(&state, &slot, vec![draw], json).await?;
     asked.preview = true;
     let ticket = asked.submit(&client, Some(deadline))?;
     let begun = InFlightRequest::new(&state.engine, &ticket, client, task, &asked.specs);
@@ -86,7 +88,7 @@ async fn draw(
         let images: Vec<String> = files.iter().map(|file| BASE64_STANDARD.encode(file)).collect();
         json!({
             "images": if send_images { images } else { Vec::new() },
-            "parameters": echo,
+            "parameters": parameters,
             "info": info(asked, pictures, notes).to_string(),
         })
     };

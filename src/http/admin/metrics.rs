@@ -3,7 +3,7 @@
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::http::header::{ACCEPT, CONTENT_TYPE};
-use axum::response::IntoResponse;
+use axum::response::{IntoResponse as _, Response};
 
 use crate::http::state::AppState;
 
@@ -12,10 +12,7 @@ const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset
 
 /// Every metric, with the gauges as they are now: in OpenMetrics if the client names it, else in
 /// the Prometheus text format.
-pub(crate) async fn metrics(
-    State(state): State<AppState>,
-    headers: HeaderMap,
-) -> impl IntoResponse {
+pub(crate) async fn metrics(State(state): State<AppState>, headers: HeaderMap) -> Response {
     let metrics = state.engine.metrics();
     let (engine, engines) = (state.engine.clone(), state.models.engines());
     // The GPU driver may be slow. A gauge that cannot be read keeps its value.
@@ -28,8 +25,8 @@ pub(crate) async fn metrics(
     metrics.build.with([env!("CARGO_PKG_VERSION")]).set(1.0);
     let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
     if accept.contains("application/openmetrics-text") {
-        ([(CONTENT_TYPE, OPEN_METRICS)], metrics.open_metrics())
+        ([(CONTENT_TYPE, OPEN_METRICS)], metrics.open_metrics()).into_response()
     } else {
-        ([(CONTENT_TYPE, PROMETHEUS)], metrics.to_string())
+        ([(CONTENT_TYPE, PROMETHEUS)], metrics.to_string()).into_response()
     }
 }

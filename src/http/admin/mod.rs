@@ -6,21 +6,30 @@ mod metrics;
 mod multi_model;
 mod openapi;
 
+use aide::axum::ApiRouter;
+use aide::axum::routing::get_with;
 use axum::Router;
 use axum::http::StatusCode;
-use axum::routing::get;
+use axum::routing::{get, post};
 
+use super::docs::{self, Docs};
+use super::error::ErrorBody;
 use super::state::AppState;
+pub(crate) use openapi::with_document;
 
 /// Public routes that describe the server.
-pub(crate) fn routes() -> Router<AppState> {
-    Router::new()
-        .route("/openapi.json", get(openapi::document))
-        .route("/ping", get(health::ready).post(health::ready))
-        .route("/health/live", get(async || StatusCode::OK))
-        .route("/health/ready", get(health::ready))
-        .route("/info", get(info::info))
-        .route("/metrics", get(metrics::metrics))
+pub(crate) fn routes() -> ApiRouter<AppState> {
+    let ready = || Docs::of("Readiness probe").gives(200, &[], &[]).describe();
+    let live = Docs::of("Liveness probe").gives(200, &[], &[]).describe();
+    let info = Docs::of("Server, model and limits").gives(200, &["phase", "limits"], &[]);
+    let metrics = Docs::of("Prometheus metrics").gives(200, &[], &["text/plain"]).describe();
+    let routes = ApiRouter::new()
+        .api_route("/ping", get_with(health::ready, ready()).merge(post(health::ready)))
+        .api_route("/health/live", get_with(async || StatusCode::OK, live))
+        .api_route("/health/ready", get_with(health::ready, ready()))
+        .api_route("/info", get_with(info::info, info.describe()))
+        .api_route("/metrics", get_with(metrics::metrics, metrics));
+    docs::group::<ErrorBody>(routes, "server")
 }
 
 /// SageMaker's routes to load and unload models.

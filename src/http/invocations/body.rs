@@ -118,7 +118,8 @@ mod tests {
         }
         let (mut fields, speech) = read(&headers, body.as_bytes()).expect("a good body");
         assert_eq!(speech, BodyKind::Text);
-        fields.text(&["prompt"], usize::MAX).expect("text").expect("a prompt")
+        let (_, prompt) = fields.take(&["prompt"]).expect("one").expect("a prompt");
+        prompt.as_str().expect("text").to_owned()
     }
 
     #[test]

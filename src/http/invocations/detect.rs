@@ -7,23 +7,23 @@ use axum::http::HeaderMap;
 use super::body::BodyKind;
 use super::render::ParsedRequest;
 use super::{huggingface, jumpstart, stability};
-use crate::request::{Fields, ValidationError};
+use crate::request::{DrawRequest, Fields, Limits, ValidationError};
 
-/// Understands a request for at most so many pictures.
+/// Reads a request in the dialect that it is in.
 pub(crate) fn parse(
     headers: &HeaderMap,
     fields: Fields,
     speech: BodyKind,
-    max_images: usize,
+    limits: &Limits,
 ) -> Result<ParsedRequest, ValidationError> {
     if fields.has("text_prompts") {
-        return stability::parse(fields);
+        return stability::parse(fields, limits);
     }
     if fields.has("inputs") {
-        return huggingface::parse(fields);
+        return huggingface::parse(fields, limits);
     }
     match jumpstart::detect(headers) {
-        Some(dialect) => jumpstart::parse(fields, dialect, max_images),
-        None => Ok(ParsedRequest::native(fields, speech)),
+        Some(dialect) => jumpstart::parse(fields, dialect, limits),
+        None => Ok(ParsedRequest::native(DrawRequest::read(fields, limits)?, speech)),
     }
 }

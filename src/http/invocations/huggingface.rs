@@ -3,43 +3,45 @@
 //! base64; and the older one of their SageMaker examples, with the parameters beside `inputs`
 //! and `generated_images` in the answer.
 
-use serde_json::{Value, json};
+use schemars::JsonSchema;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
 
 use super::body::BodyKind;
 use super::render::{Dialect, ParsedRequest, RenderInput};
 use crate::image::Format;
-use crate::request::{Fields, ValidationError, kind};
+use crate::request::{DrawRequest, Fields, Limits, ValidationError};
 
 const TOOLKIT: Dialect = Dialect { format: Format::Png, render: toolkit };
 const EXAMPLES: Dialect = Dialect { format: Format::Jpeg, render: examples };
 
-/// Their fields as native ones.
-pub(crate) fn parse(mut fields: Fields) -> Result<ParsedRequest, ValidationError> {
+/// The fields that only this dialect has.
+#[derive(Deserialize, JsonSchema)]
+struct Envelope {
+    /// Native fields.
+    parameters: Option<Map<String, Value>>,
+    /// Accepted and ignored: how to wait and what to cache.
+    #[serde(rename = "options")]
+    _options: Option<Value>,
+}
+
+/// Reads a request in this dialect.
+pub(crate) fn parse(mut fields: Fields, limits: &Limits) -> Result<ParsedRequest, ValidationError> {
     fields.rename("inputs", "prompt");
-    // How to wait and what to cache: advice to a service that is not this one.
-    fields.take(&["options"])?;
-    let nested = fields.take(&["parameters"])?;
-    let dialect = if nested.is_some() || fields.len() == 1 { TOOLKIT } else { EXAMPLES };
-    if let Some((name, parameters)) = nested {
-        let Value::Object(parameters) = parameters else {
-            let found = kind(&parameters);
-            return Err(ValidationError::malformed(
-                &name,
-                format!("must be an object, not {found}"),
-            ));
-        };
-        for (key, value) in parameters {
-            match value {
-                Value::Object(size) if key == "target_size" => {
-                    for (side, value) in size {
-                        fields.add(&side, &format!("{name}.{key}.{side}"), value);
-                    }
+    let Envelope { parameters, .. } = fields.read(limits)?;
+    let dialect = if parameters.is_some() || fields.len() == 1 { TOOLKIT } else { EXAMPLES };
+    for (key, value) in parameters.into_iter().flatten() {
+        match value {
+            Value::Object(size) if key == "target_size" => {
+                for (side, value) in size {
+                    fields.add(&side, format!("parameters.{key}.{side}"), value);
                 }
-                value => fields.add(&key, &format!("{name}.{key}"), value),
             }
+            value => fields.add(&key, format!("parameters.{key}"), value),
         }
     }
-    Ok(ParsedRequest { requests: vec![fields], speech: BodyKind::Json, dialect })
+    let request = DrawRequest::read(fields, limits)?;
+    Ok(ParsedRequest { requests: vec![request], speech: BodyKind::Json, dialect })
 }
 
 /// A string, or a list of them where the toolkit would drop all but the first.

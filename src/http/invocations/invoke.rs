@@ -30,7 +30,7 @@ pub(crate) async fn invocations(
     let Admitted { headers, body, client, deadline, stream_deadline, slot, .. } = admitted;
     let (fields, speech) = body::read(&headers, &body)?;
     drop(body);
-    let heard = detect::parse(&headers, fields, speech, state.settings.limits.max_images)?;
+    let heard = detect::parse(&headers, fields, speech, &state.settings.limits)?;
     let asked = Invocation::read(&state, &slot, heard, &headers).await?;
     let stream = matches!(asked.drawing.reply, ReplyFormat::Events(_));
     let ticket =

@@ -34,7 +34,7 @@ pub(crate) async fn create(
     let Admitted { headers, body, client, slot, .. } = admitted;
     let timeout = admission::timeout(&headers, state.settings.job_timeout)?;
     let (fields, speech) = body::read(&headers, &body)?;
-    let heard = detect::parse(&headers, fields, speech, state.settings.limits.max_images)?;
+    let heard = detect::parse(&headers, fields, speech, &state.settings.limits)?;
     let mut asked = Invocation::read(&state, &slot, heard, &headers).await?;
     if let ReplyFormat::Events(_) = asked.drawing.reply {
         return Err(ValidationError::body("a job cannot stream events; poll its state").into());

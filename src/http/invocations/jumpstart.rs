@@ -6,14 +6,15 @@
 
 use axum::http::HeaderMap;
 use axum::http::header::ACCEPT;
-use serde::Serialize;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::body::{BodyKind, JUMPSTART_TEXT, essence};
 use super::render::{Dialect, ParsedRequest, RenderInput};
 use crate::engine::GeneratedImage;
 use crate::image::Format;
-use crate::request::{Fields, ValidationError};
+use crate::request::{DrawRequest, Fields, Limits, ValidationError};
 
 /// What asks for files.
 const FILES: [(&str, Format); 2] =
@@ -34,46 +35,52 @@ pub(crate) fn detect(headers: &HeaderMap) -> Option<Dialect> {
     Some(Dialect { format: files.unwrap_or(Format::Jpeg), render })
 }
 
-/// A request for each prompt. Negative prompts come in pairs with them or one for all.
+/// Several prompts.
+#[derive(Deserialize, JsonSchema)]
+struct Prompts {
+    #[schemars(extend("maxItems" = Limits::IMAGES))]
+    prompt: Vec<String>,
+}
+
+/// As many negative prompts.
+#[derive(Deserialize, JsonSchema)]
+struct NegativePrompts {
+    negative_prompt: Vec<String>,
+}
+
+/// Reads a request for each prompt. Negative prompts come in pairs with them or one for all.
 pub(crate) fn parse(
     mut fields: Fields,
     dialect: Dialect,
-    max_images: usize,
+    limits: &Limits,
 ) -> Result<ParsedRequest, ValidationError> {
-    let heard = |requests| Ok(ParsedRequest { requests, speech: BodyKind::Json, dialect });
+    let parsed = |requests| Ok(ParsedRequest { requests, speech: BodyKind::Json, dialect });
     if !fields.is_list("prompt") {
-        return heard(vec![fields]);
+        return parsed(vec![DrawRequest::read(fields, limits)?]);
     }
-    let Some((name, Value::Array(prompts))) = fields.take(&["prompt"])? else {
-        return heard(vec![fields]);
-    };
+    let Prompts { prompt: prompts } = fields.read(limits)?;
     if prompts.is_empty() {
-        return Err(ValidationError::malformed(&name, "must not be an empty list"));
+        return Err(ValidationError::malformed("prompt", "must not be an empty list"));
     }
-    if prompts.len() > max_images {
-        let count = prompts.len();
-        let reason = format!("requests {count} images; the maximum is {max_images}");
-        return Err(ValidationError::range(&name, reason));
-    }
-    let mut negatives: Vec<Value> = Vec::new();
-    if fields.is_list("negative_prompt")
-        && let Some((name, Value::Array(list))) = fields.take(&["negative_prompt"])?
-    {
-        if list.len() != prompts.len() {
+    let mut negatives: Vec<String> = Vec::new();
+    if fields.is_list("negative_prompt") {
+        negatives = fields.read::<NegativePrompts>(limits)?.negative_prompt;
+        if negatives.len() != prompts.len() {
             let reason = format!("must have as many entries as prompt, which is {}", prompts.len());
-            return Err(ValidationError::malformed(&name, reason));
+            return Err(ValidationError::malformed("negative_prompt", reason));
         }
-        negatives = list;
     }
-    let request = |(k, prompt): (usize, Value)| {
-        let mut fields = fields.clone();
-        fields.add("prompt", &format!("prompt[{k}]"), prompt);
+    let all = DrawRequest::read(fields, limits)?;
+    let request = |(k, prompt): (usize, String)| {
+        let mut request = DrawRequest { prompt: Some(prompt), ..all.clone() };
+        request.names.insert("prompt", format!("prompt[{k}]"));
         if let Some(negative) = negatives.get(k) {
-            fields.add("negative_prompt", &format!("negative_prompt[{k}]"), negative.clone());
+            request.negative_prompt = Some(negative.clone());
+            request.names.insert("negative_prompt", format!("negative_prompt[{k}]"));
         }
-        fields
+        request
     };
-    heard(prompts.into_iter().enumerate().map(request).collect())
+    parsed(prompts.into_iter().enumerate().map(request).collect())
 }
 
 /// One picture, or all, under a name that says which.

@@ -86,8 +86,8 @@ async fn draw(
     }
     // A line has no headers: no `Accept` means JSON for JSON.
     let headers = HeaderMap::new();
-    let most = state.settings.limits.max_images;
-    let heard = detect::parse(&headers, Fields::json(text)?, BodyKind::Json, most)?;
+    let heard =
+        detect::parse(&headers, Fields::json(text)?, BodyKind::Json, &state.settings.limits)?;
     let asked = Invocation::read(state, slot, heard, &headers).await?;
     let pictures = loop {
         // A line is part of a larger work, which a full queue only delays.

@@ -13,26 +13,56 @@ mod lines;
 mod render;
 mod stability;
 
+use aide::axum::ApiRouter;
+use aide::axum::routing::{get_with, post_with};
 use axum::Router;
-use axum::routing::{get, post};
+use axum::routing::post;
+use schemars::json_schema;
 
+use super::docs::{self, Docs};
+use super::error::ErrorBody;
 use super::state::AppState;
+use crate::request::DrawRequest;
 
 /// SageMaker's own, which need no key.
-pub(crate) fn open_routes() -> Router<AppState> {
-    Router::new()
-        .route("/invocations", post(invoke::invocations))
-        .route("/execution-parameters", get(invoke::execution_parameters))
+pub(crate) fn open_routes() -> ApiRouter<AppState> {
+    let generate = "Generate images; accepts the requests of SageMaker's other containers too";
+    let generate = gives_images(takes_prompt(generate)).describe();
+    let parameters = Docs::of("Parameters of SageMaker's batch transform").describe();
+    let parameters = get_with(invoke::execution_parameters, parameters);
+    let routes = ApiRouter::new()
+        .api_route("/invocations", post_with(invoke::invocations, generate))
+        .api_route("/execution-parameters", parameters);
+    docs::group::<ErrorBody>(routes, "native")
 }
 
 /// The same for everyone else.
-pub(crate) fn routes() -> Router<AppState> {
-    Router::new()
-        .route("/v1/invocations", post(invoke::invocations))
-        .route("/", post(invoke::invocations))
-        .route("/v1/jobs", post(jobs::create))
-        .route("/v1/jobs/{id}", get(jobs::state).delete(jobs::delete))
-        .route("/v1/jobs/{id}/result", get(jobs::result))
+pub(crate) fn routes() -> ApiRouter<AppState> {
+    const JOB: [&str; 2] = ["id", "state"];
+    let generate = || gives_images(takes_prompt("Generate images")).describe();
+    let create = takes_prompt("Generate images in the background").gives(202, &JOB, &[]);
+    let state = Docs::of("Job status").gives(200, &JOB, &[]);
+    let delete = Docs::of("Cancel and delete a job").gives(204, &[], &[]);
+    let result = gives_images(Docs::of("Response of a job")).gives(202, &JOB, &[]);
+    let job = get_with(jobs::state, state.describe());
+    let routes = ApiRouter::new()
+        .api_route("/v1/invocations", post_with(invoke::invocations, generate()))
+        .api_route("/", post_with(invoke::invocations, generate()))
+        .api_route("/v1/jobs", post_with(jobs::create, create.describe()))
+        .api_route("/v1/jobs/{id}", job.delete_with(jobs::delete, delete.describe()))
+        .api_route("/v1/jobs/{id}/result", get_with(jobs::result, result.describe()));
+    docs::keyed::<ErrorBody>(routes, "native")
+}
+
+/// An operation that takes native fields or a bare prompt.
+fn takes_prompt(summary: &'static str) -> Docs {
+    let prompt = json_schema!({ "type": "string", "minLength": 1 });
+    Docs::of(summary).takes::<DrawRequest>().takes_as("text/plain", prompt)
+}
+
+fn gives_images(docs: Docs) -> Docs {
+    let media_types = [&docs::IMAGES[..], &docs::EVENTS].concat();
+    docs.gives(200, &["prompt", "content_type"], &media_types)
 }
 
 /// A model that SageMaker has loaded.

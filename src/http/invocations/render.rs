@@ -17,7 +17,7 @@ use crate::http::error::ApiError;
 use crate::http::headers::{ATTRIBUTES, NSFW, SEED};
 use crate::http::state::AppState;
 use crate::image::Format;
-use crate::request::Fields;
+use crate::request::DrawRequest;
 
 /// How an answer is worded.
 #[derive(Debug, Clone, Copy)]
@@ -66,19 +66,19 @@ impl RenderInput<'_> {
     }
 }
 
-/// A request in native fields.
+/// A request of any dialect in native fields.
 #[derive(Debug)]
 pub(crate) struct ParsedRequest {
     /// One for each prompt.
-    pub(crate) requests: Vec<Fields>,
+    pub(crate) requests: Vec<DrawRequest>,
     pub(crate) speech: BodyKind,
     pub(crate) dialect: Dialect,
 }
 
 impl ParsedRequest {
     /// A request that is native already.
-    pub(crate) fn native(fields: Fields, speech: BodyKind) -> Self {
-        Self { requests: vec![fields], speech, dialect: NATIVE }
+    pub(crate) fn native(request: DrawRequest, speech: BodyKind) -> Self {
+        Self { requests: vec![request], speech, dialect: NATIVE }
     }
 }
 
@@ -99,7 +99,8 @@ impl Invocation {
     ) -> Result<Self, ApiError> {
         let ParsedRequest { requests, speech, dialect } = heard;
         let drawing = Drawing::prepare(state, slot, requests, |draw, count| {
-            let (usual, format, stream) = (dialect.format, draw.format, draw.stream);
+            let (usual, format) = (dialect.format, draw.format()?);
+            let stream = draw.stream == Some(true);
             accept::choose(headers, ReplyPreferences { speech, usual, format, count, stream })
         });
         Ok(Self { drawing: drawing.await?, dialect })

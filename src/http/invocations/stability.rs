@@ -2,14 +2,16 @@
 //! weights in, `artifacts` out. What only their service has, such as `style_preset`, is refused
 //! by its name, since it is nobody's field.
 
+use schemars::JsonSchema;
 use sd_models::Spec;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::body::BodyKind;
 use super::render::{Dialect, ParsedRequest, RenderInput};
 use crate::engine::GeneratedImage;
 use crate::image::Format;
-use crate::request::{Fields, ValidationError};
+use crate::request::{DrawRequest, Fields, Limits, ValidationError};
 
 const STABILITY: Dialect = Dialect { format: Format::Png, render };
 
@@ -23,51 +25,58 @@ const SAMPLERS: [(&str, &str); 6] = [
     ("K_HEUN", "heun"),
 ];
 
-/// Their fields as native ones.
-pub(crate) fn parse(mut fields: Fields) -> Result<ParsedRequest, ValidationError> {
-    let (_, prompts) = fields.take(&["text_prompts"])?.unwrap_or_default();
-    let (prompt, negative) = prompts_of(&prompts)?;
-    fields.add("prompt", "text_prompts", prompt);
-    fields.add("negative_prompt", "text_prompts", negative);
-    fields.rename("samples", "num_images_per_prompt");
-    if let Some((name, sampler)) = fields.take(&["sampler"])? {
-        let known = SAMPLERS.iter().find(|(theirs, _)| sampler == **theirs);
-        let native = known.map_or(sampler.clone(), |(_, native)| (*native).into());
-        fields.add("scheduler", &name, native);
-    }
-    // Zero is their word for any seed.
-    if let Some((name, seed)) = fields.take(&["seed"])?.filter(|(_, seed)| *seed != 0) {
-        fields.add("seed", &name, seed);
-    }
-    if let Some((name, preset)) = fields.take(&["clip_guidance_preset"])?
-        && preset != "NONE"
-    {
-        return Err(ValidationError::range(&name, "can only be \"NONE\""));
-    }
-    Ok(ParsedRequest { requests: vec![fields], speech: BodyKind::Json, dialect: STABILITY })
+/// The fields that only this dialect has.
+#[derive(Deserialize, JsonSchema)]
+struct StabilityOptions {
+    text_prompts: Option<Vec<TextPrompt>>,
+    #[schemars(extend("enum" = ["NONE", null]))]
+    #[serde(rename = "clip_guidance_preset")]
+    _clip_guidance_preset: Option<String>,
 }
 
-/// The wanted and the unwanted, each in one prompt: the model takes no more.
-fn prompts_of(prompts: &Value) -> Result<(String, String), ValidationError> {
-    let name = "text_prompts";
-    let Some(prompts) = prompts.as_array().filter(|prompts| !prompts.is_empty()) else {
-        return Err(ValidationError::malformed(name, "must be a list of at least one prompt"));
-    };
+#[derive(Deserialize, JsonSchema)]
+struct TextPrompt {
+    text: String,
+    /// 1 for a prompt, -1 for a negative prompt. Default: 1.
+    weight: Option<f64>,
+}
+
+/// Reads a request in this dialect.
+pub(crate) fn parse(mut fields: Fields, limits: &Limits) -> Result<ParsedRequest, ValidationError> {
+    let options: StabilityOptions = fields.read(limits)?;
+    fields.rename("samples", "num_images_per_prompt");
+    let mut request = DrawRequest::read(fields, limits)?;
+    let (prompt, negative_prompt) = prompts(&options.text_prompts.unwrap_or_default())?;
+    if request.prompt.replace(prompt).is_some() {
+        return Err(ValidationError::malformed("prompt", "is given beside text_prompts"));
+    }
+    request.negative_prompt = Some(negative_prompt);
+    request.names.insert("prompt", "text_prompts");
+    request.names.insert("negative_prompt", "text_prompts");
+    if let Some(sampler) = &mut request.scheduler
+        && let Some((_, native)) = SAMPLERS.iter().find(|(theirs, _)| sampler == theirs)
+    {
+        (*native).clone_into(sampler);
+    }
+    // Zero means random.
+    request.seed = request.seed.filter(|seed| *seed != 0);
+    Ok(ParsedRequest { requests: vec![request], speech: BodyKind::Json, dialect: STABILITY })
+}
+
+/// The prompt and the negative prompt, each joined into one: the model takes no more.
+fn prompts(prompts: &[TextPrompt]) -> Result<(String, String), ValidationError> {
+    if prompts.is_empty() {
+        return Err(ValidationError::malformed("text_prompts", "must hold at least one prompt"));
+    }
     let (mut wanted, mut unwanted) = (Vec::new(), Vec::new());
-    for (k, prompt) in prompts.iter().enumerate() {
-        let name = format!("{name}[{k}]");
-        let Some(text) = prompt.get("text").and_then(Value::as_str) else {
-            return Err(ValidationError::malformed(&name, "must have a text"));
-        };
-        match prompt.get("weight").map_or(Some(1.0), Value::as_f64) {
-            Some(1.0) => wanted.push(text),
-            Some(-1.0) => unwanted.push(text),
+    for (k, TextPrompt { text, weight }) in prompts.iter().enumerate() {
+        match weight.unwrap_or(1.0) {
+            1.0 => wanted.push(text.as_str()),
+            -1.0 => unwanted.push(text.as_str()),
             _ => {
-                let name = format!("{name}.weight");
-                return Err(ValidationError::range(
-                    &name,
-                    "must be 1 or -1: other weights are not known",
-                ));
+                let name = format!("text_prompts[{k}].weight");
+                let reason = "must be 1 or -1: other weights are not supported";
+                return Err(ValidationError::range(&name, reason));
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use axum::extract::{Path, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
-use axum::response::IntoResponse;
+use axum::response::{IntoResponse as _, Response};
 
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
@@ -11,12 +11,12 @@ use crate::http::state::AppState;
 pub(crate) async fn file(
     State(state): State<AppState>,
     Path(name): Path<String>,
-) -> Result<impl IntoResponse, ApiError> {
+) -> Result<Response, ApiError> {
     let (format, data) = state.urls.get(&name).ok_or(ApiError::NoFile)?;
     let headers = [
         (CONTENT_TYPE, format.media_type()),
         (CACHE_CONTROL, "private, max-age=3600, immutable"),
         (X_CONTENT_TYPE_OPTIONS, "nosniff"),
     ];
-    Ok((headers, data))
+    Ok((headers, data).into_response())
 }

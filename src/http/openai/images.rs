@@ -5,19 +5,17 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::http::header::HOST;
 use axum::response::{IntoResponse as _, Response};
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
 
 use super::form::Form;
 use super::render::{common, data, now};
+use super::request::{self, OpenAiOptions, ResponseFormat};
 use super::stream::{ReplyOptions, stream};
-use super::translate::{OpenAiOptions, translate};
 use crate::http::admission::Admitted;
 use crate::http::drawing::{Drawing, ReplyFormat};
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
-use crate::image::{self, Format};
-use crate::request::{Fields, ValidationError};
+use crate::image::Format;
+use crate::request::{DrawRequest, Fields, ImageFile, MaskArea, ValidationError};
 
 /// Names that clients send who know no other server than OpenAI's. They mean whatever is here.
 const THEIR_MODELS: [&str; 3] = ["dall-e-", "gpt-image-", "chatgpt-image-"];
@@ -27,8 +25,8 @@ pub(crate) async fn generations(
     State(state): State<AppState>,
     admitted: Admitted,
 ) -> Result<Response, ApiError> {
-    let fields = admitted.json()?;
-    draw(state, admitted, fields, "image_generation").await
+    let (options, draw) = request::read(admitted.json()?, &state.settings.limits)?;
+    generate(state, admitted, options, draw, "image_generation").await
 }
 
 /// `POST /v1/images/edits`: a form with a picture in it, and a mask whose transparent parts are to
@@ -40,52 +38,39 @@ pub(crate) async fn edits(
 ) -> Result<Response, ApiError> {
     let Form { texts, image, mask } = Form::read(&mut admitted).await?;
     let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
-    let mut fields = Fields::form(texts);
-    let encoded = BASE64_STANDARD.encode(&image);
-    let (name, file) = match mask {
-        Some(mask) => ("mask", mask),
-        None => ("image", image),
-    };
-    let most = state.settings.limits.max_input_pixels;
-    let find = move || image::mask(&file, most, image::transparency_mask);
-    let found = admitted.slot.decode(&state, find).await;
-    let transparency_mask =
-        found.map_err(|_| ValidationError::malformed(name, "cannot be read"))?;
-    let transparency_mask =
-        transparency_mask.map_err(|reason| ValidationError::range(name, reason))?;
-    if transparency_mask.is_none() && name == "mask" {
-        let reason = "has no transparent pixels, which mark the area to inpaint";
-        return Err(ValidationError::range(name, reason).into());
+    let (options, mut draw) = request::read(Fields::form(texts), &state.settings.limits)?;
+    if draw.image.is_some() || mask.is_some() && draw.mask.is_some() {
+        return Err(ValidationError::malformed("image", "is given twice").into());
     }
-    if let Some(transparency_mask) = transparency_mask {
-        fields.add("mask", name, BASE64_STANDARD.encode(transparency_mask));
-        // Nothing is to be seen any more of what was there.
-        if !fields.has("strength") {
-            fields.add("strength", "strength", "1");
-        }
-    }
-    fields.add("image", "image", encoded);
-    draw(state, admitted, fields, "image_edit").await
+    draw.image = Some(ImageFile::Bytes(image));
+    draw.mask = mask.map(ImageFile::Bytes);
+    draw.mask_area = MaskArea::Transparent;
+    generate(state, admitted, options, draw, "image_edit").await
 }
 
-/// Reads OpenAI's fields, draws, and answers.
-async fn draw(
+/// Generates the images and responds.
+async fn generate(
     state: AppState,
     admitted: Admitted,
-    mut fields: Fields,
+    options: OpenAiOptions,
+    draw: DrawRequest,
     kind: &'static str,
 ) -> Result<Response, ApiError> {
     let Admitted { headers, client, deadline, stream_deadline, slot, .. } = admitted;
-    let OpenAiOptions { model, compression, url, partial_images } = translate(&mut fields)?;
-    let state = find(state, model).await?;
+    let state = find(state, options.model).await?;
+    let url = options.response_format == Some(ResponseFormat::Url);
     let url = url.then(|| origin(&headers));
-    let wish = ReplyOptions { kind, url, partial_images };
-    let asked = Drawing::prepare(&state, &slot, vec![fields], |draw, _| {
-        let format = draw.format.unwrap_or(Format::Png);
-        Ok(if draw.stream { ReplyFormat::Events(format) } else { ReplyFormat::Json(format) })
+    let wish = ReplyOptions { kind, url, partial_images: options.partial_images.unwrap_or(0) };
+    let asked = Drawing::prepare(&state, &slot, vec![draw], |draw, _| {
+        let format = draw.format()?.unwrap_or(Format::Png);
+        Ok(match draw.stream {
+            Some(true) => ReplyFormat::Events(format),
+            _ => ReplyFormat::Json(format),
+        })
     });
     let mut asked = asked.await?;
-    asked.quality = quality(compression, asked.reply.format())?.unwrap_or(asked.quality);
+    asked.quality =
+        quality(options.output_compression, asked.reply.format())?.unwrap_or(asked.quality);
     let streams = matches!(asked.reply, ReplyFormat::Events(_));
     let ticket = asked.submit(&client, Some(if streams { stream_deadline } else { deadline }))?;
     let common = common(&asked);
@@ -101,10 +86,10 @@ async fn draw(
 }
 
 /// What `output_compression` means for a format: the quality of JPEG. Our PNG and WebP are lossless.
-fn quality(compression: Option<u64>, format: Format) -> Result<Option<u8>, ValidationError> {
+fn quality(compression: Option<u8>, format: Format) -> Result<Option<u8>, ValidationError> {
     match (compression, format) {
         (None | Some(100), Format::Png | Format::Webp) | (None, Format::Jpeg) => Ok(None),
-        (Some(percent), Format::Jpeg) => Ok(u8::try_from(percent.max(1)).ok()),
+        (Some(percent), Format::Jpeg) => Ok(Some(percent.max(1))),
         (Some(_), Format::Png | Format::Webp) => {
             let reason = "is for jpeg only; png and webp are lossless here";
             Err(ValidationError::range("output_compression", reason))

@@ -10,26 +10,38 @@ mod form;
 mod images;
 mod models;
 mod render;
+mod request;
 mod stream;
-mod translate;
 
-use axum::Router;
-use axum::routing::{get, post};
+use aide::axum::ApiRouter;
+use aide::axum::routing::{get_with, post_with};
 
+use super::docs::{self, Docs};
+use super::error::ErrorBody;
 use super::state::AppState;
 pub(crate) use error::errors;
-pub(crate) use translate::translate;
 
 /// The routes of OpenAI's API.
-pub(crate) fn routes() -> Router<AppState> {
-    Router::new()
-        .route("/v1/images/generations", post(images::generations))
-        .route("/v1/images/edits", post(images::edits))
-        .route("/v1/models", get(models::models))
-        .route("/v1/models/{*id}", get(models::model))
+pub(crate) fn routes() -> ApiRouter<AppState> {
+    const IMAGES: [&str; 2] = ["created", "data"];
+    let generate = Docs::of("Generate images").takes::<request::Generation>();
+    let generate = generate.gives(200, &IMAGES, &docs::EVENTS).describe();
+    let edit = docs::schema::<request::Edit>();
+    let edit = Docs::of("Edit an image").takes_as("multipart/form-data", edit);
+    let edit = edit.gives(200, &IMAGES, &docs::EVENTS).describe();
+    let list = Docs::of("List of models").gives(200, &["data"], &[]).describe();
+    let model = Docs::of("Model object").gives(200, &["id", "object"], &[]).describe();
+    let routes = ApiRouter::new()
+        .api_route("/v1/images/generations", post_with(images::generations, generate))
+        .api_route("/v1/images/edits", post_with(images::edits, edit))
+        .api_route("/v1/models", get_with(models::models, list))
+        .api_route("/v1/models/{*id}", get_with(models::model, model));
+    docs::keyed::<ErrorBody>(routes, "OpenAI")
 }
 
 /// Where the URLs in answers lead. The name of a file is its protection: an `<img>` tag has no key.
-pub(crate) fn files() -> Router<AppState> {
-    Router::new().route("/files/{name}", get(files::file))
+pub(crate) fn files() -> ApiRouter<AppState> {
+    let file = Docs::of("Image of a response with URLs").gives(200, &[], &docs::IMAGES);
+    let file = get_with(files::file, file.describe());
+    docs::group::<ErrorBody>(ApiRouter::new().api_route("/files/{name}", file), "server")
 }

@@ -1,0 +1,354 @@
+//! The requests of AUTOMATIC1111's API and what they become here. As there, unknown fields are
+//! ignored. Fields that would change the image and cannot be honoured are rejected by name.
+
+use schemars::JsonSchema;
+use sd_models::{ModelInfo, SamplerName, SigmaSchedule};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use crate::request::{
+    DrawRequest, Fields, ImageFile, Limits, MAX_GUIDANCE, MAX_SIDE, MIN_SIDE, MaskArea, Names,
+    ValidationError,
+};
+
+/// Fields that would change the image. Clients send most of them with values that ask for nothing.
+const REJECTED: [&str; 12] = [
+    "resize_mode",
+    "restore_faces",
+    "tiling",
+    "subseed_strength",
+    "seed_resize_from_w",
+    "seed_resize_from_h",
+    "styles",
+    "script_name",
+    "alwayson_scripts",
+    "refiner_checkpoint",
+    "infotext",
+    "s_churn",
+];
+
+/// Fields of the hires pass that must be as in the base pass, and the value which says so.
+const MUST_MATCH_BASE_PASS: [(&str, &str); 7] = [
+    ("hr_prompt", ""),
+    ("hr_negative_prompt", ""),
+    ("hr_checkpoint_name", "Use same checkpoint"),
+    ("hr_sampler_name", "Use same sampler"),
+    ("hr_scheduler", "Use same scheduler"),
+    ("hr_cfg", ""),
+    ("hr_additional_modules", "Use same choices"),
+];
+
+/// Default denoising strength.
+const DEFAULT_STRENGTH: f64 = 0.75;
+
+/// Denoising strength below which no step is taken.
+const MIN_STRENGTH: f64 = 1e-3;
+
+/// A JSON object.
+pub(crate) type Object = Map<String, Value>;
+
+/// The fields of both routes.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct Common {
+    /// Text that describes the images, in AUTOMATIC1111's syntax. Default: empty.
+    prompt: Option<String>,
+    /// Text that describes what the images should not show.
+    negative_prompt: Option<String>,
+    /// Width in pixels, a multiple of 8.
+    #[schemars(extend("minimum" = MIN_SIDE, "maximum" = MAX_SIDE))]
+    width: Option<usize>,
+    /// Height in pixels, a multiple of 8.
+    #[schemars(extend("minimum" = MIN_SIDE, "maximum" = MAX_SIDE))]
+    height: Option<usize>,
+    /// Number of sampler steps.
+    #[schemars(extend("minimum" = 1, "maximum" = Limits::STEPS))]
+    steps: Option<usize>,
+    /// Classifier-free guidance scale.
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_GUIDANCE))]
+    cfg_scale: Option<f64>,
+    /// Seed of the first image. Random if it is negative.
+    #[schemars(extend("minimum" = -1, "maximum" = u64::MAX))]
+    seed: Option<u64>,
+    /// Sampler.
+    #[schemars(extend("maxLength" = 64))]
+    sampler_name: Option<String>,
+    /// Older name of `sampler_name`.
+    #[schemars(extend("maxLength" = 64))]
+    sampler_index: Option<String>,
+    /// Schedule. Default: automatic.
+    #[schemars(extend("maxLength" = 64))]
+    scheduler: Option<String>,
+    /// Number of images, multiplied by `n_iter`.
+    #[schemars(extend("minimum" = 1, "maximum" = Limits::IMAGES))]
+    batch_size: Option<usize>,
+    /// Number of images, multiplied by `batch_size`.
+    #[schemars(extend("minimum" = 1, "maximum" = Limits::IMAGES))]
+    n_iter: Option<usize>,
+    /// Whether there is a hires pass. Only for txt2img.
+    #[schemars(extend("type" = ["boolean", "integer", "null"]))]
+    enable_hr: Option<Value>,
+    /// Options of this request only.
+    pub(crate) override_settings: Option<Overrides>,
+    /// Identifier of this request for `/internal/progress`.
+    #[schemars(extend("maxLength" = 256))]
+    pub(crate) force_task_id: Option<String>,
+    /// Whether the response holds the images. Default: true.
+    pub(crate) send_images: Option<bool>,
+}
+
+/// Options of one request.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct Overrides {
+    /// The model.
+    pub(crate) sd_model_checkpoint: Option<String>,
+    /// Format of the image files: png, jpg or webp.
+    samples_format: Option<String>,
+    /// Options that must be as they are.
+    #[serde(flatten)]
+    pub(crate) others: Object,
+}
+
+/// The fields of the hires pass.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct HiresPass {
+    /// Scale of the sides. Default: 2.
+    #[schemars(extend("minimum" = 0.1, "maximum" = 16))]
+    hr_scale: Option<f64>,
+    /// Width in pixels, instead of `hr_scale`.
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_SIDE))]
+    hr_resize_x: Option<usize>,
+    /// Height in pixels, instead of `hr_scale`.
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_SIDE))]
+    hr_resize_y: Option<usize>,
+    /// Number of steps that are taken. Default, and at 0: as in the base pass.
+    #[schemars(extend("minimum" = 0, "maximum" = Limits::STEPS))]
+    hr_second_pass_steps: Option<usize>,
+    /// Upscaler of the latents: Latent, Latent (nearest), and others of its family.
+    hr_upscaler: Option<String>,
+    /// Denoising strength of the hires pass. Default: 0.75.
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    denoising_strength: Option<f64>,
+}
+
+/// The fields of image-to-image.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct InitImage {
+    /// The input image, in base64 or as a data URL.
+    #[schemars(required, extend("minItems" = 1, "maxItems" = 1))]
+    init_images: Option<Vec<ImageFile>>,
+    /// Mask of inpainting: white areas are inpainted, black areas are preserved.
+    mask: Option<ImageFile>,
+    /// Whether black areas are inpainted and white areas are preserved.
+    inpainting_mask_invert: Option<Value>,
+    /// Denoising strength. Default: 0.75.
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    denoising_strength: Option<f64>,
+    /// Accepted and ignored, with a warning: the whole image is generated.
+    inpaint_full_res: Option<Value>,
+    /// Accepted and ignored, with a warning: the edge of the mask is hard.
+    mask_blur: Option<Value>,
+    /// Accepted and ignored, with a warning: the masked area is initialized with the input image.
+    inpainting_fill: Option<Value>,
+}
+
+/// The fields of txt2img.
+#[derive(JsonSchema)]
+#[expect(dead_code, reason = "only its schema is used")]
+pub(crate) struct Txt2Img {
+    #[serde(flatten)]
+    common: Common,
+    #[serde(flatten)]
+    hires: HiresPass,
+}
+
+/// The fields of img2img.
+#[derive(JsonSchema)]
+#[expect(dead_code, reason = "only its schema is used")]
+pub(crate) struct Img2Img {
+    #[serde(flatten)]
+    common: Common,
+    #[serde(flatten)]
+    init: InitImage,
+}
+
+impl Common {
+    /// Takes the common fields out and rejects what cannot be honoured.
+    pub(crate) fn read(fields: &mut Fields, limits: &Limits) -> Result<Self, ValidationError> {
+        for name in REJECTED {
+            if let Some((name, value)) = fields.take(&[name])?
+                && !is_noop(&value)
+            {
+                return Err(ValidationError::range(&name, "is not supported"));
+            }
+        }
+        // Any negative number and an empty field mean random.
+        fields.drop_if("seed", |seed| *seed == "" || seed.as_f64().is_some_and(|seed| seed < 0.0));
+        fields.read(limits)
+    }
+
+    /// Whether there is a hires pass.
+    pub(crate) fn has_hires(&self) -> bool {
+        self.enable_hr.as_ref().is_some_and(|enabled| !is_noop(enabled))
+    }
+
+    /// The same in native fields.
+    pub(crate) fn into_draw(self) -> Result<DrawRequest, ValidationError> {
+        let scheduler = self.sampler()?.map(|name| name.to_string());
+        Ok(DrawRequest {
+            prompt: Some(self.prompt.unwrap_or_default()),
+            prompt_syntax: Some("a1111".into()),
+            negative_prompt: self.negative_prompt,
+            width: self.width,
+            height: self.height,
+            num_inference_steps: self.steps,
+            guidance_scale: self.cfg_scale,
+            num_images_per_prompt: Some(self.batch_size.unwrap_or(1) * self.n_iter.unwrap_or(1)),
+            seed: self.seed,
+            scheduler,
+            output_format: self.override_settings.and_then(|options| options.samples_format),
+            names: Names::from([
+                ("num_inference_steps", "steps"),
+                ("guidance_scale", "cfg_scale"),
+                ("num_images_per_prompt", "batch_size x n_iter"),
+                ("scheduler", "sampler_name"),
+                ("output_format", "override_settings.samples_format"),
+                ("image", "init_images"),
+                ("strength", "denoising_strength"),
+                ("hires_strength", "denoising_strength"),
+                ("hires_steps", "hr_second_pass_steps"),
+                ("hires_upscaler", "hr_upscaler"),
+            ]),
+            ..DrawRequest::default()
+        })
+    }
+
+    /// The sampler and its schedule. AUTOMATIC1111 has two fields for them, and in older versions
+    /// one.
+    fn sampler(&self) -> Result<Option<SamplerName>, ValidationError> {
+        let names = [&self.sampler_name, &self.sampler_index];
+        let Some(name) = names.into_iter().flatten().find(|name| !name.is_empty()) else {
+            return Ok(None);
+        };
+        let unknown = |reason| ValidationError::range("sampler_name", format!("is an {reason}"));
+        let SamplerName { sampler, schedule: named } = name.parse().map_err(unknown)?;
+        let schedule = self.scheduler.as_deref().unwrap_or_default().to_lowercase();
+        let asked = match (schedule.as_str(), named) {
+            ("" | "automatic", SigmaSchedule::Model) => Some(sampler.automatic_schedule()),
+            ("" | "automatic", named) => Some(named),
+            ("normal", _) => Some(SigmaSchedule::Model),
+            (other, _) => SigmaSchedule::all().find(|schedule| schedule.a1111_name() == other),
+        };
+        // A label that names its schedule allows no other.
+        let agrees = |asked| named == SigmaSchedule::Model || named == asked;
+        match asked.filter(|asked| agrees(*asked) && sampler.check(*asked).is_ok()) {
+            Some(schedule) => Ok(Some(SamplerName { sampler, schedule })),
+            None => {
+                let reason = format!("{schedule:?} is not available for the sampler {name}");
+                Err(ValidationError::range("scheduler", reason))
+            }
+        }
+    }
+}
+
+impl HiresPass {
+    /// Takes the fields of the hires pass out.
+    pub(crate) fn read(fields: &mut Fields, limits: &Limits) -> Result<Self, ValidationError> {
+        for (name, same) in MUST_MATCH_BASE_PASS {
+            if let Some((name, value)) = fields.take(&[name])?
+                && !is_noop(&value)
+                && value != same
+                && value != json!([same])
+            {
+                return Err(ValidationError::range(&name, "must be the same as in the base pass"));
+            }
+        }
+        fields.read(limits)
+    }
+
+    /// Adds the hires pass to a request. As there, it is omitted where nothing would be upscaled.
+    pub(crate) fn add_to(self, draw: &mut DrawRequest, limits: &Limits, model: &ModelInfo) {
+        let base = model.defaults.size;
+        let width = draw.width.unwrap_or(base.width());
+        let height = draw.height.unwrap_or(base.height());
+        let (x, y) = (self.hr_resize_x.unwrap_or(0), self.hr_resize_y.unwrap_or(0));
+        let (name, target) = match (x, y) {
+            (0, 0) => {
+                let scale = self.hr_scale.unwrap_or(2.0);
+                ("hr_scale", [width, height].map(|side| (side as f64 * scale) as usize))
+            }
+            (x, 0) => ("hr_resize_x", [x, x * height / width]),
+            (0, y) => ("hr_resize_y", [y * width / height, y]),
+            (x, y) => ("hr_resize_x", [x, y]),
+        };
+        // Latents have whole pixels.
+        let [wide, high] = target.map(|side| (side / model.multiple).max(1) * model.multiple);
+        if (wide, high) == (width, height) {
+            return;
+        }
+        draw.names.insert("hires_width", name);
+        draw.names.insert("hires_height", name);
+        (draw.hires_width, draw.hires_height) = (Some(wide), Some(high));
+        let strength = self.denoising_strength.unwrap_or(DEFAULT_STRENGTH);
+        draw.hires_strength = Some(strength);
+        let steps = self.hr_second_pass_steps.filter(|steps| *steps > 0);
+        let steps = steps.or(draw.num_inference_steps).unwrap_or(model.defaults.steps);
+        // There the steps are those that are taken, here those of which the strength is the share.
+        let whole = (steps as f64 / strength.max(MIN_STRENGTH)).ceil() as usize;
+        draw.hires_steps = Some(whole.clamp(1, limits.max_steps));
+        draw.hires_upscaler = self.hr_upscaler.filter(|name| !name.is_empty());
+    }
+}
+
+impl InitImage {
+    /// Takes the fields of image-to-image out.
+    pub(crate) fn read(fields: &mut Fields, limits: &Limits) -> Result<Self, ValidationError> {
+        fields.drop_if("mask", is_noop);
+        fields.read(limits)
+    }
+
+    /// Adds the input image to a request. Returns notes on what is done otherwise than asked:
+    /// clients send their defaults for it whether they mean them or not.
+    pub(crate) fn add_to(self, draw: &mut DrawRequest) -> Result<Vec<String>, ValidationError> {
+        draw.image = self.init_images.and_then(|mut images| images.pop());
+        if draw.image.is_none() {
+            return Err(ValidationError::malformed(
+                "init_images",
+                "must contain an image in base64",
+            ));
+        }
+        draw.strength = Some(self.denoising_strength.unwrap_or(DEFAULT_STRENGTH));
+        draw.mask = self.mask;
+        if self.inpainting_mask_invert.is_some_and(|value| !is_noop(&value)) {
+            draw.mask_area = MaskArea::Black;
+        }
+        let asks = |field: Option<Value>| field.is_some_and(|value| !is_noop(&value));
+        let notes = [
+            (
+                asks(self.inpaint_full_res),
+                "inpaint_full_res is not supported: the whole image was generated",
+            ),
+            (
+                asks(self.mask_blur),
+                "mask_blur is not supported: the mask was applied with hard edges",
+            ),
+            (
+                self.inpainting_fill.is_some_and(|fill| fill != 1),
+                "inpainting_fill is not supported: the masked area started from the input image",
+            ),
+        ];
+        let asked = notes.into_iter().filter(|(asked, _)| *asked && draw.mask.is_some());
+        Ok(asked.map(|(_, note)| note.to_owned()).collect())
+    }
+}
+
+/// Whether a value asks for nothing.
+pub(crate) fn is_noop(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Number(number) => number.as_f64().is_some_and(|number| number <= 0.0),
+        Value::String(text) => ["", "None"].contains(&text.as_str()),
+        Value::Array(values) => values.is_empty(),
+        Value::Object(values) => values.is_empty(),
+        Value::Bool(true) => false,
+    }
+}

@@ -1,0 +1,350 @@
+//! A request for images in native fields, and its validation: past it, everything is a [`Spec`].
+//! Every dialect becomes a [`DrawRequest`]; how one is sent (JSON, a form, a bare prompt) is the
+//! business of `http`.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use ::image::DynamicImage;
+use schemars::JsonSchema;
+use sd_models::{Hires, Img2Img, ModelInfo, PromptSyntax, SamplerName, Size, Spec, Upscaler};
+use serde::Deserialize;
+
+use super::error::ValidationError;
+use super::fields::{Fields, Names};
+use super::images::{ImageFile, MaskArea};
+use super::limits::Limits;
+use crate::image::{self, Format};
+
+/// Minimum side of an image, in pixels.
+pub(crate) const MIN_SIDE: usize = 8;
+
+/// Maximum side of an image, in pixels. Larger sides are refused before they are multiplied.
+pub(crate) const MAX_SIDE: usize = 65_536;
+
+/// Maximum guidance scale. More only burns the image.
+pub(crate) const MAX_GUIDANCE: u32 = 100;
+
+/// Maximum scale of a LoRA. More only burns the image.
+const MAX_LORA_SCALE: i32 = 100;
+
+/// Denoising strength of image-to-image, as in diffusers.
+const DEFAULT_STRENGTH: f64 = 0.8;
+
+/// Denoising strength of the hires pass, as in AUTOMATIC1111.
+const DEFAULT_HIRES_STRENGTH: f64 = 0.75;
+
+/// A request for images. What is omitted is the model's default.
+#[derive(Debug, Clone, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DrawRequest {
+    /// Text that describes the images.
+    #[schemars(required)]
+    pub(crate) prompt: Option<String>,
+    /// Text that describes what the images should not show. It has an effect only if the guidance
+    /// scale is above 1.
+    pub(crate) negative_prompt: Option<String>,
+    /// LoRAs of the server's directory.
+    #[schemars(extend("maxItems" = Limits::LORAS))]
+    pub(crate) loras: Option<Vec<Lora>>,
+    /// Input image of image-to-image, in base64 or as a data URL. Its size is the default size.
+    #[schemars(extend("x-aliases" = ["init_image"]))]
+    pub(crate) image: Option<ImageFile>,
+    /// Mask of inpainting: white areas are inpainted, black areas are preserved.
+    #[schemars(extend("x-aliases" = ["mask_image"]))]
+    pub(crate) mask: Option<ImageFile>,
+    /// Denoising strength of image-to-image. Higher values change more. Default: 0.8.
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    pub(crate) strength: Option<f64>,
+    /// Width in pixels, a multiple of 8.
+    #[schemars(extend("minimum" = MIN_SIDE, "maximum" = MAX_SIDE))]
+    pub(crate) width: Option<usize>,
+    /// Height in pixels, a multiple of 8.
+    #[schemars(extend("minimum" = MIN_SIDE, "maximum" = MAX_SIDE))]
+    pub(crate) height: Option<usize>,
+    /// Number of sampler steps.
+    #[schemars(extend("minimum" = 1, "maximum" = Limits::STEPS, "x-aliases" = ["steps"]))]
+    pub(crate) num_inference_steps: Option<usize>,
+    /// Classifier-free guidance scale: how closely the images follow the prompt.
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_GUIDANCE, "x-aliases" = ["cfg_scale"]))]
+    pub(crate) guidance_scale: Option<f64>,
+    /// Number of images. Each has the seed of the one before plus one.
+    #[schemars(extend("minimum" = 1, "maximum" = Limits::IMAGES, "x-aliases" = ["n"]))]
+    pub(crate) num_images_per_prompt: Option<usize>,
+    /// Seed of the noise. The same seed gives the same image. Default: random.
+    #[schemars(extend("minimum" = 0, "maximum" = u64::MAX))]
+    pub(crate) seed: Option<u64>,
+    /// Sampler, by the name here, in diffusers or in AUTOMATIC1111.
+    #[schemars(extend("x-aliases" = ["sampler"]))]
+    pub(crate) scheduler: Option<String>,
+    /// Width of the hires pass in pixels, which is the width of the images. Default: in the
+    /// proportions of the base pass.
+    #[schemars(extend("minimum" = MIN_SIDE, "maximum" = MAX_SIDE))]
+    pub(crate) hires_width: Option<usize>,
+    /// Height of the hires pass in pixels, which is the height of the images. Default: in the
+    /// proportions of the base pass.
+    #[schemars(extend("minimum" = MIN_SIDE, "maximum" = MAX_SIDE))]
+    pub(crate) hires_height: Option<usize>,
+    /// Number of sampler steps of the hires pass, of which `hires_strength` is the share that is
+    /// taken. Default: as the base pass.
+    #[schemars(extend("minimum" = 1, "maximum" = Limits::STEPS))]
+    pub(crate) hires_steps: Option<usize>,
+    /// Denoising strength of the hires pass. Default: 0.75.
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    pub(crate) hires_strength: Option<f64>,
+    /// Upscaler of the latents: Latent, Latent (nearest), and others of AUTOMATIC1111's family.
+    pub(crate) hires_upscaler: Option<String>,
+    /// `plain`: prompts are read as by diffusers. `a1111`: as by AUTOMATIC1111, with (emphasis:1.3),
+    /// [less], BREAK.
+    pub(crate) prompt_syntax: Option<String>,
+    /// Format of the image files: png, jpeg or webp.
+    pub(crate) output_format: Option<String>,
+    /// Whether the response is a stream of server-sent events. Default: false.
+    pub(crate) stream: Option<bool>,
+    /// Whether the events include live previews. Default: false.
+    pub(crate) preview: Option<bool>,
+    /// The pixels of the mask that are inpainted.
+    #[serde(skip)]
+    pub(crate) mask_area: MaskArea,
+    /// The client's names of the fields.
+    #[serde(skip)]
+    pub(crate) names: Names,
+}
+
+/// A LoRA of a request.
+#[derive(Debug, Clone, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Lora {
+    /// Name of the file without its extension.
+    name: String,
+    /// Scale of the LoRA. Default: 1.
+    #[schemars(extend("minimum" = -MAX_LORA_SCALE, "maximum" = MAX_LORA_SCALE))]
+    scale: Option<f64>,
+}
+
+/// The input image and mask of a request.
+struct Input {
+    image: DynamicImage,
+    mask: Option<DynamicImage>,
+    strength: f64,
+}
+
+impl DrawRequest {
+    /// Reads a request that has native fields only.
+    pub fn read(mut fields: Fields, limits: &Limits) -> Result<Self, ValidationError> {
+        let request: Self = fields.read(limits).map_err(ValidationError::of_field)?;
+        Ok(Self { names: fields.finish()?, ..request })
+    }
+
+    /// One spec for each image. Omitted values come from the model, an omitted seed from
+    /// `random_seed`. Not for async threads: the input images are decoded and resized.
+    pub fn specs(
+        &self,
+        limits: &Limits,
+        model: &ModelInfo,
+        random_seed: impl FnOnce() -> u64,
+    ) -> Result<Vec<Spec>, ValidationError> {
+        let defaults = &model.defaults;
+        for (name, text) in [("prompt", &self.prompt), ("negative_prompt", &self.negative_prompt)] {
+            let bytes = text.as_ref().map_or(0, String::len);
+            if bytes > limits.max_prompt_bytes {
+                let max = limits.max_prompt_bytes;
+                let reason = format!("has {bytes} bytes; at most {max} are allowed");
+                return Err(self.range(name, reason));
+            }
+        }
+        let required = || ValidationError::malformed(self.names.of("prompt"), "is required");
+        let prompt = self.prompt.clone().ok_or_else(required)?;
+        let input = self.input(limits.max_input_pixels)?;
+        let size = self.size(input.as_ref(), limits, model)?;
+        let steps = self.num_inference_steps.unwrap_or(defaults.steps);
+        let count = self.num_images_per_prompt.unwrap_or(1);
+        self.within("num_images_per_prompt", count, 1..=limits.max_images)?;
+        let SamplerName { sampler, schedule } =
+            self.choice("scheduler", self.scheduler.as_ref())?.unwrap_or(defaults.sampler_name());
+        let syntax = self.choice::<PromptSyntax>("prompt_syntax", self.prompt_syntax.as_ref())?;
+        let lora = |lora: &Lora| (lora.name.clone(), lora.scale.unwrap_or(1.0));
+        let spec = Spec {
+            prompt,
+            prompt_syntax: syntax.unwrap_or_default(),
+            negative_prompt: self.negative_prompt.clone().unwrap_or_default(),
+            loras: self.loras.iter().flatten().map(lora).collect(),
+            size,
+            steps,
+            guidance_scale: self.guidance_scale.unwrap_or(defaults.guidance_scale),
+            seed: self.seed.unwrap_or_else(random_seed),
+            sampler,
+            schedule,
+            hires: self.hires(size, steps, limits, model)?,
+            img2img: input.map(|input| Arc::new(input.img2img(size))),
+        };
+        self.check(&spec, limits, model)?;
+        let seed = |k: u64| spec.seed.wrapping_add(k);
+        Ok((0..count as u64).map(|k| Spec { seed: seed(k), ..spec.clone() }).collect())
+    }
+
+    /// The format of the image files, if the request names one.
+    pub fn format(&self) -> Result<Option<Format>, ValidationError> {
+        self.choice("output_format", self.output_format.as_ref())
+    }
+
+    /// Checks what depends on the model, and the LoRAs that the prompt names.
+    fn check(
+        &self,
+        spec: &Spec,
+        limits: &Limits,
+        model: &ModelInfo,
+    ) -> Result<(), ValidationError> {
+        model.check(spec).map_err(|error| match error {
+            sd_models::Error::Spec { field, reason } => self.range(field, reason),
+            other => ValidationError::body(other.to_string()),
+        })?;
+        let named = spec.text().map_or(0, |(_, named)| named.len());
+        if spec.loras.len() + named > limits.max_loras {
+            let reason = format!("names too many LoRAs; at most {} are allowed", limits.max_loras);
+            return Err(self.range("prompt", reason));
+        }
+        Ok(())
+    }
+
+    /// A value out of a table of names.
+    fn choice<T: FromStr<Err = String>>(
+        &self,
+        field: &str,
+        name: Option<&String>,
+    ) -> Result<Option<T>, ValidationError> {
+        let unknown = |reason| self.range(field, format!("is an {reason}"));
+        name.map(|name| name.parse()).transpose().map_err(unknown)
+    }
+
+    /// Decodes the input image and its mask.
+    fn input(&self, max_pixels: usize) -> Result<Option<Input>, ValidationError> {
+        let Some(image) = &self.image else {
+            let lonely = self.mask.as_ref().map(|_| "mask").or(self.strength.map(|_| "strength"));
+            return lonely.map_or(Ok(None), |name| self.requires(name, "image"));
+        };
+        let image = image.decode(self.names.of("image"), max_pixels)?;
+        let name = self.names.of("mask");
+        let mask = self.mask.as_ref().map(|mask| mask.decode(name, max_pixels)).transpose()?;
+        let mask = self.mask_area.mask(name, mask, &image)?;
+        let strength = match (self.mask_area, &mask) {
+            // The pixels below transparency are no part of the image.
+            (MaskArea::Transparent, Some(_)) => 1.0,
+            _ => DEFAULT_STRENGTH,
+        };
+        Ok(Some(Input { image, mask, strength: self.strength.unwrap_or(strength) }))
+    }
+
+    /// The error of a field which has no effect without another.
+    fn requires<T>(&self, name: &str, other: &str) -> Result<T, ValidationError> {
+        Err(ValidationError::malformed(self.names.of(name), format!("requires {other}")))
+    }
+
+    /// Checks a number that a dialect may have computed.
+    fn within(
+        &self,
+        name: &str,
+        value: usize,
+        range: RangeInclusive<usize>,
+    ) -> Result<(), ValidationError> {
+        if range.contains(&value) {
+            return Ok(());
+        }
+        let reason = format!("must be from {} to {}, not {value}", range.start(), range.end());
+        Err(self.range(name, reason))
+    }
+
+    /// The error of a field whose value is not possible.
+    fn range(&self, name: &str, reason: impl fmt::Display) -> ValidationError {
+        ValidationError::range(self.names.of(name), reason)
+    }
+
+    /// The size of the base pass: that of the request, the input image or the model.
+    fn size(
+        &self,
+        input: Option<&Input>,
+        limits: &Limits,
+        model: &ModelInfo,
+    ) -> Result<Size, ValidationError> {
+        let default = input.map_or(model.defaults.size, |input| input.size(limits, model));
+        let width = self.width.unwrap_or(default.width());
+        let height = self.height.unwrap_or(default.height());
+        self.sides(["width", "height"], [width, height], limits)
+    }
+
+    /// The hires pass, in the proportions of the base pass if only one of its sides is given.
+    fn hires(
+        &self,
+        base: Size,
+        steps: usize,
+        limits: &Limits,
+        model: &ModelInfo,
+    ) -> Result<Option<Hires>, ValidationError> {
+        let scaled = |side: usize, by: usize, of: usize| {
+            (side * by / of / model.multiple).max(1) * model.multiple
+        };
+        let (w, h) = (base.width(), base.height());
+        let sides = match (self.hires_width, self.hires_height) {
+            (Some(width), Some(height)) => [width, height],
+            (Some(width), None) => [width, scaled(width, h, w)],
+            (None, Some(height)) => [scaled(height, w, h), height],
+            (None, None) => {
+                let lonely = self.hires_steps.map(|_| "hires_steps");
+                let lonely = lonely.or(self.hires_strength.map(|_| "hires_strength"));
+                let lonely = lonely.or(self.hires_upscaler.as_ref().map(|_| "hires_upscaler"));
+                return lonely.map_or(Ok(None), |name| self.requires(name, "hires_width"));
+            }
+        };
+        let upscaler = self.choice::<Upscaler>("hires_upscaler", self.hires_upscaler.as_ref())?;
+        Ok(Some(Hires {
+            size: self.sides(["hires_width", "hires_height"], sides, limits)?,
+            steps: self.hires_steps.unwrap_or(steps),
+            strength: self.hires_strength.unwrap_or(DEFAULT_HIRES_STRENGTH),
+            upscaler: upscaler.unwrap_or_default(),
+        }))
+    }
+
+    /// A size of these sides.
+    fn sides(
+        &self,
+        names: [&str; 2],
+        [width, height]: [usize; 2],
+        limits: &Limits,
+    ) -> Result<Size, ValidationError> {
+        for (name, side) in names.iter().zip([width, height]) {
+            self.within(name, side, MIN_SIDE..=MAX_SIDE)?;
+            if side % 8 != 0 {
+                let reason = format!("must be a multiple of 8, not {side}");
+                return Err(self.range(name, reason));
+            }
+        }
+        let max = limits.max_pixels;
+        let size = Size::new(width, height).filter(|size| size.pixels() <= max);
+        size.ok_or_else(|| {
+            let larger = if width >= height { names[0] } else { names[1] };
+            let reason = format!("is too large: {width}x{height} exceeds {max} pixels");
+            self.range(larger, reason)
+        })
+    }
+}
+
+impl Input {
+    /// The image's own size in whole multiples of what the model can generate, downscaled in its
+    /// proportions if it is too large.
+    fn size(&self, limits: &Limits, model: &ModelInfo) -> Size {
+        let (width, height) = (f64::from(self.image.width()), f64::from(self.image.height()));
+        let scale = (limits.max_pixels as f64 / (width * height)).sqrt().min(1.0);
+        let side = |side: f64| ((side * scale) as usize / model.multiple).max(1) * model.multiple;
+        Size::new(side(width), side(height)).unwrap_or(model.defaults.size)
+    }
+
+    fn img2img(&self, size: Size) -> Img2Img {
+        Img2Img {
+            picture: image::resize_to(&self.image, size),
+            strength: self.strength,
+            mask: self.mask.as_ref().map(|mask| image::fit_mask(mask, size)),
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Input images and masks: their files, and how they become pixels. Not for async threads: a
+//! decoder takes milliseconds of a whole core.
+
+use std::borrow::Cow;
+
+use ::image::DynamicImage;
+use base64::Engine as _;
+use base64::alphabet::STANDARD;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+use bytes::Bytes;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::Deserialize;
+
+use super::error::ValidationError;
+use crate::image;
+
+/// Clients differ in whether they pad.
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
+
+/// An image file of a client.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(from = "String")]
+pub(crate) enum ImageFile {
+    /// Base64, bare or as a data URL, in one line or in several.
+    Base64(String),
+    /// The bytes of the file.
+    Bytes(Bytes),
+}
+
+impl From<String> for ImageFile {
+    fn from(text: String) -> Self {
+        Self::Base64(text)
+    }
+}
+
+impl JsonSchema for ImageFile {
+    fn schema_name() -> Cow<'static, str> {
+        "ImageFile".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({ "type": "string", "contentEncoding": "base64" })
+    }
+}
+
+impl ImageFile {
+    /// The bytes of the file in the field `name`.
+    pub(crate) fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, ValidationError> {
+        let text = match self {
+            Self::Base64(text) => text,
+            Self::Bytes(bytes) => return Ok(bytes.as_ref().into()),
+        };
+        let data = text.strip_prefix("data:").and_then(|url| url.split_once(','));
+        let mut text = data.map_or(text.as_str(), |(_, data)| data).to_owned();
+        text.retain(|c| !c.is_ascii_whitespace());
+        let broken = |error| ValidationError::malformed(name, format!("is not base64: {error}"));
+        BASE64.decode(text).map(Cow::Owned).map_err(broken)
+    }
+
+    /// The image in the field `name`, of at most so many pixels.
+    pub(super) fn decode(
+        &self,
+        name: &str,
+        max_pixels: usize,
+    ) -> Result<DynamicImage, ValidationError> {
+        let image = image::decode(&self.bytes(name)?, max_pixels);
+        image.map_err(|reason| ValidationError::range(name, reason))
+    }
+}
+
+/// The pixels of a mask that are inpainted.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) enum MaskArea {
+    /// White pixels.
+    #[default]
+    White,
+    /// Black pixels.
+    Black,
+    /// Transparent pixels, of the input image itself where there is no mask.
+    Transparent,
+}
+
+impl MaskArea {
+    /// The mask in which white is inpainted, out of a mask in the field `name` or an input image.
+    pub(super) fn mask(
+        self,
+        name: &str,
+        mask: Option<DynamicImage>,
+        image: &DynamicImage,
+    ) -> Result<Option<DynamicImage>, ValidationError> {
+        match self {
+            Self::White => Ok(mask),
+            Self::Black => Ok(mask.map(|mask| image::inverted(&mask).into())),
+            Self::Transparent => match image::transparency_mask(mask.as_ref().unwrap_or(image)) {
+                None if mask.is_some() => {
+                    let reason = "has no transparent pixels, which mark the area to inpaint";
+                    Err(ValidationError::range(name, reason))
+                }
+                found => Ok(found.map(Into::into)),
+            },
+        }
+    }
+}

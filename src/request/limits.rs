@@ -1,0 +1,55 @@
+//! The operator's limits on one request. A bound in a schema may name a limit in place of a number.
+
+use sd_models::MAX_STEPS;
+use serde_json::Value;
+
+use crate::options::min;
+
+/// Maximum values of one request, set by the operator.
+#[derive(Debug, Clone, Copy, clap::Args)]
+#[command(next_help_heading = "Limits")]
+pub struct Limits {
+    /// Maximum width x height of an image; memory and time grow with it
+    #[arg(long, env = "SD_MAX_PIXELS", default_value = "1048576", value_parser = min::<64>)]
+    pub max_pixels: usize,
+    /// Maximum number of sampler steps of an image
+    #[arg(long, env = "SD_MAX_STEPS", default_value = "150", value_parser = steps)]
+    pub max_steps: usize,
+    /// Maximum number of images per request
+    #[arg(long, env = "SD_MAX_IMAGES", default_value = "8", value_parser = min::<1>)]
+    pub max_images: usize,
+    /// Maximum length of a prompt, in bytes. The model reads 77 tokens of it, or eight times as
+    /// many with the a1111 syntax
+    #[arg(long, env = "SD_MAX_PROMPT_BYTES", default_value = "16384", value_parser = min::<1>)]
+    pub max_prompt_bytes: usize,
+    /// Maximum width x height of an input image or mask, which is decoded before it is resized
+    #[arg(long, env = "SD_MAX_INPUT_PIXELS", default_value = "33554432", value_parser = min::<64>)]
+    pub max_input_pixels: usize,
+    /// Maximum number of LoRAs per image; each costs time
+    #[arg(long, env = "SD_MAX_LORAS", default_value = "8", value_parser = min::<0>)]
+    pub max_loras: usize,
+}
+
+/// No sampler takes more than [`MAX_STEPS`].
+fn steps(text: &str) -> Result<usize, String> {
+    Ok(min::<1>(text)?.min(MAX_STEPS))
+}
+
+impl Limits {
+    /// Maximum number of sampler steps, as a bound in a schema.
+    pub(crate) const STEPS: &str = "max_steps";
+    /// Maximum number of images, as a bound in a schema.
+    pub(crate) const IMAGES: &str = "max_images";
+    /// Maximum number of LoRAs, as a bound in a schema.
+    pub(crate) const LORAS: &str = "max_loras";
+
+    /// The number that a bound of a schema stands for.
+    pub(super) fn bound(&self, bound: &Value) -> Value {
+        match bound.as_str() {
+            Some(Self::STEPS) => self.max_steps.into(),
+            Some(Self::IMAGES) => self.max_images.into(),
+            Some(Self::LORAS) => self.max_loras.into(),
+            _ => bound.clone(),
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! One value of a request against the schema of its field: its type and bounds, and the one
+//! leniency, for forms, whose values are all text. Null and a form's empty fields are gone before.
+
+use serde_json::{Number, Value};
+
+use super::error::ValidationError;
+use super::limits::Limits;
+
+/// The JSON types of schemas and their names in error messages.
+const TYPES: [(&str, &str); 6] = [
+    ("string", "a string"),
+    ("integer", "a whole number"),
+    ("number", "a number"),
+    ("boolean", "true or false"),
+    ("array", "a list"),
+    ("object", "an object"),
+];
+
+/// A field, by the client's name of it.
+#[derive(Clone, Copy)]
+pub(super) struct FieldSchema<'a> {
+    pub(super) name: &'a str,
+    pub(super) schema: &'a Value,
+    pub(super) limits: &'a Limits,
+}
+
+impl FieldSchema<'_> {
+    /// Checks a value. In a form, text is parsed as JSON where the schema wants no string.
+    pub(super) fn check(&self, value: Value, is_form: bool) -> Result<Value, ValidationError> {
+        let value = match value {
+            Value::String(text) if is_form && !self.wants("string") => {
+                let parsed = serde_json::from_str(text.trim());
+                parsed.map_err(|_| self.wrong(&format!("{text:?}")))?
+            }
+            value => value,
+        };
+        let fits = match &value {
+            Value::Null => false,
+            Value::Bool(_) => self.wants("boolean"),
+            Value::Number(number) => self.wants("number") || self.wants("integer") && whole(number),
+            Value::String(_) => self.wants("string"),
+            Value::Array(_) => self.wants("array"),
+            Value::Object(_) => self.wants("object"),
+        };
+        if !fits {
+            return Err(self.wrong(&found(&value)));
+        }
+        self.bounds(&value).map_err(|reason| ValidationError::range(self.name, reason))?;
+        let inside = |name: String, schema: &Value, value: Value| match schema {
+            Value::Object(_) => FieldSchema { name: &name, schema, ..*self }.check(value, false),
+            _ => Ok(value),
+        };
+        match value {
+            Value::Array(list) => {
+                let item = |k| format!("{}[{k}]", self.name);
+                let items = list.into_iter().enumerate();
+                items.map(|(k, value)| inside(item(k), &self.schema["items"], value)).collect()
+            }
+            Value::Object(object) => {
+                self.members(&object)?;
+                let member = |(key, value): (String, Value)| match value {
+                    Value::Null => Ok((key, value)),
+                    value => {
+                        let schema = &self.schema["properties"][&key];
+                        let value = inside(format!("{}.{key}", self.name), schema, value)?;
+                        Ok((key, value))
+                    }
+                };
+                object.into_iter().map(member).collect::<Result<_, _>>().map(Value::Object)
+            }
+            value => Ok(value),
+        }
+    }
+
+    /// Whether the schema has this type, or none.
+    fn wants(&self, name: &str) -> bool {
+        match &self.schema["type"] {
+            Value::Null => true,
+            Value::Array(types) => types.iter().any(|wanted| wanted == name),
+            wanted => wanted == name,
+        }
+    }
+
+    fn wrong(&self, found: &str) -> ValidationError {
+        let wanted = TYPES.iter().find(|(name, _)| self.wants(name)).map_or("", |(_, title)| title);
+        ValidationError::malformed(self.name, format!("must be {wanted}, not {found}"))
+    }
+
+    fn bounds(&self, value: &Value) -> Result<(), String> {
+        let bound = |key| self.limits.bound(&self.schema[key]);
+        let at_most = |key, unit, length: &dyn Fn() -> usize| match bound(key).as_u64() {
+            Some(max) if length() as u64 > max => {
+                Err(format!("has {} {unit}; at most {max} are allowed", length()))
+            }
+            _ => Ok(()),
+        };
+        match value {
+            Value::Number(number) => {
+                let (low, high) = (bound("minimum"), bound("maximum"));
+                let value = number.as_f64();
+                // A whole number beyond 64 bits is read as a double.
+                let fits = self.wants("number") || !number.is_f64();
+                let fits = fits && (low.is_null() || value >= low.as_f64());
+                if fits && (high.is_null() || value <= high.as_f64()) {
+                    return Ok(());
+                }
+                Err(format!("must be from {low} to {high}, not {number}"))
+            }
+            Value::String(text) => at_most("maxLength", "characters", &|| text.chars().count()),
+            Value::Array(list) => at_most("maxItems", "entries", &|| list.len()),
+            _ => Ok(()),
+        }?;
+        match self.schema["enum"].as_array() {
+            Some(words) if !words.contains(value) => {
+                let words: Vec<&str> = words.iter().filter_map(Value::as_str).collect();
+                Err(format!("must be one of {}, not {value}", words.join(", ")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks that an object has what is required and, where the schema says so, nothing unknown.
+    fn members(&self, object: &serde_json::Map<String, Value>) -> Result<(), ValidationError> {
+        for name in self.schema["required"].as_array().into_iter().flatten() {
+            if name.as_str().is_some_and(|name| object.get(name).is_none_or(Value::is_null)) {
+                return Err(ValidationError::malformed(self.name, format!("must have {name}")));
+            }
+        }
+        let unknown = |name: &&String| self.schema["properties"].get(*name).is_none();
+        match object.keys().find(unknown).filter(|_| self.schema["additionalProperties"] == false) {
+            Some(name) => Err(ValidationError::malformed(self.name, format!("has no {name:?}"))),
+            None => Ok(()),
+        }
+    }
+}
+
+fn whole(number: &Number) -> bool {
+    number.as_f64().is_some_and(|number| number.fract() == 0.0)
+}
+
+/// A value in error messages.
+fn found(value: &Value) -> String {
+    match value {
+        Value::String(_) => "a string".into(),
+        Value::Array(_) => "a list".into(),
+        Value::Object(_) => "an object".into(),
+        plain => plain.to_string(),
+    }
+}
