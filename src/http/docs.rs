@@ -1,6 +1,6 @@
-//! The descriptions of routes in `/openapi.json`. aide and schemars make the document of the routers
-//! and the types: unlike utoipa, they describe a whole router at once, need no attribute at each
-//! handler, and leave schemas to be read, against which requests are checked.
+//! The descriptions of routes in `/openapi.json`. aide and schemars generate the document from the
+//! routers and the types. Unlike utoipa, they describe a whole router at once, need no attribute at
+//! each handler, and give the schemas as values, against which requests are checked.
 
 use aide::axum::ApiRouter;
 use aide::generate::in_context;
@@ -91,7 +91,7 @@ pub(crate) fn group<E: JsonSchema>(routes: ApiRouter<AppState>, tag: &str) -> Ap
     })
 }
 
-/// The same for routes that need a key where keys are configured.
+/// Puts a router's operations into a group that needs a key where keys are configured.
 pub(crate) fn keyed<E: JsonSchema>(routes: ApiRouter<AppState>, tag: &str) -> ApiRouter<AppState> {
     group::<E>(routes, tag).with_path_items(|path| {
         let path = path.security_requirement_multi([""; 0]).security_requirement("bearer");

@@ -62,8 +62,8 @@ pub(crate) struct Drawing {
 }
 
 impl Drawing {
-    /// Reads native fields, a request for each prompt, on a thread that may take its time over the
-    /// pictures in them; `choose` says how to answer, given the number of pictures.
+    /// Validates requests, one for each prompt, on a blocking thread that decodes their images.
+    /// `choose` selects the response format, given the number of images.
     pub(crate) async fn prepare(
         state: &AppState,
         slot: &RequestSlot,
@@ -116,7 +116,7 @@ impl Drawing {
         &self.model
     }
 
-    /// Hands the pictures to the engine.
+    /// Submits the images to the engine.
     pub(crate) fn submit(
         &self,
         client: &Client,
@@ -126,7 +126,7 @@ impl Drawing {
         Ok(self.engine.submit(Job { specs, client, deadline, preview: self.preview })?)
     }
 
-    /// Hands the pictures to the engine as soon as there is room for them.
+    /// Submits the images to the engine as soon as the queue has room.
     pub(crate) async fn submit_with_retry(
         &self,
         client: &Client,
@@ -145,8 +145,7 @@ impl Drawing {
         }
     }
 
-    /// Puts the pictures into their files, and with `render` the files into an answer, on a thread
-    /// for that.
+    /// Encodes the images and renders the response, on a blocking thread.
     pub(crate) async fn encode<T: Send + 'static>(
         self,
         pictures: Vec<GeneratedImage>,

@@ -1,7 +1,6 @@
-//! AUTOMATIC1111's API, for the clients that were written for it. A request is put into native
-//! words and read like any other. As there, fields that nobody knows are ignored; fields that would
-//! change the picture and cannot be honoured are refused by name. Where AUTOMATIC1111 has one
-//! progress and one interrupt for all, here each client has its own.
+//! AUTOMATIC1111's API, for clients that were written for it. As there, unknown fields are ignored.
+//! Fields that would change the image and are not supported are rejected by name. AUTOMATIC1111 has
+//! one progress and one interrupt for all; here each client has its own.
 
 mod error;
 mod info;

@@ -1,4 +1,4 @@
-//! The parameters in a picture's file.
+//! The generation parameters in an image file.
 
 use axum::Json;
 use axum::extract::State;
@@ -21,7 +21,7 @@ pub(crate) struct PngInfo {
     image: Option<ImageFile>,
 }
 
-/// `POST /sdapi/v1/png-info`: the parameters in a picture's file, as text and one by one.
+/// `POST /sdapi/v1/png-info`: the generation parameters in an image file, as text and parsed.
 pub(crate) async fn png_info(
     State(state): State<AppState>,
     admitted: Admitted,

@@ -15,7 +15,7 @@ use crate::http::store::InFlightRequest;
 use crate::image::{Format, JPEG_QUALITY};
 use crate::request::ValidationError;
 
-/// What may be asked of progress.
+/// The query of a request for progress.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct ProgressQuery {
     /// Whether the response omits the live preview. Default: false.
@@ -33,7 +33,7 @@ pub(crate) struct TaskQuery {
     live_preview: Option<bool>,
 }
 
-/// `GET /sdapi/v1/progress`: of the client's oldest request.
+/// `GET /sdapi/v1/progress`: the progress of the client's oldest request.
 pub(crate) async fn progress(
     State(state): State<AppState>,
     look: Result<Query<ProgressQuery>, QueryRejection>,
@@ -81,7 +81,7 @@ fn job(count: usize, step: usize, steps: usize) -> Value {
     })
 }
 
-/// `POST /internal/progress`: of the request with this `force_task_id`.
+/// `POST /internal/progress`: the progress of the request with this `force_task_id`.
 pub(crate) async fn task(
     State(state): State<AppState>,
     admitted: Admitted,
@@ -107,7 +107,7 @@ pub(crate) async fn task(
     })))
 }
 
-/// `POST /sdapi/v1/interrupt`: ends all that the client has under way with what there is of it.
+/// `POST /sdapi/v1/interrupt`: interrupts the client's requests, which respond with what they have.
 pub(crate) async fn interrupt(
     State(state): State<AppState>,
     ClientId(client): ClientId,

@@ -1,4 +1,4 @@
-//! Text to picture and picture to picture.
+//! Text-to-image and image-to-image.
 
 use axum::Json;
 use axum::extract::State;
@@ -35,7 +35,7 @@ pub(crate) async fn img2img(
     draw(state, admitted, true).await
 }
 
-/// Draws and answers as AUTOMATIC1111 does.
+/// Generates images and responds as AUTOMATIC1111 does.
 async fn draw(
     state: AppState,
     admitted: Admitted,

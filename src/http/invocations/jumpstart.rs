@@ -1,8 +1,8 @@
-//! The dialect of SageMaker JumpStart's Stable Diffusion: a prompt as `application/x-text`, answered
-//! with nested arrays of RGB values, or JSON with the native fields, where the prompt may be a
-//! list. `Accept: application/json;jpeg` asks for files in base64.
+//! The dialect of SageMaker JumpStart's Stable Diffusion. A prompt as `application/x-text` gets
+//! nested arrays of RGB values. JSON has native fields, and the prompt may be a list.
+//! `Accept: application/json;jpeg` selects files in base64.
 //!
-//! JSON without that `Accept` is letter for letter the native request, and is answered so.
+//! JSON without that `Accept` is a native request and gets the native response.
 
 use axum::http::HeaderMap;
 use axum::http::header::ACCEPT;

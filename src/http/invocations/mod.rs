@@ -24,7 +24,7 @@ use super::error::ErrorBody;
 use super::state::AppState;
 use crate::request::DrawRequest;
 
-/// SageMaker's own, which need no key.
+/// SageMaker's routes, which need no key.
 pub(crate) fn open_routes() -> ApiRouter<AppState> {
     let generate = "Generate images; accepts the requests of SageMaker's other containers too";
     let generate = gives_images(takes_prompt(generate)).describe();
@@ -36,7 +36,7 @@ pub(crate) fn open_routes() -> ApiRouter<AppState> {
     docs::group::<ErrorBody>(routes, "native")
 }
 
-/// The same for everyone else.
+/// The routes of other clients, which need a key where keys are configured.
 pub(crate) fn routes() -> ApiRouter<AppState> {
     const JOB: [&str; 2] = ["id", "state"];
     let generate = || gives_images(takes_prompt("Generate images")).describe();

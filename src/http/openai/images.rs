@@ -29,9 +29,8 @@ pub(crate) async fn generations(
     generate(state, admitted, options, draw, "image_generation").await
 }
 
-/// `POST /v1/images/edits`: a form with a picture in it, and a mask whose transparent parts are to
-/// be painted anew. Without one it is the picture's own transparency that says where, and without
-/// that the whole picture is begun from.
+/// `POST /v1/images/edits`: a form with an image and a mask. Transparent areas of the mask, or else
+/// of the image, are inpainted. If there are none, the request is image-to-image.
 pub(crate) async fn edits(
     State(state): State<AppState>,
     mut admitted: Admitted,

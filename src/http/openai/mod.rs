@@ -1,8 +1,7 @@
-//! OpenAI's Images API and list of models, as its official clients speak it. A request is put into
-//! native words and read like any other, so the native fields (`seed`, `steps`, `guidance_scale`,
-//! `negative_prompt`, `scheduler`) may stand beside OpenAI's own. What OpenAI's models can be told
-//! and ours cannot (`quality`, `style`, `moderation`) is accepted and changes nothing; what would
-//! change the picture (a transparent background, SVG) is refused.
+//! OpenAI's Images API and list of models, for its official clients. Native fields (`seed`, `steps`,
+//! `guidance_scale`, ...) may stand beside OpenAI's own. Fields that have no meaning here (`quality`,
+//! `style`, `moderation`) are accepted and ignored. Values that would change the image and are not
+//! supported (a transparent background, SVG) are rejected.
 
 mod error;
 mod files;
@@ -39,7 +38,8 @@ pub(crate) fn routes() -> ApiRouter<AppState> {
     docs::keyed::<ErrorBody>(routes, "OpenAI")
 }
 
-/// Where the URLs in answers lead. The name of a file is its protection: an `<img>` tag has no key.
+/// The image files of responses with URLs. They need no key, since an `<img>` tag has none: their
+/// names are random.
 pub(crate) fn files() -> ApiRouter<AppState> {
     let file = Docs::of("Image of a response with URLs").gives(200, &[], &docs::IMAGES);
     let file = get_with(files::file, file.describe());
