@@ -9,8 +9,10 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse as _, Response};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use futures_util::Stream;
+use futures_util::stream;
 use sd_models::{ModelInfo, Rgb, Spec};
+use tokio::sync::mpsc;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info, info_span};
 
 use super::admission::RequestSlot;
@@ -187,12 +189,31 @@ pub(crate) async fn encode_preview(rgb: Arc<Rgb>, format: Format, quality: u8) -
     Some(BASE64_STANDARD.encode(file))
 }
 
-/// A response of server-sent events.
-pub(crate) fn events(
-    events: impl Stream<Item = Result<Event, Infallible>> + Send + 'static,
+/// A response of the server-sent events that `produce` sends. It is cancelled when the client
+/// disconnects.
+pub(crate) fn event_stream<F: Future<Output = ()> + Send + 'static>(
+    produce: impl FnOnce(EventSender) -> F,
 ) -> Response {
-    let alive = KeepAlive::new().interval(HEARTBEAT).text("waiting");
-    Sse::new(events).keep_alive(alive).into_response()
+    let (sender, receiver) = mpsc::channel(1);
+    let task = AbortOnDropHandle::new(tokio::spawn(produce(EventSender(sender))));
+    let events = stream::unfold((receiver, task), async |(mut receiver, task)| {
+        let event = receiver.recv().await?;
+        Some((Ok::<_, Infallible>(event), (receiver, task)))
+    });
+    let keep_alive = KeepAlive::new().interval(HEARTBEAT).text("waiting");
+    Sse::new(events).keep_alive(keep_alive).into_response()
+}
+
+/// Sends the events of a stream.
+#[derive(Debug)]
+pub(crate) struct EventSender(mpsc::Sender<Event>);
+
+impl EventSender {
+    /// Waits until the client has received the event before the last.
+    pub(crate) async fn send(&self, name: &str, data: impl AsRef<str>) {
+        // After a disconnect the stream is about to be cancelled.
+        let _ = self.0.send(Event::default().event(name).data(data)).await;
+    }
 }
 
 /// Thirty-two bits, so that a client that reads numbers as doubles can repeat the picture.

@@ -1,22 +1,16 @@
 //! A request as a stream of events.
 
-use std::collections::VecDeque;
-use std::convert::Infallible;
+use std::pin::pin;
 
 use axum::response::Response;
-use axum::response::sse::Event;
-use futures_util::stream;
 use serde_json::{Map, Value, json};
-use tokio_util::task::AbortOnDropHandle;
 
 use super::error::describe;
 use super::render::{data, now};
 use crate::engine::{JobMonitor, Preview, Progress, Ticket};
 use crate::http::admission::RequestSlot;
-use crate::http::drawing::{self, Drawing, encode_preview};
-use crate::http::error::ApiError;
+use crate::http::drawing::{Drawing, EventSender, encode_preview, event_stream};
 use crate::http::state::AppState;
-use crate::image::Format;
 
 /// What a client wants besides pictures.
 #[derive(Debug, Clone)]
@@ -28,113 +22,62 @@ pub(crate) struct ReplyOptions {
     pub(crate) partial_images: usize,
 }
 
-/// A request as a stream of events.
-struct ImageStream {
-    wish: ReplyOptions,
-    common: Map<String, Value>,
-    format: Format,
-    quality: u8,
-    monitor: JobMonitor,
-    /// Previews that have been told.
-    told: usize,
-    result: AbortOnDropHandle<Result<Vec<Value>, ApiError>>,
-    /// What is to be told when the pictures are there.
-    last: VecDeque<Event>,
-    over: bool,
-    _slot: RequestSlot,
-}
-
+/// The response of events.
 pub(crate) fn stream(
     state: AppState,
-    asked: Drawing,
+    drawing: Drawing,
     ticket: Ticket,
-    wish: ReplyOptions,
+    options: ReplyOptions,
     common: Map<String, Value>,
     slot: RequestSlot,
 ) -> Response {
-    let (format, quality) = (asked.reply.format(), asked.quality);
-    let monitor = state.engine.monitor(&ticket);
-    let url = wish.url.clone();
-    let result = tokio::spawn(async move {
-        let pictures = ticket.wait().await?;
-        data(&state, asked, pictures, url).await
-    });
-    let underway = ImageStream {
-        wish,
-        common,
-        format,
-        quality,
-        monitor,
-        told: 0,
-        result: AbortOnDropHandle::new(result),
-        last: VecDeque::new(),
-        over: false,
-        _slot: slot,
-    };
-    let events = stream::unfold(underway, async |mut underway| {
-        let event = underway.next().await?;
-        Some((Ok::<_, Infallible>(event), underway))
-    });
-    drawing::events(events)
-}
-
-impl ImageStream {
-    async fn next(&mut self) -> Option<Event> {
-        while !self.over {
-            let wanted = self.told < self.wish.partial_images;
-            let preview = next_preview(&mut self.monitor, wanted);
+    let (format, quality) = (drawing.reply.format(), drawing.quality);
+    let mut monitor = state.engine.monitor(&ticket);
+    event_stream(|events| async move {
+        let _slot = slot;
+        let ReplyOptions { kind, url, partial_images } = options;
+        let send =
+            async |end: &str, data| send(&events, &format!("{kind}.{end}"), data, &common).await;
+        let mut result = pin!(async { data(&state, drawing, ticket.wait().await?, url).await });
+        let mut sent = 0;
+        let result = loop {
             tokio::select! {
-                result = &mut self.result => {
-                    self.over = true;
-                    self.end(result.unwrap_or(Err(ApiError::Encode)));
-                }
-                preview = preview => {
-                    if let Some(event) = self.partial(preview).await {
-                        return Some(event);
+                result = &mut result => break result,
+                preview = next_preview(&mut monitor, sent < partial_images) => {
+                    let Progress { completed, total, .. } = monitor.current();
+                    // One preview for each equal part of the steps.
+                    if completed * (partial_images + 1) >= total * (sent + 1)
+                        && let Some(file) = encode_preview(preview.rgb, format, quality).await
+                    {
+                        let data = json!({ "b64_json": file, "partial_image_index": sent });
+                        sent += 1;
+                        send("partial_image", data).await;
                     }
                 }
             }
-        }
-        self.last.pop_front()
-    }
-
-    /// A look at a picture, when the next share of the steps has been made.
-    async fn partial(&mut self, Preview { rgb, .. }: Preview) -> Option<Event> {
-        let Progress { completed, total, .. } = self.monitor.current();
-        if completed * (self.wish.partial_images + 1) < total * (self.told + 1) {
-            return None;
-        }
-        let (format, quality) = (self.format, self.quality);
-        let file = encode_preview(rgb, format, quality).await?;
-        let mut data = json!({ "b64_json": file });
-        data["partial_image_index"] = self.told.into();
-        self.told += 1;
-        Some(self.event("partial_image", data))
-    }
-
-    fn end(&mut self, result: Result<Vec<Value>, ApiError>) {
+        };
         match result {
-            Ok(pictures) => {
-                let events = pictures.into_iter().map(|data| self.event("completed", data));
-                self.last = events.collect();
+            Ok(images) => {
+                for data in images {
+                    send("completed", data).await;
+                }
             }
             Err(error) => {
                 let data = describe(error.status(), &error.reason());
-                self.last.push_back(Event::default().event("error").data(data.to_string()));
+                events.send("error", data.to_string()).await;
             }
         }
-    }
+    })
+}
 
-    fn event(&self, end: &str, mut data: Value) -> Event {
-        let name = format!("{}.{end}", self.wish.kind);
-        data["type"] = name.as_str().into();
-        data["created_at"] = now().into();
-        data["quality"] = "auto".into();
-        for (name, value) in &self.common {
-            data[name] = value.clone();
-        }
-        Event::default().event(name).data(data.to_string())
+async fn send(events: &EventSender, name: &str, mut data: Value, common: &Map<String, Value>) {
+    data["type"] = name.into();
+    data["created_at"] = now().into();
+    data["quality"] = "auto".into();
+    for (name, value) in common {
+        data[name] = value.clone();
     }
+    events.send(name, data.to_string()).await;
 }
 
 /// The next preview, if it is wanted; never completes if there is none.
