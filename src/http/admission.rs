@@ -15,7 +15,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::JoinError;
 use tokio::time::{Instant, timeout_at};
 
-use super::error::ApiError;
+use super::error::{ApiError, Result};
 use super::state::AppState;
 use crate::engine::{Client, JobError};
 use crate::request::{Fields, ValidationError};
@@ -56,7 +56,7 @@ impl FromRequest<AppState> for Admitted {
     type Rejection = ApiError;
 
     /// Rejects before the body is read if there is no slot or the model is not ready.
-    async fn from_request(request: Request, state: &AppState) -> Result<Self, ApiError> {
+    async fn from_request(request: Request, state: &AppState) -> Result<Self> {
         let arrived = Instant::now();
         let permit = Arc::clone(&state.request_slots).try_acquire_owned();
         let permit =
@@ -119,7 +119,7 @@ impl RequestSlot {
 }
 
 /// The client's timeout, if it is less than `most`.
-pub(crate) fn timeout(headers: &HeaderMap, most: Duration) -> Result<Duration, ApiError> {
+pub(crate) fn timeout(headers: &HeaderMap, most: Duration) -> Result<Duration> {
     let Some(value) = headers.get(TIMEOUT) else { return Ok(most) };
     let millis = value.to_str().ok().and_then(|value| value.trim().parse().ok());
     match millis {
@@ -133,7 +133,7 @@ pub(crate) fn timeout(headers: &HeaderMap, most: Duration) -> Result<Duration, A
 }
 
 /// Reads the whole body, of at most `limit` bytes.
-async fn receive(limit: usize, request: Request) -> Result<Vec<u8>, ApiError> {
+async fn receive(limit: usize, request: Request) -> Result<Vec<u8>> {
     let declared = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok());
     let declared: usize = declared.and_then(|length| length.parse().ok()).unwrap_or(0);
     let mut parts = request.into_body().into_data_stream();

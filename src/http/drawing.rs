@@ -16,7 +16,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info, info_span};
 
 use super::admission::RequestSlot;
-use super::error::ApiError;
+use super::error::{ApiError, Result};
 use super::state::AppState;
 use crate::engine::{Client, Engine, GeneratedImage, Job, JobError, Ticket};
 use crate::image::{self, Format, Hashes, JPEG_QUALITY};
@@ -70,8 +70,8 @@ impl Drawing {
         state: &AppState,
         slot: &RequestSlot,
         requests: Vec<DrawRequest>,
-        choose: impl FnOnce(&DrawRequest, usize) -> Result<ReplyFormat, ApiError>,
-    ) -> Result<Self, ApiError> {
+        choose: impl FnOnce(&DrawRequest, usize) -> Result<ReplyFormat>,
+    ) -> Result<Self> {
         let (engine, settings) = (state.engine.clone(), &state.settings);
         let model = engine.model()?;
         let (limits, reader) = (settings.limits, Arc::clone(&model));
@@ -123,7 +123,7 @@ impl Drawing {
         &self,
         client: &Client,
         deadline: Option<tokio::time::Instant>,
-    ) -> Result<Ticket, ApiError> {
+    ) -> Result<Ticket> {
         let (specs, client) = (self.specs.clone(), client.clone());
         Ok(self.engine.submit(Job { specs, client, deadline, preview: self.preview })?)
     }
@@ -133,7 +133,7 @@ impl Drawing {
         &self,
         client: &Client,
         deadline: tokio::time::Instant,
-    ) -> Result<Ticket, ApiError> {
+    ) -> Result<Ticket> {
         loop {
             match self.submit(client, Some(deadline)) {
                 Err(ApiError::Job(JobError::Full { .. })) => {
@@ -152,7 +152,7 @@ impl Drawing {
         self,
         pictures: Vec<GeneratedImage>,
         render: impl FnOnce(&Self, &[GeneratedImage], Vec<Vec<u8>>) -> T + Send + 'static,
-    ) -> Result<T, ApiError> {
+    ) -> Result<T> {
         let span = info_span!(parent: tracing::Span::current(), "encode");
         let work = move || {
             let _inside = span.enter();
@@ -167,7 +167,7 @@ impl Drawing {
         self.hashes.of(spec, &self.model.add_ons.loras)
     }
 
-    fn files(&self, pictures: &[GeneratedImage]) -> Result<Vec<Vec<u8>>, ApiError> {
+    fn files(&self, pictures: &[GeneratedImage]) -> Result<Vec<Vec<u8>>> {
         let file = |(spec, picture): (&Spec, &GeneratedImage)| {
             let began = Instant::now();
             let infotext = image::infotext(spec, &self.model.name, &self.loras(spec));

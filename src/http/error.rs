@@ -139,6 +139,9 @@ impl ApiError {
     }
 }
 
+/// The result of a handler.
+pub(crate) type Result<T, E = ApiError> = std::result::Result<T, E>;
+
 /// The details of an error, as an extension of its response: for the log, the metrics and the other
 /// dialects' formats.
 #[derive(Debug, Clone, Serialize, JsonSchema)]

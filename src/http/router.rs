@@ -8,7 +8,7 @@ use axum::http::{Method, StatusCode};
 use axum::middleware::{from_fn_with_state, map_response};
 use tower::util::option_layer;
 
-use super::error::ApiError;
+use super::error::{ApiError, Result};
 use super::middleware::cors::cors;
 use super::middleware::observe::observe;
 use super::middleware::{auth, sagemaker_route};
@@ -51,6 +51,6 @@ pub fn router(models: ModelRegistry, settings: HttpConfig) -> Router {
 
 /// A method that a route does not support. OPTIONS is no error: the response is the header `Allow`,
 /// which SillyTavern uses to find out whether there is a server.
-async fn other_method(method: Method) -> Result<StatusCode, ApiError> {
+async fn other_method(method: Method) -> Result<StatusCode> {
     if method == Method::OPTIONS { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::Method) }
 }

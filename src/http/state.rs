@@ -11,7 +11,7 @@ use axum::http::HeaderValue;
 use clap::builder::FalseyValueParser;
 use tokio::sync::Semaphore;
 
-use super::error::ApiError;
+use super::error::{ApiError, Result};
 use super::store::{InFlight, JobStore, SelectedCheckpoint, UrlStore};
 use crate::engine::{Engine, JobError};
 use crate::image::Hashes;
@@ -191,7 +191,7 @@ impl AppState {
     }
 
     /// The state for a request that names a model, which may have to be loaded first.
-    pub(crate) async fn choose(&self, name: &str) -> Result<Self, ApiError> {
+    pub(crate) async fn choose(&self, name: &str) -> Result<Self> {
         match self.models.choose(name).await {
             Ok(chosen) => Ok(self.on(chosen)),
             Err(RegistryError::Unknown(name)) => Err(ApiError::NoModel(name)),
@@ -200,7 +200,7 @@ impl AppState {
     }
 
     /// The models that requests can name: the default one, and those in the directory.
-    pub(crate) async fn model_names(&self) -> Result<Vec<String>, ApiError> {
+    pub(crate) async fn model_names(&self) -> Result<Vec<String>> {
         let mut names = self.models.names().await;
         match self.engine.model() {
             Ok(model) => {

@@ -14,11 +14,14 @@ use prometheus_client::registry::{Metric, Registry};
 type Gauge = prometheus_client::metrics::gauge::Gauge<f64, AtomicU64>;
 type Histogram = prometheus_client::metrics::histogram::Histogram;
 
+/// Series by the names and values of their labels.
+type SeriesFamily<M, const N: usize> = Family<[(&'static str, String); N], M, fn() -> M>;
+
 /// A metric of the table, with a series for each combination of label values.
 #[derive(Debug)]
 pub struct Series<M, const N: usize> {
     labels: [&'static str; N],
-    family: Family<[(&'static str, String); N], M, fn() -> M>,
+    family: SeriesFamily<M, N>,
 }
 
 impl<M: Metric + Clone, const N: usize> Series<M, N> {
@@ -30,7 +33,7 @@ impl<M: Metric + Clone, const N: usize> Series<M, N> {
         new: fn() -> M,
     ) -> Self
     where
-        Family<[(&'static str, String); N], M, fn() -> M>: Metric,
+        SeriesFamily<M, N>: Metric,
     {
         let family = Family::new_with_constructor(new);
         // The formats end the sentence.

@@ -8,10 +8,10 @@ use crate::http::drawing::Drawing;
 use crate::image;
 
 /// What AUTOMATIC1111 tells of its pictures.
-pub(crate) fn info(asked: &Drawing, pictures: &[GeneratedImage], notes: Vec<String>) -> Value {
-    let (specs, model) = (&asked.specs, &asked.model().name);
+pub(crate) fn info(drawing: &Drawing, pictures: &[GeneratedImage], notes: Vec<String>) -> Value {
+    let (specs, model) = (&drawing.specs, &drawing.model().name);
     let Some(first) = specs.first() else { return Value::Null };
-    let loras = asked.loras(first);
+    let loras = drawing.loras(first);
     let all = |of: fn(&Spec) -> Value| specs.iter().map(of).collect::<Vec<_>>();
     let infotexts: Vec<_> = specs.iter().map(|spec| image::infotext(spec, model, &loras)).collect();
     let mut warnings = notes;

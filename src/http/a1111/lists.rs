@@ -9,12 +9,12 @@ use sd_models::{ModelInfo, SamplerName, SigmaSchedule, Upscaler};
 use serde_json::{Map, Value, json};
 
 use crate::engine::JobError;
-use crate::http::error::ApiError;
+use crate::http::error::Result;
 use crate::http::state::AppState;
 
 /// The model that is asked what there is beside it; none where none is chosen, and none is loaded
 /// for that.
-fn current_model(state: &AppState) -> Result<Option<Arc<ModelInfo>>, ApiError> {
+fn current_model(state: &AppState) -> Result<Option<Arc<ModelInfo>>> {
     let chosen = state.checkpoint.get().and_then(|name| state.models.get(&name).ok());
     match chosen.as_ref().map_or(&state.engine, |chosen| &chosen.engine).model() {
         Ok(model) => Ok(Some(model)),
@@ -42,7 +42,7 @@ pub(crate) async fn schedulers() -> Json<Vec<Value>> {
 }
 
 /// `GET /sdapi/v1/sd-models`.
-pub(crate) async fn models(State(state): State<AppState>) -> Result<Json<Vec<Value>>, ApiError> {
+pub(crate) async fn models(State(state): State<AppState>) -> Result<Json<Vec<Value>>> {
     let model = |name: &String| {
         json!({
             "title": name, "model_name": name, "hash": null, "sha256": null, "filename": name,
@@ -53,7 +53,7 @@ pub(crate) async fn models(State(state): State<AppState>) -> Result<Json<Vec<Val
 }
 
 /// `GET /sdapi/v1/loras`: what `<lora:name:1>` in a prompt can name.
-pub(crate) async fn loras(State(state): State<AppState>) -> Result<Json<Vec<Value>>, ApiError> {
+pub(crate) async fn loras(State(state): State<AppState>) -> Result<Json<Vec<Value>>> {
     let Some(model) = current_model(&state)? else { return Ok(empty_list().await) };
     let list = tokio::task::spawn_blocking(move || model.add_ons.loras.list()).await;
     let lora = |(name, path): (String, PathBuf)| {
@@ -74,7 +74,7 @@ pub(crate) async fn upscalers() -> Json<Vec<Value>> {
 }
 
 /// `GET /sdapi/v1/embeddings`: words that prompts can hold beside those of every model.
-pub(crate) async fn embeddings(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn embeddings(State(state): State<AppState>) -> Result<Json<Value>> {
     let Some(model) = current_model(&state)? else {
         return Ok(Json(json!({ "loaded": {}, "skipped": {} })));
     };

@@ -7,12 +7,12 @@ use serde_json::{Value, json};
 use super::request::{Object, is_noop};
 use crate::engine::JobError;
 use crate::http::admission::Admitted;
-use crate::http::error::ApiError;
+use crate::http::error::Result;
 use crate::http::state::AppState;
 use crate::request::ValidationError;
 
 /// What there is to set, and what it is set to.
-fn options(state: &AppState) -> Result<Object, ApiError> {
+fn options(state: &AppState) -> Result<Object> {
     let model = match (state.checkpoint.get(), state.engine.model()) {
         (Some(name), _) => name,
         (None, Ok(model)) => model.name.clone(),
@@ -32,7 +32,7 @@ fn options(state: &AppState) -> Result<Object, ApiError> {
 }
 
 /// Accepts settings that are so already; there is nothing to change but the model.
-pub(crate) fn check(state: &AppState, wanted: &Object) -> Result<(), ApiError> {
+pub(crate) fn check(state: &AppState, wanted: &Object) -> Result<()> {
     for (name, is) in options(state)? {
         let Some(wanted) = wanted.get(&name).filter(|value| !is_noop(value)) else { continue };
         if *wanted != is && name != "sd_model_checkpoint" {
@@ -44,7 +44,7 @@ pub(crate) fn check(state: &AppState, wanted: &Object) -> Result<(), ApiError> {
 }
 
 /// `GET /sdapi/v1/options`.
-pub(crate) async fn get_options(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn get_options(State(state): State<AppState>) -> Result<Json<Value>> {
     Ok(Json(options(&state)?.into()))
 }
 
@@ -53,7 +53,7 @@ pub(crate) async fn get_options(State(state): State<AppState>) -> Result<Json<Va
 pub(crate) async fn set_options(
     State(state): State<AppState>,
     Admitted { body, .. }: Admitted,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Value>> {
     let wanted: Object = serde_json::from_slice(&body).map_err(|error| {
         ValidationError::body(format!("the body is not a JSON object: {error}"))
     })?;

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::request::Object;
 use crate::http::admission::Admitted;
-use crate::http::error::ApiError;
+use crate::http::error::Result;
 use crate::http::state::AppState;
 use crate::image;
 use crate::request::{ImageFile, ValidationError};
@@ -25,7 +25,7 @@ pub(crate) struct PngInfo {
 pub(crate) async fn png_info(
     State(state): State<AppState>,
     admitted: Admitted,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Value>> {
     let mut fields = admitted.json()?;
     let PngInfo { image } = fields.read(&state.settings.limits)?;
     let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;

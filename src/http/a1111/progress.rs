@@ -1,5 +1,7 @@
 //! How far a client's requests are, and their end before their time.
 
+use std::sync::Arc;
+
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
@@ -9,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::http::admission::{Admitted, ClientId};
 use crate::http::drawing::encode_preview;
-use crate::http::error::ApiError;
+use crate::http::error::Result;
 use crate::http::state::AppState;
 use crate::http::store::InFlightRequest;
 use crate::image::{Format, JPEG_QUALITY};
@@ -38,10 +40,10 @@ pub(crate) async fn progress(
     State(state): State<AppState>,
     look: Result<Query<ProgressQuery>, QueryRejection>,
     ClientId(client): ClientId,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Value>> {
     let Query(look) = look.map_err(|error| ValidationError::body(error.body_text()))?;
-    let begun = state.in_flight.of(&client);
-    let Some(first) = begun.first() else {
+    let requests = state.in_flight.of(&client);
+    let Some(first) = requests.first() else {
         return Ok(Json(json!({
             "progress": 0.0,
             "eta_relative": 0.0,
@@ -56,7 +58,7 @@ pub(crate) async fn progress(
     Ok(Json(json!({
         "progress": first.progress(),
         "eta_relative": outlook.left.map_or(0.0, |left| left.as_secs_f64()),
-        "state": job(begun.len(), step, first.steps),
+        "state": job(requests.len(), step, first.steps),
         "current_image": preview,
         "textinfo": outlook.position.map(|ahead| format!("{ahead} images ahead")),
     })))
@@ -82,27 +84,25 @@ fn job(count: usize, step: usize, steps: usize) -> Value {
 }
 
 /// `POST /internal/progress`: the progress of the request with this `force_task_id`.
-pub(crate) async fn task(
-    State(state): State<AppState>,
-    admitted: Admitted,
-) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn task(State(state): State<AppState>, admitted: Admitted) -> Result<Json<Value>> {
     let TaskQuery { id_task, live_preview } = admitted.json()?.read(&state.settings.limits)?;
-    let begun = state.in_flight.of(&admitted.client);
-    let Some(begun) = begun.iter().find(|begun| begun.task.is_some() && begun.task == id_task)
-    else {
+    let requests = state.in_flight.of(&admitted.client);
+    let wanted =
+        |request: &&Arc<InFlightRequest>| request.task.is_some() && request.task == id_task;
+    let Some(request) = requests.iter().find(wanted) else {
         return Ok(Json(json!({ "active": false, "queued": false, "completed": false })));
     };
-    let outlook = begun.monitor.estimate();
-    let preview = if live_preview.unwrap_or(true) { preview(begun).await } else { None };
+    let outlook = request.monitor.estimate();
+    let preview = if live_preview.unwrap_or(true) { preview(request).await } else { None };
     let data = |file| format!("data:image/png;base64,{file}");
     Ok(Json(json!({
         "active": outlook.position.is_none(),
         "queued": outlook.position.is_some(),
         "completed": false,
-        "progress": begun.progress(),
+        "progress": request.progress(),
         "eta": outlook.left.map(|left| left.as_secs_f64()),
         "live_preview": preview.map(data),
-        "id_live_preview": begun.monitor.current().completed,
+        "id_live_preview": request.monitor.current().completed,
         "textinfo": outlook.position.map(|ahead| format!("{ahead} images ahead")),
     })))
 }

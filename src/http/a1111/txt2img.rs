@@ -13,34 +13,24 @@ use super::request::{Common, HiresPass, InitImage};
 use crate::engine::GeneratedImage;
 use crate::http::admission::Admitted;
 use crate::http::drawing::{Drawing, ReplyFormat};
-use crate::http::error::ApiError;
+use crate::http::error::Result;
 use crate::http::state::AppState;
 use crate::http::store::InFlightRequest;
 use crate::image::Format;
 use crate::request::{DrawRequest, ValidationError};
 
 /// `POST /sdapi/v1/txt2img`.
-pub(crate) async fn txt2img(
-    State(state): State<AppState>,
-    admitted: Admitted,
-) -> Result<Response, ApiError> {
+pub(crate) async fn txt2img(State(state): State<AppState>, admitted: Admitted) -> Result<Response> {
     draw(state, admitted, false).await
 }
 
 /// `POST /sdapi/v1/img2img`.
-pub(crate) async fn img2img(
-    State(state): State<AppState>,
-    admitted: Admitted,
-) -> Result<Response, ApiError> {
+pub(crate) async fn img2img(State(state): State<AppState>, admitted: Admitted) -> Result<Response> {
     draw(state, admitted, true).await
 }
 
 /// Generates images and responds as AUTOMATIC1111 does.
-async fn draw(
-    state: AppState,
-    admitted: Admitted,
-    from_picture: bool,
-) -> Result<Response, ApiError> {
+async fn draw(state: AppState, admitted: Admitted, from_picture: bool) -> Result<Response> {
     let mut fields = admitted.json()?;
     let Admitted { client, deadline, slot, .. } = admitted;
     let mut parameters = fields.object();
@@ -70,27 +60,27 @@ async fn draw(
         HiresPass::read(&mut fields, limits)?.add_to(&mut draw, limits, &model);
     }
     let json = |draw: &DrawRequest, _| Ok(ReplyFormat::Json(draw.format()?.unwrap_or(Format::Png)));
-    let mut asked = Drawing::prepare(&state, &slot, vec![draw], json).await?;
-    asked.preview = true;
-    let ticket = asked.submit(&client, Some(deadline))?;
-    let begun = InFlightRequest::new(&state.engine, &ticket, client, task, &asked.specs);
-    let _in_flight = state.in_flight.insert(begun);
+    let mut drawing = Drawing::prepare(&state, &slot, vec![draw], json).await?;
+    drawing.preview = true;
+    let ticket = drawing.submit(&client, Some(deadline))?;
+    let request = InFlightRequest::new(&state.engine, &ticket, client, task, &drawing.specs);
+    let _in_flight = state.in_flight.insert(request);
     let pictures = ticket.wait().await?;
     // As there, an interrupted request is answered with what there is, and with 200 if there is
     // nothing: clients take any other status for a failure of the server.
     if pictures.is_empty() {
         notes.push("interrupted before the first step was finished".into());
-        asked.specs.truncate(1);
+        drawing.specs.truncate(1);
     } else {
-        asked.specs = pictures.iter().map(|drawn| asked.specs[drawn.index].clone()).collect();
+        drawing.specs = pictures.iter().map(|drawn| drawing.specs[drawn.index].clone()).collect();
     }
-    let render = move |asked: &Drawing, pictures: &[GeneratedImage], files: Vec<Vec<u8>>| {
+    let render = move |drawing: &Drawing, pictures: &[GeneratedImage], files: Vec<Vec<u8>>| {
         let images: Vec<String> = files.iter().map(|file| BASE64_STANDARD.encode(file)).collect();
         json!({
             "images": if send_images { images } else { Vec::new() },
             "parameters": parameters,
-            "info": info(asked, pictures, notes).to_string(),
+            "info": info(drawing, pictures, notes).to_string(),
         })
     };
-    Ok(Json(asked.encode(pictures, render).await?).into_response())
+    Ok(Json(drawing.encode(pictures, render).await?).into_response())
 }

@@ -8,7 +8,7 @@ use axum::http::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::http::error::ApiError;
+use crate::http::error::{ApiError, Result};
 use crate::http::state::AppState;
 use crate::registry::LoadedModel;
 use crate::request::ValidationError;
@@ -27,10 +27,7 @@ struct LoadModelBody {
 
 /// `POST /models`: 409 if it is loaded already, 507 if there is no room, after which SageMaker
 /// unloads others and retries.
-pub(crate) async fn load(
-    State(state): State<AppState>,
-    request: Request,
-) -> Result<StatusCode, ApiError> {
+pub(crate) async fn load(State(state): State<AppState>, request: Request) -> Result<StatusCode> {
     let body = axum::body::to_bytes(request.into_body(), MAX_BODY_BYTES).await;
     let body = body.map_err(|_| ApiError::TooLarge(MAX_BODY_BYTES))?;
     let load: LoadModelBody = serde_json::from_slice(&body).map_err(|error| {
@@ -50,7 +47,7 @@ pub(crate) async fn list(State(state): State<AppState>) -> Json<Value> {
 pub(crate) async fn show(
     State(state): State<AppState>,
     Path(name): Path<String>,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Value>> {
     let loaded = state.models.loaded();
     let model = loaded.iter().find(|model| model.name == name);
     model.map(describe).map(Json).ok_or(ApiError::NoModel(name))
@@ -60,7 +57,7 @@ pub(crate) async fn show(
 pub(crate) async fn unload(
     State(state): State<AppState>,
     Path(name): Path<String>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<StatusCode> {
     state.models.unload(&name).await?;
     Ok(StatusCode::OK)
 }

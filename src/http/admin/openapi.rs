@@ -10,7 +10,7 @@ use axum::{Extension, Json, Router};
 use serde_json::{Map, Value, json};
 
 use crate::engine::JobError;
-use crate::http::error::ApiError;
+use crate::http::error::Result;
 use crate::http::state::AppState;
 use crate::request;
 
@@ -54,7 +54,7 @@ fn with_parameter((path, mut item): (String, Value)) -> (String, Value) {
 async fn describe(
     State(state): State<AppState>,
     Extension(document): Extension<Arc<Value>>,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Value>> {
     let model = match state.engine.model() {
         Ok(model) => model.name.clone(),
         Err(JobError::Absent) => "the models that GET /v1/models lists".to_owned(),

@@ -5,7 +5,7 @@ use axum::http::header::ACCEPT;
 
 use super::body::BodyKind;
 use crate::http::drawing::ReplyFormat;
-use crate::http::error::ApiError;
+use crate::http::error::{ApiError, Result};
 use crate::image::Format;
 
 /// SageMaker's name for the header on some of its roads.
@@ -17,7 +17,7 @@ const ANY_MEDIA_TYPE: &str = "*/*";
 /// What bears on the choice besides the header.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ReplyPreferences {
-    pub(crate) speech: BodyKind,
+    pub(crate) kind: BodyKind,
     /// What JSON holds unless the body asks for something.
     pub(crate) usual: Format,
     /// The body's `output_format`.
@@ -28,7 +28,7 @@ pub(crate) struct ReplyPreferences {
 }
 
 /// Chooses the reply that the client likes best among those that can be given.
-pub(crate) fn choose(headers: &HeaderMap, wish: ReplyPreferences) -> Result<ReplyFormat, ApiError> {
+pub(crate) fn choose(headers: &HeaderMap, wish: ReplyPreferences) -> Result<ReplyFormat> {
     if wish.stream {
         return Ok(ReplyFormat::Events(wish.format.unwrap_or(wish.usual)));
     }
@@ -69,7 +69,7 @@ impl ReplyPreferences {
         let bytes = |format| (self.count == 1).then_some(ReplyFormat::Bytes(format));
         let free = self.format.unwrap_or(Format::Png);
         match range {
-            ANY_MEDIA_TYPE if self.speech == BodyKind::Text => Some(bytes(free).unwrap_or(json)),
+            ANY_MEDIA_TYPE if self.kind == BodyKind::Text => Some(bytes(free).unwrap_or(json)),
             ANY_MEDIA_TYPE | "application/*" | "application/json" => Some(json),
             "image/*" => bytes(free),
             "text/event-stream" => Some(ReplyFormat::Events(self.format.unwrap_or(self.usual))),
@@ -110,12 +110,11 @@ mod tests {
 
     use super::*;
 
-    fn reply(accept: &'static str, speech: BodyKind, count: usize) -> Option<ReplyFormat> {
+    fn reply(accept: &'static str, kind: BodyKind, count: usize) -> Option<ReplyFormat> {
         let mut headers = HeaderMap::new();
         headers.insert(ACCEPT, HeaderValue::from_static(accept));
         let usual = Format::Jpeg;
-        choose(&headers, ReplyPreferences { speech, usual, format: None, count, stream: false })
-            .ok()
+        choose(&headers, ReplyPreferences { kind, usual, format: None, count, stream: false }).ok()
     }
 
     #[test]
@@ -139,8 +138,8 @@ mod tests {
             ("image/*", J, 1, Some(Bytes(Format::Png))),
             ("image/png;q=nonsense", J, 1, Some(Bytes(Format::Png))),
         ];
-        for (accept, speech, count, expected) in table {
-            assert_eq!(reply(accept, speech, count), expected, "{accept:?} {speech:?} {count}");
+        for (accept, kind, count, expected) in table {
+            assert_eq!(reply(accept, kind, count), expected, "{accept:?} {kind:?} {count}");
         }
     }
 }

@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use axum::http::HeaderMap;
 use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 
-use crate::http::error::ApiError;
+use crate::http::error::{ApiError, Result};
 use crate::request::{Fields, ValidationError};
 
 /// The type of a bare prompt of SageMaker JumpStart.
@@ -30,7 +30,7 @@ enum Declared {
 }
 
 /// Reads the fields out of a body.
-pub(crate) fn read(headers: &HeaderMap, body: &[u8]) -> Result<(Fields, BodyKind), ApiError> {
+pub(crate) fn read(headers: &HeaderMap, body: &[u8]) -> Result<(Fields, BodyKind)> {
     if let Some(coding) = headers.get(CONTENT_ENCODING).filter(|coding| *coding != "identity") {
         let message =
             format!("the content encoding {coding:?} is not supported; send the body uncompressed");
@@ -58,7 +58,7 @@ pub(crate) fn read(headers: &HeaderMap, body: &[u8]) -> Result<(Fields, BodyKind
 }
 
 /// Only looked at when the body is not a JSON object, so a wrong type does no harm to JSON.
-fn declared(headers: &HeaderMap) -> Result<Declared, ApiError> {
+fn declared(headers: &HeaderMap) -> Result<Declared> {
     let Some(essence) = essence(headers) else {
         return Ok(Declared::Text { quoted: false });
     };
@@ -116,8 +116,8 @@ mod tests {
         if !declared.is_empty() {
             headers.insert(CONTENT_TYPE, HeaderValue::from_static(declared));
         }
-        let (mut fields, speech) = read(&headers, body.as_bytes()).expect("a good body");
-        assert_eq!(speech, BodyKind::Text);
+        let (mut fields, kind) = read(&headers, body.as_bytes()).expect("a good body");
+        assert_eq!(kind, BodyKind::Text);
         let (_, prompt) = fields.take(&["prompt"]).expect("one").expect("a prompt");
         prompt.as_str().expect("text").to_owned()
     }

@@ -13,7 +13,7 @@ use crate::request::{DrawRequest, Fields, Limits, ValidationError};
 pub(crate) fn parse(
     headers: &HeaderMap,
     fields: Fields,
-    speech: BodyKind,
+    kind: BodyKind,
     limits: &Limits,
 ) -> Result<ParsedRequest, ValidationError> {
     if fields.has("text_prompts") {
@@ -24,6 +24,6 @@ pub(crate) fn parse(
     }
     match jumpstart::detect(headers) {
         Some(dialect) => jumpstart::parse(fields, dialect, limits),
-        None => Ok(ParsedRequest::native(DrawRequest::read(fields, limits)?, speech)),
+        None => Ok(ParsedRequest::native(DrawRequest::read(fields, limits)?, kind)),
     }
 }

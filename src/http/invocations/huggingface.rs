@@ -41,7 +41,7 @@ pub(crate) fn parse(mut fields: Fields, limits: &Limits) -> Result<ParsedRequest
         }
     }
     let request = DrawRequest::read(fields, limits)?;
-    Ok(ParsedRequest { requests: vec![request], speech: BodyKind::Json, dialect })
+    Ok(ParsedRequest { requests: vec![request], kind: BodyKind::Json, dialect })
 }
 
 /// A string, or a list of them where the toolkit would drop all but the first.

@@ -10,7 +10,7 @@ use super::render::Invocation;
 use super::{body, detect, events, lines};
 use crate::http::admission::Admitted;
 use crate::http::drawing::ReplyFormat;
-use crate::http::error::ApiError;
+use crate::http::error::Result;
 use crate::http::state::AppState;
 
 /// SageMaker's default, and its bound on concurrent transforms of that size: 100 MB in all.
@@ -23,23 +23,24 @@ const MAX_TRANSFORMS: usize = 100 / PAYLOAD_MB;
 pub(crate) async fn invocations(
     State(state): State<AppState>,
     admitted: Admitted,
-) -> Result<Response, ApiError> {
+) -> Result<Response> {
     if lines::are_declared(&admitted.headers) {
         return lines::answer(state, admitted);
     }
     let Admitted { headers, body, client, deadline, stream_deadline, slot, .. } = admitted;
-    let (fields, speech) = body::read(&headers, &body)?;
+    let (fields, kind) = body::read(&headers, &body)?;
     drop(body);
-    let heard = detect::parse(&headers, fields, speech, &state.settings.limits)?;
-    let asked = Invocation::read(&state, &slot, heard, &headers).await?;
-    let stream = matches!(asked.drawing.reply, ReplyFormat::Events(_));
-    let ticket =
-        asked.drawing.submit(&client, Some(if stream { stream_deadline } else { deadline }))?;
+    let parsed = detect::parse(&headers, fields, kind, &state.settings.limits)?;
+    let invocation = Invocation::read(&state, &slot, parsed, &headers).await?;
+    let stream = matches!(invocation.drawing.reply, ReplyFormat::Events(_));
+    let ticket = invocation
+        .drawing
+        .submit(&client, Some(if stream { stream_deadline } else { deadline }))?;
     if stream {
-        return Ok(events::stream(&state.engine, asked, ticket, slot));
+        return Ok(events::stream(&state.engine, invocation, ticket, slot));
     }
     let pictures = ticket.wait().await?;
-    Ok(asked.answer(pictures).await?.map(Body::from))
+    Ok(invocation.answer(pictures).await?.map(Body::from))
 }
 
 /// `POST /models/{name}/invoke`: `/invocations` of that model.
@@ -47,7 +48,7 @@ pub(crate) async fn loaded(
     State(state): State<AppState>,
     Path(name): Path<String>,
     request: Request,
-) -> Result<Response, ApiError> {
+) -> Result<Response> {
     let state = state.on(state.models.get(&name)?);
     let admitted = Admitted::from_request(request, &state).await?;
     invocations(State(state), admitted).await
@@ -58,7 +59,7 @@ pub(crate) async fn named(
     State(state): State<AppState>,
     Path(name): Path<String>,
     request: Request,
-) -> Result<Response, ApiError> {
+) -> Result<Response> {
     let state = state.choose(&name).await?;
     let admitted = Admitted::from_request(request, &state).await?;
     invocations(State(state), admitted).await

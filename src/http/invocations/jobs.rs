@@ -20,29 +20,26 @@ use super::{body, detect, events};
 use crate::engine::JobError;
 use crate::http::admission::{self, Admitted};
 use crate::http::drawing::ReplyFormat;
-use crate::http::error::ApiError;
+use crate::http::error::{ApiError, Result};
 use crate::http::ids::random;
 use crate::http::state::AppState;
 use crate::http::store::{JobRecord, JobStore};
 use crate::request::ValidationError;
 
 /// Accepts a job: the body of `/invocations`, whose answer is kept.
-pub(crate) async fn create(
-    State(state): State<AppState>,
-    admitted: Admitted,
-) -> Result<Response, ApiError> {
+pub(crate) async fn create(State(state): State<AppState>, admitted: Admitted) -> Result<Response> {
     let Admitted { headers, body, client, slot, .. } = admitted;
     let timeout = admission::timeout(&headers, state.settings.job_timeout)?;
-    let (fields, speech) = body::read(&headers, &body)?;
-    let heard = detect::parse(&headers, fields, speech, &state.settings.limits)?;
-    let mut asked = Invocation::read(&state, &slot, heard, &headers).await?;
-    if let ReplyFormat::Events(_) = asked.drawing.reply {
+    let (fields, kind) = body::read(&headers, &body)?;
+    let parsed = detect::parse(&headers, fields, kind, &state.settings.limits)?;
+    let mut invocation = Invocation::read(&state, &slot, parsed, &headers).await?;
+    if let ReplyFormat::Events(_) = invocation.drawing.reply {
         return Err(ValidationError::body("a job cannot stream events; poll its state").into());
     }
     let deadline = Instant::now() + timeout;
-    let mut ticket = asked.drawing.submit(&client, Some(deadline))?;
+    let mut ticket = invocation.drawing.submit(&client, Some(deadline))?;
     // A job is bounded by the number of jobs.
-    asked.drawing.release_slot();
+    invocation.drawing.release_slot();
     drop(slot);
     let id = format!("{:032x}", random());
     let entry = JobRecord { monitor: state.engine.monitor(&ticket), end: None, task: None };
@@ -56,10 +53,10 @@ pub(crate) async fn create(
             match ticket.wait().await {
                 // It made room for another client; it has been accepted and so comes again.
                 Err(JobError::Full { .. }) => {
-                    ticket = asked.drawing.submit_with_retry(&client, deadline).await?;
+                    ticket = invocation.drawing.submit_with_retry(&client, deadline).await?;
                     store.update(&name, |entry| entry.monitor = engine.monitor(&ticket));
                 }
-                pictures => return asked.answer(pictures?).await,
+                pictures => return invocation.answer(pictures?).await,
             }
         }
     };
@@ -75,7 +72,7 @@ async fn keep(
     store: Arc<JobStore>,
     retention: Duration,
     id: String,
-    work: impl Future<Output = Result<axum::http::Response<Bytes>, ApiError>>,
+    work: impl Future<Output = Result<axum::http::Response<Bytes>>>,
 ) {
     let result = Arc::new(work.await);
     store.update(&id, |entry| entry.end = Some((Instant::now(), result)));
@@ -87,7 +84,7 @@ async fn keep(
 pub(crate) async fn state(
     State(state): State<AppState>,
     Path(id): Path<String>,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Value>> {
     state.jobs.read(&id, |job| describe(&id, job)).map(Json)
 }
 
@@ -95,7 +92,7 @@ pub(crate) async fn state(
 pub(crate) async fn result(
     State(state): State<AppState>,
     Path(id): Path<String>,
-) -> Result<Response, ApiError> {
+) -> Result<Response> {
     let (end, description) = state.jobs.read(&id, |job| (job.end.clone(), describe(&id, job)))?;
     Ok(match end {
         None => (StatusCode::ACCEPTED, Json(description)).into_response(),
@@ -110,7 +107,7 @@ pub(crate) async fn result(
 pub(crate) async fn delete(
     State(state): State<AppState>,
     Path(id): Path<String>,
-) -> Result<StatusCode, ApiError> {
+) -> Result<StatusCode> {
     if state.jobs.remove(&id) { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::NoJob) }
 }
 

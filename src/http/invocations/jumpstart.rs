@@ -54,7 +54,7 @@ pub(crate) fn parse(
     dialect: Dialect,
     limits: &Limits,
 ) -> Result<ParsedRequest, ValidationError> {
-    let parsed = |requests| Ok(ParsedRequest { requests, speech: BodyKind::Json, dialect });
+    let parsed = |requests| Ok(ParsedRequest { requests, kind: BodyKind::Json, dialect });
     if !fields.is_list("prompt") {
         return parsed(vec![DrawRequest::read(fields, limits)?]);
     }

@@ -17,7 +17,7 @@ use super::detect;
 use super::render::Invocation;
 use crate::engine::{Client, JobError};
 use crate::http::admission::{Admitted, RequestSlot};
-use crate::http::error::ApiError;
+use crate::http::error::Result;
 use crate::http::state::AppState;
 use crate::request::{Fields, ValidationError};
 
@@ -36,7 +36,7 @@ pub(crate) fn are_declared(headers: &HeaderMap) -> bool {
 }
 
 /// Answers every line. Each has the request's time for itself, from when it is looked at.
-pub(crate) fn answer(state: AppState, admitted: Admitted) -> Result<Response, ApiError> {
+pub(crate) fn answer(state: AppState, admitted: Admitted) -> Result<Response> {
     let Admitted { body, client, timeout, slot, .. } = admitted;
     let body = Bytes::from(body);
     let text = body.strip_suffix(b"\n").unwrap_or(&body);
@@ -77,7 +77,7 @@ async fn draw(
     client: &Client,
     timeout: Duration,
     line: &[u8],
-) -> Result<Vec<u8>, ApiError> {
+) -> Result<Vec<u8>> {
     let deadline = Instant::now() + timeout;
     let text = std::str::from_utf8(line)
         .map_err(|error| ValidationError::body(format!("the line is not UTF-8: {error}")))?;
@@ -86,15 +86,17 @@ async fn draw(
     }
     // A line has no headers: no `Accept` means JSON for JSON.
     let headers = HeaderMap::new();
-    let heard =
+    let parsed =
         detect::parse(&headers, Fields::json(text)?, BodyKind::Json, &state.settings.limits)?;
-    let asked = Invocation::read(state, slot, heard, &headers).await?;
+    let mut invocation = Invocation::read(state, slot, parsed, &headers).await?;
+    // A line has no events either, whatever it asks for.
+    invocation.drawing.preview = false;
     let pictures = loop {
         // A line is part of a larger work, which a full queue only delays.
-        match asked.drawing.submit_with_retry(client, deadline).await?.wait().await {
+        match invocation.drawing.submit_with_retry(client, deadline).await?.wait().await {
             Err(JobError::Full { .. }) => {}
             pictures => break pictures?,
         }
     };
-    Ok(asked.answer(pictures).await?.into_body().into())
+    Ok(invocation.answer(pictures).await?.into_body().into())
 }

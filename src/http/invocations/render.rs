@@ -13,7 +13,7 @@ use super::body::BodyKind;
 use crate::engine::GeneratedImage;
 use crate::http::admission::RequestSlot;
 use crate::http::drawing::{Drawing, ReplyFormat};
-use crate::http::error::ApiError;
+use crate::http::error::Result;
 use crate::http::headers::{ATTRIBUTES, NSFW, SEED};
 use crate::http::state::AppState;
 use crate::image::Format;
@@ -71,14 +71,14 @@ impl RenderInput<'_> {
 pub(crate) struct ParsedRequest {
     /// One for each prompt.
     pub(crate) requests: Vec<DrawRequest>,
-    pub(crate) speech: BodyKind,
+    pub(crate) kind: BodyKind,
     pub(crate) dialect: Dialect,
 }
 
 impl ParsedRequest {
     /// A request that is native already.
-    pub(crate) fn native(request: DrawRequest, speech: BodyKind) -> Self {
-        Self { requests: vec![request], speech, dialect: NATIVE }
+    pub(crate) fn native(request: DrawRequest, kind: BodyKind) -> Self {
+        Self { requests: vec![request], kind, dialect: NATIVE }
     }
 }
 
@@ -94,23 +94,20 @@ impl Invocation {
     pub(crate) async fn read(
         state: &AppState,
         slot: &RequestSlot,
-        heard: ParsedRequest,
+        parsed: ParsedRequest,
         headers: &HeaderMap,
-    ) -> Result<Self, ApiError> {
-        let ParsedRequest { requests, speech, dialect } = heard;
+    ) -> Result<Self> {
+        let ParsedRequest { requests, kind, dialect } = parsed;
         let drawing = Drawing::prepare(state, slot, requests, |draw, count| {
             let (usual, format) = (dialect.format, draw.format()?);
             let stream = draw.stream == Some(true);
-            accept::choose(headers, ReplyPreferences { speech, usual, format, count, stream })
+            accept::choose(headers, ReplyPreferences { kind, usual, format, count, stream })
         });
         Ok(Self { drawing: drawing.await?, dialect })
     }
 
     /// The answer, whole, so that it can be kept.
-    pub(crate) async fn answer(
-        self,
-        pictures: Vec<GeneratedImage>,
-    ) -> Result<Response<Bytes>, ApiError> {
+    pub(crate) async fn answer(self, pictures: Vec<GeneratedImage>) -> Result<Response<Bytes>> {
         let Self { drawing, dialect } = self;
         let answer = move |drawing: &Drawing, drawn: &[GeneratedImage], files| {
             answer(drawing, dialect, drawn, files)

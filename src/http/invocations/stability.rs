@@ -60,7 +60,7 @@ pub(crate) fn parse(mut fields: Fields, limits: &Limits) -> Result<ParsedRequest
     }
     // Zero means random.
     request.seed = request.seed.filter(|seed| *seed != 0);
-    Ok(ParsedRequest { requests: vec![request], speech: BodyKind::Json, dialect: STABILITY })
+    Ok(ParsedRequest { requests: vec![request], kind: BodyKind::Json, dialect: STABILITY })
 }
 
 /// The prompt and the negative prompt, each joined into one: the model takes no more.

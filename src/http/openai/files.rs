@@ -4,14 +4,14 @@ use axum::extract::{Path, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
 use axum::response::{IntoResponse as _, Response};
 
-use crate::http::error::ApiError;
+use crate::http::error::{ApiError, Result};
 use crate::http::state::AppState;
 
 /// `GET /files/{name}`.
 pub(crate) async fn file(
     State(state): State<AppState>,
     Path(name): Path<String>,
-) -> Result<Response, ApiError> {
+) -> Result<Response> {
     let (format, data) = state.urls.get(&name).ok_or(ApiError::NoFile)?;
     let headers = [
         (CONTENT_TYPE, format.media_type()),

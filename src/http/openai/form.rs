@@ -5,7 +5,7 @@ use axum::extract::multipart::MultipartError;
 use axum::extract::{DefaultBodyLimit, FromRequest as _, Multipart, Request};
 
 use crate::http::admission::Admitted;
-use crate::http::error::ApiError;
+use crate::http::error::{ApiError, Result};
 use crate::request::ValidationError;
 
 /// A form with files in it.
@@ -18,7 +18,7 @@ pub(crate) struct Form {
 
 impl Form {
     /// Takes the body out of the request.
-    pub(crate) async fn read(admitted: &mut Admitted) -> Result<Self, ApiError> {
+    pub(crate) async fn read(admitted: &mut Admitted) -> Result<Self> {
         let mut request = Request::new(Body::from(std::mem::take(&mut admitted.body)));
         request.headers_mut().clone_from(&admitted.headers);
         // Admission has limited the body.

@@ -12,7 +12,7 @@ use super::request::{self, OpenAiOptions, ResponseFormat};
 use super::stream::{ReplyOptions, stream};
 use crate::http::admission::Admitted;
 use crate::http::drawing::{Drawing, ReplyFormat};
-use crate::http::error::ApiError;
+use crate::http::error::Result;
 use crate::http::state::AppState;
 use crate::image::Format;
 use crate::request::{DrawRequest, Fields, ImageFile, MaskArea, ValidationError};
@@ -24,7 +24,7 @@ const THEIR_MODELS: [&str; 3] = ["dall-e-", "gpt-image-", "chatgpt-image-"];
 pub(crate) async fn generations(
     State(state): State<AppState>,
     admitted: Admitted,
-) -> Result<Response, ApiError> {
+) -> Result<Response> {
     let (options, draw) = request::read(admitted.json()?, &state.settings.limits)?;
     generate(state, admitted, options, draw, "image_generation").await
 }
@@ -34,7 +34,7 @@ pub(crate) async fn generations(
 pub(crate) async fn edits(
     State(state): State<AppState>,
     mut admitted: Admitted,
-) -> Result<Response, ApiError> {
+) -> Result<Response> {
     let Form { texts, image, mask } = Form::read(&mut admitted).await?;
     let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
     let (options, mut draw) = request::read(Fields::form(texts), &state.settings.limits)?;
@@ -54,30 +54,31 @@ async fn generate(
     options: OpenAiOptions,
     draw: DrawRequest,
     kind: &'static str,
-) -> Result<Response, ApiError> {
+) -> Result<Response> {
     let Admitted { headers, client, deadline, stream_deadline, slot, .. } = admitted;
     let state = find(state, options.model).await?;
     let url = options.response_format == Some(ResponseFormat::Url);
     let url = url.then(|| origin(&headers));
-    let wish = ReplyOptions { kind, url, partial_images: options.partial_images.unwrap_or(0) };
-    let asked = Drawing::prepare(&state, &slot, vec![draw], |draw, _| {
+    let (compression, partial_images) =
+        (options.output_compression, options.partial_images.unwrap_or(0));
+    let options = ReplyOptions { kind, url, partial_images };
+    let drawing = Drawing::prepare(&state, &slot, vec![draw], |draw, _| {
         let format = draw.format()?.unwrap_or(Format::Png);
         Ok(match draw.stream {
             Some(true) => ReplyFormat::Events(format),
             _ => ReplyFormat::Json(format),
         })
     });
-    let mut asked = asked.await?;
-    asked.quality =
-        quality(options.output_compression, asked.reply.format())?.unwrap_or(asked.quality);
-    let streams = matches!(asked.reply, ReplyFormat::Events(_));
-    let ticket = asked.submit(&client, Some(if streams { stream_deadline } else { deadline }))?;
-    let common = common(&asked);
+    let mut drawing = drawing.await?;
+    drawing.quality = quality(compression, drawing.reply.format())?.unwrap_or(drawing.quality);
+    let streams = matches!(drawing.reply, ReplyFormat::Events(_));
+    let ticket = drawing.submit(&client, Some(if streams { stream_deadline } else { deadline }))?;
+    let common = common(&drawing);
     if streams {
-        return Ok(stream(state, asked, ticket, wish, common, slot));
+        return Ok(stream(state, drawing, ticket, options, common, slot));
     }
     let pictures = ticket.wait().await?;
-    let data = data(&state, asked, pictures, wish.url).await?;
+    let data = data(&state, drawing, pictures, options.url).await?;
     let mut reply = common;
     reply.insert("created".into(), now().into());
     reply.insert("data".into(), data.into());
@@ -106,7 +107,7 @@ fn origin(headers: &HeaderMap) -> String {
 
 /// The server as a request sees it that names this model, which may have to be loaded first.
 /// OpenAI's names mean the one that is here.
-async fn find(state: AppState, name: Option<String>) -> Result<AppState, ApiError> {
+async fn find(state: AppState, name: Option<String>) -> Result<AppState> {
     let theirs = |name: &String| THEIR_MODELS.iter().any(|prefix| name.starts_with(prefix));
     let Some(name) = name.filter(|name| !theirs(name)) else { return Ok(state) };
     state.choose(&name).await

@@ -4,11 +4,11 @@ use axum::Json;
 use axum::extract::{Path, State};
 use serde_json::{Value, json};
 
-use crate::http::error::ApiError;
+use crate::http::error::{ApiError, Result};
 use crate::http::state::AppState;
 
 /// `GET /v1/models`: the one that is here, and those that can be loaded.
-pub(crate) async fn models(State(state): State<AppState>) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn models(State(state): State<AppState>) -> Result<Json<Value>> {
     let cards: Vec<Value> = state.model_names().await?.iter().map(|name| card(name)).collect();
     Ok(Json(json!({ "object": "list", "data": cards })))
 }
@@ -17,7 +17,7 @@ pub(crate) async fn models(State(state): State<AppState>) -> Result<Json<Value>,
 pub(crate) async fn model(
     State(state): State<AppState>,
     Path(id): Path<String>,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Value>> {
     if state.model_names().await?.contains(&id) {
         Ok(Json(card(&id)))
     } else {

@@ -8,13 +8,13 @@ use serde_json::{Map, Value, json};
 
 use crate::engine::GeneratedImage;
 use crate::http::drawing::Drawing;
-use crate::http::error::ApiError;
+use crate::http::error::Result;
 use crate::http::state::AppState;
 
 /// What every answer and event says of its pictures.
-pub(crate) fn common(asked: &Drawing) -> Map<String, Value> {
-    let size = asked.specs.first().map(|spec| spec.final_size().to_string());
-    let format = asked.reply.format().name();
+pub(crate) fn common(drawing: &Drawing) -> Map<String, Value> {
+    let size = drawing.specs.first().map(|spec| spec.final_size().to_string());
+    let format = drawing.reply.format().name();
     let common = json!({ "size": size, "output_format": format, "background": "opaque" });
     common.as_object().cloned().unwrap_or_default()
 }
@@ -22,20 +22,20 @@ pub(crate) fn common(asked: &Drawing) -> Map<String, Value> {
 /// One object a picture: its seed, and itself or where it is.
 pub(crate) async fn data(
     state: &AppState,
-    asked: Drawing,
+    drawing: Drawing,
     pictures: Vec<GeneratedImage>,
     url: Option<String>,
-) -> Result<Vec<Value>, ApiError> {
+) -> Result<Vec<Value>> {
     let state = state.clone();
-    let data = move |asked: &Drawing, pictures: &[GeneratedImage], files: Vec<Vec<u8>>| {
+    let data = move |drawing: &Drawing, pictures: &[GeneratedImage], files: Vec<Vec<u8>>| {
         let (field, values): (_, Vec<String>) = match url {
             Some(origin) => {
-                let names = state.urls.keep(files, asked.reply.format())?;
+                let names = state.urls.keep(files, drawing.reply.format())?;
                 ("url", names.iter().map(|name| format!("{origin}/files/{name}")).collect())
             }
             None => ("b64_json", files.iter().map(|file| BASE64_STANDARD.encode(file)).collect()),
         };
-        let drawn = asked.specs.iter().zip(pictures).zip(values);
+        let drawn = drawing.specs.iter().zip(pictures).zip(values);
         let object = drawn.map(|((spec, picture), value)| {
             let mut object = json!({ "seed": spec.seed, field: value });
             if let Some(nsfw) = picture.nsfw {
@@ -48,7 +48,7 @@ pub(crate) async fn data(
         });
         Ok(object.collect())
     };
-    asked.encode(pictures, data).await?
+    drawing.encode(pictures, data).await?
 }
 
 /// Unix time in seconds.

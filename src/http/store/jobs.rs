@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::engine::JobMonitor;
-use crate::http::error::ApiError;
+use crate::http::error::{ApiError, Result};
 
 /// The retained jobs.
 #[derive(Debug, Default)]
@@ -18,7 +18,7 @@ pub(crate) struct JobStore {
 }
 
 /// The response of a finished job, or its error.
-pub(crate) type JobResult = Arc<Result<Response<Bytes>, ApiError>>;
+pub(crate) type JobResult = Arc<Result<Response<Bytes>>>;
 
 #[derive(Debug)]
 pub(crate) struct JobRecord {
@@ -54,11 +54,7 @@ impl JobStore {
     }
 
     /// Reads a job.
-    pub(crate) fn read<T>(
-        &self,
-        id: &str,
-        read: impl FnOnce(&JobRecord) -> T,
-    ) -> Result<T, ApiError> {
+    pub(crate) fn read<T>(&self, id: &str, read: impl FnOnce(&JobRecord) -> T) -> Result<T> {
         self.jobs().get(id).map(read).ok_or(ApiError::NoJob)
     }
 
