@@ -158,7 +158,7 @@ pub(crate) fn run(asked: Verify) -> Result<()> {
     }
     ensure!(
         mean <= allowed.0 && max <= allowed.1,
-        "the device draws another picture than the CPU: mean {mean:.3}/255, max {max}/255"
+        "the device's image differs from the CPU's: mean {mean:.3}/255, max {max}/255"
     );
     Ok(())
 }
