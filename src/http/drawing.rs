@@ -12,13 +12,14 @@ use base64::prelude::BASE64_STANDARD;
 use futures_util::stream;
 use sd_models::{ModelInfo, Rgb, Spec};
 use tokio::sync::mpsc;
+use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info, info_span};
 
 use super::admission::RequestSlot;
 use super::error::{ApiError, Result};
 use super::state::AppState;
-use crate::engine::{Client, Engine, GeneratedImage, Job, JobError, Ticket};
+use crate::engine::{Client, Engine, GeneratedImage, Job, JobError, Preview, Ticket};
 use crate::image::{self, Format, Hashes, JPEG_QUALITY};
 use crate::request::{DrawRequest, ValidationError};
 
@@ -180,6 +181,19 @@ impl Drawing {
         };
         self.specs.iter().zip(pictures).map(file).collect()
     }
+}
+
+/// The next preview. Never completes if there are none.
+pub(crate) async fn next_preview(
+    previews: Option<&mut watch::Receiver<Option<Preview>>>,
+) -> Preview {
+    if let Some(previews) = previews
+        && previews.changed().await.is_ok()
+        && let Some(preview) = previews.borrow_and_update().clone()
+    {
+        return preview;
+    }
+    std::future::pending().await
 }
 
 /// The file of a preview, in base64.

@@ -207,8 +207,7 @@ async fn steps(client: &Client, url: &str) -> Option<(f64, f64)> {
     };
     // A server without a step yet has no such series.
     let value = |name| value(name).unwrap_or(0.0);
-    text.contains("sd_batch_size")
-        .then(|| (value("sd_batch_size_sum "), value("sd_batch_size_count ")))
+    Some((value("sd_batch_size_sum "), value("sd_batch_size_count ")))
 }
 
 impl LoadReport {

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 use super::render::Invocation;
 use crate::engine::{Engine, Estimate, JobMonitor, Preview, Progress, Ticket};
 use crate::http::admission::RequestSlot;
-use crate::http::drawing::{EventSender, encode_preview, event_stream};
+use crate::http::drawing::{EventSender, encode_preview, event_stream, next_preview};
 use crate::image::{Format, JPEG_QUALITY};
 
 /// Interval at which the position in the queue is checked.
@@ -72,28 +72,27 @@ async fn send_progress(monitor: &mut JobMonitor, events: &EventSender) {
             }
         }
     }
+    let mut previews = monitor.previews().cloned();
     loop {
-        if let Some(preview) = preview(monitor).await {
-            events.send("preview", preview.to_string()).await;
+        tokio::select! {
+            biased;
+            changed = monitor.progress().changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                let progress = *monitor.progress().borrow_and_update();
+                events.send("step", step(progress, monitor.estimate()).to_string()).await;
+            }
+            Preview { index, rgb } = next_preview(previews.as_mut()) => {
+                let format = Format::Jpeg;
+                if let Some(data) = encode_preview(rgb, format, JPEG_QUALITY).await {
+                    let media_type = format.media_type();
+                    let event = json!({ "index": index, "content_type": media_type, "data": data });
+                    events.send("preview", event.to_string()).await;
+                }
+            }
         }
-        if monitor.progress().changed().await.is_err() {
-            return;
-        }
-        let progress = *monitor.progress().borrow_and_update();
-        events.send("step", step(progress, monitor.estimate()).to_string()).await;
     }
-}
-
-/// A preview that has not been sent yet.
-async fn preview(monitor: &mut JobMonitor) -> Option<Value> {
-    let previews = monitor.previews()?;
-    if !previews.has_changed().unwrap_or(false) {
-        return None;
-    }
-    let Preview { index, rgb } = previews.borrow_and_update().clone()?;
-    let data = encode_preview(rgb, Format::Jpeg, JPEG_QUALITY).await?;
-    let media_type = Format::Jpeg.media_type();
-    Some(json!({ "index": index, "content_type": media_type, "data": data }))
 }
 
 /// `position` counts from 1.

@@ -7,9 +7,9 @@ use serde_json::{Map, Value, json};
 
 use super::error::describe;
 use super::render::{data, now};
-use crate::engine::{JobMonitor, Preview, Progress, Ticket};
+use crate::engine::{Progress, Ticket};
 use crate::http::admission::RequestSlot;
-use crate::http::drawing::{Drawing, EventSender, encode_preview, event_stream};
+use crate::http::drawing::{Drawing, EventSender, encode_preview, event_stream, next_preview};
 use crate::http::state::AppState;
 
 /// What a client wants besides pictures.
@@ -43,7 +43,7 @@ pub(crate) fn stream(
         let result = loop {
             tokio::select! {
                 result = &mut result => break result,
-                preview = next_preview(&mut monitor, sent < partial_images) => {
+                preview = next_preview(monitor.previews().filter(|_| sent < partial_images)) => {
                     let Progress { completed, total, .. } = monitor.current();
                     // One preview for each equal part of the steps.
                     if completed * (partial_images + 1) >= total * (sent + 1)
@@ -78,15 +78,4 @@ async fn send(events: &EventSender, name: &str, mut data: Value, common: &Map<St
         data[name] = value.clone();
     }
     events.send(name, data.to_string()).await;
-}
-
-/// The next preview, if it is wanted; never completes if there is none.
-async fn next_preview(monitor: &mut JobMonitor, wanted: bool) -> Preview {
-    if let Some(previews) = monitor.previews().filter(|_| wanted)
-        && previews.changed().await.is_ok()
-        && let Some(preview) = previews.borrow_and_update().clone()
-    {
-        return preview;
-    }
-    std::future::pending().await
 }
