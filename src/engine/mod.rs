@@ -179,31 +179,38 @@ impl Engine {
     /// Updates the gauges; `all` are the engines of the device, including this one.
     pub fn gauge_with(&self, all: &[Self]) {
         let metrics = self.metrics();
-        let count = |of: fn(&Self) -> usize| all.iter().map(of).sum::<usize>() as f64;
+        let count = |of: fn(&Self) -> usize| all.iter().map(of).sum::<usize>() as i64;
         metrics.images_waiting.with([]).set(count(|engine| engine.shared.queue().len()));
         metrics.images_running.with([]).set(count(|engine| engine.shared.pace().pictures));
-        metrics.images_capacity.with([]).set((self.max_batch_rows() / 2) as f64);
+        metrics.images_capacity.with([]).set((self.max_batch_rows() / 2) as i64);
         let ready = matches!(self.state(), EngineState::Ready(_));
-        metrics.ready.with([]).set(f64::from(u8::from(ready)));
+        metrics.ready.with([]).set(i64::from(ready));
         for (gauge, bytes) in [
             (&metrics.memory_budget, self.shared.device.budget_bytes()),
             (&metrics.resident_memory, memory::resident()),
             (&metrics.available_memory, memory::available()),
         ] {
             if let Some(bytes) = bytes {
-                gauge.with([]).set(bytes as f64);
+                gauge.with([]).set(bytes as i64);
             }
         }
         for (index, gpu) in gpu::read().into_iter().enumerate() {
-            for (gauge, value) in [
+            let index = index.to_string();
+            for (gauge, bytes) in [
                 (&metrics.gpu_memory_used, gpu.memory_used_bytes),
                 (&metrics.gpu_memory_total, gpu.memory_bytes),
+            ] {
+                if let Some(bytes) = bytes {
+                    gauge.with([&index]).set(bytes as i64);
+                }
+            }
+            for (gauge, value) in [
                 (&metrics.gpu_utilization, gpu.busy),
                 (&metrics.gpu_power, gpu.power_watts),
                 (&metrics.gpu_temperature, gpu.temperature_celsius),
             ] {
                 if let Some(value) = value {
-                    gauge.with([&index.to_string()]).set(value);
+                    gauge.with([&index]).set(value);
                 }
             }
         }

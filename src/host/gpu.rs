@@ -13,8 +13,8 @@ const LIBRARY: &str = "libnvidia-ml.so.1";
 /// The metrics of one GPU.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct GpuReading {
-    pub(crate) memory_used_bytes: Option<f64>,
-    pub(crate) memory_bytes: Option<f64>,
+    pub(crate) memory_used_bytes: Option<u64>,
+    pub(crate) memory_bytes: Option<u64>,
     /// Share of recent time in which a kernel ran, 0 to 1.
     pub(crate) busy: Option<f64>,
     pub(crate) power_watts: Option<f64>,
@@ -34,8 +34,8 @@ pub(crate) fn read() -> Vec<GpuReading> {
             let milliwatts = gpu.power_usage().ok();
             let celsius = gpu.temperature(TemperatureSensor::Gpu).ok();
             GpuReading {
-                memory_used_bytes: memory.as_ref().map(|memory| memory.used as f64),
-                memory_bytes: memory.as_ref().map(|memory| memory.total as f64),
+                memory_used_bytes: memory.as_ref().map(|memory| memory.used),
+                memory_bytes: memory.as_ref().map(|memory| memory.total),
                 busy: busy.map(|busy| f64::from(busy.gpu) / 100.0),
                 power_watts: milliwatts.map(|milliwatts| f64::from(milliwatts) / 1000.0),
                 temperature_celsius: celsius.map(f64::from),

@@ -9,10 +9,11 @@ use std::time::Duration;
 use prometheus_client::encoding::{prometheus_text, text};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Metric, Registry};
 
-type Gauge = prometheus_client::metrics::gauge::Gauge<f64, AtomicU64>;
-type Histogram = prometheus_client::metrics::histogram::Histogram;
+type FloatGauge = Gauge<f64, AtomicU64>;
 
 /// Series by the names and values of their labels.
 type SeriesFamily<M, const N: usize> = Family<[(&'static str, String); N], M, fn() -> M>;
@@ -108,7 +109,7 @@ metrics! {
     /// 1 if the model is ready to generate images, else 0.
     ready: Gauge = "sd_ready" [] Gauge::default;
     /// Time from the start of loading the model, download included, to the end of its warm-up.
-    model_load: Gauge = "sd_model_load_seconds" [] Gauge::default;
+    model_load: FloatGauge = "sd_model_load_seconds" [] FloatGauge::default;
     /// Jobs of /v1/jobs held in memory, by state: running or finished.
     jobs: Gauge = "sd_jobs" ["state"] Gauge::default;
     /// Device memory available to one UNet call or VAE decode.
@@ -122,11 +123,11 @@ metrics! {
     /// GPU memory in total.
     gpu_memory_total: Gauge = "sd_gpu_memory_total_bytes" ["gpu"] Gauge::default;
     /// Share of recent time in which a kernel ran, whatever its batch size.
-    gpu_utilization: Gauge = "sd_gpu_utilization_ratio" ["gpu"] Gauge::default;
+    gpu_utilization: FloatGauge = "sd_gpu_utilization_ratio" ["gpu"] FloatGauge::default;
     /// Power draw of the GPU.
-    gpu_power: Gauge = "sd_gpu_power_watts" ["gpu"] Gauge::default;
+    gpu_power: FloatGauge = "sd_gpu_power_watts" ["gpu"] FloatGauge::default;
     /// Temperature of the GPU.
-    gpu_temperature: Gauge = "sd_gpu_temperature_celsius" ["gpu"] Gauge::default;
+    gpu_temperature: FloatGauge = "sd_gpu_temperature_celsius" ["gpu"] FloatGauge::default;
     /// Always 1; the label is the version of the server.
     build: Gauge = "sd_build_info" ["version"] Gauge::default;
 }
@@ -180,7 +181,8 @@ mod tests {
             metrics.batch_size.with([]).observe(rows);
         }
         metrics.requests.with(["/ping", "ok"]).inc();
-        metrics.ready.with([]).set(1.0);
+        metrics.ready.with([]).set(1);
+        metrics.gpu_power.with(["0"]).set(7.5);
         let (classic, open) = (metrics.to_string(), metrics.open_metrics());
         for line in [
             "# HELP sd_requests_total Requests by route and outcome: ok, an error code, or client_closed.",
@@ -191,13 +193,14 @@ mod tests {
             "sd_batch_size_bucket{le=\"2\"} 3",
             "sd_batch_size_bucket{le=\"64\"} 3",
             "sd_batch_size_bucket{le=\"+Inf\"} 4",
-            "sd_batch_size_sum 1005",
+            "sd_batch_size_sum 1005.0",
             "sd_batch_size_count 4",
             "sd_ready 1",
+            "sd_gpu_power_watts{gpu=\"0\"} 7.5",
         ] {
             assert!(classic.lines().any(|found| found == line), "{line} in {classic}");
         }
         assert!(open.contains("# TYPE sd_requests counter\nsd_requests_total{"), "{open}");
-        assert!(open.contains("sd_ready 1.0\n") && open.ends_with("# EOF\n"), "{open}");
+        assert!(open.contains("sd_ready 1\n") && open.ends_with("# EOF\n"), "{open}");
     }
 }

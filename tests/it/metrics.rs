@@ -69,7 +69,7 @@ fn open_metrics_are_rendered_when_they_are_accepted() {
     let media_type = reply.headers()["content-type"].to_str().expect("text").to_owned();
     assert!(media_type.starts_with("application/openmetrics-text"), "{media_type}");
     let text = reply.text().expect("text");
-    assert!(text.contains("\nsd_ready 1.0\n") && text.ends_with("\n# EOF\n"), "{text}");
+    assert!(text.contains("\nsd_ready 1\n") && text.ends_with("\n# EOF\n"), "{text}");
 }
 
 #[test]

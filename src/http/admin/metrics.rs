@@ -18,11 +18,11 @@ pub(crate) async fn metrics(State(state): State<AppState>, headers: HeaderMap) -
     // The GPU driver may be slow. A gauge that cannot be read keeps its value.
     let _ = tokio::task::spawn_blocking(move || engine.gauge_with(&engines)).await;
     let in_flight = state.settings.max_requests - state.request_slots.available_permits();
-    metrics.requests_in_flight.with([]).set(in_flight as f64);
+    metrics.requests_in_flight.with([]).set(in_flight as i64);
     let [running, finished] = state.jobs.count();
-    metrics.jobs.with(["running"]).set(running as f64);
-    metrics.jobs.with(["finished"]).set(finished as f64);
-    metrics.build.with([env!("CARGO_PKG_VERSION")]).set(1.0);
+    metrics.jobs.with(["running"]).set(running as i64);
+    metrics.jobs.with(["finished"]).set(finished as i64);
+    metrics.build.with([env!("CARGO_PKG_VERSION")]).set(1);
     let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
     if accept.contains("application/openmetrics-text") {
         ([(CONTENT_TYPE, OPEN_METRICS)], metrics.open_metrics()).into_response()
