@@ -15,7 +15,7 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(not(feature = "cuda"))]
-#[path = "cuda/absent.rs"]
+#[path = "no_cuda.rs"]
 mod cuda;
 mod filter;
 mod gated;
