@@ -10,6 +10,7 @@ mod dialects; // what other servers' clients send to /invocations
 mod embeddings; // textual inversion
 mod engine; // the engine and its server around a fake model: loading, draining, dying
 mod fake; // the fake model
+mod floors; // imports run one way
 mod harness; // starts the real binary
 mod hostile; // malformed requests: a clear answer, and the next one works
 mod hub; // a hub on this host: what is fetched, what is cached
