@@ -118,24 +118,23 @@ pub struct GeneratedImage {
     pub drawn: Duration,
 }
 
-/// UNet evaluations made and to make, over all pictures of a job. The total counts pictures
-/// from the moment they leave the queue.
+/// Progress in UNet calls, over all images of a job that have left the queue.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Evaluations made.
+    /// Number of completed UNet calls.
     pub completed: usize,
-    /// Evaluations of the pictures that have begun.
+    /// Number of UNet calls in total.
     pub total: usize,
-    /// Pictures that have begun.
+    /// Number of images that have left the queue.
     pub started: usize,
 }
 
 /// A preview of a running image.
 #[derive(Debug, Clone)]
 pub struct Preview {
-    /// Which picture of the job.
+    /// Index of the image in the job.
     pub index: usize,
-    /// Its pixels, as far as they can be told.
+    /// The pixels.
     pub rgb: Arc<Rgb>,
 }
 
@@ -191,9 +190,9 @@ pub(super) fn open(
     let count = specs.len();
     // Each task sends one result, so with this capacity the worker never waits.
     let (settled, pictures) = mpsc::channel(count.max(1));
-    let (made, progress) = watch::channel(Progress::default());
+    let (advanced, progress) = watch::channel(Progress::default());
     let previews = preview.then(|| Previews::new(None));
-    let looks = previews.as_ref().map(watch::Sender::subscribe);
+    let shown = previews.as_ref().map(watch::Sender::subscribe);
     let interrupted = Arc::<AtomicBool>::default();
     let submitted = Instant::now();
     let task = |(index, spec)| ImageTask {
@@ -204,7 +203,7 @@ pub(super) fn open(
         submitted,
         index,
         settled: settled.clone(),
-        progress: made.clone(),
+        progress: advanced.clone(),
         previews: previews.clone().map(|previews| (previews, None)),
         interrupted: Arc::clone(&interrupted),
         outcome: None,
@@ -213,16 +212,8 @@ pub(super) fn open(
     };
     let state = state.subscribe();
     let tasks = specs.into_iter().enumerate().map(task).collect();
-    let ticket = Ticket {
-        job: id,
-        pictures,
-        count,
-        deadline,
-        progress,
-        previews: looks,
-        interrupted,
-        state,
-    };
+    let (job, previews) = (id, shown);
+    let ticket = Ticket { job, pictures, count, deadline, progress, previews, interrupted, state };
     (ticket, tasks)
 }
 
@@ -247,7 +238,7 @@ impl Ticket {
         }
     }
 
-    /// How far the job is; changes with every evaluation.
+    /// The progress of the job; changes with each UNet call.
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.progress.clone()
     }
@@ -277,7 +268,7 @@ impl ImageTask {
         (self.job, self.index)
     }
 
-    /// What it costs: pixels times rows times evaluations, these counted as steps.
+    /// The work of the image: pixels times rows times steps.
     pub(super) fn work(&self) -> u64 {
         let passes = self.spec.passes().map(|(size, steps)| size.pixels() * steps);
         (passes.sum::<usize>() * self.spec.rows()) as u64
@@ -307,12 +298,12 @@ impl ImageTask {
         }
     }
 
-    /// Tells the ticket that this many evaluations have been made and promised.
-    pub(super) fn advance(&self, made: usize, promised: usize) {
+    /// Adds to the numbers of completed UNet calls and, when the image starts, of those in total.
+    pub(super) fn advance(&self, completed: usize, total: usize) {
         self.progress.send_modify(|progress| {
-            progress.completed += made;
-            progress.total += promised;
-            progress.started += usize::from(promised > 0);
+            progress.completed += completed;
+            progress.total += total;
+            progress.started += usize::from(total > 0);
         });
     }
 

@@ -57,9 +57,9 @@ impl Engine {
         load: impl FnOnce() -> anyhow::Result<M> + Send + 'static,
     ) -> io::Result<Self> {
         let engine = Self::new(device, settings, EngineState::Loading);
-        let theirs = Arc::clone(&engine.shared);
+        let shared = Arc::clone(&engine.shared);
         let work = move || {
-            worker::main(theirs, load);
+            worker::main(shared, load);
             // The model is dropped; the next one needs its memory.
             sd_models::return_freed_memory();
         };
@@ -123,14 +123,13 @@ impl Engine {
         let id = self.shared.jobs.fetch_add(1, Ordering::Relaxed);
         let (ticket, mut tasks) =
             job::open(id, job, &self.shared.state, &self.shared.busy, &self.shared.metrics);
-        let refuse = |tasks: Vec<job::ImageTask>, failure: JobError| {
+        let reject = |tasks: Vec<job::ImageTask>, failure: JobError| {
             tasks.into_iter().for_each(|task| task.reject(failure.clone()));
             failure
         };
         let budget = self.shared.budget();
-        let too_large = |task: &job::ImageTask| model.peak_bytes(&task.spec) > budget;
-        if tasks.iter().any(too_large) {
-            return Err(refuse(tasks, JobError::OutOfMemory));
+        if tasks.iter().any(|task| model.peak_bytes(&task.spec) > budget) {
+            return Err(reject(tasks, JobError::OutOfMemory));
         }
         let mut queue = self.shared.queue();
         // The state may have changed since; the queue is authoritative.
@@ -138,9 +137,9 @@ impl Engine {
         let retry_after_s = self.shared.retry_after(&queue, tasks.len());
         drop(queue);
         match pushed {
-            Ok(evicted) => drop(refuse(evicted, JobError::Full { retry_after_s })),
-            Err(PushError::Full) => return Err(refuse(tasks, JobError::Full { retry_after_s })),
-            Err(PushError::Closed) => return Err(refuse(tasks, JobError::Stopping)),
+            Ok(evicted) => drop(reject(evicted, JobError::Full { retry_after_s })),
+            Err(PushError::Full) => return Err(reject(tasks, JobError::Full { retry_after_s })),
+            Err(PushError::Closed) => return Err(reject(tasks, JobError::Stopping)),
         }
         self.shared.arrived.notify_one();
         Ok(ticket)
@@ -181,36 +180,24 @@ impl Engine {
         let metrics = self.metrics();
         let count = |of: fn(&Self) -> usize| all.iter().map(of).sum::<usize>() as i64;
         metrics.images_waiting.with([]).set(count(|engine| engine.shared.queue().len()));
-        metrics.images_running.with([]).set(count(|engine| engine.shared.pace().pictures));
+        metrics.images_running.with([]).set(count(|engine| engine.shared.pace().running));
         metrics.images_capacity.with([]).set((self.max_batch_rows() / 2) as i64);
         let ready = matches!(self.state(), EngineState::Ready(_));
         metrics.ready.with([]).set(i64::from(ready));
-        for (gauge, bytes) in [
-            (&metrics.memory_budget, self.shared.device.budget_bytes()),
-            (&metrics.resident_memory, memory::resident()),
-            (&metrics.available_memory, memory::available()),
-        ] {
-            if let Some(bytes) = bytes {
-                gauge.with([]).set(bytes as i64);
-            }
-        }
+        metrics.memory_budget.set_bytes([], self.shared.device.budget_bytes());
+        metrics.resident_memory.set_bytes([], memory::resident());
+        metrics.available_memory.set_bytes([], memory::available());
         for (index, gpu) in gpu::read().into_iter().enumerate() {
-            let index = index.to_string();
-            for (gauge, bytes) in [
-                (&metrics.gpu_memory_used, gpu.memory_used_bytes),
-                (&metrics.gpu_memory_total, gpu.memory_bytes),
-            ] {
-                if let Some(bytes) = bytes {
-                    gauge.with([&index]).set(bytes as i64);
-                }
-            }
+            let index = [&*index.to_string()];
+            metrics.gpu_memory_used.set_bytes(index, gpu.memory_used_bytes);
+            metrics.gpu_memory_total.set_bytes(index, gpu.memory_bytes);
             for (gauge, value) in [
                 (&metrics.gpu_utilization, gpu.busy),
                 (&metrics.gpu_power, gpu.power_watts),
                 (&metrics.gpu_temperature, gpu.temperature_celsius),
             ] {
                 if let Some(value) = value {
-                    gauge.with([&index]).set(value);
+                    gauge.with(index).set(value);
                 }
             }
         }
@@ -223,14 +210,14 @@ impl Engine {
         self.shared.arrived.notify_one();
     }
 
-    /// Rejects new jobs, finishes accepted ones within `patience`, and returns when the model's
+    /// Rejects new jobs, finishes accepted ones within `timeout`, and returns when the model's
     /// memory is free.
-    pub async fn retire(&self, patience: Duration) {
+    pub async fn retire(&self, timeout: Duration) {
         self.drain();
         let Some(thread) = self.shared.thread().take() else { return };
         let ended = tokio::task::spawn_blocking(move || drop(thread.join()));
         let mut ended = std::pin::pin!(ended);
-        if tokio::time::timeout(patience, ended.as_mut()).await.is_err() {
+        if tokio::time::timeout(timeout, ended.as_mut()).await.is_err() {
             self.abort();
             let _ = ended.await;
         }
@@ -249,16 +236,10 @@ impl Engine {
         self.shared.arrived.notify_one();
     }
 
-    /// Returns when the model thread has terminated by itself, with the reason.
-    pub async fn terminated(&self) -> String {
+    /// Returns when the model thread has terminated by itself.
+    pub async fn terminated(&self) {
         let mut state = self.shared.state.subscribe();
-        loop {
-            if let EngineState::Dead(death) = &*state.borrow_and_update() {
-                return death.to_string();
-            }
-            if state.changed().await.is_err() {
-                return "the engine is gone".into();
-            }
-        }
+        // The sender lives as long as `self`.
+        let _ = state.wait_for(|state| matches!(state, EngineState::Dead(_))).await;
     }
 }

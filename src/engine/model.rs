@@ -54,31 +54,28 @@ pub trait Trajectory {
     fn warnings(&self) -> &[String];
 }
 
+/// Methods of a trait whose implementation is the type's own method of the same name.
+macro_rules! forward {
+    ($(fn $name:ident(&self $(, $argument:ident: $type:ty)?) -> $output:ty;)*) => {
+        $(fn $name(&self $(, $argument: $type)?) -> $output {
+            self.$name($($argument)?)
+        })*
+    };
+}
+
 impl Model for sd_models::Pipeline {
     type Trajectory = sd_models::Trajectory;
 
-    fn info(&self) -> &ModelInfo {
-        self.info()
+    forward! {
+        fn info(&self) -> &ModelInfo;
+        fn begin(&self, spec: &Spec) -> sd_models::Result<Self::Trajectory>;
+        fn step(&self, batch: &mut [&mut Self::Trajectory]) -> sd_models::Result<()>;
+        fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb>;
+        fn check_safety(&self, picture: &Rgb) -> sd_models::Result<Option<bool>>;
     }
 
     fn files(&self, spec: &Spec) -> Option<Box<dyn FnOnce() + Send>> {
         self.prefetch(spec)
-    }
-
-    fn begin(&self, spec: &Spec) -> sd_models::Result<Self::Trajectory> {
-        self.begin(spec)
-    }
-
-    fn step(&self, batch: &mut [&mut Self::Trajectory]) -> sd_models::Result<()> {
-        self.step(batch)
-    }
-
-    fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb> {
-        self.decode(trajectory)
-    }
-
-    fn check_safety(&self, picture: &Rgb) -> sd_models::Result<Option<bool>> {
-        self.check_safety(picture)
     }
 
     fn preview(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Option<Rgb>> {
@@ -94,27 +91,12 @@ impl Model for sd_models::Pipeline {
 }
 
 impl Trajectory for sd_models::Trajectory {
-    fn done(&self) -> bool {
-        self.done()
-    }
-
-    fn progress(&self) -> (usize, usize) {
-        self.progress()
-    }
-
-    fn rows(&self) -> usize {
-        self.rows()
-    }
-
-    fn size(&self) -> Size {
-        self.size()
-    }
-
-    fn work_left(&self) -> usize {
-        self.work_left()
-    }
-
-    fn warnings(&self) -> &[String] {
-        self.warnings()
+    forward! {
+        fn done(&self) -> bool;
+        fn progress(&self) -> (usize, usize);
+        fn rows(&self) -> usize;
+        fn size(&self) -> Size;
+        fn work_left(&self) -> usize;
+        fn warnings(&self) -> &[String];
     }
 }

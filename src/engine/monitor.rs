@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use super::job::{JobId, Preview, Progress, Ticket};
 use super::shared::EngineShared;
 
-/// The position of a job in the queue, and the time that it will take.
+/// The position of a job in the queue, and the time until it is completed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Estimate {
     /// Number of images ahead of it in the queue; `None` when it has started.
@@ -36,17 +36,17 @@ impl JobMonitor {
         Self { job, shared, progress, previews, interrupted }
     }
 
-    /// Steps made and to make; changes with each.
+    /// Progress in UNet calls; changes with each.
     pub fn progress(&mut self) -> &mut watch::Receiver<Progress> {
         &mut self.progress
     }
 
-    /// Steps made and to make.
+    /// The current progress.
     pub fn current(&self) -> Progress {
         *self.progress.borrow()
     }
 
-    /// Changes with each preview; `None` if none were asked for.
+    /// Changes with each preview; `None` if none are requested.
     pub fn previews(&mut self) -> Option<&mut watch::Receiver<Option<Preview>>> {
         self.previews.as_mut()
     }
@@ -56,22 +56,20 @@ impl JobMonitor {
         self.previews.as_ref()?.borrow().clone()
     }
 
-    /// Ends the job after the current step, with its images as they are.
+    /// Ends the job after the current step, with partly denoised images.
     pub fn interrupt(&self) {
         self.interrupted.store(true, Ordering::Relaxed);
     }
 
-    /// The position of the job and the time that it will take, if nobody else comes or leaves.
+    /// The position of the job and the time until it is completed, if no job is added or cancelled.
     pub fn estimate(&self) -> Estimate {
         let place = self.shared.queue().place(self.job);
         let pace = self.shared.pace();
         if let Some((position, work)) = place {
-            return Estimate { position: Some(position), left: pace.time(pace.drawing + work) };
+            return Estimate { position: Some(position), left: pace.time(pace.work_left + work) };
         }
         let Progress { completed, total, started } = *self.progress.borrow();
-        Estimate {
-            position: None,
-            left: pace.time_of((total - completed).div_ceil(started.max(1))),
-        }
+        let left = pace.time_of((total - completed).div_ceil(started.max(1)));
+        Estimate { position: None, left }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-/// Exponential decay per turn: the last fifty or so count.
+/// Exponential decay per turn: the weights of all turns sum to fifty.
 const MEMORY: f64 = 0.98;
 
 /// Maximum estimate, in seconds.
@@ -16,9 +16,9 @@ pub(super) struct Throughput {
     work: f64,
     turns: f64,
     /// Remaining work of the running images.
-    pub(super) drawing: u64,
+    pub(super) work_left: u64,
     /// Number of running images.
-    pub(super) pictures: usize,
+    pub(super) running: usize,
     /// Number of image sizes that take turns.
     pub(super) sizes: usize,
 }
@@ -45,12 +45,12 @@ impl Throughput {
         (self.turns > 0.0).then(|| duration(turns * self.seconds / self.turns))
     }
 
-    /// Estimated time until `in_the_way` of the waiting and running images have ended, in whole
-    /// seconds; `work` is that of the waiting ones.
-    pub(super) fn retry_after(&self, in_the_way: usize, waiting: usize, work: u64) -> u64 {
-        let all = (self.pictures + waiting).max(1);
-        let share = (in_the_way as f64 / all as f64).min(1.0);
-        let drained = self.time(self.drawing + work).unwrap_or_default();
+    /// Estimated time until `count` of the waiting and running images have ended, in whole seconds;
+    /// `work` is that of the waiting ones.
+    pub(super) fn retry_after(&self, count: usize, waiting: usize, work: u64) -> u64 {
+        let all = (self.running + waiting).max(1);
+        let share = (count as f64 / all as f64).min(1.0);
+        let drained = self.time(self.work_left + work).unwrap_or_default();
         (drained.as_secs_f64() * share).ceil().max(1.0) as u64
     }
 }
@@ -72,18 +72,18 @@ mod tests {
             pace.measure(Duration::from_secs(1), 10);
             pace.measure(Duration::from_secs(100), 0);
         }
-        (pace.pictures, pace.drawing) = (2, 20);
+        (pace.running, pace.work_left) = (2, 20);
         let near = |time: Option<Duration>, seconds: f64| {
             (time.expect("measured").as_secs_f64() - seconds).abs() < 0.01
         };
         assert!(near(pace.time(50), 5.0));
         assert!(near(pace.time_of(7), 7.0));
-        assert_eq!(pace.retry_after(10, 8, 80), 10, "all of it is in the way");
+        assert_eq!(pace.retry_after(10, 8, 80), 10, "all of them");
         assert_eq!(pace.retry_after(1, 8, 80), 1);
         assert_eq!(pace.retry_after(3, 8, 80), 3);
         for _ in 0..1000 {
             pace.measure(Duration::from_secs(2), 10);
         }
-        assert!(near(pace.time(50), 10.0), "it learns");
+        assert!(near(pace.time(50), 10.0), "recent turns count most");
     }
 }

@@ -9,7 +9,7 @@ use std::collections::{HashMap, VecDeque};
 use super::job::{Client, ImageTask, JobId};
 
 /// The waiting images.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Queue {
     /// By ascending start.
     tasks: VecDeque<Waiting>,
@@ -38,14 +38,7 @@ pub(super) enum PushError {
 
 impl Queue {
     pub(super) fn new(capacity: usize) -> Self {
-        Self {
-            tasks: VecDeque::new(),
-            capacity,
-            closed: false,
-            arrivals: 0,
-            now: 0,
-            ends: HashMap::new(),
-        }
+        Self { capacity, ..Self::default() }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -88,7 +81,7 @@ impl Queue {
         let mut evicted = Vec::new();
         if self.tasks.len() + job.len() > self.capacity {
             // Images of disconnected clients do not count.
-            self.forget_unwanted();
+            self.remove_unwanted();
         }
         if !self.tasks.is_empty() && self.tasks.len() + job.len() > self.capacity {
             evicted = self.make_room(job).ok_or(PushError::Full)?;
@@ -108,27 +101,28 @@ impl Queue {
     /// will have fewer, if none of that job has started. Otherwise the first client could block all
     /// others.
     fn make_room(&mut self, job: &[ImageTask]) -> Option<Vec<ImageTask>> {
-        let newcomer = &job.first()?.client;
+        let client = &job.first()?.client;
         let mut held: HashMap<&Client, usize> = HashMap::new();
         for waiting in &self.tasks {
             *held.entry(&waiting.task.client).or_default() += 1;
         }
-        let theirs = held.get(newcomer).copied().unwrap_or_default() + job.len();
-        let (greedy, most) = held.into_iter().max_by_key(|(_, held)| *held)?;
-        if most <= theirs {
+        let requested = held.get(client).copied().unwrap_or_default() + job.len();
+        let (largest, most) = held.into_iter().max_by_key(|(_, held)| *held)?;
+        if most <= requested {
             return None;
         }
-        let victim = self.tasks.iter().rev().map(|waiting| &waiting.task);
-        let victim = victim.filter(|task| task.client == *greedy).max_by_key(|o| o.job)?;
-        let (victim, pictures) = (victim.job, victim.siblings);
-        let waiting = self.tasks.iter().filter(|waiting| waiting.task.job == victim).count();
+        let tasks = || self.tasks.iter().map(|waiting| &waiting.task);
+        let of_largest = tasks().filter(|task| task.client == *largest);
+        let newest = of_largest.max_by_key(|task| task.job)?;
+        let (newest, images) = (newest.job, newest.siblings);
+        let waiting = tasks().filter(|task| task.job == newest).count();
         let fits = self.tasks.len() - waiting + job.len() <= self.capacity;
-        (waiting == pictures && fits).then(|| self.take_out(|task| task.job == victim))
+        (waiting == images && fits).then(|| self.take_out(|task| task.job == newest))
     }
 
     /// Removes and returns the first image that is still wanted and `fits`.
     pub(super) fn next(&mut self, mut fits: impl FnMut(&ImageTask) -> bool) -> Option<ImageTask> {
-        self.forget_unwanted();
+        self.remove_unwanted();
         let place = self.tasks.iter().position(|waiting| fits(&waiting.task))?;
         let Waiting { task, start } = self.tasks.remove(place)?;
         self.now = self.now.max(start);
@@ -138,25 +132,23 @@ impl Queue {
         Some(task)
     }
 
-    fn forget_unwanted(&mut self) {
+    /// Removes the images of dropped tickets and of interrupted jobs.
+    fn remove_unwanted(&mut self) {
         drop(self.take_out(|task| !task.is_wanted()));
         self.take_out(ImageTask::interrupted).into_iter().for_each(ImageTask::skip);
     }
 
     /// Removes images from the queue and from their clients' accounts.
     fn take_out(&mut self, mut which: impl FnMut(&ImageTask) -> bool) -> Vec<ImageTask> {
-        let mut taken = Vec::new();
-        for waiting in std::mem::take(&mut self.tasks) {
-            if !which(&waiting.task) {
-                self.tasks.push_back(waiting);
-                continue;
+        let tasks = std::mem::take(&mut self.tasks).into_iter();
+        let (taken, kept): (VecDeque<_>, _) = tasks.partition(|waiting| which(&waiting.task));
+        self.tasks = kept;
+        for Waiting { task, .. } in &taken {
+            if let Some(end) = self.ends.get_mut(&task.client) {
+                *end = end.saturating_sub(task.work());
             }
-            if let Some(end) = self.ends.get_mut(&waiting.task.client) {
-                *end = end.saturating_sub(waiting.task.work());
-            }
-            taken.push(waiting.task);
         }
-        taken
+        taken.into_iter().map(|waiting| waiting.task).collect()
     }
 
     /// Rejects new jobs.

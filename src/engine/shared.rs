@@ -12,7 +12,7 @@ use super::queue::Queue;
 use super::state::{EngineConfig, EngineState};
 use crate::telemetry::Metrics;
 
-/// What the handle and the model thread have in common.
+/// The queue, state and measurements of an engine.
 #[derive(Debug)]
 pub(super) struct EngineShared {
     pub(super) settings: EngineConfig,

@@ -4,11 +4,12 @@
 //! batching). Only files are read on other threads: an image that needs some keeps its rows
 //! meanwhile, and the others continue.
 
+use std::iter::successors;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
-use std::{fmt, thread};
 
 use anyhow::Context as _;
 use sd_models::{Defaults, Error, ModelInfo, PromptSyntax, Rgb, Size, Spec};
@@ -52,8 +53,8 @@ pub(super) fn main<M: Model>(shared: Arc<EngineShared>, load: impl FnOnce() -> a
     engine.device.set_budget_bytes(budget);
     drop(turn);
     let (size, max_rows) = (defaults.size, engine.settings.max_batch_rows as u64);
-    let usual = warm_up_params(&defaults, size);
-    let row_bytes = info.step_bytes(&usual, size).div_ceil(usual.rows() as u64).max(1);
+    let spec = warm_up_params(&defaults, size);
+    let row_bytes = info.step_bytes(&spec, size).div_ceil(spec.rows() as u64).max(1);
     let (cpu_isa, warning) = sd_models::cpu_isa();
     info!(
         model = info.name,
@@ -315,10 +316,10 @@ impl<M: Model> Worker<M> {
         let left = |slot: &Slot<M::Trajectory>| (slot.trajectory.work_left() * rows(slot)) as u64;
         let mut pace = self.engine.pace.lock().unwrap_or_else(PoisonError::into_inner);
         pace.measure(elapsed, work);
-        let drawing = self.slots.iter().filter(|slot| !slot.done()).map(left);
+        let stepping = self.slots.iter().filter(|slot| !slot.done()).map(left);
         let reading = self.reading.iter().map(|reading| reading.task.work());
-        pace.drawing = drawing.chain(reading).sum();
-        pace.pictures = self.slots.len() + self.reading.len();
+        pace.work_left = stepping.chain(reading).sum();
+        pace.running = self.slots.len() + self.reading.len();
         pace.sizes = self.loads().len();
     }
 
@@ -329,21 +330,16 @@ impl<M: Model> Worker<M> {
         let busy = !self.slots.is_empty();
         while !self.lost {
             let Some(task) = self.next_ready() else { return };
-            let began = Instant::now();
-            let queued = began.saturating_duration_since(task.submitted);
+            let begun = Instant::now();
+            let queued = begun.saturating_duration_since(task.submitted);
             self.engine.metrics.queue_duration.time([], queued);
-            let begun = self.model.begin(&task.spec);
-            self.engine.metrics.stage_duration.time(["text_encode"], began.elapsed());
-            match begun {
+            let trajectory = self.model.begin(&task.spec);
+            self.engine.metrics.stage_duration.time(["text_encode"], begun.elapsed());
+            match trajectory {
                 Ok(trajectory) => {
                     task.advance(0, trajectory.progress().1);
-                    self.slots.push(Slot {
-                        task,
-                        trajectory,
-                        begun: began,
-                        decoded: None,
-                        cut_short: false,
-                    });
+                    let (decoded, cut_short) = (None, false);
+                    self.slots.push(Slot { task, trajectory, begun, decoded, cut_short });
                 }
                 Err(error) => task.complete(Err(self.failure(&error, "begin"))),
             }
@@ -452,9 +448,12 @@ impl<M: Model> Worker<M> {
                 }
             }
             Err(error) => {
-                let members = members.iter().map(|slot| slot.task.key()).collect::<Vec<_>>();
+                let members: Vec<_> = members.iter().map(|slot| slot.task.key()).collect();
                 let failure = self.failure(&error, "step");
-                self.complete(&members, &failure);
+                let failed = |slot: &mut Slot<_>| members.contains(&slot.task.key());
+                for slot in self.slots.extract_if(.., failed) {
+                    slot.task.complete(Err(failure.clone()));
+                }
             }
         }
         if shrunk {
@@ -464,14 +463,6 @@ impl<M: Model> Worker<M> {
             self.caps.push((size, rows));
         }
         (size.pixels() * rows) as u64
-    }
-
-    /// Fails the images of a failed UNet call.
-    fn complete(&mut self, members: &[(u64, usize)], failure: &JobError) {
-        let member = |slot: &mut Slot<M::Trajectory>| members.contains(&slot.task.key());
-        for slot in self.slots.extract_if(.., member) {
-            slot.task.complete(Err(failure.clone()));
-        }
     }
 
     /// Decodes one finished image, or runs the safety check on one decoded image. Others wait for
@@ -609,16 +600,9 @@ fn rows<T: Trajectory>(slot: &Slot<T>) -> usize {
 }
 
 /// An error and its causes, in one line.
-fn chain(error: &Error) -> impl fmt::Display {
-    fmt::from_fn(move |f| {
-        write!(f, "{error}")?;
-        let mut cause = std::error::Error::source(error);
-        while let Some(error) = cause {
-            write!(f, ": {error}")?;
-            cause = error.source();
-        }
-        Ok(())
-    })
+fn chain(error: &Error) -> String {
+    let causes = successors(Some(error as &dyn std::error::Error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -1,5 +1,5 @@
-//! Every metric in one table: its name, labels and help. What is measured when is the business of
-//! the callers; gauges that can be read at any time are set just before rendering.
+//! Every metric in one table: its name, labels and help. The callers measure; gauges of values that
+//! can be read at any time are set just before rendering.
 
 use std::array;
 use std::fmt;
@@ -53,6 +53,15 @@ impl<const N: usize> Series<Histogram, N> {
     /// Adds a duration in seconds.
     pub fn time(&self, values: [&str; N], duration: Duration) {
         self.with(values).observe(duration.as_secs_f64());
+    }
+}
+
+impl<const N: usize> Series<Gauge, N> {
+    /// Sets a number of bytes, if known.
+    pub fn set_bytes(&self, values: [&str; N], bytes: Option<u64>) {
+        if let Some(bytes) = bytes {
+            self.with(values).set(bytes as i64);
+        }
     }
 }
 
