@@ -17,6 +17,7 @@ mod options;
 mod source;
 
 use std::io::Write as _;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -29,18 +30,16 @@ pub fn run(config: Config) -> Result<()> {
     match config.action {
         Action::Serve(serve) => block_on(server::listen_and_serve(*serve)),
         Action::Generate(generate) => block_on(generate::run(*generate)),
-        Action::Download(download) => {
-            let path = download.run()?;
-            Ok(writeln!(std::io::stdout(), "{}", path.display())?)
-        }
-        Action::Package(package) => {
-            let path = package.run()?;
-            Ok(writeln!(std::io::stdout(), "{}", path.display())?)
-        }
-        Action::Bench(plan) => block_on(bench::load::run(*plan)),
-        Action::Verify(asked) => bench::device::run(*asked),
+        Action::Download(download) => print(&download.run()?),
+        Action::Package(package) => print(&package.run()?),
+        Action::Bench(bench) => block_on(bench::load::run(*bench)),
+        Action::Verify(verify) => bench::device::run(*verify),
         Action::Healthcheck { address } => healthcheck::run(&address),
     }
+}
+
+fn print(path: &Path) -> Result<()> {
+    Ok(writeln!(std::io::stdout(), "{}", path.display())?)
 }
 
 fn block_on(work: impl Future<Output = Result<()>>) -> Result<()> {

@@ -10,6 +10,11 @@ pub(crate) fn min<const MIN: usize>(text: &str) -> Result<usize, String> {
     }
 }
 
+/// A number of bytes, at least one.
+pub(crate) fn bytes(text: &str) -> Result<u64, String> {
+    min::<1>(text).map(|bytes| bytes as u64)
+}
+
 /// A time of at least `MIN` milliseconds.
 pub(crate) fn millis<const MIN: usize>(text: &str) -> Result<Duration, String> {
     min::<MIN>(text).map(|millis| Duration::from_millis(millis as u64))

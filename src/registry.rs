@@ -17,7 +17,7 @@ use tokio::time::{Instant, timeout_at};
 use tracing::info;
 
 use crate::engine::{Engine, EngineState, WorkerError};
-use crate::options::min;
+use crate::options::{bytes, min};
 use crate::source::is_checkpoint;
 
 /// Starts an engine for the files of a model.
@@ -48,12 +48,11 @@ pub struct RegistryConfig {
     pub max_models: usize,
     /// Maximum memory for the weights of models loaded by name, in bytes. At the limit, as for
     /// --max-models. Default: the free memory of the host; on a GPU no limit but the device's own
-    #[arg(long = "models-memory-bytes", env = "SD_MODELS_MEMORY_BYTES")]
-    #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long = "models-memory-bytes", env = "SD_MODELS_MEMORY_BYTES", value_parser = bytes)]
     pub memory_bytes: Option<u64>,
-    /// Time for which a model that is unloaded may finish its accepted requests.
+    /// Time to finish the accepted requests of a model that is unloaded.
     #[arg(skip)]
-    pub patience: Duration,
+    pub drain_timeout: Duration,
 }
 
 /// Why a model is not available.
@@ -73,6 +72,8 @@ pub enum RegistryError {
     Broken(String),
 }
 
+type Result<T> = std::result::Result<T, RegistryError>;
+
 /// A loaded model.
 #[derive(Debug, Clone)]
 pub struct LoadedModel {
@@ -83,7 +84,7 @@ pub struct LoadedModel {
     engine: Engine,
     bytes: u64,
     /// Every lease holds a receiver: without one, no request can still be submitted.
-    chosen: watch::Sender<()>,
+    leases: watch::Sender<()>,
 }
 
 /// The model selected by a request. Unloading waits until this is dropped, up to a timeout.
@@ -92,18 +93,18 @@ pub struct ModelLease {
     /// The engine of the model.
     pub engine: Engine,
     /// Held for models loaded by name.
-    _stays: Option<watch::Receiver<()>>,
+    _lease: Option<watch::Receiver<()>>,
 }
 
 impl From<Engine> for ModelLease {
     fn from(engine: Engine) -> Self {
-        Self { engine, _stays: None }
+        Self { engine, _lease: None }
     }
 }
 
 impl LoadedModel {
-    fn choose(&self) -> ModelLease {
-        ModelLease { engine: self.engine.clone(), _stays: Some(self.chosen.subscribe()) }
+    fn lease(&self) -> ModelLease {
+        ModelLease { engine: self.engine.clone(), _lease: Some(self.leases.subscribe()) }
     }
 }
 
@@ -156,7 +157,7 @@ impl ModelRegistry {
         &self.shared.first
     }
 
-    /// Whether SageMaker says which models are loaded.
+    /// Whether SageMaker loads and unloads the models.
     pub fn multi_model(&self) -> bool {
         self.shared.settings.multi_model
     }
@@ -196,28 +197,25 @@ impl ModelRegistry {
     }
 
     /// A loaded model, which becomes the most recently used.
-    pub fn get(&self, name: &str) -> Result<ModelLease, RegistryError> {
+    pub fn get(&self, name: &str) -> Result<ModelLease> {
         let mut loaded = self.shared.loaded();
         // A model whose thread panicked is no longer loaded.
         loaded.retain(|model| !matches!(model.engine.state(), EngineState::Dead(_)));
-        let place = loaded.iter().position(|model| model.name == name);
-        let model = place.map(|place| loaded.remove(place));
-        let model = model.ok_or_else(|| RegistryError::Unknown(name.into()))?;
-        let chosen = model.choose();
+        let model = take(&mut loaded, name)?;
+        let lease = model.lease();
         loaded.push(model);
-        Ok(chosen)
+        Ok(lease)
     }
 
     /// A model of the directory, loaded if necessary; others may be evicted for it.
-    pub async fn choose(&self, name: &str) -> Result<ModelLease, RegistryError> {
+    pub async fn choose(&self, name: &str) -> Result<ModelLease> {
         if self.default_engine().model().is_ok_and(|model| model.name == name) {
             return Ok(self.default_engine().clone().into());
         }
-        if let Ok(chosen) = self.get(name) {
-            return Ok(chosen);
+        if let Ok(lease) = self.get(name) {
+            return Ok(lease);
         }
-        let path =
-            self.files().await.remove(name).ok_or_else(|| RegistryError::Unknown(name.into()))?;
+        let path = self.files().await.remove(name).ok_or_else(|| unknown(name))?;
         match self.spawn(name, path, true).await {
             // A concurrent request loaded it.
             Err(RegistryError::Loaded(_)) => self.get(name),
@@ -226,24 +224,18 @@ impl ModelRegistry {
     }
 
     /// Loads a model from its files, if there is room.
-    pub async fn load(&self, name: &str, path: PathBuf) -> Result<(), RegistryError> {
+    pub async fn load(&self, name: &str, path: PathBuf) -> Result<()> {
         self.spawn(name, path, false).await.map(drop)
     }
 
     /// Unloads a model, after finishing its accepted requests within the timeout. Its memory is
     /// free when this returns.
-    pub async fn unload(&self, name: &str) -> Result<(), RegistryError> {
-        let gone = {
-            let mut loaded = self.shared.loaded();
-            let place = loaded.iter().position(|model| model.name == name);
-            place
-                .map(|place| loaded.remove(place))
-                .ok_or_else(|| RegistryError::Unknown(name.into()))?
-        };
-        let end = Instant::now() + self.shared.settings.patience;
+    pub async fn unload(&self, name: &str) -> Result<()> {
+        let model = take(&mut self.shared.loaded(), name)?;
+        let end = Instant::now() + self.shared.settings.drain_timeout;
         // Requests that selected the model can still submit.
-        let _ = timeout_at(end, gone.chosen.closed()).await;
-        gone.engine.retire(end.saturating_duration_since(Instant::now())).await;
+        let _ = timeout_at(end, model.leases.closed()).await;
+        model.engine.retire(end.saturating_duration_since(Instant::now())).await;
         info!(name, "unloaded");
         Ok(())
     }
@@ -266,12 +258,7 @@ impl ModelRegistry {
     }
 
     /// Loads in a separate task: if the client disconnects, loading continues for the next one.
-    async fn spawn(
-        &self,
-        name: &str,
-        path: PathBuf,
-        evict: bool,
-    ) -> Result<ModelLease, RegistryError> {
+    async fn spawn(&self, name: &str, path: PathBuf, evict: bool) -> Result<ModelLease> {
         let (models, name) = (self.clone(), name.to_owned());
         let load = tokio::spawn(async move { models.load_exclusively(name, path, evict).await });
         load.await.unwrap_or_else(|error| Err(RegistryError::Broken(error.to_string())))
@@ -282,7 +269,7 @@ impl ModelRegistry {
         name: String,
         path: PathBuf,
         evict: bool,
-    ) -> Result<ModelLease, RegistryError> {
+    ) -> Result<ModelLease> {
         let _one_at_a_time = self.shared.loading.lock().await;
         if self.get(&name).is_ok() {
             return Err(RegistryError::Loaded(name));
@@ -307,14 +294,14 @@ impl ModelRegistry {
             }
         };
         info!(name, bytes, "loaded");
-        let model = LoadedModel { name, path, engine, bytes, chosen: watch::Sender::new(()) };
-        let chosen = model.choose();
+        let model = LoadedModel { name, path, engine, bytes, leases: watch::Sender::new(()) };
+        let lease = model.lease();
         self.shared.loaded().push(model);
-        Ok(chosen)
+        Ok(lease)
     }
 
     /// Starts a model and waits until it is ready.
-    async fn start(&self, path: &Path) -> Result<Engine, RegistryError> {
+    async fn start(&self, path: &Path) -> Result<Engine> {
         let engine = self.library()?.start(path).map_err(broken)?;
         let Err(error) = engine.ready().await else { return Ok(engine) };
         engine.retire(Duration::ZERO).await;
@@ -323,13 +310,13 @@ impl ModelRegistry {
         Err(refuse(error.to_string()))
     }
 
-    fn library(&self) -> Result<&dyn ModelLoader, RegistryError> {
+    fn library(&self) -> Result<&dyn ModelLoader> {
         let library = self.shared.library.as_deref();
         library.ok_or_else(|| RegistryError::Broken("this server has one model".into()))
     }
 
     /// Checks that weights of this size fit in addition to the loaded ones.
-    fn room(&self, bytes: u64) -> Result<(), RegistryError> {
+    fn room(&self, bytes: u64) -> Result<()> {
         let max_models = self.shared.settings.max_models;
         if self.shared.loaded().len() >= max_models {
             return Err(RegistryError::NoRoom(format!(
@@ -345,7 +332,7 @@ impl ModelRegistry {
     }
 
     /// Size of the loaded weights and of the free memory, in bytes, if known.
-    fn memory(&self) -> Result<Option<(u64, u64)>, RegistryError> {
+    fn memory(&self) -> Result<Option<(u64, u64)>> {
         let taken: u64 = self.shared.loaded().iter().map(|model| model.bytes).sum();
         let free = self.shared.settings.memory_bytes.map(|all| all.saturating_sub(taken));
         Ok(free.or(self.library()?.free_bytes()).map(|free| (taken, free)))
@@ -374,6 +361,16 @@ fn files(folder: &Path) -> BTreeMap<String, PathBuf> {
     files.sort();
     let named = |(name, path): (Option<OsString>, PathBuf)| Some((name?.into_string().ok()?, path));
     files.into_iter().chain(models).filter_map(named).collect()
+}
+
+/// Removes a model from the loaded ones.
+fn take(loaded: &mut Vec<LoadedModel>, name: &str) -> Result<LoadedModel> {
+    let place = loaded.iter().position(|model| model.name == name);
+    place.map(|place| loaded.remove(place)).ok_or_else(|| unknown(name))
+}
+
+fn unknown(name: &str) -> RegistryError {
+    RegistryError::Unknown(name.into())
 }
 
 fn broken(error: impl fmt::Display) -> RegistryError {

@@ -10,11 +10,11 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::engine::{DeviceScheduler, Engine, EngineState};
+use crate::engine::{DeviceScheduler, Engine, EngineConfig, EngineState};
 use crate::host::memory;
-use crate::registry::{ModelLoader, ModelRegistry};
-use crate::source::{ModelConfig, ModelLocation};
-use crate::{engine, http, registry, source};
+use crate::http::{self, HttpConfig};
+use crate::registry::{ModelLoader, ModelRegistry, RegistryConfig};
+use crate::source::{self, ModelConfig, ModelLocation};
 
 /// Time to write the responses of cancelled requests.
 const FINAL_RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -30,15 +30,15 @@ pub struct Serve {
     /// Whether it is loaded on start; otherwise models are only loaded by name.
     pub preload: bool,
     /// Limits of the models loaded by name.
-    pub models: registry::RegistryConfig,
+    pub models: RegistryConfig,
     /// Address to listen on.
     pub host: String,
     /// Port to listen on; 0 lets the system choose.
     pub port: u16,
     /// Limits of the HTTP layer.
-    pub http: http::HttpConfig,
+    pub http: HttpConfig,
     /// Limits of the engine.
-    pub engine: engine::EngineConfig,
+    pub engine: EngineConfig,
     /// Time from SIGTERM until unfinished requests are cancelled.
     pub drain_timeout: Duration,
 }
@@ -55,7 +55,7 @@ pub(crate) async fn listen_and_serve(config: Serve) -> Result<()> {
     writeln!(std::io::stdout(), "listening on http://{}", listener.local_addr()?)?;
     let device = DeviceScheduler::default();
     let first = match config.preload {
-        true => Engine::start_on(&device, config.engine, loader(config.model.clone()))?,
+        true => start(&device, config.engine, config.model.clone())?,
         false => Engine::absent(&device, config.engine),
     };
     let files = DiskLoader { device, engine: config.engine, model: config.model };
@@ -66,7 +66,7 @@ pub(crate) async fn listen_and_serve(config: Serve) -> Result<()> {
 /// Loads models from directories and files onto the configured device.
 struct DiskLoader {
     device: DeviceScheduler,
-    engine: engine::EngineConfig,
+    engine: EngineConfig,
     /// The configuration of every model, except its location.
     model: ModelConfig,
 }
@@ -87,7 +87,7 @@ impl ModelLoader for DiskLoader {
     }
 
     fn start(&self, path: &Path) -> io::Result<Engine> {
-        Engine::start_on(&self.device, self.engine, loader(self.at(path)))
+        start(&self.device, self.engine, self.at(path))
     }
 
     fn free_bytes(&self) -> Option<u64> {
@@ -101,7 +101,7 @@ impl ModelLoader for DiskLoader {
 /// process should exit.
 pub async fn serve(
     models: impl Into<ModelRegistry>,
-    settings: http::HttpConfig,
+    settings: HttpConfig,
     listener: TcpListener,
     drain_timeout: Duration,
     shutdown: impl Future<Output = ()>,
@@ -115,10 +115,8 @@ pub async fn serve(
     // While draining, the server still accepts connections and returns 503.
     let end = tokio::select! {
         () = shutdown => {
-            info!(
-                drain_ms = drain_timeout.as_millis() as u64,
-                "draining: finishing accepted requests"
-            );
+            let drain_ms = drain_timeout.as_millis() as u64;
+            info!(drain_ms, "draining: finishing accepted requests");
             models.drain();
             let end = Instant::now() + drain_timeout;
             let _ = timeout_at(end, models.wait_idle()).await;
@@ -158,6 +156,6 @@ fn signal() -> impl Future<Output = ()> {
     }
 }
 
-fn loader(model: ModelConfig) -> impl FnOnce() -> Result<sd_models::Pipeline> + Send {
-    move || source::load(model)
+fn start(device: &DeviceScheduler, engine: EngineConfig, model: ModelConfig) -> io::Result<Engine> {
+    Engine::start_on(device, engine, move || source::load(model))
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use sd_models::{DeviceName, Precision, SamplerName, Size};
+use sd_models::{DeviceName, Precision, SamplerName};
 
 use crate::engine::EngineConfig;
 use crate::http::HttpConfig;
@@ -13,6 +13,7 @@ use crate::options::{millis, min};
 use crate::registry::RegistryConfig;
 use crate::telemetry::LogFormat;
 
+use super::bench::device::TimingConfig;
 use super::bench::load::LoadConfig;
 use super::package::Layout;
 
@@ -122,7 +123,7 @@ pub(super) struct ModelArgs {
     pub(super) threads: Option<usize>,
 }
 
-/// What becomes of a picture that should not be shown.
+/// The action on images that the safety checker flags as NSFW.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum SafetyChecker {
     /// Load no checker
@@ -275,15 +276,8 @@ pub(super) struct BenchArgs {
     pub(super) model: ModelArgs,
     #[command(flatten)]
     pub(super) load: LoadConfig,
-    /// Image size with --verify, such as 512x512. Default: the model's own
-    #[arg(long, requires = "verify", value_parser = size)]
-    pub(super) size: Option<Size>,
-    /// Maximum number of rows per step timed with --verify, in powers of two from 1
-    #[arg(long, requires = "verify", default_value = "16", value_parser = min::<1>)]
-    pub(super) max_rows: usize,
-    /// Number of steps timed with --verify for each number of rows
-    #[arg(long, requires = "verify", default_value = "10", value_parser = min::<1>)]
-    pub(super) evaluations: usize,
+    #[command(flatten)]
+    pub(super) timing: TimingConfig,
 }
 
 #[derive(Debug, clap::Args)]
@@ -298,11 +292,4 @@ pub(super) struct HealthcheckArgs {
 
 fn parse<T: std::str::FromStr<Err = String>>(text: &str) -> Result<T, String> {
     text.parse()
-}
-
-fn size(text: &str) -> Result<Size, String> {
-    let sides = text.split_once('x').and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
-    sides
-        .and_then(|(width, height)| Size::new(width, height))
-        .ok_or_else(|| "must be two multiples of 8, as in 512x512".into())
 }

@@ -88,14 +88,13 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
             let half = wants_half(args.device, args.dtype);
             let (id, revision) = (args.model, args.revision);
             let (checking, _) = safety(args.safety_checker);
-            Action::Download(Box::new(Download { hub: hub()?, id, revision, half, checking }))
+            Action::Download(Box::new(Download { hub: hub(), id, revision, half, checking }))
         }
         Command::Package(args) => Action::Package(Box::new(args.resolve()?)),
         Command::Bench(args) if args.verify => {
             let model = ModelConfig { checking: SafetyMode::Never, ..args.model.resolve()?.0 };
-            let (max_rows, evaluations) = (args.max_rows, args.evaluations);
-            let (size, json) = (args.size, args.load.json);
-            Action::Verify(Box::new(Verify { model, size, max_rows, evaluations, json }))
+            let (timing, json) = (args.timing, args.load.json);
+            Action::Verify(Box::new(Verify { model, timing, json }))
         }
         Command::Bench(args) => Action::Bench(Box::new(args.load)),
         Command::Healthcheck(args) => {
@@ -141,7 +140,7 @@ impl ServeArgs {
         let chosen = self.model.model.is_some();
         let (model, safety) = self.model.resolve()?;
         engine.safety = safety;
-        models.patience = drain_timeout;
+        models.drain_timeout = drain_timeout;
         let preload = chosen || !(models.multi_model || models.folder.is_some());
         let port = port(self.port)?;
         Ok(Serve { model, preload, models, host, port, http, engine, drain_timeout })
@@ -220,7 +219,7 @@ impl PackageArgs {
                 precision: self.dtype,
                 threads: None,
                 add_ons: AddOns::default(),
-                hub: hub()?,
+                hub: hub(),
             },
             output,
             layout: self.layout,
@@ -240,20 +239,12 @@ impl ModelArgs {
             precision: self.dtype,
             threads: self.threads,
             add_ons: AddOns {
-                loras: AssetDir {
-                    directory: self.loras_dir.map(directory).transpose()?,
-                    files: Vec::new(),
-                    endings: &["safetensors"],
-                },
+                loras: assets(self.loras_dir, &["safetensors"])?,
                 max_lora_bytes: self.max_lora_bytes as u64,
-                embeddings: AssetDir {
-                    directory: self.embeddings_dir.map(directory).transpose()?,
-                    files: Vec::new(),
-                    endings: &["safetensors", "pt", "bin"],
-                },
+                embeddings: assets(self.embeddings_dir, &["safetensors", "pt", "bin"])?,
                 max_embedding_bytes: self.max_embedding_bytes as u64,
             },
-            hub: hub()?,
+            hub: hub(),
         };
         Ok((model, safety))
     }
@@ -309,12 +300,15 @@ fn existing(vae: PathBuf) -> Result<PathBuf, clap::Error> {
     )))
 }
 
-/// The directory of an option, which must exist.
-fn directory(path: PathBuf) -> Result<PathBuf, clap::Error> {
-    if path.is_dir() {
-        return Ok(path);
+/// The files in the directory of an option, which must exist.
+fn assets(
+    directory: Option<PathBuf>,
+    endings: &'static [&'static str],
+) -> Result<AssetDir, clap::Error> {
+    match directory.as_deref().filter(|path| !path.is_dir()) {
+        Some(missing) => Err(usage(format!("{} is not a directory", missing.display()))),
+        None => Ok(AssetDir { directory, files: Vec::new(), endings }),
     }
-    Err(usage(format!("{} is not a directory", path.display())))
 }
 
 /// Parses `name`, `name:0.8`, `file` or `file:0.8` into file, name and scale.
@@ -343,20 +337,20 @@ fn port(typed: Option<u16>) -> Result<u16, clap::Error> {
 }
 
 /// The hub's configuration, from the variables of the Python libraries.
-fn hub() -> Result<Hub, clap::Error> {
+fn hub() -> Hub {
     let home = || variable("HOME").map(|home| Path::new(&home).join(".cache/huggingface"));
     let root = variable("HF_HOME").map(PathBuf::from).or_else(home);
     let cache = variable("HF_HUB_CACHE").map(PathBuf::from);
     let cache = cache.or_else(|| root.as_ref().map(|root| root.join("hub")));
     let switched_on = |value: String| ["1", "true", "yes", "on"].contains(&&*value.to_lowercase());
     let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
-    Ok(Hub {
+    Hub {
         // Without a home directory, as in some containers, the cache is in a temporary directory.
         cache: cache.unwrap_or_else(|| std::env::temp_dir().join("huggingface/hub")),
         endpoint: endpoint.trim_end_matches('/').to_owned(),
         token: variable("HF_TOKEN"),
         offline: variable("HF_HUB_OFFLINE").is_some_and(switched_on),
-    })
+    }
 }
 
 /// An environment variable, if not empty.

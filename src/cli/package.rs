@@ -9,7 +9,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use flate2::{Compress, Compression, Crc, FlushCompress, Status};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use rayon::prelude::*;
 use sd_models::Source;
 
@@ -48,12 +48,12 @@ impl Package {
         let files = source::files_to_fetch(&listing(&root)?, half, checking)
             .with_context(|| format!("cannot package {}", root.display()))?;
         let bar = bar(&root, &files)?;
-        let cannot_write = || format!("cannot write {}", self.output.display());
-        match self.layout {
-            Layout::Tarball => tarball(&root, &files, &self.output, &bar),
-            Layout::Directory => directory(&root, &files, &self.output, &bar),
-        }
-        .with_context(cannot_write)?;
+        let write = match self.layout {
+            Layout::Tarball => tarball,
+            Layout::Directory => directory,
+        };
+        write(&root, &files, &self.output, &bar)
+            .with_context(|| format!("cannot write {}", self.output.display()))?;
         bar.finish_and_clear();
         if let Some(url) = self.upload {
             upload(&self.output, self.layout, &url)?;
@@ -64,25 +64,19 @@ impl Package {
 
 /// The files of a model directory, two levels deep as in Diffusers format, sorted.
 fn listing(root: &Path) -> Result<Vec<String>> {
-    let mut files = Vec::new();
-    let mut look = |folder: &str| -> io::Result<Vec<String>> {
-        let mut folders = Vec::new();
-        for entry in root.join(folder).read_dir()? {
-            let entry = entry?;
-            let Ok(name) = entry.file_name().into_string() else { continue };
-            let name = if folder.is_empty() { name } else { format!("{folder}/{name}") };
+    let (mut files, mut folders) = (Vec::new(), vec![root.to_owned()]);
+    while let Some(folder) = folders.pop() {
+        let cannot_read = || format!("cannot read {}", folder.display());
+        for entry in folder.read_dir().with_context(cannot_read)? {
+            let path = entry.with_context(cannot_read)?.path();
             // Metadata of the link's target: the hub's cache consists of links.
-            match fs::metadata(entry.path())? {
-                found if found.is_file() => files.push(name),
-                found if found.is_dir() => folders.push(name),
-                _ => {}
+            let found = fs::metadata(&path).with_context(cannot_read)?;
+            if found.is_file() {
+                files.extend(path.strip_prefix(root)?.to_str().map(String::from));
+            } else if found.is_dir() && folder == root {
+                folders.push(path);
             }
         }
-        Ok(folders)
-    };
-    let below = look("").with_context(|| format!("cannot read {}", root.display()))?;
-    for folder in below {
-        look(&folder).with_context(|| format!("cannot read {}", root.join(&folder).display()))?;
     }
     files.sort();
     Ok(files)
@@ -95,12 +89,7 @@ fn bar(root: &Path, files: &[String]) -> Result<ProgressBar> {
         let metadata = fs::metadata(&path);
         length += metadata.with_context(|| format!("cannot read {}", path.display()))?.len();
     }
-    let bar = ProgressBar::new(length);
-    let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
-    if let Ok(style) = ProgressStyle::with_template(style) {
-        bar.set_style(style);
-    }
-    Ok(bar)
+    Ok(source::byte_bar(length))
 }
 
 /// Writes to a temporary file next to the target and renames it, so the target is never incomplete.

@@ -32,6 +32,7 @@ pub use model::{Model, Trajectory};
 pub use monitor::{Estimate, JobMonitor};
 use queue::{PushError, Queue};
 use shared::EngineShared;
+pub(crate) use state::is_out_of_memory;
 pub use state::{EngineConfig, EngineState, Safety, WorkerError};
 
 /// The handle shared by the HTTP handlers.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use sd_models::ModelInfo;
 
-use crate::options::min;
+use crate::options::{bytes, min};
 
 /// The bounds of the engine, which are options of `serve`.
 #[derive(Debug, Clone, Copy, clap::Args)]
@@ -21,7 +21,7 @@ pub struct EngineConfig {
     /// Maximum memory for one UNet call or VAE decode, in bytes. A batch has fewer rows to stay
     /// below it; images that never fit get 507. Default: 80 % of the memory free on the device
     /// after loading the model
-    #[arg(long, env = "SD_MEMORY_BUDGET_BYTES", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, env = "SD_MEMORY_BUDGET_BYTES", value_parser = bytes)]
     pub memory_budget_bytes: Option<u64>,
     /// What to do with images that the safety checker flags.
     #[arg(skip = Safety::Blur)]
@@ -50,7 +50,7 @@ impl Safety {
     }
 }
 
-/// The state of the engine. It changes only downwards in this list.
+/// The state of the engine. It changes only to a later one of this list.
 #[derive(Debug, Clone)]
 pub enum EngineState {
     /// There is no default model; others can be loaded by name.
@@ -93,8 +93,12 @@ pub struct WorkerError {
 
 impl From<anyhow::Error> for WorkerError {
     fn from(error: anyhow::Error) -> Self {
-        let full = |cause: &sd_models::Error| matches!(cause, sd_models::Error::OutOfMemory(_));
-        let out_of_memory = error.chain().filter_map(|cause| cause.downcast_ref()).any(full);
-        Self { reason: format!("{error:#}"), out_of_memory }
+        Self { reason: format!("{error:#}"), out_of_memory: is_out_of_memory(&error) }
     }
+}
+
+/// Whether the cause of an error is that the device is out of memory.
+pub(crate) fn is_out_of_memory(error: &anyhow::Error) -> bool {
+    let full = |cause: &sd_models::Error| matches!(cause, sd_models::Error::OutOfMemory(_));
+    error.chain().filter_map(|cause| cause.downcast_ref()).any(full)
 }

@@ -83,6 +83,7 @@ pub(crate) fn find(file: &[u8]) -> Result<Option<String>> {
 }
 
 fn in_png(file: &[u8]) -> Result<Option<String>> {
+    const TOO_LONG: &str = "holds a text that is too long";
     let limits = png::Limits { bytes: MAX_TEXT_BYTES };
     let mut reader = png::Decoder::new_with_limits(Cursor::new(file), limits).read_info();
     let info = reader.as_mut().map_err(|error| anyhow::anyhow!("cannot be read: {error}"))?.info();
@@ -92,18 +93,17 @@ fn in_png(file: &[u8]) -> Result<Option<String>> {
     }
     if let Some(chunk) = info.utf8_text.iter().find(|chunk| chunk.keyword == PARAMETERS) {
         let mut chunk = chunk.clone();
-        chunk
-            .decompress_text_with_limit(MAX_TEXT_BYTES)
-            .context("holds a text that is too long")?;
+        chunk.decompress_text_with_limit(MAX_TEXT_BYTES).context(TOO_LONG)?;
         return Ok(Some(chunk.get_text()?));
     }
-    let Some(chunk) = info.compressed_latin1_text.iter().find(|chunk| chunk.keyword == PARAMETERS)
-    else {
-        return Ok(None);
-    };
-    let mut chunk = chunk.clone();
-    chunk.decompress_text_with_limit(MAX_TEXT_BYTES).context("holds a text that is too long")?;
-    Ok(Some(chunk.get_text()?))
+    let mut compressed = info.compressed_latin1_text.iter();
+    let chunk = compressed.find(|chunk| chunk.keyword == PARAMETERS).cloned();
+    chunk
+        .map(|mut chunk| {
+            chunk.decompress_text_with_limit(MAX_TEXT_BYTES).context(TOO_LONG)?;
+            Ok(chunk.get_text()?)
+        })
+        .transpose()
 }
 
 /// The UserComment: eight bytes that name its encoding, then the text.

@@ -32,9 +32,8 @@ fn vocabulary(file: &Path, hub: &Hub) -> Result<Option<PathBuf>> {
     let cache = Cache::new(hub.cache.clone()).repo(Repo::model(VOCABULARY.into()));
     let cached = || VOCABULARY_FILES.iter().map(|name| cache.get(name)).collect::<Option<Vec<_>>>();
     if cached().is_none() {
-        let (hub, id, revision) = (hub.clone(), VOCABULARY.to_owned(), "main".to_owned());
-        let (half, checking) = (false, SafetyMode::Never);
-        let download = Download { hub, id, revision, half, checking };
+        let (hub, id, revision) = (hub.clone(), VOCABULARY.into(), "main".into());
+        let download = Download { hub, id, revision, half: false, checking: SafetyMode::Never };
         let files = VOCABULARY_FILES.map(String::from).into();
         download.fetch(|_| Ok(files)).with_context(|| {
             format!(

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use tracing::info;
 
 /// Timeout of the hub's first response; downloads have no timeout.
-const FIRST_ANSWER: Duration = Duration::from_secs(30);
+const FIRST_RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The directories with weights, and the stem of the weight files.
 const NETWORKS: [(&str, &str); 3] = [
@@ -102,7 +102,7 @@ impl Download {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let name = format!("{} ({})", self.id, self.revision);
         let offline = self.hub.offline;
-        ensure!(!offline, "{name} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it");
+        ensure!(!offline, "{name} is not in the cache, and HF_HUB_OFFLINE forbids to download it");
         runtime.block_on(self.download(&name, select))
     }
 
@@ -112,11 +112,11 @@ impl Download {
         select: impl FnOnce(&[String]) -> Result<Vec<String>>,
     ) -> Result<PathBuf> {
         let repo = self.api()?.repo(self.repo());
-        let listing = timeout(FIRST_ANSWER, repo.info())
+        let listing = timeout(FIRST_RESPONSE_TIMEOUT, repo.info())
             .await
-            .map_err(|_| anyhow!("{} does not answer", self.hub.endpoint))
+            .map_err(|_| anyhow!("{} does not respond", self.hub.endpoint))
             .and_then(|listing| listing.map_err(|error| self.explain(error)))
-            .with_context(|| format!("cannot fetch {name}"))?;
+            .with_context(|| format!("cannot download {name}"))?;
         let files: Vec<String> = listing.siblings.into_iter().map(|file| file.rfilename).collect();
         let files = select(&files).with_context(|| name.to_owned())?;
 
@@ -126,11 +126,11 @@ impl Download {
             if snapshot.join(file).exists() {
                 continue;
             }
-            info!(file, "fetching {} of {}", k + 1, files.len());
-            repo.download_with_progress(file, DownloadBar(ProgressBar::new(0)))
+            info!(file, "downloading {} of {}", k + 1, files.len());
+            repo.download_with_progress(file, DownloadBar(byte_bar(0)))
                 .await
                 .map_err(|error| self.explain(error))
-                .with_context(|| format!("cannot fetch {file} of {name}"))?;
+                .with_context(|| format!("cannot download {file} of {name}"))?;
         }
         present.create_ref(&listing.sha).context("cannot write to the cache")?;
         Ok(snapshot)
@@ -170,16 +170,22 @@ impl Download {
     }
 }
 
-/// Progress bar of one file, on terminals only.
+/// A progress bar in bytes, on terminals only.
+pub(crate) fn byte_bar(length: u64) -> ProgressBar {
+    let bar = ProgressBar::new(length);
+    let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+    if let Ok(style) = ProgressStyle::with_template(style) {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// Progress bar of one file.
 #[derive(Clone)]
 struct DownloadBar(ProgressBar);
 
 impl hf_hub::api::tokio::Progress for DownloadBar {
     async fn init(&mut self, size: usize, file: &str) {
-        let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
-        if let Ok(style) = ProgressStyle::with_template(style) {
-            self.0.set_style(style);
-        }
         self.0.set_length(size as u64);
         self.0.set_message(file.to_owned());
     }
@@ -231,40 +237,37 @@ pub(crate) fn files_to_fetch(
 ) -> Result<Vec<String>> {
     let has = |name: &str| files.iter().any(|file| file == name);
     ensure!(has("model_index.json"), "not a diffusers model: it has no model_index.json");
-    let mut files_to_fetch: Vec<String> = SMALL_FILES.map(String::from).into();
+    let mut chosen: Vec<String> = SMALL_FILES.map(String::from).into();
     let checked = checking != SafetyMode::Never && has("safety_checker/config.json");
-    files_to_fetch.retain(|file| {
+    chosen.retain(|file| {
         has(file) && (checked || !file.starts_with(CHECKER.0) && file != PREPROCESSOR)
     });
     for (folder, stem) in NETWORKS.into_iter().chain(checked.then_some(CHECKER)) {
-        let plain = ["safetensors", "safetensors.index.json"].map(|end| format!("{stem}.{end}"));
-        let variant = ["fp16.safetensors", "safetensors.index.fp16.json"];
-        let variant = variant.map(|end| format!("{stem}.{end}"));
-        let shard = |infix: &str| format!("{stem}{infix}-");
-        let (plain, variant) = ((plain, shard("")), (variant, shard(".fp16")));
-        let choice = if half { [variant, plain] } else { [plain, variant] };
-        let of = |(whole, shard): &([String; 2], String)| -> Vec<String> {
-            let ours = |name: &str| {
-                let shard = name.starts_with(shard) && name.ends_with(".safetensors");
-                (shard && !name.contains('/')) || whole.iter().any(|whole| name == whole)
+        let variant = |infix: &str| -> Vec<String> {
+            let wanted = |file: &&String| {
+                let name = file.strip_prefix(folder).and_then(|name| name.strip_prefix('/'));
+                let ending = name.and_then(|name| name.strip_prefix(stem)).unwrap_or_default();
+                ending == format!("{infix}.safetensors")
+                    || ending == format!(".safetensors.index{infix}.json")
+                    || ending.starts_with(&format!("{infix}-"))
+                        && ending.ends_with(".safetensors")
+                        && !ending.contains('/')
             };
-            let in_folder = |file: &&String| {
-                file.split_once('/').is_some_and(|(place, name)| place == folder && ours(name))
-            };
-            files.iter().filter(in_folder).cloned().collect()
+            files.iter().filter(wanted).cloned().collect()
         };
-        let weights = choice
-            .iter()
-            .map(of)
+        let variants = if half { [".fp16", ""] } else { ["", ".fp16"] };
+        let weights = variants
+            .map(variant)
+            .into_iter()
             .find(|found| found.iter().any(|file| file.ends_with(".safetensors")));
         let advice = match (folder, stem) == CHECKER {
-            true => "; --safety-checker off goes without",
+            true => "; --safety-checker off omits it",
             false => "",
         };
         let none = || format!("{folder} has no safetensors weights{advice}");
-        files_to_fetch.extend(weights.with_context(none)?);
+        chosen.extend(weights.with_context(none)?);
     }
-    Ok(files_to_fetch)
+    Ok(chosen)
 }
 
 /// Whether this is `owner/name` in the characters that the hub allows.

@@ -12,7 +12,7 @@ use sd_models::{
 };
 
 pub(crate) use checkpoint::is_checkpoint;
-pub(crate) use hub::{Download, Hub, files_to_fetch, is_hub_id};
+pub(crate) use hub::{Download, Hub, byte_bar, files_to_fetch, is_hub_id};
 
 /// A model: its source, device and options.
 #[derive(Debug, Clone)]
@@ -75,11 +75,7 @@ pub(crate) fn locate(model: ModelConfig) -> Result<LoadOptions> {
         ModelLocation::Checkpoint(file) => checkpoint::source(file, &model.hub)?,
         ModelLocation::Hub { id, revision } => {
             let download = Download { hub: model.hub, id, revision, half, checking };
-            let cached = download.cached();
-            Source::Directory(match cached {
-                Some(path) => path,
-                None => download.run()?,
-            })
+            Source::Directory(download.cached().map_or_else(|| download.run(), Ok)?)
         }
     };
     let vae = model.vae.map(|path| match path.is_dir() {

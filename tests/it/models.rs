@@ -84,7 +84,7 @@ fn shelf(folder: Option<&Path>) -> (ModelRegistry, Shelf) {
         memory_bytes: Some(100),
         folder: folder.map(Path::to_owned),
         multi_model: true,
-        patience: Duration::from_secs(20),
+        drain_timeout: Duration::from_secs(20),
     };
     let first = Engine::absent(&shelf.device, ENGINE);
     (ModelRegistry::new(first, shelf.clone(), settings), shelf)

@@ -2,17 +2,19 @@
 //! device. The table or the JSON can be pasted into an issue as it is.
 
 use std::fmt;
-use std::io::Write as _;
 use std::iter::successors;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use sd_models::{
-    DeviceName, Error, KernelStats, LoadOptions, Pipeline, Precision, Rgb, Sampler, SigmaSchedule,
-    Size, Spec, Trajectory,
+    DeviceName, KernelStats, LoadOptions, Pipeline, Precision, Rgb, Sampler, SigmaSchedule, Size,
+    Spec, Trajectory,
 };
 use serde::Serialize;
 
+use super::load::print;
+use crate::engine::is_out_of_memory;
+use crate::options::min;
 use crate::source::{self, ModelConfig};
 
 /// Number of steps of the compared images.
@@ -31,19 +33,36 @@ const CARDS: [(&str, f64, f64); 5] = [
     ("H100", 989e12, 3350e9),
 ];
 
-/// What to do.
+/// Configuration of `bench --verify`.
 #[derive(Debug)]
 pub struct Verify {
     /// The model and the device.
     pub model: ModelConfig,
-    /// Image size; `None`: the model's own.
-    pub size: Option<Size>,
-    /// Maximum number of rows per step: 1, 2, 4, ... are timed. A guided image has two.
-    pub max_rows: usize,
-    /// Number of steps timed for each number of rows.
-    pub evaluations: usize,
+    /// What to time.
+    pub timing: TimingConfig,
     /// Whether to print JSON.
     pub json: bool,
+}
+
+/// What `bench --verify` times.
+#[derive(Debug, clap::Args)]
+pub struct TimingConfig {
+    /// Image size with --verify, such as 512x512. Default: the model's own
+    #[arg(long, requires = "verify", value_parser = size)]
+    pub size: Option<Size>,
+    /// Maximum number of rows per step timed with --verify, in powers of two from 1
+    #[arg(long, requires = "verify", default_value = "16", value_parser = min::<1>)]
+    pub max_rows: usize,
+    /// Number of steps timed with --verify for each number of rows
+    #[arg(long, requires = "verify", default_value = "10", value_parser = min::<1>)]
+    pub evaluations: usize,
+}
+
+fn size(text: &str) -> Result<Size, String> {
+    let sides = text.split_once('x').and_then(|(w, h)| Some((w.parse().ok()?, h.parse().ok()?)));
+    sides
+        .and_then(|(width, height)| Size::new(width, height))
+        .ok_or_else(|| "must be two multiples of 8, as in 512x512".into())
 }
 
 #[derive(Debug, Serialize)]
@@ -94,15 +113,15 @@ struct DeviceBench {
     evaluations: usize,
 }
 
-pub(crate) fn run(asked: Verify) -> Result<()> {
-    let options = source::locate(asked.model)?;
+pub(crate) fn run(config: Verify) -> Result<()> {
+    let options = source::locate(config.model)?;
     let began = Instant::now();
     let pipeline = Pipeline::load(&options)?;
     let load_seconds = began.elapsed().as_secs_f64();
     let info = pipeline.info().clone();
     let free = pipeline.free_device_bytes();
-    let size = asked.size.unwrap_or(info.defaults.size);
-    let bench = DeviceBench { pipeline, size, evaluations: asked.evaluations };
+    let size = config.timing.size.unwrap_or(info.defaults.size);
+    let bench = DeviceBench { pipeline, size, evaluations: config.timing.evaluations };
     let (mean, max) = bench.compare(options)?;
     let allowed = if info.precision == "f32" { (0.5, 2) } else { (3.0, 64) };
 
@@ -123,7 +142,7 @@ pub(crate) fn run(asked: Verify) -> Result<()> {
     let began = Instant::now();
     bench.pipeline.decode(&two[0])?;
     let decode_seconds = began.elapsed().as_secs_f64();
-    let rows = bench.times(asked.max_rows, decode_seconds)?;
+    let rows = bench.times(config.timing.max_rows, decode_seconds)?;
 
     let name = bench.pipeline.device_name();
     let share = name.as_deref().and_then(card).and_then(|(flops, bandwidth)| {
@@ -150,23 +169,12 @@ pub(crate) fn run(asked: Verify) -> Result<()> {
         step: step_work,
         roofline_share: share,
     };
-    let mut out = std::io::stdout();
-    if asked.json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
-    } else {
-        write!(out, "{report}")?;
-    }
+    print(&report, config.json)?;
     ensure!(
         mean <= allowed.0 && max <= allowed.1,
         "the device's image differs from the CPU's: mean {mean:.3}/255, max {max}/255"
     );
     Ok(())
-}
-
-/// Whether the device is out of memory.
-fn is_full(error: &anyhow::Error) -> bool {
-    let full = |cause: &Error| matches!(cause, Error::OutOfMemory(_));
-    error.chain().filter_map(|cause| cause.downcast_ref()).any(full)
 }
 
 impl DeviceBench {
@@ -222,7 +230,7 @@ impl DeviceBench {
             match self.time(count, decode_seconds) {
                 Ok(timing) => rows.push(timing),
                 // Out of memory at this number of rows: report the smaller ones.
-                Err(error) if !rows.is_empty() && is_full(&error) => break,
+                Err(error) if !rows.is_empty() && is_out_of_memory(&error) => break,
                 Err(error) => return Err(error),
             }
         }

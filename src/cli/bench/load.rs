@@ -87,7 +87,7 @@ struct Sample {
 struct Sender {
     client: Client,
     url: String,
-    body: Map<String, Value>,
+    body: JsonObject,
     sent: AtomicU64,
 }
 
@@ -115,52 +115,50 @@ struct Latency {
     max: f64,
 }
 
-pub(crate) async fn run(plan: LoadConfig) -> Result<()> {
-    let url = plan.url.unwrap_or_default();
-    let client = Client::builder().timeout(plan.timeout).build()?;
+pub(crate) async fn run(config: LoadConfig) -> Result<()> {
+    let url = config.url.unwrap_or_default();
+    let client = Client::builder().timeout(config.timeout).build()?;
     let ping = client.get(format!("{url}/ping")).send().await;
     let ping = ping.with_context(|| format!("{url} does not respond"))?;
     ensure!(ping.status().is_success(), "{url} is not ready: {}", ping.status());
     let steps_before = steps(&client, &url).await;
-    let sender = Arc::new(Sender {
-        client: client.clone(),
-        url: format!("{url}/invocations"),
-        body: plan.body,
-        sent: AtomicU64::new(0),
-    });
+    let (body, sent) = (config.body, AtomicU64::new(0));
+    let endpoint = format!("{url}/invocations");
+    let sender = Arc::new(Sender { client: client.clone(), url: endpoint, body, sent });
     let began = Instant::now();
-    let samples = match plan.rate {
-        Some(rate) => open(&sender, rate, plan.duration, plan.arrivals_seed).await,
-        None => closed(&sender, plan.clients, plan.duration).await,
+    let samples = match config.rate {
+        Some(rate) => open(&sender, rate, config.duration, config.arrivals_seed).await,
+        None => closed(&sender, config.clients, config.duration).await,
     };
     let mut report = LoadReport::new(&samples, began.elapsed());
     if let (Some(before), Some(after)) = (steps_before, steps(&client, &url).await) {
         let (rows, count) = (after.0 - before.0, after.1 - before.1);
         report.rows_per_step = (count > 0.0).then_some(rows / count);
     }
-    let mut out = std::io::stdout();
-    if plan.json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&report)?)?;
-    } else {
-        write!(out, "{report}")?;
-    }
-    Ok(())
+    print(&report, config.json)
+}
+
+/// Prints a report as a table or as JSON.
+pub(super) fn print(report: &(impl fmt::Display + Serialize), json: bool) -> Result<()> {
+    let json = json.then(|| serde_json::to_string_pretty(report)).transpose()?;
+    let text = json.map_or_else(|| report.to_string(), |json| json + "\n");
+    Ok(std::io::stdout().write_all(text.as_bytes())?)
 }
 
 /// Sends requests in an open loop.
 async fn open(sender: &Arc<Sender>, rate: f64, duration: Duration, seed: u64) -> Vec<Sample> {
     let mut arrivals = Arrivals(seed);
-    let mut answers = JoinSet::new();
+    let mut requests = JoinSet::new();
     let mut due = Instant::now();
     let end = due + duration;
     loop {
         due += Duration::from_secs_f64(arrivals.gap() / rate);
         if due >= end {
-            return answers.join_all().await;
+            return requests.join_all().await;
         }
         sleep_until(due).await;
         let sender = Arc::clone(sender);
-        answers.spawn(async move { sender.send(due).await });
+        requests.spawn(async move { sender.send(due).await });
     }
 }
 
@@ -188,13 +186,13 @@ impl Sender {
         let pictures = pictures.and_then(Value::as_u64).unwrap_or(1) as usize;
         let request = self.client.post(&self.url).body(Value::Object(body).to_string());
         let request = request.header(CONTENT_TYPE, "application/json");
-        let answer = async {
-            let answer = request.header(ACCEPT, "application/json").send().await?;
-            let status = answer.status();
-            answer.bytes().await?;
+        let response = async {
+            let response = request.header(ACCEPT, "application/json").send().await?;
+            let status = response.status();
+            response.bytes().await?;
             Ok::<_, reqwest::Error>(status.as_u16())
         };
-        let status = answer.await.unwrap_or(0);
+        let status = response.await.unwrap_or(0);
         Sample { latency: due.elapsed(), status, pictures }
     }
 }
@@ -202,11 +200,11 @@ impl Sender {
 /// Sum of rows and number of steps so far, from the server's metrics.
 async fn steps(client: &Client, url: &str) -> Option<(f64, f64)> {
     let text = client.get(format!("{url}/metrics")).send().await.ok()?.text().await.ok()?;
-    let value = |name: &str| {
-        text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<f64>().ok())
+    let value = |name| {
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+        // A server without a step yet has no such series.
+        value.unwrap_or(0.0)
     };
-    // A server without a step yet has no such series.
-    let value = |name| value(name).unwrap_or(0.0);
     Some((value("sd_batch_size_sum "), value("sd_batch_size_count ")))
 }
 
@@ -216,15 +214,15 @@ impl LoadReport {
         for sample in samples {
             *statuses.entry(sample.status).or_insert(0) += 1;
         }
-        let drawn = || samples.iter().filter(|sample| sample.status == 200);
-        let latencies = drawn().map(|sample| sample.latency.as_secs_f64()).collect();
+        let completed = || samples.iter().filter(|sample| sample.status == 200);
+        let latencies = completed().map(|sample| sample.latency.as_secs_f64()).collect();
         let seconds = elapsed.as_secs_f64();
-        let pictures: usize = drawn().map(|sample| sample.pictures).sum();
+        let pictures: usize = completed().map(|sample| sample.pictures).sum();
         Self {
             requests: samples.len(),
             statuses,
             seconds,
-            requests_per_second: drawn().count() as f64 / seconds,
+            requests_per_second: completed().count() as f64 / seconds,
             images_per_second: pictures as f64 / seconds,
             latency_seconds: Latency::of(latencies),
             rows_per_step: None,
