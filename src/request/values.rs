@@ -35,7 +35,7 @@ impl FieldSchema<'_> {
             value => value,
         };
         let fits = match &value {
-            Value::Null => false,
+            Value::Null => self.wants("null"),
             Value::Bool(_) => self.wants("boolean"),
             Value::Number(number) => self.wants("number") || self.wants("integer") && whole(number),
             Value::String(_) => self.wants("string"),

@@ -45,7 +45,7 @@ struct Prompts {
 /// As many negative prompts.
 #[derive(Deserialize, JsonSchema)]
 struct NegativePrompts {
-    negative_prompt: Vec<String>,
+    negative_prompt: Vec<Option<String>>,
 }
 
 /// Reads a request for each prompt. Negative prompts come in pairs with them or one for all.
@@ -62,7 +62,7 @@ pub(crate) fn parse(
     if prompts.is_empty() {
         return Err(ValidationError::malformed("prompt", "must not be an empty list"));
     }
-    let mut negatives: Vec<String> = Vec::new();
+    let mut negatives = Vec::new();
     if fields.is_list("negative_prompt") {
         negatives = fields.read::<NegativePrompts>(limits)?.negative_prompt;
         if negatives.len() != prompts.len() {
@@ -75,7 +75,7 @@ pub(crate) fn parse(
         let mut request = DrawRequest { prompt: Some(prompt), ..all.clone() };
         request.names.insert("prompt", format!("prompt[{k}]"));
         if let Some(negative) = negatives.get(k) {
-            request.negative_prompt = Some(negative.clone());
+            request.negative_prompt.clone_from(negative);
             request.names.insert("negative_prompt", format!("negative_prompt[{k}]"));
         }
         request

@@ -47,12 +47,15 @@ pub(crate) fn parse(mut fields: Fields, limits: &Limits) -> Result<ParsedRequest
     fields.rename("samples", "num_images_per_prompt");
     let mut request = DrawRequest::read(fields, limits)?;
     let (prompt, negative_prompt) = prompts(&options.text_prompts.unwrap_or_default())?;
-    if request.prompt.replace(prompt).is_some() {
-        return Err(ValidationError::malformed("prompt", "is given beside text_prompts"));
+    for (name, field, text) in [
+        ("prompt", &mut request.prompt, prompt),
+        ("negative_prompt", &mut request.negative_prompt, negative_prompt),
+    ] {
+        if field.replace(text).is_some() {
+            return Err(ValidationError::malformed(name, "is given beside text_prompts"));
+        }
+        request.names.insert(name, "text_prompts");
     }
-    request.negative_prompt = Some(negative_prompt);
-    request.names.insert("prompt", "text_prompts");
-    request.names.insert("negative_prompt", "text_prompts");
     if let Some(sampler) = &mut request.scheduler
         && let Some((_, native)) = SAMPLERS.iter().find(|(theirs, _)| sampler == theirs)
     {

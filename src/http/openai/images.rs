@@ -42,8 +42,11 @@ pub(crate) async fn edits(
         return Err(ValidationError::malformed("image", "is given twice").into());
     }
     draw.image = Some(ImageFile::Bytes(image));
-    draw.mask = mask.map(ImageFile::Bytes);
-    draw.mask_area = MaskArea::Transparent;
+    // The native `mask_image` keeps its meaning: white areas are inpainted.
+    if draw.mask.is_none() {
+        draw.mask = mask.map(ImageFile::Bytes);
+        draw.mask_area = MaskArea::Transparent;
+    }
     generate(state, admitted, options, draw, "image_edit").await
 }
 
