@@ -1,5 +1,5 @@
-//! Pictures that were asked for, from the body of the request to the body of the answer, whatever
-//! lies between: a wait, a stream of events or a job.
+//! Image generation for all APIs: from the typed request to the encoded images, whether the client
+//! waits for them, receives a stream of events or polls a job.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -11,8 +11,8 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use futures_util::stream;
 use sd_models::{ModelInfo, Rgb, Spec};
-use tokio::sync::mpsc;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant as Deadline;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info, info_span};
 
@@ -23,39 +23,39 @@ use crate::engine::{Client, Engine, GeneratedImage, Job, JobError, Preview, Tick
 use crate::image::{self, Format, Hashes, JPEG_QUALITY};
 use crate::request::{DrawRequest, ValidationError};
 
-/// Proxies close connections on which nothing happens; a comment is sent this often.
-const HEARTBEAT: Duration = Duration::from_secs(5);
+/// Interval of keep-alive comments in streams: proxies close idle connections.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// How soon those who can wait try again in a full queue.
+/// Interval at which a job or JSON Lines record retries a full queue.
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 
-/// The form of a reply.
+/// The format of a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ReplyFormat {
     /// JSON with base64 of this format.
     Json(Format),
-    /// The bytes of one picture.
+    /// The bytes of one image.
     Bytes(Format),
     /// Events, the last of which holds the JSON.
     Events(Format),
 }
 
 impl ReplyFormat {
-    /// The format of the picture.
+    /// The format of the image files.
     pub(crate) fn format(self) -> Format {
         let (Self::Json(format) | Self::Bytes(format) | Self::Events(format)) = self;
         format
     }
 }
 
-/// A valid request and the form of its answer.
+/// A valid request and the format of its response.
 #[derive(Debug)]
 pub(crate) struct Drawing {
     pub(crate) specs: Vec<Spec>,
     pub(crate) reply: ReplyFormat,
-    /// Of JPEG, up to 100.
+    /// JPEG quality, 1 to 100.
     pub(crate) quality: u8,
-    /// Whether there is a place for looks at the pictures in the making.
+    /// Whether the client can receive live previews.
     pub(crate) preview: bool,
     /// Held until the response is encoded, even if the client has disconnected.
     slot: Option<RequestSlot>,
@@ -85,16 +85,15 @@ impl Drawing {
         let read: Result<Result<_, ValidationError>, _> = slot.decode(state, read).await;
         let read = read.map_err(|_| ValidationError::body("the request cannot be read"))?;
         let (mut specs, request) = read?;
-        let count = specs.len();
-        if count > settings.limits.max_images {
-            let most = settings.limits.max_images;
+        let (count, most) = (specs.len(), settings.limits.max_images);
+        if count > most {
             let reason = format!("requests {count} images in total; the maximum is {most}");
             return Err(ValidationError::range("prompt", reason).into());
         }
         let Some(request) = request else {
             return Err(ValidationError::body("the request contains no prompt").into());
         };
-        // Several prompts are one request: picture k has seed + k.
+        // Several prompts are one request: image k has seed + k.
         let first = specs.first().map_or(0, |spec| spec.seed);
         for (k, spec) in specs.iter_mut().enumerate() {
             spec.seed = first.wrapping_add(k as u64);
@@ -120,29 +119,26 @@ impl Drawing {
     }
 
     /// Submits the images to the engine.
-    pub(crate) fn submit(
-        &self,
-        client: &Client,
-        deadline: Option<tokio::time::Instant>,
-    ) -> Result<Ticket> {
+    pub(crate) fn submit(&self, client: &Client, deadline: Deadline) -> Result<Ticket> {
         let (specs, client) = (self.specs.clone(), client.clone());
-        Ok(self.engine.submit(Job { specs, client, deadline, preview: self.preview })?)
+        let (deadline, preview) = (Some(deadline), self.preview);
+        Ok(self.engine.submit(Job { specs, client, deadline, preview })?)
     }
 
     /// Submits the images to the engine as soon as the queue has room.
     pub(crate) async fn submit_with_retry(
         &self,
         client: &Client,
-        deadline: tokio::time::Instant,
+        deadline: Deadline,
     ) -> Result<Ticket> {
         loop {
-            match self.submit(client, Some(deadline)) {
+            match self.submit(client, deadline) {
                 Err(ApiError::Job(JobError::Full { .. })) => {
                     tokio::time::sleep(RETRY_INTERVAL).await;
                 }
                 submitted => return submitted,
             }
-            if tokio::time::Instant::now() >= deadline {
+            if Deadline::now() >= deadline {
                 return Err(JobError::Deadline.into());
             }
         }
@@ -151,36 +147,52 @@ impl Drawing {
     /// Encodes the images and renders the response, on a blocking thread.
     pub(crate) async fn encode<T: Send + 'static>(
         self,
-        pictures: Vec<GeneratedImage>,
+        images: Vec<GeneratedImage>,
         render: impl FnOnce(&Self, &[GeneratedImage], Vec<Vec<u8>>) -> T + Send + 'static,
     ) -> Result<T> {
         let span = info_span!(parent: tracing::Span::current(), "encode");
         let work = move || {
             let _inside = span.enter();
-            let files = self.files(&pictures)?;
-            Ok(render(&self, &pictures, files))
+            let files = self.files(&images)?;
+            Ok(render(&self, &images, files))
         };
         tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::Encode)?
     }
 
-    /// The LoRAs of a picture by their hashes. Reads files.
+    /// The LoRAs of an image by their hashes. Reads files.
     pub(crate) fn loras(&self, spec: &Spec) -> String {
         self.hashes.of(spec, &self.model.add_ons.loras)
     }
 
-    fn files(&self, pictures: &[GeneratedImage]) -> Result<Vec<Vec<u8>>> {
-        let file = |(spec, picture): (&Spec, &GeneratedImage)| {
+    fn files(&self, images: &[GeneratedImage]) -> Result<Vec<Vec<u8>>> {
+        let file = |(spec, generated): (&Spec, &GeneratedImage)| {
             let began = Instant::now();
             let infotext = image::infotext(spec, &self.model.name, &self.loras(spec));
-            let file = image::encode(&picture.rgb, self.reply.format(), self.quality, &infotext);
+            let file = image::encode(&generated.rgb, self.reply.format(), self.quality, &infotext);
             self.engine.metrics().stage_duration.time(["image_encode"], began.elapsed());
             file.map_err(|error| {
                 error!("{error:#}");
                 ApiError::Encode
             })
         };
-        self.specs.iter().zip(pictures).map(file).collect()
+        self.specs.iter().zip(images).map(file).collect()
     }
+}
+
+/// The files in base64.
+pub(crate) fn base64(files: &[Vec<u8>]) -> Vec<String> {
+    files.iter().map(|file| BASE64_STANDARD.encode(file)).collect()
+}
+
+/// The warnings of all images, each once.
+pub(crate) fn warnings(images: &[GeneratedImage]) -> Vec<&str> {
+    let mut warnings = Vec::new();
+    for warning in images.iter().flat_map(|image| &image.warnings) {
+        if !warnings.contains(&warning.as_str()) {
+            warnings.push(warning.as_str());
+        }
+    }
+    warnings
 }
 
 /// The next preview. Never completes if there are none.
@@ -214,7 +226,7 @@ pub(crate) fn event_stream<F: Future<Output = ()> + Send + 'static>(
         let event = receiver.recv().await?;
         Some((Ok::<_, Infallible>(event), (receiver, task)))
     });
-    let keep_alive = KeepAlive::new().interval(HEARTBEAT).text("waiting");
+    let keep_alive = KeepAlive::new().interval(KEEP_ALIVE_INTERVAL).text("waiting");
     Sse::new(events).keep_alive(keep_alive).into_response()
 }
 
@@ -230,7 +242,7 @@ impl EventSender {
     }
 }
 
-/// Thirty-two bits, so that a client that reads numbers as doubles can repeat the picture.
+/// A seed of 32 bits, so that clients that read numbers as doubles can repeat it.
 fn random_seed() -> u64 {
     getrandom::u32().unwrap_or_default().into()
 }

@@ -79,41 +79,41 @@ impl ApiError {
 
     /// The status, and the code for programs.
     fn kind(&self) -> (StatusCode, &'static str) {
+        use JobError as Job;
+        use RegistryError as Registry;
         use StatusCode as S;
         match self {
             Self::Key { .. } => (S::UNAUTHORIZED, "invalid_api_key"),
             Self::NotFound | Self::NoJob | Self::NoFile => (S::NOT_FOUND, "not_found"),
-            Self::NoModel(_) => (S::NOT_FOUND, "model_not_found"),
+            Self::NoModel(_) | Self::Registry(Registry::Unknown(_)) => {
+                (S::NOT_FOUND, "model_not_found")
+            }
             Self::Method => (S::METHOD_NOT_ALLOWED, "method_not_allowed"),
             Self::NotAcceptable(_) => (S::NOT_ACCEPTABLE, "not_acceptable"),
             Self::SlowBody => (S::REQUEST_TIMEOUT, "body_timeout"),
             Self::TooLarge(_) => (S::PAYLOAD_TOO_LARGE, "too_large"),
             Self::MediaType(_) => (S::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
-            Self::Crowded { .. } => (S::TOO_MANY_REQUESTS, "overloaded"),
+            Self::Crowded { .. } | Self::Job(Job::Full { .. }) => {
+                (S::TOO_MANY_REQUESTS, "overloaded")
+            }
             Self::Validation(ValidationError::Malformed { .. }) => (S::BAD_REQUEST, "malformed"),
-            Self::Validation(ValidationError::OutOfRange { .. }) => {
+            Self::Validation(ValidationError::OutOfRange { .. }) | Self::Job(Job::Spec { .. }) => {
                 (S::UNPROCESSABLE_ENTITY, "out_of_range")
             }
             Self::Encode => (S::INTERNAL_SERVER_ERROR, "encode_failed"),
-            Self::Registry(error) => match error {
-                RegistryError::Loaded(_) => (S::CONFLICT, "model_loaded"),
-                RegistryError::Unknown(_) => (S::NOT_FOUND, "model_not_found"),
-                RegistryError::NoRoom(_) => (S::INSUFFICIENT_STORAGE, "out_of_memory"),
-                RegistryError::Broken(_) => (S::INTERNAL_SERVER_ERROR, "model_load_failed"),
-            },
-            Self::Job(error) => match error {
-                JobError::Absent => (S::NOT_FOUND, "model_required"),
-                JobError::Loading => (S::SERVICE_UNAVAILABLE, "loading"),
-                JobError::Stopping => (S::SERVICE_UNAVAILABLE, "shutting_down"),
-                JobError::Full { .. } => (S::TOO_MANY_REQUESTS, "overloaded"),
-                JobError::Deadline => (S::GATEWAY_TIMEOUT, "deadline_exceeded"),
-                JobError::OutOfMemory => (S::INSUFFICIENT_STORAGE, "out_of_memory"),
-                JobError::Spec { .. } => (S::UNPROCESSABLE_ENTITY, "out_of_range"),
-                // OpenAI's code, which its clients know.
-                JobError::Withheld => (S::BAD_REQUEST, "content_policy_violation"),
-                JobError::DeviceLost => (S::INTERNAL_SERVER_ERROR, "device_lost"),
-                JobError::Model => (S::INTERNAL_SERVER_ERROR, "model_failed"),
-            },
+            Self::Registry(Registry::NoRoom(_)) | Self::Job(Job::OutOfMemory) => {
+                (S::INSUFFICIENT_STORAGE, "out_of_memory")
+            }
+            Self::Registry(Registry::Loaded(_)) => (S::CONFLICT, "model_loaded"),
+            Self::Registry(Registry::Broken(_)) => (S::INTERNAL_SERVER_ERROR, "model_load_failed"),
+            Self::Job(Job::Absent) => (S::NOT_FOUND, "model_required"),
+            Self::Job(Job::Loading) => (S::SERVICE_UNAVAILABLE, "loading"),
+            Self::Job(Job::Stopping) => (S::SERVICE_UNAVAILABLE, "shutting_down"),
+            Self::Job(Job::Deadline) => (S::GATEWAY_TIMEOUT, "deadline_exceeded"),
+            // OpenAI's code, which its clients know.
+            Self::Job(Job::Withheld) => (S::BAD_REQUEST, "content_policy_violation"),
+            Self::Job(Job::DeviceLost) => (S::INTERNAL_SERVER_ERROR, "device_lost"),
+            Self::Job(Job::Model) => (S::INTERNAL_SERVER_ERROR, "model_failed"),
         }
     }
 
@@ -142,8 +142,8 @@ impl ApiError {
 /// The result of a handler.
 pub(crate) type Result<T, E = ApiError> = std::result::Result<T, E>;
 
-/// The details of an error, as an extension of its response: for the log, the metrics and the other
-/// dialects' formats.
+/// The details of an error, as an extension of its response: for the log, the metrics and the
+/// formats of the other APIs.
 #[derive(Debug, Clone, Serialize, JsonSchema)]
 pub(crate) struct ErrorDetail {
     pub(crate) code: &'static str,
@@ -179,7 +179,7 @@ impl ApiError {
     }
 }
 
-/// Replaces the body of an error by another dialect's; other responses are unchanged.
+/// Replaces the body of an error by that of another API; other responses are unchanged.
 pub(crate) fn map_error_body(
     response: Response,
     describe: impl FnOnce(StatusCode, &ErrorDetail) -> Value,

@@ -82,13 +82,8 @@ pub struct HttpConfig {
     /// /internal/progress, POST / and POST /models/{name} (outside multi-model mode). All others,
     /// including the web page, /invocations and /metrics, are public, because SageMaker
     /// authenticates callers itself: do not expose them on a public network
-    #[arg(
-        long = "api-key",
-        env = "SD_API_KEY",
-        value_delimiter = ',',
-        hide_env_values = true,
-        help_heading = "Access"
-    )]
+    #[arg(long = "api-key", env = "SD_API_KEY", hide_env_values = true)]
+    #[arg(value_delimiter = ',', help_heading = "Access")]
     pub api_keys: Vec<ApiKey>,
     /// Allowed origins (CORS) such as https://example.org, comma-separated, or * for all. Default:
     /// none, so browsers allow requests from the server's own page only

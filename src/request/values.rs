@@ -58,13 +58,10 @@ impl FieldSchema<'_> {
             }
             Value::Object(object) => {
                 self.members(&object)?;
-                let member = |(key, value): (String, Value)| match value {
-                    Value::Null => Ok((key, value)),
-                    value => {
-                        let schema = &self.schema["properties"][&key];
-                        let value = inside(format!("{}.{key}", self.name), schema, value)?;
-                        Ok((key, value))
-                    }
+                let member = |(key, value): (String, Value)| {
+                    let schema = &self.schema["properties"][&key];
+                    let value = inside(format!("{}.{key}", self.name), schema, value)?;
+                    Ok((key, value))
                 };
                 object.into_iter().map(member).collect::<Result<_, _>>().map(Value::Object)
             }

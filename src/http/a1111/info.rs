@@ -1,31 +1,25 @@
-//! What AUTOMATIC1111 tells of its pictures.
+//! The `info` of a response: the generation parameters of its images.
 
 use sd_models::Spec;
 use serde_json::{Map, Value, json};
 
 use crate::engine::GeneratedImage;
-use crate::http::drawing::Drawing;
+use crate::http::drawing::{Drawing, warnings};
 use crate::image;
 
-/// What AUTOMATIC1111 tells of its pictures.
-pub(crate) fn info(drawing: &Drawing, pictures: &[GeneratedImage], notes: Vec<String>) -> Value {
+/// The generation parameters of all images, as AUTOMATIC1111 returns them.
+pub(crate) fn info(drawing: &Drawing, images: &[GeneratedImage], mut notes: Vec<String>) -> Value {
     let (specs, model) = (&drawing.specs, &drawing.model().name);
     let Some(first) = specs.first() else { return Value::Null };
     let loras = drawing.loras(first);
     let all = |of: fn(&Spec) -> Value| specs.iter().map(of).collect::<Vec<_>>();
     let infotexts: Vec<_> = specs.iter().map(|spec| image::infotext(spec, model, &loras)).collect();
-    let mut warnings = notes;
-    for warning in pictures.iter().flat_map(|picture| &picture.warnings) {
-        if !warnings.contains(warning) {
-            warnings.push(warning.clone());
-        }
-    }
-    let nsfw: Option<Vec<bool>> = pictures.iter().map(|picture| picture.nsfw).collect();
+    notes.extend(warnings(images).into_iter().map(Into::into));
+    let nsfw: Option<Vec<bool>> = images.iter().map(|image| image.nsfw).collect();
     let parameters = first.hires.iter().flat_map(|hires| image::hires_parameters(first, hires));
     let hashes = (!loras.is_empty()).then_some((image::LORA_HASHES, loras));
-    let parameters = parameters.chain(hashes);
     let parameters: Map<String, Value> =
-        parameters.map(|(name, value)| (name.to_owned(), value.into())).collect();
+        parameters.chain(hashes).map(|(name, value)| (name.to_owned(), value.into())).collect();
     json!({
         "prompt": first.prompt,
         "all_prompts": all(|spec| spec.prompt.as_str().into()),
@@ -59,7 +53,7 @@ pub(crate) fn info(drawing: &Drawing, pictures: &[GeneratedImage], notes: Vec<St
         "clip_skip": 1,
         "is_using_inpainting_conditioning": false,
         "version": concat!("sd-server ", env!("CARGO_PKG_VERSION")),
-        "warnings": warnings,
+        "warnings": notes,
         "all_nsfw": nsfw,
     })
 }

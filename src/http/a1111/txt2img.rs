@@ -3,16 +3,13 @@
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
 use serde_json::json;
 
 use super::info::info;
 use super::options::check;
 use super::request::{Common, HiresPass, InitImage};
-use crate::engine::GeneratedImage;
 use crate::http::admission::Admitted;
-use crate::http::drawing::{Drawing, ReplyFormat};
+use crate::http::drawing::{Drawing, ReplyFormat, base64};
 use crate::http::error::Result;
 use crate::http::state::AppState;
 use crate::http::store::InFlightRequest;
@@ -30,7 +27,7 @@ pub(crate) async fn img2img(State(state): State<AppState>, admitted: Admitted) -
 }
 
 /// Generates images and responds as AUTOMATIC1111 does.
-async fn draw(state: AppState, admitted: Admitted, from_picture: bool) -> Result<Response> {
+async fn draw(state: AppState, admitted: Admitted, is_img2img: bool) -> Result<Response> {
     let mut fields = admitted.json()?;
     let Admitted { client, deadline, slot, .. } = admitted;
     let mut parameters = fields.object();
@@ -49,11 +46,11 @@ async fn draw(state: AppState, admitted: Admitted, from_picture: bool) -> Result
     let has_hires = common.has_hires();
     let mut draw = common.into_draw()?;
     let mut notes = Vec::new();
-    if from_picture && has_hires {
+    if is_img2img && has_hires {
         return Err(ValidationError::range("enable_hr", "is supported for txt2img only").into());
-    } else if from_picture {
+    } else if is_img2img {
         notes = InitImage::read(&mut fields, limits)?.add_to(&mut draw)?;
-        // As there, images do not go back to where they came from.
+        // As there, input images are not returned.
         parameters.retain(|name, _| !["init_images", "mask"].contains(&name.as_str()));
     } else if has_hires {
         let model = state.engine.model()?;
@@ -62,25 +59,24 @@ async fn draw(state: AppState, admitted: Admitted, from_picture: bool) -> Result
     let json = |draw: &DrawRequest, _| Ok(ReplyFormat::Json(draw.format()?.unwrap_or(Format::Png)));
     let mut drawing = Drawing::prepare(&state, &slot, vec![draw], json).await?;
     drawing.preview = true;
-    let ticket = drawing.submit(&client, Some(deadline))?;
+    let ticket = drawing.submit(&client, deadline)?;
     let request = InFlightRequest::new(&state.engine, &ticket, client, task, &drawing.specs);
     let _in_flight = state.in_flight.insert(request);
-    let pictures = ticket.wait().await?;
-    // As there, an interrupted request is answered with what there is, and with 200 if there is
-    // nothing: clients take any other status for a failure of the server.
-    if pictures.is_empty() {
+    let images = ticket.wait().await?;
+    // As there, an interrupted request returns its images, and 200 even if there are none: clients
+    // take any other status for a failure of the server.
+    if images.is_empty() {
         notes.push("interrupted before the first step was finished".into());
         drawing.specs.truncate(1);
     } else {
-        drawing.specs = pictures.iter().map(|drawn| drawing.specs[drawn.index].clone()).collect();
+        drawing.specs = images.iter().map(|image| drawing.specs[image.index].clone()).collect();
     }
-    let render = move |drawing: &Drawing, pictures: &[GeneratedImage], files: Vec<Vec<u8>>| {
-        let images: Vec<String> = files.iter().map(|file| BASE64_STANDARD.encode(file)).collect();
+    let response = drawing.encode(images, move |drawing, images, files| {
         json!({
-            "images": if send_images { images } else { Vec::new() },
+            "images": if send_images { base64(&files) } else { Vec::new() },
             "parameters": parameters,
-            "info": info(drawing, pictures, notes).to_string(),
+            "info": info(drawing, images, notes).to_string(),
         })
-    };
-    Ok(Json(drawing.encode(pictures, render).await?).into_response())
+    });
+    Ok(Json(response.await?).into_response())
 }

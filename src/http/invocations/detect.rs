@@ -1,16 +1,36 @@
-//! Which of the dialects of `/invocations` a request speaks. What tells them apart is what they
-//! cannot do without: `text_prompts` is Stability's, `inputs` is Hugging Face's, a type or an
-//! `Accept` that nobody else has is JumpStart's, and everything else is native.
+//! The format of a request to `/invocations`: `text_prompts` is Stability's, `inputs` is Hugging
+//! Face's, JumpStart has a media type and an `Accept` of its own, and everything else is native.
 
 use axum::http::HeaderMap;
 
+use super::accept::{self, ReplyPreferences};
 use super::body::BodyKind;
-use super::render::ParsedRequest;
+use super::render::{Invocation, NATIVE, ParsedRequest};
 use super::{huggingface, jumpstart, stability};
+use crate::http::admission::RequestSlot;
+use crate::http::drawing::Drawing;
+use crate::http::error::Result;
+use crate::http::state::AppState;
 use crate::request::{DrawRequest, Fields, Limits, ValidationError};
 
-/// Reads a request in the dialect that it is in.
-pub(crate) fn parse(
+/// Reads and validates a request in any of the formats. `headers` select that of the response.
+pub(crate) async fn read(
+    state: &AppState,
+    slot: &RequestSlot,
+    headers: &HeaderMap,
+    (fields, kind): (Fields, BodyKind),
+) -> Result<Invocation> {
+    let parsed = parse(headers, fields, kind, &state.settings.limits)?;
+    let ParsedRequest { requests, kind, dialect } = parsed;
+    let drawing = Drawing::prepare(state, slot, requests, |draw, count| {
+        let (usual, format) = (dialect.format, draw.format()?);
+        let stream = draw.stream == Some(true);
+        accept::choose(headers, ReplyPreferences { kind, usual, format, count, stream })
+    });
+    Ok(Invocation { drawing: drawing.await?, dialect })
+}
+
+fn parse(
     headers: &HeaderMap,
     fields: Fields,
     kind: BodyKind,
@@ -24,6 +44,9 @@ pub(crate) fn parse(
     }
     match jumpstart::detect(headers) {
         Some(dialect) => jumpstart::parse(fields, dialect, limits),
-        None => Ok(ParsedRequest::native(DrawRequest::read(fields, limits)?, kind)),
+        None => {
+            let requests = vec![DrawRequest::read(fields, limits)?];
+            Ok(ParsedRequest { requests, kind, dialect: NATIVE })
+        }
     }
 }

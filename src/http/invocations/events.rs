@@ -28,7 +28,7 @@ pub(crate) fn stream(
     let mut monitor = engine.monitor(&ticket);
     event_stream(|events| async move {
         let _slot = slot;
-        let mut result = pin!(async { invocation.answer(ticket.wait().await?).await });
+        let mut result = pin!(async { invocation.respond(ticket.wait().await?).await });
         let mut progress = pin!(send_progress(&mut monitor, &events));
         let result = tokio::select! {
             biased;
@@ -49,7 +49,7 @@ pub(crate) fn stream(
     })
 }
 
-/// Sends what happens until the images have ended.
+/// Sends the events of the queue, the steps and the previews until the images have ended.
 async fn send_progress(monitor: &mut JobMonitor, events: &EventSender) {
     let mut sent = None;
     loop {
@@ -95,21 +95,21 @@ async fn send_progress(monitor: &mut JobMonitor, events: &EventSender) {
     }
 }
 
-/// `position` counts from 1.
-pub(crate) fn place(outlook: Estimate) -> Value {
+/// The data of a `queued` event. `position` counts from 1.
+pub(crate) fn place(estimate: Estimate) -> Value {
     json!({
-        "position": outlook.position.map_or(0, |ahead| ahead + 1),
-        "seconds_left": seconds(outlook.left),
+        "position": estimate.position.map_or(0, |ahead| ahead + 1),
+        "seconds_left": seconds(estimate.left),
     })
 }
 
-/// Steps over all pictures of the request that have begun.
-pub(crate) fn step(progress: Progress, outlook: Estimate) -> Value {
+/// The data of a `step` event: the steps of all images that have started.
+pub(crate) fn step(progress: Progress, estimate: Estimate) -> Value {
     let Progress { completed, total, .. } = progress;
-    json!({ "step": completed, "steps": total, "seconds_left": seconds(outlook.left) })
+    json!({ "step": completed, "steps": total, "seconds_left": seconds(estimate.left) })
 }
 
-/// Tenths are more than an estimate can promise.
+/// Seconds, rounded to tenths.
 fn seconds(left: Option<Duration>) -> Option<f64> {
     left.map(|left| (left.as_secs_f64() * 10.0).round() / 10.0)
 }

@@ -1,7 +1,7 @@
-//! Hugging Face's dialect: `inputs` with `parameters`, as the inference toolkit of their SageMaker
-//! containers and `InferenceClient.text_to_image` speak it, answered with a bare JSON string of
-//! base64; and the older one of their SageMaker examples, with the parameters beside `inputs`
-//! and `generated_images` in the answer.
+//! Hugging Face's two formats. The inference toolkit of their SageMaker containers and
+//! `InferenceClient.text_to_image` send `inputs` with `parameters` and receive a bare JSON string of
+//! base64. Their older SageMaker examples have the parameters beside `inputs` and receive
+//! `generated_images`.
 
 use schemars::JsonSchema;
 use serde::Deserialize;
@@ -15,7 +15,7 @@ use crate::request::{DrawRequest, Fields, Limits, ValidationError};
 const TOOLKIT: Dialect = Dialect { format: Format::Png, render: toolkit };
 const EXAMPLES: Dialect = Dialect { format: Format::Jpeg, render: examples };
 
-/// The fields that only this dialect has.
+/// The fields that only these formats have.
 #[derive(Deserialize, JsonSchema)]
 struct Envelope {
     /// Native fields.
@@ -25,7 +25,7 @@ struct Envelope {
     _options: Option<Value>,
 }
 
-/// Reads a request in this dialect.
+/// Reads a request in one of these formats.
 pub(crate) fn parse(mut fields: Fields, limits: &Limits) -> Result<ParsedRequest, ValidationError> {
     fields.rename("inputs", "prompt");
     let Envelope { parameters, .. } = fields.read(limits)?;
@@ -45,16 +45,14 @@ pub(crate) fn parse(mut fields: Fields, limits: &Limits) -> Result<ParsedRequest
 }
 
 /// A string, or a list of them where the toolkit would drop all but the first.
-fn toolkit(pictures: &RenderInput<'_>) -> String {
-    let mut images: Vec<Value> = pictures.base64().map(Value::from).collect();
-    match &mut images[..] {
-        [one] => one.take(),
-        _ => Value::Array(images),
+fn toolkit(input: &RenderInput<'_>) -> String {
+    match &input.base64()[..] {
+        [one] => json!(one),
+        images => json!(images),
     }
     .to_string()
 }
 
-fn examples(pictures: &RenderInput<'_>) -> String {
-    let images: Vec<String> = pictures.base64().collect();
-    json!({ "generated_images": images }).to_string()
+fn examples(input: &RenderInput<'_>) -> String {
+    json!({ "generated_images": input.base64() }).to_string()
 }

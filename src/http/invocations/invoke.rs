@@ -1,4 +1,4 @@
-//! A request that is answered when its pictures are drawn.
+//! `/invocations`: requests whose response is the finished images, or a stream of events.
 
 use axum::Json;
 use axum::body::Body;
@@ -6,41 +6,37 @@ use axum::extract::{FromRequest as _, Path, Request, State};
 use axum::response::Response;
 use serde_json::{Value, json};
 
-use super::render::Invocation;
 use super::{body, detect, events, lines};
 use crate::http::admission::Admitted;
 use crate::http::drawing::ReplyFormat;
 use crate::http::error::Result;
 use crate::http::state::AppState;
 
-/// SageMaker's default, and its bound on concurrent transforms of that size: 100 MB in all.
+/// Maximum payload of a record, in MB: SageMaker's default.
 const PAYLOAD_MB: usize = 6;
 
+/// Maximum number of concurrent transforms: SageMaker allows 100 MB of payloads in total.
 const MAX_TRANSFORMS: usize = 100 / PAYLOAD_MB;
 
-/// Draws what the body asks for. When the client leaves, this future is dropped, and with it the
-/// ticket, which withdraws the job.
+/// Generates the images of a request. If the client disconnects, this future is dropped with its
+/// ticket, which cancels the job.
 pub(crate) async fn invocations(
     State(state): State<AppState>,
     admitted: Admitted,
 ) -> Result<Response> {
     if lines::are_declared(&admitted.headers) {
-        return lines::answer(state, admitted);
+        return lines::respond(state, admitted);
     }
     let Admitted { headers, body, client, deadline, stream_deadline, slot, .. } = admitted;
-    let (fields, kind) = body::read(&headers, &body)?;
+    let fields = body::read(&headers, &body)?;
     drop(body);
-    let parsed = detect::parse(&headers, fields, kind, &state.settings.limits)?;
-    let invocation = Invocation::read(&state, &slot, parsed, &headers).await?;
-    let stream = matches!(invocation.drawing.reply, ReplyFormat::Events(_));
-    let ticket = invocation
-        .drawing
-        .submit(&client, Some(if stream { stream_deadline } else { deadline }))?;
-    if stream {
+    let invocation = detect::read(&state, &slot, &headers, fields).await?;
+    if let ReplyFormat::Events(_) = invocation.drawing.reply {
+        let ticket = invocation.drawing.submit(&client, stream_deadline)?;
         return Ok(events::stream(&state.engine, invocation, ticket, slot));
     }
-    let pictures = ticket.wait().await?;
-    Ok(invocation.answer(pictures).await?.map(Body::from))
+    let images = invocation.drawing.submit(&client, deadline)?.wait().await?;
+    Ok(invocation.respond(images).await?.map(Body::from))
 }
 
 /// `POST /models/{name}/invoke`: `/invocations` of that model.
@@ -65,8 +61,8 @@ pub(crate) async fn named(
     invocations(State(state), admitted).await
 }
 
-/// What SageMaker's batch transform asks first. One record a request keeps its time bounded, and
-/// as many requests as there are rows keep the batch full.
+/// `GET /execution-parameters`, which SageMaker's batch transform requests first. One record per
+/// request bounds its time, and one request per batch row keeps the batch full.
 pub(crate) async fn execution_parameters(State(state): State<AppState>) -> Json<Value> {
     Json(json!({
         "MaxConcurrentTransforms": state.engine.max_batch_rows().min(MAX_TRANSFORMS),

@@ -1,6 +1,6 @@
-//! Requests that outlive their connection: `POST /v1/jobs` answers at once with an id, under which
-//! the state, the result and the end of the job can be had. Everything is in memory, bounded in
-//! number and time, and gone with the process. Whoever knows an id may use it; ids are random.
+//! Background jobs: `POST /v1/jobs` returns an id at once, by which clients get the state and the
+//! result of the job and cancel it. Jobs are in memory, bounded in number and time, and lost with
+//! the process. Any client that knows an id can use it; ids are random.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +15,6 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::render::Invocation;
 use super::{body, detect, events};
 use crate::engine::JobError;
 use crate::http::admission::{self, Admitted};
@@ -26,18 +25,17 @@ use crate::http::state::AppState;
 use crate::http::store::{JobRecord, JobStore};
 use crate::request::ValidationError;
 
-/// Accepts a job: the body of `/invocations`, whose answer is kept.
+/// `POST /v1/jobs`: accepts a job, whose body is that of `/invocations`.
 pub(crate) async fn create(State(state): State<AppState>, admitted: Admitted) -> Result<Response> {
     let Admitted { headers, body, client, slot, .. } = admitted;
     let timeout = admission::timeout(&headers, state.settings.job_timeout)?;
-    let (fields, kind) = body::read(&headers, &body)?;
-    let parsed = detect::parse(&headers, fields, kind, &state.settings.limits)?;
-    let mut invocation = Invocation::read(&state, &slot, parsed, &headers).await?;
+    let fields = body::read(&headers, &body)?;
+    let mut invocation = detect::read(&state, &slot, &headers, fields).await?;
     if let ReplyFormat::Events(_) = invocation.drawing.reply {
         return Err(ValidationError::body("a job cannot stream events; poll its state").into());
     }
     let deadline = Instant::now() + timeout;
-    let mut ticket = invocation.drawing.submit(&client, Some(deadline))?;
+    let mut ticket = invocation.drawing.submit(&client, deadline)?;
     // A job is bounded by the number of jobs.
     invocation.drawing.release_slot();
     drop(slot);
@@ -51,12 +49,12 @@ pub(crate) async fn create(State(state): State<AppState>, admitted: Admitted) ->
     let work = async move {
         loop {
             match ticket.wait().await {
-                // It made room for another client; it has been accepted and so comes again.
+                // Evicted from a full queue for another client: an accepted job is requeued.
                 Err(JobError::Full { .. }) => {
                     ticket = invocation.drawing.submit_with_retry(&client, deadline).await?;
                     store.update(&name, |entry| entry.monitor = engine.monitor(&ticket));
                 }
-                pictures => return invocation.answer(pictures?).await,
+                images => return invocation.respond(images?).await,
             }
         }
     };
@@ -67,7 +65,7 @@ pub(crate) async fn create(State(state): State<AppState>, admitted: Admitted) ->
     Ok((StatusCode::ACCEPTED, location, Json(description)).into_response())
 }
 
-/// Does the work, keeps the result for its time, and forgets it.
+/// Does the work, retains the result for `retention`, and deletes the job.
 async fn keep(
     store: Arc<JobStore>,
     retention: Duration,
@@ -88,7 +86,7 @@ pub(crate) async fn state(
     state.jobs.read(&id, |job| describe(&id, job)).map(Json)
 }
 
-/// What `/invocations` would have answered; 202 and the state while there is nothing.
+/// The response of `/invocations`; 202 and the state while the job has not finished.
 pub(crate) async fn result(
     State(state): State<AppState>,
     Path(id): Path<String>,
@@ -97,13 +95,13 @@ pub(crate) async fn result(
     Ok(match end {
         None => (StatusCode::ACCEPTED, Json(description)).into_response(),
         Some((_, end)) => match &*end {
-            Ok(answer) => answer.clone().map(Body::from),
+            Ok(response) => response.clone().map(Body::from),
             Err(error) => error.response(),
         },
     })
 }
 
-/// Ends a job and forgets it.
+/// Cancels and deletes a job.
 pub(crate) async fn delete(
     State(state): State<AppState>,
     Path(id): Path<String>,
@@ -112,7 +110,7 @@ pub(crate) async fn delete(
 }
 
 fn describe(id: &str, job: &JobRecord) -> Value {
-    let outlook = job.monitor.estimate();
+    let estimate = job.monitor.estimate();
     let progress = job.monitor.current();
     let state = match &job.end {
         Some((_, end)) if end.is_ok() => "completed",
@@ -121,8 +119,8 @@ fn describe(id: &str, job: &JobRecord) -> Value {
         None => "running",
     };
     let mut description = match state {
-        "queued" => events::place(outlook),
-        "running" => events::step(progress, outlook),
+        "queued" => events::place(estimate),
+        "running" => events::step(progress, estimate),
         _ => json!({}),
     };
     if let Some((_, end)) = &job.end

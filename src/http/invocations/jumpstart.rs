@@ -1,4 +1,4 @@
-//! The dialect of SageMaker JumpStart's Stable Diffusion. A prompt as `application/x-text` gets
+//! The format of SageMaker JumpStart's Stable Diffusion. A prompt as `application/x-text` gets
 //! nested arrays of RGB values. JSON has native fields, and the prompt may be a list.
 //! `Accept: application/json;jpeg` selects files in base64.
 //!
@@ -16,20 +16,20 @@ use crate::engine::GeneratedImage;
 use crate::image::Format;
 use crate::request::{DrawRequest, Fields, Limits, ValidationError};
 
-/// What asks for files.
+/// The values of `Accept` that select files.
 const FILES: [(&str, Format); 2] =
     [("application/json;jpeg", Format::Jpeg), ("application/json;png", Format::Png)];
 
-/// The dialect in which a request expects its answer, if it is this one.
+/// The format of the response, if the request is in this format.
 pub(crate) fn detect(headers: &HeaderMap) -> Option<Dialect> {
     let accept = headers.get(ACCEPT).map(|value| String::from_utf8_lossy(value.as_bytes()));
     let accept = accept.unwrap_or_default().to_ascii_lowercase().replace(' ', "");
     let files = FILES.iter().find(|(media, _)| accept == *media).map(|(_, format)| *format);
     let text = essence(headers).is_some_and(|essence| essence == JUMPSTART_TEXT);
     let render: fn(&RenderInput<'_>) -> String = match (text, files.is_some()) {
-        (true, true) => |pictures| render(pictures, "generated_image", &files_of(pictures)),
-        (true, false) => |pictures| render(pictures, "generated_image", &pixels_of(pictures)),
-        (false, true) => |pictures| render(pictures, "generated_images", &files_of(pictures)),
+        (true, true) => |input| render(input, "generated_image", &input.base64()),
+        (true, false) => |input| render(input, "generated_image", &pixels_of(input)),
+        (false, true) => |input| render(input, "generated_images", &input.base64()),
         (false, false) => return None,
     };
     Some(Dialect { format: files.unwrap_or(Format::Jpeg), render })
@@ -83,13 +83,13 @@ pub(crate) fn parse(
     parsed(prompts.into_iter().enumerate().map(request).collect())
 }
 
-/// One picture, or all, under a name that says which.
-fn render<T: Serialize>(pictures: &RenderInput<'_>, name: &str, images: &[T]) -> String {
+/// The JSON: one image under `generated_image`, or all in a list.
+fn render<T: Serialize>(input: &RenderInput<'_>, name: &str, images: &[T]) -> String {
     let images = match images {
         [image] if name == "generated_image" => serde_json::to_string(image),
         images => serde_json::to_string(images),
     };
-    let mut prompts: Vec<&str> = pictures.specs.iter().map(|spec| spec.prompt.as_str()).collect();
+    let mut prompts: Vec<&str> = input.specs.iter().map(|spec| spec.prompt.as_str()).collect();
     prompts.dedup();
     let prompt = match prompts[..] {
         [one] => Value::from(one),
@@ -99,15 +99,11 @@ fn render<T: Serialize>(pictures: &RenderInput<'_>, name: &str, images: &[T]) ->
     format!(r#"{{"{name}":{},"prompt":{prompt}}}"#, images.unwrap_or_default())
 }
 
-fn files_of(pictures: &RenderInput<'_>) -> Vec<String> {
-    pictures.base64().collect()
-}
-
-/// Each picture as rows of pixels of red, green and blue.
-fn pixels_of<'a>(pictures: &RenderInput<'a>) -> Vec<Vec<Vec<&'a [u8]>>> {
-    let rows = |drawn: &'a GeneratedImage| {
-        let rows = drawn.rgb.data.chunks(3 * drawn.rgb.width);
+/// Each image as rows of pixels of red, green and blue.
+fn pixels_of<'a>(input: &RenderInput<'a>) -> Vec<Vec<Vec<&'a [u8]>>> {
+    let rows = |image: &'a GeneratedImage| {
+        let rows = image.rgb.data.chunks(3 * image.rgb.width);
         rows.map(|row| row.chunks(3).collect()).collect()
     };
-    pictures.drawn.iter().map(rows).collect()
+    input.images.iter().map(rows).collect()
 }

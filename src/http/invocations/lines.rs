@@ -1,6 +1,6 @@
-//! `application/jsonlines`: a request on each line, an answer on each line, in order. The lines
-//! are drawn together, and a line that is wrong or fails is answered with an error object in its
-//! place. The answer is sent as it grows, so its length is bounded by nobody's memory.
+//! JSON Lines: a request on each line of the body, a response on each line of the response, in
+//! order. Lines are generated together. A line that is invalid or fails gets an error object in its
+//! place. The response is sent as it grows, so memory does not bound its length.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -14,14 +14,13 @@ use tokio::time::Instant;
 
 use super::body::{BodyKind, essence};
 use super::detect;
-use super::render::Invocation;
 use crate::engine::{Client, JobError};
 use crate::http::admission::{Admitted, RequestSlot};
 use crate::http::error::Result;
 use crate::http::state::AppState;
 use crate::request::{Fields, ValidationError};
 
-/// The names under which JSON lines go.
+/// The media types of JSON Lines.
 const TYPES: [&str; 5] = [
     "application/jsonlines",
     "application/x-jsonlines",
@@ -30,13 +29,13 @@ const TYPES: [&str; 5] = [
     "application/ndjson",
 ];
 
-/// Whether a body is lines by its declared type.
+/// Whether the declared media type of a body is JSON Lines.
 pub(crate) fn are_declared(headers: &HeaderMap) -> bool {
     essence(headers).is_some_and(|essence| TYPES.contains(&essence.as_str()))
 }
 
-/// Answers every line. Each has the request's time for itself, from when it is looked at.
-pub(crate) fn answer(state: AppState, admitted: Admitted) -> Result<Response> {
+/// Responds to every line. Each has the request's timeout for itself, from when it is read.
+pub(crate) fn respond(state: AppState, admitted: Admitted) -> Result<Response> {
     let Admitted { body, client, timeout, slot, .. } = admitted;
     let body = Bytes::from(body);
     let text = body.strip_suffix(b"\n").unwrap_or(&body);
@@ -53,25 +52,25 @@ pub(crate) fn answer(state: AppState, admitted: Admitted) -> Result<Response> {
         drop(text.split_to(1));
         Some(line)
     });
-    // A picture takes a row or two: so many keep the rows full and leave the queue to others.
+    // An image takes a row or two: so many keep the rows full and leave the queue to others.
     let together = state.engine.max_batch_rows();
-    let answers = stream::iter(lines)
+    let responses = stream::iter(lines)
         .map(move |line| {
             let (state, slot, client) = (state.clone(), slot.clone(), client.clone());
             async move {
-                let answer = draw(&state, &slot, &client, timeout, &line).await;
-                let mut line = answer.unwrap_or_else(|error| error.json().to_string().into());
+                let response = generate(&state, &slot, &client, timeout, &line).await;
+                let mut line = response.unwrap_or_else(|error| error.json().to_string().into());
                 line.push(b'\n');
                 // Bodies are streams of results; this one has no errors of its own.
                 Ok::<_, Infallible>(line)
             }
         })
         .buffered(together);
-    Ok(([(CONTENT_TYPE, TYPES[0])], Body::from_stream(answers)).into_response())
+    Ok(([(CONTENT_TYPE, TYPES[0])], Body::from_stream(responses)).into_response())
 }
 
-/// One line's answer.
-async fn draw(
+/// The response of one line.
+async fn generate(
     state: &AppState,
     slot: &RequestSlot,
     client: &Client,
@@ -86,17 +85,16 @@ async fn draw(
     }
     // A line has no headers: no `Accept` means JSON for JSON.
     let headers = HeaderMap::new();
-    let parsed =
-        detect::parse(&headers, Fields::json(text)?, BodyKind::Json, &state.settings.limits)?;
-    let mut invocation = Invocation::read(state, slot, parsed, &headers).await?;
-    // A line has no events either, whatever it asks for.
+    let fields = (Fields::json(text)?, BodyKind::Json);
+    let mut invocation = detect::read(state, slot, &headers, fields).await?;
+    // A line has no events either, even if it requests them.
     invocation.drawing.preview = false;
-    let pictures = loop {
-        // A line is part of a larger work, which a full queue only delays.
+    let images = loop {
+        // A full queue delays a record but does not fail it.
         match invocation.drawing.submit_with_retry(client, deadline).await?.wait().await {
             Err(JobError::Full { .. }) => {}
-            pictures => break pictures?,
+            images => break images?,
         }
     };
-    Ok(invocation.answer(pictures).await?.into_body().into())
+    Ok(invocation.respond(images).await?.into_body().into())
 }

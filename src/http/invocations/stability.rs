@@ -1,6 +1,6 @@
-//! Stability AI's dialect, as spoken by their SDXL on SageMaker and on Bedrock: `text_prompts` with
-//! weights in, `artifacts` out. What only their service has, such as `style_preset`, is refused
-//! by its name, since it is nobody's field.
+//! Stability AI's format, that of their SDXL on SageMaker and on Bedrock: `text_prompts` with
+//! weights in requests, `artifacts` in responses. Fields that only their service has, such as
+//! `style_preset`, are rejected by name.
 
 use schemars::JsonSchema;
 use sd_models::Spec;
@@ -15,7 +15,7 @@ use crate::request::{DrawRequest, Fields, Limits, ValidationError};
 
 const STABILITY: Dialect = Dialect { format: Format::Png, render };
 
-/// Their samplers that are here, under the names that they have here.
+/// Their names of samplers, and ours.
 const SAMPLERS: [(&str, &str); 6] = [
     ("DDIM", "ddim"),
     ("DDPM", "ddpm"),
@@ -25,7 +25,7 @@ const SAMPLERS: [(&str, &str); 6] = [
     ("K_HEUN", "heun"),
 ];
 
-/// The fields that only this dialect has.
+/// The fields that only this format has.
 #[derive(Deserialize, JsonSchema)]
 struct StabilityOptions {
     text_prompts: Option<Vec<TextPrompt>>,
@@ -41,7 +41,7 @@ struct TextPrompt {
     weight: Option<f64>,
 }
 
-/// Reads a request in this dialect.
+/// Reads a request in this format.
 pub(crate) fn parse(mut fields: Fields, limits: &Limits) -> Result<ParsedRequest, ValidationError> {
     let options: StabilityOptions = fields.read(limits)?;
     fields.rename("samples", "num_images_per_prompt");
@@ -71,11 +71,11 @@ fn prompts(prompts: &[TextPrompt]) -> Result<(String, String), ValidationError> 
     if prompts.is_empty() {
         return Err(ValidationError::malformed("text_prompts", "must hold at least one prompt"));
     }
-    let (mut wanted, mut unwanted) = (Vec::new(), Vec::new());
+    let (mut positive, mut negative) = (Vec::new(), Vec::new());
     for (k, TextPrompt { text, weight }) in prompts.iter().enumerate() {
         match weight.unwrap_or(1.0) {
-            1.0 => wanted.push(text.as_str()),
-            -1.0 => unwanted.push(text.as_str()),
+            1.0 => positive.push(text.as_str()),
+            -1.0 => negative.push(text.as_str()),
             _ => {
                 let name = format!("text_prompts[{k}].weight");
                 let reason = "must be 1 or -1: other weights are not supported";
@@ -83,14 +83,14 @@ fn prompts(prompts: &[TextPrompt]) -> Result<(String, String), ValidationError> 
             }
         }
     }
-    Ok((wanted.join(", "), unwanted.join(", ")))
+    Ok((positive.join(", "), negative.join(", ")))
 }
 
-fn render(pictures: &RenderInput<'_>) -> String {
-    let artifact = |(spec, drawn, data): (&Spec, &GeneratedImage, String)| {
-        let reason = if drawn.nsfw == Some(true) { "CONTENT_FILTERED" } else { "SUCCESS" };
+fn render(input: &RenderInput<'_>) -> String {
+    let artifact = |(spec, image, data): (&Spec, &GeneratedImage, String)| {
+        let reason = if image.nsfw == Some(true) { "CONTENT_FILTERED" } else { "SUCCESS" };
         json!({ "base64": data, "seed": spec.seed, "finishReason": reason })
     };
-    let artifacts: Vec<Value> = pictures.each().map(artifact).collect();
+    let artifacts: Vec<Value> = input.each().map(artifact).collect();
     json!({ "result": "success", "artifacts": artifacts }).to_string()
 }

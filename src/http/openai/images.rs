@@ -17,7 +17,7 @@ use crate::http::state::AppState;
 use crate::image::Format;
 use crate::request::{DrawRequest, Fields, ImageFile, MaskArea, ValidationError};
 
-/// Names that clients send who know no other server than OpenAI's. They mean whatever is here.
+/// Prefixes of OpenAI's model names. They mean the model of this server.
 const THEIR_MODELS: [&str; 3] = ["dall-e-", "gpt-image-", "chatgpt-image-"];
 
 /// `POST /v1/images/generations`.
@@ -60,11 +60,10 @@ async fn generate(
 ) -> Result<Response> {
     let Admitted { headers, client, deadline, stream_deadline, slot, .. } = admitted;
     let state = find(state, options.model).await?;
-    let url = options.response_format == Some(ResponseFormat::Url);
-    let url = url.then(|| origin(&headers));
-    let (compression, partial_images) =
-        (options.output_compression, options.partial_images.unwrap_or(0));
-    let options = ReplyOptions { kind, url, partial_images };
+    let is_url = options.response_format == Some(ResponseFormat::Url);
+    let url = is_url.then(|| origin(&headers));
+    let (compression, partial_images) = (options.output_compression, options.partial_images);
+    let options = ReplyOptions { kind, url, partial_images: partial_images.unwrap_or(0) };
     let drawing = Drawing::prepare(&state, &slot, vec![draw], |draw, _| {
         let format = draw.format()?.unwrap_or(Format::Png);
         Ok(match draw.stream {
@@ -74,21 +73,19 @@ async fn generate(
     });
     let mut drawing = drawing.await?;
     drawing.quality = quality(compression, drawing.reply.format())?.unwrap_or(drawing.quality);
-    let streams = matches!(drawing.reply, ReplyFormat::Events(_));
-    let ticket = drawing.submit(&client, Some(if streams { stream_deadline } else { deadline }))?;
-    let common = common(&drawing);
-    if streams {
-        return Ok(stream(state, drawing, ticket, options, common, slot));
+    let mut response = common(&drawing);
+    if let ReplyFormat::Events(_) = drawing.reply {
+        let ticket = drawing.submit(&client, stream_deadline)?;
+        return Ok(stream(state, drawing, ticket, options, response, slot));
     }
-    let pictures = ticket.wait().await?;
-    let data = data(&state, drawing, pictures, options.url).await?;
-    let mut reply = common;
-    reply.insert("created".into(), now().into());
-    reply.insert("data".into(), data.into());
-    Ok(Json(reply).into_response())
+    let images = drawing.submit(&client, deadline)?.wait().await?;
+    let data = data(&state, drawing, images, options.url).await?;
+    response["created"] = now().into();
+    response["data"] = data.into();
+    Ok(Json(response).into_response())
 }
 
-/// What `output_compression` means for a format: the quality of JPEG. Our PNG and WebP are lossless.
+/// The JPEG quality of an `output_compression`. Our PNG and WebP are lossless.
 fn quality(compression: Option<u8>, format: Format) -> Result<Option<u8>, ValidationError> {
     match (compression, format) {
         (None | Some(100), Format::Png | Format::Webp) | (None, Format::Jpeg) => Ok(None),
@@ -100,7 +97,7 @@ fn quality(compression: Option<u8>, format: Format) -> Result<Option<u8>, Valida
     }
 }
 
-/// Scheme and host as the client sees them, also through a proxy that says so.
+/// Scheme and host as the client sees them, also through a proxy that forwards them.
 fn origin(headers: &HeaderMap) -> String {
     let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
     let scheme = header("x-forwarded-proto").filter(|scheme| *scheme == "https").unwrap_or("http");
@@ -108,8 +105,7 @@ fn origin(headers: &HeaderMap) -> String {
     host.map_or(String::new(), |host| format!("{scheme}://{host}"))
 }
 
-/// The server as a request sees it that names this model, which may have to be loaded first.
-/// OpenAI's names mean the one that is here.
+/// The state for a request that names a model, which may have to be loaded first.
 async fn find(state: AppState, name: Option<String>) -> Result<AppState> {
     let theirs = |name: &String| THEIR_MODELS.iter().any(|prefix| name.starts_with(prefix));
     let Some(name) = name.filter(|name| !theirs(name)) else { return Ok(state) };

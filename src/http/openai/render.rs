@@ -1,54 +1,54 @@
-//! What answers and events say.
+//! The JSON of responses and events.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::engine::GeneratedImage;
-use crate::http::drawing::Drawing;
+use crate::http::drawing::{Drawing, base64};
 use crate::http::error::Result;
 use crate::http::state::AppState;
 
-/// What every answer and event says of its pictures.
-pub(crate) fn common(drawing: &Drawing) -> Map<String, Value> {
+/// The fields of every response and event.
+pub(crate) fn common(drawing: &Drawing) -> Value {
     let size = drawing.specs.first().map(|spec| spec.final_size().to_string());
     let format = drawing.reply.format().name();
-    let common = json!({ "size": size, "output_format": format, "background": "opaque" });
-    common.as_object().cloned().unwrap_or_default()
+    json!({ "size": size, "output_format": format, "background": "opaque" })
 }
 
-/// One object a picture: its seed, and itself or where it is.
+/// An object for each image: its seed, and its file in base64 or its URL.
 pub(crate) async fn data(
     state: &AppState,
     drawing: Drawing,
-    pictures: Vec<GeneratedImage>,
+    images: Vec<GeneratedImage>,
     url: Option<String>,
 ) -> Result<Vec<Value>> {
     let state = state.clone();
-    let data = move |drawing: &Drawing, pictures: &[GeneratedImage], files: Vec<Vec<u8>>| {
-        let (field, values): (_, Vec<String>) = match url {
+    let data = move |drawing: &Drawing, images: &[GeneratedImage], files: Vec<Vec<u8>>| {
+        let (field, values) = match url {
             Some(origin) => {
                 let names = state.urls.keep(files, drawing.reply.format())?;
-                ("url", names.iter().map(|name| format!("{origin}/files/{name}")).collect())
+                (
+                    "url",
+                    names.iter().map(|name| format!("{origin}/files/{name}")).collect::<Vec<_>>(),
+                )
             }
-            None => ("b64_json", files.iter().map(|file| BASE64_STANDARD.encode(file)).collect()),
+            None => ("b64_json", base64(&files)),
         };
-        let drawn = drawing.specs.iter().zip(pictures).zip(values);
-        let object = drawn.map(|((spec, picture), value)| {
+        let each = drawing.specs.iter().zip(images).zip(values);
+        let object = each.map(|((spec, image), value)| {
             let mut object = json!({ "seed": spec.seed, field: value });
-            if let Some(nsfw) = picture.nsfw {
+            if let Some(nsfw) = image.nsfw {
                 object["nsfw"] = nsfw.into();
             }
-            if !picture.warnings.is_empty() {
-                object["warnings"] = picture.warnings.clone().into();
+            if !image.warnings.is_empty() {
+                object["warnings"] = image.warnings.clone().into();
             }
             object
         });
         Ok(object.collect())
     };
-    drawing.encode(pictures, data).await?
+    drawing.encode(images, data).await?
 }
 
 /// Unix time in seconds.

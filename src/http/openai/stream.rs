@@ -3,7 +3,7 @@
 use std::pin::pin;
 
 use axum::response::Response;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use super::error::describe;
 use super::render::{data, now};
@@ -12,12 +12,12 @@ use crate::http::admission::RequestSlot;
 use crate::http::drawing::{Drawing, EventSender, encode_preview, event_stream, next_preview};
 use crate::http::state::AppState;
 
-/// What a client wants besides pictures.
+/// The options of a response.
 #[derive(Debug, Clone)]
 pub(crate) struct ReplyOptions {
-    /// `image_generation` or `image_edit`: the first half of the names of events.
+    /// `image_generation` or `image_edit`: the prefix of the names of events.
     pub(crate) kind: &'static str,
-    /// Where pictures are fetched, if they are not to be in the answer.
+    /// The origin of image URLs, if the response holds URLs instead of images.
     pub(crate) url: Option<String>,
     pub(crate) partial_images: usize,
 }
@@ -28,7 +28,7 @@ pub(crate) fn stream(
     drawing: Drawing,
     ticket: Ticket,
     options: ReplyOptions,
-    common: Map<String, Value>,
+    common: Value,
     slot: RequestSlot,
 ) -> Response {
     let (format, quality) = (drawing.reply.format(), drawing.quality);
@@ -70,11 +70,11 @@ pub(crate) fn stream(
     })
 }
 
-async fn send(events: &EventSender, name: &str, mut data: Value, common: &Map<String, Value>) {
+async fn send(events: &EventSender, name: &str, mut data: Value, common: &Value) {
     data["type"] = name.into();
     data["created_at"] = now().into();
     data["quality"] = "auto".into();
-    for (name, value) in common {
+    for (name, value) in common.as_object().into_iter().flatten() {
         data[name] = value.clone();
     }
     events.send(name, data.to_string()).await;

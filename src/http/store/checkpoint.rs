@@ -1,10 +1,10 @@
 //! The model that AUTOMATIC1111's clients have selected.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The model of requests that name none; if `None`, the default one.
-#[derive(Debug, Default, Clone)]
-pub(crate) struct SelectedCheckpoint(Arc<Mutex<Option<String>>>);
+#[derive(Debug, Default)]
+pub(crate) struct SelectedCheckpoint(Mutex<Option<String>>);
 
 impl SelectedCheckpoint {
     fn slot(&self) -> MutexGuard<'_, Option<String>> {
