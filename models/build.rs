@@ -1,5 +1,5 @@
-//! With the feature `cuda`: compiles our kernels to PTX for compute capability 7.5 and 8.0, which a
-//! driver compiles for its card and every later one; and to machine code for the capabilities in
+//! With the feature `cuda`: compiles our kernels to PTX for compute capability 7.5 and 8.0, which the
+//! driver compiles for that capability and every later one; and to cubins for the capabilities in
 //! `SD_CUDA_ARCHITECTURES`, separated as `CMAKE_CUDA_ARCHITECTURES` is: `75;80;86;89;90`.
 
 use std::env;
@@ -56,7 +56,7 @@ fn compile(nvcc: &Path, kernels: &str, cubins: &[u32], out: &Path) -> String {
     )
 }
 
-/// The capabilities to compile machine code for, ascending; none unless asked.
+/// The capabilities to compile cubins for, ascending; default: none.
 fn architectures() -> Vec<u32> {
     let asked = env::var("SD_CUDA_ARCHITECTURES").unwrap_or_default();
     let read = |part: &str| match part.trim().parse() {

@@ -8,7 +8,7 @@
 //! ([`networks::Decoder`]), and [`Pipeline::check_safety`] the safety checker
 //! ([`networks::SafetyChecker`]) of models that have one.
 //!
-//! This crate does not know that a server exists: no runtime, no environment, no clock.
+//! Nothing in this crate depends on the server: no runtime, no environment, no clock.
 
 mod error;
 pub mod files;

@@ -32,7 +32,7 @@ fn load(device: DeviceName, precision: Precision) -> Pipeline {
     .unwrap()
 }
 
-/// The model on the device, or a word on why the test is skipped.
+/// The model on the device, or a message why the test is skipped.
 fn on_device(precision: Precision) -> Option<Pipeline> {
     match DeviceName::Cuda(0).open() {
         Ok(_) => Some(load(DeviceName::Cuda(0), precision)),
@@ -62,7 +62,7 @@ fn spec(sampler: Sampler, steps: usize, guidance_scale: f64) -> Spec {
     }
 }
 
-/// The pictures of some specs, stepped together.
+/// The images of some specs, stepped together.
 fn draw(pipeline: &Pipeline, specs: &[Spec]) -> Vec<Rgb> {
     let mut under_way: Vec<_> = specs.iter().map(|spec| pipeline.begin(spec).unwrap()).collect();
     while !under_way.iter().all(Trajectory::done) {
@@ -207,7 +207,7 @@ fn full_size_picture() {
     pipeline.decode(&trajectory).unwrap();
 }
 
-/// What the emulator counts while a full-size picture takes so many steps.
+/// What the emulator counts while a full-size image takes so many steps.
 fn counted(steps: usize) -> Value {
     let report = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{steps}-steps.json"));
     let done = std::process::Command::new(std::env::current_exe().unwrap())

@@ -77,9 +77,7 @@ impl<'a> LayerBuilder<'a> {
     }
 
     pub(crate) fn linear(&self, inputs: usize, outputs: usize) -> Result<Linear> {
-        let weight = self.stored("weight", &[outputs, inputs])?;
-        let bias = self.tensor("bias", &[outputs])?;
-        Ok(Linear::new(&weight, Some(&bias), self.device, self.dtype)?)
+        self.linear_or_conv(inputs, outputs, false)
     }
 
     pub(crate) fn geglu(&self, inputs: usize, outputs: usize) -> Result<Linear> {
@@ -126,10 +124,8 @@ impl<'a> LayerBuilder<'a> {
         outputs: usize,
         conv: bool,
     ) -> Result<Linear> {
-        if !conv {
-            return self.linear(inputs, outputs);
-        }
-        let weight = self.stored("weight", &[outputs, inputs, 1, 1])?;
+        let shape = [outputs, inputs, 1, 1];
+        let weight = self.stored("weight", if conv { &shape } else { &shape[..2] })?;
         let bias = self.tensor("bias", &[outputs])?;
         Ok(Linear::new(&weight, Some(&bias), self.device, self.dtype)?)
     }

@@ -235,6 +235,9 @@ impl LoraLayer<Conv2d> {
         epilogue: Epilogue<'_>,
         rows: &[LoraStack],
     ) -> Result<Tensor> {
+        if epilogue.activation.is_some() {
+            bail!("LoRAs would be added after the activation of a convolution");
+        }
         let x = x.into();
         let delta = self.delta(rows, |lora, name, (first, count)| {
             let Some((down, up)) = lora.conv(name) else { return Ok(None) };

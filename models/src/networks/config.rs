@@ -391,6 +391,7 @@ mod tests {
         assert_eq!(VaeConfig::read(&Source::Demo).unwrap().scale(), 8);
         assert_eq!(ClipTextConfig::read(&Source::Demo).unwrap().transformer.hidden_size, 128);
     }
+
     #[test]
     fn transformers_may_be_deeper_at_some_levels() {
         let file = |depths| {

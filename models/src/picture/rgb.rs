@@ -27,9 +27,6 @@ pub struct Size {
 }
 
 impl Size {
-    /// The smallest size.
-    pub const SMALLEST: Self = Self { width: 8, height: 8 };
-
     /// A size, if both sides are positive multiples of 8.
     pub fn new(width: usize, height: usize) -> Option<Self> {
         let valid = |side: usize| side >= 8 && side.is_multiple_of(8);

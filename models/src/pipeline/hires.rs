@@ -89,8 +89,8 @@ impl Upscaler {
     fn line(self, from: usize, to: usize, range: Range<usize>) -> Vec<Taps> {
         let nearest = |shift: f64| {
             let at = move |i: usize| ((i as f64 + shift) * from as f64 / to as f64) as usize;
-            let window = move |i| Taps { first: at(i).min(from - 1), weights: vec![1.0] };
-            range.clone().map(window).collect()
+            let taps = move |i| Taps { first: at(i).min(from - 1), weights: vec![1.0] };
+            range.clone().map(taps).collect()
         };
         match self {
             Self::Bilinear => interpolated(from, to, range, (1, TRIANGLE.value)),

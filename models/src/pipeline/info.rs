@@ -189,10 +189,10 @@ impl ModelInfo {
     }
 
     /// Checks a hires pass against the model's limits.
-    fn check_hires(&self, hires: &Hires, from_picture: bool) -> Result<()> {
+    fn check_hires(&self, hires: &Hires, from_image: bool) -> Result<()> {
         let refuse = |field, reason: String| Err(Error::Spec { field, reason });
         let Hires { size, steps, strength, .. } = *hires;
-        if from_picture {
+        if from_image {
             return refuse("hires_width", "is for text-to-image only".into());
         }
         let fits = |side: usize| side.is_multiple_of(self.multiple);

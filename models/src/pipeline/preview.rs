@@ -162,7 +162,7 @@ mod tests {
     use crate::pipeline::tests::demo;
     use crate::sampling::SamplerName;
 
-    /// The correlation of a preview with a picture whose squares of pixels are averaged.
+    /// The correlation of a preview with an image whose squares of pixels are averaged.
     fn likeness(preview: &Rgb, picture: &Rgb) -> f64 {
         let scale = picture.width / preview.width;
         assert_eq!(

@@ -48,7 +48,7 @@ impl Embeddings {
         width: usize,
         room: usize,
     ) -> Result<(Self, Option<Tensor>)> {
-        let mut learned = Self { width, ..Self::default() };
+        let mut embeddings = Self { width, ..Self::default() };
         let (mut vectors, mut count) = (Vec::new(), 0);
         for (stem, path) in folder.list() {
             let read = read(&path, width).map_err(|error| error.to_string());
@@ -58,7 +58,7 @@ impl Embeddings {
                 match rows {
                     0 => Err(format!("{stem}: holds no vector")),
                     rows if rows > room => {
-                        Err(format!("{stem}: has {rows} vectors; a window has room for {room}"))
+                        Err(format!("{stem}: has {rows} vectors; a chunk has room for {room}"))
                     }
                     _ if bytes > max_bytes => {
                         Err(format!("{stem}: embeddings would take more than {max_bytes} bytes"))
@@ -67,11 +67,11 @@ impl Embeddings {
                 }
             });
             match read {
-                Err(reason) => learned.skipped.push((stem, reason)),
+                Err(reason) => embeddings.skipped.push((stem, reason)),
                 Ok((word, rows, tensor)) => {
                     for word in [Some(stem), word].into_iter().flatten() {
-                        if learned.words.iter().all(|known| known.word != word) {
-                            learned.words.push(PlaceholderToken {
+                        if embeddings.words.iter().all(|known| known.word != word) {
+                            embeddings.words.push(PlaceholderToken {
                                 word,
                                 first: count,
                                 count: rows,
@@ -84,7 +84,7 @@ impl Embeddings {
             }
         }
         let vectors = (!vectors.is_empty()).then(|| Tensor::cat(&vectors, 0)).transpose()?;
-        Ok((learned, vectors))
+        Ok((embeddings, vectors))
     }
 }
 

@@ -46,6 +46,7 @@ fn network(text: &str) -> Option<(&str, &str, &str, &str)> {
         (word && !arguments.is_empty()).then_some((&text[..at], kind, arguments, after))
     })
 }
+
 #[cfg(test)]
 mod tests {
     use super::*;

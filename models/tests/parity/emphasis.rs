@@ -1,4 +1,4 @@
-//! Prompts with emphasis and of several windows, against the algorithm written out in Python.
+//! Prompts with emphasis and of several chunks, against the algorithm written out in Python.
 
 use sd_models::networks::{ClipTextConfig, ClipTextModel};
 use sd_models::pipeline::encode_chunks;
@@ -27,18 +27,18 @@ fn tokenizer(root: &str) -> ClipTokenizer {
 }
 
 #[test]
-fn windows_and_weights_are_those_of_the_reference() {
+fn chunks_and_weights_are_those_of_the_reference() {
     let (v1, v2) = (tokenizer(""), tokenizer("v2"));
     let mut failures = Vec::new();
     for row in rows() {
-        let (windows, cut) = chunks(&row.prompt, &v1).unwrap();
-        assert_eq!(windows.len() + cut, row.ids.len(), "{}", row.prompt);
+        let (ours, cut) = chunks(&row.prompt, &v1).unwrap();
+        assert_eq!(ours.len() + cut, row.ids.len(), "{}", row.prompt);
         let (others, _) = chunks(&row.prompt, &v2).unwrap();
-        for (k, PromptChunk { ids, weights }) in windows.iter().enumerate() {
+        for (k, PromptChunk { ids, weights }) in ours.iter().enumerate() {
             let close = |(a, b): (&f32, &f32)| (a - b).abs() < 1e-6;
             let weighed = weights.iter().zip(&row.weights[k]).all(close);
             if *ids != row.ids[k] || others[k].ids != row.v2[k] || !weighed {
-                failures.push(format!("{:?} window {k}: {ids:?} {weights:?}", row.prompt));
+                failures.push(format!("{:?} chunk {k}: {ids:?} {weights:?}", row.prompt));
             }
         }
     }
@@ -56,9 +56,9 @@ fn contexts_are_those_of_the_reference() {
     let mut compared = 0;
     for (i, row) in rows().iter().enumerate() {
         let Some(reference) = expected.get(&format!("context.{i}")) else { continue };
-        let (windows, _) = chunks(&row.prompt, &tokenizer).unwrap();
+        let (ours, _) = chunks(&row.prompt, &tokenizer).unwrap();
         let error = relative_error(
-            &encode_chunks(windows, &encoder, &LoraStack::default()).unwrap(),
+            &encode_chunks(ours, &encoder, &LoraStack::default()).unwrap(),
             reference,
         );
         println!("{:?}: {error:.1e}", row.prompt);
@@ -83,7 +83,7 @@ fn rows_of_unequal_contexts_share_a_step() {
     let specs = [&long, &plain, &weighed, &long];
     let drawn = finish(&model, specs.iter().map(|spec| model.begin(spec).unwrap()).collect());
     let error = relative_error(&drawn[0], &fixture("emphasis.safetensors")["latents"]);
-    println!("a picture by two windows: {error:.1e}");
+    println!("an image by two chunks: {error:.1e}");
     assert!(error <= TOLERANCE, "{error:.1e}");
     for (spec, company) in specs.iter().zip(&drawn) {
         let alone = finish(&model, vec![model.begin(spec).unwrap()]);

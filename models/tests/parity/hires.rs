@@ -1,4 +1,4 @@
-//! HiresPass passes against torch's `interpolate` and diffusers' img2img of the latents that it gives.
+//! Hires passes against torch's `interpolate` and diffusers' img2img of the latents that it returns.
 
 use sd_models::{Error, Hires, Img2Img, Pipeline, SamplerName, Size, Spec, Trajectory, Upscaler};
 

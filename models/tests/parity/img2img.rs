@@ -1,4 +1,4 @@
-//! Pictures that begin as other pictures, against diffusers' img2img and inpainting pipelines.
+//! Image-to-image and inpainting against diffusers' img2img and inpainting pipelines.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -126,7 +126,7 @@ fn a_part_of_a_picture_is_painted_anew() {
 fn a_unet_for_inpainting_is_told_what_to_paint() {
     let model = load(inpainting_model("told"));
     check("told", &model);
-    // Without a picture everything is painted.
+    // Without an input image everything is inpainted.
     let (white, all) = (vec![255; 64 * 64 * 3], Some(vec![255; 64 * 64]));
     let picture = Rgb { width: 64, height: 64, data: white };
     let start = Img2Img { picture, strength: 1.0, mask: all };

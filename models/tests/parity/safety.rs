@@ -10,7 +10,7 @@ use crate::{fixture, floats, path, relative_error};
 
 const TOLERANCE: f32 = 1e-4;
 
-/// The pictures of `make_fixtures.py`: width, height and what makes them different.
+/// The images of `make_fixtures.py`: width, height and what makes them different.
 const PAINTED: [(usize, usize, usize); 6] =
     [(64, 64, 0), (40, 72, 1), (512, 384, 2), (24, 24, 3), (16, 30, 4), (129, 65, 5)];
 
@@ -97,7 +97,7 @@ fn a_model_is_checked_when_its_index_says_so() {
 
     let Source::Directory(root) = &named else { unreachable!() };
     std::fs::remove_dir_all(root.join("safety_checker")).unwrap();
-    // What is named and missing is an error: unchecked pictures would be a surprise.
+    // What is named and missing is an error: unchecked images would be a surprise.
     assert!(matches!(open(named, None), Err(Error::File { .. })));
 }
 

@@ -1,9 +1,10 @@
 //! What the kernels want of the allocator and of the operating system: freed memory is kept, and
-//! large blocks lie on huge pages.
+//! large blocks are on huge pages.
 
 /// Makes glibc keep freed memory, for the whole process. A step allocates and frees the same few
 /// hundred megabytes of activations in blocks that glibc would otherwise return to the kernel one
-/// by one, and fault in again page by page.
+/// by one, and fault in again page by page. Call it before other threads are started: the arenas
+/// that they have already stay.
 ///
 /// On other systems it does nothing.
 pub fn keep_freed_memory() {

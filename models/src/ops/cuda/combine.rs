@@ -8,7 +8,7 @@ use super::images::COMBINE;
 use super::launch::{Grid, launch};
 use super::memory::{Operand, bytes, int, output};
 
-/// Terms of a sum at the most: Adams and Bashforth's.
+/// Maximum number of terms of a sum: that of the Adams-Bashforth method.
 const TERMS: usize = 4;
 
 /// Mirrors `Combine` in `combine.cu`.

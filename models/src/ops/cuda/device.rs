@@ -1,5 +1,5 @@
-//! CUDA devices: their properties, the kernels that are loaded onto them, and what there are kernels
-//! for.
+//! CUDA devices: their properties, the kernels that are loaded onto them, and the types that these
+//! support.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};

@@ -121,7 +121,7 @@ impl AttentionTask {
     ) {
         let QueryTile { sample, first_query, first_channel } = tile;
         let count = NR.min(self.queries - first_query);
-        // HeadRows past the last query repeat it: no column sees another.
+        // Rows past the last query repeat it: no column sees another.
         let query = |j: usize| first_query + j.min(count - 1);
         let rows = |j| q.row(sample, query(j), first_channel, self.width);
         let mut panel = Scratch::new(self.width * NR);
