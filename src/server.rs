@@ -24,23 +24,23 @@ const UNHEALTHY_LINGER: Duration = Duration::from_secs(1);
 
 /// Configuration of `serve`.
 #[derive(Debug)]
-pub struct Serve {
+pub(crate) struct Serve {
     /// The model.
-    pub model: ModelConfig,
+    pub(crate) model: ModelConfig,
     /// Whether it is loaded on start; otherwise models are only loaded by name.
-    pub preload: bool,
+    pub(crate) preload: bool,
     /// Limits of the models loaded by name.
-    pub models: RegistryConfig,
+    pub(crate) models: RegistryConfig,
     /// Address to listen on.
-    pub host: String,
+    pub(crate) host: String,
     /// Port to listen on; 0 lets the system choose.
-    pub port: u16,
+    pub(crate) port: u16,
     /// Limits of the HTTP layer.
-    pub http: HttpConfig,
+    pub(crate) http: HttpConfig,
     /// Limits of the engine.
-    pub engine: EngineConfig,
+    pub(crate) engine: EngineConfig,
     /// Time from SIGTERM until unfinished requests are cancelled.
-    pub drain_timeout: Duration,
+    pub(crate) drain_timeout: Duration,
 }
 
 /// Binds the port first, so that `/ping` can return 503 while the model loads.

@@ -31,21 +31,21 @@ const MAX_BATCH_ROWS: usize = 8;
 
 /// Configuration of `generate`.
 #[derive(Debug)]
-pub struct Generate {
+pub(crate) struct Generate {
     /// The model.
-    pub model: ModelConfig,
+    pub(crate) model: ModelConfig,
     /// The action on flagged images.
-    pub safety: Safety,
+    pub(crate) safety: Safety,
     /// The fields of the request, by name.
-    pub fields: Vec<(String, String)>,
+    pub(crate) fields: Vec<(String, String)>,
     /// The file of the input image.
-    pub image: Option<Vec<u8>>,
+    pub(crate) image: Option<Vec<u8>>,
     /// The file of the mask.
-    pub mask: Option<Vec<u8>>,
+    pub(crate) mask: Option<Vec<u8>>,
     /// The output file.
-    pub output: PathBuf,
+    pub(crate) output: PathBuf,
     /// The format, from the extension of the file.
-    pub format: Format,
+    pub(crate) format: Format,
 }
 
 pub(crate) async fn run(config: Generate) -> Result<()> {

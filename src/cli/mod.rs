@@ -2,14 +2,16 @@
 //! reads the environment or the arguments.
 
 mod args;
-pub(crate) mod bench;
-pub(crate) mod generate;
-pub(crate) mod healthcheck;
-pub(crate) mod package;
+mod bench;
+mod generate;
+mod healthcheck;
+mod package;
 
 use std::ffi::OsString;
 use std::fmt;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory as _, FromArgMatches as _};
@@ -18,14 +20,12 @@ use serde_json::{Value, json};
 
 use crate::engine::Safety;
 use crate::image::Format;
-use crate::server::Serve;
+use crate::server::{Serve, listen_and_serve};
 use crate::source::{
     Download, Hub, ModelConfig, ModelLocation, is_checkpoint, is_hub_id, wants_half,
 };
 use crate::telemetry::LogFormat;
 use args::{Args, Command, GenerateArgs, ModelArgs, PackageArgs, SafetyChecker, ServeArgs};
-use bench::device::Verify;
-use bench::load::LoadConfig;
 use generate::Generate;
 use package::{Layout, Package};
 
@@ -38,10 +38,9 @@ const SAGEMAKER_MODEL: &str = "/opt/ml/model";
 const DEFAULT_PORT: u16 = 8080;
 
 /// The configuration of a run.
-#[derive(Debug)]
 pub struct Config {
     /// The subcommand.
-    pub action: Action,
+    pub(crate) action: Action,
     /// The format of the log.
     pub log_format: LogFormat,
     /// The log filter, in the syntax of tracing's `EnvFilter`.
@@ -49,26 +48,7 @@ pub struct Config {
 }
 
 /// A subcommand with its configuration.
-#[derive(Debug)]
-pub enum Action {
-    /// Serve HTTP requests.
-    Serve(Box<Serve>),
-    /// Generate images from one prompt into files.
-    Generate(Box<Generate>),
-    /// Download a model from the hub.
-    Download(Box<Download>),
-    /// Package a model for SageMaker.
-    Package(Box<Package>),
-    /// Send load to a running server.
-    Bench(Box<LoadConfig>),
-    /// Compare a device with the CPU, and time it.
-    Verify(Box<Verify>),
-    /// Check whether a running server is ready.
-    Healthcheck {
-        /// Host and port.
-        address: String,
-    },
-}
+pub(crate) type Action = Box<dyn FnOnce() -> anyhow::Result<()>>;
 
 /// Reads the command line and the environment.
 pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Error> {
@@ -77,31 +57,52 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
     let args = Args::from_arg_matches_mut(&mut matches)?;
     let mut log_format = LogFormat::Text;
     let mut log_filter = "warn".to_owned();
-    let action = match args.command {
+    let action: Action = match args.command {
         Command::Serve(serve) => {
             log_format = serve.log.log_format;
             log_filter.clone_from(&serve.log.log);
-            Action::Serve(Box::new(serve.resolve()?))
+            let serve = serve.resolve()?;
+            Box::new(|| block_on(listen_and_serve(serve)))
         }
-        Command::Generate(generate) => Action::Generate(Box::new(generate.resolve()?)),
+        Command::Generate(args) => {
+            let generate = args.resolve()?;
+            Box::new(|| block_on(generate::run(generate)))
+        }
         Command::Download(args) => {
             let half = wants_half(args.device, args.dtype);
             let (id, revision) = (args.model, args.revision);
             let (checking, _) = safety(args.safety_checker);
-            Action::Download(Box::new(Download { hub: hub(), id, revision, half, checking }))
+            let download = Download { hub: hub(), id, revision, half, checking };
+            Box::new(move || print(&download.run()?))
         }
-        Command::Package(args) => Action::Package(Box::new(args.resolve()?)),
+        Command::Package(args) => {
+            let package = args.resolve()?;
+            Box::new(|| print(&package.run()?))
+        }
         Command::Bench(args) if args.verify => {
             let model = ModelConfig { checking: SafetyMode::Never, ..args.model.resolve()?.0 };
             let (timing, json) = (args.timing, args.load.json);
-            Action::Verify(Box::new(Verify { model, timing, json }))
+            Box::new(move || bench::device::run(model, timing, json))
         }
-        Command::Bench(args) => Action::Bench(Box::new(args.load)),
+        Command::Bench(args) => Box::new(|| block_on(bench::load::run(args.load))),
         Command::Healthcheck(args) => {
-            Action::Healthcheck { address: format!("{}:{}", args.host, port(args.port)?) }
+            let address = format!("{}:{}", args.host, port(args.port)?);
+            Box::new(move || healthcheck::run(&address))
         }
     };
     Ok(Config { action, log_format, log_filter })
+}
+
+fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let done = runtime.block_on(work);
+    // The model thread may be in the middle of a step; it is not waited for.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    done
+}
+
+fn print(path: &Path) -> anyhow::Result<()> {
+    Ok(writeln!(std::io::stdout(), "{}", path.display())?)
 }
 
 /// The clap command. An empty environment variable counts as not set, because templates and compose

@@ -17,20 +17,20 @@ use crate::source::{self, ModelConfig, ModelLocation};
 
 /// Configuration of `package`.
 #[derive(Debug)]
-pub struct Package {
+pub(crate) struct Package {
     /// The model: a directory or a model ID.
-    pub model: ModelConfig,
+    pub(crate) model: ModelConfig,
     /// The output file or directory.
-    pub output: PathBuf,
+    pub(crate) output: PathBuf,
     /// The layout of the output.
-    pub layout: Layout,
+    pub(crate) layout: Layout,
     /// Upload destination: `s3://bucket/key`, or a prefix for a directory.
-    pub upload: Option<String>,
+    pub(crate) upload: Option<String>,
 }
 
 /// The layouts of a package.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-pub enum Layout {
+pub(crate) enum Layout {
     /// One model.tar.gz, supported by all endpoints and transform jobs.
     Tarball,
     /// Uncompressed files: nothing to unpack when an endpoint starts.

@@ -313,7 +313,9 @@ impl<M: Model> Worker<M> {
 
     /// Updates the throughput and the remaining work, for estimates.
     fn report(&self, elapsed: Duration, work: u64) {
-        let left = |slot: &Slot<M::Trajectory>| (slot.trajectory.work_left() * rows(slot)) as u64;
+        let left = |slot: &Slot<M::Trajectory>| {
+            (slot.trajectory.work_left() * slot.trajectory.rows()) as u64
+        };
         let mut pace = self.engine.pace.lock().unwrap_or_else(PoisonError::into_inner);
         pace.measure(elapsed, work);
         let stepping = self.slots.iter().filter(|slot| !slot.done()).map(left);
@@ -426,7 +428,7 @@ impl<M: Model> Worker<M> {
             .filter(|slot| slot.trajectory.size() == size && !slot.done())
             .take_while(|slot| {
                 let first = taken == 0;
-                taken += rows(slot);
+                taken += slot.trajectory.rows();
                 bytes += info.step_bytes(&slot.task.spec, size);
                 first || taken <= max_rows && bytes <= budget
             })
@@ -437,7 +439,7 @@ impl<M: Model> Worker<M> {
         self.last_step = began.elapsed();
         let shrunk = len < members.len();
         members.truncate(len);
-        let rows: usize = members.iter().map(|slot| rows(slot)).sum();
+        let rows: usize = members.iter().map(|slot| slot.trajectory.rows()).sum();
         self.engine.metrics.stage_duration.time(["step"], self.last_step);
         self.engine.metrics.batch_size.with([]).observe(rows as f64);
         match stepped {
@@ -593,10 +595,6 @@ fn preview<M: Model>(model: &M, slot: &mut Slot<M::Trajectory>, safety: Safety) 
 fn stepping<T: Trajectory>(slots: &[Slot<T>]) -> impl Iterator<Item = (Size, &Spec)> {
     let stepping = slots.iter().filter(|slot| !slot.done());
     stepping.map(|slot| (slot.trajectory.size(), &slot.task.spec))
-}
-
-fn rows<T: Trajectory>(slot: &Slot<T>) -> usize {
-    slot.trajectory.rows()
 }
 
 /// An error and its causes, in one line.

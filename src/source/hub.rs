@@ -47,30 +47,30 @@ const SMALL_FILES: [&str; 12] = [
 
 /// The hub and its local cache.
 #[derive(Debug, Clone)]
-pub struct Hub {
+pub(crate) struct Hub {
     /// The directory of `models--owner--name` directories.
-    pub cache: PathBuf,
+    pub(crate) cache: PathBuf,
     /// The hub's URL, without a trailing slash.
-    pub endpoint: String,
+    pub(crate) endpoint: String,
     /// Token for gated and private models; `None`: the token file next to the cache.
-    pub token: Option<String>,
+    pub(crate) token: Option<String>,
     /// Whether network access is forbidden (`HF_HUB_OFFLINE`).
-    pub offline: bool,
+    pub(crate) offline: bool,
 }
 
 /// A model to download.
 #[derive(Debug)]
-pub struct Download {
+pub(crate) struct Download {
     /// The hub and its cache.
-    pub hub: Hub,
+    pub(crate) hub: Hub,
     /// `owner/name`.
-    pub id: String,
+    pub(crate) id: String,
     /// Branch, tag or commit.
-    pub revision: String,
+    pub(crate) revision: String,
     /// Whether f16 weights are preferred.
-    pub half: bool,
+    pub(crate) half: bool,
     /// Whether the safety checker is downloaded too.
-    pub checking: SafetyMode,
+    pub(crate) checking: SafetyMode,
 }
 
 impl Download {

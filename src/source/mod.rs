@@ -16,40 +16,40 @@ pub(crate) use hub::{Download, Hub, byte_bar, files_to_fetch, is_hub_id};
 
 /// A model: its source, device and options.
 #[derive(Debug, Clone)]
-pub struct ModelConfig {
+pub(crate) struct ModelConfig {
     /// The location of the model.
-    pub place: ModelLocation,
+    pub(crate) place: ModelLocation,
     /// VAE that replaces the model's own: a single file, or a directory with `vae/`.
-    pub vae: Option<PathBuf>,
+    pub(crate) vae: Option<PathBuf>,
     /// The device.
-    pub device: DeviceName,
+    pub(crate) device: DeviceName,
     /// Data type of the weights.
-    pub precision: Precision,
+    pub(crate) precision: Precision,
     /// Whether its safety checker is loaded.
-    pub checking: SafetyMode,
+    pub(crate) checking: SafetyMode,
     /// Number of CPU threads; `None`: all cores.
-    pub threads: Option<usize>,
+    pub(crate) threads: Option<usize>,
     /// LoRAs and embeddings that requests can select by name.
-    pub add_ons: AddOns,
+    pub(crate) add_ons: AddOns,
     /// The hub and its cache.
-    pub hub: Hub,
+    pub(crate) hub: Hub,
 }
 
 impl ModelConfig {
     /// Bytes per weight.
-    pub fn weight_bytes(&self) -> u64 {
+    pub(crate) fn weight_bytes(&self) -> u64 {
         self.precision.weight_bytes(self.half())
     }
 
     /// Whether f16 files are preferred.
-    pub fn half(&self) -> bool {
+    pub(crate) fn half(&self) -> bool {
         wants_half(self.device, self.precision)
     }
 }
 
 /// The location of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ModelLocation {
+pub(crate) enum ModelLocation {
     /// The model built into this binary.
     Demo,
     /// A directory: in Diffusers format, there or one level below, or with a single-file

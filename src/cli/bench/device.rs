@@ -33,29 +33,18 @@ const CARDS: [(&str, f64, f64); 5] = [
     ("H100", 989e12, 3350e9),
 ];
 
-/// Configuration of `bench --verify`.
-#[derive(Debug)]
-pub struct Verify {
-    /// The model and the device.
-    pub model: ModelConfig,
-    /// What to time.
-    pub timing: TimingConfig,
-    /// Whether to print JSON.
-    pub json: bool,
-}
-
 /// What `bench --verify` times.
 #[derive(Debug, clap::Args)]
-pub struct TimingConfig {
+pub(crate) struct TimingConfig {
     /// Image size with --verify, such as 512x512. Default: the model's own
     #[arg(long, requires = "verify", value_parser = size)]
-    pub size: Option<Size>,
+    pub(crate) size: Option<Size>,
     /// Maximum number of rows per step timed with --verify, in powers of two from 1
     #[arg(long, requires = "verify", default_value = "16", value_parser = min::<1>)]
-    pub max_rows: usize,
+    pub(crate) max_rows: usize,
     /// Number of steps timed with --verify for each number of rows
     #[arg(long, requires = "verify", default_value = "10", value_parser = min::<1>)]
-    pub evaluations: usize,
+    pub(crate) evaluations: usize,
 }
 
 fn size(text: &str) -> Result<Size, String> {
@@ -113,15 +102,15 @@ struct DeviceBench {
     evaluations: usize,
 }
 
-pub(crate) fn run(config: Verify) -> Result<()> {
-    let options = source::locate(config.model)?;
+pub(crate) fn run(model: ModelConfig, timing: TimingConfig, json: bool) -> Result<()> {
+    let options = source::locate(model)?;
     let began = Instant::now();
     let pipeline = Pipeline::load(&options)?;
     let load_seconds = began.elapsed().as_secs_f64();
     let info = pipeline.info().clone();
     let free = pipeline.free_device_bytes();
-    let size = config.timing.size.unwrap_or(info.defaults.size);
-    let bench = DeviceBench { pipeline, size, evaluations: config.timing.evaluations };
+    let size = timing.size.unwrap_or(info.defaults.size);
+    let bench = DeviceBench { pipeline, size, evaluations: timing.evaluations };
     let (mean, max) = bench.compare(options)?;
     let allowed = if info.precision == "f32" { (0.5, 2) } else { (3.0, 64) };
 
@@ -142,7 +131,7 @@ pub(crate) fn run(config: Verify) -> Result<()> {
     let began = Instant::now();
     bench.pipeline.decode(&two[0])?;
     let decode_seconds = began.elapsed().as_secs_f64();
-    let rows = bench.times(config.timing.max_rows, decode_seconds)?;
+    let rows = bench.times(timing.max_rows, decode_seconds)?;
 
     let name = bench.pipeline.device_name();
     let share = name.as_deref().and_then(card).and_then(|(flops, bandwidth)| {
@@ -169,7 +158,7 @@ pub(crate) fn run(config: Verify) -> Result<()> {
         step: step_work,
         roofline_share: share,
     };
-    print(&report, config.json)?;
+    print(&report, json)?;
     ensure!(
         mean <= allowed.0 && max <= allowed.1,
         "the device's image differs from the CPU's: mean {mean:.3}/255, max {max}/255"

@@ -22,33 +22,33 @@ use crate::options::{millis, min};
 
 /// Configuration of `bench`.
 #[derive(Debug, clap::Args)]
-pub struct LoadConfig {
+pub(crate) struct LoadConfig {
     /// URL of the server: http://host:port
     #[arg(required_unless_present = "verify", conflicts_with = "verify", value_parser = url)]
-    pub url: Option<String>,
+    pub(crate) url: Option<String>,
     /// Number of requests per second in an open loop: random (Poisson) arrivals, independent of
     /// responses. Shows the behaviour under overload
     #[arg(long, conflicts_with = "clients", value_parser = positive)]
-    pub rate: Option<f64>,
+    pub(crate) rate: Option<f64>,
     /// Number of clients in a closed loop: each sends its next request when it has a response
     #[arg(long, default_value = "8", value_parser = min::<1>)]
-    pub clients: usize,
+    pub(crate) clients: usize,
     /// Time for which requests are sent, in seconds
     #[arg(long = "duration-s", default_value = "30", value_parser = seconds)]
-    pub duration: Duration,
+    pub(crate) duration: Duration,
     /// Request body, as JSON; each request gets its own seed unless it has one
     #[arg(long, default_value = r#"{"prompt":"a red house by the sea","steps":20}"#)]
     #[arg(value_parser = object)]
-    pub body: JsonObject,
+    pub(crate) body: JsonObject,
     /// Time for a request, in milliseconds; after it the request counts as unanswered
     #[arg(long = "timeout-ms", default_value = "120000", value_parser = millis::<1>)]
-    pub timeout: Duration,
+    pub(crate) timeout: Duration,
     /// Seed of the random arrivals; the same seed gives the same arrivals
     #[arg(long, default_value = "1")]
-    pub arrivals_seed: u64,
+    pub(crate) arrivals_seed: u64,
     /// Print JSON instead of a table
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 /// A JSON object.

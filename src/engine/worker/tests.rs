@@ -292,7 +292,7 @@ const MAX_ROWS: usize = 8;
 fn check_turn(studio: &TestWorker, did: &[Did]) {
     let waiting = studio.engine.shared.queue().len();
     assert!(waiting <= MAX_QUEUE, "{waiting} wait");
-    let rows: usize = studio.worker.slots.iter().map(rows).sum();
+    let rows: usize = studio.worker.slots.iter().map(|slot| slot.trajectory.rows()).sum();
     assert!(rows <= MAX_BUCKETS * MAX_ROWS, "{rows} rows in the making");
     let count = |which: fn(&Did) -> bool| did.iter().filter(|did| which(did)).count();
     assert!(count(|did| matches!(did, Did::Step(_))) <= 1, "one step a turn: {did:?}");
