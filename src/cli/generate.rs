@@ -70,18 +70,18 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     let began = Instant::now();
     let ticket = engine.submit(specs.clone())?;
     let bar = tokio::spawn(show(ticket.progress()));
-    let pictures = ticket.wait().await;
+    let images = ticket.wait().await;
     // The tasks are dropped, and with them the sender of progress: the bar ends by itself.
     let _ = bar.await;
 
     let (mut out, hashes) = (std::io::stdout(), image::Hashes::default());
-    for (k, (spec, picture)) in specs.iter().zip(&pictures?).enumerate() {
+    for (k, (spec, generated)) in specs.iter().zip(&images?).enumerate() {
         let path = numbered(&config.output, k, specs.len());
         let loras = hashes.of(spec, &model.add_ons.loras);
         let infotext = image::infotext(spec, &model.name, &loras);
-        let file = image::encode(&picture.rgb, config.format, image::JPEG_QUALITY, &infotext)?;
+        let file = image::encode(&generated.rgb, config.format, image::JPEG_QUALITY, &infotext)?;
         std::fs::write(&path, file).with_context(|| format!("cannot write {}", path.display()))?;
-        for warning in &picture.warnings {
+        for warning in &generated.warnings {
             tracing::warn!("{warning}");
         }
         writeln!(out, "{} (seed {})", path.display(), spec.seed)?;

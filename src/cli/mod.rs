@@ -1,5 +1,5 @@
-//! The command line: converts arguments and environment (`args`) into a [`Config`]. Nothing else
-//! reads the environment or the arguments.
+//! The command line: converts arguments and environment (`args`) into the work of a subcommand.
+//! Nothing else reads the environment or the arguments.
 
 mod args;
 mod bench;
@@ -47,7 +47,7 @@ pub struct Config {
     pub log_filter: String,
 }
 
-/// A subcommand with its configuration.
+/// The work of a subcommand, with its configuration.
 pub(crate) type Action = Box<dyn FnOnce() -> anyhow::Result<()>>;
 
 /// Reads the command line and the environment.
@@ -82,7 +82,7 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
         Command::Bench(args) if args.verify => {
             let model = ModelConfig { checking: SafetyMode::Never, ..args.model.resolve()?.0 };
             let (timing, json) = (args.timing, args.load.json);
-            Box::new(move || bench::device::run(model, timing, json))
+            Box::new(move || bench::device::run(model, &timing, json))
         }
         Command::Bench(args) => Box::new(|| block_on(bench::load::run(args.load))),
         Command::Healthcheck(args) => {

@@ -66,7 +66,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_waits_longer_than_a_round() {
+    fn no_size_waits_longer_than_a_round() {
         let mut rotation = DeficitRoundRobin::default();
         let loads = [(square(64), 8), (square(512), 2), (square(8), 1)];
         let mut since = [0_usize; 3];

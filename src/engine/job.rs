@@ -112,10 +112,6 @@ pub struct GeneratedImage {
     pub warnings: Vec<String>,
     /// Whether the safety checker flags it as NSFW; `None` without a checker.
     pub nsfw: Option<bool>,
-    /// Time in the queue: from submission to text encoding.
-    pub queued: Duration,
-    /// Time to generate: from text encoding to the pixels.
-    pub drawn: Duration,
 }
 
 /// Progress in UNet calls, over all images of a job that have left the queue.
@@ -149,7 +145,7 @@ type TaskResult = (usize, Result<Option<GeneratedImage>, JobError>);
 #[derive(Debug)]
 pub struct Ticket {
     pub(super) job: JobId,
-    pictures: mpsc::Receiver<TaskResult>,
+    results: mpsc::Receiver<TaskResult>,
     count: usize,
     deadline: Option<tokio::time::Instant>,
     progress: watch::Receiver<Progress>,
@@ -168,7 +164,7 @@ pub(super) struct ImageTask {
     pub(super) siblings: usize,
     pub(super) submitted: Instant,
     index: usize,
-    settled: mpsc::Sender<TaskResult>,
+    results: mpsc::Sender<TaskResult>,
     progress: watch::Sender<Progress>,
     /// If previews are requested: their sender, and the time of the last one.
     previews: Option<(Previews, Option<Instant>)>,
@@ -189,7 +185,7 @@ pub(super) fn open(
     let Job { specs, client, deadline, preview } = job;
     let count = specs.len();
     // Each task sends one result, so with this capacity the worker never waits.
-    let (settled, pictures) = mpsc::channel(count.max(1));
+    let (sender, results) = mpsc::channel(count.max(1));
     let (advanced, progress) = watch::channel(Progress::default());
     let previews = preview.then(|| Previews::new(None));
     let shown = previews.as_ref().map(watch::Sender::subscribe);
@@ -202,7 +198,7 @@ pub(super) fn open(
         siblings: count,
         submitted,
         index,
-        settled: settled.clone(),
+        results: sender.clone(),
         progress: advanced.clone(),
         previews: previews.clone().map(|previews| (previews, None)),
         interrupted: Arc::clone(&interrupted),
@@ -213,7 +209,7 @@ pub(super) fn open(
     let state = state.subscribe();
     let tasks = specs.into_iter().enumerate().map(task).collect();
     let (job, previews) = (id, shown);
-    let ticket = Ticket { job, pictures, count, deadline, progress, previews, interrupted, state };
+    let ticket = Ticket { job, results, count, deadline, progress, previews, interrupted, state };
     (ticket, tasks)
 }
 
@@ -221,8 +217,8 @@ impl Ticket {
     /// Waits for the images, in the order of their specs, or the first failure. Images of an
     /// interrupted job may be missing.
     pub async fn wait(mut self) -> Result<Vec<GeneratedImage>, JobError> {
-        let Self { pictures, count, deadline, state, .. } = &mut self;
-        let late = async {
+        let Self { results, count, deadline, state, .. } = &mut self;
+        let timed_out = async {
             match deadline {
                 Some(deadline) => tokio::time::sleep_until(*deadline).await,
                 None => std::future::pending().await,
@@ -230,8 +226,8 @@ impl Ticket {
         };
         tokio::select! {
             biased;
-            drawn = collect(pictures, *count) => drawn,
-            () = late => Err(JobError::Deadline),
+            images = collect(results, *count) => images,
+            () = timed_out => Err(JobError::Deadline),
             _ = state.wait_for(|state| matches!(state, EngineState::Stopped)) => {
                 Err(JobError::Stopping)
             }
@@ -250,16 +246,16 @@ impl Ticket {
 }
 
 async fn collect(
-    pictures: &mut mpsc::Receiver<TaskResult>,
+    results: &mut mpsc::Receiver<TaskResult>,
     count: usize,
 ) -> Result<Vec<GeneratedImage>, JobError> {
-    let mut drawn: Vec<Option<GeneratedImage>> = vec![None; count];
+    let mut images: Vec<Option<GeneratedImage>> = vec![None; count];
     for _ in 0..count {
         // The tasks are dropped without a result if the model thread has panicked.
-        let (index, picture) = pictures.recv().await.ok_or(JobError::Model)?;
-        drawn[index] = picture?;
+        let (index, image) = results.recv().await.ok_or(JobError::Model)?;
+        images[index] = image?;
     }
-    Ok(drawn.into_iter().flatten().collect())
+    Ok(images.into_iter().flatten().collect())
 }
 
 impl ImageTask {
@@ -276,7 +272,7 @@ impl ImageTask {
 
     /// Whether the ticket still exists.
     pub(super) fn is_wanted(&self) -> bool {
-        !self.settled.is_closed()
+        !self.results.is_closed()
     }
 
     /// Whether the client has interrupted the job.
@@ -310,19 +306,19 @@ impl ImageTask {
     /// Sends the result. The ticket may already be dropped.
     pub(super) fn complete(mut self, result: Result<GeneratedImage, JobError>) {
         self.outcome = Some(if result.is_ok() { "completed" } else { "failed" });
-        let _ = self.settled.try_send((self.index, result.map(Some)));
+        let _ = self.results.try_send((self.index, result.map(Some)));
     }
 
     /// Ends an interrupted image without a finished step.
     pub(super) fn skip(mut self) {
         self.outcome = Some("cancelled");
-        let _ = self.settled.try_send((self.index, Ok(None)));
+        let _ = self.results.try_send((self.index, Ok(None)));
     }
 
     /// Ends an image that is not accepted.
     pub(super) fn reject(mut self, failure: JobError) {
         self.outcome = Some("rejected");
-        let _ = self.settled.try_send((self.index, Err(failure)));
+        let _ = self.results.try_send((self.index, Err(failure)));
     }
 }
 

@@ -22,7 +22,7 @@ pub trait Model: 'static {
     /// Decodes the image of a trajectory; of an unfinished one, its predicted x0.
     fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb>;
     /// Whether the safety checker flags the image as NSFW; `None` without a checker.
-    fn check_safety(&self, _picture: &Rgb) -> sd_models::Result<Option<bool>> {
+    fn check_safety(&self, _image: &Rgb) -> sd_models::Result<Option<bool>> {
         Ok(None)
     }
     /// A preview of a running image, at low cost after warm-up; `None` if the model has none.
@@ -71,7 +71,7 @@ impl Model for sd_models::Pipeline {
         fn begin(&self, spec: &Spec) -> sd_models::Result<Self::Trajectory>;
         fn step(&self, batch: &mut [&mut Self::Trajectory]) -> sd_models::Result<()>;
         fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb>;
-        fn check_safety(&self, picture: &Rgb) -> sd_models::Result<Option<bool>>;
+        fn check_safety(&self, image: &Rgb) -> sd_models::Result<Option<bool>>;
     }
 
     fn files(&self, spec: &Spec) -> Option<Box<dyn FnOnce() + Send>> {

@@ -172,7 +172,7 @@ mod tests {
     use super::*;
 
     /// A job of images whose seeds are the client's number.
-    fn job(client: u64, id: JobId, pictures: usize) -> (Ticket, Vec<ImageTask>) {
+    fn job(client: u64, id: JobId, images: usize) -> (Ticket, Vec<ImageTask>) {
         let spec = Spec {
             prompt: String::new(),
             prompt_syntax: PromptSyntax::Plain,
@@ -188,7 +188,7 @@ mod tests {
             hires: None,
         };
         let client = Client::named(&client.to_string());
-        let job = Job { client, ..Job::from(vec![spec; pictures]) };
+        let job = Job { client, ..Job::from(vec![spec; images]) };
         let settings = EngineConfig {
             max_queue: 0,
             max_batch_rows: 2,
@@ -208,8 +208,8 @@ mod tests {
         let mut queue = Queue::new(100);
         let jobs = [(1, 0, 5), (2, 1, 1), (3, 2, 2), (1, 3, 1)];
         let mut tickets = Vec::new();
-        for (client, id, pictures) in jobs {
-            let (ticket, mut tasks) = job(client, id, pictures);
+        for (client, id, images) in jobs {
+            let (ticket, mut tasks) = job(client, id, images);
             assert!(queue.push(&mut tasks).expect("room").is_empty());
             tickets.push(ticket);
         }
@@ -229,18 +229,18 @@ mod tests {
             let (ticket, mut tasks) = job(2, id, 1);
             queue.push(&mut tasks).expect("room");
             tickets.push(ticket);
-            let next = queue.next(|_| true).expect("a picture");
+            let next = queue.next(|_| true).expect("a image");
             served[next.spec.seed as usize] += 1;
         }
         assert!(served[1].abs_diff(served[2]) <= 1, "{served:?}");
     }
 
     #[test]
-    fn withdrawn_pictures_cost_their_client_nothing() {
+    fn cancelled_images_cost_their_client_nothing() {
         let mut queue = Queue::new(100);
-        let (gone, mut withdrawn) = job(1, 0, 50);
-        queue.push(&mut withdrawn).expect("room");
-        drop(gone);
+        let (ticket, mut cancelled) = job(1, 0, 50);
+        queue.push(&mut cancelled).expect("room");
+        drop(ticket);
         let (_a, mut first) = job(2, 1, 2);
         queue.push(&mut first).expect("room");
         assert!(queue.next(|_| false).is_none());
@@ -250,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_holds_most_of_a_full_queue_makes_room() {
+    fn the_client_with_most_images_of_a_full_queue_loses_its_newest_job() {
         let mut queue = Queue::new(4);
         let (_a, mut first) = job(1, 0, 2);
         let (_b, mut second) = job(1, 1, 2);

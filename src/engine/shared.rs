@@ -50,8 +50,8 @@ impl EngineShared {
     }
 
     /// Estimated time until there is room for this number of images, in seconds.
-    pub(super) fn retry_after(&self, queue: &Queue, pictures: usize) -> u64 {
-        let missing = (queue.len() + pictures).saturating_sub(self.settings.max_queue).max(1);
+    pub(super) fn retry_after(&self, queue: &Queue, images: usize) -> u64 {
+        let missing = (queue.len() + images).saturating_sub(self.settings.max_queue).max(1);
         self.pace().retry_after(missing, queue.len(), queue.work())
     }
 

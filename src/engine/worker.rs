@@ -119,7 +119,7 @@ fn warm_up<M: Model>(model: &M) -> anyhow::Result<()> {
         WARM_UP_SIDE.min(defaults.size.height()),
     );
     let spec = warm_up_params(defaults, small.unwrap_or(defaults.size));
-    let draw = || {
+    let generate = || {
         let mut trajectory = model.begin(&spec)?;
         while !trajectory.done() {
             model.step(&mut [&mut trajectory])?;
@@ -127,7 +127,7 @@ fn warm_up<M: Model>(model: &M) -> anyhow::Result<()> {
         model.preview(&trajectory)?;
         model.check_safety(&model.decode(&trajectory)?)
     };
-    draw().context("warm-up failed").map(drop)
+    generate().context("warm-up failed").map(drop)
 }
 
 /// The spec of the warm-up image: no prompt, one step.
@@ -202,9 +202,9 @@ struct SizeLoad {
 
 impl SizeLoad {
     /// Sums rows and memory by size.
-    fn all<'a>(info: &ModelInfo, pictures: impl Iterator<Item = (Size, &'a Spec)>) -> Vec<Self> {
+    fn all<'a>(info: &ModelInfo, images: impl Iterator<Item = (Size, &'a Spec)>) -> Vec<Self> {
         let mut loads: Vec<Self> = Vec::new();
-        for (size, spec) in pictures {
+        for (size, spec) in images {
             let (rows, bytes) = (spec.rows(), info.step_bytes(spec, size));
             match loads.iter_mut().find(|load| load.size == size) {
                 Some(load) => (load.rows, load.bytes) = (load.rows + rows, load.bytes + bytes),
@@ -304,11 +304,11 @@ impl<M: Model> Worker<M> {
         for slot in &mut self.slots {
             slot.cut_short |= slot.task.interrupted();
         }
-        let unseen =
+        let empty =
             |slot: &mut Slot<M::Trajectory>| slot.cut_short && slot.trajectory.progress().0 == 0;
-        let unseen = self.slots.extract_if(.., unseen).map(|slot| slot.task);
+        let empty = self.slots.extract_if(.., empty).map(|slot| slot.task);
         let unread = self.reading.extract_if(.., |reading| reading.task.interrupted());
-        unseen.chain(unread.map(|reading| reading.task)).for_each(ImageTask::skip);
+        empty.chain(unread.map(|reading| reading.task)).for_each(ImageTask::skip);
     }
 
     /// Updates the throughput and the remaining work, for estimates.
@@ -376,8 +376,8 @@ impl<M: Model> Worker<M> {
     fn next_task(&mut self) -> Option<ImageTask> {
         let (engine, info) = (&self.engine, self.model.info());
         let reading = || self.reading.iter().map(|reading| &reading.task.spec);
-        let drawing = self.slots.iter().map(|slot| slot.trajectory.rows());
-        let taken: usize = drawing.chain(reading().map(Spec::rows)).sum();
+        let running = self.slots.iter().map(|slot| slot.trajectory.rows());
+        let taken: usize = running.chain(reading().map(Spec::rows)).sum();
         let mut free = (MAX_BUCKETS * engine.settings.max_batch_rows).saturating_sub(taken);
         let reading = reading().map(|spec| (spec.size, spec));
         let loads = SizeLoad::all(info, stepping(&self.slots).chain(reading));
@@ -500,8 +500,8 @@ impl<M: Model> Worker<M> {
         }
         let safety = self.engine.settings.safety;
         if let Some(nsfw) = nsfw {
-            let verdict = if nsfw { safety.name() } else { "pass" };
-            self.engine.metrics.safety_checks.with([verdict]).inc();
+            let result = if nsfw { safety.name() } else { "pass" };
+            self.engine.metrics.safety_checks.with([result]).inc();
         }
         if nsfw == Some(true) {
             match safety {
@@ -513,18 +513,17 @@ impl<M: Model> Worker<M> {
                 Safety::Block => return task.complete(Err(JobError::Withheld)),
             }
         }
-        self.engine.metrics.image_duration.time([], begun.elapsed());
-        let queued = begun.saturating_duration_since(task.submitted);
-        let index = task.key().1;
-        let drawn = GeneratedImage { index, rgb, warnings, nsfw, queued, drawn: begun.elapsed() };
+        let generated = begun.elapsed();
+        self.engine.metrics.image_duration.time([], generated);
         debug!(
             size = %task.spec.final_size(),
             steps = task.spec.steps,
-            queue_ms = millis(queued),
-            generate_ms = millis(drawn.drawn),
+            queue_ms = millis(begun.saturating_duration_since(task.submitted)),
+            generate_ms = millis(generated),
             "image generated"
         );
-        task.complete(Ok(drawn));
+        let index = task.key().1;
+        task.complete(Ok(GeneratedImage { index, rgb, warnings, nsfw }));
     }
 
     /// Logs an error, only here, and returns what a client may know of it.
@@ -553,8 +552,8 @@ impl<M: Model> Worker<M> {
     fn fail_all(self) {
         let waiting = self.engine.queue().clear();
         let reading = self.reading.into_iter().map(|reading| reading.task);
-        let drawing = self.slots.into_iter().map(|slot| slot.task);
-        for task in drawing.chain(reading).chain(waiting) {
+        let running = self.slots.into_iter().map(|slot| slot.task);
+        for task in running.chain(reading).chain(waiting) {
             task.complete(Err(JobError::DeviceLost));
         }
     }

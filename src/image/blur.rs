@@ -34,7 +34,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_blurred_is_gone() {
+    fn details_are_removed() {
         for (width, height) in [(64, 64), (8, 24), (131, 70), (1024, 8), (1, 3)] {
             // Lines two pixels wide on the left, their mean on the right.
             let byte = |i: usize| {

@@ -110,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_the_trainer_wrote_comes_first() {
+    fn the_hash_of_the_trainer_is_used_first() {
         let header = |hash: &str| format!(r#"{{"__metadata__":{{"sshs_model_hash":"{hash}"}}}}"#);
         assert_eq!(written(header("0123456789abcdef").as_bytes()), Some("0123456789ab".into()));
         for other in ["0123", "no hash at all", "0123456789é"] {

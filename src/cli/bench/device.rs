@@ -25,7 +25,7 @@ const WARM_UP: usize = 2;
 /// GPUs with known limits: part of the name, f16 operations per second on tensor cores without
 /// sparsity and with f32 accumulation, memory bandwidth in bytes per second. From NVIDIA's data
 /// sheets.
-const CARDS: [(&str, f64, f64); 5] = [
+const GPUS: [(&str, f64, f64); 5] = [
     ("T4", 65e12, 320e9),
     ("A10G", 70e12, 600e9),
     ("L4", 121e12, 300e9),
@@ -102,7 +102,7 @@ struct DeviceBench {
     evaluations: usize,
 }
 
-pub(crate) fn run(model: ModelConfig, timing: TimingConfig, json: bool) -> Result<()> {
+pub(crate) fn run(model: ModelConfig, timing: &TimingConfig, json: bool) -> Result<()> {
     let options = source::locate(model)?;
     let began = Instant::now();
     let pipeline = Pipeline::load(&options)?;
@@ -134,7 +134,7 @@ pub(crate) fn run(model: ModelConfig, timing: TimingConfig, json: bool) -> Resul
     let rows = bench.times(timing.max_rows, decode_seconds)?;
 
     let name = bench.pipeline.device_name();
-    let share = name.as_deref().and_then(card).and_then(|(flops, bandwidth)| {
+    let share = name.as_deref().and_then(limits).and_then(|(flops, bandwidth)| {
         let least = step_work
             .iter()
             .map(|(_, work)| (work.flops as f64 / flops).max(work.bytes as f64 / bandwidth));
@@ -188,28 +188,28 @@ impl DeviceBench {
     /// Mean and maximum difference between the device's image and the CPU's in f32.
     fn compare(&self, options: LoadOptions) -> Result<(f64, u8)> {
         let cpu = LoadOptions { device: DeviceName::Cpu, precision: Precision::F32, ..options };
-        let draw = |pipeline: &Pipeline| -> Result<Rgb> {
-            let mut picture = pipeline.begin(&self.spec(2, 7, COMPARED_STEPS))?;
-            while !picture.done() {
-                pipeline.step(&mut [&mut picture])?;
+        let generate = |pipeline: &Pipeline| -> Result<Rgb> {
+            let mut trajectory = pipeline.begin(&self.spec(2, 7, COMPARED_STEPS))?;
+            while !trajectory.done() {
+                pipeline.step(&mut [&mut trajectory])?;
             }
-            Ok(pipeline.decode(&picture)?)
+            Ok(pipeline.decode(&trajectory)?)
         };
-        let (ours, theirs) = (draw(&self.pipeline)?, draw(&Pipeline::load(&cpu)?)?);
+        let (ours, theirs) = (generate(&self.pipeline)?, generate(&Pipeline::load(&cpu)?)?);
         let each = || ours.data.iter().zip(&theirs.data).map(|(a, b)| a.abs_diff(*b));
         let mean = each().map(f64::from).sum::<f64>() / ours.data.len() as f64;
         Ok((mean, each().max().unwrap_or_default()))
     }
 
     fn begin(&self, rows: usize) -> Result<Vec<Trajectory>> {
-        let pictures = rows.div_ceil(2) as u64;
+        let trajectories = rows.div_ceil(2) as u64;
         let steps = WARM_UP + self.evaluations;
         let begin = |seed| Ok(self.pipeline.begin(&self.spec(rows, seed, steps))?);
-        (0..pictures).map(begin).collect()
+        (0..trajectories).map(begin).collect()
     }
 
-    fn step(&self, pictures: &mut [Trajectory]) -> Result<()> {
-        Ok(self.pipeline.step(&mut pictures.iter_mut().collect::<Vec<_>>())?)
+    fn step(&self, trajectories: &mut [Trajectory]) -> Result<()> {
+        Ok(self.pipeline.step(&mut trajectories.iter_mut().collect::<Vec<_>>())?)
     }
 
     /// Times growing numbers of rows, until the GPU is out of memory.
@@ -227,26 +227,26 @@ impl DeviceBench {
     }
 
     fn time(&self, rows: usize, decode_seconds: f64) -> Result<Timing> {
-        let mut pictures = self.begin(rows)?;
+        let mut trajectories = self.begin(rows)?;
         for _ in 0..WARM_UP {
-            self.step(&mut pictures)?;
+            self.step(&mut trajectories)?;
         }
         self.pipeline.synchronize()?;
         let began = Instant::now();
         for _ in 0..self.evaluations {
-            self.step(&mut pictures)?;
+            self.step(&mut trajectories)?;
         }
         self.pipeline.synchronize()?;
         let seconds = began.elapsed().as_secs_f64() / self.evaluations as f64;
-        let count = pictures.len() as f64;
+        let count = trajectories.len() as f64;
         let all = self.pipeline.info().defaults.steps as f64 * seconds + count * decode_seconds;
         Ok(Timing { rows, steps_per_second: 1.0 / seconds, images_per_second: count / all })
     }
 }
 
 /// Operations and bytes per second of a GPU; the longest matching name is used.
-fn card(name: &str) -> Option<(f64, f64)> {
-    let known = CARDS.iter().filter(|(part, ..)| name.split([' ', '-']).any(|word| word == *part));
+fn limits(name: &str) -> Option<(f64, f64)> {
+    let known = GPUS.iter().filter(|(part, ..)| name.split([' ', '-']).any(|word| word == *part));
     known.max_by_key(|(part, ..)| part.len()).map(|(_, flops, bandwidth)| (*flops, *bandwidth))
 }
 
@@ -283,9 +283,9 @@ impl fmt::Display for DeviceReport {
         }
         match self.roofline_share {
             Some(share) => {
-                writeln!(f, "roofline         {:.0} % of this card's limit", share * 100.0)
+                writeln!(f, "roofline         {:.0} % of this GPU's limit", share * 100.0)
             }
-            None => writeln!(f, "roofline         this card's limits are not known"),
+            None => writeln!(f, "roofline         this GPU's limits are not known"),
         }
     }
 }
@@ -295,10 +295,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn cards_are_found_by_a_word_of_their_name() {
-        assert_eq!(card("NVIDIA A100-SXM4-80GB").map(|c| c.0), Some(312e12));
-        assert_eq!(card("NVIDIA A10G").map(|c| c.0), Some(70e12));
-        assert_eq!(card("Tesla T4").map(|c| c.0), Some(65e12));
-        assert_eq!(card("NVIDIA L40S"), None);
+    fn gpus_are_found_by_a_word_of_their_name() {
+        assert_eq!(limits("NVIDIA A100-SXM4-80GB").map(|c| c.0), Some(312e12));
+        assert_eq!(limits("NVIDIA A10G").map(|c| c.0), Some(70e12));
+        assert_eq!(limits("Tesla T4").map(|c| c.0), Some(65e12));
+        assert_eq!(limits("NVIDIA L40S"), None);
     }
 }

@@ -80,7 +80,7 @@ struct Sample {
     latency: Duration,
     /// HTTP status; 0 without a response.
     status: u16,
-    pictures: usize,
+    images: usize,
 }
 
 /// Sends requests, each with its own seed.
@@ -182,8 +182,8 @@ impl Sender {
         let k = self.sent.fetch_add(1, Ordering::Relaxed);
         let mut body = self.body.clone();
         body.entry("seed").or_insert(k.into());
-        let pictures = ["n", "num_images_per_prompt"].iter().find_map(|name| body.get(*name));
-        let pictures = pictures.and_then(Value::as_u64).unwrap_or(1) as usize;
+        let images = ["n", "num_images_per_prompt"].iter().find_map(|name| body.get(*name));
+        let images = images.and_then(Value::as_u64).unwrap_or(1) as usize;
         let request = self.client.post(&self.url).body(Value::Object(body).to_string());
         let request = request.header(CONTENT_TYPE, "application/json");
         let response = async {
@@ -193,7 +193,7 @@ impl Sender {
             Ok::<_, reqwest::Error>(status.as_u16())
         };
         let status = response.await.unwrap_or(0);
-        Sample { latency: due.elapsed(), status, pictures }
+        Sample { latency: due.elapsed(), status, images }
     }
 }
 
@@ -217,13 +217,13 @@ impl LoadReport {
         let completed = || samples.iter().filter(|sample| sample.status == 200);
         let latencies = completed().map(|sample| sample.latency.as_secs_f64()).collect();
         let seconds = elapsed.as_secs_f64();
-        let pictures: usize = completed().map(|sample| sample.pictures).sum();
+        let images: usize = completed().map(|sample| sample.images).sum();
         Self {
             requests: samples.len(),
             statuses,
             seconds,
             requests_per_second: completed().count() as f64 / seconds,
-            images_per_second: pictures as f64 / seconds,
+            images_per_second: images as f64 / seconds,
             latency_seconds: Latency::of(latencies),
             rows_per_step: None,
         }
