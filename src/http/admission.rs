@@ -27,7 +27,7 @@ const TIMEOUT: &str = "x-request-timeout-ms";
 /// clients read no response before they have sent everything.
 const OVERSIZE: usize = 4;
 
-/// An admitted request: its headers, its whole body, and what it may use.
+/// An admitted request: its headers, its whole body, its client, deadlines and slot.
 #[derive(Debug)]
 pub(crate) struct Admitted {
     pub(crate) headers: HeaderMap,
@@ -92,7 +92,7 @@ fn client(extensions: &Extensions) -> Client {
 }
 
 impl Admitted {
-    /// The fields of a body that is JSON, whatever its declared type.
+    /// The fields of a JSON body. The declared type is ignored.
     pub(crate) fn json(&self) -> Result<Fields, ValidationError> {
         let text = std::str::from_utf8(&self.body)
             .map_err(|error| ValidationError::body(format!("the body is not UTF-8: {error}")))?;
@@ -150,9 +150,8 @@ async fn receive(limit: usize, request: Request) -> Result<Vec<u8>> {
                 length += part.len();
             }
             Err(_) if declared <= limit => {
-                return Err(
-                    ValidationError::body("the body ended before its declared length").into()
-                );
+                let message = "the body ended before its declared length";
+                return Err(ValidationError::body(message).into());
             }
             _ => break,
         }

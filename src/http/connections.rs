@@ -103,7 +103,7 @@ fn serve(
         }
     });
     // The end of the client's stream counts as a disconnect, as in nginx: a closed and a half-closed
-    // connection look alike until one writes, and images that nobody waits for cost minutes.
+    // connection look alike until one writes, and images for disconnected clients cost minutes.
     http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(idle_timeout)

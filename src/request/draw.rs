@@ -1,6 +1,5 @@
 //! A request for images in native fields, and its validation: past it, everything is a [`Spec`].
-//! Every dialect becomes a [`DrawRequest`]; how one is sent (JSON, a form, a bare prompt) is the
-//! business of `http`.
+//! The requests of all APIs become a [`DrawRequest`]; `http` reads their bodies.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -21,7 +20,7 @@ use crate::image::{self, Format};
 /// Minimum side of an image, in pixels.
 pub(crate) const MIN_SIDE: usize = 8;
 
-/// Maximum side of an image, in pixels. Larger sides are refused before they are multiplied.
+/// Maximum side of an image, in pixels. Larger sides are rejected before they are multiplied.
 pub(crate) const MAX_SIDE: usize = 65_536;
 
 /// Maximum guidance scale. More only burns the image.
@@ -209,7 +208,7 @@ impl DrawRequest {
         Ok(())
     }
 
-    /// A value out of a table of names.
+    /// A named value.
     fn choice<T: FromStr<Err = String>>(
         &self,
         field: &str,
@@ -222,8 +221,8 @@ impl DrawRequest {
     /// Decodes the input image and its mask.
     fn input(&self, max_pixels: usize) -> Result<Option<Input>, ValidationError> {
         let Some(image) = &self.image else {
-            let lonely = self.mask.as_ref().map(|_| "mask").or(self.strength.map(|_| "strength"));
-            return lonely.map_or(Ok(None), |name| self.requires(name, "image"));
+            let dependent = [("mask", self.mask.is_some()), ("strength", self.strength.is_some())];
+            return self.reject_without("image", dependent);
         };
         let image = image.decode(self.names.of("image"), max_pixels)?;
         let name = self.names.of("mask");
@@ -237,12 +236,17 @@ impl DrawRequest {
         Ok(Some(Input { image, mask, strength: self.strength.unwrap_or(strength) }))
     }
 
-    /// The error of a field which has no effect without another.
-    fn requires<T>(&self, name: &str, other: &str) -> Result<T, ValidationError> {
-        Err(ValidationError::malformed(self.names.of(name), format!("requires {other}")))
+    /// Without the field `missing`, rejects the fields that have no effect without it.
+    fn reject_without<T, const N: usize>(
+        &self,
+        missing: &str,
+        dependent: [(&str, bool); N],
+    ) -> Result<Option<T>, ValidationError> {
+        let Some((name, _)) = dependent.iter().find(|(_, given)| *given) else { return Ok(None) };
+        Err(ValidationError::malformed(self.names.of(name), format!("requires {missing}")))
     }
 
-    /// Checks a number that a dialect may have computed.
+    /// Checks a number that an API may have computed.
     fn within(
         &self,
         name: &str,
@@ -256,7 +260,7 @@ impl DrawRequest {
         Err(self.range(name, reason))
     }
 
-    /// The error of a field whose value is not possible.
+    /// The error of a value that is out of range.
     fn range(&self, name: &str, reason: impl fmt::Display) -> ValidationError {
         ValidationError::range(self.names.of(name), reason)
     }
@@ -291,10 +295,12 @@ impl DrawRequest {
             (Some(width), None) => [width, scaled(width, h, w)],
             (None, Some(height)) => [scaled(height, w, h), height],
             (None, None) => {
-                let lonely = self.hires_steps.map(|_| "hires_steps");
-                let lonely = lonely.or(self.hires_strength.map(|_| "hires_strength"));
-                let lonely = lonely.or(self.hires_upscaler.as_ref().map(|_| "hires_upscaler"));
-                return lonely.map_or(Ok(None), |name| self.requires(name, "hires_width"));
+                let dependent = [
+                    ("hires_steps", self.hires_steps.is_some()),
+                    ("hires_strength", self.hires_strength.is_some()),
+                    ("hires_upscaler", self.hires_upscaler.is_some()),
+                ];
+                return self.reject_without("hires_width", dependent);
             }
         };
         let upscaler = self.choice::<Upscaler>("hires_upscaler", self.hires_upscaler.as_ref())?;

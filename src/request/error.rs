@@ -1,4 +1,4 @@
-//! Requests that cannot be honoured as they are.
+//! Validation errors of requests.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use std::fmt;
 /// forwards 2048 characters.
 const MAX_MESSAGE_BYTES: usize = 600;
 
-/// A request that cannot be honoured as it is.
+/// A request that is malformed or out of range.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ValidationError {
     /// A missing, unknown, repeated or wrongly typed field.
@@ -28,22 +28,22 @@ pub enum ValidationError {
 }
 
 impl ValidationError {
-    /// A body that is not a list of fields.
+    /// The error of a body that has no fields.
     pub fn body(message: impl Into<String>) -> Self {
         Self::Malformed { param: None, message: truncate(message.into()) }
     }
 
-    /// A field that is not what it should be.
+    /// The error of a malformed field.
     pub(crate) fn malformed(param: &str, reason: impl fmt::Display) -> Self {
         Self::Malformed { param: Some(truncate(param.into())), message: message(param, reason) }
     }
 
-    /// A field whose value is not possible.
+    /// The error of a value that is out of range.
     pub(crate) fn range(param: &str, reason: impl fmt::Display) -> Self {
         Self::OutOfRange { param: truncate(param.into()), message: message(param, reason) }
     }
 
-    /// The same error of the whole field, if it is of an item of a list.
+    /// The error with the name of the whole field, if it names an item of a list.
     pub(crate) fn of_field(mut self) -> Self {
         if let Self::Malformed { param: Some(param), .. } | Self::OutOfRange { param, .. } =
             &mut self

@@ -1,6 +1,6 @@
-//! The fields of a request as they were sent: in order, with repetitions, each with the name that
-//! the client used. [`Fields::read`] takes those of a typed struct out, and what is left at the
-//! end is unknown. Errors name a field in the client's spelling.
+//! The fields of a request as they were sent: in order, with repetitions, each with the client's
+//! name. [`Fields::read`] takes the fields of a typed struct out; the fields that remain at the end
+//! are unknown. Errors use the client's names.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -107,14 +107,14 @@ impl Fields {
         self.fields.len()
     }
 
-    /// Gives a field of another dialect our name.
+    /// Gives a field of another API our name.
     pub(crate) fn rename(&mut self, theirs: &str, name: &str) {
         for field in self.fields.iter_mut().filter(|field| field.name == theirs) {
             name.clone_into(&mut field.name);
         }
     }
 
-    /// Adds a field which the client spelt otherwise.
+    /// Adds a field with the client's name of it.
     pub(crate) fn add(&mut self, name: &str, spelt: String, value: Value) {
         self.fields.push(Field { name: name.into(), spelt, value });
     }
@@ -124,7 +124,7 @@ impl Fields {
         self.fields.retain(|field| field.name != name || !means_none(&field.value));
     }
 
-    /// Takes a field out by any of its names, with the one that the client used. Null means none.
+    /// Takes a field out by any of its names, with the client's name of it. Null means none.
     pub(crate) fn take(
         &mut self,
         names: &[&str],
@@ -161,7 +161,7 @@ impl Fields {
             .map_err(|error| ValidationError::body(format!("the fields cannot be read: {error}")))
     }
 
-    /// The client's names of all fields that were read. Another field is a mistake of the client.
+    /// The client's names of all fields that were read. An error if any field remains.
     pub(crate) fn finish(self) -> Result<Names, ValidationError> {
         let Some(Field { spelt, .. }) = self.fields.first() else { return Ok(self.names) };
         let name: String = spelt.chars().take(64).collect();

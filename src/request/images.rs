@@ -41,10 +41,6 @@ impl JsonSchema for ImageFile {
         "ImageFile".into()
     }
 
-    fn inline_schema() -> bool {
-        true
-    }
-
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({ "type": "string", "contentEncoding": "base64" })
     }

@@ -1,5 +1,5 @@
-//! One value of a request against the schema of its field: its type and bounds, and the one
-//! leniency, for forms, whose values are all text. Null and a form's empty fields are gone before.
+//! Checks a value of a request against the schema of its field: type and bounds. Values of forms,
+//! which are text, are parsed. Null fields and empty fields of forms have been removed before.
 
 use serde_json::{Number, Value};
 
@@ -25,22 +25,24 @@ pub(super) struct FieldSchema<'a> {
 }
 
 impl FieldSchema<'_> {
-    /// Checks a value. In a form, text is parsed as JSON where the schema wants no string.
+    /// Checks a value. In a form, text is parsed as JSON where the schema allows no string.
     pub(super) fn check(&self, value: Value, is_form: bool) -> Result<Value, ValidationError> {
         let value = match value {
-            Value::String(text) if is_form && !self.wants("string") => {
+            Value::String(text) if is_form && !self.allows("string") => {
                 let parsed = serde_json::from_str(text.trim());
                 parsed.map_err(|_| self.wrong(&format!("{text:?}")))?
             }
             value => value,
         };
         let fits = match &value {
-            Value::Null => self.wants("null"),
-            Value::Bool(_) => self.wants("boolean"),
-            Value::Number(number) => self.wants("number") || self.wants("integer") && whole(number),
-            Value::String(_) => self.wants("string"),
-            Value::Array(_) => self.wants("array"),
-            Value::Object(_) => self.wants("object"),
+            Value::Null => self.allows("null"),
+            Value::Bool(_) => self.allows("boolean"),
+            Value::Number(number) => {
+                self.allows("number") || self.allows("integer") && whole(number)
+            }
+            Value::String(_) => self.allows("string"),
+            Value::Array(_) => self.allows("array"),
+            Value::Object(_) => self.allows("object"),
         };
         if !fits {
             return Err(self.wrong(&found(&value)));
@@ -70,17 +72,18 @@ impl FieldSchema<'_> {
     }
 
     /// Whether the schema has this type, or none.
-    fn wants(&self, name: &str) -> bool {
+    fn allows(&self, name: &str) -> bool {
         match &self.schema["type"] {
             Value::Null => true,
-            Value::Array(types) => types.iter().any(|wanted| wanted == name),
-            wanted => wanted == name,
+            Value::Array(types) => types.iter().any(|allowed| allowed == name),
+            allowed => allowed == name,
         }
     }
 
     fn wrong(&self, found: &str) -> ValidationError {
-        let wanted = TYPES.iter().find(|(name, _)| self.wants(name)).map_or("", |(_, title)| title);
-        ValidationError::malformed(self.name, format!("must be {wanted}, not {found}"))
+        let expected =
+            TYPES.iter().find(|(name, _)| self.allows(name)).map_or("", |(_, title)| title);
+        ValidationError::malformed(self.name, format!("must be {expected}, not {found}"))
     }
 
     fn bounds(&self, value: &Value) -> Result<(), String> {
@@ -96,7 +99,7 @@ impl FieldSchema<'_> {
                 let (low, high) = (bound("minimum"), bound("maximum"));
                 let value = number.as_f64();
                 // A whole number beyond 64 bits is read as a double.
-                let fits = self.wants("number") || !number.is_f64();
+                let fits = self.allows("number") || !number.is_f64();
                 let fits = fits && (low.is_null() || value >= low.as_f64());
                 if fits && (high.is_null() || value <= high.as_f64()) {
                     return Ok(());

@@ -1,4 +1,4 @@
-//! Errors in AUTOMATIC1111's words.
+//! Errors in AUTOMATIC1111's format.
 
 use axum::http::StatusCode;
 use axum::response::Response;
@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::http::error::{self, ErrorDetail};
 
-/// Puts errors into AUTOMATIC1111's words, whoever made them.
+/// Renders the errors of handlers and middleware in AUTOMATIC1111's format.
 pub(crate) async fn errors(response: Response) -> Response {
     error::map_error_body(response, |_: StatusCode, ErrorDetail { code, message, .. }| {
         json!(A1111Error { error: code, detail: message, body: "", errors: message })

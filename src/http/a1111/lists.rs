@@ -1,4 +1,4 @@
-//! The lists that clients ask for at their start.
+//! The lists that clients request when they start.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -12,8 +12,7 @@ use crate::engine::JobError;
 use crate::http::error::Result;
 use crate::http::state::AppState;
 
-/// The model that is asked what there is beside it; none where none is chosen, and none is loaded
-/// for that.
+/// The selected model or the default one, if it is loaded.
 fn current_model(state: &AppState) -> Result<Option<Arc<ModelInfo>>> {
     let chosen = state.checkpoint.get().and_then(|name| state.models.get(&name).ok());
     match chosen.as_ref().map_or(&state.engine, |chosen| &chosen.engine).model() {
@@ -63,7 +62,7 @@ pub(crate) async fn loras(State(state): State<AppState>) -> Result<Json<Vec<Valu
     Ok(Json(list.unwrap_or_default().into_iter().map(lora).collect()))
 }
 
-/// The lists of what there is none of, which clients ask for before anything else.
+/// Lists that are always empty. Clients require them when they start.
 pub(crate) async fn empty_list() -> Json<Vec<Value>> {
     Json(Vec::new())
 }
@@ -73,23 +72,23 @@ pub(crate) async fn upscalers() -> Json<Vec<Value>> {
     Json(Upscaler::all().map(|upscaler| json!({ "name": upscaler.title() })).collect())
 }
 
-/// `GET /sdapi/v1/embeddings`: words that prompts can hold beside those of every model.
+/// `GET /sdapi/v1/embeddings`: the textual inversion embeddings that prompts can name.
 pub(crate) async fn embeddings(State(state): State<AppState>) -> Result<Json<Value>> {
     let Some(model) = current_model(&state)? else {
         return Ok(Json(json!({ "loaded": {}, "skipped": {} })));
     };
+    let embeddings = &model.embeddings;
     let item = |vectors, reason: Option<&str>| {
-        let shape = model.embeddings.width;
+        let shape = embeddings.width;
         json!({
             "step": null, "sd_checkpoint": null, "sd_checkpoint_name": null, "shape": shape,
             "vectors": vectors, "reason": reason,
         })
     };
-    let learned = &model.embeddings;
     let loaded: Map<String, Value> =
-        learned.words.iter().map(|word| (word.word.clone(), item(word.count, None))).collect();
+        embeddings.words.iter().map(|word| (word.word.clone(), item(word.count, None))).collect();
     let skipped: Map<String, Value> =
-        learned.skipped.iter().map(|(name, why)| (name.clone(), item(0, Some(why)))).collect();
+        embeddings.skipped.iter().map(|(name, why)| (name.clone(), item(0, Some(why)))).collect();
     Ok(Json(json!({ "loaded": loaded, "skipped": skipped })))
 }
 

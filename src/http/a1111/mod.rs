@@ -32,25 +32,25 @@ pub(crate) fn routes() -> ApiRouter<AppState> {
     let png_info = Docs::of("Generation parameters of an image file").takes::<png_info::PngInfo>();
     let png_info = png_info.gives(200, &["info"], &[]).describe();
     let interrupt = Docs::of("Interrupt the client's requests").describe();
-    let about = |summary| Docs::of(summary).describe();
+    let list = |summary| Docs::of(summary).describe();
     let routes = ApiRouter::new()
         .api_route("/sdapi/v1/txt2img", post_with(txt2img::txt2img, txt2img.describe()))
         .api_route("/sdapi/v1/img2img", post_with(txt2img::img2img, img2img.describe()))
         .api_route("/sdapi/v1/progress", get_with(progress::progress, progress))
         .api_route("/sdapi/v1/interrupt", post_with(progress::interrupt, interrupt))
         .api_route("/sdapi/v1/options", options.post_with(options::set_options, set_options))
-        .api_route("/sdapi/v1/samplers", get_with(lists::samplers, about("Samplers")))
-        .api_route("/sdapi/v1/schedulers", get_with(lists::schedulers, about("Schedules")))
-        .api_route("/sdapi/v1/sd-models", get_with(lists::models, about("Models")))
-        .api_route("/sdapi/v1/sd-vae", get_with(lists::empty_list, about("VAEs")))
-        .api_route("/sdapi/v1/upscalers", get_with(lists::empty_list, about("Upscalers")))
+        .api_route("/sdapi/v1/samplers", get_with(lists::samplers, list("Samplers")))
+        .api_route("/sdapi/v1/schedulers", get_with(lists::schedulers, list("Schedules")))
+        .api_route("/sdapi/v1/sd-models", get_with(lists::models, list("Models")))
+        .api_route("/sdapi/v1/sd-vae", get_with(lists::empty_list, list("VAEs")))
+        .api_route("/sdapi/v1/upscalers", get_with(lists::empty_list, list("Upscalers")))
         .api_route(
             "/sdapi/v1/latent-upscale-modes",
-            get_with(lists::upscalers, about("Latent upscalers")),
+            get_with(lists::upscalers, list("Latent upscalers")),
         )
-        .api_route("/sdapi/v1/loras", get_with(lists::loras, about("LoRAs")))
-        .api_route("/sdapi/v1/embeddings", get_with(lists::embeddings, about("Embeddings")))
-        .api_route("/sdapi/v1/scripts", get_with(lists::scripts, about("Scripts")))
+        .api_route("/sdapi/v1/loras", get_with(lists::loras, list("LoRAs")))
+        .api_route("/sdapi/v1/embeddings", get_with(lists::embeddings, list("Embeddings")))
+        .api_route("/sdapi/v1/scripts", get_with(lists::scripts, list("Scripts")))
         .api_route("/sdapi/v1/png-info", post_with(png_info::png_info, png_info))
         .api_route("/internal/progress", post_with(progress::task, task));
     docs::keyed::<error::A1111Error<'_>>(routes, "AUTOMATIC1111")

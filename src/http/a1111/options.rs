@@ -1,4 +1,4 @@
-//! The options, of which only the model can be changed.
+//! Options. Only the model can be changed.
 
 use axum::Json;
 use axum::extract::State;
@@ -11,7 +11,7 @@ use crate::http::error::Result;
 use crate::http::state::AppState;
 use crate::request::ValidationError;
 
-/// What there is to set, and what it is set to.
+/// The options and their values.
 fn options(state: &AppState) -> Result<Object> {
     let model = match (state.checkpoint.get(), state.engine.model()) {
         (Some(name), _) => name,
@@ -31,12 +31,12 @@ fn options(state: &AppState) -> Result<Object> {
     Ok(options.as_object().cloned().unwrap_or_default())
 }
 
-/// Accepts settings that are so already; there is nothing to change but the model.
-pub(crate) fn check(state: &AppState, wanted: &Object) -> Result<()> {
-    for (name, is) in options(state)? {
-        let Some(wanted) = wanted.get(&name).filter(|value| !is_noop(value)) else { continue };
-        if *wanted != is && name != "sd_model_checkpoint" {
-            let reason = format!("cannot be set to {wanted}; it is {is}");
+/// Rejects options that differ from their values, except the model.
+pub(crate) fn check(state: &AppState, changes: &Object) -> Result<()> {
+    for (name, value) in options(state)? {
+        let Some(new) = changes.get(&name).filter(|new| !is_noop(new)) else { continue };
+        if *new != value && name != "sd_model_checkpoint" {
+            let reason = format!("cannot be set to {new}; it is {value}");
             return Err(ValidationError::range(&name, reason).into());
         }
     }
@@ -48,20 +48,19 @@ pub(crate) async fn get_options(State(state): State<AppState>) -> Result<Json<Va
     Ok(Json(options(&state)?.into()))
 }
 
-/// `POST /sdapi/v1/options`: clients send back all that they have got, with a change in it. The model
-/// is loaded before this is answered, and is that of every request of this API that names none.
+/// `POST /sdapi/v1/options`: clients return all options, one of them changed. The model is loaded
+/// before the response, and becomes that of all requests of this API that name none.
 pub(crate) async fn set_options(
     State(state): State<AppState>,
     Admitted { body, .. }: Admitted,
 ) -> Result<Json<Value>> {
-    let wanted: Object = serde_json::from_slice(&body).map_err(|error| {
+    let changes: Object = serde_json::from_slice(&body).map_err(|error| {
         ValidationError::body(format!("the body is not a JSON object: {error}"))
     })?;
-    check(&state, &wanted)?;
-    let is = options(&state)?;
-    let name = wanted.get("sd_model_checkpoint").and_then(Value::as_str);
-    if let Some(name) = name.filter(|name| !name.is_empty() && is["sd_model_checkpoint"] != **name)
-    {
+    check(&state, &changes)?;
+    let current = &options(&state)?["sd_model_checkpoint"];
+    let name = changes.get("sd_model_checkpoint").and_then(Value::as_str);
+    if let Some(name) = name.filter(|name| !name.is_empty() && *current != **name) {
         state.choose(name).await?;
         state.checkpoint.set(name);
     }

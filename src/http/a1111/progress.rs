@@ -1,6 +1,4 @@
-//! How far a client's requests are, and their end before their time.
-
-use std::sync::Arc;
+//! Progress and interruption of a client's requests.
 
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
@@ -38,10 +36,10 @@ pub(crate) struct TaskQuery {
 /// `GET /sdapi/v1/progress`: the progress of the client's oldest request.
 pub(crate) async fn progress(
     State(state): State<AppState>,
-    look: Result<Query<ProgressQuery>, QueryRejection>,
+    query: Result<Query<ProgressQuery>, QueryRejection>,
     ClientId(client): ClientId,
 ) -> Result<Json<Value>> {
-    let Query(look) = look.map_err(|error| ValidationError::body(error.body_text()))?;
+    let Query(query) = query.map_err(|error| ValidationError::body(error.body_text()))?;
     let requests = state.in_flight.of(&client);
     let Some(first) = requests.first() else {
         return Ok(Json(json!({
@@ -52,15 +50,15 @@ pub(crate) async fn progress(
             "textinfo": null,
         })));
     };
-    let outlook = first.monitor.estimate();
-    let preview = if look.skip_current_image { None } else { preview(first).await };
+    let estimate = first.monitor.estimate();
+    let preview = if query.skip_current_image { None } else { preview(first).await };
     let step = (first.progress() * first.steps as f64) as usize;
     Ok(Json(json!({
         "progress": first.progress(),
-        "eta_relative": outlook.left.map_or(0.0, |left| left.as_secs_f64()),
+        "eta_relative": estimate.left.map_or(0.0, |left| left.as_secs_f64()),
         "state": job(requests.len(), step, first.steps),
         "current_image": preview,
-        "textinfo": outlook.position.map(|ahead| format!("{ahead} images ahead")),
+        "textinfo": estimate.position.map(|ahead| format!("{ahead} images ahead")),
     })))
 }
 
@@ -87,23 +85,22 @@ fn job(count: usize, step: usize, steps: usize) -> Value {
 pub(crate) async fn task(State(state): State<AppState>, admitted: Admitted) -> Result<Json<Value>> {
     let TaskQuery { id_task, live_preview } = admitted.json()?.read(&state.settings.limits)?;
     let requests = state.in_flight.of(&admitted.client);
-    let wanted =
-        |request: &&Arc<InFlightRequest>| request.task.is_some() && request.task == id_task;
-    let Some(request) = requests.iter().find(wanted) else {
+    let found = requests.iter().find(|request| request.task.is_some() && request.task == id_task);
+    let Some(request) = found else {
         return Ok(Json(json!({ "active": false, "queued": false, "completed": false })));
     };
-    let outlook = request.monitor.estimate();
+    let estimate = request.monitor.estimate();
     let preview = if live_preview.unwrap_or(true) { preview(request).await } else { None };
     let data = |file| format!("data:image/png;base64,{file}");
     Ok(Json(json!({
-        "active": outlook.position.is_none(),
-        "queued": outlook.position.is_some(),
+        "active": estimate.position.is_none(),
+        "queued": estimate.position.is_some(),
         "completed": false,
         "progress": request.progress(),
-        "eta": outlook.left.map(|left| left.as_secs_f64()),
+        "eta": estimate.left.map(|left| left.as_secs_f64()),
         "live_preview": preview.map(data),
         "id_live_preview": request.monitor.current().completed,
-        "textinfo": outlook.position.map(|ahead| format!("{ahead} images ahead")),
+        "textinfo": estimate.position.map(|ahead| format!("{ahead} images ahead")),
     })))
 }
 

@@ -1,5 +1,5 @@
-//! The requests of AUTOMATIC1111's API and what they become here. As there, unknown fields are
-//! ignored. Fields that would change the image and cannot be honoured are rejected by name.
+//! The requests of AUTOMATIC1111's API and their translation. As there, unknown fields are ignored.
+//! Fields that would change the image and are not supported are rejected by name.
 
 use schemars::JsonSchema;
 use sd_models::{ModelInfo, SamplerName, SigmaSchedule};
@@ -11,7 +11,7 @@ use crate::request::{
     ValidationError,
 };
 
-/// Fields that would change the image. Clients send most of them with values that ask for nothing.
+/// Fields that would change the image. Clients send most of them with values that have no effect.
 const REJECTED: [&str; 12] = [
     "resize_mode",
     "restore_faces",
@@ -27,7 +27,7 @@ const REJECTED: [&str; 12] = [
     "s_churn",
 ];
 
-/// Fields of the hires pass that must be as in the base pass, and the value which says so.
+/// Fields of the hires pass that must be as in the base pass, and the value that means it.
 const MUST_MATCH_BASE_PASS: [(&str, &str); 7] = [
     ("hr_prompt", ""),
     ("hr_negative_prompt", ""),
@@ -172,7 +172,7 @@ pub(crate) struct Img2Img {
 }
 
 impl Common {
-    /// Takes the common fields out and rejects what cannot be honoured.
+    /// Takes the common fields out, and rejects fields that are not supported.
     pub(crate) fn read(fields: &mut Fields, limits: &Limits) -> Result<Self, ValidationError> {
         for name in REJECTED {
             if let Some((name, value)) = fields.take(&[name])?
@@ -191,7 +191,7 @@ impl Common {
         self.enable_hr.as_ref().is_some_and(|enabled| !is_noop(enabled))
     }
 
-    /// The same in native fields.
+    /// The request in native fields.
     pub(crate) fn into_draw(self) -> Result<DrawRequest, ValidationError> {
         let scheduler = self.sampler()?.map(|name| name.to_string());
         Ok(DrawRequest {
@@ -232,15 +232,15 @@ impl Common {
         let unknown = |reason| ValidationError::range("sampler_name", format!("is an {reason}"));
         let SamplerName { sampler, schedule: named } = name.parse().map_err(unknown)?;
         let schedule = self.scheduler.as_deref().unwrap_or_default().to_lowercase();
-        let asked = match (schedule.as_str(), named) {
+        let requested = match (schedule.as_str(), named) {
             ("" | "automatic", SigmaSchedule::Model) => Some(sampler.automatic_schedule()),
             ("" | "automatic", named) => Some(named),
             ("normal", _) => Some(SigmaSchedule::Model),
             (other, _) => SigmaSchedule::all().find(|schedule| schedule.a1111_name() == other),
         };
         // A label that names its schedule allows no other.
-        let agrees = |asked| named == SigmaSchedule::Model || named == asked;
-        match asked.filter(|asked| agrees(*asked) && sampler.check(*asked).is_ok()) {
+        let agrees = |other| named == SigmaSchedule::Model || named == other;
+        match requested.filter(|other| agrees(*other) && sampler.check(*other).is_ok()) {
             Some(schedule) => Ok(Some(SamplerName { sampler, schedule })),
             None => {
                 let reason = format!("{schedule:?} is not available for the sampler {name}");
@@ -306,29 +306,26 @@ impl InitImage {
         fields.read(limits)
     }
 
-    /// Adds the input image to a request. Returns notes on what is done otherwise than asked:
-    /// clients send their defaults for it whether they mean them or not.
+    /// Adds the input image to a request. Returns warnings for fields that are ignored: clients send
+    /// their defaults for them whether they mean them or not.
     pub(crate) fn add_to(self, draw: &mut DrawRequest) -> Result<Vec<String>, ValidationError> {
-        draw.image = self.init_images.and_then(|mut images| images.pop());
-        if draw.image.is_none() {
-            return Err(ValidationError::malformed(
-                "init_images",
-                "must contain an image in base64",
-            ));
-        }
+        let image = self.init_images.and_then(|mut images| images.pop());
+        let missing =
+            || ValidationError::malformed("init_images", "must contain an image in base64");
+        draw.image = Some(image.ok_or_else(missing)?);
         draw.strength = Some(self.denoising_strength.unwrap_or(DEFAULT_STRENGTH));
         draw.mask = self.mask;
-        if self.inpainting_mask_invert.is_some_and(|value| !is_noop(&value)) {
+        let is_set = |field: Option<Value>| field.is_some_and(|value| !is_noop(&value));
+        if is_set(self.inpainting_mask_invert) {
             draw.mask_area = MaskArea::Black;
         }
-        let asks = |field: Option<Value>| field.is_some_and(|value| !is_noop(&value));
         let notes = [
             (
-                asks(self.inpaint_full_res),
+                is_set(self.inpaint_full_res),
                 "inpaint_full_res is not supported: the whole image was generated",
             ),
             (
-                asks(self.mask_blur),
+                is_set(self.mask_blur),
                 "mask_blur is not supported: the mask was applied with hard edges",
             ),
             (
@@ -336,19 +333,19 @@ impl InitImage {
                 "inpainting_fill is not supported: the masked area started from the input image",
             ),
         ];
-        let asked = notes.into_iter().filter(|(asked, _)| *asked && draw.mask.is_some());
-        Ok(asked.map(|(_, note)| note.to_owned()).collect())
+        let notes = notes.into_iter().filter(|(is_set, _)| *is_set && draw.mask.is_some());
+        Ok(notes.map(|(_, note)| note.to_owned()).collect())
     }
 }
 
-/// Whether a value asks for nothing.
+/// Whether a value has no effect.
 pub(crate) fn is_noop(value: &Value) -> bool {
     match value {
-        Value::Null | Value::Bool(false) => true,
+        Value::Null => true,
+        Value::Bool(is_set) => !is_set,
         Value::Number(number) => number.as_f64().is_some_and(|number| number <= 0.0),
         Value::String(text) => ["", "None"].contains(&text.as_str()),
         Value::Array(values) => values.is_empty(),
         Value::Object(values) => values.is_empty(),
-        Value::Bool(true) => false,
     }
 }

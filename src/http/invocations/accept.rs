@@ -8,17 +8,17 @@ use crate::http::drawing::ReplyFormat;
 use crate::http::error::{ApiError, Result};
 use crate::image::Format;
 
-/// SageMaker's name for the header on some of its roads.
+/// SageMaker's name of the header on some of its paths.
 const SAGEMAKER_ACCEPT: &str = "x-amzn-sagemaker-accept";
 
-/// What clients send that have not thought about it.
+/// The range that clients send by default.
 const ANY_MEDIA_TYPE: &str = "*/*";
 
-/// What bears on the choice besides the header.
+/// What the choice depends on besides the headers.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ReplyPreferences {
     pub(crate) kind: BodyKind,
-    /// What JSON holds unless the body asks for something.
+    /// The format of image files in JSON if the body has no `output_format`.
     pub(crate) usual: Format,
     /// The body's `output_format`.
     pub(crate) format: Option<Format>,
@@ -27,10 +27,10 @@ pub(crate) struct ReplyPreferences {
     pub(crate) stream: bool,
 }
 
-/// Chooses the reply that the client likes best among those that can be given.
-pub(crate) fn choose(headers: &HeaderMap, wish: ReplyPreferences) -> Result<ReplyFormat> {
-    if wish.stream {
-        return Ok(ReplyFormat::Events(wish.format.unwrap_or(wish.usual)));
+/// Selects the possible response format that the client prefers.
+pub(crate) fn choose(headers: &HeaderMap, preferences: ReplyPreferences) -> Result<ReplyFormat> {
+    if preferences.stream {
+        return Ok(ReplyFormat::Events(preferences.format.unwrap_or(preferences.usual)));
     }
     let header = |name: &str| -> Vec<String> {
         let values = headers.get_all(name).iter();
@@ -50,8 +50,8 @@ pub(crate) fn choose(headers: &HeaderMap, wish: ReplyPreferences) -> Result<Repl
     ranges.sort_by(|a, b| b.1.total_cmp(&a.1));
     ranges
         .iter()
-        .find_map(|(range, _)| wish.answer(range))
-        .ok_or_else(|| ApiError::NotAcceptable(wish.refusal(&ranges)))
+        .find_map(|(range, _)| preferences.accept(range))
+        .ok_or_else(|| ApiError::NotAcceptable(preferences.rejection(&ranges)))
 }
 
 /// A media range without its parameters, and its weight.
@@ -64,7 +64,7 @@ fn weighed(range: &str) -> (&str, f32) {
 }
 
 impl ReplyPreferences {
-    fn answer(self, range: &str) -> Option<ReplyFormat> {
+    fn accept(self, range: &str) -> Option<ReplyFormat> {
         let json = ReplyFormat::Json(self.format.unwrap_or(self.usual));
         let bytes = |format| (self.count == 1).then_some(ReplyFormat::Bytes(format));
         let free = self.format.unwrap_or(Format::Png);
@@ -80,7 +80,7 @@ impl ReplyPreferences {
         }
     }
 
-    fn refusal(self, ranges: &[(&str, f32)]) -> String {
+    fn rejection(self, ranges: &[(&str, f32)]) -> String {
         let image = ranges.iter().any(|(range, _)| *range == "image/*" || named(range).is_some());
         match self.format {
             _ if image && self.count > 1 => {
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn the_best_liked_possible_reply_is_chosen() {
+    fn the_preferred_possible_reply_is_chosen() {
         use BodyKind::{Json as J, Text as T};
         use ReplyFormat::{Bytes, Events, Json};
         let table = [

@@ -1,5 +1,5 @@
-//! The forms in which a prompt may arrive. JSON when it looks like JSON; a form when it has a
-//! `prompt` key; otherwise the body itself is the prompt, as `curl -d 'a cat'` sends it.
+//! The bodies of requests: JSON if the body begins like an object, a form if it has a `prompt` key,
+//! otherwise a bare prompt, as `curl -d 'a cat'` sends it.
 
 use std::borrow::Cow;
 
@@ -12,7 +12,7 @@ use crate::request::{Fields, ValidationError};
 /// The type of a bare prompt of SageMaker JumpStart.
 pub(crate) const JUMPSTART_TEXT: &str = "application/x-text";
 
-/// The form of a body, which is that of the reply when the client asks for none.
+/// The kind of a body, which decides the response format if the client accepts any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum BodyKind {
     Json,
@@ -57,7 +57,7 @@ pub(crate) fn read(headers: &HeaderMap, body: &[u8]) -> Result<(Fields, BodyKind
     }
 }
 
-/// Only looked at when the body is not a JSON object, so a wrong type does no harm to JSON.
+/// The declared kind. Used only if the body is not a JSON object, so JSON may have a wrong type.
 fn declared(headers: &HeaderMap) -> Result<Declared> {
     let Some(essence) = essence(headers) else {
         return Ok(Declared::Text { quoted: false });
@@ -95,7 +95,7 @@ fn form(text: &str) -> Result<Fields, ValidationError> {
     Ok(Fields::form(pairs))
 }
 
-/// `curl --data-urlencode 'a cat'` sends `a%20cat`; a body with spaces in it was not encoded.
+/// A bare prompt, decoded if it was encoded. `curl --data-urlencode 'a cat'` sends `a%20cat`; a body with spaces in it was not encoded.
 fn bare(text: &str) -> String {
     if text.contains(char::is_whitespace) || !text.contains('%') {
         return text.into();

@@ -50,7 +50,7 @@ pub(crate) async fn loaded(
     invocations(State(state), admitted).await
 }
 
-/// `POST /models/{owner}/{name}`, as Hugging Face's clients call a model that has an address.
+/// `POST /models/{owner}/{name}`, which Hugging Face's clients call.
 pub(crate) async fn named(
     State(state): State<AppState>,
     Path(name): Path<String>,

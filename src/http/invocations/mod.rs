@@ -1,5 +1,5 @@
-//! `/invocations`, which is SageMaker's contract, in the native form and in those of SageMaker's
-//! other containers; and the same in the background: `/v1/jobs`.
+//! `/invocations`, SageMaker's contract, in the native format and those of SageMaker's other
+//! containers; and background jobs, `/v1/jobs`.
 
 mod accept;
 mod body;
@@ -65,12 +65,12 @@ fn gives_images(docs: Docs) -> Docs {
     docs.gives(200, &["prompt", "content_type"], &media_types)
 }
 
-/// A model that SageMaker has loaded.
+/// The route of a model that SageMaker has loaded.
 pub(crate) fn loaded_model_routes() -> Router<AppState> {
     Router::new().route("/models/{name}/invoke", post(invoke::loaded))
 }
 
-/// A model by its name, as Hugging Face's clients call one that has an address.
+/// The route of a model by its name, which Hugging Face's clients call.
 pub(crate) fn named_model_routes() -> Router<AppState> {
     Router::new().route("/models/{*id}", post(invoke::named))
 }

@@ -9,7 +9,7 @@ use tower::{ServiceExt as _, service_fn};
 
 use crate::http::headers::ATTRIBUTES;
 
-/// The routes that can be reached: those of images, and none that governs the server.
+/// Prefixes of the routes that can be reached: the image APIs, no administration.
 const OPEN: [&str; 2] = ["/v1/", "/sdapi/"];
 
 /// Marks a request that was routed by the attribute.
@@ -50,7 +50,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_dialects_of_pictures_can_be_reached() {
+    fn only_image_apis_can_be_reached() {
         let table = [
             ("route=/v1/images/generations", Some("/v1/images/generations")),
             ("a=b, route=/sdapi/v1/txt2img", Some("/sdapi/v1/txt2img")),

@@ -1,4 +1,4 @@
-//! Errors in OpenAI's words.
+//! Errors in OpenAI's format.
 
 use axum::http::{HeaderName, HeaderValue, StatusCode};
 use axum::response::Response;
@@ -6,13 +6,13 @@ use serde_json::{Value, json};
 
 use crate::http::error::{self, ErrorDetail};
 
-/// Tells OpenAI's clients that to send the request again will not help.
+/// Header by which OpenAI's clients decide whether to retry.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
-/// Puts errors into OpenAI's words, whoever made them.
+/// Renders the errors of handlers and middleware in OpenAI's format.
 pub(crate) async fn errors(response: Response) -> Response {
     let mut response = error::map_error_body(response, describe);
-    // A failed picture fails again; only a full queue and a start are worth another try.
+    // A failed image fails again. Only a full queue and a loading server are worth a retry.
     let status = response.status();
     if status.is_server_error() && status != StatusCode::SERVICE_UNAVAILABLE {
         response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));

@@ -1,4 +1,4 @@
-//! Pictures that were answered with a URL.
+//! The images of responses with URLs.
 
 use axum::extract::{Path, State};
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};

@@ -1,4 +1,4 @@
-//! A form with files in it.
+//! Multipart forms.
 
 use axum::body::{Body, Bytes};
 use axum::extract::multipart::MultipartError;
@@ -34,7 +34,7 @@ impl Form {
             let name = part.name().unwrap_or_default().to_owned();
             let data = part.bytes().await.map_err(broken)?;
             match name.as_str() {
-                // The second name is the client's for a list.
+                // OpenAI's clients use the second name for a list.
                 "image" | "image[]" if form.image.is_none() => form.image = Some(data),
                 "image" | "image[]" => {
                     return Err(ValidationError::range("image", "must be a single image").into());

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::http::error::{ApiError, Result};
 use crate::http::state::AppState;
 
-/// `GET /v1/models`: the one that is here, and those that can be loaded.
+/// `GET /v1/models`: the default model, and those that can be loaded.
 pub(crate) async fn models(State(state): State<AppState>) -> Result<Json<Value>> {
     let cards: Vec<Value> = state.model_names().await?.iter().map(|name| card(name)).collect();
     Ok(Json(json!({ "object": "list", "data": cards })))

@@ -1,4 +1,4 @@
-//! A request as a stream of events.
+//! Responses as streams of server-sent events.
 
 use std::pin::pin;
 

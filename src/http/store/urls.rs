@@ -45,10 +45,10 @@ impl UrlStore {
     /// are too large together, they are rejected and nothing is evicted.
     pub(crate) fn keep(
         &self,
-        pictures: Vec<Vec<u8>>,
+        images: Vec<Vec<u8>>,
         format: Format,
     ) -> Result<Vec<String>, ValidationError> {
-        let (bytes, most) = (pictures.iter().map(Vec::len).sum(), self.max_bytes);
+        let (bytes, most) = (images.iter().map(Vec::len).sum(), self.max_bytes);
         let Some(mut room) = most.checked_sub(bytes) else {
             let reason = format!(
                 "cannot be url: these images have {bytes} bytes, the maximum is {most}; \
@@ -63,11 +63,11 @@ impl UrlStore {
             room = left.unwrap_or(0);
             left.is_some()
         });
-        let gone = files.len() - kept.count();
-        files.drain(..gone);
+        let evicted = files.len() - kept.count();
+        files.drain(..evicted);
         let since = Instant::now();
         let name = || format!("{:032x}.{}", random(), format.name());
-        let new = pictures.into_iter().map(|data| (name(), Bytes::from(data)));
+        let new = images.into_iter().map(|data| (name(), Bytes::from(data)));
         let first = files.len();
         files.extend(new.map(|(name, data)| StoredImage { name, format, data, since }));
         Ok(files.range(first..).map(|file| file.name.clone()).collect())
