@@ -16,8 +16,8 @@ use tokio::task::JoinError;
 use tokio::time::{Instant, timeout_at};
 
 use super::error::{ApiError, Result};
-use super::state::AppState;
-use crate::engine::{Client, JobError};
+use super::state::{AppState, model_of};
+use crate::engine::Client;
 use crate::request::{Fields, ValidationError};
 
 /// Header with the client's timeout in milliseconds. It cannot exceed the server's.
@@ -62,11 +62,8 @@ impl FromRequest<AppState> for Admitted {
         let permit =
             permit.map_err(|_| ApiError::Crowded { retry_after_s: state.engine.retry_after() })?;
         let slot = RequestSlot { _permit: Arc::new(permit) };
-        match state.engine.model() {
-            // The body may name a model.
-            Ok(_) | Err(JobError::Absent) => {}
-            Err(error) => return Err(error.into()),
-        }
+        // If there is no model, the body may name one.
+        model_of(&state.engine)?;
         let headers = request.headers().clone();
         let timeout = timeout(&headers, state.settings.request_timeout)?;
         let deadline = arrived + timeout;

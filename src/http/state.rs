@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use axum::http::HeaderValue;
 use clap::builder::FalseyValueParser;
+use sd_models::ModelInfo;
 use tokio::sync::Semaphore;
 
 use super::error::{ApiError, Result};
@@ -197,14 +198,19 @@ impl AppState {
     /// The models that requests can name: the default one, and those in the directory.
     pub(crate) async fn model_names(&self) -> Result<Vec<String>> {
         let mut names = self.models.names().await;
-        match self.engine.model() {
-            Ok(model) => {
-                names.retain(|name| *name != model.name);
-                names.insert(0, model.name.clone());
-            }
-            Err(JobError::Absent) => {}
-            Err(failure) => return Err(failure.into()),
+        if let Some(model) = model_of(&self.engine)? {
+            names.retain(|name| *name != model.name);
+            names.insert(0, model.name.clone());
         }
         Ok(names)
+    }
+}
+
+/// The model of an engine. None for an engine that has none because requests name their models.
+pub(crate) fn model_of(engine: &Engine) -> Result<Option<Arc<ModelInfo>>> {
+    match engine.model() {
+        Ok(model) => Ok(Some(model)),
+        Err(JobError::Absent) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }

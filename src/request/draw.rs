@@ -157,7 +157,9 @@ impl DrawRequest {
         let required = || ValidationError::malformed(self.names.of("prompt"), "is required");
         let prompt = self.prompt.clone().ok_or_else(required)?;
         let input = self.input(limits.max_input_pixels)?;
-        let size = self.size(input.as_ref(), limits, model)?;
+        let size = input.as_ref().map_or(defaults.size, |input| input.size(limits, model));
+        let sides = [self.width.unwrap_or(size.width()), self.height.unwrap_or(size.height())];
+        let size = self.sides(["width", "height"], sides, limits)?;
         let steps = self.num_inference_steps.unwrap_or(defaults.steps);
         let count = self.num_images_per_prompt.unwrap_or(1);
         self.within("num_images_per_prompt", count, 1..=limits.max_images)?;
@@ -179,24 +181,7 @@ impl DrawRequest {
             hires: self.hires(size, steps, limits, model)?,
             img2img: input.map(|input| Arc::new(input.img2img(size))),
         };
-        self.check(&spec, limits, model)?;
-        let seed = |k: u64| spec.seed.wrapping_add(k);
-        Ok((0..count as u64).map(|k| Spec { seed: seed(k), ..spec.clone() }).collect())
-    }
-
-    /// The format of the image files, if the request names one.
-    pub fn format(&self) -> Result<Option<Format>, ValidationError> {
-        self.choice("output_format", self.output_format.as_ref())
-    }
-
-    /// Checks what depends on the model, and the LoRAs that the prompt names.
-    fn check(
-        &self,
-        spec: &Spec,
-        limits: &Limits,
-        model: &ModelInfo,
-    ) -> Result<(), ValidationError> {
-        model.check(spec).map_err(|error| match error {
+        model.check(&spec).map_err(|error| match error {
             sd_models::Error::Spec { field, reason } => self.range(field, reason),
             other => ValidationError::body(other.to_string()),
         })?;
@@ -205,7 +190,13 @@ impl DrawRequest {
             let reason = format!("names too many LoRAs; at most {} are allowed", limits.max_loras);
             return Err(self.range("prompt", reason));
         }
-        Ok(())
+        let seed = |k: u64| spec.seed.wrapping_add(k);
+        Ok((0..count as u64).map(|k| Spec { seed: seed(k), ..spec.clone() }).collect())
+    }
+
+    /// The format of the image files, if the request names one.
+    pub fn format(&self) -> Result<Option<Format>, ValidationError> {
+        self.choice("output_format", self.output_format.as_ref())
     }
 
     /// A named value.
@@ -263,19 +254,6 @@ impl DrawRequest {
     /// The error of a value that is out of range.
     fn range(&self, name: &str, reason: impl fmt::Display) -> ValidationError {
         ValidationError::range(self.names.of(name), reason)
-    }
-
-    /// The size of the base pass: that of the request, the input image or the model.
-    fn size(
-        &self,
-        input: Option<&Input>,
-        limits: &Limits,
-        model: &ModelInfo,
-    ) -> Result<Size, ValidationError> {
-        let default = input.map_or(model.defaults.size, |input| input.size(limits, model));
-        let width = self.width.unwrap_or(default.width());
-        let height = self.height.unwrap_or(default.height());
-        self.sides(["width", "height"], [width, height], limits)
     }
 
     /// The hires pass, in the proportions of the base pass if only one of its sides is given.

@@ -8,18 +8,13 @@ use axum::extract::State;
 use sd_models::{ModelInfo, SamplerName, SigmaSchedule, Upscaler};
 use serde_json::{Map, Value, json};
 
-use crate::engine::JobError;
 use crate::http::error::Result;
-use crate::http::state::AppState;
+use crate::http::state::{AppState, model_of};
 
 /// The selected model or the default one, if it is loaded.
 fn current_model(state: &AppState) -> Result<Option<Arc<ModelInfo>>> {
     let chosen = state.checkpoint.get().and_then(|name| state.models.get(&name).ok());
-    match chosen.as_ref().map_or(&state.engine, |chosen| &chosen.engine).model() {
-        Ok(model) => Ok(Some(model)),
-        Err(JobError::Absent) => Ok(None),
-        Err(failure) => Err(failure.into()),
-    }
+    model_of(chosen.as_ref().map_or(&state.engine, |chosen| &chosen.engine))
 }
 
 /// `GET /sdapi/v1/samplers`.

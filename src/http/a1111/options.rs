@@ -5,19 +5,16 @@ use axum::extract::State;
 use serde_json::{Value, json};
 
 use super::request::{Object, is_noop};
-use crate::engine::JobError;
 use crate::http::admission::Admitted;
 use crate::http::error::Result;
-use crate::http::state::AppState;
+use crate::http::state::{AppState, model_of};
 use crate::request::ValidationError;
 
 /// The options and their values.
 fn options(state: &AppState) -> Result<Object> {
-    let model = match (state.checkpoint.get(), state.engine.model()) {
-        (Some(name), _) => name,
-        (None, Ok(model)) => model.name.clone(),
-        (None, Err(JobError::Absent)) => String::new(),
-        (None, Err(failure)) => return Err(failure.into()),
+    let model = match state.checkpoint.get() {
+        Some(name) => name,
+        None => model_of(&state.engine)?.map_or_else(String::new, |model| model.name.clone()),
     };
     let options = json!({
         "sd_model_checkpoint": model,

@@ -9,9 +9,8 @@ use axum::routing::get;
 use axum::{Extension, Json, Router};
 use serde_json::{Map, Value, json};
 
-use crate::engine::JobError;
 use crate::http::error::Result;
-use crate::http::state::AppState;
+use crate::http::state::{AppState, model_of};
 use crate::request;
 
 /// The routes with one that describes them.
@@ -55,11 +54,8 @@ async fn describe(
     State(state): State<AppState>,
     Extension(document): Extension<Arc<Value>>,
 ) -> Result<Json<Value>> {
-    let model = match state.engine.model() {
-        Ok(model) => model.name.clone(),
-        Err(JobError::Absent) => "the models that GET /v1/models lists".to_owned(),
-        Err(failure) => return Err(failure.into()),
-    };
+    let model = model_of(&state.engine)?;
+    let model = model.as_ref().map_or("the models that GET /v1/models lists", |model| &model.name);
     let mut document = Value::clone(&document);
     document["info"]["description"] = format!("Image generation with {model}.").into();
     Ok(Json(document))

@@ -5,13 +5,14 @@ use axum::http::HeaderMap;
 
 use super::accept::{self, ReplyPreferences};
 use super::body::BodyKind;
-use super::render::{Invocation, NATIVE, ParsedRequest};
-use super::{huggingface, jumpstart, stability};
+use super::render::{Invocation, NATIVE};
+use super::stability::{self, STABILITY};
+use super::{huggingface, jumpstart};
 use crate::http::admission::RequestSlot;
 use crate::http::drawing::Drawing;
 use crate::http::error::Result;
 use crate::http::state::AppState;
-use crate::request::{DrawRequest, Fields, Limits, ValidationError};
+use crate::request::{DrawRequest, Fields};
 
 /// Reads and validates a request in any of the formats. `headers` select that of the response.
 pub(crate) async fn read(
@@ -20,33 +21,21 @@ pub(crate) async fn read(
     headers: &HeaderMap,
     (fields, kind): (Fields, BodyKind),
 ) -> Result<Invocation> {
-    let parsed = parse(headers, fields, kind, &state.settings.limits)?;
-    let ParsedRequest { requests, kind, dialect } = parsed;
+    let limits = &state.settings.limits;
+    let (requests, dialect, kind) = if fields.has("text_prompts") {
+        (vec![stability::parse(fields, limits)?], STABILITY, BodyKind::Json)
+    } else if fields.has("inputs") {
+        let (request, dialect) = huggingface::parse(fields, limits)?;
+        (vec![request], dialect, BodyKind::Json)
+    } else if let Some(dialect) = jumpstart::detect(headers) {
+        (jumpstart::parse(fields, limits)?, dialect, BodyKind::Json)
+    } else {
+        (vec![DrawRequest::read(fields, limits)?], NATIVE, kind)
+    };
     let drawing = Drawing::prepare(state, slot, requests, |draw, count| {
         let (usual, format) = (dialect.format, draw.format()?);
         let stream = draw.stream == Some(true);
         accept::choose(headers, ReplyPreferences { kind, usual, format, count, stream })
     });
     Ok(Invocation { drawing: drawing.await?, dialect })
-}
-
-fn parse(
-    headers: &HeaderMap,
-    fields: Fields,
-    kind: BodyKind,
-    limits: &Limits,
-) -> Result<ParsedRequest, ValidationError> {
-    if fields.has("text_prompts") {
-        return stability::parse(fields, limits);
-    }
-    if fields.has("inputs") {
-        return huggingface::parse(fields, limits);
-    }
-    match jumpstart::detect(headers) {
-        Some(dialect) => jumpstart::parse(fields, dialect, limits),
-        None => {
-            let requests = vec![DrawRequest::read(fields, limits)?];
-            Ok(ParsedRequest { requests, kind, dialect: NATIVE })
-        }
-    }
 }

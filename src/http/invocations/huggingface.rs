@@ -7,8 +7,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
-use super::body::BodyKind;
-use super::render::{Dialect, ParsedRequest, RenderInput};
+use super::render::{Dialect, RenderInput};
 use crate::image::Format;
 use crate::request::{DrawRequest, Fields, Limits, ValidationError};
 
@@ -26,7 +25,10 @@ struct Envelope {
 }
 
 /// Reads a request in one of these formats.
-pub(crate) fn parse(mut fields: Fields, limits: &Limits) -> Result<ParsedRequest, ValidationError> {
+pub(crate) fn parse(
+    mut fields: Fields,
+    limits: &Limits,
+) -> Result<(DrawRequest, Dialect), ValidationError> {
     fields.rename("inputs", "prompt");
     let Envelope { parameters, .. } = fields.read(limits)?;
     let dialect = if parameters.is_some() || fields.len() == 1 { TOOLKIT } else { EXAMPLES };
@@ -40,8 +42,7 @@ pub(crate) fn parse(mut fields: Fields, limits: &Limits) -> Result<ParsedRequest
             value => fields.add(&key, format!("parameters.{key}"), value),
         }
     }
-    let request = DrawRequest::read(fields, limits)?;
-    Ok(ParsedRequest { requests: vec![request], kind: BodyKind::Json, dialect })
+    Ok((DrawRequest::read(fields, limits)?, dialect))
 }
 
 /// A string, or a list of them where the toolkit would drop all but the first.

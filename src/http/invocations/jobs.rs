@@ -112,22 +112,12 @@ pub(crate) async fn delete(
 fn describe(id: &str, job: &JobRecord) -> Value {
     let estimate = job.monitor.estimate();
     let progress = job.monitor.current();
-    let state = match &job.end {
-        Some((_, end)) if end.is_ok() => "completed",
-        Some(_) => "failed",
-        None if progress.started == 0 => "queued",
-        None => "running",
+    let (state, mut description) = match job.end.as_ref().map(|(_, result)| &**result) {
+        Some(Ok(_)) => ("completed", json!({})),
+        Some(Err(error)) => ("failed", error.json()),
+        None if progress.started == 0 => ("queued", events::place(estimate)),
+        None => ("running", events::step(progress, estimate)),
     };
-    let mut description = match state {
-        "queued" => events::place(estimate),
-        "running" => events::step(progress, estimate),
-        _ => json!({}),
-    };
-    if let Some((_, end)) = &job.end
-        && let Err(error) = &**end
-    {
-        description = error.json();
-    }
     description["id"] = id.into();
     description["state"] = state.into();
     description

@@ -10,8 +10,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::body::{BodyKind, JUMPSTART_TEXT, essence};
-use super::render::{Dialect, ParsedRequest, RenderInput};
+use super::body::{JUMPSTART_TEXT, essence};
+use super::render::{Dialect, RenderInput};
 use crate::engine::GeneratedImage;
 use crate::image::Format;
 use crate::request::{DrawRequest, Fields, Limits, ValidationError};
@@ -51,12 +51,10 @@ struct NegativePrompts {
 /// Reads a request for each prompt. Negative prompts come in pairs with them or one for all.
 pub(crate) fn parse(
     mut fields: Fields,
-    dialect: Dialect,
     limits: &Limits,
-) -> Result<ParsedRequest, ValidationError> {
-    let parsed = |requests| Ok(ParsedRequest { requests, kind: BodyKind::Json, dialect });
+) -> Result<Vec<DrawRequest>, ValidationError> {
     if !fields.is_list("prompt") {
-        return parsed(vec![DrawRequest::read(fields, limits)?]);
+        return Ok(vec![DrawRequest::read(fields, limits)?]);
     }
     let Prompts { prompt: prompts } = fields.read(limits)?;
     if prompts.is_empty() {
@@ -80,7 +78,7 @@ pub(crate) fn parse(
         }
         request
     };
-    parsed(prompts.into_iter().enumerate().map(request).collect())
+    Ok(prompts.into_iter().enumerate().map(request).collect())
 }
 
 /// The JSON: one image under `generated_image`, or all in a list.

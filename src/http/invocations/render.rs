@@ -6,13 +6,11 @@ use axum::http::{HeaderValue, Response};
 use sd_models::Spec;
 use serde_json::{Value, json};
 
-use super::body::BodyKind;
 use crate::engine::GeneratedImage;
 use crate::http::drawing::{Drawing, ReplyFormat, base64, warnings};
 use crate::http::error::Result;
 use crate::http::headers::{ATTRIBUTES, NSFW, SEED};
 use crate::image::Format;
-use crate::request::DrawRequest;
 
 /// One of the formats of `/invocations`, for responses.
 #[derive(Debug, Clone, Copy)]
@@ -43,15 +41,6 @@ impl RenderInput<'_> {
         let each = self.specs.iter().zip(self.images).zip(self.base64());
         each.map(|((spec, image), data)| (spec, image, data))
     }
-}
-
-/// A request of any format in native fields.
-#[derive(Debug)]
-pub(crate) struct ParsedRequest {
-    /// One for each prompt.
-    pub(crate) requests: Vec<DrawRequest>,
-    pub(crate) kind: BodyKind,
-    pub(crate) dialect: Dialect,
 }
 
 /// A valid request and its format.

@@ -7,13 +7,13 @@ use sd_models::Spec;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::body::BodyKind;
-use super::render::{Dialect, ParsedRequest, RenderInput};
+use super::render::{Dialect, RenderInput};
 use crate::engine::GeneratedImage;
 use crate::image::Format;
 use crate::request::{DrawRequest, Fields, Limits, ValidationError};
 
-const STABILITY: Dialect = Dialect { format: Format::Png, render };
+/// The format of responses.
+pub(crate) const STABILITY: Dialect = Dialect { format: Format::Png, render };
 
 /// Their names of samplers, and ours.
 const SAMPLERS: [(&str, &str); 6] = [
@@ -42,7 +42,7 @@ struct TextPrompt {
 }
 
 /// Reads a request in this format.
-pub(crate) fn parse(mut fields: Fields, limits: &Limits) -> Result<ParsedRequest, ValidationError> {
+pub(crate) fn parse(mut fields: Fields, limits: &Limits) -> Result<DrawRequest, ValidationError> {
     let options: StabilityOptions = fields.read(limits)?;
     fields.rename("samples", "num_images_per_prompt");
     let mut request = DrawRequest::read(fields, limits)?;
@@ -63,7 +63,7 @@ pub(crate) fn parse(mut fields: Fields, limits: &Limits) -> Result<ParsedRequest
     }
     // Zero means random.
     request.seed = request.seed.filter(|seed| *seed != 0);
-    Ok(ParsedRequest { requests: vec![request], kind: BodyKind::Json, dialect: STABILITY })
+    Ok(request)
 }
 
 /// The prompt and the negative prompt, each joined into one: the model takes no more.
