@@ -57,9 +57,11 @@ pub(crate) struct Drawing {
     pub(crate) quality: u8,
     /// Whether the client can receive live previews.
     pub(crate) preview: bool,
-    /// Held until the response is encoded, even if the client has disconnected.
-    slot: Option<RequestSlot>,
-    model: Arc<ModelInfo>,
+    /// Held until the response is encoded, even if the client has disconnected. None for work that
+    /// is bounded otherwise.
+    pub(crate) slot: Option<RequestSlot>,
+    /// The model that generates the images.
+    pub(crate) model: Arc<ModelInfo>,
     engine: Engine,
     hashes: Hashes,
 }
@@ -106,16 +108,6 @@ impl Drawing {
         let (quality, hashes) = (JPEG_QUALITY, state.hashes.clone());
         let slot = Some(slot.clone());
         Ok(Self { specs, reply, quality, preview, slot, model, engine, hashes })
-    }
-
-    /// Frees the request slot, for work that is bounded otherwise.
-    pub(crate) fn release_slot(&mut self) {
-        self.slot = None;
-    }
-
-    /// The model that generates the images.
-    pub(crate) fn model(&self) -> &ModelInfo {
-        &self.model
     }
 
     /// Submits the images to the engine.

@@ -92,14 +92,9 @@ impl Fields {
         self.fields.iter().map(|field| (field.name.clone(), field.value.clone())).collect()
     }
 
-    /// Whether there is a field of this name.
-    pub(crate) fn has(&self, name: &str) -> bool {
-        self.fields.iter().any(|field| field.name == name)
-    }
-
-    /// Whether the field of this name is a list.
-    pub(crate) fn is_list(&self, name: &str) -> bool {
-        self.fields.iter().any(|field| field.name == name && field.value.is_array())
+    /// The value of the field of this name.
+    pub(crate) fn get(&self, name: &str) -> Option<&Value> {
+        self.fields.iter().find(|field| field.name == name).map(|field| &field.value)
     }
 
     /// The number of fields.

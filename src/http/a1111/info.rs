@@ -9,7 +9,7 @@ use crate::image;
 
 /// The generation parameters of all images, as AUTOMATIC1111 returns them.
 pub(crate) fn info(drawing: &Drawing, images: &[GeneratedImage], mut notes: Vec<String>) -> Value {
-    let (specs, model) = (&drawing.specs, &drawing.model().name);
+    let (specs, model) = (&drawing.specs, &drawing.model.name);
     let Some(first) = specs.first() else { return Value::Null };
     let loras = drawing.loras(first);
     let all = |of: fn(&Spec) -> Value| specs.iter().map(of).collect::<Vec<_>>();

@@ -75,7 +75,7 @@ impl ReplyPreferences {
             "text/event-stream" => Some(ReplyFormat::Events(self.format.unwrap_or(self.usual))),
             _ => {
                 let format = named(range)?;
-                bytes(format).filter(|_| self.format.is_none_or(|wanted| wanted == format))
+                bytes(format).filter(|_| self.format.is_none_or(|requested| requested == format))
             }
         }
     }
@@ -98,10 +98,8 @@ impl ReplyPreferences {
 }
 
 fn named(range: &str) -> Option<Format> {
-    Format::ALL
-        .into_iter()
-        .find(|format| format.media_type() == range)
-        .or_else(|| (range == "image/jpg").then_some(Format::Jpeg))
+    let range = if range == "image/jpg" { "image/jpeg" } else { range };
+    Format::ALL.into_iter().find(|format| format.media_type() == range)
 }
 
 #[cfg(test)]

@@ -22,9 +22,9 @@ pub(crate) async fn read(
     (fields, kind): (Fields, BodyKind),
 ) -> Result<Invocation> {
     let limits = &state.settings.limits;
-    let (requests, dialect, kind) = if fields.has("text_prompts") {
+    let (requests, dialect, kind) = if fields.get("text_prompts").is_some() {
         (vec![stability::parse(fields, limits)?], STABILITY, BodyKind::Json)
-    } else if fields.has("inputs") {
+    } else if fields.get("inputs").is_some() {
         let (request, dialect) = huggingface::parse(fields, limits)?;
         (vec![request], dialect, BodyKind::Json)
     } else if let Some(dialect) = jumpstart::detect(headers) {

@@ -37,7 +37,7 @@ pub(crate) async fn create(State(state): State<AppState>, admitted: Admitted) ->
     let deadline = Instant::now() + timeout;
     let mut ticket = invocation.drawing.submit(&client, deadline)?;
     // A job is bounded by the number of jobs.
-    invocation.drawing.release_slot();
+    invocation.drawing.slot = None;
     drop(slot);
     let id = format!("{:032x}", random());
     let entry = JobRecord { monitor: state.engine.monitor(&ticket), end: None, task: None };

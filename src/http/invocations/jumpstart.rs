@@ -53,7 +53,7 @@ pub(crate) fn parse(
     mut fields: Fields,
     limits: &Limits,
 ) -> Result<Vec<DrawRequest>, ValidationError> {
-    if !fields.is_list("prompt") {
+    if !fields.get("prompt").is_some_and(Value::is_array) {
         return Ok(vec![DrawRequest::read(fields, limits)?]);
     }
     let Prompts { prompt: prompts } = fields.read(limits)?;
@@ -61,7 +61,7 @@ pub(crate) fn parse(
         return Err(ValidationError::malformed("prompt", "must not be an empty list"));
     }
     let mut negatives = Vec::new();
-    if fields.is_list("negative_prompt") {
+    if fields.get("negative_prompt").is_some_and(Value::is_array) {
         negatives = fields.read::<NegativePrompts>(limits)?.negative_prompt;
         if negatives.len() != prompts.len() {
             let reason = format!("must have as many entries as prompt, which is {}", prompts.len());

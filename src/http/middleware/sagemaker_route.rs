@@ -5,7 +5,7 @@ use axum::Router;
 use axum::extract::Request;
 use axum::http::uri::PathAndQuery;
 use axum::http::{HeaderMap, Method, Uri};
-use tower::{ServiceExt as _, service_fn};
+use tower::ServiceExt as _;
 
 use crate::http::headers::ATTRIBUTES;
 
@@ -19,18 +19,15 @@ pub(crate) struct ViaSageMaker;
 /// The router with routing by attribute, which must take place before a route is matched, so
 /// outside of the router.
 pub(crate) fn by_attribute(router: Router) -> Router {
-    let rewrite = move |mut request: Request| {
-        let router = router.clone();
-        async move {
-            let here = request.method() == Method::POST && request.uri().path() == "/invocations";
-            if let Some(uri) = here.then(|| target(request.headers())).flatten() {
-                *request.uri_mut() = uri;
-                request.extensions_mut().insert(ViaSageMaker);
-            }
-            router.oneshot(request).await
+    let rewrite = |mut request: Request| {
+        let here = request.method() == Method::POST && request.uri().path() == "/invocations";
+        if let Some(uri) = here.then(|| target(request.headers())).flatten() {
+            *request.uri_mut() = uri;
+            request.extensions_mut().insert(ViaSageMaker);
         }
+        request
     };
-    Router::new().fallback_service(service_fn(rewrite))
+    Router::new().fallback_service(router.map_request(rewrite))
 }
 
 /// The route that the attributes name, if it can be reached.

@@ -59,7 +59,11 @@ async fn generate(
     kind: &'static str,
 ) -> Result<Response> {
     let Admitted { headers, client, deadline, stream_deadline, slot, .. } = admitted;
-    let state = find(state, options.model).await?;
+    let theirs = |name: &String| THEIR_MODELS.iter().any(|prefix| name.starts_with(prefix));
+    let state = match options.model.filter(|name| !theirs(name)) {
+        Some(name) => state.choose(&name).await?,
+        None => state,
+    };
     let is_url = options.response_format == Some(ResponseFormat::Url);
     let url = is_url.then(|| origin(&headers));
     let (compression, partial_images) = (options.output_compression, options.partial_images);
@@ -103,11 +107,4 @@ fn origin(headers: &HeaderMap) -> String {
     let scheme = header("x-forwarded-proto").filter(|scheme| *scheme == "https").unwrap_or("http");
     let host = header("x-forwarded-host").or_else(|| header(HOST.as_str()));
     host.map_or(String::new(), |host| format!("{scheme}://{host}"))
-}
-
-/// The state for a request that names a model, which may have to be loaded first.
-async fn find(state: AppState, name: Option<String>) -> Result<AppState> {
-    let theirs = |name: &String| THEIR_MODELS.iter().any(|prefix| name.starts_with(prefix));
-    let Some(name) = name.filter(|name| !theirs(name)) else { return Ok(state) };
-    state.choose(&name).await
 }
