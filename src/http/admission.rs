@@ -40,7 +40,7 @@ pub(crate) struct Admitted {
     pub(crate) slot: RequestSlot,
 }
 
-/// One of `--max-requests` slots, which only admission gives out. Work for the request on another
+/// One of `--max-requests` slots, which only admission creates. Work for the request on another
 /// thread holds a clone, so that the slot is free when the last of the work has ended, not when the
 /// client has disconnected.
 #[derive(Debug, Clone)]
@@ -121,11 +121,10 @@ pub(crate) fn timeout(headers: &HeaderMap, most: Duration) -> Result<Duration> {
     let millis = value.to_str().ok().and_then(|value| value.trim().parse().ok());
     match millis {
         Some(millis @ 1..) => Ok(Duration::from_millis(millis).min(most)),
-        _ => Err(ValidationError::Malformed {
-            param: Some(TIMEOUT.into()),
-            message: format!("{TIMEOUT} must be a whole number of at least 1"),
+        _ => {
+            let reason = "must be a whole number of at least 1";
+            Err(ValidationError::malformed(TIMEOUT, reason).into())
         }
-        .into()),
     }
 }
 

@@ -14,7 +14,7 @@ pub enum ValidationError {
     Malformed {
         /// The field, as the client spelt it.
         param: Option<String>,
-        /// One sentence.
+        /// The field and the rule, in one sentence.
         message: String,
     },
     /// A value out of range.
@@ -22,7 +22,7 @@ pub enum ValidationError {
     OutOfRange {
         /// The field, as the client spelt it.
         param: String,
-        /// One sentence.
+        /// The field and the rule, in one sentence.
         message: String,
     },
 }

@@ -14,7 +14,7 @@ use serde::Deserialize;
 use super::error::ValidationError;
 use crate::image;
 
-/// Clients differ in whether they pad.
+/// Base64 with or without padding: clients differ.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &STANDARD,
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),

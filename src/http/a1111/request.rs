@@ -292,7 +292,7 @@ impl HiresPass {
         draw.hires_strength = Some(strength);
         let steps = self.hr_second_pass_steps.filter(|steps| *steps > 0);
         let steps = steps.or(draw.num_inference_steps).unwrap_or(model.defaults.steps);
-        // There the steps are those that are taken, here those of which the strength is the share.
+        // AUTOMATIC1111 counts the steps taken; our strength is the share of the steps that is taken.
         let whole = (steps as f64 / strength.max(MIN_STRENGTH)).ceil() as usize;
         draw.hires_steps = Some(whole.clamp(1, limits.max_steps));
         draw.hires_upscaler = self.hr_upscaler.filter(|name| !name.is_empty());

@@ -14,7 +14,7 @@ const SAGEMAKER_ACCEPT: &str = "x-amzn-sagemaker-accept";
 /// The range that clients send by default.
 const ANY_MEDIA_TYPE: &str = "*/*";
 
-/// What the choice depends on besides the headers.
+/// The properties of a request that select the response format, besides the headers.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ReplyPreferences {
     pub(crate) kind: BodyKind,

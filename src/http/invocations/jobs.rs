@@ -59,14 +59,14 @@ pub(crate) async fn create(State(state): State<AppState>, admitted: Admitted) ->
         }
     };
     let task =
-        tokio::spawn(keep(Arc::clone(&state.jobs), state.settings.job_retention, id.clone(), work));
+        tokio::spawn(run(Arc::clone(&state.jobs), state.settings.job_retention, id.clone(), work));
     state.jobs.update(&id, |entry| entry.task = Some(AbortOnDropHandle::new(task)));
     let location = [(LOCATION, format!("/v1/jobs/{id}"))];
     Ok((StatusCode::ACCEPTED, location, Json(description)).into_response())
 }
 
 /// Does the work, retains the result for `retention`, and deletes the job.
-async fn keep(
+async fn run(
     store: Arc<JobStore>,
     retention: Duration,
     id: String,

@@ -35,14 +35,14 @@ pub(crate) fn detect(headers: &HeaderMap) -> Option<Dialect> {
     Some(Dialect { format: files.unwrap_or(Format::Jpeg), render })
 }
 
-/// Several prompts.
+/// The field `prompt` as a list.
 #[derive(Deserialize, JsonSchema)]
 struct Prompts {
     #[schemars(extend("maxItems" = Limits::IMAGES))]
     prompt: Vec<String>,
 }
 
-/// As many negative prompts.
+/// The field `negative_prompt` as a list, as long as `prompt`.
 #[derive(Deserialize, JsonSchema)]
 struct NegativePrompts {
     negative_prompt: Vec<Option<String>>,

@@ -75,7 +75,7 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
     let fit = |value: &&HeaderValue| {
         (1..=128).contains(&value.len()) && value.as_bytes().iter().all(u8::is_ascii_graphic)
     };
-    let theirs = [INFERENCE_ID, REQUEST_ID].iter().filter_map(|name| headers.get(name)).find(fit);
+    let given = [INFERENCE_ID, REQUEST_ID].iter().filter_map(|name| headers.get(name)).find(fit);
     let random = || format!("{:016x}", getrandom::u64().unwrap_or_default());
-    theirs.cloned().or_else(|| random().try_into().ok()).unwrap_or(HeaderValue::from_static("-"))
+    given.cloned().or_else(|| random().try_into().ok()).unwrap_or(HeaderValue::from_static("-"))
 }

@@ -18,7 +18,7 @@ use crate::image::Format;
 use crate::request::{DrawRequest, Fields, ImageFile, MaskArea, ValidationError};
 
 /// Prefixes of OpenAI's model names. They mean the model of this server.
-const THEIR_MODELS: [&str; 3] = ["dall-e-", "gpt-image-", "chatgpt-image-"];
+const OPENAI_MODELS: [&str; 3] = ["dall-e-", "gpt-image-", "chatgpt-image-"];
 
 /// `POST /v1/images/generations`.
 pub(crate) async fn generations(
@@ -59,8 +59,8 @@ async fn generate(
     kind: &'static str,
 ) -> Result<Response> {
     let Admitted { headers, client, deadline, stream_deadline, slot, .. } = admitted;
-    let theirs = |name: &String| THEIR_MODELS.iter().any(|prefix| name.starts_with(prefix));
-    let state = match options.model.filter(|name| !theirs(name)) {
+    let is_openai = |name: &String| OPENAI_MODELS.iter().any(|prefix| name.starts_with(prefix));
+    let state = match options.model.filter(|name| !is_openai(name)) {
         Some(name) => state.choose(&name).await?,
         None => state,
     };

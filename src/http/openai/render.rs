@@ -27,7 +27,7 @@ pub(crate) async fn data(
     let data = move |drawing: &Drawing, images: &[GeneratedImage], files: Vec<Vec<u8>>| {
         let (field, values) = match url {
             Some(origin) => {
-                let names = state.urls.keep(files, drawing.reply.format())?;
+                let names = state.urls.insert(files, drawing.reply.format())?;
                 (
                     "url",
                     names.iter().map(|name| format!("{origin}/files/{name}")).collect::<Vec<_>>(),

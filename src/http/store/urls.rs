@@ -43,7 +43,7 @@ impl UrlStore {
 
     /// Adds the images of a request, which may evict older ones, and returns their names. If they
     /// are too large together, they are rejected and nothing is evicted.
-    pub(crate) fn keep(
+    pub(crate) fn insert(
         &self,
         images: Vec<Vec<u8>>,
         format: Format,
