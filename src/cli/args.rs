@@ -15,7 +15,7 @@ use crate::telemetry::LogFormat;
 
 use super::bench::device::TimingConfig;
 use super::bench::load::LoadConfig;
-use super::package::Layout;
+use super::package::Package;
 
 /// Stable Diffusion inference: an HTTP server and a command line in one native binary.
 #[derive(Debug, Parser)]
@@ -245,13 +245,8 @@ pub(super) struct DownloadArgs {
 pub(super) struct PackageArgs {
     /// Directory in Diffusers format, or a Hugging Face model ID, which is downloaded first
     pub(super) model: String,
-    /// Output path. Default: model.tar.gz, or model for a directory
-    #[arg(short, long)]
-    pub(super) output: Option<PathBuf>,
-    /// Layout: a tarball works everywhere; a directory starts faster, but not for batch transform,
-    /// serverless and multi-model endpoints
-    #[arg(long, default_value = "tarball")]
-    pub(super) layout: Layout,
+    #[command(flatten)]
+    pub(super) package: Package,
     /// Data type of the weights to include if there are several: f16 is half the size and what a
     /// GPU uses
     #[arg(long, default_value = "f16", value_parser = parse::<Precision>)]
@@ -259,9 +254,6 @@ pub(super) struct PackageArgs {
     /// off omits the safety checker
     #[arg(long, env = "SD_SAFETY_CHECKER")]
     pub(super) safety_checker: Option<SafetyChecker>,
-    /// Upload the result with the aws command: s3://bucket/model.tar.gz, or s3://bucket/prefix/
-    #[arg(long)]
-    pub(super) upload: Option<String>,
     /// Branch, tag or commit of a Hugging Face model ID
     #[arg(long, env = "SD_REVISION", default_value = "main")]
     pub(super) revision: String,

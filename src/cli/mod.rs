@@ -25,9 +25,8 @@ use crate::source::{
     Download, Hub, ModelConfig, ModelLocation, is_checkpoint, is_hub_id, wants_half,
 };
 use crate::telemetry::LogFormat;
-use args::{Args, Command, GenerateArgs, ModelArgs, PackageArgs, SafetyChecker, ServeArgs};
+use args::{Args, Command, GenerateArgs, ModelArgs, SafetyChecker, ServeArgs};
 use generate::Generate;
-use package::{Layout, Package};
 
 /// The default model.
 const DEFAULT_MODEL: &str = "CompVis/stable-diffusion-v1-4";
@@ -76,8 +75,18 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
             Box::new(move || print(&download.run()?))
         }
         Command::Package(args) => {
-            let package = args.resolve()?;
-            Box::new(|| print(&package.run()?))
+            let model = ModelConfig {
+                checking: safety(args.safety_checker).0,
+                vae: None,
+                place: place(Some(args.model), args.revision)?,
+                device: DeviceName::Cpu,
+                precision: args.dtype,
+                threads: None,
+                add_ons: AddOns::default(),
+                hub: hub(),
+            };
+            let package = args.package;
+            Box::new(|| print(&package.run(model)?))
         }
         Command::Bench(args) if args.verify => {
             let model = ModelConfig { checking: SafetyMode::Never, ..args.model.resolve()?.0 };
@@ -198,34 +207,6 @@ impl GenerateArgs {
         let image = self.image.as_deref().map(read_file).transpose()?;
         let mask = self.mask.as_deref().map(read_file).transpose()?;
         Ok(Generate { model, safety, fields, image, mask, output: self.output, format })
-    }
-}
-
-impl PackageArgs {
-    fn resolve(self) -> Result<Package, clap::Error> {
-        let output = self.output.unwrap_or_else(|| match self.layout {
-            Layout::Tarball => "model.tar.gz".into(),
-            Layout::Directory => "model".into(),
-        });
-        if let Some(url) = self.upload.as_ref().filter(|url| !url.starts_with("s3://")) {
-            return Err(usage(format!("--upload {url}: must start with s3://")));
-        }
-        let (checking, _) = safety(self.safety_checker);
-        Ok(Package {
-            model: ModelConfig {
-                checking,
-                vae: None,
-                place: place(Some(self.model), self.revision)?,
-                device: DeviceName::Cpu,
-                precision: self.dtype,
-                threads: None,
-                add_ons: AddOns::default(),
-                hub: hub(),
-            },
-            output,
-            layout: self.layout,
-            upload: self.upload,
-        })
     }
 }
 

@@ -16,16 +16,22 @@ use sd_models::Source;
 use crate::source::{self, ModelConfig, ModelLocation};
 
 /// Configuration of `package`.
-#[derive(Debug)]
+#[derive(Debug, clap::Args)]
 pub(crate) struct Package {
-    /// The model: a directory or a model ID.
-    pub(crate) model: ModelConfig,
-    /// The output file or directory.
-    pub(crate) output: PathBuf,
-    /// The layout of the output.
-    pub(crate) layout: Layout,
-    /// Upload destination: `s3://bucket/key`, or a prefix for a directory.
-    pub(crate) upload: Option<String>,
+    /// Output path. Default: model.tar.gz, or model for a directory
+    #[arg(short, long)]
+    output: Option<PathBuf>,
+    /// Layout: a tarball works everywhere; a directory starts faster, but not for batch transform,
+    /// serverless and multi-model endpoints
+    #[arg(long, default_value = "tarball")]
+    layout: Layout,
+    /// Upload the result with the aws command: s3://bucket/model.tar.gz, or s3://bucket/prefix/
+    #[arg(long, value_parser = s3_url)]
+    upload: Option<String>,
+}
+
+fn s3_url(text: &str) -> Result<String, &'static str> {
+    text.starts_with("s3://").then(|| text.to_owned()).ok_or("must start with s3://")
 }
 
 /// The layouts of a package.
@@ -39,26 +45,27 @@ pub(crate) enum Layout {
 
 impl Package {
     /// Creates the package and returns its path.
-    pub(crate) fn run(self) -> Result<PathBuf> {
-        let (half, checking) = (self.model.half(), self.model.checking);
-        ensure!(self.model.place != ModelLocation::Demo, "the built-in model needs no package");
-        let Source::Directory(root) = source::locate(self.model)?.source else {
+    pub(crate) fn run(self, model: ModelConfig) -> Result<PathBuf> {
+        let (half, checking) = (model.half(), model.checking);
+        ensure!(model.place != ModelLocation::Demo, "the built-in model needs no package");
+        let Source::Directory(root) = source::locate(model)?.source else {
             bail!("only a model in Diffusers format can be packaged");
         };
         let files = source::files_to_fetch(&listing(&root)?, half, checking)
             .with_context(|| format!("cannot package {}", root.display()))?;
         let bar = bar(&root, &files)?;
-        let write = match self.layout {
-            Layout::Tarball => tarball,
-            Layout::Directory => directory,
+        let (write, default): (fn(&_, &_, &_, &_) -> _, _) = match self.layout {
+            Layout::Tarball => (tarball, "model.tar.gz"),
+            Layout::Directory => (directory, "model"),
         };
-        write(&root, &files, &self.output, &bar)
-            .with_context(|| format!("cannot write {}", self.output.display()))?;
+        let output = self.output.unwrap_or_else(|| default.into());
+        write(&root, &files, &output, &bar)
+            .with_context(|| format!("cannot write {}", output.display()))?;
         bar.finish_and_clear();
         if let Some(url) = self.upload {
-            upload(&self.output, self.layout, &url)?;
+            upload(&output, self.layout, &url)?;
         }
-        Ok(self.output)
+        Ok(output)
     }
 }
 

@@ -61,7 +61,7 @@ pub(super) fn main<M: Model>(shared: Arc<EngineShared>, load: impl FnOnce() -> a
         device = info.device,
         cpu_isa,
         dtype = info.precision,
-        load_ms = millis(started.elapsed()),
+        load_ms = started.elapsed().as_millis() as u64,
         memory_budget_bytes = budget,
         max_batch_rows = max_rows.min(budget / row_bytes),
         %size,
@@ -518,8 +518,8 @@ impl<M: Model> Worker<M> {
         debug!(
             size = %task.spec.final_size(),
             steps = task.spec.steps,
-            queue_ms = millis(begun.saturating_duration_since(task.submitted)),
-            generate_ms = millis(generated),
+            queue_ms = begun.saturating_duration_since(task.submitted).as_millis() as u64,
+            generate_ms = generated.as_millis() as u64,
             "image generated"
         );
         let index = task.key().1;
@@ -600,10 +600,6 @@ fn stepping<T: Trajectory>(slots: &[Slot<T>]) -> impl Iterator<Item = (Size, &Sp
 fn chain(error: &Error) -> String {
     let causes = successors(Some(error as &dyn std::error::Error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
