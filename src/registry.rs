@@ -115,8 +115,8 @@ pub struct ModelRegistry {
 }
 
 struct RegistryShared {
-    first: Engine,
-    library: Option<Box<dyn ModelLoader>>,
+    default: Engine,
+    loader: Option<Box<dyn ModelLoader>>,
     settings: RegistryConfig,
     /// In order of use, the most recently used last.
     loaded: Mutex<Vec<LoadedModel>>,
@@ -126,8 +126,8 @@ struct RegistryShared {
 
 /// A server with one model.
 impl From<Engine> for ModelRegistry {
-    fn from(first: Engine) -> Self {
-        Self::build(first, None, RegistryConfig::default())
+    fn from(default: Engine) -> Self {
+        Self::build(default, None, RegistryConfig::default())
     }
 }
 
@@ -139,22 +139,22 @@ impl fmt::Debug for ModelRegistry {
 
 impl ModelRegistry {
     /// The default model, and a loader for models by name.
-    pub fn new(first: Engine, library: impl ModelLoader, settings: RegistryConfig) -> Self {
-        Self::build(first, Some(Box::new(library)), settings)
+    pub fn new(default: Engine, loader: impl ModelLoader, settings: RegistryConfig) -> Self {
+        Self::build(default, Some(Box::new(loader)), settings)
     }
 
     fn build(
-        first: Engine,
-        library: Option<Box<dyn ModelLoader>>,
+        default: Engine,
+        loader: Option<Box<dyn ModelLoader>>,
         settings: RegistryConfig,
     ) -> Self {
         let (loaded, loading) = Default::default();
-        Self { shared: Arc::new(RegistryShared { first, library, settings, loaded, loading }) }
+        Self { shared: Arc::new(RegistryShared { default, loader, settings, loaded, loading }) }
     }
 
     /// The model the server was started with; its engine is `Absent` if all are loaded by name.
     pub fn default_engine(&self) -> &Engine {
-        &self.shared.first
+        &self.shared.default
     }
 
     /// Whether SageMaker loads and unloads the models.
@@ -275,7 +275,7 @@ impl ModelRegistry {
             return Err(RegistryError::Loaded(name));
         }
         let (models, files) = (self.clone(), path.clone());
-        let estimate_bytes = move || models.library()?.estimate_bytes(&files).map_err(broken);
+        let estimate_bytes = move || models.loader()?.estimate_bytes(&files).map_err(broken);
         let bytes = tokio::task::spawn_blocking(estimate_bytes).await.map_err(broken)??;
         // Nothing is evicted for a model that would not fit into all of the memory.
         let evict = evict && self.memory()?.is_none_or(|(taken, free)| bytes <= taken + free);
@@ -302,7 +302,7 @@ impl ModelRegistry {
 
     /// Starts a model and waits until it is ready.
     async fn start(&self, path: &Path) -> Result<Engine> {
-        let engine = self.library()?.start(path).map_err(broken)?;
+        let engine = self.loader()?.start(path).map_err(broken)?;
         let Err(error) = engine.ready().await else { return Ok(engine) };
         engine.retire(Duration::ZERO).await;
         let full = error.downcast_ref().is_some_and(|death: &WorkerError| death.out_of_memory);
@@ -310,9 +310,9 @@ impl ModelRegistry {
         Err(refuse(error.to_string()))
     }
 
-    fn library(&self) -> Result<&dyn ModelLoader> {
-        let library = self.shared.library.as_deref();
-        library.ok_or_else(|| RegistryError::Broken("this server has one model".into()))
+    fn loader(&self) -> Result<&dyn ModelLoader> {
+        let loader = self.shared.loader.as_deref();
+        loader.ok_or_else(|| RegistryError::Broken("this server has one model".into()))
     }
 
     /// Checks that weights of this size fit in addition to the loaded ones.
@@ -335,7 +335,7 @@ impl ModelRegistry {
     fn memory(&self) -> Result<Option<(u64, u64)>> {
         let taken: u64 = self.shared.loaded().iter().map(|model| model.bytes).sum();
         let free = self.shared.settings.memory_bytes.map(|all| all.saturating_sub(taken));
-        Ok(free.or(self.library()?.free_bytes()).map(|free| (taken, free)))
+        Ok(free.or(self.loader()?.free_bytes()).map(|free| (taken, free)))
     }
 }
 

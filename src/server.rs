@@ -73,9 +73,9 @@ struct DiskLoader {
 
 impl DiskLoader {
     fn at(&self, path: &Path) -> ModelConfig {
-        let place =
+        let location =
             if path.is_file() { ModelLocation::Checkpoint } else { ModelLocation::Directory };
-        ModelConfig { place: place(path.into()), ..self.model.clone() }
+        ModelConfig { location: location(path.into()), ..self.model.clone() }
     }
 }
 

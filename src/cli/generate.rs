@@ -71,7 +71,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     let ticket = engine.submit(specs.clone())?;
     let bar = tokio::spawn(show(ticket.progress()));
     let images = ticket.wait().await;
-    // The tasks are dropped, and with them the sender of progress: the bar ends by itself.
+    // The sender of progress is dropped with the tasks, so the bar ends.
     let _ = bar.await;
 
     let (mut out, hashes) = (std::io::stdout(), image::Hashes::default());

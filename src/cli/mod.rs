@@ -78,7 +78,7 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
             let model = ModelConfig {
                 checking: safety(args.safety_checker).0,
                 vae: None,
-                place: place(Some(args.model), args.revision)?,
+                location: location(Some(args.model), args.revision)?,
                 device: DeviceName::Cpu,
                 precision: args.dtype,
                 threads: None,
@@ -215,7 +215,7 @@ impl ModelArgs {
         let (checking, safety) = safety(self.safety_checker);
         let model = ModelConfig {
             checking,
-            place: place(self.model, self.revision)?,
+            location: location(self.model, self.revision)?,
             vae: self.vae.map(existing).transpose()?,
             device: self.device,
             precision: self.dtype,
@@ -245,7 +245,7 @@ fn safety(typed: Option<SafetyChecker>) -> (SafetyMode, Safety) {
     }
 }
 
-fn place(typed: Option<String>, revision: String) -> Result<ModelLocation, clap::Error> {
+fn location(typed: Option<String>, revision: String) -> Result<ModelLocation, clap::Error> {
     let Some(model) = typed else {
         let mounted = Path::new(SAGEMAKER_MODEL);
         let has_files = mounted.read_dir().is_ok_and(|mut entries| entries.next().is_some());

@@ -47,7 +47,7 @@ impl Package {
     /// Creates the package and returns its path.
     pub(crate) fn run(self, model: ModelConfig) -> Result<PathBuf> {
         let (half, checking) = (model.half(), model.checking);
-        ensure!(model.place != ModelLocation::Demo, "the built-in model needs no package");
+        ensure!(model.location != ModelLocation::Demo, "the built-in model needs no package");
         let Source::Directory(root) = source::locate(model)?.source else {
             bail!("only a model in Diffusers format can be packaged");
         };
@@ -119,7 +119,7 @@ fn tarball(root: &Path, files: &[String], target: &Path, bar: &ProgressBar) -> R
     };
     let made = archive().and_then(|()| Ok(fs::rename(&part, target)?));
     if made.is_err() {
-        // The disk may be full; an incomplete file is useless.
+        // The disk may be full: an incomplete file must not remain.
         let _ = fs::remove_file(&part);
     }
     made

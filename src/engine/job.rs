@@ -135,7 +135,7 @@ pub struct Preview {
 }
 
 /// Minimum time between two previews of an image.
-const PREVIEW_PAUSE: Duration = Duration::from_millis(500);
+const PREVIEW_INTERVAL: Duration = Duration::from_millis(500);
 
 type Previews = watch::Sender<Option<Preview>>;
 /// The index of an image and its result; `None` if it was interrupted before its first step.
@@ -282,7 +282,8 @@ impl ImageTask {
 
     /// Whether a preview is requested and due.
     pub(super) fn wants_preview(&self) -> bool {
-        let due = |last: &Option<Instant>| last.is_none_or(|last| last.elapsed() > PREVIEW_PAUSE);
+        let due =
+            |last: &Option<Instant>| last.is_none_or(|last| last.elapsed() > PREVIEW_INTERVAL);
         self.previews.as_ref().is_some_and(|(_, last)| due(last))
     }
 

@@ -4,6 +4,7 @@
 //! batching). Only files are read on other threads: an image that needs some keeps its rows
 //! meanwhile, and the others continue.
 
+use std::collections::HashMap;
 use std::iter::successors;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -155,14 +156,14 @@ struct Slot<T> {
     begun: Instant,
     /// The decoded image, if only the safety check is left.
     decoded: Option<Rgb>,
-    /// Whether it is interrupted and decoded as it is.
-    cut_short: bool,
+    /// Whether its job is interrupted: it is decoded without further steps.
+    interrupted: bool,
 }
 
 impl<T: Trajectory> Slot<T> {
     /// Whether only decoding and the safety check are left.
     fn done(&self) -> bool {
-        self.cut_short || self.trajectory.done()
+        self.interrupted || self.trajectory.done()
     }
 }
 
@@ -226,7 +227,7 @@ struct Worker<M: Model> {
     rotation: DeficitRoundRobin,
     /// Maximum rows per size after the device was out of memory for more; until no image of that
     /// size is left.
-    caps: Vec<(Size, usize)>,
+    caps: HashMap<Size, usize>,
     /// The time that this model has used the device.
     time_used: Duration,
     /// Duration of the last step, which limits the duration of one admission round.
@@ -244,7 +245,7 @@ impl<M: Model> Worker<M> {
             reading: Vec::new(),
             last_arrival: 0,
             rotation: DeficitRoundRobin::default(),
-            caps: Vec::new(),
+            caps: HashMap::new(),
             time_used: Duration::ZERO,
             last_step: Duration::ZERO,
             lost: false,
@@ -288,10 +289,10 @@ impl<M: Model> Worker<M> {
         let turn = device.acquire(&mut time_used);
         self.slots.retain(|slot| slot.task.is_wanted());
         self.reading.retain(|reading| reading.task.is_wanted());
-        self.cut_short();
+        self.stop_interrupted();
         self.admit();
         let loads = self.loads();
-        self.caps.retain(|(size, _)| loads.iter().any(|load| load.size == *size));
+        self.caps.retain(|size, _| loads.iter().any(|load| load.size == *size));
         let work = self.step();
         self.retire();
         drop(turn);
@@ -300,12 +301,12 @@ impl<M: Model> Worker<M> {
     }
 
     /// Stops interrupted images, and ends those without a finished step.
-    fn cut_short(&mut self) {
+    fn stop_interrupted(&mut self) {
         for slot in &mut self.slots {
-            slot.cut_short |= slot.task.interrupted();
+            slot.interrupted |= slot.task.interrupted();
         }
         let empty =
-            |slot: &mut Slot<M::Trajectory>| slot.cut_short && slot.trajectory.progress().0 == 0;
+            |slot: &mut Slot<M::Trajectory>| slot.interrupted && slot.trajectory.progress().0 == 0;
         let empty = self.slots.extract_if(.., empty).map(|slot| slot.task);
         let unread = self.reading.extract_if(.., |reading| reading.task.interrupted());
         empty.chain(unread.map(|reading| reading.task)).for_each(ImageTask::skip);
@@ -340,8 +341,8 @@ impl<M: Model> Worker<M> {
             match trajectory {
                 Ok(trajectory) => {
                     task.advance(0, trajectory.progress().1);
-                    let (decoded, cut_short) = (None, false);
-                    self.slots.push(Slot { task, trajectory, begun, decoded, cut_short });
+                    let (decoded, interrupted) = (None, false);
+                    self.slots.push(Slot { task, trajectory, begun, decoded, interrupted });
                 }
                 Err(error) => task.complete(Err(self.failure(&error, "begin"))),
             }
@@ -406,7 +407,7 @@ impl<M: Model> Worker<M> {
     /// Maximum number of rows per UNet call of this size.
     fn max_rows(&self, size: Size) -> usize {
         let rows = self.engine.settings.max_batch_rows;
-        self.caps.iter().find(|cap| cap.0 == size).map_or(rows, |cap| rows.min(cap.1))
+        self.caps.get(&size).map_or(rows, |cap| rows.min(*cap))
     }
 
     /// Rows and memory of the running images, by size.
@@ -461,8 +462,7 @@ impl<M: Model> Worker<M> {
         if shrunk {
             warn!(%size, rows, "out of memory, batch size reduced");
             self.engine.metrics.batch_oom_retries.with([]).inc();
-            self.caps.retain(|cap| cap.0 != size);
-            self.caps.push((size, rows));
+            self.caps.insert(size, rows);
         }
         (size.pixels() * rows) as u64
     }

@@ -18,7 +18,7 @@ pub(crate) use hub::{Download, Hub, byte_bar, files_to_fetch, is_hub_id};
 #[derive(Debug, Clone)]
 pub(crate) struct ModelConfig {
     /// The location of the model.
-    pub(crate) place: ModelLocation,
+    pub(crate) location: ModelLocation,
     /// VAE that replaces the model's own: a single file, or a directory with `vae/`.
     pub(crate) vae: Option<PathBuf>,
     /// The device.
@@ -69,7 +69,7 @@ pub(crate) enum ModelLocation {
 /// Finds the files of the configured model and downloads them if necessary. Blocks.
 pub(crate) fn locate(model: ModelConfig) -> Result<LoadOptions> {
     let (half, checking) = (model.half(), model.checking);
-    let source = match model.place {
+    let source = match model.location {
         ModelLocation::Demo => Source::Demo,
         ModelLocation::Directory(path) => within(path, &model.hub)?,
         ModelLocation::Checkpoint(file) => checkpoint::source(file, &model.hub)?,

@@ -1,5 +1,5 @@
 //! `sd-server bench --verify`: compares the images of a device with those of the CPU, and times the
-//! device. The table or the JSON can be pasted into an issue as it is.
+//! device. Reports a table or JSON.
 
 use std::fmt;
 use std::iter::successors;
