@@ -89,9 +89,10 @@ fn client(extensions: &Extensions) -> Client {
 }
 
 impl Admitted {
-    /// The fields of a JSON body. The declared type is ignored.
-    pub(crate) fn json(&self) -> Result<Fields, ValidationError> {
-        let text = std::str::from_utf8(&self.body)
+    /// Takes the body out, and its fields out of that. It is JSON whatever its declared type.
+    pub(crate) fn json(&mut self) -> Result<Fields, ValidationError> {
+        let body = std::mem::take(&mut self.body);
+        let text = std::str::from_utf8(&body)
             .map_err(|error| ValidationError::body(format!("the body is not UTF-8: {error}")))?;
         Fields::json(text)
     }

@@ -156,6 +156,17 @@ impl Fields {
             .map_err(|error| ValidationError::body(format!("the fields cannot be read: {error}")))
     }
 
+    /// The same, with text accepted for values of other types, as in a form.
+    pub(crate) fn read_lenient<T: JsonSchema + DeserializeOwned + 'static>(
+        &mut self,
+        limits: &Limits,
+    ) -> Result<T, ValidationError> {
+        let is_form = std::mem::replace(&mut self.is_form, true);
+        let read = self.read(limits);
+        self.is_form = is_form;
+        read
+    }
+
     /// The client's names of all fields that were read. An error if any field remains.
     pub(crate) fn finish(self) -> Result<Names, ValidationError> {
         let Some(Field { spelt, .. }) = self.fields.first() else { return Ok(self.names) };

@@ -190,6 +190,7 @@ fn stability_errors_name_the_field() {
         server.json(&request)
     };
     refused(&ask("text_prompts", json!([])), 400, "text_prompts");
+    refused(&ask("negative_prompt", json!("y")), 400, "negative_prompt");
     refused(&ask("text_prompts", json!("x")), 400, "text_prompts");
     refused(&ask("text_prompts", json!([{ "weight": 1 }])), 400, "text_prompts[0]");
     let weighed = json!([{ "text": "x", "weight": 0.5 }]);

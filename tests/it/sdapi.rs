@@ -81,6 +81,19 @@ async fn a_picture_comes_with_its_info() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn numbers_may_be_text() -> Result<()> {
+    let server = free().await;
+    let body = json!({ "steps": "2", "width": "64", "height": " 72 ", "cfg_scale": "7.5",
+        "seed": "-1", "enable_hr": "" });
+    let (status, reply) = post(&server.url, "/sdapi/v1/txt2img", &body).await?;
+    assert_eq!(status, 200, "{reply}");
+    let info: Value = serde_json::from_str(reply["info"].as_str().context("a string")?)?;
+    assert_eq!((&info["width"], &info["height"]), (&64.into(), &72.into()));
+    assert_eq!((&info["steps"], &info["cfg_scale"]), (&2.into(), &7.5.into()));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn samplers_and_schedules_are_one_word_here() -> Result<()> {
     let server = free().await;
     let table = [

@@ -24,7 +24,7 @@ pub(crate) struct PngInfo {
 /// `POST /sdapi/v1/png-info`: the generation parameters in an image file, as text and parsed.
 pub(crate) async fn png_info(
     State(state): State<AppState>,
-    admitted: Admitted,
+    mut admitted: Admitted,
 ) -> Result<Json<Value>> {
     let mut fields = admitted.json()?;
     let PngInfo { image } = fields.read(&state.settings.limits)?;

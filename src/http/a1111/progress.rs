@@ -82,7 +82,10 @@ fn job(count: usize, step: usize, steps: usize) -> Value {
 }
 
 /// `POST /internal/progress`: the progress of the request with this `force_task_id`.
-pub(crate) async fn task(State(state): State<AppState>, admitted: Admitted) -> Result<Json<Value>> {
+pub(crate) async fn task(
+    State(state): State<AppState>,
+    mut admitted: Admitted,
+) -> Result<Json<Value>> {
     let TaskQuery { id_task, live_preview } = admitted.json()?.read(&state.settings.limits)?;
     let requests = state.in_flight.of(&admitted.client);
     let found = requests.iter().find(|request| request.task.is_some() && request.task == id_task);

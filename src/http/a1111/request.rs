@@ -85,7 +85,7 @@ pub(crate) struct Common {
     #[schemars(extend("minimum" = 1, "maximum" = Limits::IMAGES))]
     n_iter: Option<usize>,
     /// Whether there is a hires pass. Only for txt2img.
-    #[schemars(extend("type" = ["boolean", "integer", "null"]))]
+    #[schemars(extend("type" = ["boolean", "integer", "string", "null"]))]
     enable_hr: Option<Value>,
     /// Options of this request only.
     pub(crate) override_settings: Option<Overrides>,
@@ -182,8 +182,12 @@ impl Common {
             }
         }
         // Any negative number and an empty field mean random.
-        fields.drop_if("seed", |seed| *seed == "" || seed.as_f64().is_some_and(|seed| seed < 0.0));
-        fields.read(limits)
+        let number = |seed: &Value| match seed {
+            Value::String(text) => text.trim().parse().ok(),
+            other => other.as_f64(),
+        };
+        fields.drop_if("seed", |seed| *seed == "" || number(seed).is_some_and(|seed| seed < 0.0));
+        fields.read_lenient(limits)
     }
 
     /// Whether there is a hires pass.

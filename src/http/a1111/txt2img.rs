@@ -27,7 +27,7 @@ pub(crate) async fn img2img(State(state): State<AppState>, admitted: Admitted) -
 }
 
 /// Generates images and responds as AUTOMATIC1111 does.
-async fn draw(state: AppState, admitted: Admitted, is_img2img: bool) -> Result<Response> {
+async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Result<Response> {
     let mut fields = admitted.json()?;
     let Admitted { client, deadline, slot, .. } = admitted;
     let mut parameters = fields.object();

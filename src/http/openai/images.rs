@@ -23,7 +23,7 @@ const OPENAI_MODELS: [&str; 3] = ["dall-e-", "gpt-image-", "chatgpt-image-"];
 /// `POST /v1/images/generations`.
 pub(crate) async fn generations(
     State(state): State<AppState>,
-    admitted: Admitted,
+    mut admitted: Admitted,
 ) -> Result<Response> {
     let (options, draw) = request::read(admitted.json()?, &state.settings.limits)?;
     generate(state, admitted, options, draw, "image_generation").await

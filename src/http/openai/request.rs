@@ -40,6 +40,7 @@ pub(crate) enum ResponseFormat {
 
 /// The fields of a generation.
 #[derive(JsonSchema)]
+#[schemars(extend("additionalProperties" = false))]
 #[expect(dead_code, reason = "only its schema is used")]
 pub(crate) struct Generation {
     #[serde(flatten)]
@@ -50,7 +51,7 @@ pub(crate) struct Generation {
 
 /// The fields of an edit, whose images are files of a form.
 #[derive(JsonSchema)]
-#[schemars(transform = add_files)]
+#[schemars(transform = add_files, extend("additionalProperties" = false))]
 #[expect(dead_code, reason = "only its schema is used")]
 pub(crate) struct Edit {
     #[serde(flatten)]
