@@ -86,7 +86,7 @@ pub struct HttpConfig {
     #[arg(long = "api-key", env = "SD_API_KEY", hide_env_values = true)]
     #[arg(value_delimiter = ',', help_heading = "Access")]
     pub api_keys: Vec<ApiKey>,
-    /// Allowed origins (CORS) such as https://example.org, comma-separated, or * for all. Default:
+    /// Allowed origins (CORS) such as `https://example.org`, comma-separated, or * for all. Default:
     /// none, so browsers allow requests from the server's own page only
     #[arg(long = "cors-origin", env = "SD_CORS_ORIGIN")]
     #[arg(value_delimiter = ',', value_parser = origin, help_heading = "Access")]

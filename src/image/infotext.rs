@@ -17,7 +17,7 @@ const MAX_TEXT_BYTES: usize = 1 << 20;
 /// The keyword of the text chunk in PNG files.
 const PARAMETERS: &str = "parameters";
 
-/// The infotext of an image. `loras` is the result of [`Hashes::of`].
+/// The infotext of an image. `loras` is the result of `Hashes::of`.
 pub fn infotext(spec: &Spec, model: &str, loras: &str) -> String {
     // A zero byte would terminate the text inside the file.
     let clean = |text: &str| text.replace('\0', "");
