@@ -224,13 +224,20 @@ impl Ticket {
                 None => std::future::pending().await,
             }
         };
-        tokio::select! {
+        let ended = tokio::select! {
             biased;
             images = collect(results, *count) => images,
             () = timed_out => Err(JobError::Deadline),
             _ = state.wait_for(|state| matches!(state, EngineState::Stopped)) => {
                 Err(JobError::Stopping)
             }
+        };
+        // An engine that is stopped drops its tasks as one whose thread has panicked does.
+        match ended {
+            Err(JobError::Model) if matches!(*state.borrow(), EngineState::Stopped) => {
+                Err(JobError::Stopping)
+            }
+            ended => ended,
         }
     }
 

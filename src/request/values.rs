@@ -29,8 +29,9 @@ impl FieldSchema<'_> {
     pub(super) fn check(&self, value: Value, is_form: bool) -> Result<Value, ValidationError> {
         let value = match value {
             Value::String(text) if is_form && !self.allows("string") => {
-                let parsed = serde_json::from_str(text.trim());
-                parsed.map_err(|_| self.wrong(&format!("{text:?}")))?
+                let parsed = serde_json::from_str(text.trim()).ok();
+                let parsed = parsed.filter(|value: &Value| !value.is_null());
+                parsed.ok_or_else(|| self.wrong(&format!("{text:?}")))?
             }
             value => value,
         };

@@ -54,6 +54,7 @@ const TABLE: [(&str, &[u8], u16, &str); 65] = [
     (JSON, b"{\"prompt\":\"a\",\"preview\":1}", 400, "preview"),
     (FORM, b"prompt=a&stream=1", 400, "stream"),
     (FORM, b"prompt=a&steps=twenty", 400, "steps"),
+    (FORM, b"prompt=a&width=null", 400, "width"),
     (FORM, b"prompt=a&guidance_scale=NaN", 400, "guidance_scale"),
     (FORM, b"prompt=a&guidance_scale=inf", 400, "guidance_scale"),
     // Names.

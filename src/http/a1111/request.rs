@@ -85,7 +85,6 @@ pub(crate) struct Common {
     #[schemars(extend("minimum" = 1, "maximum" = Limits::IMAGES))]
     n_iter: Option<usize>,
     /// Whether there is a hires pass. Only for txt2img.
-    #[schemars(extend("type" = ["boolean", "integer", "string", "null"]))]
     enable_hr: Option<Value>,
     /// Options of this request only.
     pub(crate) override_settings: Option<Overrides>,

@@ -38,8 +38,11 @@ pub(crate) async fn edits(
     let Form { texts, image, mask } = Form::read(&mut admitted).await?;
     let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
     let (options, mut draw) = request::read(Fields::form(texts), &state.settings.limits)?;
-    if draw.image.is_some() || mask.is_some() && draw.mask.is_some() {
-        return Err(ValidationError::malformed("image", "is given twice").into());
+    let twice = draw.image.as_ref().map(|_| "image");
+    let twice = twice.or(draw.mask.as_ref().filter(|_| mask.is_some()).map(|_| "mask"));
+    if let Some(name) = twice {
+        let name = draw.names.of(name);
+        return Err(ValidationError::malformed(name, "is given twice").into());
     }
     draw.image = Some(ImageFile::Bytes(image));
     // The native `mask_image` keeps its meaning: white areas are inpainted.
