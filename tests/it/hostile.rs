@@ -12,7 +12,7 @@ const FORM: &str = "content-type: application/x-www-form-urlencoded";
 const TEXT: &str = "content-type: text/plain";
 
 /// Header, body, status, and the parameter that the error names.
-const TABLE: [(&str, &[u8], u16, &str); 65] = [
+const TABLE: [(&str, &[u8], u16, &str); 66] = [
     // Bodies that are nothing.
     (JSON, b"", 400, ""),
     (TEXT, b"", 400, ""),
