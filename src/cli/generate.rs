@@ -63,7 +63,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     spinner.finish_and_clear();
 
     let seed = || getrandom::u32().unwrap_or_default().into();
-    let mut request = DrawRequest::read(Fields::form(config.fields), &LIMITS)?;
+    let mut request = DrawRequest::read(Fields::form(config.fields)?, &LIMITS)?;
     request.image = config.image.map(|file| ImageFile::Bytes(file.into()));
     request.mask = config.mask.map(|file| ImageFile::Bytes(file.into()));
     let specs = request.specs(&LIMITS, &model, seed)?;

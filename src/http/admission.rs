@@ -12,7 +12,6 @@ use axum::http::request::Parts;
 use axum::http::{Extensions, HeaderMap};
 use futures_util::StreamExt as _;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::task::JoinError;
 use tokio::time::{Instant, timeout_at};
 
 use super::error::{ApiError, Result};
@@ -90,30 +89,17 @@ fn client(extensions: &Extensions) -> Client {
 
 impl Admitted {
     /// Takes the body out, and its fields out of that. It is JSON whatever its declared type.
-    pub(crate) fn json(&mut self) -> Result<Fields, ValidationError> {
+    pub(crate) async fn json(&mut self, state: &AppState) -> Result<Fields> {
         let body = std::mem::take(&mut self.body);
-        let text = std::str::from_utf8(&body)
-            .map_err(|error| ValidationError::body(format!("the body is not UTF-8: {error}")))?;
-        Fields::json(text)
+        let json = |body: &[u8]| Ok(Fields::json(text(body)?)?);
+        state.reader.parse(self.slot.clone(), body, json).await
     }
 }
 
-impl RequestSlot {
-    /// Runs `work`, which decodes images, on a blocking thread: as many at a time as there are CPU
-    /// cores, since decoded images take much more memory than their files.
-    pub(crate) async fn decode<T: Send + 'static>(
-        &self,
-        state: &AppState,
-        work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T, JoinError> {
-        let decode_slot = Arc::clone(&state.decode_slots).acquire_owned().await;
-        let slot = self.clone();
-        let work = move || {
-            let _held = (decode_slot, slot);
-            work()
-        };
-        tokio::task::spawn_blocking(work).await
-    }
+/// A body as text.
+pub(crate) fn text(body: &[u8]) -> Result<&str, ValidationError> {
+    std::str::from_utf8(body)
+        .map_err(|error| ValidationError::body(format!("the body is not UTF-8: {error}")))
 }
 
 /// The client's timeout, if it is less than `most`.

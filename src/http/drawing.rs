@@ -72,21 +72,21 @@ impl Drawing {
     pub(crate) async fn prepare(
         state: &AppState,
         slot: &RequestSlot,
-        requests: Vec<DrawRequest>,
+        mut requests: Vec<DrawRequest>,
         choose: impl FnOnce(&DrawRequest, usize) -> Result<ReplyFormat>,
     ) -> Result<Self> {
         let (engine, settings) = (state.engine.clone(), &state.settings);
         let model = engine.model()?;
-        let (limits, reader) = (settings.limits, Arc::clone(&model));
+        let (limits, own, reader) = (settings.limits, Arc::clone(&model), state.reader.clone());
         let read = move || {
-            let specs = |request: &DrawRequest| request.specs(&limits, &reader, random_seed);
-            let specs = requests.iter().map(specs).collect::<Result<Vec<_>, _>>()?;
-            Ok((specs.concat(), requests.into_iter().next()))
+            let mut specs = Vec::new();
+            for request in &mut requests {
+                let _weighed = reader.weigh(request.weigh(&limits));
+                specs.extend(request.specs(&limits, &own, random_seed)?);
+            }
+            Ok((specs, requests.into_iter().next()))
         };
-        // A decoder that panics was given a malicious file.
-        let read: Result<Result<_, ValidationError>, _> = slot.decode(state, read).await;
-        let read = read.map_err(|_| ValidationError::body("the request cannot be read"))?;
-        let (mut specs, request) = read?;
+        let (mut specs, request) = state.reader.run(slot.clone(), read).await?;
         let (count, most) = (specs.len(), settings.limits.max_images);
         if count > most {
             let reason = format!("requests {count} images in total; the maximum is {most}");

@@ -13,6 +13,7 @@ mod invocations;
 mod middleware;
 mod openai;
 mod page;
+mod reading;
 mod router;
 mod state;
 mod store;

@@ -4,7 +4,6 @@ use std::fmt;
 use std::ops::Deref;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
 use axum::http::HeaderValue;
@@ -13,6 +12,7 @@ use sd_models::ModelInfo;
 use tokio::sync::Semaphore;
 
 use super::error::{ApiError, Result};
+use super::reading::Reader;
 use super::store::{InFlight, JobStore, SelectedCheckpoint, UrlStore};
 use crate::engine::{Engine, JobError};
 use crate::image::Hashes;
@@ -30,6 +30,11 @@ pub struct HttpConfig {
     /// Maximum length of a request body, in bytes; a longer one gets 413
     #[arg(long, env = "SD_MAX_BODY_BYTES", default_value = "26214400", value_parser = min::<1>)]
     pub max_body_bytes: usize,
+    /// Memory for input images while they are decoded, in bytes. Requests wait for that of others;
+    /// an image that alone takes more is decoded alone
+    #[arg(long, env = "SD_MAX_DECODED_BYTES", default_value = "536870912")]
+    #[arg(value_parser = min::<1>)]
+    pub max_decoded_bytes: usize,
     /// Maximum number of requests in flight, queued ones included. At the limit, requests get 429
     /// before the body is read
     #[arg(long, env = "SD_MAX_REQUESTS", default_value = "256", value_parser = min::<1>)]
@@ -144,8 +149,7 @@ pub(crate) struct AppShared {
     pub(crate) settings: HttpConfig,
     /// A permit for each request in flight: bodies and images take memory.
     pub(crate) request_slots: Arc<Semaphore>,
-    /// A permit for each request whose images are being decoded.
-    pub(crate) decode_slots: Arc<Semaphore>,
+    pub(crate) reader: Reader,
     pub(crate) jobs: Arc<JobStore>,
     pub(crate) urls: UrlStore,
     pub(crate) in_flight: InFlight,
@@ -163,11 +167,10 @@ impl Deref for AppState {
 
 impl AppState {
     pub(crate) fn new(models: ModelRegistry, settings: HttpConfig) -> Self {
-        let readers = thread::available_parallelism().map_or(1, usize::from);
         let (jobs, in_flight, checkpoint, hashes) = Default::default();
         let shared = AppShared {
             request_slots: Arc::new(Semaphore::new(settings.max_requests)),
-            decode_slots: Arc::new(Semaphore::new(readers)),
+            reader: Reader::new(settings.max_decoded_bytes),
             jobs,
             urls: UrlStore::new(settings.url_retention, settings.max_url_bytes),
             in_flight,

@@ -3,15 +3,30 @@
 use std::io::Cursor;
 
 use image::imageops::FilterType;
-use image::{DynamicImage, ImageDecoder as _, ImageReader, Limits};
+use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
 use sd_models::{Rgb, Size};
 
 /// Decodes a PNG, JPEG, WebP, GIF (first frame) or BMP file and applies its EXIF orientation. The
 /// error message is the predicate of a sentence whose subject is the field.
 pub fn decode(file: &[u8], max_pixels: usize) -> Result<DynamicImage, String> {
+    let mut decoder = open(file, max_pixels)?;
+    let orientation = decoder.orientation().map_err(unreadable)?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(unreadable)?;
+    image.apply_orientation(orientation);
+    Ok(image)
+}
+
+/// Memory that decoding a file takes, in bytes, from its header: the pixels, and as much again for
+/// a second copy in a decoder, a rotation or a change of format or size.
+pub fn decoded_bytes(file: &[u8], max_pixels: usize) -> Result<usize, String> {
+    let bytes = open(file, max_pixels)?.total_bytes().saturating_mul(2);
+    Ok(usize::try_from(bytes).unwrap_or(usize::MAX))
+}
+
+/// Reads the header of a file, and rejects more pixels than `max_pixels`.
+fn open(file: &[u8], max_pixels: usize) -> Result<impl ImageDecoder, String> {
     /// Bytes of a pixel of four 16-bit channels; a decoder may hold a second copy.
     const PIXEL_BYTES: u64 = 2 * 8;
-    let unreadable = |error: image::ImageError| format!("cannot be read: {error}");
     let reader = ImageReader::new(Cursor::new(file));
     let mut reader = reader.with_guessed_format().map_err(|e| format!("cannot be read: {e}"))?;
     if reader.format().is_none() {
@@ -20,15 +35,16 @@ pub fn decode(file: &[u8], max_pixels: usize) -> Result<DynamicImage, String> {
     let mut limits = Limits::default();
     limits.max_alloc = Some((max_pixels as u64).saturating_mul(PIXEL_BYTES).max(1 << 20));
     reader.limits(limits);
-    let mut decoder = reader.into_decoder().map_err(unreadable)?;
+    let decoder = reader.into_decoder().map_err(unreadable)?;
     let (width, height) = decoder.dimensions();
     if u64::from(width) * u64::from(height) > max_pixels as u64 {
         return Err(format!("is {width}x{height}; at most {max_pixels} pixels are read"));
     }
-    let orientation = decoder.orientation().map_err(unreadable)?;
-    let mut image = DynamicImage::from_decoder(decoder).map_err(unreadable)?;
-    image.apply_orientation(orientation);
-    Ok(image)
+    Ok(decoder)
+}
+
+fn unreadable(error: image::ImageError) -> String {
+    format!("cannot be read: {error}")
 }
 
 /// The RGB pixels of an image, resized by a Lanczos filter if necessary. Transparency is ignored,

@@ -14,6 +14,9 @@ pub(crate) const LORA_HASHES: &str = "Lora hashes";
 /// Maximum length of a text read from a file, in bytes: a small file can hold a large text.
 const MAX_TEXT_BYTES: usize = 1 << 20;
 
+/// Maximum number of parameters read from a text; each takes far more memory than its text.
+const MAX_PARAMETERS: usize = 256;
+
 /// The keyword of the text chunk in PNG files.
 const PARAMETERS: &str = "parameters";
 
@@ -142,7 +145,9 @@ pub(crate) fn parse(text: &str) -> Vec<(String, String)> {
 fn pairs(line: &str) -> Vec<(String, String)> {
     let mut pairs = Vec::new();
     let mut rest = line;
-    while let Some((name, after)) = rest.split_once(':') {
+    while pairs.len() < MAX_PARAMETERS
+        && let Some((name, after)) = rest.split_once(':')
+    {
         let after = after.trim_start();
         let (value, next) = match after.strip_prefix('"') {
             Some(quoted) => quoted.split_once('"').unwrap_or((quoted, "")),

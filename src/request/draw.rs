@@ -137,6 +137,12 @@ impl DrawRequest {
         Ok(Self { names: fields.finish()?, ..request })
     }
 
+    /// Memory that [`Self::specs`] takes for decoded input images, in bytes.
+    pub fn weigh(&mut self, limits: &Limits) -> usize {
+        let images = [&mut self.image, &mut self.mask].into_iter().flatten();
+        images.map(|image| image.weigh(limits.max_input_pixels)).sum()
+    }
+
     /// One spec for each image. Omitted values come from the model, an omitted seed from
     /// `random_seed`. Not for async threads: the input images are decoded and resized.
     pub fn specs(

@@ -3,19 +3,19 @@
 //! are unknown. Errors use the client's names.
 
 use std::collections::HashMap;
-use std::fmt;
 
 use schemars::JsonSchema;
-use serde::de::{DeserializeOwned, Deserializer as _, MapAccess, Visitor};
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::error::ValidationError;
+use super::json::{self, MAX_FIELDS};
 use super::limits::Limits;
 use super::schema;
 use super::values::FieldSchema;
 
-/// Maximum number of fields of one request, known or not.
-const MAX_FIELDS: usize = 256;
+/// Maximum length of a value in [`Fields::object`], in bytes.
+const MAX_REPEATED_BYTES: usize = 1 << 16;
 
 /// The client's names of fields, where they differ from ours.
 #[derive(Debug, Clone, Default)]
@@ -68,28 +68,30 @@ impl Fields {
     }
 
     /// The fields of a form. Empty fields are omitted, except the prompt.
-    pub fn form(pairs: impl IntoIterator<Item = (String, String)>) -> Self {
+    pub fn form(
+        pairs: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, ValidationError> {
+        let mut pairs = pairs.into_iter();
+        let fields: Vec<_> = pairs.by_ref().take(MAX_FIELDS).collect();
+        if pairs.next().is_some() {
+            let message = format!("the form has more than {MAX_FIELDS} fields");
+            return Err(ValidationError::body(message));
+        }
         let filled = |(name, value): &(String, String)| !value.is_empty() || name == "prompt";
-        let pairs = pairs.into_iter().filter(filled);
-        Self::new(pairs.map(|(name, value)| (name, Value::String(value))), true)
+        let fields = fields.into_iter().filter(filled);
+        Ok(Self::new(fields.map(|(name, value)| (name, Value::String(value))), true))
     }
 
     /// The fields of a JSON object.
     pub fn json(text: &str) -> Result<Self, ValidationError> {
-        // serde_json would quote a string that stands there, and so what a user typed.
-        if !text.trim_ascii_start().starts_with('{') {
-            return Err(ValidationError::body("the body is not a JSON object"));
-        }
-        let mut reader = serde_json::Deserializer::from_str(text);
-        let pairs = reader.deserialize_map(Pairs).and_then(|pairs| reader.end().map(|()| pairs));
-        let broken =
-            |error| ValidationError::body(format!("the body is not a JSON object: {error}"));
-        Ok(Self::new(pairs.map_err(broken)?, false))
+        Ok(Self::new(json::fields(text)?, false))
     }
 
-    /// All fields as a JSON object.
+    /// All fields as a JSON object, for a response that repeats them, except values so large that
+    /// no client needs to see them again.
     pub(crate) fn object(&self) -> Map<String, Value> {
-        self.fields.iter().map(|field| (field.name.clone(), field.value.clone())).collect()
+        let small = self.fields.iter().filter(|field| length(&field.value) <= MAX_REPEATED_BYTES);
+        small.map(|field| (field.name.clone(), field.value.clone())).collect()
     }
 
     /// The value of the field of this name.
@@ -176,25 +178,13 @@ impl Fields {
     }
 }
 
-/// Reads a JSON object without losing repeated keys, as a map would.
-struct Pairs;
-
-impl<'de> Visitor<'de> for Pairs {
-    type Value = Vec<(String, Value)>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut pairs = Vec::new();
-        while let Some(pair) = map.next_entry()? {
-            if pairs.len() == MAX_FIELDS {
-                return Err(serde::de::Error::custom(format!("more than {MAX_FIELDS} fields")));
-            }
-            pairs.push(pair);
-        }
-        Ok(pairs)
+/// The length of a value in bytes, roughly as in JSON.
+fn length(value: &Value) -> usize {
+    match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => 8,
+        Value::String(text) => text.len(),
+        Value::Array(list) => list.iter().map(|value| 1 + length(value)).sum(),
+        Value::Object(object) => object.iter().map(|(key, v)| 1 + key.len() + length(v)).sum(),
     }
 }
 
@@ -253,7 +243,7 @@ mod tests {
     fn a_form_is_text_that_stands_for_other_types() {
         let read = |name: &str, value: &str| {
             let pairs = [("prompt", ""), (name, value)].map(|(n, v)| (n.to_owned(), v.to_owned()));
-            DrawRequest::read(Fields::form(pairs), &LIMITS)
+            DrawRequest::read(Fields::form(pairs)?, &LIMITS)
         };
         assert_eq!(read("steps", " 7 ").expect("read").num_inference_steps, Some(7));
         assert_eq!(read("steps", "").expect("read").num_inference_steps, None);

@@ -25,14 +25,14 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
 #[serde(from = "String")]
 pub(crate) enum ImageFile {
     /// Base64, bare or as a data URL, in one line or in several.
-    Base64(String),
+    Base64(Bytes),
     /// The bytes of the file.
     Bytes(Bytes),
 }
 
 impl From<String> for ImageFile {
     fn from(text: String) -> Self {
-        Self::Base64(text)
+        Self::Base64(text.into())
     }
 }
 
@@ -47,17 +47,28 @@ impl JsonSchema for ImageFile {
 }
 
 impl ImageFile {
-    /// The bytes of the file in the field `name`.
-    pub(crate) fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, ValidationError> {
+    /// The file in the field `name`.
+    pub(crate) fn bytes(&self, name: &str) -> Result<Bytes, ValidationError> {
         let text = match self {
-            Self::Base64(text) => text,
-            Self::Bytes(bytes) => return Ok(bytes.as_ref().into()),
+            Self::Base64(text) => text.as_ref(),
+            Self::Bytes(bytes) => return Ok(bytes.clone()),
         };
-        let data = text.strip_prefix("data:").and_then(|url| url.split_once(','));
-        let mut text = data.map_or(text.as_str(), |(_, data)| data).to_owned();
-        text.retain(|c| !c.is_ascii_whitespace());
+        let comma = text.starts_with(b"data:").then(|| text.iter().position(|b| *b == b','));
+        let mut text = Cow::from(comma.flatten().map_or(text, |comma| &text[comma + 1..]));
+        if text.iter().any(u8::is_ascii_whitespace) {
+            text.to_mut().retain(|byte| !byte.is_ascii_whitespace());
+        }
         let broken = |error| ValidationError::malformed(name, format!("is not base64: {error}"));
-        BASE64.decode(text).map(Cow::Owned).map_err(broken)
+        BASE64.decode(text).map(Into::into).map_err(broken)
+    }
+
+    /// Memory that decoding the image takes, in bytes; 0 for a file that will not be decoded. If
+    /// the file was base64, it is not any more.
+    pub(super) fn weigh(&mut self, max_pixels: usize) -> usize {
+        let Ok(file) = self.bytes("") else { return 0 };
+        let bytes = image::decoded_bytes(&file, max_pixels).unwrap_or(0);
+        *self = Self::Bytes(file);
+        bytes
     }
 
     /// The image in the field `name`, of at most so many pixels.

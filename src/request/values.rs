@@ -4,6 +4,7 @@
 use serde_json::{Number, Value};
 
 use super::error::ValidationError;
+use super::json;
 use super::limits::Limits;
 
 /// The JSON types of schemas and their names in error messages.
@@ -29,8 +30,7 @@ impl FieldSchema<'_> {
     pub(super) fn check(&self, value: Value, is_form: bool) -> Result<Value, ValidationError> {
         let value = match value {
             Value::String(text) if is_form && !self.allows("string") => {
-                let parsed = serde_json::from_str(text.trim()).ok();
-                let parsed = parsed.filter(|value: &Value| !value.is_null());
+                let parsed = json::value(text.trim()).filter(|value| !value.is_null());
                 parsed.ok_or_else(|| self.wrong(&format!("{text:?}")))?
             }
             value => value,

@@ -198,6 +198,7 @@ pub(crate) const HTTP: http::HttpConfig = http::HttpConfig {
         max_loras: 2,
     },
     max_body_bytes: 100_000,
+    max_decoded_bytes: 64 << 20,
     max_requests: 16,
     request_timeout: Duration::from_secs(30),
     stream_timeout: Duration::from_secs(60),

@@ -36,7 +36,7 @@ const SERVER: Floors = &[
             &["admission", "drawing", "docs"],
             &["middleware"],
             &["state"],
-            &["store"],
+            &["store", "reading"],
             &["error", "headers", "ids"],
         ],
     ),

@@ -113,6 +113,72 @@ fn malformed_requests_get_clear_errors() {
     assert_still_draws(&server);
 }
 
+/// Values, fields and parts whose memory would be many times that of their text, for every route
+/// that reads a body.
+#[test]
+fn bodies_that_would_take_many_times_their_bytes_are_refused() {
+    const MULTIPART: &str = "content-type: multipart/form-data; boundary=x";
+    const LINES: &str = "content-type: application/jsonlines";
+    let server = Server::ready(&[]);
+    let zeros = format!("[{}0]", "0,".repeat(1 << 16));
+    let object = |name: &str| format!(r#"{{"prompt":"a","{name}":{zeros}}}"#);
+    let field = format!("prompt=a&loras={zeros}");
+    let pairs = format!("prompt=a{}", "&a=1".repeat(300));
+    let part = "--x\r\nContent-Disposition: form-data; name=\"a\"\r\n\r\n1\r\n";
+    let parts = format!("{}--x--\r\n", part.repeat(300));
+    let (values, fields) = ("more than 65536 values", "more than 256 fields");
+    let table = [
+        ("/invocations", JSON, object("loras"), values),
+        ("/invocations", JSON, object("unknown"), values),
+        ("/invocations", TEXT, object("prompt"), values),
+        ("/invocations", JSON, object("text_prompts"), values),
+        ("/invocations", JSON, object("inputs"), values),
+        ("/invocations", LINES, object("loras"), values),
+        ("/invocations", FORM, field, "loras must be a list"),
+        ("/invocations", FORM, pairs, fields),
+        ("/v1/jobs", JSON, object("loras"), values),
+        ("/v1/images/generations", JSON, object("size"), values),
+        ("/v1/images/edits", MULTIPART, parts, fields),
+        ("/sdapi/v1/txt2img", JSON, object("unknown"), values),
+        ("/sdapi/v1/img2img", JSON, object("init_images"), values),
+        ("/sdapi/v1/options", JSON, object("unknown"), values),
+        ("/sdapi/v1/png-info", JSON, object("unknown"), values),
+        ("/internal/progress", JSON, object("unknown"), values),
+    ];
+    for (path, header, body, expected) in table {
+        let (name, value) = header.split_once(": ").expect("name: value");
+        let request = server.client.post(server.url(path)).header(name, value).body(body);
+        let reply = request.send().expect("an answer");
+        let (status, text) = (reply.status().as_u16(), reply.text().expect("text"));
+        assert!(status == 400 || header == LINES, "{path} {header}: {status}");
+        assert!(text.contains(expected) && text.len() < 2048, "{path} {header}: {text}");
+    }
+    assert_still_draws(&server);
+}
+
+#[test]
+fn the_memory_of_large_bodies_is_returned() {
+    let server = Server::ready(&[]);
+    assert_still_draws(&server);
+    let resident = || server.metric("process_resident_memory_bytes");
+    let before = resident();
+    let zeros = format!(r#"{{"prompt":[0{}]}}"#, ",0".repeat(12 << 20));
+    let pairs = format!("prompt=a{}", "&a=1".repeat(6 << 20));
+    // The image is no base64, which is found after the body has become fields.
+    let image = format!(r#"{{"prompt":"a","image":"{}!"}}"#, "A".repeat(24 << 20));
+    std::thread::scope(|scope| {
+        for (header, body) in [(JSON, &zeros), (JSON, &zeros), (FORM, &pairs), (JSON, &image)] {
+            scope.spawn(|| assert_eq!(server.post(&[header], body.as_str()).status, 400));
+        }
+    });
+    let began = Instant::now();
+    while resident() > before + 50e6 {
+        assert!(began.elapsed() < Duration::from_secs(20), "{before} {}", resident());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert_still_draws(&server);
+}
+
 fn assert_still_draws(server: &Server) {
     let reply = server.post(&[FORM], "prompt=a cat&steps=1");
     assert_eq!((reply.status, reply.header("content-type")), (200, "image/png"));

@@ -47,7 +47,7 @@ fn drawn(server: &Server, body: &Value) -> RgbImage {
 
 #[test]
 fn a_picture_is_understood_in_every_format_and_size() {
-    let server = Server::ready(&["--max-pixels", "8192"]);
+    let server = Server::ready(&["--max-pixels", "8192", "--max-decoded-bytes", "1000"]);
     let picture = gradient(64, 64);
     let png = BASE64_STANDARD.encode(file(&picture, ImageFormat::Png));
     let first = drawn(&server, &body(&png));

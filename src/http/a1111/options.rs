@@ -5,10 +5,10 @@ use axum::extract::State;
 use serde_json::{Value, json};
 
 use super::request::{Object, is_noop};
-use crate::http::admission::Admitted;
+use crate::http::admission::{Admitted, text};
 use crate::http::error::Result;
 use crate::http::state::{AppState, model_of};
-use crate::request::ValidationError;
+use crate::request::{self, ValidationError};
 
 /// The options and their values.
 fn options(state: &AppState) -> Result<Object> {
@@ -49,11 +49,10 @@ pub(crate) async fn get_options(State(state): State<AppState>) -> Result<Json<Va
 /// before the response, and becomes that of all requests of this API that name none.
 pub(crate) async fn set_options(
     State(state): State<AppState>,
-    Admitted { body, .. }: Admitted,
+    Admitted { body, slot, .. }: Admitted,
 ) -> Result<Json<Value>> {
-    let changes: Object = serde_json::from_slice(&body).map_err(|error| {
-        ValidationError::body(format!("the body is not a JSON object: {error}"))
-    })?;
+    let changes = |body: &[u8]| Ok(request::object(text(body)?)?);
+    let changes: Object = state.reader.parse(slot, body, changes).await?;
     check(&state, &changes)?;
     let current = &options(&state)?["sd_model_checkpoint"];
     let name = changes.get("sd_model_checkpoint").and_then(Value::as_str);

@@ -26,14 +26,14 @@ pub(crate) async fn png_info(
     State(state): State<AppState>,
     mut admitted: Admitted,
 ) -> Result<Json<Value>> {
-    let mut fields = admitted.json()?;
+    let mut fields = admitted.json(&state).await?;
     let PngInfo { image } = fields.read(&state.settings.limits)?;
     let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
-    let file = image.bytes("image")?.into_owned();
-    let found = tokio::task::spawn_blocking(move || image::find(&file));
-    let found = found.await.map_err(|_| ValidationError::malformed("image", "cannot be read"))?;
-    let text =
-        found.map_err(|reason| ValidationError::malformed("image", reason))?.unwrap_or_default();
+    let text = move || {
+        let text = image::find(&image.bytes("image")?);
+        Ok(text.map_err(|reason| ValidationError::malformed("image", reason))?.unwrap_or_default())
+    };
+    let text = state.reader.run(admitted.slot, text).await?;
     let parameters: Object =
         image::parse(&text).into_iter().map(|(name, value)| (name, value.into())).collect();
     Ok(Json(json!({ "info": text, "items": { "parameters": text }, "parameters": parameters })))

@@ -86,7 +86,8 @@ pub(crate) async fn task(
     State(state): State<AppState>,
     mut admitted: Admitted,
 ) -> Result<Json<Value>> {
-    let TaskQuery { id_task, live_preview } = admitted.json()?.read(&state.settings.limits)?;
+    let mut fields = admitted.json(&state).await?;
+    let TaskQuery { id_task, live_preview } = fields.read(&state.settings.limits)?;
     let requests = state.in_flight.of(&admitted.client);
     let found = requests.iter().find(|request| request.task.is_some() && request.task == id_task);
     let Some(request) = found else {

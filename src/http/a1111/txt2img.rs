@@ -28,7 +28,7 @@ pub(crate) async fn img2img(State(state): State<AppState>, admitted: Admitted) -
 
 /// Generates images and responds as AUTOMATIC1111 does.
 async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Result<Response> {
-    let mut fields = admitted.json()?;
+    let mut fields = admitted.json(&state).await?;
     let Admitted { client, deadline, slot, .. } = admitted;
     let mut parameters = fields.object();
     let limits = &state.settings.limits;
@@ -56,6 +56,8 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
         let model = state.engine.model()?;
         HiresPass::read(&mut fields, limits)?.add_to(&mut draw, limits, &model);
     }
+    // What is unknown may be large.
+    drop(fields);
     let json = |draw: &DrawRequest, _| Ok(ReplyFormat::Json(draw.format()?.unwrap_or(Format::Png)));
     let mut drawing = Drawing::prepare(&state, &slot, vec![draw], json).await?;
     drawing.preview = true;

@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use axum::http::HeaderMap;
 use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 
+use crate::http::admission::text;
 use crate::http::error::{ApiError, Result};
 use crate::request::{Fields, ValidationError};
 
@@ -38,8 +39,7 @@ pub(crate) fn read(headers: &HeaderMap, body: &[u8]) -> Result<(Fields, BodyKind
     }
     let declared = declared(headers);
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
-    let text = std::str::from_utf8(body)
-        .map_err(|error| ValidationError::body(format!("the body is not UTF-8: {error}")))?;
+    let text = text(body)?;
     let trimmed = text.trim();
     if trimmed.is_empty() {
         return Err(ValidationError::body("the body is empty; send a prompt").into());
@@ -81,18 +81,18 @@ pub(crate) fn essence(headers: &HeaderMap) -> Option<String> {
 
 /// A form with a `prompt` key, or else a bare prompt under the type that curl gives it.
 fn form(text: &str) -> Result<Fields, ValidationError> {
-    let pairs: Vec<(String, String)> =
-        form_urlencoded::parse(text.as_bytes()).into_owned().collect();
-    if !pairs.iter().any(|(name, _)| name == "prompt") {
+    let pairs = || form_urlencoded::parse(text.as_bytes());
+    if !pairs().any(|(name, _)| name == "prompt") {
         return Ok(Fields::prompt(bare(text)));
     }
-    let broken = |(name, value): &(String, String)| {
+    let broken = |(name, value): (Cow<'_, str>, Cow<'_, str>)| {
         (name.contains('\u{fffd}') || value.contains('\u{fffd}')) && !text.contains('\u{fffd}')
     };
-    if pairs.iter().any(broken) {
+    let fields = Fields::form(pairs().into_owned())?;
+    if pairs().any(broken) {
         return Err(ValidationError::body("the form holds escapes that are not UTF-8"));
     }
-    Ok(Fields::form(pairs))
+    Ok(fields)
 }
 
 /// A bare prompt, decoded if it was encoded. `curl --data-urlencode 'a cat'` sends `a%20cat`; a body with spaces in it was not encoded.

@@ -5,24 +5,52 @@ use axum::http::HeaderMap;
 
 use super::accept::{self, ReplyPreferences};
 use super::body::BodyKind;
-use super::render::{Invocation, NATIVE};
+use super::render::{Dialect, Invocation, NATIVE};
 use super::stability::{self, STABILITY};
 use super::{huggingface, jumpstart};
 use crate::http::admission::RequestSlot;
 use crate::http::drawing::Drawing;
 use crate::http::error::Result;
 use crate::http::state::AppState;
-use crate::request::{DrawRequest, Fields};
+use crate::request::{DrawRequest, Fields, Limits, ValidationError};
+
+/// Reads the fields of a body.
+pub(crate) type ReadFields = fn(&HeaderMap, &[u8]) -> Result<(Fields, BodyKind)>;
+
+/// The requests of a body in any of the formats, one for each prompt.
+struct Requests {
+    draws: Vec<DrawRequest>,
+    dialect: Dialect,
+    kind: BodyKind,
+}
 
 /// Reads and validates a request in any of the formats. `headers` select that of the response.
 pub(crate) async fn read(
     state: &AppState,
     slot: &RequestSlot,
     headers: &HeaderMap,
-    (fields, kind): (Fields, BodyKind),
+    body: impl AsRef<[u8]> + Send + 'static,
+    fields: ReadFields,
 ) -> Result<Invocation> {
-    let limits = &state.settings.limits;
-    let (requests, dialect, kind) = if fields.get("text_prompts").is_some() {
+    let (own, limits) = (headers.clone(), state.settings.limits);
+    let requests = move |body: &[u8]| Ok(requests(&own, fields(&own, body)?, &limits)?);
+    let Requests { draws, dialect, kind } =
+        state.reader.parse(slot.clone(), body, requests).await?;
+    let drawing = Drawing::prepare(state, slot, draws, |draw, count| {
+        let (usual, format) = (dialect.format, draw.format()?);
+        let stream = draw.stream == Some(true);
+        accept::choose(headers, ReplyPreferences { kind, usual, format, count, stream })
+    });
+    Ok(Invocation { drawing: drawing.await?, dialect })
+}
+
+/// Tells the formats apart.
+fn requests(
+    headers: &HeaderMap,
+    (fields, kind): (Fields, BodyKind),
+    limits: &Limits,
+) -> Result<Requests, ValidationError> {
+    let (draws, dialect, kind) = if fields.get("text_prompts").is_some() {
         (vec![stability::parse(fields, limits)?], STABILITY, BodyKind::Json)
     } else if fields.get("inputs").is_some() {
         let (request, dialect) = huggingface::parse(fields, limits)?;
@@ -32,10 +60,5 @@ pub(crate) async fn read(
     } else {
         (vec![DrawRequest::read(fields, limits)?], NATIVE, kind)
     };
-    let drawing = Drawing::prepare(state, slot, requests, |draw, count| {
-        let (usual, format) = (dialect.format, draw.format()?);
-        let stream = draw.stream == Some(true);
-        accept::choose(headers, ReplyPreferences { kind, usual, format, count, stream })
-    });
-    Ok(Invocation { drawing: drawing.await?, dialect })
+    Ok(Requests { draws, dialect, kind })
 }

@@ -28,9 +28,7 @@ pub(crate) async fn invocations(
         return lines::respond(state, admitted);
     }
     let Admitted { headers, body, client, deadline, stream_deadline, slot, .. } = admitted;
-    let fields = body::read(&headers, &body)?;
-    drop(body);
-    let invocation = detect::read(&state, &slot, &headers, fields).await?;
+    let invocation = detect::read(&state, &slot, &headers, body, body::read).await?;
     if let ReplyFormat::Events(_) = invocation.drawing.reply {
         let ticket = invocation.drawing.submit(&client, stream_deadline)?;
         return Ok(events::stream(&state.engine, invocation, ticket, slot));

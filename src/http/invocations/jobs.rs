@@ -29,8 +29,7 @@ use crate::request::ValidationError;
 pub(crate) async fn create(State(state): State<AppState>, admitted: Admitted) -> Result<Response> {
     let Admitted { headers, body, client, slot, .. } = admitted;
     let timeout = admission::timeout(&headers, state.settings.job_timeout)?;
-    let fields = body::read(&headers, &body)?;
-    let mut invocation = detect::read(&state, &slot, &headers, fields).await?;
+    let mut invocation = detect::read(&state, &slot, &headers, body, body::read).await?;
     if let ReplyFormat::Events(_) = invocation.drawing.reply {
         return Err(ValidationError::body("a job cannot stream events; poll its state").into());
     }

@@ -58,7 +58,7 @@ pub(crate) fn respond(state: AppState, admitted: Admitted) -> Result<Response> {
         .map(move |line| {
             let (state, slot, client) = (state.clone(), slot.clone(), client.clone());
             async move {
-                let response = generate(&state, &slot, &client, timeout, &line).await;
+                let response = generate(&state, &slot, &client, timeout, line).await;
                 let mut line = response.unwrap_or_else(|error| error.json().to_string().into());
                 line.push(b'\n');
                 // Bodies are streams of results; this one has no errors of its own.
@@ -75,18 +75,12 @@ async fn generate(
     slot: &RequestSlot,
     client: &Client,
     timeout: Duration,
-    line: &[u8],
+    line: Bytes,
 ) -> Result<Vec<u8>> {
     let deadline = Instant::now() + timeout;
-    let text = std::str::from_utf8(line)
-        .map_err(|error| ValidationError::body(format!("the line is not UTF-8: {error}")))?;
-    if !text.trim_start().starts_with('{') {
-        return Err(ValidationError::body("the line is not a JSON object").into());
-    }
     // A line has no headers: no `Accept` means JSON for JSON.
     let headers = HeaderMap::new();
-    let fields = (Fields::json(text)?, BodyKind::Json);
-    let mut invocation = detect::read(state, slot, &headers, fields).await?;
+    let mut invocation = detect::read(state, slot, &headers, line, |_, line| object(line)).await?;
     // A line has no events either, even if it requests them.
     invocation.drawing.preview = false;
     let images = loop {
@@ -97,4 +91,14 @@ async fn generate(
         }
     };
     Ok(invocation.respond(images).await?.into_body().into())
+}
+
+/// The fields of a line.
+fn object(line: &[u8]) -> Result<(Fields, BodyKind)> {
+    let text = std::str::from_utf8(line)
+        .map_err(|error| ValidationError::body(format!("the line is not UTF-8: {error}")))?;
+    if !text.trim_start().starts_with('{') {
+        return Err(ValidationError::body("the line is not a JSON object").into());
+    }
+    Ok((Fields::json(text)?, BodyKind::Json))
 }

@@ -3,10 +3,12 @@
 use axum::body::{Body, Bytes};
 use axum::extract::multipart::MultipartError;
 use axum::extract::{DefaultBodyLimit, FromRequest as _, Multipart, Request};
+use tokio::runtime::Handle;
 
 use crate::http::admission::Admitted;
 use crate::http::error::{ApiError, Result};
-use crate::request::ValidationError;
+use crate::http::state::AppState;
+use crate::request::{MAX_FIELDS, ValidationError};
 
 /// A form with files in it.
 #[derive(Default)]
@@ -18,11 +20,21 @@ pub(crate) struct Form {
 
 impl Form {
     /// Takes the body out of the request.
-    pub(crate) async fn read(admitted: &mut Admitted) -> Result<Self> {
-        let mut request = Request::new(Body::from(std::mem::take(&mut admitted.body)));
-        request.headers_mut().clone_from(&admitted.headers);
-        // Admission has limited the body.
-        DefaultBodyLimit::disable().apply(&mut request);
+    pub(crate) async fn read(state: &AppState, admitted: &mut Admitted) -> Result<Self> {
+        let body = std::mem::take(&mut admitted.body);
+        let (headers, runtime) = (admitted.headers.clone(), Handle::current());
+        let read = move |body: Vec<u8>| {
+            let mut request = Request::new(Body::from(body));
+            *request.headers_mut() = headers;
+            // Admission has limited the body.
+            DefaultBodyLimit::disable().apply(&mut request);
+            // The body is here, so nothing is waited for.
+            runtime.block_on(Self::parse(request))
+        };
+        state.reader.run(admitted.slot.clone(), move || read(body)).await
+    }
+
+    async fn parse(request: Request) -> Result<Self> {
         let mut parts = Multipart::from_request(request, &())
             .await
             .map_err(|_| ApiError::MediaType("send multipart/form-data with a boundary".into()))?;
@@ -40,6 +52,10 @@ impl Form {
                     return Err(ValidationError::range("image", "must be a single image").into());
                 }
                 "mask" if form.mask.is_none() => form.mask = Some(data),
+                _ if form.texts.len() == MAX_FIELDS => {
+                    let message = format!("the form has more than {MAX_FIELDS} fields");
+                    return Err(ValidationError::body(message).into());
+                }
                 _ => {
                     let text = String::from_utf8(data.into())
                         .map_err(|_| ValidationError::malformed(&name, "is not UTF-8"))?;

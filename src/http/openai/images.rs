@@ -25,7 +25,7 @@ pub(crate) async fn generations(
     State(state): State<AppState>,
     mut admitted: Admitted,
 ) -> Result<Response> {
-    let (options, draw) = request::read(admitted.json()?, &state.settings.limits)?;
+    let (options, draw) = request::read(admitted.json(&state).await?, &state.settings.limits)?;
     generate(state, admitted, options, draw, "image_generation").await
 }
 
@@ -35,9 +35,9 @@ pub(crate) async fn edits(
     State(state): State<AppState>,
     mut admitted: Admitted,
 ) -> Result<Response> {
-    let Form { texts, image, mask } = Form::read(&mut admitted).await?;
+    let Form { texts, image, mask } = Form::read(&state, &mut admitted).await?;
     let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
-    let (options, mut draw) = request::read(Fields::form(texts), &state.settings.limits)?;
+    let (options, mut draw) = request::read(Fields::form(texts)?, &state.settings.limits)?;
     let twice = draw.image.as_ref().map(|_| "image");
     let twice = twice.or(draw.mask.as_ref().filter(|_| mask.is_some()).map(|_| "mask"));
     if let Some(name) = twice {
