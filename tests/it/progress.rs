@@ -101,6 +101,23 @@ async fn a_stream_hears_of_its_deadline_while_a_step_lasts() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_is_not_read_ends_with_its_error() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let body = json!({ "prompt": "out of memory", "stream": true }).to_string();
+    let request = axum::http::Request::post("/invocations").body(axum::body::Body::from(body))?;
+    let reply = http::router(engine.clone().into(), HTTP).oneshot(request).await?;
+    // The channel of events is full, and the next one waits, when the image fails.
+    strings.permits.send(())?;
+    wait_until(|| counted(&engine, "sd_images_total{outcome=\"failed\"} 1"));
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let read = axum::body::to_bytes(reply.into_body(), usize::MAX);
+    let text = tokio::time::timeout(LONG, read).await.context("an end of the stream")??;
+    let (name, error) = events(&String::from_utf8_lossy(&text)).pop().context("an event")?;
+    assert_eq!((name.as_str(), &error["error"]["code"]), ("error", &"out_of_memory".into()));
+    Ok(())
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_stream_on_which_nothing_happens_has_a_heartbeat() -> Result<()> {
     let (engine, _strings) = ready().await;
@@ -131,12 +148,15 @@ async fn a_stream_that_is_closed_withdraws_its_picture() -> Result<()> {
     let (engine, strings) = ready().await;
     let server = Server::start(engine.clone(), HTTP, LONG).await;
     let request = reqwest::Client::new().post(format!("{}/invocations", server.url));
-    let request = request.header("accept", "text/event-stream").body(r#"{"prompt":"a cat"}"#);
+    let request = request.header("accept", "text/event-stream");
+    let request = request.body(r#"{"prompt":"a cat","steps":150}"#);
     let mut stream = request.send().await?;
     assert!(stream.chunk().await?.is_some());
     drop(stream);
+    // Fewer steps than there are until the server has noticed.
     wait_until(|| {
         let _ = strings.permits.send(());
+        std::thread::sleep(Duration::from_millis(20));
         counted(&engine, "sd_images_total{outcome=\"cancelled\"} 1")
     });
     Ok(())

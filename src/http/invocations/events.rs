@@ -28,16 +28,20 @@ pub(crate) fn stream(
     let mut monitor = engine.monitor(&ticket);
     event_stream(|events| async move {
         let _slot = slot;
-        let mut result = pin!(async { invocation.respond(ticket.wait().await?).await });
-        let mut progress = pin!(send_progress(&mut monitor, &events));
-        let result = tokio::select! {
-            biased;
-            () = &mut progress => result.await,
-            result = &mut result => {
-                if result.is_ok() {
-                    progress.await;
+        // Progress that waits for the client has a place in the channel before the last event, so it
+        // is dropped first.
+        let result = {
+            let mut result = pin!(async { invocation.respond(ticket.wait().await?).await });
+            let mut progress = pin!(send_progress(&mut monitor, &events));
+            tokio::select! {
+                biased;
+                () = &mut progress => result.await,
+                result = &mut result => {
+                    if result.is_ok() {
+                        progress.await;
+                    }
+                    result
                 }
-                result
             }
         };
         match result {
