@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use sd_models::{DeviceName, Precision, SamplerName};
+use serde::Serialize;
 
 use crate::engine::EngineConfig;
 use crate::http::HttpConfig;
@@ -108,11 +109,11 @@ pub(super) struct ModelArgs {
     #[arg(long, env = "SD_REVISION", default_value = "main")]
     pub(super) revision: String,
     /// Device: auto, cpu, cuda or cuda:N. auto is the first GPU if there is one, else the CPU
-    #[arg(long, env = "SD_DEVICE", default_value = "auto", value_parser = parse::<DeviceName>)]
+    #[arg(long, env = "SD_DEVICE", default_value = "auto")]
     pub(super) device: DeviceName,
     /// Data type of the weights: auto, f16, bf16 or f32. auto is f16 on a GPU, bf16 on a CPU with
     /// AMX or AVX512-BF16, else f32
-    #[arg(long, env = "SD_DTYPE", default_value = "auto", value_parser = parse::<Precision>)]
+    #[arg(long, env = "SD_DTYPE", default_value = "auto")]
     pub(super) dtype: Precision,
     /// What to do with images that the model's safety checker flags as NSFW. Default: blur, if the
     /// model has a checker. If set to other than off, models without a checker are rejected
@@ -147,12 +148,14 @@ pub(super) struct LogArgs {
     pub(super) log: String,
 }
 
-#[derive(Debug, clap::Args)]
+// All but the skipped fields are those of the request.
+#[derive(Debug, clap::Args, Serialize)]
 pub(super) struct GenerateArgs {
     /// Prompt
     pub(super) prompt: String,
     /// Output file: .png, .jpg or .webp. Several images become out-0.png, out-1.png, ...
     #[arg(short, long, default_value = "out.png")]
+    #[serde(skip)]
     pub(super) output: PathBuf,
     /// Negative prompt: what the image should not show
     #[arg(long)]
@@ -164,6 +167,7 @@ pub(super) struct GenerateArgs {
     /// LoRA, by name in --loras-dir or as a file, with an optional scale: style, style:0.8,
     /// path/style.safetensors:0.8. Can be repeated
     #[arg(long)]
+    #[serde(skip)]
     pub(super) lora: Vec<String>,
     /// Width in pixels, a multiple of 8. Default: the model's own, or the width of --image
     #[arg(short = 'W', long)]
@@ -177,28 +181,31 @@ pub(super) struct GenerateArgs {
     pub(super) steps: Option<u64>,
     /// Guidance scale (CFG): how closely to follow the prompt. 1 or less disables guidance, which
     /// is twice as fast and ignores --negative-prompt. Default: the model's own
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(super) guidance_scale: Option<f64>,
     #[arg(
         long,
-        value_parser = parse::<SamplerName>,
+        value_parser = |name: &str| name.parse().map(|name: SamplerName| name.to_string()),
         help = format!("Sampler: {}. Default: the model's own", SamplerName::list()),
     )]
-    pub(super) scheduler: Option<SamplerName>,
+    pub(super) scheduler: Option<String>,
     /// Seed; the same seed gives the same image. Default: random
     #[arg(long)]
     pub(super) seed: Option<u64>,
     /// Number of images; image k uses seed + k. Default: 1
     #[arg(short = 'n', long)]
+    #[serde(rename = "n")]
     pub(super) num_images: Option<u64>,
     /// Input image for image-to-image
     #[arg(long)]
+    #[serde(skip)]
     pub(super) image: Option<PathBuf>,
     /// Inpainting mask for --image: white areas are inpainted, black areas are preserved
     #[arg(long, requires = "image")]
+    #[serde(skip)]
     pub(super) mask: Option<PathBuf>,
     /// Denoising strength for --image, 0 to 1; higher values change more. Default: 0.8
-    #[arg(long, requires = "image")]
+    #[arg(long, requires = "image", value_parser = finite)]
     pub(super) strength: Option<f64>,
     /// Output width of the hires pass, which continues from the upscaled latents of the base pass.
     /// Default: from --hires-height, in the aspect ratio of the base pass
@@ -213,13 +220,14 @@ pub(super) struct GenerateArgs {
     #[arg(long)]
     pub(super) hires_steps: Option<u64>,
     /// Denoising strength of the hires pass, 0 to 1. Default: 0.75
-    #[arg(long)]
+    #[arg(long, value_parser = finite)]
     pub(super) hires_strength: Option<f64>,
     /// Latent upscaler of the hires pass, by its AUTOMATIC1111 name: Latent, "Latent (nearest)",
     /// ... Default: Latent
     #[arg(long)]
     pub(super) hires_upscaler: Option<String>,
     #[command(flatten)]
+    #[serde(skip)]
     pub(super) model: ModelArgs,
 }
 
@@ -231,10 +239,10 @@ pub(super) struct DownloadArgs {
     #[arg(long, env = "SD_REVISION", default_value = "main")]
     pub(super) revision: String,
     /// Device the weights are for: on a GPU, the smaller f16 files are downloaded if available
-    #[arg(long, env = "SD_DEVICE", default_value = "auto", value_parser = parse::<DeviceName>)]
+    #[arg(long, env = "SD_DEVICE", default_value = "auto")]
     pub(super) device: DeviceName,
     /// Data type the weights are for: for f16, the smaller f16 files are downloaded if available
-    #[arg(long, env = "SD_DTYPE", default_value = "auto", value_parser = parse::<Precision>)]
+    #[arg(long, env = "SD_DTYPE", default_value = "auto")]
     pub(super) dtype: Precision,
     /// off omits the safety checker
     #[arg(long, env = "SD_SAFETY_CHECKER")]
@@ -249,7 +257,7 @@ pub(super) struct PackageArgs {
     pub(super) package: Package,
     /// Data type of the weights to include if there are several: f16 is half the size and what a
     /// GPU uses
-    #[arg(long, default_value = "f16", value_parser = parse::<Precision>)]
+    #[arg(long, default_value = "f16")]
     pub(super) dtype: Precision,
     /// off omits the safety checker
     #[arg(long, env = "SD_SAFETY_CHECKER")]
@@ -282,6 +290,7 @@ pub(super) struct HealthcheckArgs {
     pub(super) port: Option<u16>,
 }
 
-fn parse<T: std::str::FromStr<Err = String>>(text: &str) -> Result<T, String> {
-    text.parse()
+fn finite(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite());
+    number.ok_or_else(|| "must be a number".into())
 }

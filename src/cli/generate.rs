@@ -36,8 +36,8 @@ pub(crate) struct Generate {
     pub(crate) model: ModelConfig,
     /// The action on flagged images.
     pub(crate) safety: Safety,
-    /// The fields of the request, by name.
-    pub(crate) fields: Vec<(String, String)>,
+    /// The fields of the request, as a JSON object.
+    pub(crate) fields: String,
     /// The file of the input image.
     pub(crate) image: Option<Vec<u8>>,
     /// The file of the mask.
@@ -63,7 +63,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     spinner.finish_and_clear();
 
     let seed = || getrandom::u32().unwrap_or_default().into();
-    let mut request = DrawRequest::read(Fields::form(config.fields)?, &LIMITS)?;
+    let mut request = DrawRequest::read(Fields::json(&config.fields)?, &LIMITS)?;
     request.image = config.image.map(|file| ImageFile::Bytes(file.into()));
     request.mask = config.mask.map(|file| ImageFile::Bytes(file.into()));
     let specs = request.specs(&LIMITS, &model, seed)?;

@@ -167,7 +167,7 @@ impl GenerateArgs {
         if let Some(missing) = directory.filter(|directory| !directory.is_dir()) {
             return Err(usage(format!("{} is not a directory", missing.display())));
         }
-        let (mut files, mut loras): (Vec<PathBuf>, _) = (Vec::new(), Vec::new());
+        let (mut files, mut loras): (Vec<PathBuf>, Vec<Value>) = Default::default();
         for (file, name, scale) in self.lora.iter().map(|typed| lora(typed)) {
             // A file is selected by its name, which must be unique.
             let other = |known: &&PathBuf| {
@@ -179,29 +179,9 @@ impl GenerateArgs {
             files.extend(file);
             loras.push(json!({ "name": name, "scale": scale }));
         }
-        let fields = [
-            ("prompt", Some(self.prompt)),
-            ("negative_prompt", self.negative_prompt),
-            ("prompt_syntax", self.prompt_syntax),
-            ("loras", Some(Value::from(loras).to_string())),
-            ("width", text(self.width)),
-            ("height", text(self.height)),
-            ("steps", text(self.steps)),
-            ("guidance_scale", text(self.guidance_scale)),
-            ("scheduler", text(self.scheduler)),
-            ("seed", text(self.seed)),
-            ("n", text(self.num_images)),
-            ("strength", text(self.strength)),
-            ("hires_width", text(self.hires_width)),
-            ("hires_height", text(self.hires_height)),
-            ("hires_steps", text(self.hires_steps)),
-            ("hires_strength", text(self.hires_strength)),
-            ("hires_upscaler", self.hires_upscaler),
-        ];
-        let fields = fields
-            .into_iter()
-            .filter_map(|(name, value)| Some((name.to_owned(), value?)))
-            .collect();
+        let mut request = json!(self);
+        request["loras"] = loras.into();
+        let fields = request.to_string();
         let (mut model, safety) = self.model.resolve()?;
         model.add_ons.loras.files = files;
         let image = self.image.as_deref().map(read_file).transpose()?;
@@ -343,10 +323,6 @@ fn variable(name: &str) -> Option<String> {
 /// A file as a request carries it.
 fn read_file(path: &Path) -> Result<Vec<u8>, clap::Error> {
     std::fs::read(path).map_err(|error| usage(format!("cannot read {}: {error}", path.display())))
-}
-
-fn text<T: ToString>(value: Option<T>) -> Option<String> {
-    value.map(|value| value.to_string())
 }
 
 fn usage(message: impl fmt::Display) -> clap::Error {
