@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use flate2::{Compress, Compression, Crc, FlushCompress, Status};
+use flate2::write::DeflateEncoder;
+use flate2::{Compression, Crc};
 use indicatif::ProgressBar;
 use rayon::prelude::*;
 use sd_models::Source;
@@ -209,11 +210,7 @@ impl<W: Write> Gzip<W> {
     }
 
     fn compress(&mut self) -> io::Result<()> {
-        let blocks: Vec<io::Result<(Vec<u8>, Crc)>> = self
-            .pending
-            .par_chunks(BLOCK)
-            .map(|block| deflate(block, FlushCompress::Sync))
-            .collect();
+        let blocks: Vec<_> = self.pending.par_chunks(BLOCK).map(deflate).collect();
         self.pending.clear();
         for block in blocks {
             let (bytes, crc) = block?;
@@ -225,10 +222,11 @@ impl<W: Write> Gzip<W> {
 
     fn finish(mut self) -> io::Result<()> {
         self.compress()?;
-        self.out.write_all(&deflate(&[], FlushCompress::Finish)?.0)?;
-        self.out.write_all(&self.crc.sum().to_le_bytes())?;
-        self.out.write_all(&self.crc.amount().to_le_bytes())?;
-        self.out.flush()
+        // The empty last block.
+        let mut out = DeflateEncoder::new(self.out, Compression::fast()).finish()?;
+        out.write_all(&self.crc.sum().to_le_bytes())?;
+        out.write_all(&self.crc.amount().to_le_bytes())?;
+        out.flush()
     }
 }
 
@@ -250,22 +248,14 @@ impl<W: Write> Write for Gzip<W> {
 }
 
 /// Compresses a block to byte-aligned deflate data, and computes its checksum.
-fn deflate(block: &[u8], flush: FlushCompress) -> io::Result<(Vec<u8>, Crc)> {
-    let mut compress = Compress::new(Compression::fast(), false);
-    let mut out = Vec::with_capacity(block.len() + block.len() / 8 + 64);
-    loop {
-        let taken = compress.total_in() as usize;
-        let status = compress.compress_vec(&block[taken..], &mut out, flush)?;
-        let all = compress.total_in() as usize == block.len();
-        // Spare room in the buffer means that all output is written.
-        if status == Status::StreamEnd || (all && out.len() < out.capacity()) {
-            break;
-        }
-        out.reserve(BLOCK);
-    }
+fn deflate(block: &[u8]) -> io::Result<(Vec<u8>, Crc)> {
+    let mut encoder = DeflateEncoder::new(Vec::new(), Compression::fast());
+    encoder.write_all(block)?;
+    // A sync flush, which ends at a byte.
+    encoder.flush()?;
     let mut crc = Crc::new();
     crc.update(block);
-    Ok((out, crc))
+    Ok((std::mem::take(encoder.get_mut()), crc))
 }
 
 #[cfg(test)]

@@ -1,32 +1,21 @@
 //! Blurs images that must not be recognisable.
 
-use image::RgbImage;
-use image::imageops::FilterType;
+use image::ImageBuffer;
+use image::imageops::{FilterType, resize, thumbnail};
 use sd_models::Rgb;
 
 /// Blurs an image until only colours remain: details smaller than an eighth of its shorter side are
 /// removed.
 pub fn blurred(rgb: &Rgb) -> Rgb {
-    const PIECES: usize = 8;
-    let (width, height) = (rgb.width, rgb.height);
+    const PIECES: u32 = 8;
+    let (width, height) = (rgb.width as u32, rgb.height as u32);
     let piece = (width.min(height) / PIECES).max(1);
-    let (across, down) = (width.div_ceil(piece), height.div_ceil(piece));
-    let mut means = vec![[0_u8; 3]; across * down];
-    for (place, mean) in means.iter_mut().enumerate() {
-        let (left, top) = (place % across * piece, place / across * piece);
-        let (right, bottom) = ((left + piece).min(width), (top + piece).min(height));
-        let pixels = (bottom - top) * (right - left);
-        let bytes = |channel| {
-            let row = move |y: usize| (left..right).map(move |x| 3 * (y * width + x) + channel);
-            (top..bottom).flat_map(row).map(|i| u64::from(rgb.data[i]))
-        };
-        *mean = [0, 1, 2].map(|channel| (bytes(channel).sum::<u64>() / pixels as u64) as u8);
-    }
-    let small = RgbImage::from_raw(across as u32, down as u32, means.concat());
-    let large = small.map(|small| {
-        image::imageops::resize(&small, width as u32, height as u32, FilterType::Triangle)
+    let large = ImageBuffer::<image::Rgb<u8>, _>::from_raw(width, height, &rgb.data[..]);
+    let blurred = large.map(|large| {
+        let means = thumbnail(&large, width.div_ceil(piece), height.div_ceil(piece));
+        resize(&means, width, height, FilterType::Triangle)
     });
-    Rgb { width, height, data: large.unwrap_or_default().into_raw() }
+    Rgb { width: rgb.width, height: rgb.height, data: blurred.unwrap_or_default().into_raw() }
 }
 
 #[cfg(test)]

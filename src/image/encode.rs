@@ -3,6 +3,8 @@
 use std::io::Cursor;
 
 use anyhow::Context as _;
+use exif::experimental::Writer;
+use exif::{Field, In, Tag, Value};
 use image::codecs::jpeg::JpegEncoder;
 use image::codecs::webp::WebPEncoder;
 use image::{ExtendedColorType, ImageEncoder};
@@ -68,12 +70,12 @@ pub fn encode(rgb: &Rgb, format: Format, quality: u8, infotext: &str) -> anyhow:
         Format::Png => png(&mut file, rgb, (width, height), infotext)?,
         Format::Jpeg => {
             let mut encoder = JpegEncoder::new_with_quality(&mut file, quality);
-            encoder.set_exif_metadata(exif(infotext))?;
+            encoder.set_exif_metadata(exif(infotext)?)?;
             encoder.write_image(&rgb.data, width, height, ExtendedColorType::Rgb8)?;
         }
         Format::Webp => {
             let mut encoder = WebPEncoder::new_lossless(&mut file);
-            encoder.set_exif_metadata(exif(infotext))?;
+            encoder.set_exif_metadata(exif(infotext)?)?;
             encoder.write_image(&rgb.data, width, height, ExtendedColorType::Rgb8)?;
         }
     }
@@ -101,33 +103,16 @@ fn png(
     Ok(())
 }
 
-/// The smallest EXIF block with a UserComment, in UTF-16 as AUTOMATIC1111 writes it: a TIFF header,
-/// a directory that points to the EXIF directory, and that one with its single entry.
-fn exif(comment: &str) -> Vec<u8> {
-    const EXIF_DIRECTORY: u16 = 0x8769;
-    const USER_COMMENT: u16 = 0x9286;
-    const LONG: u16 = 4;
-    const UNDEFINED: u16 = 7;
-    const FIRST: u32 = 8;
-    const SECOND: u32 = FIRST + 18;
-    const DATA: u32 = SECOND + 18;
+/// The smallest EXIF block with a UserComment, in UTF-16 as AUTOMATIC1111 writes it.
+fn exif(comment: &str) -> anyhow::Result<Vec<u8>> {
     // A JPEG segment has at most 64 KiB; a longer infotext is truncated.
     const MAX_UNITS: usize = 32_000;
-    let mut data = b"UNICODE\0".to_vec();
-    data.extend(comment.encode_utf16().take(MAX_UNITS).flat_map(u16::to_be_bytes));
-
-    let mut block = b"MM\0\x2a".to_vec();
-    block.extend(FIRST.to_be_bytes());
-    let length = u32::try_from(data.len()).unwrap_or(u32::MAX);
-    let entries = [(EXIF_DIRECTORY, LONG, 1, SECOND), (USER_COMMENT, UNDEFINED, length, DATA)];
-    for (tag, kind, count, value) in entries {
-        block.extend(1_u16.to_be_bytes());
-        block.extend(tag.to_be_bytes());
-        block.extend(kind.to_be_bytes());
-        block.extend(count.to_be_bytes());
-        block.extend(value.to_be_bytes());
-        block.extend(0_u32.to_be_bytes());
-    }
-    block.extend(data);
-    block
+    let mut text = b"UNICODE\0".to_vec();
+    text.extend(comment.encode_utf16().take(MAX_UNITS).flat_map(u16::to_be_bytes));
+    let value = Value::Undefined(text, 0);
+    let field = Field { tag: Tag::UserComment, ifd_num: In::PRIMARY, value };
+    let (mut writer, mut block) = (Writer::new(), Cursor::new(Vec::new()));
+    writer.push_field(&field);
+    writer.write(&mut block, false)?;
+    Ok(block.into_inner())
 }

@@ -11,6 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
+use rand_distr::Exp1;
 use reqwest::Client;
 use reqwest::header::{ACCEPT, CONTENT_TYPE};
 use serde::Serialize;
@@ -147,19 +150,20 @@ pub(super) fn print(report: &(impl fmt::Display + Serialize), json: bool) -> Res
 
 /// Sends requests in an open loop.
 async fn open(sender: &Arc<Sender>, rate: f64, duration: Duration, seed: u64) -> Vec<Sample> {
-    let mut arrivals = Arrivals(seed);
     let mut requests = JoinSet::new();
     let mut due = Instant::now();
     let end = due + duration;
-    loop {
-        due += Duration::from_secs_f64(arrivals.gap() / rate);
+    // The gaps of a Poisson process of rate one.
+    for gap in StdRng::seed_from_u64(seed).sample_iter::<f64, _>(Exp1) {
+        due += Duration::from_secs_f64(gap / rate);
         if due >= end {
-            return requests.join_all().await;
+            break;
         }
         sleep_until(due).await;
         let sender = Arc::clone(sender);
         requests.spawn(async move { sender.send(due).await });
     }
+    requests.join_all().await
 }
 
 /// Sends requests in a closed loop.
@@ -270,36 +274,9 @@ impl fmt::Display for LoadReport {
     }
 }
 
-/// Gaps of a Poisson process of rate one. Independent of images' noise, so any generator works:
-/// this is SplitMix64 (Steele, Lea and Flood 2014).
-struct Arrivals(u64);
-
-impl Arrivals {
-    fn gap(&mut self) -> f64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
-        // In (0, 1], so that the logarithm is finite.
-        let uniform = ((z >> 11) + 1) as f64 / (1_u64 << 53) as f64;
-        -uniform.ln()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn arrivals_are_a_poisson_process() {
-        let mut arrivals = Arrivals(1);
-        let gaps: Vec<f64> = (0..100_000).map(|_| arrivals.gap()).collect();
-        let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
-        let long = gaps.iter().filter(|gap| **gap > 3.0).count() as f64 / gaps.len() as f64;
-        assert!((mean - 1.0).abs() < 0.02, "{mean}");
-        assert!((long - (-3.0_f64).exp()).abs() < 0.005, "{long}");
-    }
 
     #[test]
     fn percentiles_are_nearest_ranks() {
