@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory as _, FromArgMatches as _};
+use hf_hub::Cache;
 use sd_models::{AddOns, AssetDir, DeviceName, SafetyMode};
 use serde_json::{Value, json};
 
@@ -308,7 +309,7 @@ fn hub() -> Hub {
     let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
     Hub {
         // Without a home directory, as in some containers, the cache is in a temporary directory.
-        cache: cache.unwrap_or_else(|| std::env::temp_dir().join("huggingface/hub")),
+        cache: Cache::new(cache.unwrap_or_else(|| std::env::temp_dir().join("huggingface/hub"))),
         endpoint: endpoint.trim_end_matches('/').to_owned(),
         token: variable("HF_TOKEN"),
         offline: variable("HF_HUB_OFFLINE").is_some_and(switched_on),

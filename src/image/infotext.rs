@@ -94,19 +94,16 @@ fn in_png(file: &[u8]) -> Result<Option<String>> {
     if let Some(chunk) = latin {
         return Ok(Some(chunk.text.clone()));
     }
-    if let Some(chunk) = info.utf8_text.iter().find(|chunk| chunk.keyword == PARAMETERS) {
-        let mut chunk = chunk.clone();
+    let international = info.utf8_text.iter().find(|chunk| chunk.keyword == PARAMETERS).cloned();
+    if let Some(mut chunk) = international {
         chunk.decompress_text_with_limit(MAX_TEXT_BYTES).context(TOO_LONG)?;
         return Ok(Some(chunk.get_text()?));
     }
     let mut compressed = info.compressed_latin1_text.iter();
-    let chunk = compressed.find(|chunk| chunk.keyword == PARAMETERS).cloned();
-    chunk
-        .map(|mut chunk| {
-            chunk.decompress_text_with_limit(MAX_TEXT_BYTES).context(TOO_LONG)?;
-            Ok(chunk.get_text()?)
-        })
-        .transpose()
+    let compressed = compressed.find(|chunk| chunk.keyword == PARAMETERS).cloned();
+    let Some(mut chunk) = compressed else { return Ok(None) };
+    chunk.decompress_text_with_limit(MAX_TEXT_BYTES).context(TOO_LONG)?;
+    Ok(Some(chunk.get_text()?))
 }
 
 /// The UserComment: eight bytes that name its encoding, then the text.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
-use hf_hub::{Cache, Repo};
+use hf_hub::Repo;
 use sd_models::{Checkpoint, SafetyMode, Source};
 
 use super::hub::{Download, Hub};
@@ -29,7 +29,7 @@ fn vocabulary(file: &Path, hub: &Hub) -> Result<Option<PathBuf>> {
     if file.with_file_name("tokenizer").is_dir() {
         return Ok(None);
     }
-    let cache = Cache::new(hub.cache.clone()).repo(Repo::model(VOCABULARY.into()));
+    let cache = hub.cache.repo(Repo::model(VOCABULARY.into()));
     let cached = || VOCABULARY_FILES.iter().map(|name| cache.get(name)).collect::<Option<Vec<_>>>();
     if cached().is_none() {
         let (hub, id, revision) = (hub.clone(), VOCABULARY.into(), "main".into());

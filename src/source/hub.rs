@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use hf_hub::api::tokio::{Api, ApiBuilder, ApiError};
+use hf_hub::api::tokio::{ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
 use indicatif::{ProgressBar, ProgressStyle};
-use sd_models::check_pipeline;
-use sd_models::{SafetyMode, Source};
+use sd_models::{SafetyMode, Source, check_pipeline};
 use tokio::time::timeout;
 use tracing::info;
 
@@ -49,7 +48,7 @@ const SMALL_FILES: [&str; 12] = [
 #[derive(Debug, Clone)]
 pub(crate) struct Hub {
     /// The directory of `models--owner--name` directories.
-    pub(crate) cache: PathBuf,
+    pub(crate) cache: Cache,
     /// The hub's URL, without a trailing slash.
     pub(crate) endpoint: String,
     /// Token for gated and private models; `None`: the token file next to the cache.
@@ -85,7 +84,7 @@ impl Download {
 
     /// The model's directory in the cache, if it is complete. No network access.
     pub(super) fn cached(&self) -> Option<PathBuf> {
-        let cache = Cache::new(self.hub.cache.clone()).repo(self.repo());
+        let cache = self.hub.cache.repo(self.repo());
         let by_ref = cache.get("model_index.json").and_then(|path| Some(path.parent()?.into()));
         let path: PathBuf = by_ref.unwrap_or_else(|| cache.pointer_path(&self.revision));
         is_complete(&path, self.checking).then_some(path)
@@ -111,7 +110,10 @@ impl Download {
         name: &str,
         select: impl FnOnce(&[String]) -> Result<Vec<String>>,
     ) -> Result<PathBuf> {
-        let repo = self.api()?.repo(self.repo());
+        let cache = self.hub.cache.clone();
+        let token = self.hub.token.clone().or_else(|| cache.token());
+        let api = ApiBuilder::from_cache(cache).with_endpoint(self.hub.endpoint.clone());
+        let repo = api.with_token(token).with_progress(false).build()?.repo(self.repo());
         let listing = timeout(FIRST_RESPONSE_TIMEOUT, repo.info())
             .await
             .map_err(|_| anyhow!("{} does not respond", self.hub.endpoint))
@@ -120,7 +122,7 @@ impl Download {
         let files: Vec<String> = listing.siblings.into_iter().map(|file| file.rfilename).collect();
         let files = select(&files).with_context(|| name.to_owned())?;
 
-        let present = Cache::new(self.hub.cache.clone()).repo(self.repo());
+        let present = self.hub.cache.repo(self.repo());
         let snapshot = present.pointer_path(&listing.sha);
         for (k, file) in files.iter().enumerate() {
             if snapshot.join(file).exists() {
@@ -134,13 +136,6 @@ impl Download {
         }
         present.create_ref(&listing.sha).context("cannot write to the cache")?;
         Ok(snapshot)
-    }
-
-    fn api(&self) -> Result<Api> {
-        let cache = Cache::new(self.hub.cache.clone());
-        let token = self.hub.token.clone().or_else(|| cache.token());
-        let builder = ApiBuilder::from_cache(cache).with_endpoint(self.hub.endpoint.clone());
-        Ok(builder.with_token(token).with_progress(false).build()?)
     }
 
     /// The error message for a failed request to the hub, with a remedy.
@@ -163,7 +158,7 @@ impl Download {
             ApiError::LockAcquisition(path) => {
                 format!("another process is downloading it: {} is locked", path.display())
             }
-            ApiError::IoError(_) => format!("cannot write to {}", cache.display()),
+            ApiError::IoError(_) => format!("cannot write to {}", cache.path().display()),
             _ => format!("{endpoint} sent an unexpected response"),
         };
         anyhow::Error::new(error).context(advice)

@@ -113,13 +113,9 @@ fn within(path: PathBuf, hub: &Hub) -> Result<Source> {
 }
 
 pub(crate) fn wants_half(device: DeviceName, precision: Precision) -> bool {
-    match precision {
-        Precision::F16 => true,
-        Precision::Bf16 | Precision::F32 => false,
-        Precision::Auto => match device {
-            DeviceName::Cuda(_) => true,
-            DeviceName::Cpu => false,
-            DeviceName::Auto => cfg!(feature = "cuda"),
-        },
+    match (precision, device) {
+        (Precision::F16, _) | (Precision::Auto, DeviceName::Cuda(_)) => true,
+        (Precision::Bf16 | Precision::F32, _) | (Precision::Auto, DeviceName::Cpu) => false,
+        (Precision::Auto, DeviceName::Auto) => cfg!(feature = "cuda"),
     }
 }

@@ -87,7 +87,7 @@ pub(crate) struct Attention {
 }
 
 /// What the kernels of one kind have done since the program began.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct KernelStats {
     /// Launches.
     pub launches: u64,

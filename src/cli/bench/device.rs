@@ -75,7 +75,7 @@ struct DeviceReport {
     /// Free memory before and after the largest batch; the pool retains its memory.
     free_bytes: (Option<u64>, Option<u64>),
     /// Work of the kernels in a step of two rows.
-    step: Vec<(&'static str, Counted)>,
+    step: Vec<(&'static str, KernelStats)>,
     /// Share of the roofline bound that a step of two rows reaches, if the GPU is known.
     roofline_share: Option<f64>,
 }
@@ -86,13 +86,6 @@ struct Timing {
     steps_per_second: f64,
     /// With the model's default steps and one decode per image.
     images_per_second: f64,
-}
-
-#[derive(Debug, Clone, Copy, Serialize)]
-struct Counted {
-    launches: u64,
-    flops: u64,
-    bytes: u64,
 }
 
 /// Generates images of one size with one model.
@@ -117,16 +110,12 @@ pub(crate) fn run(model: ModelConfig, timing: &TimingConfig, json: bool) -> Resu
     let mut two = bench.begin(2)?;
     let before = Pipeline::work();
     bench.step(&mut two)?;
-    let step_work = Pipeline::work().into_iter().zip(before).map(|((kind, now), (_, then))| {
-        let KernelStats { launches, flops, bytes } = now;
-        let counted = Counted {
-            launches: launches - then.launches,
-            flops: flops - then.flops,
-            bytes: bytes - then.bytes,
-        };
-        (kind, counted)
-    });
-    let step_work: Vec<_> = step_work.collect();
+    let mut step_work = Pipeline::work();
+    for ((_, work), (_, before)) in step_work.iter_mut().zip(before) {
+        work.launches -= before.launches;
+        work.flops -= before.flops;
+        work.bytes -= before.bytes;
+    }
     bench.pipeline.decode(&two[0])?;
     let began = Instant::now();
     bench.pipeline.decode(&two[0])?;
@@ -269,7 +258,7 @@ impl fmt::Display for DeviceReport {
         for Timing { rows, steps_per_second, images_per_second } in &self.rows {
             writeln!(f, "{rows:4}  {steps_per_second:7.2}  {images_per_second:10.4}")?;
         }
-        for (kind, Counted { launches, flops, bytes }) in &self.step {
+        for (kind, KernelStats { launches, flops, bytes }) in &self.step {
             let (gigaflops, megabytes) = (*flops as f64 / 1e9, *bytes as f64 / 1e6);
             writeln!(
                 f,

@@ -2,7 +2,6 @@
 //! Fields that would change the image and are not supported are rejected by name. AUTOMATIC1111 has
 //! one progress and one interrupt for all; here each client has its own.
 
-mod error;
 mod info;
 mod lists;
 mod options;
@@ -13,10 +12,15 @@ mod txt2img;
 
 use aide::axum::ApiRouter;
 use aide::axum::routing::{get_with, post_with};
+use axum::http::StatusCode;
+use axum::response::Response;
+use schemars::JsonSchema;
+use serde::Serialize;
+use serde_json::json;
 
 use super::docs::{self, Docs};
+use super::error::{ErrorDetail, map_error_body};
 use super::state::AppState;
-pub(crate) use error::errors;
 
 /// The routes of AUTOMATIC1111's API.
 pub(crate) fn routes() -> ApiRouter<AppState> {
@@ -53,5 +57,21 @@ pub(crate) fn routes() -> ApiRouter<AppState> {
         .api_route("/sdapi/v1/scripts", get_with(lists::scripts, list("Scripts")))
         .api_route("/sdapi/v1/png-info", post_with(png_info::png_info, png_info))
         .api_route("/internal/progress", post_with(progress::task, task));
-    docs::keyed::<error::A1111Error<'_>>(routes, "AUTOMATIC1111")
+    docs::keyed::<A1111Error<'_>>(routes, "AUTOMATIC1111")
+}
+
+/// The body of an error.
+#[derive(Serialize, JsonSchema)]
+struct A1111Error<'a> {
+    error: &'a str,
+    detail: &'a str,
+    body: &'a str,
+    errors: &'a str,
+}
+
+/// Renders the errors of handlers and middleware in AUTOMATIC1111's format.
+pub(crate) async fn errors(response: Response) -> Response {
+    map_error_body(response, |_: StatusCode, ErrorDetail { code, message, .. }| {
+        json!(A1111Error { error: code, detail: message, body: "", errors: message })
+    })
 }

@@ -322,22 +322,17 @@ impl InitImage {
         if is_set(self.inpainting_mask_invert) {
             draw.mask_area = MaskArea::Black;
         }
-        let notes = [
+        let ignored = [
+            ("inpaint_full_res", is_set(self.inpaint_full_res), "the whole image was generated"),
+            ("mask_blur", is_set(self.mask_blur), "the mask was applied with hard edges"),
             (
-                is_set(self.inpaint_full_res),
-                "inpaint_full_res is not supported: the whole image was generated",
-            ),
-            (
-                is_set(self.mask_blur),
-                "mask_blur is not supported: the mask was applied with hard edges",
-            ),
-            (
+                "inpainting_fill",
                 self.inpainting_fill.is_some_and(|fill| fill != 1),
-                "inpainting_fill is not supported: the masked area started from the input image",
+                "the masked area started from the input image",
             ),
         ];
-        let notes = notes.into_iter().filter(|(is_set, _)| *is_set && draw.mask.is_some());
-        Ok(notes.map(|(_, note)| note.to_owned()).collect())
+        let ignored = ignored.into_iter().filter(|(_, is_set, _)| *is_set && draw.mask.is_some());
+        Ok(ignored.map(|(name, _, note)| format!("{name} is not supported: {note}")).collect())
     }
 }
 

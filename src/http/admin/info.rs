@@ -1,12 +1,21 @@
-//! `/info`: the server, its model and its limits.
+//! `/ping` and `/health/ready`; and `/info`: the server, its model and its limits.
 
 use axum::Json;
 use axum::extract::State;
+use axum::http::StatusCode;
 use sd_models::SamplerName;
 use serde_json::{Value, json};
 
 use crate::engine::EngineState;
 use crate::http::state::AppState;
+
+/// Readiness probe: 200 if images can be generated or models loaded, else 503. It never waits.
+pub(crate) async fn ready(State(state): State<AppState>) -> StatusCode {
+    match state.models.state() {
+        EngineState::Ready(_) | EngineState::Absent => StatusCode::OK,
+        _ => StatusCode::SERVICE_UNAVAILABLE,
+    }
+}
 
 /// The server, its model and its limits.
 pub(crate) async fn info(State(state): State<AppState>) -> Json<Value> {

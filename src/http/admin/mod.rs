@@ -1,6 +1,5 @@
 //! Routes that describe or manage the server.
 
-mod health;
 mod info;
 mod metrics;
 mod multi_model;
@@ -24,9 +23,9 @@ pub(crate) fn routes() -> ApiRouter<AppState> {
     let info = Docs::of("Server, model and limits").gives(200, &["phase", "limits"], &[]);
     let metrics = Docs::of("Prometheus metrics").gives(200, &[], &["text/plain"]).describe();
     let routes = ApiRouter::new()
-        .api_route("/ping", get_with(health::ready, ready()).merge(post(health::ready)))
+        .api_route("/ping", get_with(info::ready, ready()).merge(post(info::ready)))
         .api_route("/health/live", get_with(async || StatusCode::OK, live))
-        .api_route("/health/ready", get_with(health::ready, ready()))
+        .api_route("/health/ready", get_with(info::ready, ready()))
         .api_route("/info", get_with(info::info, info.describe()))
         .api_route("/metrics", get_with(metrics::metrics, metrics));
     docs::group::<ErrorBody>(routes, "server")
