@@ -3,6 +3,7 @@
 //! ticket is dropped, the tasks are cancelled; if the worker terminates, the ticket fails.
 
 use std::net::IpAddr;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -66,6 +67,11 @@ impl Client {
         Self(name.into())
     }
 
+    /// The name, or the address as text.
+    pub fn name(&self) -> &str {
+        &self.0
+    }
+
     /// A client identified by its address. IPv6 addresses count by /64, the network of one
     /// subscriber.
     pub fn at(address: IpAddr) -> Self {
@@ -76,6 +82,38 @@ impl Client {
                 Self(format!("{a:x}:{b:x}:{c:x}:{d:x}").into())
             }
         }
+    }
+}
+
+/// The order of a job among the jobs of its own client. Other clients are not affected.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Priority {
+    /// After the client's other jobs.
+    Low,
+    /// In the order of arrival.
+    #[default]
+    Normal,
+    /// Before the client's other jobs that have not started.
+    High,
+}
+
+impl Priority {
+    /// The name in requests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Low => "low",
+            Self::Normal => "normal",
+            Self::High => "high",
+        }
+    }
+}
+
+impl FromStr for Priority {
+    type Err = &'static str;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        let all = [Self::Low, Self::Normal, Self::High];
+        all.into_iter().find(|one| one.name() == name).ok_or("must be low, normal or high")
     }
 }
 
@@ -90,11 +128,14 @@ pub struct Job {
     pub deadline: Option<tokio::time::Instant>,
     /// Whether to send previews.
     pub preview: bool,
+    /// Its order among the client's jobs.
+    pub priority: Priority,
 }
 
 impl From<Vec<Spec>> for Job {
     fn from(specs: Vec<Spec>) -> Self {
-        Self { specs, client: Client::default(), deadline: None, preview: false }
+        let (client, priority) = Default::default();
+        Self { specs, client, deadline: None, preview: false, priority }
     }
 }
 
@@ -160,6 +201,7 @@ pub(super) struct ImageTask {
     pub(super) spec: Spec,
     pub(super) client: Client,
     pub(super) job: JobId,
+    pub(super) priority: Priority,
     /// Number of images of the job.
     pub(super) siblings: usize,
     pub(super) submitted: Instant,
@@ -182,7 +224,7 @@ pub(super) fn open(
     busy: &watch::Sender<()>,
     metrics: &Arc<Metrics>,
 ) -> (Ticket, Vec<ImageTask>) {
-    let Job { specs, client, deadline, preview } = job;
+    let Job { specs, client, deadline, preview, priority } = job;
     let count = specs.len();
     // Each task sends one result, so with this capacity the worker never waits.
     let (sender, results) = mpsc::channel(count.max(1));
@@ -195,6 +237,7 @@ pub(super) fn open(
         spec,
         client: client.clone(),
         job: id,
+        priority,
         siblings: count,
         submitted,
         index,

@@ -27,7 +27,7 @@ use tokio::sync::watch;
 use crate::host::{gpu, memory};
 use crate::telemetry::Metrics;
 pub use device::DeviceScheduler;
-pub use job::{Client, GeneratedImage, Job, JobError, Preview, Progress, Ticket};
+pub use job::{Client, GeneratedImage, Job, JobError, Preview, Priority, Progress, Ticket};
 pub use model::{Model, Trajectory};
 pub use monitor::{Estimate, JobMonitor};
 use queue::{PushError, Queue};
@@ -222,6 +222,15 @@ impl Engine {
             self.abort();
             let _ = ended.await;
         }
+    }
+
+    /// Returns when the engine drains or is stopped.
+    pub async fn draining(&self) {
+        let mut state = self.shared.state.subscribe();
+        let ends =
+            |state: &EngineState| matches!(state, EngineState::Draining | EngineState::Stopped);
+        // The sender lives as long as `self`.
+        let _ = state.wait_for(ends).await;
     }
 
     /// Returns when every accepted image has ended.

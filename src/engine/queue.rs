@@ -2,8 +2,10 @@
 //!
 //! The order is start-time fair queueing (Goyal, Vin and Cheng 1996): the start of an image, in
 //! virtual time, is when the earlier work of its client is done. A client with one image does not
-//! wait for another client's hundred, and images of one client keep their order.
+//! wait for another client's hundred. Images of one client keep their order, except that those of a
+//! higher priority go first: a priority changes the order within a client's share, not the share.
 
+use std::cmp::Reverse;
 use std::collections::{HashMap, VecDeque};
 
 use super::job::{Client, ImageTask, JobId};
@@ -87,6 +89,7 @@ impl Queue {
             evicted = self.make_room(job).ok_or(PushError::Full)?;
         }
         self.arrivals += 1;
+        let newcomer = job.first().map(|task| (task.client.clone(), task.priority));
         for task in job.drain(..) {
             let end = self.ends.entry(task.client.clone()).or_default();
             let start = self.now.max(*end);
@@ -94,7 +97,30 @@ impl Queue {
             let place = self.tasks.partition_point(|waiting| waiting.start <= start);
             self.tasks.insert(place, Waiting { task, start });
         }
+        if let Some((client, priority)) = newcomer {
+            let overtakes = |task: &ImageTask| task.client == client && task.priority < priority;
+            if self.tasks.iter().any(|waiting| overtakes(&waiting.task)) {
+                self.order_by_priority(&client);
+            }
+        }
         Ok(evicted)
+    }
+
+    /// Lays the waiting images of a client out again from their first start, by priority.
+    fn order_by_priority(&mut self, client: &Client) {
+        let tasks = std::mem::take(&mut self.tasks).into_iter();
+        let (mut own, others): (VecDeque<_>, VecDeque<_>) =
+            tasks.partition(|waiting| waiting.task.client == *client);
+        self.tasks = others;
+        let Some(mut start) = own.front().map(|first| first.start) else { return };
+        own.make_contiguous().sort_by_key(|waiting| Reverse(waiting.task.priority));
+        for Waiting { task, .. } in own {
+            let place = self.tasks.partition_point(|waiting| waiting.start <= start);
+            let end = start.saturating_add(task.work());
+            self.tasks.insert(place, Waiting { task, start });
+            start = end;
+        }
+        self.ends.insert(client.clone(), start);
     }
 
     /// If the queue is full, the client with the most images loses its newest job to a client that
@@ -215,6 +241,23 @@ mod tests {
         }
         assert_eq!(queue.place(3), Some((8, queue.work())));
         assert_eq!(drain(&mut queue), [1, 2, 3, 1, 3, 1, 1, 1, 1]);
+        assert!(queue.ends.is_empty());
+    }
+
+    #[test]
+    fn a_priority_orders_the_jobs_of_its_own_client_only() {
+        use super::super::job::Priority::{High, Low, Normal};
+        let mut queue = Queue::new(100);
+        let mut tickets = Vec::new();
+        let jobs = [(1, Low, 1), (1, Normal, 2), (2, Normal, 2), (1, High, 1), (1, Normal, 1)];
+        for (id, (client, priority, images)) in jobs.into_iter().enumerate() {
+            let (ticket, mut tasks) = job(client, id as JobId, images);
+            tasks.iter_mut().for_each(|task| task.priority = priority);
+            queue.push(&mut tasks).expect("room");
+            tickets.push(ticket);
+        }
+        let order = std::iter::from_fn(|| queue.next(|_| true).map(|task| task.job));
+        assert_eq!(order.collect::<Vec<_>>(), [2, 3, 2, 1, 1, 4, 0]);
         assert!(queue.ends.is_empty());
     }
 

@@ -19,7 +19,7 @@ use tracing::{error, info, info_span};
 use super::admission::RequestSlot;
 use super::error::{ApiError, Result};
 use super::state::AppState;
-use crate::engine::{Client, Engine, GeneratedImage, Job, JobError, Preview, Ticket};
+use crate::engine::{Client, Engine, GeneratedImage, Job, JobError, Preview, Priority, Ticket};
 use crate::image::{self, Format, Hashes, JPEG_QUALITY};
 use crate::request::{DrawRequest, ValidationError};
 
@@ -57,6 +57,8 @@ pub(crate) struct Drawing {
     pub(crate) quality: u8,
     /// Whether the client can receive live previews.
     pub(crate) preview: bool,
+    /// The order among the client's own images.
+    pub(crate) priority: Priority,
     /// Held until the response is encoded, even if the client has disconnected. None for work that
     /// is bounded otherwise.
     pub(crate) slot: Option<RequestSlot>,
@@ -106,15 +108,15 @@ impl Drawing {
             info!(prompt = specs[0].prompt, "accepted");
         }
         let (quality, hashes) = (JPEG_QUALITY, state.hashes.clone());
-        let slot = Some(slot.clone());
-        Ok(Self { specs, reply, quality, preview, slot, model, engine, hashes })
+        let (slot, priority) = (Some(slot.clone()), Priority::default());
+        Ok(Self { specs, reply, quality, preview, priority, slot, model, engine, hashes })
     }
 
     /// Submits the images to the engine.
     pub(crate) fn submit(&self, client: &Client, deadline: Deadline) -> Result<Ticket> {
         let (specs, client) = (self.specs.clone(), client.clone());
-        let (deadline, preview) = (Some(deadline), self.preview);
-        Ok(self.engine.submit(Job { specs, client, deadline, preview })?)
+        let (deadline, preview, priority) = (Some(deadline), self.preview, self.priority);
+        Ok(self.engine.submit(Job { specs, client, deadline, preview, priority })?)
     }
 
     /// Submits the images to the engine as soon as the queue has room.
