@@ -108,7 +108,7 @@ pub async fn serve(
 ) -> Result<()> {
     let close = CancellationToken::new();
     let models = models.into();
-    let app = http::router(models.clone(), settings.clone());
+    let app = http::router(models.clone(), settings.clone())?;
     let mut server =
         tokio::spawn(http::listen(listener, app, settings, close.clone().cancelled_owned()));
 

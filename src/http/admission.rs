@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::error::{ApiError, Result};
 use super::state::{AppState, model_of};
-use crate::engine::Client;
+use crate::engine::{Client, JobError};
 use crate::request::{Fields, ValidationError};
 
 /// Header with the client's timeout in milliseconds. It cannot exceed the server's.
@@ -100,6 +100,15 @@ impl Admitted {
 pub(crate) fn text(body: &[u8]) -> Result<&str, ValidationError> {
     std::str::from_utf8(body)
         .map_err(|error| ValidationError::body(format!("the body is not UTF-8: {error}")))
+}
+
+impl RequestSlot {
+    /// A slot for a job that was accepted by an earlier process; waits until one is free.
+    pub(crate) async fn wait(state: &AppState) -> Result<Self> {
+        let permit = Arc::clone(&state.request_slots).acquire_owned().await;
+        let permit = permit.map_err(|_| JobError::Stopping)?;
+        Ok(Self { _permit: Arc::new(permit) })
+    }
 }
 
 /// The client's timeout, if it is less than `most`.

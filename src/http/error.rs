@@ -1,12 +1,15 @@
 //! The errors of HTTP requests: status, code and JSON `{"error":{"code","message","param"}}`. They
 //! are short, since SageMaker forwards the first 2048 characters only.
 
+use std::borrow::Cow;
+
 use axum::Json;
 use axum::http::header::{CONTENT_LENGTH, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use rusqlite::ErrorCode;
 use schemars::JsonSchema;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::engine::JobError;
@@ -58,6 +61,25 @@ pub(crate) enum ApiError {
         /// Estimated seconds until there is room.
         retry_after_s: u64,
     },
+    /// 429: the limit on background jobs without room for another.
+    #[error(
+        "no room for another job within {limit}; retry after {retry_after_s} s, or DELETE jobs"
+    )]
+    JobLimit {
+        /// The option.
+        limit: &'static str,
+        /// Estimated seconds until there is room.
+        retry_after_s: u64,
+    },
+    /// 507: the result of a job is too large beside the others.
+    #[error("the result of {0} bytes has no room within --max-job-bytes; DELETE jobs for room")]
+    ResultLimit(usize),
+    /// 500: a job that ends the server whenever it is generated.
+    #[error("the server ended {0} times while it generated this job")]
+    Abandoned(u32),
+    /// 507: the database of jobs cannot be written.
+    #[error("the server cannot store jobs: {}", storage_reason(.0))]
+    Storage(#[from] rusqlite::Error),
     /// 404, 409, 507 and 500: the model is not available.
     #[error(transparent)]
     Registry(#[from] RegistryError),
@@ -93,13 +115,15 @@ impl ApiError {
             Self::SlowBody => (S::REQUEST_TIMEOUT, "body_timeout"),
             Self::TooLarge(_) => (S::PAYLOAD_TOO_LARGE, "too_large"),
             Self::MediaType(_) => (S::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
-            Self::Crowded { .. } | Self::Job(Job::Full { .. }) => {
+            Self::Crowded { .. } | Self::JobLimit { .. } | Self::Job(Job::Full { .. }) => {
                 (S::TOO_MANY_REQUESTS, "overloaded")
             }
             Self::Validation(ValidationError::Malformed { .. }) => (S::BAD_REQUEST, "malformed"),
             Self::Validation(ValidationError::OutOfRange { .. }) | Self::Job(Job::Spec { .. }) => {
                 (S::UNPROCESSABLE_ENTITY, "out_of_range")
             }
+            Self::ResultLimit(_) | Self::Storage(_) => (S::INSUFFICIENT_STORAGE, "storage_full"),
+            Self::Abandoned(_) => (S::INTERNAL_SERVER_ERROR, "job_abandoned"),
             Self::Encode => (S::INTERNAL_SERVER_ERROR, "encode_failed"),
             Self::Registry(Registry::NoRoom(_)) | Self::Job(Job::OutOfMemory) => {
                 (S::INSUFFICIENT_STORAGE, "out_of_memory")
@@ -120,9 +144,9 @@ impl ApiError {
     /// Value of `Retry-After`, in seconds.
     fn retry_after_s(&self) -> Option<u64> {
         match self {
-            Self::Crowded { retry_after_s } | Self::Job(JobError::Full { retry_after_s }) => {
-                Some(*retry_after_s)
-            }
+            Self::Crowded { retry_after_s }
+            | Self::JobLimit { retry_after_s, .. }
+            | Self::Job(JobError::Full { retry_after_s }) => Some(*retry_after_s),
             Self::Job(JobError::Loading | JobError::Stopping) => Some(1),
             _ => None,
         }
@@ -139,23 +163,32 @@ impl ApiError {
     }
 }
 
+/// What a client may know of an error of the database; the error itself is in the log.
+fn storage_reason(error: &rusqlite::Error) -> &'static str {
+    match error.sqlite_error_code() {
+        Some(ErrorCode::DiskFull) => "its disk is full",
+        Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen) => "its disk is read-only",
+        _ => "its disk cannot be read or written",
+    }
+}
+
 /// The result of a handler.
 pub(crate) type Result<T, E = ApiError> = std::result::Result<T, E>;
 
 /// The details of an error, as an extension of its response: for the log, the metrics and the
 /// formats of the other APIs.
-#[derive(Debug, Clone, Serialize, JsonSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 pub(crate) struct ErrorDetail {
-    pub(crate) code: &'static str,
+    pub(crate) code: Cow<'static, str>,
     pub(crate) message: String,
     #[schemars(required, extend("type" = ["string", "null"]))]
     pub(crate) param: Option<String>,
 }
 
 /// The body of an error.
-#[derive(Serialize, JsonSchema)]
+#[derive(Serialize, Deserialize, JsonSchema)]
 pub(crate) struct ErrorBody {
-    error: ErrorDetail,
+    pub(crate) error: ErrorDetail,
 }
 
 impl ApiError {
@@ -165,7 +198,7 @@ impl ApiError {
     }
 
     pub(crate) fn reason(&self) -> ErrorDetail {
-        let (code, param) = (self.kind().1, self.param().map(Into::into));
+        let (code, param) = (self.kind().1.into(), self.param().map(Into::into));
         ErrorDetail { code, message: self.to_string(), param }
     }
 

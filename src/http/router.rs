@@ -16,12 +16,17 @@ use super::state::{ApiKey, AppState, HttpConfig};
 use super::{a1111, admin, invocations, openai, page};
 use crate::registry::ModelRegistry;
 
-/// All routes. Those behind `lock` need a key if any are configured.
-pub fn router(models: ModelRegistry, settings: HttpConfig) -> Router {
+/// All routes. Those behind `lock` need a key if any are configured. The jobs of the data directory
+/// are continued in tasks of their own; the error says why it cannot be used.
+pub fn router(models: ModelRegistry, settings: HttpConfig) -> anyhow::Result<Router> {
     let keys: Arc<[ApiKey]> = settings.api_keys.as_slice().into();
     let lock = || from_fn_with_state(Arc::clone(&keys), auth::require);
     let cors = option_layer(cors(&settings.cors_origins));
-    let state = AppState::new(models, settings);
+    let state = AppState::new(models, settings)?;
+    tokio::spawn(state.purge());
+    if state.jobs.is_durable() {
+        tokio::spawn(invocations::resume(state.clone()));
+    }
     // Schemas that refer to no other are what the page at /docs can show.
     aide::generate::extract_schemas(false);
     let mut router = ApiRouter::new()
@@ -46,7 +51,7 @@ pub fn router(models: ModelRegistry, settings: HttpConfig) -> Router {
         .method_not_allowed_fallback(other_method)
         .layer(cors)
         .layer(from_fn_with_state(state.engine.clone(), observe));
-    sagemaker_route::by_attribute(router.with_state(state))
+    Ok(sagemaker_route::by_attribute(router.with_state(state)))
 }
 
 /// A method that a route does not support. OPTIONS is no error: the response is the header `Allow`,

@@ -2,23 +2,28 @@
 
 use std::fmt;
 use std::ops::Deref;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::http::HeaderValue;
 use clap::builder::FalseyValueParser;
+use ring::digest::{SHA256, digest};
 use sd_models::ModelInfo;
 use tokio::sync::Semaphore;
 
 use super::error::{ApiError, Result};
 use super::reading::Reader;
-use super::store::{InFlight, JobStore, SelectedCheckpoint, UrlStore};
-use crate::engine::{Engine, JobError};
+use super::store::{InFlight, JobLimits, JobStore, SelectedCheckpoint, UrlStore};
+use crate::engine::{Client, Engine, JobError};
 use crate::image::Hashes;
 use crate::options::{millis, min};
 use crate::registry::{ModelLease, ModelRegistry, RegistryError};
 use crate::request::Limits;
+
+/// Interval at which expired results and images are deleted.
+const PURGE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The bounds of the HTTP side, which are options of `serve`.
 #[derive(Debug, Clone, clap::Args)]
@@ -50,19 +55,45 @@ pub struct HttpConfig {
     #[arg(long = "stream-timeout-ms", env = "SD_STREAM_TIMEOUT_MS", default_value = "470000")]
     #[arg(value_parser = millis::<1>, help_heading = "Network")]
     pub stream_timeout: Duration,
-    /// Maximum number of jobs of /v1/jobs, finished ones included. At the limit, the oldest result
-    /// is evicted for a new job; if no job has finished, it gets 429
+    /// Directory of the jobs of /v1/jobs: their requests and results, which survive the process. A
+    /// job that is accepted is durable, and is continued by the next process that has the directory;
+    /// one process can use it at a time. Without it jobs are in memory and lost with the process
+    #[arg(long, env = "SD_DATA_DIR", value_name = "DIR", help_heading = "Jobs")]
+    pub data_dir: Option<PathBuf>,
+    /// Maximum number of jobs of /v1/jobs, finished ones included. At the limit, results are deleted
+    /// for a new job: the client's own, then those that others have received; if there are none, it
+    /// gets 429
     #[arg(long, env = "SD_MAX_JOBS", default_value = "64", value_parser = min::<1>)]
+    #[arg(help_heading = "Jobs")]
     pub max_jobs: usize,
+    /// Maximum number of jobs of one client, finished ones included. At the limit, the client's own
+    /// results are deleted for a new job; if there are none, it gets 429. Default: half of
+    /// --max-jobs, so that no client keeps all others out
+    #[arg(long, env = "SD_MAX_JOBS_PER_CLIENT", value_parser = min::<1>, help_heading = "Jobs")]
+    pub max_jobs_per_client: Option<usize>,
+    /// Maximum total size of the results of jobs, and with --data-dir of their requests, in bytes;
+    /// half of it for one client. At the limit, results are deleted as for --max-jobs
+    #[arg(long, env = "SD_MAX_JOB_BYTES", default_value = "268435456", value_parser = min::<1>)]
+    #[arg(help_heading = "Jobs")]
+    pub max_job_bytes: usize,
     /// Time for a job, in milliseconds; after it the job fails. A client can ask for less with the
     /// header x-request-timeout-ms
     #[arg(long = "job-timeout-ms", env = "SD_JOB_TIMEOUT_MS", default_value = "3600000")]
-    #[arg(value_parser = millis::<1>)]
+    #[arg(value_parser = millis::<1>, help_heading = "Jobs")]
     pub job_timeout: Duration,
     /// Time for which the result of a job is retained, in milliseconds
     #[arg(long = "job-retention-ms", env = "SD_JOB_RETENTION_MS", default_value = "600000")]
-    #[arg(value_parser = millis::<1>)]
+    #[arg(value_parser = millis::<1>, help_heading = "Jobs")]
     pub job_retention: Duration,
+    /// Hosts that the field `webhook` of a job may name, comma-separated, with their port if it is
+    /// not that of the scheme, such as `example.org,10.0.0.7:8080`. Default: none
+    #[arg(long, env = "SD_WEBHOOK_HOSTS", value_name = "HOSTS", requires = "webhook_secret")]
+    #[arg(value_delimiter = ',', value_parser = webhook_host, help_heading = "Jobs")]
+    pub webhook_hosts: Vec<String>,
+    /// Key of the HMAC-SHA256 in the header x-sd-signature of webhooks
+    #[arg(long, env = "SD_WEBHOOK_SECRET", hide_env_values = true, value_name = "KEY")]
+    #[arg(help_heading = "Jobs")]
+    pub webhook_secret: Option<ApiKey>,
     /// Time for which an image that was returned as a URL is retained, in milliseconds
     #[arg(long = "url-retention-ms", env = "SD_URL_RETENTION_MS", default_value = "3600000")]
     #[arg(value_parser = millis::<1>)]
@@ -98,6 +129,13 @@ pub struct HttpConfig {
     pub cors_origins: Vec<HeaderValue>,
 }
 
+/// A host, or a host and a port.
+fn webhook_host(text: &str) -> Result<String, String> {
+    let url = reqwest::Url::parse(&format!("http://{text}/")).ok();
+    let is_host = url.is_some_and(|url| url.path() == "/" && !text.contains(['/', '@', '?', '#']));
+    if is_host { Ok(text.to_ascii_lowercase()) } else { Err("must be a host or host:port".into()) }
+}
+
 /// A web origin, or `*`.
 fn origin(text: &str) -> Result<HeaderValue, String> {
     let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
@@ -106,7 +144,7 @@ fn origin(text: &str) -> Result<HeaderValue, String> {
     value.ok_or_else(|| "must be * or http(s)://host without a path".into())
 }
 
-/// A key for `/v1` and `/sdapi`. Its debug output does not contain it.
+/// A key for `/v1` and `/sdapi`, or for webhooks. Its debug output does not contain it.
 #[derive(Clone)]
 pub struct ApiKey(Box<str>);
 
@@ -124,6 +162,14 @@ impl FromStr for ApiKey {
 impl ApiKey {
     pub(crate) fn as_bytes(&self) -> &[u8] {
         self.0.as_bytes()
+    }
+
+    /// The name of the client that has the key. It is stored, so it tells nothing of the key, and is
+    /// the same in the next process.
+    pub(crate) fn client(&self) -> Client {
+        let hex = |byte: &u8| format!("{byte:02x}");
+        let hash: String = digest(&SHA256, self.as_bytes()).as_ref().iter().map(hex).collect();
+        Client::named(&format!("key {hash}"))
     }
 }
 
@@ -166,8 +212,16 @@ impl Deref for AppState {
 }
 
 impl AppState {
-    pub(crate) fn new(models: ModelRegistry, settings: HttpConfig) -> Self {
-        let (jobs, in_flight, checkpoint, hashes) = Default::default();
+    /// The error names what is wrong with the data directory.
+    pub(crate) fn new(models: ModelRegistry, settings: HttpConfig) -> anyhow::Result<Self> {
+        let (in_flight, checkpoint, hashes) = Default::default();
+        let limits = JobLimits {
+            jobs: settings.max_jobs,
+            jobs_per_client: settings.max_jobs_per_client.unwrap_or(settings.max_jobs.div_ceil(2)),
+            bytes: settings.max_job_bytes,
+            retention: settings.job_retention,
+        };
+        let jobs = Arc::new(JobStore::open(settings.data_dir.as_deref(), limits)?);
         let shared = AppShared {
             request_slots: Arc::new(Semaphore::new(settings.max_requests)),
             reader: Reader::new(settings.max_decoded_bytes),
@@ -180,7 +234,21 @@ impl AppState {
             settings,
         };
         let engine = shared.models.default_engine().clone();
-        Self { engine, _chosen: None, shared: Arc::new(shared) }
+        Ok(Self { engine, _chosen: None, shared: Arc::new(shared) })
+    }
+
+    /// Deletes what has expired, as long as the state exists.
+    pub(crate) fn purge(&self) -> impl Future<Output = ()> + 'static {
+        let shared = Arc::downgrade(&self.shared);
+        async move {
+            loop {
+                tokio::time::sleep(PURGE_INTERVAL).await;
+                let Some(shared) = shared.upgrade() else { return };
+                shared.urls.purge();
+                // An error is in the log; the next attempt may succeed.
+                let _ = shared.jobs.purge().await;
+            }
+        }
     }
 
     /// The state for a request to another model.

@@ -119,7 +119,7 @@ metrics! {
     ready: Gauge = "sd_ready" [] Gauge::default;
     /// Time from the start of loading the model, download included, to the end of its warm-up.
     model_load: FloatGauge = "sd_model_load_seconds" [] FloatGauge::default;
-    /// Jobs of /v1/jobs held in memory, by state: running or finished.
+    /// Jobs of /v1/jobs, by state: running, which includes queued ones, or finished.
     jobs: Gauge = "sd_jobs" ["state"] Gauge::default;
     /// Device memory available to one UNet call or VAE decode.
     memory_budget: Gauge = "sd_memory_budget_bytes" [] Gauge::default;

@@ -26,7 +26,7 @@ pub(crate) async fn ready() -> (Engine, Strings) {
 pub(crate) struct Server {
     pub(crate) url: String,
     shutdown: Option<oneshot::Sender<()>>,
-    ended: JoinHandle<Result<()>>,
+    pub(crate) ended: JoinHandle<Result<()>>,
 }
 
 impl Server {
@@ -40,7 +40,7 @@ impl Server {
     }
 
     /// What SIGTERM does.
-    fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         self.shutdown.take().expect("only once").send(()).expect("it serves");
     }
 

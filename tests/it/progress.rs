@@ -106,7 +106,7 @@ async fn a_stream_that_is_not_read_ends_with_its_error() -> Result<()> {
     let (engine, strings) = ready().await;
     let body = json!({ "prompt": "out of memory", "stream": true }).to_string();
     let request = axum::http::Request::post("/invocations").body(axum::body::Body::from(body))?;
-    let reply = http::router(engine.clone().into(), HTTP).oneshot(request).await?;
+    let reply = http::router(engine.clone().into(), HTTP)?.oneshot(request).await?;
     // The channel of events is full, and the next one waits, when the image fails.
     strings.permits.send(())?;
     wait_until(|| counted(&engine, "sd_images_total{outcome=\"failed\"} 1"));
@@ -123,7 +123,7 @@ async fn a_stream_on_which_nothing_happens_has_a_heartbeat() -> Result<()> {
     let (engine, _strings) = ready().await;
     let body = json!({ "prompt": "a cat", "stream": true }).to_string();
     let request = axum::http::Request::post("/invocations").body(axum::body::Body::from(body))?;
-    let reply = http::router(engine.into(), HTTP).oneshot(request).await?;
+    let reply = http::router(engine.into(), HTTP)?.oneshot(request).await?;
     let mut parts = reply.into_body().into_data_stream();
     let mut next = async || -> Result<(Duration, String)> {
         let began = tokio::time::Instant::now();
@@ -209,6 +209,7 @@ async fn a_deleted_job_frees_its_rows() -> Result<()> {
     let server = Server::start(engine.clone(), HTTP, LONG).await;
     let reply = post(&server, "/v1/jobs", &json!({ "prompt": "a cat", "n": 2 })).await?;
     let path = reply.headers()["location"].to_str()?.to_owned();
+    while get(&server, &path).await?.1["state"] != "running" {}
     assert_eq!(delete(&server, &path).await?, 204);
     wait_until(|| {
         let _ = strings.permits.send(());
@@ -230,6 +231,7 @@ async fn a_job_that_made_room_for_another_client_is_drawn_later() -> Result<()> 
     let reply = post(&server, "/v1/jobs", &json!({ "prompt": "a cat", "n": 4 })).await?;
     assert_eq!(reply.status(), 202);
     let path = reply.headers()["location"].to_str()?.to_owned();
+    while get(&server, &path).await?.1["position"].is_null() {}
     let one = other(3..4)?;
     // It asks again at once, and may have been refused again.
     let text = engine.metrics().to_string();
@@ -243,7 +245,11 @@ async fn a_job_that_made_room_for_another_client_is_drawn_later() -> Result<()> 
 #[tokio::test(flavor = "multi_thread")]
 async fn jobs_are_bounded_in_number_and_time() -> Result<()> {
     let (engine, strings) = ready().await;
-    let settings = http::HttpConfig { max_jobs: 2, job_retention: Duration::from_secs(2), ..HTTP };
+    let settings = http::HttpConfig {
+        max_jobs_per_client: Some(2),
+        job_retention: Duration::from_secs(2),
+        ..HTTP
+    };
     let server = Server::start(engine, settings, LONG).await;
     let body = json!({ "prompt": "a cat", "steps": 1 });
     let submit = async || -> Result<(u16, String)> {

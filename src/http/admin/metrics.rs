@@ -19,9 +19,10 @@ pub(crate) async fn metrics(State(state): State<AppState>, headers: HeaderMap) -
     let _ = tokio::task::spawn_blocking(move || engine.gauge_with(&engines)).await;
     let in_flight = state.settings.max_requests - state.request_slots.available_permits();
     metrics.requests_in_flight.with([]).set(in_flight as i64);
-    let [running, finished] = state.jobs.count();
-    metrics.jobs.with(["running"]).set(running as i64);
-    metrics.jobs.with(["finished"]).set(finished as i64);
+    if let Ok([running, finished]) = state.jobs.count().await {
+        metrics.jobs.with(["running"]).set(running);
+        metrics.jobs.with(["finished"]).set(finished);
+    }
     metrics.build.with([env!("CARGO_PKG_VERSION")]).set(1);
     let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
     if accept.contains("application/openmetrics-text") {

@@ -9,7 +9,7 @@ use crate::http::error::{ApiError, Result};
 use crate::image::Format;
 
 /// SageMaker's name of the header on some of its paths.
-const SAGEMAKER_ACCEPT: &str = "x-amzn-sagemaker-accept";
+pub(crate) const SAGEMAKER_ACCEPT: &str = "x-amzn-sagemaker-accept";
 
 /// The range that clients send by default.
 const ANY_MEDIA_TYPE: &str = "*/*";

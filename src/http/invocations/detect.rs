@@ -32,16 +32,31 @@ pub(crate) async fn read(
     body: impl AsRef<[u8]> + Send + 'static,
     fields: ReadFields,
 ) -> Result<Invocation> {
+    let fields = move |headers: &HeaderMap, body: &[u8]| Ok((fields(headers, body)?, ()));
+    Ok(read_with(state, slot, headers, body, fields).await?.0)
+}
+
+/// The same, with what `fields` reads besides.
+pub(crate) async fn read_with<T: Send + 'static>(
+    state: &AppState,
+    slot: &RequestSlot,
+    headers: &HeaderMap,
+    body: impl AsRef<[u8]> + Send + 'static,
+    fields: impl FnOnce(&HeaderMap, &[u8]) -> Result<((Fields, BodyKind), T)> + Send + 'static,
+) -> Result<(Invocation, T)> {
     let (own, limits) = (headers.clone(), state.settings.limits);
-    let requests = move |body: &[u8]| Ok(requests(&own, fields(&own, body)?, &limits)?);
-    let Requests { draws, dialect, kind } =
+    let requests = move |body: &[u8]| {
+        let (fields, rest) = fields(&own, body)?;
+        Ok((requests(&own, fields, &limits)?, rest))
+    };
+    let (Requests { draws, dialect, kind }, rest) =
         state.reader.parse(slot.clone(), body, requests).await?;
     let drawing = Drawing::prepare(state, slot, draws, |draw, count| {
         let (usual, format) = (dialect.format, draw.format()?);
         let stream = draw.stream == Some(true);
         accept::choose(headers, ReplyPreferences { kind, usual, format, count, stream })
     });
-    Ok(Invocation { drawing: drawing.await?, dialect })
+    Ok((Invocation { drawing: drawing.await?, dialect }, rest))
 }
 
 /// Tells the formats apart.

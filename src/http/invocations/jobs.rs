@@ -1,80 +1,115 @@
 //! Background jobs: `POST /v1/jobs` returns an id at once, by which clients get the state and the
-//! result of the job and cancel it. Jobs are in memory, bounded in number and time, and lost with
-//! the process. Any client that knows an id can use it; ids are random.
-
-use std::sync::Arc;
-use std::time::Duration;
+//! result of the job and cancel it. Any client that knows an id can use it; ids are random. Only a
+//! client with an API key can list jobs, its own.
 
 use axum::Json;
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, State};
+use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
-use axum::http::header::LOCATION;
+use axum::http::header::{ACCEPT, CONTENT_TYPE, LOCATION};
 use axum::response::{IntoResponse as _, Response};
+use schemars::JsonSchema;
+use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::time::Instant;
-use tokio_util::task::AbortOnDropHandle;
 
-use super::{body, detect, events};
+use super::accept::SAGEMAKER_ACCEPT;
+use super::job_request::{self, JobOptions};
+use super::job_runner;
+use super::job_state::{describe, name_of, restore_error};
 use crate::engine::JobError;
-use crate::http::admission::{self, Admitted};
+use crate::http::admission::{self, Admitted, ClientId};
 use crate::http::drawing::ReplyFormat;
 use crate::http::error::{ApiError, Result};
 use crate::http::ids::random;
 use crate::http::state::AppState;
-use crate::http::store::{JobRecord, JobStore};
+use crate::http::store::{NewJob, StoredRequest};
 use crate::request::ValidationError;
 
-/// `POST /v1/jobs`: accepts a job, whose body is that of `/invocations`.
+/// Number of jobs on a page, unless the client asks for another.
+const PAGE: usize = 20;
+
+/// Maximum number of jobs on a page.
+const MAX_PAGE: usize = 100;
+
+/// `POST /v1/jobs`: accepts a job, whose body is that of `/invocations` with a priority and a
+/// webhook.
 pub(crate) async fn create(State(state): State<AppState>, admitted: Admitted) -> Result<Response> {
-    let Admitted { headers, body, client, slot, .. } = admitted;
+    let Admitted { mut headers, body, client, slot, .. } = admitted;
     let timeout = admission::timeout(&headers, state.settings.job_timeout)?;
-    let mut invocation = detect::read(&state, &slot, &headers, body, body::read).await?;
+    let body = Bytes::from(body);
+    // Without a data directory the request is never read again.
+    let kept = if state.jobs.is_durable() { body.clone() } else { Bytes::new() };
+    let (invocation, options) = job_request::read(&state, &slot, &headers, body).await?;
+    let JobOptions { priority, webhook } = options;
     if let ReplyFormat::Events(_) = invocation.drawing.reply {
         return Err(ValidationError::body("a job cannot stream events; poll its state").into());
     }
-    let deadline = Instant::now() + timeout;
-    let mut ticket = invocation.drawing.submit(&client, deadline)?;
-    // A job is bounded by the number of jobs.
-    invocation.drawing.slot = None;
     drop(slot);
-    let id = format!("{:032x}", random());
-    let entry = JobRecord { monitor: state.engine.monitor(&ticket), end: None, task: None };
-    let description = describe(&id, &entry);
-    if !state.jobs.insert(id.clone(), entry, state.settings.max_jobs) {
-        return Err(ApiError::Crowded { retry_after_s: state.engine.retry_after() });
+    let read = [CONTENT_TYPE.as_str(), ACCEPT.as_str(), SAGEMAKER_ACCEPT];
+    let others = headers.keys().filter(|name| !read.contains(&name.as_str())).cloned();
+    for name in others.collect::<Vec<_>>() {
+        headers.remove(name);
     }
-    let (store, name, engine) = (Arc::clone(&state.jobs), id.clone(), state.engine.clone());
-    let work = async move {
-        loop {
-            match ticket.wait().await {
-                // Evicted from a full queue for another client: an accepted job is requeued.
-                Err(JobError::Full { .. }) => {
-                    ticket = invocation.drawing.submit_with_retry(&client, deadline).await?;
-                    store.update(&name, |entry| entry.monitor = engine.monitor(&ticket));
-                }
-                images => return invocation.respond(images?).await,
-            }
-        }
-    };
-    let task =
-        tokio::spawn(run(Arc::clone(&state.jobs), state.settings.job_retention, id.clone(), work));
-    state.jobs.update(&id, |entry| entry.task = Some(AbortOnDropHandle::new(task)));
-    let location = [(LOCATION, format!("/v1/jobs/{id}"))];
-    Ok((StatusCode::ACCEPTED, location, Json(description)).into_response())
+    let request = StoredRequest { headers, body: kept };
+    let id = format!("{:032x}", random());
+    let seed = invocation.drawing.specs.first().map_or(0, |spec| spec.seed);
+    let model = invocation.drawing.model.name.clone();
+    let job = NewJob { id, client, timeout, priority, seed, model, webhook, request };
+    // A client that disconnects does not leave a job that is stored and never generated.
+    let accept = tokio::spawn(async move {
+        let busy_s = state.engine.retry_after();
+        let (job, record) = state.jobs.insert(job, busy_s).await?;
+        let id = job.id.clone();
+        job_runner::spawn(&state, job, Some(invocation));
+        let description = describe(&state.jobs, &record);
+        let location = [(LOCATION, format!("/v1/jobs/{id}"))];
+        Ok((StatusCode::ACCEPTED, location, Json(description)).into_response())
+    });
+    // It ends otherwise only with the process.
+    accept.await.map_err(|_| JobError::Stopping)?
 }
 
-/// Does the work, retains the result for `retention`, and deletes the job.
-async fn run(
-    store: Arc<JobStore>,
-    retention: Duration,
-    id: String,
-    work: impl Future<Output = Result<axum::http::Response<Bytes>>>,
-) {
-    let result = Arc::new(work.await);
-    store.update(&id, |entry| entry.end = Some((Instant::now(), result)));
-    tokio::time::sleep(retention).await;
-    store.remove(&id);
+/// The query of a list.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct ListQuery {
+    /// Number of jobs on a page, 1 to 100. Default: 20.
+    limit: Option<String>,
+    /// The `next` of the page before.
+    cursor: Option<String>,
+    /// `queued`, `running`, `completed` or `failed`: only jobs in this state.
+    state: Option<String>,
+}
+
+/// `GET /v1/jobs`: the jobs of the client's key, the newest first. Without keys nobody's jobs are
+/// listed, since an id is all that protects them.
+pub(crate) async fn list(
+    State(state): State<AppState>,
+    ClientId(client): ClientId,
+    Query(query): Query<ListQuery>,
+) -> Result<Json<Value>> {
+    let limit = query.limit.map_or(Some(PAGE), |text| text.parse().ok());
+    let limit = limit
+        .filter(|limit| (1..=MAX_PAGE).contains(limit))
+        .ok_or_else(|| ValidationError::range("limit", format!("must be from 1 to {MAX_PAGE}")))?;
+    let before = query.cursor.map_or(Some(i64::MAX), |text| text.parse().ok());
+    let before = before
+        .ok_or_else(|| ValidationError::malformed("cursor", "must be `next` of an earlier list"))?;
+    let wanted = query.state.as_deref();
+    let states = ["queued", "running", "completed", "failed"];
+    if wanted.is_some_and(|state| !states.contains(&state)) {
+        let reason = "must be queued, running, completed or failed";
+        return Err(ValidationError::range("state", reason).into());
+    }
+    if state.settings.api_keys.is_empty() {
+        return Ok(Json(json!({ "jobs": [], "next": null })));
+    }
+    let mut jobs = state.jobs.list(&client, before).await?;
+    jobs.retain(|job| wanted.is_none_or(|wanted| name_of(&state.jobs, job) == wanted));
+    let more = jobs.len() > limit;
+    jobs.truncate(limit);
+    let next = jobs.last().filter(|_| more).map(|last| last.seq.to_string());
+    let jobs: Vec<_> = jobs.iter().map(|job| describe(&state.jobs, job)).collect();
+    Ok(Json(json!({ "jobs": jobs, "next": next })))
 }
 
 /// The state of a job.
@@ -82,7 +117,8 @@ pub(crate) async fn state(
     State(state): State<AppState>,
     Path(id): Path<String>,
 ) -> Result<Json<Value>> {
-    state.jobs.read(&id, |job| describe(&id, job)).map(Json)
+    let job = state.jobs.get(&id).await?;
+    Ok(Json(describe(&state.jobs, &job)))
 }
 
 /// The response of `/invocations`; 202 and the state while the job has not finished.
@@ -90,14 +126,13 @@ pub(crate) async fn result(
     State(state): State<AppState>,
     Path(id): Path<String>,
 ) -> Result<Response> {
-    let (end, description) = state.jobs.read(&id, |job| (job.end.clone(), describe(&id, job)))?;
-    Ok(match end {
-        None => (StatusCode::ACCEPTED, Json(description)).into_response(),
-        Some((_, end)) => match &*end {
-            Ok(response) => response.clone().map(Body::from),
-            Err(error) => error.response(),
-        },
-    })
+    match state.jobs.result(&id).await? {
+        Some(response) => Ok(restore_error(response).map(Body::from)),
+        None => {
+            let description = describe(&state.jobs, &state.jobs.get(&id).await?);
+            Ok((StatusCode::ACCEPTED, Json(description)).into_response())
+        }
+    }
 }
 
 /// Cancels and deletes a job.
@@ -105,19 +140,5 @@ pub(crate) async fn delete(
     State(state): State<AppState>,
     Path(id): Path<String>,
 ) -> Result<StatusCode> {
-    if state.jobs.remove(&id) { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::NoJob) }
-}
-
-fn describe(id: &str, job: &JobRecord) -> Value {
-    let estimate = job.monitor.estimate();
-    let progress = job.monitor.current();
-    let (state, mut description) = match job.end.as_ref().map(|(_, result)| &**result) {
-        Some(Ok(_)) => ("completed", json!({})),
-        Some(Err(error)) => ("failed", error.json()),
-        None if progress.started == 0 => ("queued", events::place(estimate)),
-        None => ("running", events::step(progress, estimate)),
-    };
-    description["id"] = id.into();
-    description["state"] = state.into();
-    description
+    if state.jobs.remove(&id).await? { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::NoJob) }
 }

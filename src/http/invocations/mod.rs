@@ -7,22 +7,27 @@ mod detect;
 mod events;
 mod huggingface;
 mod invoke;
+mod job_request;
+mod job_runner;
+mod job_state;
 mod jobs;
 mod jumpstart;
 mod lines;
 mod render;
 mod stability;
+mod webhook;
 
 use aide::axum::ApiRouter;
 use aide::axum::routing::{get_with, post_with};
 use axum::Router;
 use axum::routing::post;
-use schemars::json_schema;
+use schemars::{Schema, json_schema};
 
 use super::docs::{self, Docs};
 use super::error::ErrorBody;
 use super::state::AppState;
 use crate::request::DrawRequest;
+pub(crate) use job_runner::resume;
 
 /// SageMaker's routes, which need no key.
 pub(crate) fn open_routes() -> ApiRouter<AppState> {
@@ -40,7 +45,9 @@ pub(crate) fn open_routes() -> ApiRouter<AppState> {
 pub(crate) fn routes() -> ApiRouter<AppState> {
     const JOB: [&str; 2] = ["id", "state"];
     let generate = || gives_images(takes_prompt("Generate images")).describe();
-    let create = takes_prompt("Generate images in the background").gives(202, &JOB, &[]);
+    let create = Docs::of("Generate images in the background").takes::<job_request::JobRequest>();
+    let create = create.takes_as("text/plain", prompt()).gives(202, &JOB, &[]);
+    let list = Docs::of("The jobs of an API key").gives(200, &["jobs", "next"], &[]);
     let state = Docs::of("Job status").gives(200, &JOB, &[]);
     let delete = Docs::of("Cancel and delete a job").gives(204, &[], &[]);
     let result = gives_images(Docs::of("Response of a job")).gives(202, &JOB, &[]);
@@ -48,7 +55,10 @@ pub(crate) fn routes() -> ApiRouter<AppState> {
     let routes = ApiRouter::new()
         .api_route("/v1/invocations", post_with(invoke::invocations, generate()))
         .api_route("/", post_with(invoke::invocations, generate()))
-        .api_route("/v1/jobs", post_with(jobs::create, create.describe()))
+        .api_route(
+            "/v1/jobs",
+            post_with(jobs::create, create.describe()).get_with(jobs::list, list.describe()),
+        )
         .api_route("/v1/jobs/{id}", job.delete_with(jobs::delete, delete.describe()))
         .api_route("/v1/jobs/{id}/result", get_with(jobs::result, result.describe()));
     docs::keyed::<ErrorBody>(routes, "native")
@@ -56,8 +66,11 @@ pub(crate) fn routes() -> ApiRouter<AppState> {
 
 /// An operation that takes native fields or a bare prompt.
 fn takes_prompt(summary: &'static str) -> Docs {
-    let prompt = json_schema!({ "type": "string", "minLength": 1 });
-    Docs::of(summary).takes::<DrawRequest>().takes_as("text/plain", prompt)
+    Docs::of(summary).takes::<DrawRequest>().takes_as("text/plain", prompt())
+}
+
+fn prompt() -> Schema {
+    json_schema!({ "type": "string", "minLength": 1 })
 }
 
 fn gives_images(docs: Docs) -> Docs {

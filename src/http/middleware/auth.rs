@@ -15,7 +15,6 @@ use base64::prelude::BASE64_STANDARD;
 use subtle::ConstantTimeEq as _;
 
 use super::sagemaker_route::ViaSageMaker;
-use crate::engine::Client;
 use crate::http::error::ApiError;
 use crate::http::state::ApiKey;
 
@@ -38,7 +37,7 @@ pub(crate) async fn require(
         response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         return Err(response);
     };
-    request.extensions_mut().insert(Client::named(&format!("key {place}")));
+    request.extensions_mut().insert(keys[place].client());
     Ok(next.run(request).await)
 }
 

@@ -1,5 +1,6 @@
 //! Request ids, metrics, and one log line per request.
 
+use std::borrow::Cow;
 use std::time::Instant;
 
 use axum::extract::{MatchedPath, Request, State};
@@ -20,14 +21,14 @@ struct RequestMetricsGuard {
     engine: Engine,
     /// The template of the matched route, or `other`: clients choose paths, not routes.
     route: String,
-    outcome: &'static str,
+    outcome: Cow<'static, str>,
     began: Instant,
 }
 
 impl Drop for RequestMetricsGuard {
     fn drop(&mut self) {
         let metrics = self.engine.metrics();
-        metrics.requests.with([&self.route, self.outcome]).inc();
+        metrics.requests.with([&self.route, &self.outcome]).inc();
         metrics.request_duration.time([&self.route], self.began.elapsed());
     }
 }
@@ -43,8 +44,12 @@ pub(crate) async fn observe(
     let route = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str);
     let route = route.to_owned();
     let span = info_span!("request", id = id.to_str().unwrap_or_default());
-    let mut tally =
-        RequestMetricsGuard { engine, route, outcome: "client_closed", began: Instant::now() };
+    let mut tally = RequestMetricsGuard {
+        engine,
+        route,
+        outcome: "client_closed".into(),
+        began: Instant::now(),
+    };
     let mut response = next.run(request).instrument(span.clone()).await;
     response.headers_mut().insert(REQUEST_ID, id);
 
@@ -52,9 +57,9 @@ pub(crate) async fn observe(
     let status = response.status();
     let reason = response.extensions().get::<ErrorDetail>();
     tally.outcome = match reason {
-        Some(reason) => reason.code,
-        None if status.is_success() => "ok",
-        None => "not_ready",
+        Some(reason) => reason.code.clone(),
+        None if status.is_success() => "ok".into(),
+        None => "not_ready".into(),
     };
     // An error of the server, in contrast to a state that clients should expect.
     let fault = status.is_server_error() && status != StatusCode::SERVICE_UNAVAILABLE;

@@ -12,11 +12,11 @@ pub(crate) async fn file(
     State(state): State<AppState>,
     Path(name): Path<String>,
 ) -> Result<Response> {
-    let (format, data) = state.urls.get(&name).ok_or(ApiError::NoFile)?;
+    let (format, data, left) = state.urls.get(&name).ok_or(ApiError::NoFile)?;
     let headers = [
-        (CONTENT_TYPE, format.media_type()),
-        (CACHE_CONTROL, "private, max-age=3600, immutable"),
-        (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (CONTENT_TYPE, format.media_type().to_owned()),
+        (CACHE_CONTROL, format!("private, max-age={}, immutable", left.as_secs())),
+        (X_CONTENT_TYPE_OPTIONS, "nosniff".to_owned()),
     ];
     Ok((headers, data).into_response())
 }

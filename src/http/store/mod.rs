@@ -1,4 +1,4 @@
-//! Stores that outlive a request: in memory and bounded.
+//! Stores that outlive a request, all of them bounded. Jobs can outlive the process.
 
 mod checkpoint;
 mod in_flight;
@@ -7,5 +7,7 @@ mod urls;
 
 pub(crate) use checkpoint::SelectedCheckpoint;
 pub(crate) use in_flight::{InFlight, InFlightRequest};
-pub(crate) use jobs::{JobRecord, JobStore};
+pub(crate) use jobs::{
+    JobEnd, JobLimits, JobRecord, JobStore, NewJob, StoredRequest, UnfinishedJob,
+};
 pub(crate) use urls::UrlStore;

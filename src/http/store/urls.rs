@@ -73,10 +73,16 @@ impl UrlStore {
         Ok(files.range(first..).map(|file| file.name.clone()).collect())
     }
 
-    /// The image of a name.
-    pub(crate) fn get(&self, name: &str) -> Option<(Format, Bytes)> {
+    /// Deletes the images whose time is over.
+    pub(crate) fn purge(&self) {
+        drop(self.files());
+    }
+
+    /// The image of a name, and the time for which it is still retained.
+    pub(crate) fn get(&self, name: &str) -> Option<(Format, Bytes, Duration)> {
         let files = self.files();
         let file = files.iter().find(|file| file.name == name)?;
-        Some((file.format, file.data.clone()))
+        let left = self.retention.saturating_sub(file.since.elapsed());
+        Some((file.format, file.data.clone(), left))
     }
 }

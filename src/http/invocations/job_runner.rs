@@ -1,0 +1,171 @@
+//! Jobs from their acceptance to their end. A job of a data directory that is interrupted, by the
+//! end of the process or of its model thread, is begun anew by the next process. So each accepted
+//! job has one end: completed, or failed with the reason.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::body::Bytes;
+use axum::http::Response;
+use tokio::time::{Instant, sleep, timeout_at};
+use tracing::info;
+
+use super::job_state::error_response;
+use super::render::Invocation;
+use super::{job_request, webhook};
+use crate::engine::{EngineState, GeneratedImage, JobError, Ticket};
+use crate::http::admission::RequestSlot;
+use crate::http::error::{ApiError, Result};
+use crate::http::state::AppState;
+use crate::http::store::{StoredRequest, UnfinishedJob};
+
+/// Number of processes that begin to generate a job before it fails: it may be what ends them.
+const MAX_BEGUN: u32 = 5;
+
+/// Interval at which the end of a job is stored again if the disk is full, at first.
+const STORE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The same, at most.
+const MAX_STORE_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Continues the jobs of earlier processes.
+pub(crate) async fn resume(state: AppState) {
+    let (unfinished, unnotified) = loop {
+        match (state.jobs.unfinished().await, state.jobs.unnotified().await) {
+            (Ok(unfinished), Ok(unnotified)) => break (unfinished, unnotified),
+            // The error is in the log.
+            _ => sleep(STORE_INTERVAL).await,
+        }
+    };
+    if !unfinished.is_empty() {
+        info!(jobs = unfinished.len(), "continuing the jobs of the data directory");
+    }
+    for job in unfinished {
+        spawn(&state, job, None);
+    }
+    for (id, url) in unnotified {
+        tokio::spawn(webhook::deliver(state.clone(), id, url));
+    }
+}
+
+/// Runs a job in a task of its own. Without `parsed`, its request is read from the store.
+pub(super) fn spawn(state: &AppState, job: UnfinishedJob, parsed: Option<Invocation>) {
+    let id = job.id.clone();
+    state.jobs.spawn(id, run(state.clone(), job, parsed));
+}
+
+async fn run(state: AppState, job: UnfinishedJob, parsed: Option<Invocation>) {
+    let durable = state.jobs.is_durable();
+    let result = tokio::select! {
+        biased;
+        () = state.engine.draining(), if durable => {
+            // It did not end this process.
+            let _ = state.jobs.set_begun(&job.id, job.begun).await;
+            return;
+        }
+        result = generate(&state, &job, parsed) => result,
+    };
+    let is_lost = match &result {
+        Err(ApiError::Job(JobError::Stopping | JobError::DeviceLost)) => true,
+        // Another job of the model thread may have ended it.
+        Err(ApiError::Job(JobError::Model)) => matches!(state.engine.state(), EngineState::Dead(_)),
+        _ => false,
+    };
+    if !(durable && is_lost) {
+        finish(&state, &job.id, result).await;
+    }
+}
+
+/// The response of a job.
+async fn generate(
+    state: &AppState,
+    job: &UnfinishedJob,
+    mut parsed: Option<Invocation>,
+) -> Result<Response<Bytes>> {
+    if job.begun >= MAX_BEGUN {
+        return Err(ApiError::Abandoned(job.begun));
+    }
+    let deadline = Instant::now() + job.left;
+    loop {
+        let submit = async {
+            let _turn = state.jobs.turn(job).await;
+            let invocation = match parsed.take() {
+                Some(invocation) => invocation,
+                None => load(state, job).await?,
+            };
+            let ticket = invocation.drawing.submit_with_retry(&job.client, deadline).await?;
+            Ok::<_, ApiError>((invocation, ticket))
+        };
+        let submitted = timeout_at(deadline, submit).await.map_err(|_| JobError::Deadline)?;
+        let (invocation, ticket) = submitted?;
+        state.jobs.watch(&job.id, state.engine.monitor(&ticket));
+        match wait(state, job, ticket).await {
+            // Evicted from a full queue for another client.
+            Err(JobError::Full { .. }) => parsed = Some(invocation),
+            images => return invocation.respond(images?).await,
+        }
+    }
+}
+
+/// Waits for the images, and counts the beginning of their generation.
+async fn wait(
+    state: &AppState,
+    job: &UnfinishedJob,
+    ticket: Ticket,
+) -> Result<Vec<GeneratedImage>, JobError> {
+    let mut progress = ticket.progress();
+    let count = async {
+        let begins = progress.wait_for(|progress| progress.started > 0).await.is_ok();
+        if begins && state.jobs.is_durable() {
+            // Without a count the job is begun once more often.
+            let _ = state.jobs.set_begun(&job.id, job.begun + 1).await;
+        }
+        std::future::pending::<Infallible>().await
+    };
+    tokio::select! {
+        biased;
+        images = ticket.wait() => images,
+        never = count => match never {},
+    }
+}
+
+/// Reads and validates the request of a job again, once its model is loaded.
+async fn load(state: &AppState, job: &UnfinishedJob) -> Result<Invocation> {
+    let loaded = state.engine.ready().await;
+    let model = state.engine.model()?;
+    drop(loaded);
+    if model.name != job.model {
+        return Err(ApiError::NoModel(job.model.clone()));
+    }
+    let request = state.jobs.request(&job.id).await?;
+    let slot = RequestSlot::wait(state).await?;
+    let StoredRequest { headers, body } = request;
+    let (mut invocation, _) = job_request::read(state, &slot, &headers, body).await?;
+    // A random seed is the one that was drawn when the job was accepted.
+    for (spec, k) in invocation.drawing.specs.iter_mut().zip(0..) {
+        spec.seed = job.seed.wrapping_add(k);
+    }
+    Ok(invocation)
+}
+
+/// Stores the end of a job. If the result cannot be stored, the job fails for that reason; as long
+/// as not even that can be stored, it has not ended.
+async fn finish(state: &AppState, id: &str, result: Result<Response<Bytes>>) {
+    let mut end = result.unwrap_or_else(|error| error_response(&error));
+    let mut pause = STORE_INTERVAL;
+    let url = loop {
+        let was_error = !end.status().is_success();
+        match state.jobs.finish(id, end).await {
+            Ok(url) => break url,
+            Err(error) => end = error_response(&error),
+        }
+        if was_error {
+            sleep(pause).await;
+            pause = (2 * pause).min(MAX_STORE_INTERVAL);
+        }
+    };
+    if let Some(url) = url {
+        tokio::spawn(webhook::deliver(state.clone(), id.to_owned(), url));
+    }
+    state.jobs.end(id);
+}

@@ -1,0 +1,208 @@
+//! The SQLite database of the jobs, and the thread that uses it: in a directory, or in memory.
+//!
+//! A transaction that was committed survives a power failure (`synchronous=FULL`): its log record
+//! is on the disk before the response 202 is sent. That costs one `fsync` for each change of a job,
+//! milliseconds beside the seconds of an image.
+
+use std::fs::{DirBuilder, OpenOptions};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
+use tokio::sync::{mpsc, oneshot};
+use tracing::error;
+
+use crate::http::error::{ApiError, Result};
+
+/// The file in the directory. SQLite adds its log beside it.
+const FILE: &str = "jobs.sqlite3";
+
+/// Maximum number of handlers whose work waits for the thread; more wait to hand it over.
+const MAX_WAITING: usize = 64;
+
+/// Time for which another process may still hold the file: one that is being replaced by this one.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// The steps from each version of the schema to the next. The first creates it.
+const MIGRATIONS: [&str; 1] = ["
+    CREATE TABLE jobs (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        id TEXT NOT NULL UNIQUE,
+        client TEXT NOT NULL,
+        created_ms INTEGER NOT NULL,
+        deadline_ms INTEGER NOT NULL,
+        priority TEXT NOT NULL,
+        seed INTEGER NOT NULL,
+        model TEXT NOT NULL,
+        -- How many processes have begun to generate it.
+        begun INTEGER NOT NULL DEFAULT 0,
+        -- The URL to notify; NULL once it was notified.
+        webhook TEXT,
+        -- The end of the job; NULL before.
+        finished_ms INTEGER,
+        status INTEGER,
+        -- Whether a client has received the result.
+        fetched INTEGER NOT NULL DEFAULT 0,
+        -- Size of the request, then of the result.
+        bytes INTEGER NOT NULL,
+        -- Of the request, then of the result.
+        headers BLOB NOT NULL,
+        body BLOB NOT NULL
+    ) STRICT;
+    CREATE INDEX jobs_by_client ON jobs (client, finished_ms, fetched, bytes);
+    CREATE INDEX jobs_by_end ON jobs (finished_ms);
+"];
+
+/// Work for the thread.
+type Work = Box<dyn FnOnce(&mut Connection) + Send>;
+
+/// The handle of the database. The thread ends with the last handle.
+#[derive(Debug)]
+pub(super) struct Database {
+    work: mpsc::Sender<Work>,
+}
+
+impl Database {
+    /// Opens the database of a directory, which is created if necessary, or one in memory. The
+    /// error names the directory and the reason: it cannot be written, another process uses it, or
+    /// a newer version has written it.
+    pub(super) fn open(dir: Option<&Path>) -> anyhow::Result<Self> {
+        let mut connection = match dir {
+            Some(dir) => {
+                let name = || format!("--data-dir {} cannot be used", dir.display());
+                connect(dir).with_context(name)?
+            }
+            None => {
+                let mut connection = Connection::open_in_memory()?;
+                // Gives the memory of deleted results back.
+                connection.execute_batch("PRAGMA auto_vacuum = FULL")?;
+                migrate(&mut connection)?;
+                connection
+            }
+        };
+        let (work, mut receiver) = mpsc::channel::<Work>(MAX_WAITING);
+        let serve = move || {
+            while let Some(work) = receiver.blocking_recv() {
+                work(&mut connection);
+            }
+        };
+        thread::Builder::new().name("jobs".into()).spawn(serve)?;
+        Ok(Self { work })
+    }
+
+    /// Runs `work` in a transaction on the thread: all of its changes are durable when this returns
+    /// a value, and none are made when it returns an error.
+    pub(super) async fn call<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Transaction<'_>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let (sender, result) = oneshot::channel();
+        let work = move |connection: &mut Connection| {
+            let done = transact(connection, work);
+            if let Err(ApiError::Storage(error)) = &done {
+                error!("the database of the jobs: {error}");
+            }
+            // The handler may have been cancelled.
+            let _ = sender.send(done);
+        };
+        let closed = || ApiError::Storage(rusqlite::Error::UnwindingPanic);
+        self.work.send(Box::new(work)).await.map_err(|_| closed())?;
+        result.await.map_err(|_| closed())?
+    }
+}
+
+fn transact<T>(
+    connection: &mut Connection,
+    work: impl FnOnce(&Transaction<'_>) -> Result<T>,
+) -> Result<T> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let value = work(&transaction)?;
+    transaction.commit()?;
+    Ok(value)
+}
+
+fn connect(dir: &Path) -> anyhow::Result<Connection> {
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    let path = dir.join(FILE);
+    // SQLite would let other users of the host read prompts and images.
+    OpenOptions::new().create(true).append(true).mode(0o600).open(&path)?;
+    let mut connection = Connection::open(&path)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    // Exclusive: the file is locked as long as the process lives, and by no other process.
+    let settings = "
+        PRAGMA locking_mode = EXCLUSIVE;
+        PRAGMA journal_mode = WAL;
+        PRAGMA synchronous = FULL;
+        PRAGMA journal_size_limit = 67108864;
+    ";
+    let opened = connection.execute_batch(settings);
+    match opened.map_err(anyhow::Error::from).and_then(|()| migrate(&mut connection)) {
+        Err(error) if is_busy(&error) => bail!("another process uses it"),
+        migrated => migrated.map(|()| connection),
+    }
+}
+
+fn is_busy(error: &anyhow::Error) -> bool {
+    let code = error.downcast_ref().and_then(rusqlite::Error::sqlite_error_code);
+    matches!(code, Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked))
+}
+
+/// Brings the schema to the current version.
+fn migrate(connection: &mut Connection) -> anyhow::Result<()> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let version: usize = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    let latest = MIGRATIONS.len();
+    let Some(missing) = MIGRATIONS.get(version..) else {
+        bail!("a newer sd-server has written it: schema {version}, this one reads up to {latest}");
+    };
+    for step in missing {
+        transaction.execute_batch(step)?;
+    }
+    transaction.pragma_update(None, "user_version", latest)?;
+    transaction.commit()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(dir: &Path) -> String {
+        format!("{:#}", Database::open(Some(dir)).expect_err("refused"))
+    }
+
+    #[test]
+    fn an_older_schema_is_migrated_and_a_newer_one_is_refused_by_name() {
+        let dir = tempfile::tempdir().expect("a directory");
+        // Version 0: a database without tables.
+        let file = Connection::open(dir.path().join(FILE)).expect("a file");
+        file.execute_batch("PRAGMA user_version = 0; VACUUM").expect("written");
+        drop(file);
+        drop(connect(dir.path()).expect("migrated"));
+        let file = Connection::open(dir.path().join(FILE)).expect("a file");
+        let rows: i64 =
+            file.query_row("SELECT count(*) FROM jobs", [], |row| row.get(0)).expect("a table");
+        assert_eq!(rows, 0);
+        file.pragma_update(None, "user_version", MIGRATIONS.len() + 1).expect("written");
+        drop(file);
+        let refusal = refusal(dir.path());
+        assert!(refusal.contains("a newer sd-server") && refusal.contains("schema 2"), "{refusal}");
+        assert!(refusal.contains(&*dir.path().to_string_lossy()), "{refusal}");
+    }
+
+    #[test]
+    fn a_directory_that_cannot_be_used_is_refused_by_name() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let _held = connect(dir.path()).expect("opened");
+        assert!(refusal(dir.path()).contains("another process uses it"));
+        let file = dir.path().join("file");
+        std::fs::write(&file, "text").expect("written");
+        assert!(refusal(&file).contains("file cannot be used"), "{}", refusal(&file));
+        let other = tempfile::tempdir().expect("a directory");
+        std::fs::write(other.path().join(FILE), "text ".repeat(100)).expect("written");
+        assert!(refusal(other.path()).contains("not a database"), "{}", refusal(other.path()));
+    }
+}

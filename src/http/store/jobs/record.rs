@@ -1,0 +1,164 @@
+//! The rows of the database: jobs, their requests and their results.
+
+use std::time::{Duration, SystemTime};
+
+use axum::body::Bytes;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode};
+use rusqlite::{Row, Transaction};
+
+use crate::engine::{Client, Priority};
+
+/// A job to be accepted.
+#[derive(Debug, Clone)]
+pub(crate) struct NewJob {
+    pub(crate) id: String,
+    pub(crate) client: Client,
+    /// Time until it fails, from now on.
+    pub(crate) timeout: Duration,
+    pub(crate) priority: Priority,
+    /// The seed of its first image.
+    pub(crate) seed: u64,
+    /// The name of the model that generates it.
+    pub(crate) model: String,
+    /// The URL to notify of its end.
+    pub(crate) webhook: Option<String>,
+    /// The request, if the store is durable.
+    pub(crate) request: StoredRequest,
+}
+
+/// The parts of a request by which it is read again after a restart.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct StoredRequest {
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
+}
+
+/// A job that has not ended.
+#[derive(Debug, Clone)]
+pub(crate) struct UnfinishedJob {
+    /// Number of the job, in the order of acceptance.
+    pub(crate) seq: i64,
+    pub(crate) id: String,
+    pub(crate) client: Client,
+    /// Time until it fails; zero if that has passed.
+    pub(crate) left: Duration,
+    pub(crate) priority: Priority,
+    pub(crate) seed: u64,
+    pub(crate) model: String,
+    /// How many processes have begun to generate it.
+    pub(crate) begun: u32,
+}
+
+/// What clients see of a job.
+#[derive(Debug, Clone)]
+pub(crate) struct JobRecord {
+    pub(crate) seq: i64,
+    pub(crate) id: String,
+    /// When it was accepted, in milliseconds since 1970.
+    pub(crate) created_ms: i64,
+    pub(crate) priority: String,
+    /// Whether and how it has ended.
+    pub(crate) end: Option<JobEnd>,
+}
+
+/// The end of a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum JobEnd {
+    Completed,
+    /// The body of its error.
+    Failed(Vec<u8>),
+}
+
+impl NewJob {
+    /// The job, once it is stored under this number.
+    pub(super) fn accepted(self, seq: i64, created_ms: i64) -> (UnfinishedJob, JobRecord) {
+        let Self { id, client, timeout: left, priority, seed, model, .. } = self;
+        let name = priority.name().to_owned();
+        let record = JobRecord { seq, id: id.clone(), created_ms, priority: name, end: None };
+        (UnfinishedJob { seq, id, client, left, priority, seed, model, begun: 0 }, record)
+    }
+}
+
+impl UnfinishedJob {
+    pub(super) const COLUMNS: &str = "seq, id, client, deadline_ms, priority, seed, model, begun";
+
+    pub(super) fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
+        let left = row.get::<_, i64>("deadline_ms")?.saturating_sub(now_ms());
+        Ok(Self {
+            seq: row.get("seq")?,
+            id: row.get("id")?,
+            client: Client::named(&row.get::<_, String>("client")?),
+            left: Duration::from_millis(u64::try_from(left).unwrap_or(0)),
+            priority: row.get::<_, String>("priority")?.parse().unwrap_or_default(),
+            seed: row.get::<_, i64>("seed")?.cast_unsigned(),
+            model: row.get("model")?,
+            begun: row.get("begun")?,
+        })
+    }
+}
+
+impl JobRecord {
+    pub(super) const COLUMNS: &str = "seq, id, created_ms, priority, status, \
+                                      CASE WHEN status >= 400 THEN body END AS error";
+
+    pub(super) fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
+        let status: Option<u16> = row.get("status")?;
+        let error: Option<Vec<u8>> = row.get("error")?;
+        let end = status.map(|_| error.map_or(JobEnd::Completed, JobEnd::Failed));
+        Ok(Self {
+            seq: row.get("seq")?,
+            id: row.get("id")?,
+            created_ms: row.get("created_ms")?,
+            priority: row.get("priority")?,
+            end,
+        })
+    }
+}
+
+/// The request of a job, or its result.
+pub(super) fn message(
+    transaction: &Transaction<'_>,
+    id: &str,
+) -> rusqlite::Result<(Option<u16>, HeaderMap, Vec<u8>)> {
+    let read = |row: &Row<'_>| {
+        let headers: Vec<u8> = row.get(1)?;
+        Ok((row.get(0)?, decode(&headers), row.get(2)?))
+    };
+    transaction.query_row("SELECT status, headers, body FROM jobs WHERE id = ?1", [id], read)
+}
+
+/// A response from its parts.
+pub(super) fn response(status: u16, headers: HeaderMap, body: Vec<u8>) -> Response<Bytes> {
+    let mut response = Response::new(body.into());
+    *response.status_mut() =
+        StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    *response.headers_mut() = headers;
+    response
+}
+
+/// Headers as lines of `name: value`. Values contain no line ends.
+pub(super) fn encode(headers: &HeaderMap) -> Vec<u8> {
+    let line = |(name, value): (&HeaderName, &HeaderValue)| {
+        [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\n"].concat()
+    };
+    headers.iter().flat_map(line).collect()
+}
+
+fn decode(lines: &[u8]) -> HeaderMap {
+    let header = |line: &[u8]| {
+        let colon = line.iter().position(|byte| *byte == b':')?;
+        let value = line.get(colon + 2..)?;
+        Some((line[..colon].try_into().ok()?, HeaderValue::from_bytes(value).ok()?))
+    };
+    lines.split(|byte| *byte == b'\n').filter_map(header).collect()
+}
+
+/// The time, in milliseconds since 1970.
+pub(super) fn now_ms() -> i64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    millis(now)
+}
+
+pub(super) fn millis(time: Duration) -> i64 {
+    i64::try_from(time.as_millis()).unwrap_or(i64::MAX)
+}

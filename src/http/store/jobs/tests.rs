@@ -1,0 +1,157 @@
+//! The bounds and the durability of the store.
+
+use std::time::Duration;
+
+use axum::http::{HeaderValue, StatusCode};
+
+use super::*;
+use crate::engine::Priority;
+
+const LIMITS: JobLimits =
+    JobLimits { jobs: 4, jobs_per_client: 3, bytes: 1 << 20, retention: Duration::from_secs(60) };
+
+fn job(id: &str, client: &str, bytes: usize) -> NewJob {
+    let request = StoredRequest { body: vec![7; bytes].into(), ..StoredRequest::default() };
+    NewJob {
+        id: id.into(),
+        client: Client::named(client),
+        timeout: Duration::from_secs(60),
+        priority: Priority::High,
+        seed: u64::MAX,
+        model: "fake".into(),
+        webhook: None,
+        request,
+    }
+}
+
+fn done(bytes: usize) -> Response<Bytes> {
+    let mut response = Response::new(vec![9; bytes].into());
+    response.headers_mut().insert("x-text", HeaderValue::from_bytes(b"caf\xe9: a").expect("ok"));
+    response
+}
+
+async fn finished(store: &JobStore, id: &str, client: &str, bytes: usize) -> Result<()> {
+    store.insert(job(id, client, 0), 1).await?;
+    store.finish(id, done(bytes)).await.map(drop)
+}
+
+#[tokio::test]
+async fn jobs_and_results_survive_the_process_unchanged() -> Result<()> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let open = || JobStore::open(Some(dir.path()), LIMITS).expect("a store");
+    let store = open();
+    let (accepted, _) = store.insert(job("a", "x", 3), 1).await?;
+    finished(&store, "b", "x", 5).await?;
+    store.set_begun("a", 1).await?;
+    drop(store);
+    let store = open();
+    let unfinished = store.unfinished().await?;
+    let [again] = &unfinished[..] else { panic!("{unfinished:?}") };
+    assert_eq!((again.seq, &again.client), (accepted.seq, &accepted.client));
+    assert_eq!((again.seed, again.priority, again.begun), (u64::MAX, Priority::High, 1));
+    assert!(again.left <= accepted.left && again.left > Duration::from_secs(1));
+    assert_eq!(store.request("a").await?.body, [7, 7, 7][..]);
+    let result = store.result("b").await?.expect("a result");
+    assert_eq!((result.headers(), result.body()), (done(5).headers(), done(5).body()));
+    // It has one end, whatever comes later.
+    store.finish("a", done(1)).await?;
+    store.finish("a", done(2)).await?;
+    assert_eq!(store.result("a").await?.expect("a result").body(), &[9][..]);
+    assert!(store.remove("a").await? && !store.remove("a").await?);
+    store.finish("a", done(2)).await?;
+    assert!(store.get("a").await.is_err());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_client_loses_its_own_results_first_and_none_that_another_waits_for() -> Result<()> {
+    let store = JobStore::open(None, LIMITS).expect("a store");
+    let names = async || -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        for client in ["x", "y"] {
+            let jobs = store.list(&Client::named(client), i64::MAX).await?;
+            names.extend(jobs.into_iter().map(|job| job.id));
+        }
+        names.sort();
+        Ok(names)
+    };
+    for (id, client) in [("a", "x"), ("b", "y"), ("c", "x"), ("d", "x"), ("e", "x")] {
+        finished(&store, id, client, 1).await?;
+    }
+    assert_eq!(names().await?, ["b", "c", "d", "e"], "x may have three");
+    store.insert(job("f", "y", 0), 7).await?;
+    assert_eq!(names().await?, ["c", "d", "e", "f"], "the own result, though it was waited for");
+    let refusal = store.insert(job("g", "y", 0), 7).await.expect_err("no room");
+    let ApiError::JobLimit { limit: "--max-jobs", retry_after_s: 7 } = refusal else {
+        panic!("{refusal:?}");
+    };
+    assert_eq!(names().await?, ["c", "d", "e", "f"], "a refused job deletes nothing");
+    store.result("d").await?;
+    store.insert(job("g", "y", 0), 7).await?;
+    assert_eq!(names().await?, ["c", "e", "f", "g"], "a received result makes room");
+    Ok(())
+}
+
+#[tokio::test]
+async fn results_are_weighed() -> Result<()> {
+    let store = JobStore::open(None, LIMITS).expect("a store");
+    let half = LIMITS.bytes_per_client();
+    finished(&store, "a", "x", half).await?;
+    finished(&store, "b", "y", half).await?;
+    finished(&store, "c", "x", half).await?;
+    assert!(store.get("a").await.is_err(), "the client's own makes room");
+    store.insert(job("d", "z", 0), 1).await?;
+    let refusal = store.finish("d", done(1)).await.expect_err("no room");
+    assert_eq!(refusal.status(), StatusCode::INSUFFICIENT_STORAGE);
+    assert!(refusal.to_string().contains("--max-job-bytes"), "{refusal}");
+    let refusal = store.insert(job("e", "z", half + 1), 1).await.expect_err("too large");
+    assert_eq!(refusal.status(), StatusCode::PAYLOAD_TOO_LARGE);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_full_disk_is_507_and_nothing_is_half_written() -> Result<()> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let store = JobStore::open(Some(dir.path()), LIMITS).expect("a store");
+    finished(&store, "a", "x", 10).await?;
+    store.insert(job("b", "x", 10), 1).await?;
+    let full = |transaction: &rusqlite::Transaction<'_>| {
+        let pages: i64 = transaction.query_row("PRAGMA max_page_count = 1", [], |r| r.get(0))?;
+        assert!(pages > 1, "as many as there are");
+        Ok(())
+    };
+    store.database.call(full).await?;
+    let refusal = store.insert(job("c", "y", 100_000), 1).await.expect_err("full");
+    assert_eq!(refusal.status(), StatusCode::INSUFFICIENT_STORAGE);
+    assert!(refusal.to_string().contains("its disk is full"), "{refusal}");
+    let refusal = store.finish("b", done(100_000)).await.expect_err("full");
+    assert_eq!(refusal.status(), StatusCode::INSUFFICIENT_STORAGE);
+    assert_eq!(store.count().await?, [1, 1]);
+    assert_eq!(store.request("b").await?.body, vec![7; 10]);
+    assert_eq!(store.result("a").await?.expect("a result").body(), done(10).body());
+    Ok(())
+}
+
+#[tokio::test]
+async fn jobs_wait_by_client_priority_and_age() {
+    let turns = Turns::default();
+    let x = Client::named("x");
+    let first = turns.wait(&x, Priority::Low, 1).await;
+    let _other = turns.wait(&Client::named("y"), Priority::Low, 9).await;
+    let order = Mutex::new(Vec::new());
+    let later = async |priority, seq| {
+        let _turn = turns.wait(&x, priority, seq).await;
+        order.lock().expect("unpoisoned").push(seq);
+    };
+    let release = async { drop(first) };
+    tokio::join!(
+        later(Priority::Low, 4),
+        later(Priority::Low, 3),
+        later(Priority::Low, 2),
+        release
+    );
+    assert_eq!(*order.lock().expect("unpoisoned"), [2, 3, 4]);
+    let low = turns.wait(&x, Priority::Low, 5).await;
+    drop(turns.wait(&x, Priority::High, 6).await);
+    drop(low);
+}
