@@ -8,7 +8,8 @@ use anyhow::{Context as _, Result};
 use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{info, warn};
 
 use crate::engine::{DeviceScheduler, Engine, EngineConfig, EngineState};
 use crate::host::memory;
@@ -109,8 +110,9 @@ pub async fn serve(
     let close = CancellationToken::new();
     let models = models.into();
     let app = http::router(models.clone(), settings.clone())?;
-    let mut server =
-        tokio::spawn(http::listen(listener, app, settings, close.clone().cancelled_owned()));
+    let server = http::listen(listener, app, settings, close.clone().cancelled_owned());
+    // Dropped when the time is over, with the connections that are still open.
+    let mut server = AbortOnDropHandle::new(tokio::spawn(server));
 
     // While draining, the server still accepts connections and returns 503.
     let end = tokio::select! {
@@ -130,7 +132,6 @@ pub async fn serve(
     close.cancel();
     if timeout_at(end, &mut server).await.is_err() {
         models.abort();
-        // Connections still open after this are closed when the process exits.
         let _ = timeout(FINAL_RESPONSE_TIMEOUT, &mut server).await;
     }
     match models.default_engine().state() {
@@ -139,20 +140,29 @@ pub async fn serve(
     }
 }
 
-/// Completes at SIGTERM or SIGINT. The handlers are installed by the call, not by the first poll.
-/// Process 1 of a container has no default handlers.
+/// Completes at SIGTERM or SIGINT; the second signal ends the process at once. The handlers are
+/// installed by the call, not by the first poll. Process 1 of a container has no default handlers.
 fn signal() -> impl Future<Output = ()> {
     use tokio::signal::unix::{SignalKind, signal};
     let handlers = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
     async move {
         let (Ok(mut term), Ok(mut int)) = handlers else {
-            tracing::warn!("signals cannot be handled; only SIGKILL will end this process");
+            warn!("signals cannot be handled; only SIGKILL will end this process");
             return std::future::pending().await;
         };
-        tokio::select! {
-            _ = term.recv() => info!("SIGTERM"),
-            _ = int.recv() => info!("SIGINT"),
-        }
+        // The exit code of a process that the signal has killed.
+        let mut next = async move || {
+            tokio::select! {
+                _ = term.recv() => ("SIGTERM", 128 + 15),
+                _ = int.recv() => ("SIGINT", 128 + 2),
+            }
+        };
+        info!("{}", next().await.0);
+        tokio::spawn(async move {
+            let (name, code) = next().await;
+            warn!("{name} again: exiting without finishing accepted requests");
+            std::process::exit(code);
+        });
     }
 }
 

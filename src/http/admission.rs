@@ -1,5 +1,5 @@
-//! Admission: what every request for images passes before anything is generated. It takes one of
-//! the request slots, starts the request's clock and reads the body.
+//! Admission: what every request with a body passes before anything is done with it. It takes one
+//! of the request slots and room for the body, starts the request's clock and reads the body.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -11,20 +11,27 @@ use axum::http::header::CONTENT_LENGTH;
 use axum::http::request::Parts;
 use axum::http::{Extensions, HeaderMap};
 use futures_util::StreamExt as _;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::error::{ApiError, Result};
+use super::slots::{Amount, Limit, Share};
 use super::state::{AppState, model_of};
-use crate::engine::{Client, JobError};
+use crate::engine::Client;
 use crate::request::{Fields, ValidationError};
 
 /// Header with the client's timeout in milliseconds. It cannot exceed the server's.
 const TIMEOUT: &str = "x-request-timeout-ms";
 
-/// A body that is too large is read and discarded up to this multiple of the limit, since many
-/// clients read no response before they have sent everything.
-const OVERSIZE: usize = 4;
+/// A slower transfer counts as stalled, in bytes per second.
+pub(crate) const MIN_RATE: u64 = 1 << 16;
+
+/// Interval at which a stored job asks for a slot again.
+const RETRY_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Maximum length of a body that holds no image, in bytes.
+const MAX_SMALL_BODY: usize = 1 << 20;
 
 /// An admitted request: its headers, its whole body, its client, deadlines and slot.
 #[derive(Debug)]
@@ -39,13 +46,25 @@ pub(crate) struct Admitted {
     pub(crate) slot: RequestSlot,
 }
 
-/// One of `--max-requests` slots, which only admission creates. Work for the request on another
-/// thread holds a clone, so that the slot is free when the last of the work has ended, not when the
-/// client has disconnected.
+/// An admitted request whose body holds no image, so that 1 MiB is enough for it.
+#[derive(Debug)]
+pub(crate) struct AdmittedSmall(pub(crate) Admitted);
+
+/// One of `--max-requests` slots and the room for its body, which only admission creates. Work for
+/// the request on another thread holds a clone, so that the slot is free when the last of the work
+/// has ended, not when the client has disconnected.
 #[derive(Debug, Clone)]
 pub(crate) struct RequestSlot {
-    _permit: Arc<OwnedSemaphorePermit>,
+    _slot: Arc<Share>,
+    /// The room for the body, until what was in it has been freed.
+    body: Option<Arc<Share>>,
+    accepted: AcceptedWork,
 }
+
+/// The accepted work of one connection, which a draining server waits for: an extension of its
+/// requests.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct AcceptedWork(pub(crate) TaskTracker);
 
 /// The client of a request: its API key, else its address.
 #[derive(Debug)]
@@ -54,23 +73,19 @@ pub(crate) struct ClientId(pub(crate) Client);
 impl FromRequest<AppState> for Admitted {
     type Rejection = ApiError;
 
-    /// Rejects before the body is read if there is no slot or the model is not ready.
+    /// Rejects before the body is read if a header is invalid, there is no slot or the model is
+    /// not ready.
     async fn from_request(request: Request, state: &AppState) -> Result<Self> {
-        let arrived = Instant::now();
-        let permit = Arc::clone(&state.request_slots).try_acquire_owned();
-        let permit =
-            permit.map_err(|_| ApiError::Crowded { retry_after_s: state.engine.retry_after() })?;
-        let slot = RequestSlot { _permit: Arc::new(permit) };
-        // If there is no model, the body may name one.
-        model_of(&state.engine)?;
-        let headers = request.headers().clone();
-        let timeout = timeout(&headers, state.settings.request_timeout)?;
-        let deadline = arrived + timeout;
-        let stream_deadline = arrived + self::timeout(&headers, state.settings.stream_timeout)?;
-        let client = client(request.extensions());
-        let body = timeout_at(deadline, receive(state.settings.max_body_bytes, request)).await;
-        let body = body.map_err(|_| ApiError::SlowBody)??;
-        Ok(Self { headers, body, client, timeout, deadline, stream_deadline, slot })
+        admit(request, state, state.settings.max_body_bytes).await
+    }
+}
+
+impl FromRequest<AppState> for AdmittedSmall {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &AppState) -> Result<Self> {
+        let limit = state.settings.max_body_bytes.min(MAX_SMALL_BODY);
+        admit(request, state, limit).await.map(Self)
     }
 }
 
@@ -85,6 +100,95 @@ impl<S: Send + Sync> FromRequestParts<S> for ClientId {
 fn client(extensions: &Extensions) -> Client {
     let address = || Some(Client::at(extensions.get::<ConnectInfo<SocketAddr>>()?.0.ip()));
     extensions.get::<Client>().cloned().or_else(address).unwrap_or_default()
+}
+
+/// Whether a request is one of many clients that cannot be told apart: a proxy on this host that
+/// names no client, or a caller without an address. The limits of one client are not for it.
+fn is_shared(extensions: &Extensions) -> bool {
+    let address = extensions.get::<ConnectInfo<SocketAddr>>();
+    extensions.get::<Client>().is_none() && address.is_none_or(|peer| is_trusted(peer.0.ip()))
+}
+
+/// Whether an address is that of a proxy, which stands for many clients.
+pub(crate) fn is_trusted(address: std::net::IpAddr) -> bool {
+    address.to_canonical().is_loopback()
+}
+
+/// Admits a request with a body of at most `limit` bytes.
+async fn admit(request: Request, state: &AppState, limit: usize) -> Result<Admitted> {
+    let arrived = Instant::now();
+    let settings = &state.settings;
+    let headers = request.headers().clone();
+    let timeout = self::timeout(&headers, settings.request_timeout)?;
+    let deadline = arrived + timeout;
+    let stream_deadline = arrived + self::timeout(&headers, settings.stream_timeout)?;
+    let extensions = request.extensions();
+    let client = client(extensions);
+    let accepted = extensions.get::<AcceptedWork>().cloned().unwrap_or_default();
+    let crowded = |limit| ApiError::Crowded { limit, retry_after_s: state.engine.retry_after() };
+    let counted = Some(&client).filter(|_| !is_shared(extensions));
+    let take = |requests, bytes| state.slots.take(counted, Amount { requests, bytes });
+    let slot = take(1, 0).map_err(crowded)?;
+    // If there is no model, the body may name one.
+    model_of(&state.engine)?;
+    let declared = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok());
+    let declared = declared.and_then(|length| length.parse().ok()).unwrap_or(0);
+    if declared > limit {
+        return Err(ApiError::TooLarge(limit));
+    }
+    let mut room = take(0, declared).map_err(crowded)?;
+    let body = Receive { limit, declared, arrived, patience: settings.body_timeout, deadline };
+    let body = body.read(request, &mut room, crowded).await?;
+    let slot = RequestSlot { _slot: Arc::new(slot), body: Some(Arc::new(room)), accepted };
+    Ok(Admitted { headers, body, client, timeout, deadline, stream_deadline, slot })
+}
+
+/// How a body is read.
+struct Receive {
+    /// Maximum length, in bytes.
+    limit: usize,
+    /// Declared length, in bytes; 0 if none is declared.
+    declared: usize,
+    arrived: Instant,
+    /// Time for the body, in any case; more only while it arrives at `MIN_RATE` on average.
+    patience: Duration,
+    deadline: Instant,
+}
+
+impl Receive {
+    /// Reads the whole body. A body without a declared length takes room as it grows.
+    async fn read(
+        self,
+        request: Request,
+        room: &mut Share,
+        crowded: impl Fn(Limit) -> ApiError,
+    ) -> Result<Vec<u8>> {
+        let mut parts = request.into_body().into_data_stream();
+        let mut body = Vec::with_capacity(self.declared);
+        loop {
+            let part = timeout_at(self.until(body.len()), parts.next()).await;
+            let part = match part.map_err(|_| ApiError::SlowBody)? {
+                None => return Ok(body),
+                Some(Ok(part)) => part,
+                Some(Err(_)) => {
+                    let message = "the body ended before its declared length";
+                    return Err(ValidationError::body(message).into());
+                }
+            };
+            let length = body.len() + part.len();
+            if length > self.limit {
+                return Err(ApiError::TooLarge(self.limit));
+            }
+            room.grow_to(length).map_err(&crowded)?;
+            body.extend_from_slice(&part);
+        }
+    }
+
+    /// The time at which the next bytes must have arrived.
+    fn until(&self, received: usize) -> Instant {
+        let paid = Duration::from_micros(received as u64 * 1_000_000 / MIN_RATE);
+        self.deadline.min(self.arrived + self.patience.max(paid))
+    }
 }
 
 impl Admitted {
@@ -104,10 +208,33 @@ pub(crate) fn text(body: &[u8]) -> Result<&str, ValidationError> {
 
 impl RequestSlot {
     /// A slot for a job that was accepted by an earlier process; waits until one is free.
-    pub(crate) async fn wait(state: &AppState) -> Result<Self> {
-        let permit = Arc::clone(&state.request_slots).acquire_owned().await;
-        let permit = permit.map_err(|_| JobError::Stopping)?;
-        Ok(Self { _permit: Arc::new(permit) })
+    pub(crate) async fn wait(state: &AppState) -> Self {
+        loop {
+            let amount = Amount { requests: 1, bytes: 0 };
+            if let Ok(slot) = state.slots.take(None, amount) {
+                return Self {
+                    _slot: Arc::new(slot),
+                    body: None,
+                    accepted: AcceptedWork::default(),
+                };
+            }
+            tokio::time::sleep(RETRY_INTERVAL).await;
+        }
+    }
+
+    /// Gives back the room of the body: nothing of it is left, except in work that holds a clone.
+    pub(crate) fn release_body(&mut self) {
+        self.body = None;
+    }
+
+    /// Takes the room of the body out, for who keeps the body.
+    pub(crate) fn take_body(&mut self) -> Option<Arc<Share>> {
+        self.body.take()
+    }
+
+    /// Held until the work is done whose result the connection must still send.
+    pub(crate) fn accept(&self) -> TaskTrackerToken {
+        self.accepted.0.token()
     }
 }
 
@@ -122,31 +249,4 @@ pub(crate) fn timeout(headers: &HeaderMap, most: Duration) -> Result<Duration> {
             Err(ValidationError::malformed(TIMEOUT, reason).into())
         }
     }
-}
-
-/// Reads the whole body, of at most `limit` bytes.
-async fn receive(limit: usize, request: Request) -> Result<Vec<u8>> {
-    let declared = request.headers().get(CONTENT_LENGTH).and_then(|value| value.to_str().ok());
-    let declared: usize = declared.and_then(|length| length.parse().ok()).unwrap_or(0);
-    let mut parts = request.into_body().into_data_stream();
-    let mut body = Vec::new();
-    let mut length = 0;
-    while let Some(part) = parts.next().await {
-        match part {
-            Ok(part) if declared.max(length + part.len()) <= limit => {
-                body.extend_from_slice(&part);
-                length += part.len();
-            }
-            Ok(part) if length < OVERSIZE * limit => {
-                body = Vec::new();
-                length += part.len();
-            }
-            Err(_) if declared <= limit => {
-                let message = "the body ended before its declared length";
-                return Err(ValidationError::body(message).into());
-            }
-            _ => break,
-        }
-    }
-    if declared.max(length) > limit { Err(ApiError::TooLarge(limit)) } else { Ok(body) }
 }

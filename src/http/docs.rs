@@ -10,7 +10,7 @@ use aide::{OperationInput, OperationOutput};
 use axum::Json;
 use schemars::{JsonSchema, Schema, json_schema};
 
-use super::admission::{Admitted, ClientId};
+use super::admission::{Admitted, AdmittedSmall, ClientId};
 use super::error::ApiError;
 use super::state::AppState;
 
@@ -23,6 +23,7 @@ pub(crate) const EVENTS: [&str; 1] = ["text/event-stream"];
 const JSON: &str = "application/json";
 
 impl OperationInput for Admitted {}
+impl OperationInput for AdmittedSmall {}
 impl OperationInput for ClientId {}
 impl OperationOutput for ApiError {
     type Inner = Self;

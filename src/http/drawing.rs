@@ -1,19 +1,15 @@
 //! Image generation for all APIs: from the typed request to the encoded images, whether the client
 //! waits for them, receives a stream of events or polls a job.
 
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use axum::response::sse::{Event, KeepAlive, Sse};
-use axum::response::{IntoResponse as _, Response};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use futures_util::stream;
 use sd_models::{ModelInfo, Rgb, Spec};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::Instant as Deadline;
-use tokio_util::task::AbortOnDropHandle;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{error, info, info_span};
 
 use super::admission::RequestSlot;
@@ -22,9 +18,6 @@ use super::state::AppState;
 use crate::engine::{Client, Engine, GeneratedImage, Job, JobError, Preview, Priority, Ticket};
 use crate::image::{self, Format, Hashes, JPEG_QUALITY};
 use crate::request::{DrawRequest, ValidationError};
-
-/// Interval of keep-alive comments in streams: proxies close idle connections.
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Interval at which a job or JSON Lines record retries a full queue.
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
@@ -64,16 +57,19 @@ pub(crate) struct Drawing {
     pub(crate) slot: Option<RequestSlot>,
     /// The model that generates the images.
     pub(crate) model: Arc<ModelInfo>,
+    /// Until the images are encoded, a draining server does not close the connection.
+    _accepted: TaskTrackerToken,
     engine: Engine,
     hashes: Hashes,
 }
 
 impl Drawing {
     /// Validates requests, one for each prompt, on a blocking thread that decodes their images.
-    /// `choose` selects the response format, given the number of images.
+    /// `choose` selects the response format, given the number of images. Then nothing is left of
+    /// the body.
     pub(crate) async fn prepare(
         state: &AppState,
-        slot: &RequestSlot,
+        slot: &mut RequestSlot,
         mut requests: Vec<DrawRequest>,
         choose: impl FnOnce(&DrawRequest, usize) -> Result<ReplyFormat>,
     ) -> Result<Self> {
@@ -89,6 +85,7 @@ impl Drawing {
             Ok((specs, requests.into_iter().next()))
         };
         let (mut specs, request) = state.reader.run(slot.clone(), read).await?;
+        slot.release_body();
         let (count, most) = (specs.len(), settings.limits.max_images);
         if count > most {
             let reason = format!("requests {count} images in total; the maximum is {most}");
@@ -108,8 +105,20 @@ impl Drawing {
             info!(prompt = specs[0].prompt, "accepted");
         }
         let (quality, hashes) = (JPEG_QUALITY, state.hashes.clone());
-        let (slot, priority) = (Some(slot.clone()), Priority::default());
-        Ok(Self { specs, reply, quality, preview, priority, slot, model, engine, hashes })
+        let (_accepted, slot) = (slot.accept(), Some(slot.clone()));
+        let priority = Priority::default();
+        Ok(Self {
+            specs,
+            reply,
+            quality,
+            preview,
+            priority,
+            slot,
+            model,
+            _accepted,
+            engine,
+            hashes,
+        })
     }
 
     /// Submits the images to the engine.
@@ -207,33 +216,6 @@ pub(crate) async fn encode_preview(rgb: Arc<Rgb>, format: Format, quality: u8) -
     let encode = move || image::encode(&rgb, format, quality, "");
     let file = tokio::task::spawn_blocking(encode).await.ok()?.ok()?;
     Some(BASE64_STANDARD.encode(file))
-}
-
-/// A response of the server-sent events that `produce` sends. It is cancelled when the client
-/// disconnects.
-pub(crate) fn event_stream<F: Future<Output = ()> + Send + 'static>(
-    produce: impl FnOnce(EventSender) -> F,
-) -> Response {
-    let (sender, receiver) = mpsc::channel(1);
-    let task = AbortOnDropHandle::new(tokio::spawn(produce(EventSender(sender))));
-    let events = stream::unfold((receiver, task), async |(mut receiver, task)| {
-        let event = receiver.recv().await?;
-        Some((Ok::<_, Infallible>(event), (receiver, task)))
-    });
-    let keep_alive = KeepAlive::new().interval(KEEP_ALIVE_INTERVAL).text("waiting");
-    Sse::new(events).keep_alive(keep_alive).into_response()
-}
-
-/// Sends the events of a stream.
-#[derive(Debug)]
-pub(crate) struct EventSender(mpsc::Sender<Event>);
-
-impl EventSender {
-    /// Waits until the client has received the event before the last.
-    pub(crate) async fn send(&self, name: &str, data: impl AsRef<str>) {
-        // After a disconnect the stream is about to be cancelled.
-        let _ = self.0.send(Event::default().event(name).data(data)).await;
-    }
 }
 
 /// A seed of 32 bits, so that clients that read numbers as doubles can repeat it.

@@ -2,6 +2,7 @@
 //! are short, since SageMaker forwards the first 2048 characters only.
 
 use std::borrow::Cow;
+use std::sync::{Arc, OnceLock};
 
 use axum::Json;
 use axum::http::header::{CONTENT_LENGTH, RETRY_AFTER};
@@ -12,6 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::slots::Limit;
 use crate::engine::JobError;
 use crate::registry::RegistryError;
 use crate::request::ValidationError;
@@ -47,7 +49,7 @@ pub(crate) enum ApiError {
     #[error("{0}")]
     NotAcceptable(String),
     /// 408.
-    #[error("the request body did not arrive within the request's timeout")]
+    #[error("the request body did not arrive in time")]
     SlowBody,
     /// 413.
     #[error("the request body is larger than {0} bytes")]
@@ -55,9 +57,11 @@ pub(crate) enum ApiError {
     /// 415.
     #[error("{0}")]
     MediaType(String),
-    /// 429: all request slots are taken.
-    #[error("too many requests are in flight; retry after {retry_after_s} s")]
+    /// 429: a limit on all requests together, or on those of the client.
+    #[error("{limit}; retry after {retry_after_s} s")]
     Crowded {
+        /// The limit.
+        limit: Limit,
         /// Estimated seconds until there is room.
         retry_after_s: u64,
     },
@@ -80,6 +84,9 @@ pub(crate) enum ApiError {
     /// 507: the database of jobs cannot be written.
     #[error("the server cannot store jobs: {}", storage_reason(.0))]
     Storage(#[from] rusqlite::Error),
+    /// 503: of the connections that are reserved for probes.
+    #[error("too many connections are open; only health checks are answered on this one")]
+    Connections,
     /// 404, 409, 507 and 500: the model is not available.
     #[error(transparent)]
     Registry(#[from] RegistryError),
@@ -118,6 +125,7 @@ impl ApiError {
             Self::Crowded { .. } | Self::JobLimit { .. } | Self::Job(Job::Full { .. }) => {
                 (S::TOO_MANY_REQUESTS, "overloaded")
             }
+            Self::Connections => (S::SERVICE_UNAVAILABLE, "overloaded"),
             Self::Validation(ValidationError::Malformed { .. }) => (S::BAD_REQUEST, "malformed"),
             Self::Validation(ValidationError::OutOfRange { .. }) | Self::Job(Job::Spec { .. }) => {
                 (S::UNPROCESSABLE_ENTITY, "out_of_range")
@@ -144,10 +152,10 @@ impl ApiError {
     /// Value of `Retry-After`, in seconds.
     fn retry_after_s(&self) -> Option<u64> {
         match self {
-            Self::Crowded { retry_after_s }
+            Self::Crowded { retry_after_s, .. }
             | Self::JobLimit { retry_after_s, .. }
             | Self::Job(JobError::Full { retry_after_s }) => Some(*retry_after_s),
-            Self::Job(JobError::Loading | JobError::Stopping) => Some(1),
+            Self::Connections | Self::Job(JobError::Loading | JobError::Stopping) => Some(1),
             _ => None,
         }
     }
@@ -183,6 +191,22 @@ pub(crate) struct ErrorDetail {
     pub(crate) message: String,
     #[schemars(required, extend("type" = ["string", "null"]))]
     pub(crate) param: Option<String>,
+}
+
+/// How a response ended that is sent while it is produced; unset until then. An extension of the
+/// response, for the log and the metrics.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct StreamEnd(Arc<OnceLock<Result<(), ErrorDetail>>>);
+
+impl StreamEnd {
+    /// Sets the end, once.
+    pub(crate) fn set(&self, end: Result<()>) {
+        let _ = self.0.set(end.map_err(|error| error.reason()));
+    }
+
+    pub(crate) fn get(&self) -> Option<&Result<(), ErrorDetail>> {
+        self.0.get()
+    }
 }
 
 /// The body of an error.

@@ -13,10 +13,13 @@ mod invocations;
 mod middleware;
 mod openai;
 mod page;
+mod progress;
 mod reading;
 mod router;
+mod slots;
 mod state;
 mod store;
+mod streaming;
 
 pub use connections::listen;
 pub use router::router;

@@ -11,10 +11,10 @@ use axum::http::HeaderValue;
 use clap::builder::FalseyValueParser;
 use ring::digest::{SHA256, digest};
 use sd_models::ModelInfo;
-use tokio::sync::Semaphore;
 
 use super::error::{ApiError, Result};
 use super::reading::Reader;
+use super::slots::{Amount, Slots};
 use super::store::{InFlight, JobLimits, JobStore, SelectedCheckpoint, UrlStore};
 use crate::engine::{Client, Engine, JobError};
 use crate::image::Hashes;
@@ -44,6 +44,16 @@ pub struct HttpConfig {
     /// before the body is read
     #[arg(long, env = "SD_MAX_REQUESTS", default_value = "256", value_parser = min::<1>)]
     pub max_requests: usize,
+    /// Maximum number of requests in flight of one client, which is an API key or an address.
+    /// Default: half of --max-requests, so that no client can keep all others out. A proxy that
+    /// does not name its clients has no such limit, since it stands for many
+    #[arg(long, env = "SD_MAX_REQUESTS_PER_CLIENT", value_parser = min::<1>)]
+    pub max_requests_per_client: Option<usize>,
+    /// Maximum total length of the request bodies in memory, in bytes; at least --max-body-bytes.
+    /// One client may hold half of it, or one body. At the limit, requests get 429
+    #[arg(long, env = "SD_MAX_BODY_BYTES_IN_FLIGHT", default_value = "268435456")]
+    #[arg(value_parser = min::<1>)]
+    pub max_body_bytes_in_flight: usize,
     /// Time for a request, in milliseconds; after it the request is cancelled with 504. A client
     /// can ask for less with the header x-request-timeout-ms. SageMaker closes the connection after
     /// 60 s; asynchronous endpoints can wait up to an hour (3600000)
@@ -107,10 +117,26 @@ pub struct HttpConfig {
     #[arg(long = "idle-timeout-ms", env = "SD_IDLE_TIMEOUT_MS", default_value = "75000")]
     #[arg(value_parser = millis::<1>, help_heading = "Network")]
     pub idle_timeout: Duration,
-    /// Maximum number of open connections. At the limit, new connections wait until one is closed
+    /// Time for the body of a request, in milliseconds; more is allowed while it arrives at 64 KiB
+    /// per second on average. After it the request gets 408
+    #[arg(long = "body-timeout-ms", env = "SD_BODY_TIMEOUT_MS", default_value = "10000")]
+    #[arg(value_parser = millis::<1>, help_heading = "Network")]
+    pub body_timeout: Duration,
+    /// Time in which a client must take some bytes of its response, in milliseconds; after it the
+    /// connection is closed
+    #[arg(long = "write-timeout-ms", env = "SD_WRITE_TIMEOUT_MS", default_value = "10000")]
+    #[arg(value_parser = millis::<1>, help_heading = "Network")]
+    pub write_timeout: Duration,
+    /// Maximum number of open connections. At the limit, new connections are answered /ping and
+    /// /health/*, and 503 on all other routes
     #[arg(long, env = "SD_MAX_CONNECTIONS", default_value = "1024")]
     #[arg(value_parser = min::<1>, help_heading = "Network")]
     pub max_connections: usize,
+    /// Maximum number of open connections of one address. Default: half of --max-connections.
+    /// Proxies have no such limit, since they stand for many clients
+    #[arg(long, env = "SD_MAX_CONNECTIONS_PER_ADDRESS")]
+    #[arg(value_parser = min::<1>, help_heading = "Network")]
+    pub max_connections_per_address: Option<usize>,
     /// Log prompts. Without this they never appear in the log
     #[arg(long, env = "SD_LOG_PROMPTS")]
     #[arg(value_parser = FalseyValueParser::new(), help_heading = "Log")]
@@ -134,6 +160,21 @@ fn webhook_host(text: &str) -> Result<String, String> {
     let url = reqwest::Url::parse(&format!("http://{text}/")).ok();
     let is_host = url.is_some_and(|url| url.path() == "/" && !text.contains(['/', '@', '?', '#']));
     if is_host { Ok(text.to_ascii_lowercase()) } else { Err("must be a host or host:port".into()) }
+}
+
+impl HttpConfig {
+    fn slots(&self) -> Arc<Slots> {
+        let requests = self.max_requests_per_client.unwrap_or(self.max_requests.div_ceil(2));
+        let bytes = self.max_body_bytes_in_flight.max(self.max_body_bytes);
+        let most = Amount { requests: self.max_requests, bytes };
+        let bytes = (bytes / 2).max(self.max_body_bytes);
+        Slots::new(most, Amount { requests, bytes })
+    }
+
+    /// Maximum number of open connections of one address.
+    pub(crate) fn connections_per_address(&self) -> usize {
+        self.max_connections_per_address.unwrap_or(self.max_connections.div_ceil(2))
+    }
 }
 
 /// A web origin, or `*`.
@@ -193,8 +234,8 @@ pub(crate) struct AppState {
 pub(crate) struct AppShared {
     pub(crate) models: ModelRegistry,
     pub(crate) settings: HttpConfig,
-    /// A permit for each request in flight: bodies and images take memory.
-    pub(crate) request_slots: Arc<Semaphore>,
+    /// What the requests in flight hold: bodies and images take memory.
+    pub(crate) slots: Arc<Slots>,
     pub(crate) reader: Reader,
     pub(crate) jobs: Arc<JobStore>,
     pub(crate) urls: UrlStore,
@@ -223,7 +264,7 @@ impl AppState {
         };
         let jobs = Arc::new(JobStore::open(settings.data_dir.as_deref(), limits)?);
         let shared = AppShared {
-            request_slots: Arc::new(Semaphore::new(settings.max_requests)),
+            slots: settings.slots(),
             reader: Reader::new(settings.max_decoded_bytes),
             jobs,
             urls: UrlStore::new(settings.url_retention, settings.max_url_bytes),

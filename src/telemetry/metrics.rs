@@ -89,12 +89,14 @@ macro_rules! metrics {
 
 // The last word of a name is its unit; the formats add `_total` to counters.
 metrics! {
-    /// Requests by route and outcome: ok, an error code, or client_closed.
+    /// Requests by route and outcome, of a stream when it ends: ok, an error code, or client_closed.
     requests: Counter = "sd_requests" ["route", "outcome"] Counter::default;
     /// Time from request headers to response headers.
     request_duration: Histogram = "sd_request_duration_seconds" ["route"] request_buckets;
     /// Generation requests in flight, queued ones included.
     requests_in_flight: Gauge = "sd_requests_in_flight" [] Gauge::default;
+    /// Bytes of request bodies in flight: received or declared, and not yet released.
+    body_bytes_in_flight: Gauge = "sd_body_bytes_in_flight" [] Gauge::default;
     /// Requested images by outcome: completed, failed, cancelled or rejected.
     images: Counter = "sd_images" ["outcome"] Counter::default;
     /// Images in the queue.
@@ -194,7 +196,7 @@ mod tests {
         metrics.gpu_power.with(["0"]).set(7.5);
         let (classic, open) = (metrics.to_string(), metrics.open_metrics());
         for line in [
-            "# HELP sd_requests_total Requests by route and outcome: ok, an error code, or client_closed.",
+            "# HELP sd_requests_total Requests by route and outcome, of a stream when it ends: ok, an error code, or client_closed.",
             "# TYPE sd_requests_total counter",
             "sd_requests_total{route=\"/ping\",outcome=\"ok\"} 1",
             "# TYPE sd_batch_size histogram",

@@ -44,6 +44,11 @@ impl Server {
         self.shutdown.take().expect("only once").send(()).expect("it serves");
     }
 
+    /// How it ended.
+    pub(crate) async fn ended(self) -> Result<()> {
+        self.ended.await?
+    }
+
     async fn ping(&self) -> u16 {
         let reply = reqwest::get(format!("{}/ping", self.url)).await;
         reply.map_or(0, |reply| reply.status().as_u16())

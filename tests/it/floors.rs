@@ -33,11 +33,11 @@ const SERVER: Floors = &[
             &["mod"],
             &["router", "connections"],
             &["invocations", "openai", "a1111", "admin", "page"],
-            &["admission", "drawing", "docs"],
+            &["admission", "drawing", "streaming", "docs"],
             &["middleware"],
             &["state"],
             &["store", "reading"],
-            &["error", "headers", "ids"],
+            &["error", "slots", "progress", "headers", "ids"],
         ],
     ),
 ];

@@ -7,6 +7,7 @@ mod cli; // generate, healthcheck, exit codes
 #[cfg(feature = "cuda")]
 mod cuda; // the same on a GPU, or on an emulator of one
 mod dialects; // what other servers' clients send to /invocations
+mod edges; // connections, slots, bodies and responses that clients hold
 mod embeddings; // textual inversion
 mod engine; // the engine and its server around a fake model: loading, draining, dying
 mod fake; // the fake model

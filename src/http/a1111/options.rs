@@ -5,7 +5,7 @@ use axum::extract::State;
 use serde_json::{Value, json};
 
 use super::request::{Object, is_noop};
-use crate::http::admission::{Admitted, text};
+use crate::http::admission::{Admitted, AdmittedSmall, text};
 use crate::http::error::Result;
 use crate::http::state::{AppState, model_of};
 use crate::request::{self, ValidationError};
@@ -49,7 +49,7 @@ pub(crate) async fn get_options(State(state): State<AppState>) -> Result<Json<Va
 /// before the response, and becomes that of all requests of this API that name none.
 pub(crate) async fn set_options(
     State(state): State<AppState>,
-    Admitted { body, slot, .. }: Admitted,
+    AdmittedSmall(Admitted { body, slot, .. }): AdmittedSmall,
 ) -> Result<Json<Value>> {
     let changes = |body: &[u8]| Ok(request::object(text(body)?)?);
     let changes: Object = state.reader.parse(slot, body, changes).await?;

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::http::admission::{Admitted, ClientId};
+use crate::http::admission::{AdmittedSmall, ClientId};
 use crate::http::drawing::encode_preview;
 use crate::http::error::Result;
 use crate::http::state::AppState;
@@ -84,7 +84,7 @@ fn job(count: usize, step: usize, steps: usize) -> Value {
 /// `POST /internal/progress`: the progress of the request with this `force_task_id`.
 pub(crate) async fn task(
     State(state): State<AppState>,
-    mut admitted: Admitted,
+    AdmittedSmall(mut admitted): AdmittedSmall,
 ) -> Result<Json<Value>> {
     let mut fields = admitted.json(&state).await?;
     let TaskQuery { id_task, live_preview } = fields.read(&state.settings.limits)?;

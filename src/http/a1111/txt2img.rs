@@ -29,7 +29,7 @@ pub(crate) async fn img2img(State(state): State<AppState>, admitted: Admitted) -
 /// Generates images and responds as AUTOMATIC1111 does.
 async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Result<Response> {
     let mut fields = admitted.json(&state).await?;
-    let Admitted { client, deadline, slot, .. } = admitted;
+    let Admitted { client, deadline, mut slot, .. } = admitted;
     let mut parameters = fields.object();
     let limits = &state.settings.limits;
     let mut common = Common::read(&mut fields, limits)?;
@@ -59,7 +59,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     // What is unknown may be large.
     drop(fields);
     let json = |draw: &DrawRequest, _| Ok(ReplyFormat::Json(draw.format()?.unwrap_or(Format::Png)));
-    let mut drawing = Drawing::prepare(&state, &slot, vec![draw], json).await?;
+    let mut drawing = Drawing::prepare(&state, &mut slot, vec![draw], json).await?;
     drawing.preview = true;
     let ticket = drawing.submit(&client, deadline)?;
     let request = InFlightRequest::new(&state.engine, &ticket, client, task, &drawing.specs);

@@ -17,8 +17,9 @@ pub(crate) async fn metrics(State(state): State<AppState>, headers: HeaderMap) -
     let (engine, engines) = (state.engine.clone(), state.models.engines());
     // The GPU driver may be slow. A gauge that cannot be read keeps its value.
     let _ = tokio::task::spawn_blocking(move || engine.gauge_with(&engines)).await;
-    let in_flight = state.settings.max_requests - state.request_slots.available_permits();
-    metrics.requests_in_flight.with([]).set(in_flight as i64);
+    let held = state.slots.held();
+    metrics.requests_in_flight.with([]).set(held.requests as i64);
+    metrics.body_bytes_in_flight.with([]).set(held.bytes as i64);
     if let Ok([running, finished]) = state.jobs.count().await {
         metrics.jobs.with(["running"]).set(running);
         metrics.jobs.with(["finished"]).set(finished);

@@ -3,18 +3,16 @@
 use std::path::PathBuf;
 
 use axum::Json;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::http::admission::{Admitted, AdmittedSmall};
 use crate::http::error::{ApiError, Result};
 use crate::http::state::AppState;
 use crate::registry::LoadedModel;
 use crate::request::ValidationError;
-
-/// Maximum length of a request to load a model, in bytes.
-const MAX_BODY_BYTES: usize = 1 << 16;
 
 /// A request to load a model.
 #[derive(Debug, Deserialize)]
@@ -27,9 +25,10 @@ struct LoadModelBody {
 
 /// `POST /models`: 409 if it is loaded already, 507 if there is no room, after which SageMaker
 /// unloads others and retries.
-pub(crate) async fn load(State(state): State<AppState>, request: Request) -> Result<StatusCode> {
-    let body = axum::body::to_bytes(request.into_body(), MAX_BODY_BYTES).await;
-    let body = body.map_err(|_| ApiError::TooLarge(MAX_BODY_BYTES))?;
+pub(crate) async fn load(
+    State(state): State<AppState>,
+    AdmittedSmall(Admitted { body, .. }): AdmittedSmall,
+) -> Result<StatusCode> {
     let load: LoadModelBody = serde_json::from_slice(&body).map_err(|error| {
         ValidationError::body(format!("model_name and url are needed: {error}"))
     })?;

@@ -27,7 +27,7 @@ struct Requests {
 /// Reads and validates a request in any of the formats. `headers` select that of the response.
 pub(crate) async fn read(
     state: &AppState,
-    slot: &RequestSlot,
+    slot: &mut RequestSlot,
     headers: &HeaderMap,
     body: impl AsRef<[u8]> + Send + 'static,
     fields: ReadFields,
@@ -39,7 +39,7 @@ pub(crate) async fn read(
 /// The same, with what `fields` reads besides.
 pub(crate) async fn read_with<T: Send + 'static>(
     state: &AppState,
-    slot: &RequestSlot,
+    slot: &mut RequestSlot,
     headers: &HeaderMap,
     body: impl AsRef<[u8]> + Send + 'static,
     fields: impl FnOnce(&HeaderMap, &[u8]) -> Result<((Fields, BodyKind), T)> + Send + 'static,

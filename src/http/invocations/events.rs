@@ -7,12 +7,14 @@ use std::time::Duration;
 
 use axum::response::Response;
 use serde_json::{Value, json};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::render::Invocation;
 use crate::engine::{Engine, Estimate, JobMonitor, Preview, Progress, Ticket};
 use crate::http::admission::RequestSlot;
-use crate::http::drawing::{EventSender, encode_preview, event_stream, next_preview};
+use crate::http::drawing::{encode_preview, next_preview};
+use crate::http::error::ApiError;
+use crate::http::streaming::{EventSender, event_stream};
 use crate::image::{Format, JPEG_QUALITY};
 
 /// Interval at which the position in the queue is checked.
@@ -23,11 +25,12 @@ pub(crate) fn stream(
     engine: &Engine,
     invocation: Invocation,
     ticket: Ticket,
+    deadline: Instant,
     slot: RequestSlot,
 ) -> Response {
     let mut monitor = engine.monitor(&ticket);
-    event_stream(|events| async move {
-        let _slot = slot;
+    let describe = |error: &ApiError| error.json().to_string();
+    event_stream(deadline, slot, describe, move |events| async move {
         // Progress that waits for the client has a place in the channel before the last event, so it
         // is dropped first.
         let result = {
@@ -44,12 +47,8 @@ pub(crate) fn stream(
                 }
             }
         };
-        match result {
-            Ok(response) => {
-                events.send("result", String::from_utf8_lossy(response.body())).await;
-            }
-            Err(error) => events.send("error", error.json().to_string()).await,
-        }
+        events.send("result", String::from_utf8_lossy(result?.body())).await;
+        Ok(())
     })
 }
 

@@ -27,11 +27,11 @@ pub(crate) async fn invocations(
     if lines::are_declared(&admitted.headers) {
         return lines::respond(state, admitted);
     }
-    let Admitted { headers, body, client, deadline, stream_deadline, slot, .. } = admitted;
-    let invocation = detect::read(&state, &slot, &headers, body, body::read).await?;
+    let Admitted { headers, body, client, deadline, stream_deadline, mut slot, .. } = admitted;
+    let invocation = detect::read(&state, &mut slot, &headers, body, body::read).await?;
     if let ReplyFormat::Events(_) = invocation.drawing.reply {
         let ticket = invocation.drawing.submit(&client, stream_deadline)?;
-        return Ok(events::stream(&state.engine, invocation, ticket, slot));
+        return Ok(events::stream(&state.engine, invocation, ticket, stream_deadline, slot));
     }
     let images = invocation.drawing.submit(&client, deadline)?.wait().await?;
     Ok(invocation.respond(images).await?.map(Body::from))

@@ -43,7 +43,7 @@ pub(super) struct JobOptions {
 /// Reads and validates the request of a job.
 pub(super) async fn read(
     state: &AppState,
-    slot: &RequestSlot,
+    slot: &mut RequestSlot,
     headers: &HeaderMap,
     body: Bytes,
 ) -> Result<(Invocation, JobOptions)> {

@@ -138,9 +138,9 @@ async fn load(state: &AppState, job: &UnfinishedJob) -> Result<Invocation> {
         return Err(ApiError::NoModel(job.model.clone()));
     }
     let request = state.jobs.request(&job.id).await?;
-    let slot = RequestSlot::wait(state).await?;
+    let mut slot = RequestSlot::wait(state).await;
     let StoredRequest { headers, body } = request;
-    let (mut invocation, _) = job_request::read(state, &slot, &headers, body).await?;
+    let (mut invocation, _) = job_request::read(state, &mut slot, &headers, body).await?;
     // A random seed is the one that was drawn when the job was accepted.
     for (spec, k) in invocation.drawing.specs.iter_mut().zip(0..) {
         spec.seed = job.seed.wrapping_add(k);

@@ -34,12 +34,12 @@ const MAX_PAGE: usize = 100;
 /// `POST /v1/jobs`: accepts a job, whose body is that of `/invocations` with a priority and a
 /// webhook.
 pub(crate) async fn create(State(state): State<AppState>, admitted: Admitted) -> Result<Response> {
-    let Admitted { mut headers, body, client, slot, .. } = admitted;
+    let Admitted { mut headers, body, client, mut slot, .. } = admitted;
     let timeout = admission::timeout(&headers, state.settings.job_timeout)?;
     let body = Bytes::from(body);
     // Without a data directory the request is never read again.
     let kept = if state.jobs.is_durable() { body.clone() } else { Bytes::new() };
-    let (invocation, options) = job_request::read(&state, &slot, &headers, body).await?;
+    let (invocation, options) = job_request::read(&state, &mut slot, &headers, body).await?;
     let JobOptions { priority, webhook } = options;
     if let ReplyFormat::Events(_) = invocation.drawing.reply {
         return Err(ValidationError::body("a job cannot stream events; poll its state").into());

@@ -4,3 +4,4 @@ pub(crate) mod auth;
 pub(crate) mod cors;
 pub(crate) mod observe;
 pub(crate) mod sagemaker_route;
+pub(crate) mod unread;

@@ -1,35 +1,86 @@
 //! Request ids, metrics, and one log line per request.
 
-use std::borrow::Cow;
 use std::time::Instant;
 
+use axum::body::Body;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
-use tracing::{Instrument, debug, error, info, info_span};
+use futures_util::StreamExt as _;
+use tracing::{Instrument as _, Span, debug, error, info, info_span};
 
 use crate::engine::Engine;
-use crate::http::error::ErrorDetail;
+use crate::http::error::{ErrorDetail, StreamEnd};
 use crate::http::headers::{INFERENCE_ID, REQUEST_ID};
 
 /// Routes that machines poll. Their requests are logged at `debug` only.
 const PROBE_ROUTES: [&str; 4] = ["/ping", "/health/live", "/health/ready", "/metrics"];
 
-/// Counts a request once: with its outcome, or as `client_closed` if the client disconnected first.
-struct RequestMetricsGuard {
+/// One request, which is counted and logged when this is dropped: with its outcome, or as
+/// `client_closed` if the client disconnected before the response had ended.
+struct ObservedRequest {
     engine: Engine,
+    method: Method,
+    path: String,
     /// The template of the matched route, or `other`: clients choose paths, not routes.
     route: String,
-    outcome: Cow<'static, str>,
+    span: Span,
     began: Instant,
+    answer: Option<Answer>,
 }
 
-impl Drop for RequestMetricsGuard {
+/// What is known when the headers of a response are sent.
+struct Answer {
+    status: StatusCode,
+    error: Option<ErrorDetail>,
+    /// Of a response that is sent while it is produced.
+    end: Option<StreamEnd>,
+}
+
+impl ObservedRequest {
+    /// The outcome, and the error of a failed request.
+    fn outcome(&self) -> (&str, Option<&ErrorDetail>) {
+        let Some(Answer { status, error, end }) = &self.answer else {
+            return ("client_closed", None);
+        };
+        match (error, end.as_ref().map(StreamEnd::get)) {
+            (Some(error), _) | (None, Some(Some(Err(error)))) => (&error.code, Some(error)),
+            (None, Some(None)) => ("client_closed", None),
+            (None, None | Some(Some(Ok(())))) if status.is_success() => ("ok", None),
+            (None, _) => ("not_ready", None),
+        }
+    }
+
+    fn count_duration(&self) {
+        self.engine.metrics().request_duration.time([&self.route], self.began.elapsed());
+    }
+}
+
+impl Drop for ObservedRequest {
     fn drop(&mut self) {
-        let metrics = self.engine.metrics();
-        metrics.requests.with([&self.route, &self.outcome]).inc();
-        metrics.request_duration.time([&self.route], self.began.elapsed());
+        if self.answer.is_none() {
+            self.count_duration();
+        }
+        let (outcome, error) = self.outcome();
+        self.engine.metrics().requests.with([&self.route, outcome]).inc();
+        let _inside = self.span.enter();
+        let (method, path) = (&self.method, &self.path);
+        let duration_ms = self.began.elapsed().as_millis() as u64;
+        let reason = error.map(|error| error.message.as_str());
+        let status = self.answer.as_ref().map(|answer| answer.status);
+        // An error of the server, in contrast to a state that clients should expect.
+        let is_fault = |status: &StatusCode| {
+            status.is_server_error() && *status != StatusCode::SERVICE_UNAVAILABLE
+        };
+        let (fault, status) = (status.as_ref().is_some_and(is_fault), status.map(|s| s.as_u16()));
+        if fault {
+            error!(%method, path, status, outcome, duration_ms, reason);
+        } else if PROBE_ROUTES.contains(&self.route.as_str()) {
+            debug!(%method, path, status, outcome, duration_ms);
+        } else {
+            info!(%method, path, status, outcome, duration_ms, reason);
+        }
     }
 }
 
@@ -44,35 +95,24 @@ pub(crate) async fn observe(
     let route = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str);
     let route = route.to_owned();
     let span = info_span!("request", id = id.to_str().unwrap_or_default());
-    let mut tally = RequestMetricsGuard {
-        engine,
-        route,
-        outcome: "client_closed".into(),
-        began: Instant::now(),
-    };
-    let mut response = next.run(request).instrument(span.clone()).await;
+    let (began, inside) = (Instant::now(), span.clone());
+    let mut observed = ObservedRequest { engine, method, path, route, span, began, answer: None };
+    let mut response = next.run(request).instrument(inside).await;
     response.headers_mut().insert(REQUEST_ID, id);
 
-    let _inside = span.enter();
-    let status = response.status();
-    let reason = response.extensions().get::<ErrorDetail>();
-    tally.outcome = match reason {
-        Some(reason) => reason.code.clone(),
-        None if status.is_success() => "ok".into(),
-        None => "not_ready".into(),
-    };
-    // An error of the server, in contrast to a state that clients should expect.
-    let fault = status.is_server_error() && status != StatusCode::SERVICE_UNAVAILABLE;
-    let duration_ms = tally.began.elapsed().as_millis() as u64;
-    let (status, reason) = (status.as_u16(), reason.map(|reason| reason.message.as_str()));
-    if fault {
-        error!(%method, path, status, duration_ms, reason);
-    } else if PROBE_ROUTES.contains(&tally.route.as_str()) {
-        debug!(%method, path, status, duration_ms);
-    } else {
-        info!(%method, path, status, duration_ms, reason);
+    observed.count_duration();
+    let (status, extensions) = (response.status(), response.extensions());
+    let (error, end) = (extensions.get().cloned(), extensions.get::<StreamEnd>().cloned());
+    let is_stream = end.is_some();
+    observed.answer = Some(Answer { status, error, end });
+    if !is_stream {
+        return response;
     }
-    response
+    // The request ends with the body.
+    let hold = move |_: &_| {
+        let _observed = &observed;
+    };
+    response.map(|body| Body::from_stream(body.into_data_stream().inspect(hold)))
 }
 
 /// The client's request id if it is valid in a header and a log, else a random one.

@@ -61,7 +61,7 @@ async fn generate(
     draw: DrawRequest,
     kind: &'static str,
 ) -> Result<Response> {
-    let Admitted { headers, client, deadline, stream_deadline, slot, .. } = admitted;
+    let Admitted { headers, client, deadline, stream_deadline, mut slot, .. } = admitted;
     let is_openai = |name: &String| OPENAI_MODELS.iter().any(|prefix| name.starts_with(prefix));
     let state = match options.model.filter(|name| !is_openai(name)) {
         Some(name) => state.choose(&name).await?,
@@ -71,7 +71,7 @@ async fn generate(
     let url = is_url.then(|| origin(&headers));
     let (compression, partial_images) = (options.output_compression, options.partial_images);
     let options = ReplyOptions { kind, url, partial_images: partial_images.unwrap_or(0) };
-    let drawing = Drawing::prepare(&state, &slot, vec![draw], |draw, _| {
+    let drawing = Drawing::prepare(&state, &mut slot, vec![draw], |draw, _| {
         let format = draw.format()?.unwrap_or(Format::Png);
         Ok(match draw.stream {
             Some(true) => ReplyFormat::Events(format),
@@ -83,7 +83,7 @@ async fn generate(
     let mut response = common(&drawing);
     if let ReplyFormat::Events(_) = drawing.reply {
         let ticket = drawing.submit(&client, stream_deadline)?;
-        return Ok(stream(state, drawing, ticket, options, response, slot));
+        return Ok(stream(state, drawing, ticket, options, response, (stream_deadline, slot)));
     }
     let images = drawing.submit(&client, deadline)?.wait().await?;
     let data = data(&state, drawing, images, options.url).await?;

@@ -1,16 +1,19 @@
 //! Responses as streams of server-sent events.
 
-use std::pin::pin;
-
 use axum::response::Response;
 use serde_json::{Value, json};
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument as _;
 
 use super::error::describe;
 use super::render::{data, now};
 use crate::engine::{Progress, Ticket};
 use crate::http::admission::RequestSlot;
-use crate::http::drawing::{Drawing, EventSender, encode_preview, event_stream, next_preview};
+use crate::http::drawing::{Drawing, encode_preview, next_preview};
+use crate::http::error::ApiError;
 use crate::http::state::AppState;
+use crate::http::streaming::{EventSender, event_stream};
 
 /// The options of a response.
 #[derive(Debug, Clone)]
@@ -29,20 +32,22 @@ pub(crate) fn stream(
     ticket: Ticket,
     options: ReplyOptions,
     common: Value,
-    slot: RequestSlot,
+    (deadline, slot): (Instant, RequestSlot),
 ) -> Response {
     let (format, quality) = (drawing.reply.format(), drawing.quality);
     let mut monitor = state.engine.monitor(&ticket);
-    event_stream(|events| async move {
-        let _slot = slot;
+    let describe = |error: &ApiError| describe(error.status(), &error.reason()).to_string();
+    event_stream(deadline, slot, describe, move |events| async move {
         let ReplyOptions { kind, url, partial_images } = options;
         let send =
             async |end: &str, data| send(&events, &format!("{kind}.{end}"), data, &common).await;
-        let mut result = pin!(async { data(&state, drawing, ticket.wait().await?, url).await });
+        // A task, because the images are finished and encoded while the client takes nothing.
+        let result = async move { data(&state, drawing, ticket.wait().await?, url).await };
+        let mut result = AbortOnDropHandle::new(tokio::spawn(result.in_current_span()));
         let mut sent = 0;
-        let result = loop {
+        let images = loop {
             tokio::select! {
-                result = &mut result => break result,
+                result = &mut result => break result.map_err(|_| ApiError::Encode)??,
                 preview = next_preview(monitor.previews().filter(|_| sent < partial_images)) => {
                     let Progress { completed, total, .. } = monitor.current();
                     // One preview for each equal part of the steps.
@@ -56,17 +61,10 @@ pub(crate) fn stream(
                 }
             }
         };
-        match result {
-            Ok(images) => {
-                for data in images {
-                    send("completed", data).await;
-                }
-            }
-            Err(error) => {
-                let data = describe(error.status(), &error.reason());
-                events.send("error", data.to_string()).await;
-            }
+        for data in images {
+            send("completed", data).await;
         }
+        Ok(())
     })
 }
 

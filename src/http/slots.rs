@@ -1,0 +1,184 @@
+//! What the requests in flight hold: slots, and bytes of bodies; in all and of each client.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::engine::Client;
+
+/// A number of requests and of bytes of their bodies.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Amount {
+    pub(crate) requests: usize,
+    pub(crate) bytes: usize,
+}
+
+/// Counts what is held, and refuses what would exceed a limit.
+#[derive(Debug)]
+pub(crate) struct Slots {
+    most: Amount,
+    most_of_client: Amount,
+    held: Mutex<Held>,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    all: Amount,
+    clients: HashMap<Client, Amount>,
+}
+
+/// The limit that a request would have exceeded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Limit {
+    /// Of all clients together.
+    #[error("too many requests are in flight; the maximum is {0}")]
+    Requests(usize),
+    /// Of one client.
+    #[error("too many requests of this client are in flight; the maximum is {0}")]
+    ClientRequests(usize),
+    /// Of all clients together.
+    #[error("too many bytes of request bodies are in flight; the maximum is {0}")]
+    Bytes(usize),
+    /// Of one client.
+    #[error("too many bytes of this client's request bodies are in flight; the maximum is {0}")]
+    ClientBytes(usize),
+}
+
+/// What one request holds. Given back on drop.
+#[derive(Debug)]
+pub(crate) struct Share {
+    slots: Arc<Slots>,
+    client: Option<Client>,
+    requests: usize,
+    bytes: AtomicUsize,
+}
+
+impl Slots {
+    pub(crate) fn new(most: Amount, most_of_client: Amount) -> Arc<Self> {
+        Arc::new(Self { most, most_of_client, held: Mutex::default() })
+    }
+
+    /// Takes a share. Without a client, only the limits of all clients together hold.
+    pub(crate) fn take(
+        self: &Arc<Self>,
+        client: Option<&Client>,
+        amount: Amount,
+    ) -> Result<Share, Limit> {
+        self.add(client, amount)?;
+        let (slots, client) = (Arc::clone(self), client.cloned());
+        Ok(Share { slots, client, requests: amount.requests, bytes: amount.bytes.into() })
+    }
+
+    /// What all clients hold together.
+    pub(crate) fn held(&self) -> Amount {
+        self.lock().all
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, client: Option<&Client>, more: Amount) -> Result<(), Limit> {
+        let mut held = self.lock();
+        let all = held.all.plus(more);
+        if all.requests > self.most.requests {
+            return Err(Limit::Requests(self.most.requests));
+        }
+        if all.bytes > self.most.bytes {
+            return Err(Limit::Bytes(self.most.bytes));
+        }
+        if let Some(client) = client {
+            let (one, most) = (held.clients.get(client), self.most_of_client);
+            let one = one.copied().unwrap_or_default().plus(more);
+            if one.requests > most.requests {
+                return Err(Limit::ClientRequests(most.requests));
+            }
+            if one.bytes > most.bytes {
+                return Err(Limit::ClientBytes(most.bytes));
+            }
+            held.clients.insert(client.clone(), one);
+        }
+        held.all = all;
+        Ok(())
+    }
+
+    fn remove(&self, client: Option<&Client>, less: Amount) {
+        let mut held = self.lock();
+        held.all = held.all.minus(less);
+        if let Some(client) = client
+            && let Some(one) = held.clients.get_mut(client)
+        {
+            *one = one.minus(less);
+            if *one == Amount::default() {
+                held.clients.remove(client);
+            }
+        }
+    }
+}
+
+impl Amount {
+    fn plus(self, other: Self) -> Self {
+        let requests = self.requests.saturating_add(other.requests);
+        Self { requests, bytes: self.bytes.saturating_add(other.bytes) }
+    }
+
+    fn minus(self, other: Self) -> Self {
+        let requests = self.requests.saturating_sub(other.requests);
+        Self { requests, bytes: self.bytes.saturating_sub(other.bytes) }
+    }
+}
+
+impl Share {
+    /// Takes more bytes, if fewer than `bytes` are held.
+    pub(crate) fn grow_to(&mut self, bytes: usize) -> Result<(), Limit> {
+        let held = self.bytes.get_mut();
+        if bytes > *held {
+            let more = Amount { requests: 0, bytes: bytes - *held };
+            self.slots.add(self.client.as_ref(), more)?;
+            *held = bytes;
+        }
+        Ok(())
+    }
+
+    /// Gives bytes back, if more than `bytes` are held.
+    pub(crate) fn shrink_to(&self, bytes: usize) {
+        let held = self.bytes.fetch_min(bytes, Ordering::Relaxed);
+        let less = Amount { requests: 0, bytes: held.saturating_sub(bytes) };
+        self.slots.remove(self.client.as_ref(), less);
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let bytes = *self.bytes.get_mut();
+        self.slots.remove(self.client.as_ref(), Amount { requests: self.requests, bytes });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_limited_in_all_and_by_client_and_given_back() {
+        let amount = |requests, bytes| Amount { requests, bytes };
+        let slots = Slots::new(amount(3, 100), amount(2, 60));
+        let (a, b) = (Client::named("a"), Client::named("b"));
+        let mut first = slots.take(Some(&a), amount(1, 10)).expect("room");
+        let second = slots.take(Some(&a), amount(1, 10)).expect("room");
+        let refused = |client, requests, bytes| slots.take(client, amount(requests, bytes)).err();
+        assert_eq!(refused(Some(&a), 1, 0), Some(Limit::ClientRequests(2)));
+        assert_eq!(refused(Some(&a), 0, 41), Some(Limit::ClientBytes(60)));
+        assert_eq!(refused(Some(&b), 0, 81), Some(Limit::Bytes(100)));
+        let third = slots.take(None, amount(1, 70)).expect("no limit but that of all");
+        assert_eq!(refused(Some(&b), 1, 0), Some(Limit::Requests(3)));
+        assert_eq!(first.grow_to(21), Err(Limit::Bytes(100)));
+        assert_eq!((first.grow_to(20), first.grow_to(5)), (Ok(()), Ok(())));
+        first.shrink_to(3);
+        first.shrink_to(50);
+        assert_eq!(slots.held(), amount(3, 83));
+        drop((first, second, third));
+        assert_eq!(slots.held(), Amount::default());
+        assert!(slots.lock().clients.is_empty());
+    }
+}
