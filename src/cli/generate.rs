@@ -6,7 +6,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 use sd_models::MAX_STEPS;
 use tokio::sync::watch;
@@ -62,11 +62,12 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     let model = engine.ready().await?;
     spinner.finish_and_clear();
 
-    let seed = || getrandom::u32().unwrap_or_default().into();
     let mut request = DrawRequest::read(Fields::json(&config.fields)?, &LIMITS)?;
     request.image = config.image.map(|file| ImageFile::Bytes(file.into()));
     request.mask = config.mask.map(|file| ImageFile::Bytes(file.into()));
-    let specs = request.specs(&LIMITS, &model, seed)?;
+    let seed = getrandom::u32().map_err(|error| anyhow!("no random numbers: {error}"))?;
+    let specs = request.specs(&LIMITS, &model, seed.into())?;
+    specs.iter().try_for_each(|spec| request.check_format(spec, config.format))?;
     let began = Instant::now();
     let ticket = engine.submit(specs.clone())?;
     let bar = tokio::spawn(show(ticket.progress()));

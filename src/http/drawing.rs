@@ -14,6 +14,7 @@ use tracing::{error, info, info_span};
 
 use super::admission::RequestSlot;
 use super::error::{ApiError, Result};
+use super::ids;
 use super::state::AppState;
 use crate::engine::{Client, Engine, GeneratedImage, Job, JobError, Preview, Priority, Ticket};
 use crate::image::{self, Format, Hashes, JPEG_QUALITY};
@@ -74,13 +75,13 @@ impl Drawing {
         choose: impl FnOnce(&DrawRequest, usize) -> Result<ReplyFormat>,
     ) -> Result<Self> {
         let (engine, settings) = (state.engine.clone(), &state.settings);
-        let model = engine.model()?;
+        let (model, seed) = (engine.model()?, ids::seed()?);
         let (limits, own, reader) = (settings.limits, Arc::clone(&model), state.reader.clone());
         let read = move || {
             let mut specs = Vec::new();
             for request in &mut requests {
                 let _weighed = reader.weigh(request.weigh(&limits));
-                specs.extend(request.specs(&limits, &own, random_seed)?);
+                specs.extend(request.specs(&limits, &own, seed)?);
             }
             Ok((specs, requests.into_iter().next()))
         };
@@ -100,6 +101,7 @@ impl Drawing {
             spec.seed = first.wrapping_add(k as u64);
         }
         let reply = choose(&request, count)?;
+        specs.iter().try_for_each(|spec| request.check_format(spec, reply.format()))?;
         let preview = request.preview == Some(true) && matches!(reply, ReplyFormat::Events(_));
         if settings.log_prompts {
             info!(prompt = specs[0].prompt, "accepted");
@@ -216,9 +218,4 @@ pub(crate) async fn encode_preview(rgb: Arc<Rgb>, format: Format, quality: u8) -
     let encode = move || image::encode(&rgb, format, quality, "");
     let file = tokio::task::spawn_blocking(encode).await.ok()?.ok()?;
     Some(BASE64_STANDARD.encode(file))
-}
-
-/// A seed of 32 bits, so that clients that read numbers as doubles can repeat it.
-fn random_seed() -> u64 {
-    getrandom::u32().unwrap_or_default().into()
 }

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::slots::Limit;
 use crate::engine::JobError;
 use crate::registry::RegistryError;
-use crate::request::ValidationError;
+use crate::request::{ValidationError, brief, shortened};
 
 /// An error response.
 #[derive(Debug, thiserror::Error)]
@@ -96,6 +96,9 @@ pub(crate) enum ApiError {
     /// The engine could not finish the job.
     #[error(transparent)]
     Job(#[from] JobError),
+    /// 500: there are no random numbers for an id or a seed.
+    #[error("the system provides no random numbers: {0}")]
+    Random(getrandom::Error),
     /// 500: the image could not be encoded.
     #[error("the image could not be encoded")]
     Encode,
@@ -126,12 +129,15 @@ impl ApiError {
                 (S::TOO_MANY_REQUESTS, "overloaded")
             }
             Self::Connections => (S::SERVICE_UNAVAILABLE, "overloaded"),
-            Self::Validation(ValidationError::Malformed { .. }) => (S::BAD_REQUEST, "malformed"),
+            Self::Validation(
+                ValidationError::Malformed { .. } | ValidationError::Unknown { .. },
+            ) => (S::BAD_REQUEST, "malformed"),
             Self::Validation(ValidationError::OutOfRange { .. }) | Self::Job(Job::Spec { .. }) => {
                 (S::UNPROCESSABLE_ENTITY, "out_of_range")
             }
             Self::ResultLimit(_) | Self::Storage(_) => (S::INSUFFICIENT_STORAGE, "storage_full"),
             Self::Abandoned(_) => (S::INTERNAL_SERVER_ERROR, "job_abandoned"),
+            Self::Random(_) => (S::INTERNAL_SERVER_ERROR, "random_failed"),
             Self::Encode => (S::INTERNAL_SERVER_ERROR, "encode_failed"),
             Self::Registry(Registry::NoRoom(_)) | Self::Job(Job::OutOfMemory) => {
                 (S::INSUFFICIENT_STORAGE, "out_of_memory")
@@ -163,7 +169,9 @@ impl ApiError {
     fn param(&self) -> Option<&str> {
         match self {
             Self::Validation(ValidationError::Malformed { param, .. }) => param.as_deref(),
-            Self::Validation(ValidationError::OutOfRange { param, .. }) => Some(param),
+            Self::Validation(
+                ValidationError::OutOfRange { param, .. } | ValidationError::Unknown { param },
+            ) => Some(param),
             Self::Job(JobError::Spec { field, .. }) => Some(field),
             Self::NoModel(_) => Some("model"),
             _ => None,
@@ -191,6 +199,9 @@ pub(crate) struct ErrorDetail {
     pub(crate) message: String,
     #[schemars(required, extend("type" = ["string", "null"]))]
     pub(crate) param: Option<String>,
+    /// Whether `param` is a name of ours, which may be logged, not one that the client made up.
+    #[serde(skip)]
+    pub(crate) is_known: bool,
 }
 
 /// How a response ended that is sent while it is produced; unset until then. An extension of the
@@ -222,8 +233,10 @@ impl ApiError {
     }
 
     pub(crate) fn reason(&self) -> ErrorDetail {
-        let (code, param) = (self.kind().1.into(), self.param().map(Into::into));
-        ErrorDetail { code, message: self.to_string(), param }
+        let (code, message) = (self.kind().1.into(), shortened(&self.to_string()));
+        let param = self.param().map(|param| brief(param).into_owned());
+        let is_known = !matches!(self, Self::Validation(ValidationError::Unknown { .. }));
+        ErrorDetail { code, message, param, is_known }
     }
 
     pub(crate) fn response(&self) -> Response {

@@ -7,6 +7,7 @@ mod connections;
 mod docs;
 mod drawing;
 mod error;
+mod extract;
 mod headers;
 mod ids;
 mod invocations;

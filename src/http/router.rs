@@ -4,8 +4,10 @@ use std::sync::Arc;
 
 use aide::axum::ApiRouter;
 use axum::Router;
+use axum::extract::Request;
 use axum::http::{Method, StatusCode};
-use axum::middleware::{from_fn_with_state, map_response};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::response::Response;
 use tower::util::option_layer;
 
 use super::error::{ApiError, Result};
@@ -22,6 +24,7 @@ pub fn router(models: ModelRegistry, settings: HttpConfig) -> anyhow::Result<Rou
     let keys: Arc<[ApiKey]> = settings.api_keys.as_slice().into();
     let lock = || from_fn_with_state(Arc::clone(&keys), auth::require);
     let cors = option_layer(cors(&settings.cors_origins));
+    let log_messages = settings.log_prompts;
     let state = AppState::new(models, settings)?;
     tokio::spawn(state.purge());
     if state.jobs.is_durable() {
@@ -41,17 +44,32 @@ pub fn router(models: ModelRegistry, settings: HttpConfig) -> anyhow::Result<Rou
     } else {
         locked = locked.merge(invocations::named_model_routes());
     }
-    let errors = map_response(openai::errors);
     let router = router
         .merge(locked.route_layer(lock()))
-        .merge(openai::routes().route_layer(lock()).route_layer(errors))
-        .merge(a1111::routes().route_layer(lock()).route_layer(map_response(a1111::errors)));
+        .merge(openai::routes().route_layer(lock()))
+        .merge(a1111::routes().route_layer(lock()));
     let router = admin::with_document(router, &state)
         .fallback(async || ApiError::NotFound)
         .method_not_allowed_fallback(other_method)
         .layer(cors)
-        .layer(from_fn_with_state(state.engine.clone(), observe));
+        .layer(from_fn(in_format_of_api))
+        .layer(from_fn_with_state((state.engine.clone(), log_messages), observe));
     Ok(sagemaker_route::by_attribute(router.with_state(state)))
+}
+
+/// Renders errors in the format of the API that the path belongs to, wherever they come from: there
+/// may be no such route, or a layer in front of it may have refused the request.
+async fn in_format_of_api(request: Request, next: Next) -> Response {
+    let path = request.uri().path();
+    let is_below = |folder| path.strip_prefix(folder).is_some_and(|rest| rest.starts_with('/'));
+    let errors: fn(Response) -> Response = if is_below("/sdapi") || is_below("/internal") {
+        a1111::errors
+    } else if is_below("/v1") && !invocations::ROUTES.iter().any(|route| path.starts_with(route)) {
+        openai::errors
+    } else {
+        std::convert::identity
+    };
+    errors(next.run(request).await)
 }
 
 /// A method that a route does not support. OPTIONS is no error: the response is the header `Allow`,

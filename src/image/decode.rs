@@ -1,5 +1,6 @@
 //! Decodes input images.
 
+use std::fmt;
 use std::io::Cursor;
 
 use image::imageops::FilterType;
@@ -10,8 +11,8 @@ use sd_models::{Rgb, Size};
 /// error message is the predicate of a sentence whose subject is the field.
 pub fn decode(file: &[u8], max_pixels: usize) -> Result<DynamicImage, String> {
     let mut decoder = open(file, max_pixels)?;
-    let orientation = decoder.orientation().map_err(unreadable)?;
-    let mut image = DynamicImage::from_decoder(decoder).map_err(unreadable)?;
+    let orientation = decoder.orientation().map_err(|error| unreadable(&error))?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(|error| unreadable(&error))?;
     image.apply_orientation(orientation);
     Ok(image)
 }
@@ -28,14 +29,14 @@ fn open(file: &[u8], max_pixels: usize) -> Result<impl ImageDecoder, String> {
     /// Bytes of a pixel of four 16-bit channels; a decoder may hold a second copy.
     const PIXEL_BYTES: u64 = 2 * 8;
     let reader = ImageReader::new(Cursor::new(file));
-    let mut reader = reader.with_guessed_format().map_err(|e| format!("cannot be read: {e}"))?;
+    let mut reader = reader.with_guessed_format().map_err(|error| unreadable(&error))?;
     if reader.format().is_none() {
         return Err("is in no known format; send PNG, JPEG, WebP, GIF or BMP".into());
     }
     let mut limits = Limits::default();
     limits.max_alloc = Some((max_pixels as u64).saturating_mul(PIXEL_BYTES).max(1 << 20));
     reader.limits(limits);
-    let decoder = reader.into_decoder().map_err(unreadable)?;
+    let decoder = reader.into_decoder().map_err(|error| unreadable(&error))?;
     let (width, height) = decoder.dimensions();
     if u64::from(width) * u64::from(height) > max_pixels as u64 {
         return Err(format!("is {width}x{height}; at most {max_pixels} pixels are read"));
@@ -43,7 +44,7 @@ fn open(file: &[u8], max_pixels: usize) -> Result<impl ImageDecoder, String> {
     Ok(decoder)
 }
 
-fn unreadable(error: image::ImageError) -> String {
+fn unreadable(error: &dyn fmt::Display) -> String {
     format!("cannot be read: {error}")
 }
 

@@ -37,6 +37,16 @@ impl Format {
         }
     }
 
+    /// Maximum side of an image, in pixels: 31 bits in PNG, 16 in JPEG, and in WebP what libwebp
+    /// reads.
+    pub fn max_side(self) -> usize {
+        match self {
+            Self::Png => i32::MAX as usize,
+            Self::Jpeg => 65_535,
+            Self::Webp => 16_383,
+        }
+    }
+
     /// The media type.
     pub fn media_type(self) -> &'static str {
         match self {

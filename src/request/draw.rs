@@ -149,7 +149,7 @@ impl DrawRequest {
         &self,
         limits: &Limits,
         model: &ModelInfo,
-        random_seed: impl FnOnce() -> u64,
+        random_seed: u64,
     ) -> Result<Vec<Spec>, ValidationError> {
         let defaults = &model.defaults;
         for (name, text) in [("prompt", &self.prompt), ("negative_prompt", &self.negative_prompt)] {
@@ -181,7 +181,7 @@ impl DrawRequest {
             size,
             steps,
             guidance_scale: self.guidance_scale.unwrap_or(defaults.guidance_scale),
-            seed: self.seed.unwrap_or_else(random_seed),
+            seed: self.seed.unwrap_or(random_seed),
             sampler,
             schedule,
             hires: self.hires(size, steps, limits, model)?,
@@ -203,6 +203,26 @@ impl DrawRequest {
     /// The format of the image files, if the request names one.
     pub fn format(&self) -> Result<Option<Format>, ValidationError> {
         self.choice("output_format", self.output_format.as_ref())
+    }
+
+    /// Rejects an image that a file of this format cannot hold.
+    pub fn check_format(&self, spec: &Spec, format: Format) -> Result<(), ValidationError> {
+        let names = match spec.hires {
+            Some(_) => ["hires_width", "hires_height"],
+            None => ["width", "height"],
+        };
+        let (size, max) = (spec.final_size(), format.max_side());
+        let sides = names.into_iter().zip([size.width(), size.height()]);
+        match sides.into_iter().find(|(_, side)| *side > max) {
+            Some((name, side)) => {
+                let format = format.name();
+                let reason = format!(
+                    "gives a side of {side} pixels; a {format} file has at most {max}, request png"
+                );
+                Err(self.range(name, reason))
+            }
+            None => Ok(()),
+        }
     }
 
     /// A named value.

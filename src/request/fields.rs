@@ -172,9 +172,7 @@ impl Fields {
     /// The client's names of all fields that were read. An error if any field remains.
     pub(crate) fn finish(self) -> Result<Names, ValidationError> {
         let Some(Field { spelt, .. }) = self.fields.first() else { return Ok(self.names) };
-        let name: String = spelt.chars().take(64).collect();
-        let message = format!("unknown field {name:?}");
-        Err(ValidationError::Malformed { param: Some(name), message })
+        Err(ValidationError::unknown(spelt))
     }
 }
 

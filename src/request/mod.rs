@@ -12,6 +12,7 @@ mod values;
 pub use draw::DrawRequest;
 pub(crate) use draw::{MAX_GUIDANCE, MAX_SIDE, MIN_SIDE};
 pub use error::ValidationError;
+pub(crate) use error::{brief, shortened};
 pub use fields::Fields;
 pub(crate) use fields::Names;
 pub(crate) use images::{ImageFile, MaskArea};

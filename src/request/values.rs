@@ -3,7 +3,7 @@
 
 use serde_json::{Number, Value};
 
-use super::error::ValidationError;
+use super::error::{ValidationError, brief};
 use super::json;
 use super::limits::Limits;
 
@@ -31,7 +31,7 @@ impl FieldSchema<'_> {
         let value = match value {
             Value::String(text) if is_form && !self.allows("string") => {
                 let parsed = json::value(text.trim()).filter(|value| !value.is_null());
-                parsed.ok_or_else(|| self.wrong(&format!("{text:?}")))?
+                parsed.ok_or_else(|| self.wrong(&format!("{:?}", brief(&text))))?
             }
             value => value,
         };

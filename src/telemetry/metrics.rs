@@ -89,7 +89,7 @@ macro_rules! metrics {
 
 // The last word of a name is its unit; the formats add `_total` to counters.
 metrics! {
-    /// Requests by route and outcome, of a stream when it ends: ok, an error code, or client_closed.
+    /// Requests by route and outcome, of a stream when it ends: ok, an error code, not_ready (the 503 of a probe) or client_closed.
     requests: Counter = "sd_requests" ["route", "outcome"] Counter::default;
     /// Time from request headers to response headers.
     request_duration: Histogram = "sd_request_duration_seconds" ["route"] request_buckets;
@@ -196,7 +196,7 @@ mod tests {
         metrics.gpu_power.with(["0"]).set(7.5);
         let (classic, open) = (metrics.to_string(), metrics.open_metrics());
         for line in [
-            "# HELP sd_requests_total Requests by route and outcome, of a stream when it ends: ok, an error code, or client_closed.",
+            "# HELP sd_requests_total Requests by route and outcome, of a stream when it ends: ok, an error code, not_ready (the 503 of a probe) or client_closed.",
             "# TYPE sd_requests_total counter",
             "sd_requests_total{route=\"/ping\",outcome=\"ok\"} 1",
             "# TYPE sd_batch_size histogram",

@@ -14,12 +14,13 @@ pub(crate) fn without_loras(prompt: &str) -> std::result::Result<(Cow<'_, str>, 
     while let Some((before, kind, arguments, after)) = network(rest) {
         rest = after;
         text += before;
-        let refuse = |reason: &str| Err(format!("<{kind}:{arguments}>: {reason}"));
+        let tag = || format!("<{kind}:{arguments}>");
+        let refuse = |reason: &str| Err(format!("has {:?}: {reason}", tag()));
         match kind {
             "lora" | "lyco" => {}
             "hypernet" => return refuse("hypernetworks are not supported"),
             _ => {
-                text += &format!("<{kind}:{arguments}>");
+                text += &tag();
                 continue;
             }
         }

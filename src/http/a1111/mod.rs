@@ -70,7 +70,7 @@ struct A1111Error<'a> {
 }
 
 /// Renders the errors of handlers and middleware in AUTOMATIC1111's format.
-pub(crate) async fn errors(response: Response) -> Response {
+pub(crate) fn errors(response: Response) -> Response {
     map_error_body(response, |_: StatusCode, ErrorDetail { code, message, .. }| {
         json!(A1111Error { error: code, detail: message, body: "", errors: message })
     })

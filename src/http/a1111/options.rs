@@ -8,7 +8,7 @@ use super::request::{Object, is_noop};
 use crate::http::admission::{Admitted, AdmittedSmall, text};
 use crate::http::error::Result;
 use crate::http::state::{AppState, model_of};
-use crate::request::{self, ValidationError};
+use crate::request::{self, ValidationError, brief};
 
 /// The options and their values.
 fn options(state: &AppState) -> Result<Object> {
@@ -33,7 +33,7 @@ pub(crate) fn check(state: &AppState, changes: &Object) -> Result<()> {
     for (name, value) in options(state)? {
         let Some(new) = changes.get(&name).filter(|new| !is_noop(new)) else { continue };
         if *new != value && name != "sd_model_checkpoint" {
-            let reason = format!("cannot be set to {new}; it is {value}");
+            let reason = format!("cannot be set to {}; it is {value}", brief(&new.to_string()));
             return Err(ValidationError::range(&name, reason).into());
         }
     }

@@ -1,8 +1,7 @@
 //! Progress and interruption of a client's requests.
 
 use axum::Json;
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, State};
+use axum::extract::State;
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -10,10 +9,10 @@ use serde_json::{Value, json};
 use crate::http::admission::{AdmittedSmall, ClientId};
 use crate::http::drawing::encode_preview;
 use crate::http::error::Result;
+use crate::http::extract::QueryFields;
 use crate::http::state::AppState;
 use crate::http::store::InFlightRequest;
 use crate::image::{Format, JPEG_QUALITY};
-use crate::request::ValidationError;
 
 /// The query of a request for progress.
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -36,10 +35,9 @@ pub(crate) struct TaskQuery {
 /// `GET /sdapi/v1/progress`: the progress of the client's oldest request.
 pub(crate) async fn progress(
     State(state): State<AppState>,
-    query: Result<Query<ProgressQuery>, QueryRejection>,
+    QueryFields(query): QueryFields<ProgressQuery>,
     ClientId(client): ClientId,
 ) -> Result<Json<Value>> {
-    let Query(query) = query.map_err(|error| ValidationError::body(error.body_text()))?;
     let requests = state.in_flight.of(&client);
     let Some(first) = requests.first() else {
         return Ok(Json(json!({

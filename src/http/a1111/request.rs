@@ -246,7 +246,7 @@ impl Common {
         match requested.filter(|other| agrees(*other) && sampler.check(*other).is_ok()) {
             Some(schedule) => Ok(Some(SamplerName { sampler, schedule })),
             None => {
-                let reason = format!("{schedule:?} is not available for the sampler {name}");
+                let reason = format!("{schedule:?} is not available for the sampler {name:?}");
                 Err(ValidationError::range("scheduler", reason))
             }
         }

@@ -3,13 +3,14 @@
 use std::path::PathBuf;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::http::admission::{Admitted, AdmittedSmall};
 use crate::http::error::{ApiError, Result};
+use crate::http::extract::PathName;
 use crate::http::state::AppState;
 use crate::registry::LoadedModel;
 use crate::request::ValidationError;
@@ -45,7 +46,7 @@ pub(crate) async fn list(State(state): State<AppState>) -> Json<Value> {
 /// `GET /models/{name}`.
 pub(crate) async fn show(
     State(state): State<AppState>,
-    Path(name): Path<String>,
+    PathName(name): PathName,
 ) -> Result<Json<Value>> {
     let loaded = state.models.loaded();
     let model = loaded.iter().find(|model| model.name == name);
@@ -55,7 +56,7 @@ pub(crate) async fn show(
 /// `DELETE /models/{name}`: the memory is free when the response is sent.
 pub(crate) async fn unload(
     State(state): State<AppState>,
-    Path(name): Path<String>,
+    PathName(name): PathName,
 ) -> Result<StatusCode> {
     state.models.unload(&name).await?;
     Ok(StatusCode::OK)

@@ -2,7 +2,7 @@
 
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{FromRequest as _, Path, Request, State};
+use axum::extract::{FromRequest as _, Request, State};
 use axum::response::Response;
 use serde_json::{Value, json};
 
@@ -10,6 +10,7 @@ use super::{body, detect, events, lines};
 use crate::http::admission::Admitted;
 use crate::http::drawing::ReplyFormat;
 use crate::http::error::Result;
+use crate::http::extract::PathName;
 use crate::http::state::AppState;
 
 /// Maximum payload of a record, in MB: SageMaker's default.
@@ -40,7 +41,7 @@ pub(crate) async fn invocations(
 /// `POST /models/{name}/invoke`: `/invocations` of that model.
 pub(crate) async fn loaded(
     State(state): State<AppState>,
-    Path(name): Path<String>,
+    PathName(name): PathName,
     request: Request,
 ) -> Result<Response> {
     let state = state.on(state.models.get(&name)?);
@@ -51,7 +52,7 @@ pub(crate) async fn loaded(
 /// `POST /models/{owner}/{name}`, which Hugging Face's clients call.
 pub(crate) async fn named(
     State(state): State<AppState>,
-    Path(name): Path<String>,
+    PathName(name): PathName,
     request: Request,
 ) -> Result<Response> {
     let state = state.choose(&name).await?;

@@ -4,7 +4,7 @@
 
 use axum::Json;
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, Query, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::http::header::{ACCEPT, CONTENT_TYPE, LOCATION};
 use axum::response::{IntoResponse as _, Response};
@@ -20,6 +20,7 @@ use crate::engine::JobError;
 use crate::http::admission::{self, Admitted, ClientId};
 use crate::http::drawing::ReplyFormat;
 use crate::http::error::{ApiError, Result};
+use crate::http::extract::{PathName, QueryFields};
 use crate::http::ids::random;
 use crate::http::state::AppState;
 use crate::http::store::{NewJob, StoredRequest};
@@ -51,7 +52,7 @@ pub(crate) async fn create(State(state): State<AppState>, admitted: Admitted) ->
         headers.remove(name);
     }
     let request = StoredRequest { headers, body: kept };
-    let id = format!("{:032x}", random());
+    let id = format!("{:032x}", random()?);
     let seed = invocation.drawing.specs.first().map_or(0, |spec| spec.seed);
     let model = invocation.drawing.model.name.clone();
     let job = NewJob { id, client, timeout, priority, seed, model, webhook, request };
@@ -85,7 +86,7 @@ pub(crate) struct ListQuery {
 pub(crate) async fn list(
     State(state): State<AppState>,
     ClientId(client): ClientId,
-    Query(query): Query<ListQuery>,
+    QueryFields(query): QueryFields<ListQuery>,
 ) -> Result<Json<Value>> {
     let limit = query.limit.map_or(Some(PAGE), |text| text.parse().ok());
     let limit = limit
@@ -115,7 +116,7 @@ pub(crate) async fn list(
 /// The state of a job.
 pub(crate) async fn state(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    PathName(id): PathName,
 ) -> Result<Json<Value>> {
     let job = state.jobs.get(&id).await?;
     Ok(Json(describe(&state.jobs, &job)))
@@ -124,7 +125,7 @@ pub(crate) async fn state(
 /// The response of `/invocations`; 202 and the state while the job has not finished.
 pub(crate) async fn result(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    PathName(id): PathName,
 ) -> Result<Response> {
     match state.jobs.result(&id).await? {
         Some(response) => Ok(restore_error(response).map(Body::from)),
@@ -138,7 +139,7 @@ pub(crate) async fn result(
 /// Cancels and deletes a job.
 pub(crate) async fn delete(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    PathName(id): PathName,
 ) -> Result<StatusCode> {
     if state.jobs.remove(&id).await? { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::NoJob) }
 }

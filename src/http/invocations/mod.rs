@@ -29,6 +29,9 @@ use super::state::AppState;
 use crate::request::DrawRequest;
 pub(crate) use job_runner::resume;
 
+/// The routes below `/v1` whose errors are native, not OpenAI's.
+pub(crate) const ROUTES: [&str; 2] = ["/v1/invocations", "/v1/jobs"];
+
 /// SageMaker's routes, which need no key.
 pub(crate) fn open_routes() -> ApiRouter<AppState> {
     let generate = "Generate images; accepts the requests of SageMaker's other containers too";

@@ -1,4 +1,5 @@
-//! Request ids, metrics, and one log line per request.
+//! Request ids, metrics, and one log line per request, which has nothing of what the client has
+//! typed but the path.
 
 use std::time::Instant;
 
@@ -11,8 +12,10 @@ use futures_util::StreamExt as _;
 use tracing::{Instrument as _, Span, debug, error, info, info_span};
 
 use crate::engine::Engine;
-use crate::http::error::{ErrorDetail, StreamEnd};
+use crate::http::error::{ErrorDetail, Result, StreamEnd};
 use crate::http::headers::{INFERENCE_ID, REQUEST_ID};
+use crate::http::ids;
+use crate::request::brief;
 
 /// Routes that machines poll. Their requests are logged at `debug` only.
 const PROBE_ROUTES: [&str; 4] = ["/ping", "/health/live", "/health/ready", "/metrics"];
@@ -27,6 +30,8 @@ struct ObservedRequest {
     route: String,
     span: Span,
     began: Instant,
+    /// Whether messages about requests are logged, which may repeat words of them.
+    log_messages: bool,
     answer: Option<Answer>,
 }
 
@@ -48,7 +53,8 @@ impl ObservedRequest {
             (Some(error), _) | (None, Some(Some(Err(error)))) => (&error.code, Some(error)),
             (None, Some(None)) => ("client_closed", None),
             (None, None | Some(Some(Ok(())))) if status.is_success() => ("ok", None),
-            (None, _) => ("not_ready", None),
+            (None, _) if *status == StatusCode::SERVICE_UNAVAILABLE => ("not_ready", None),
+            (None, _) => ("other", None),
         }
     }
 
@@ -65,38 +71,44 @@ impl Drop for ObservedRequest {
         let (outcome, error) = self.outcome();
         self.engine.metrics().requests.with([&self.route, outcome]).inc();
         let _inside = self.span.enter();
-        let (method, path) = (&self.method, &self.path);
+        let (method, path) = (&self.method, &*brief(&self.path));
         let duration_ms = self.began.elapsed().as_millis() as u64;
-        let reason = error.map(|error| error.message.as_str());
         let status = self.answer.as_ref().map(|answer| answer.status);
         // An error of the server, in contrast to a state that clients should expect.
         let is_fault = |status: &StatusCode| {
             status.is_server_error() && *status != StatusCode::SERVICE_UNAVAILABLE
         };
         let (fault, status) = (status.as_ref().is_some_and(is_fault), status.map(|s| s.as_u16()));
+        let reason = error.filter(|_| fault || self.log_messages).map(|error| &error.message);
+        let param = error.filter(|error| error.is_known).and_then(|error| error.param.as_ref());
         if fault {
-            error!(%method, path, status, outcome, duration_ms, reason);
+            error!(%method, path, status, outcome, duration_ms, param, reason);
         } else if PROBE_ROUTES.contains(&self.route.as_str()) {
             debug!(%method, path, status, outcome, duration_ms);
         } else {
-            info!(%method, path, status, outcome, duration_ms, reason);
+            info!(%method, path, status, outcome, duration_ms, param, reason);
         }
     }
 }
 
 /// Sets the request id, counts the request and logs it.
 pub(crate) async fn observe(
-    State(engine): State<Engine>,
+    State((engine, log_messages)): State<(Engine, bool)>,
     request: Request,
     next: Next,
 ) -> Response {
-    let id = request_id(request.headers());
+    let id = match request_id(request.headers()) {
+        Ok(id) => id,
+        Err(error) => return error.response(),
+    };
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let route = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str);
     let route = route.to_owned();
     let span = info_span!("request", id = id.to_str().unwrap_or_default());
     let (began, inside) = (Instant::now(), span.clone());
-    let mut observed = ObservedRequest { engine, method, path, route, span, began, answer: None };
+    let answer = None;
+    let mut observed =
+        ObservedRequest { engine, method, path, route, span, began, log_messages, answer };
     let mut response = next.run(request).instrument(inside).await;
     response.headers_mut().insert(REQUEST_ID, id);
 
@@ -116,11 +128,14 @@ pub(crate) async fn observe(
 }
 
 /// The client's request id if it is valid in a header and a log, else a random one.
-fn request_id(headers: &HeaderMap) -> HeaderValue {
+fn request_id(headers: &HeaderMap) -> Result<HeaderValue> {
     let fit = |value: &&HeaderValue| {
         (1..=128).contains(&value.len()) && value.as_bytes().iter().all(u8::is_ascii_graphic)
     };
     let given = [INFERENCE_ID, REQUEST_ID].iter().filter_map(|name| headers.get(name)).find(fit);
-    let random = || format!("{:016x}", getrandom::u64().unwrap_or_default());
-    given.cloned().or_else(|| random().try_into().ok()).unwrap_or(HeaderValue::from_static("-"))
+    match given {
+        Some(given) => Ok(given.clone()),
+        None => Ok(HeaderValue::try_from(format!("{:016x}", ids::short()?))
+            .unwrap_or(HeaderValue::from_static("-"))),
+    }
 }

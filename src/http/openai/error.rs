@@ -10,7 +10,7 @@ use crate::http::error::{self, ErrorDetail};
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// Renders the errors of handlers and middleware in OpenAI's format.
-pub(crate) async fn errors(response: Response) -> Response {
+pub(crate) fn errors(response: Response) -> Response {
     let mut response = error::map_error_body(response, describe);
     // A failed image fails again. Only a full queue and a loading server are worth a retry.
     let status = response.status();
@@ -26,6 +26,6 @@ pub(crate) fn describe(status: StatusCode, reason: &ErrorDetail) -> Value {
         500.. => "server_error",
         _ => "invalid_request_error",
     };
-    let ErrorDetail { code, message, param } = reason;
+    let ErrorDetail { code, message, param, .. } = reason;
     json!({ "error": { "message": message, "type": kind, "param": param, "code": code } })
 }

@@ -1,16 +1,17 @@
 //! The images of responses with URLs.
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
 use axum::response::{IntoResponse as _, Response};
 
 use crate::http::error::{ApiError, Result};
+use crate::http::extract::PathName;
 use crate::http::state::AppState;
 
 /// `GET /files/{name}`.
 pub(crate) async fn file(
     State(state): State<AppState>,
-    Path(name): Path<String>,
+    PathName(name): PathName,
 ) -> Result<Response> {
     let (format, data, left) = state.urls.get(&name).ok_or(ApiError::NoFile)?;
     let headers = [

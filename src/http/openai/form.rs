@@ -8,7 +8,7 @@ use tokio::runtime::Handle;
 use crate::http::admission::Admitted;
 use crate::http::error::{ApiError, Result};
 use crate::http::state::AppState;
-use crate::request::{MAX_FIELDS, ValidationError};
+use crate::request::{MAX_FIELDS, ValidationError, brief};
 
 /// A form with files in it.
 #[derive(Default)]
@@ -39,7 +39,7 @@ impl Form {
             .await
             .map_err(|_| ApiError::MediaType("send multipart/form-data with a boundary".into()))?;
         let broken = |error: MultipartError| {
-            ValidationError::body(format!("the form is malformed: {}", error.body_text()))
+            ValidationError::body(format!("the form is malformed: {}", brief(&error.body_text())))
         };
         let mut form = Self::default();
         while let Some(part) = parts.next_field().await.map_err(broken)? {
@@ -58,7 +58,7 @@ impl Form {
                 }
                 _ => {
                     let text = String::from_utf8(data.into())
-                        .map_err(|_| ValidationError::malformed(&name, "is not UTF-8"))?;
+                        .map_err(|_| ValidationError::body(format!("{name:?} is not UTF-8")))?;
                     form.texts.push((name, text));
                 }
             }

@@ -1,10 +1,11 @@
 //! OpenAI's list of models.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde_json::{Value, json};
 
 use crate::http::error::{ApiError, Result};
+use crate::http::extract::PathName;
 use crate::http::state::AppState;
 
 /// `GET /v1/models`: the default model, and those that can be loaded.
@@ -16,7 +17,7 @@ pub(crate) async fn models(State(state): State<AppState>) -> Result<Json<Value>>
 /// `GET /v1/models/{id}`; an id may hold slashes.
 pub(crate) async fn model(
     State(state): State<AppState>,
-    Path(id): Path<String>,
+    PathName(id): PathName,
 ) -> Result<Json<Value>> {
     if state.model_names().await?.contains(&id) {
         Ok(Json(card(&id)))

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 
+use crate::http::error::Result;
 use crate::http::ids::random;
 use crate::image::Format;
 use crate::request::ValidationError;
@@ -43,18 +44,14 @@ impl UrlStore {
 
     /// Adds the images of a request, which may evict older ones, and returns their names. If they
     /// are too large together, they are rejected and nothing is evicted.
-    pub(crate) fn insert(
-        &self,
-        images: Vec<Vec<u8>>,
-        format: Format,
-    ) -> Result<Vec<String>, ValidationError> {
+    pub(crate) fn insert(&self, images: Vec<Vec<u8>>, format: Format) -> Result<Vec<String>> {
         let (bytes, most) = (images.iter().map(Vec::len).sum(), self.max_bytes);
         let Some(mut room) = most.checked_sub(bytes) else {
             let reason = format!(
                 "cannot be url: these images have {bytes} bytes, the maximum is {most}; \
                  request b64_json"
             );
-            return Err(ValidationError::range("response_format", reason));
+            return Err(ValidationError::range("response_format", reason).into());
         };
         let mut files = self.files();
         // The newest images that fit beside the new ones.
@@ -66,10 +63,11 @@ impl UrlStore {
         let evicted = files.len() - kept.count();
         files.drain(..evicted);
         let since = Instant::now();
-        let name = || format!("{:032x}.{}", random(), format.name());
-        let new = images.into_iter().map(|data| (name(), Bytes::from(data)));
+        let named = |data| Ok((format!("{:032x}.{}", random()?, format.name()), data));
+        let new = images.into_iter().map(named).collect::<Result<Vec<(String, Vec<u8>)>>>()?;
         let first = files.len();
-        files.extend(new.map(|(name, data)| StoredImage { name, format, data, since }));
+        let image = |(name, data)| StoredImage { name, format, data: Bytes::from(data), since };
+        files.extend(new.into_iter().map(image));
         Ok(files.range(first..).map(|file| file.name.clone()).collect())
     }
 
