@@ -23,6 +23,9 @@ const FINAL_RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time for which `/ping` reports that the model thread has terminated, before the process exits.
 const UNHEALTHY_LINGER: Duration = Duration::from_secs(1);
 
+/// Number of files for anything but connections: models, the hub, the database of jobs.
+const OTHER_FILES: u64 = 256;
+
 /// Configuration of `serve`.
 #[derive(Debug)]
 pub(crate) struct Serve {
@@ -45,7 +48,9 @@ pub(crate) struct Serve {
 }
 
 /// Binds the port first, so that `/ping` can return 503 while the model loads.
-pub(crate) async fn listen_and_serve(config: Serve) -> Result<()> {
+pub(crate) async fn listen_and_serve(mut config: Serve) -> Result<()> {
+    let connections = &mut config.http.max_connections;
+    *connections = allow_connections(*connections);
     // Installed before the port is bound, so that no signal is missed.
     let shutdown = signal();
     let address = (config.host.as_str(), config.port);
@@ -62,6 +67,24 @@ pub(crate) async fn listen_and_serve(config: Serve) -> Result<()> {
     let files = DiskLoader { device, engine: config.engine, model: config.model };
     let models = ModelRegistry::new(first, files, config.models);
     serve(models, config.http, listener, config.drain_timeout, shutdown).await
+}
+
+/// Raises the limit on open files for so many connections. Returns the number that it allows: with
+/// more, even health checks could not be accepted.
+fn allow_connections(wanted: usize) -> usize {
+    let others = OTHER_FILES + http::RESERVED_CONNECTIONS as u64;
+    let limit = match rlimit::increase_nofile_limit(wanted as u64 + others) {
+        Ok(limit) => limit,
+        Err(error) => {
+            warn!("the limit on open files is not known: {error}");
+            return wanted;
+        }
+    };
+    let allowed = usize::try_from(limit.saturating_sub(others)).unwrap_or(wanted).max(1);
+    if allowed < wanted {
+        warn!("the limit on open files, {limit}, allows {allowed} of {wanted} connections");
+    }
+    allowed.min(wanted)
 }
 
 /// Loads models from directories and files onto the configured device.

@@ -39,7 +39,7 @@ use crate::engine::Client;
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 
 /// Number of connections beyond the limits that are reserved for health checks.
-const RESERVED: usize = 32;
+pub const RESERVED_CONNECTIONS: usize = 32;
 
 /// The routes that are answered on reserved connections.
 const PROBES: [&str; 3] = ["/ping", "/health/live", "/health/ready"];
@@ -166,7 +166,7 @@ impl Connections {
         for (id, place) in reserved {
             of_address.entry(&place.address).or_default().push((place.opened, *id));
         }
-        if of_address.values().map(Vec::len).sum::<usize>() < RESERVED {
+        if of_address.values().map(Vec::len).sum::<usize>() < RESERVED_CONNECTIONS {
             return;
         }
         let most = of_address.into_values().max_by_key(Vec::len).unwrap_or_default();

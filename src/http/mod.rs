@@ -22,6 +22,6 @@ mod state;
 mod store;
 mod streaming;
 
-pub use connections::listen;
+pub use connections::{RESERVED_CONNECTIONS, listen};
 pub use router::router;
 pub use state::{ApiKey, HttpConfig};

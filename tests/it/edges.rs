@@ -101,6 +101,21 @@ async fn health_is_answered_when_all_connections_are_held() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn health_is_answered_when_few_files_may_be_open() {
+    let mut command = std::process::Command::new("sh");
+    let limited = "ulimit -n 400; exec \"$0\" \"$@\"";
+    let model = ["--model", "demo", "--device", "cpu", "--threads", "1"];
+    command.args(["-c", limited, env!("CARGO_BIN_EXE_sd-server")]).args(model);
+    let server = harness::Server::spawn(&mut command);
+    server.wait_until_ready();
+    let connect = |_| TcpStream::connect(&server.address).expect("it listens");
+    let silent: Vec<_> = (0..500).map(connect).collect();
+    let reply = server.raw(b"GET /ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
+    drop(silent);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_does_not_read_is_hung_up_on() -> Result<()> {
     let (engine, _strings) = ready().await;
