@@ -141,8 +141,11 @@ fn connect(dir: &Path) -> anyhow::Result<Connection> {
     let opened = connection.execute_batch(settings);
     match opened.map_err(anyhow::Error::from).and_then(|()| migrate(&mut connection)) {
         Err(error) if is_busy(&error) => bail!("another process uses it"),
-        migrated => migrated.map(|()| connection),
+        migrated => migrated?,
     }
+    // Gives the disk the log of the last process back, if there is room to move its records.
+    let _ = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()));
+    Ok(connection)
 }
 
 fn is_busy(error: &anyhow::Error) -> bool {
@@ -158,10 +161,13 @@ fn migrate(connection: &mut Connection) -> anyhow::Result<()> {
     let Some(missing) = MIGRATIONS.get(version..) else {
         bail!("a newer sd-server has written it: schema {version}, this one reads up to {latest}");
     };
-    for step in missing {
-        transaction.execute_batch(step)?;
+    // Nothing is written without need: what is on a full disk can still be read.
+    if !missing.is_empty() {
+        for step in missing {
+            transaction.execute_batch(step)?;
+        }
+        transaction.pragma_update(None, "user_version", latest)?;
     }
-    transaction.pragma_update(None, "user_version", latest)?;
     transaction.commit()?;
     Ok(())
 }
