@@ -154,6 +154,9 @@ impl ServeArgs {
         models.drain_timeout = drain_timeout;
         let preload = chosen || !(models.multi_model || models.folder.is_some());
         let port = port(self.port)?;
+        if http.access.lock_invocations && http.access.api_keys.is_empty() {
+            return Err(usage("--lock-invocations needs --api-key"));
+        }
         Ok(Serve { model, preload, models, host, port, http, engine, drain_timeout })
     }
 }

@@ -2,11 +2,10 @@
 //! of the request slots and room for the body, starts the request's clock and reads the body.
 
 use std::convert::Infallible;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Request};
+use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::header::CONTENT_LENGTH;
 use axum::http::request::Parts;
 use axum::http::{Extensions, HeaderMap};
@@ -16,8 +15,9 @@ use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::error::{ApiError, Result};
+use super::middleware::forwarded::ClientAddress;
 use super::slots::{Amount, Limit, Share};
-use super::state::{AppState, model_of};
+use super::state::{AppState, HttpConfig, model_of};
 use crate::engine::Client;
 use crate::request::{Fields, ValidationError};
 
@@ -98,20 +98,16 @@ impl<S: Send + Sync> FromRequestParts<S> for ClientId {
 }
 
 fn client(extensions: &Extensions) -> Client {
-    let address = || Some(Client::at(extensions.get::<ConnectInfo<SocketAddr>>()?.0.ip()));
+    let address = || Some(Client::at(extensions.get::<ClientAddress>()?.0));
     extensions.get::<Client>().cloned().or_else(address).unwrap_or_default()
 }
 
-/// Whether a request is one of many clients that cannot be told apart: a proxy on this host that
-/// names no client, or a caller without an address. The limits of one client are not for it.
-fn is_shared(extensions: &Extensions) -> bool {
-    let address = extensions.get::<ConnectInfo<SocketAddr>>();
-    extensions.get::<Client>().is_none() && address.is_none_or(|peer| is_trusted(peer.0.ip()))
-}
-
-/// Whether an address is that of a proxy, which stands for many clients.
-pub(crate) fn is_trusted(address: std::net::IpAddr) -> bool {
-    address.to_canonical().is_loopback()
+/// Whether a request is one of many clients that cannot be told apart: a trusted proxy that names no
+/// client, or a caller without an address. The limits of one client are not for it.
+fn is_shared(extensions: &Extensions, settings: &HttpConfig) -> bool {
+    let address = extensions.get::<ClientAddress>();
+    let is_proxy = address.is_none_or(|client| settings.is_trusted(client.0));
+    extensions.get::<Client>().is_none() && is_proxy
 }
 
 /// Admits a request with a body of at most `limit` bytes.
@@ -126,7 +122,7 @@ async fn admit(request: Request, state: &AppState, limit: usize) -> Result<Admit
     let client = client(extensions);
     let accepted = extensions.get::<AcceptedWork>().cloned().unwrap_or_default();
     let crowded = |limit| ApiError::Crowded { limit, retry_after_s: state.engine.retry_after() };
-    let counted = Some(&client).filter(|_| !is_shared(extensions));
+    let counted = Some(&client).filter(|_| !is_shared(extensions, settings));
     let take = |requests, bytes| state.slots.take(counted, Amount { requests, bytes });
     let slot = take(1, 0).map_err(crowded)?;
     // If there is no model, the body may name one.

@@ -28,7 +28,8 @@ use tokio_util::sync::CancellationToken;
 use tower::ServiceExt as _;
 use tracing::{debug, warn};
 
-use super::admission::{AcceptedWork, MIN_RATE, is_trusted};
+use super::access::TrustedProxies;
+use super::admission::{AcceptedWork, MIN_RATE};
 use super::error::ApiError;
 use super::middleware::unread;
 use super::progress::MustProgress;
@@ -110,6 +111,8 @@ struct Connections {
     places: HashMap<Id, Place>,
     max: usize,
     max_of_address: usize,
+    /// Addresses with many clients, for which `max_of_address` does not hold.
+    proxies: TrustedProxies,
     /// Whether the last connection was beyond the limits.
     was_full: bool,
 }
@@ -126,8 +129,9 @@ struct Place {
 impl Connections {
     fn new(settings: &HttpConfig) -> Self {
         let (tasks, places) = Default::default();
-        let max_of_address = settings.connections_per_address();
-        Self { tasks, places, max: settings.max_connections, max_of_address, was_full: false }
+        let proxies = settings.access.trusted_proxies.clone();
+        let (max, max_of_address) = (settings.max_connections, settings.connections_per_address());
+        Self { tasks, places, max, max_of_address, proxies, was_full: false }
     }
 
     /// Whether a new connection of this address is beyond the limits.
@@ -136,7 +140,7 @@ impl Connections {
         let open = || self.places.values().filter(|place| !place.is_reserved);
         let of_address = || open().filter(|place| place.address == address).count();
         let is_full = open().count() >= self.max
-            || !is_trusted(peer.ip()) && of_address() >= self.max_of_address;
+            || !self.proxies.contains(peer.ip()) && of_address() >= self.max_of_address;
         if is_full && !self.was_full {
             let open = open().count();
             warn!(open, %peer, "too many connections: new ones get health checks only");

@@ -12,6 +12,7 @@ use schemars::{JsonSchema, Schema, json_schema};
 
 use super::admission::{Admitted, AdmittedSmall, ClientId};
 use super::error::ApiError;
+use super::links::Links;
 use super::state::AppState;
 
 /// The media types of image files.
@@ -25,6 +26,7 @@ const JSON: &str = "application/json";
 impl OperationInput for Admitted {}
 impl OperationInput for AdmittedSmall {}
 impl OperationInput for ClientId {}
+impl OperationInput for Links {}
 impl OperationOutput for ApiError {
     type Inner = Self;
 }

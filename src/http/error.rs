@@ -22,14 +22,27 @@ use crate::request::{ValidationError, brief, shortened};
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ApiError {
     /// 401.
-    #[error("{}", match given {
+    #[error("{}: send Authorization: Bearer KEY, X-Api-Key: KEY, or Authorization: Basic with the \
+             key as password", match given {
         true => "the API key is invalid",
-        false => "this route requires an API key: send Authorization: Bearer KEY",
+        false => "this route requires an API key",
     })]
     Key {
         /// Whether the request has a key.
         given: bool,
     },
+    /// 403: a web page of another origin.
+    #[error(
+        "a web page of another origin sent this request; its Origin must have the host and port \
+             of Host or --public-url, or be one of --cors-origin"
+    )]
+    ForeignOrigin,
+    /// 403: a web page that addresses this server by a name that may be another's.
+    #[error(
+        "a web page sent this request to a host name that is not this server's: Host must be an \
+             IP address, localhost, the host of --public-url or one of --allowed-hosts"
+    )]
+    UnknownHost,
     /// 404.
     #[error("no such route; POST a prompt to /invocations")]
     NotFound,
@@ -116,6 +129,8 @@ impl ApiError {
         use StatusCode as S;
         match self {
             Self::Key { .. } => (S::UNAUTHORIZED, "invalid_api_key"),
+            Self::ForeignOrigin => (S::FORBIDDEN, "origin_not_allowed"),
+            Self::UnknownHost => (S::FORBIDDEN, "host_not_allowed"),
             Self::NotFound | Self::NoJob | Self::NoFile => (S::NOT_FOUND, "not_found"),
             Self::NoModel(_) | Self::Registry(Registry::Unknown(_)) => {
                 (S::NOT_FOUND, "model_not_found")

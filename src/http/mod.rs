@@ -1,6 +1,7 @@
 //! The HTTP server: routes, middleware, admission, and a folder for each API.
 
 mod a1111;
+mod access;
 mod admin;
 mod admission;
 mod connections;
@@ -11,6 +12,7 @@ mod extract;
 mod headers;
 mod ids;
 mod invocations;
+mod links;
 mod middleware;
 mod openai;
 mod page;
@@ -22,6 +24,7 @@ mod state;
 mod store;
 mod streaming;
 
+pub use access::{AccessConfig, AllowedHost, ApiKey, BaseUrl, TrustedProxies};
 pub use connections::{RESERVED_CONNECTIONS, listen};
 pub use router::router;
-pub use state::{ApiKey, HttpConfig};
+pub use state::HttpConfig;

@@ -13,17 +13,18 @@ use tower::util::option_layer;
 use super::error::{ApiError, Result};
 use super::middleware::cors::cors;
 use super::middleware::observe::observe;
-use super::middleware::{auth, sagemaker_route};
-use super::state::{ApiKey, AppState, HttpConfig};
+use super::middleware::{auth, forwarded, origin, sagemaker_route};
+use super::state::{AppState, HttpConfig};
 use super::{a1111, admin, invocations, openai, page};
 use crate::registry::ModelRegistry;
 
 /// All routes. Those behind `lock` need a key if any are configured. The jobs of the data directory
-/// are continued in tasks of their own; the error says why it cannot be used.
+/// are continued in tasks of their own; the error says why it cannot be used. Requests of web pages are
+/// checked before anything else, so also on routes that do not exist.
 pub fn router(models: ModelRegistry, settings: HttpConfig) -> anyhow::Result<Router> {
-    let keys: Arc<[ApiKey]> = settings.api_keys.as_slice().into();
-    let lock = || from_fn_with_state(Arc::clone(&keys), auth::require);
-    let cors = option_layer(cors(&settings.cors_origins));
+    let access = Arc::new(settings.access.clone());
+    let lock = || from_fn_with_state(Arc::clone(&access), auth::require);
+    let cors = option_layer(cors(&access.cors_origins));
     let log_messages = settings.log_prompts;
     let state = AppState::new(models, settings)?;
     tokio::spawn(state.purge());
@@ -32,28 +33,35 @@ pub fn router(models: ModelRegistry, settings: HttpConfig) -> anyhow::Result<Rou
     }
     // Schemas that refer to no other are what the page at /docs can show.
     aide::generate::extract_schemas(false);
-    let mut router = ApiRouter::new()
+    let router = ApiRouter::new()
         .merge(page::routes())
         .merge(admin::routes())
         .merge(openai::files())
         .merge(invocations::open_routes());
+    let mut sagemaker = invocations::sagemaker_routes(access.lock_invocations);
     let mut locked = invocations::routes();
     if state.models.multi_model() {
-        router =
-            router.merge(admin::multi_model_routes()).merge(invocations::loaded_model_routes());
+        sagemaker =
+            sagemaker.merge(admin::multi_model_routes()).merge(invocations::loaded_model_routes());
     } else {
         locked = locked.merge(invocations::named_model_routes());
     }
+    if access.lock_invocations {
+        sagemaker = sagemaker.route_layer(lock());
+    }
     let router = router
+        .merge(sagemaker)
         .merge(locked.route_layer(lock()))
         .merge(openai::routes().route_layer(lock()))
         .merge(a1111::routes().route_layer(lock()));
     let router = admin::with_document(router, &state)
         .fallback(async || ApiError::NotFound)
         .method_not_allowed_fallback(other_method)
+        .layer(from_fn_with_state(Arc::clone(&access), origin::check))
         .layer(cors)
         .layer(from_fn(in_format_of_api))
-        .layer(from_fn_with_state((state.engine.clone(), log_messages), observe));
+        .layer(from_fn_with_state((state.engine.clone(), log_messages), observe))
+        .layer(from_fn_with_state(access, forwarded::resolve));
     Ok(sagemaker_route::by_attribute(router.with_state(state)))
 }
 

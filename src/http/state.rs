@@ -1,22 +1,20 @@
 //! The configuration of the HTTP server, and the state that its handlers share.
 
-use std::fmt;
+use std::net::IpAddr;
 use std::ops::Deref;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::HeaderValue;
 use clap::builder::FalseyValueParser;
-use ring::digest::{SHA256, digest};
 use sd_models::ModelInfo;
 
+use super::access::{AccessConfig, ApiKey};
 use super::error::{ApiError, Result};
 use super::reading::Reader;
 use super::slots::{Amount, Slots};
 use super::store::{InFlight, JobLimits, JobStore, SelectedCheckpoint, UrlStore};
-use crate::engine::{Client, Engine, JobError};
+use crate::engine::{Engine, JobError};
 use crate::image::Hashes;
 use crate::options::{millis, min};
 use crate::registry::{ModelLease, ModelRegistry, RegistryError};
@@ -141,18 +139,9 @@ pub struct HttpConfig {
     #[arg(long, env = "SD_LOG_PROMPTS")]
     #[arg(value_parser = FalseyValueParser::new(), help_heading = "Log")]
     pub log_prompts: bool,
-    /// API keys, comma-separated. With any, these routes return 401 without one: /v1/*, /sdapi/*,
-    /// /internal/progress, POST / and POST /models/{name} (outside multi-model mode). All others,
-    /// including the web page, /invocations and /metrics, are public, because SageMaker
-    /// authenticates callers itself: do not expose them on a public network
-    #[arg(long = "api-key", env = "SD_API_KEY", hide_env_values = true)]
-    #[arg(value_delimiter = ',', help_heading = "Access")]
-    pub api_keys: Vec<ApiKey>,
-    /// Allowed origins (CORS) such as `https://example.org`, comma-separated, or * for all. Default:
-    /// none, so browsers allow requests from the server's own page only
-    #[arg(long = "cors-origin", env = "SD_CORS_ORIGIN")]
-    #[arg(value_delimiter = ',', value_parser = origin, help_heading = "Access")]
-    pub cors_origins: Vec<HeaderValue>,
+    /// Who may do what.
+    #[command(flatten)]
+    pub access: AccessConfig,
 }
 
 /// A host, or a host and a port.
@@ -175,48 +164,10 @@ impl HttpConfig {
     pub(crate) fn connections_per_address(&self) -> usize {
         self.max_connections_per_address.unwrap_or(self.max_connections.div_ceil(2))
     }
-}
 
-/// A web origin, or `*`.
-fn origin(text: &str) -> Result<HeaderValue, String> {
-    let host = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
-    let whole = host.is_some_and(|host| !host.is_empty() && !host.contains(['/', '*']));
-    let value = HeaderValue::try_from(text).ok().filter(|_| whole || text == "*");
-    value.ok_or_else(|| "must be * or http(s)://host without a path".into())
-}
-
-/// A key for `/v1` and `/sdapi`, or for webhooks. Its debug output does not contain it.
-#[derive(Clone)]
-pub struct ApiKey(Box<str>);
-
-impl FromStr for ApiKey {
-    type Err = String;
-
-    fn from_str(key: &str) -> Result<Self, String> {
-        if key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Err("an API key is one or more visible ASCII characters".into());
-        }
-        Ok(Self(key.into()))
-    }
-}
-
-impl ApiKey {
-    pub(crate) fn as_bytes(&self) -> &[u8] {
-        self.0.as_bytes()
-    }
-
-    /// The name of the client that has the key. It is stored, so it tells nothing of the key, and is
-    /// the same in the next process.
-    pub(crate) fn client(&self) -> Client {
-        let hex = |byte: &u8| format!("{byte:02x}");
-        let hash: String = digest(&SHA256, self.as_bytes()).as_ref().iter().map(hex).collect();
-        Client::named(&format!("key {hash}"))
-    }
-}
-
-impl fmt::Debug for ApiKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("ApiKey(..)")
+    /// Whether this address is that of a trusted proxy, behind which are many clients.
+    pub fn is_trusted(&self, address: IpAddr) -> bool {
+        self.access.trusted_proxies.contains(address)
     }
 }
 

@@ -16,7 +16,7 @@ use sd_server::http::{self, HttpConfig};
 use tower::ServiceExt as _;
 
 use crate::engine::{LONG, Server, ready};
-use crate::fake::{HTTP, wait_until};
+use crate::fake::{HTTP, keyed, wait_until};
 use crate::harness;
 
 const HEAD: &str = "Host: x\r\nContent-Type: application/json\r\n";
@@ -176,8 +176,7 @@ async fn a_body_has_its_own_time_and_more_only_if_it_comes_fast() -> Result<()> 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_client_cannot_hold_all_slots() -> Result<()> {
     let (engine, _strings) = ready().await;
-    let api_keys = vec!["a".parse().expect("a key"), "b".parse().expect("a key")];
-    let settings = HttpConfig { max_requests: 4, api_keys, ..HTTP };
+    let settings = HttpConfig { max_requests: 4, ..keyed(&["a", "b"]) };
     let server = Server::start(engine, settings, LONG).await;
     let request = |key: &str, length: usize| {
         let head =
@@ -276,8 +275,7 @@ async fn lines_are_bounded_in_number_and_in_errors() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_early_answer_reaches_a_client_that_is_still_sending() -> Result<()> {
     let (engine, strings) = ready().await;
-    let api_keys = vec!["a".parse().expect("a key")];
-    let settings = HttpConfig { max_requests: 1, api_keys, ..HTTP };
+    let settings = HttpConfig { max_requests: 1, ..keyed(&["a"]) };
     let server = Server::start(engine, settings, LONG).await;
     let post = |head: &str, megabytes: usize, chunked: bool| {
         let mut stream = connect(&server);

@@ -220,6 +220,20 @@ pub(crate) const HTTP: http::HttpConfig = http::HttpConfig {
     max_connections: 64,
     max_connections_per_address: None,
     log_prompts: false,
-    api_keys: Vec::new(),
-    cors_origins: Vec::new(),
+    access: ACCESS,
 };
+
+pub(crate) const ACCESS: http::AccessConfig = http::AccessConfig {
+    api_keys: Vec::new(),
+    lock_invocations: false,
+    cors_origins: Vec::new(),
+    public_url: None,
+    allowed_hosts: Vec::new(),
+    trusted_proxies: http::TrustedProxies::LOOPBACK,
+};
+
+/// A server that these keys open.
+pub(crate) fn keyed(keys: &[&str]) -> http::HttpConfig {
+    let api_keys = keys.iter().map(|key| key.parse().expect("a key")).collect();
+    http::HttpConfig { access: http::AccessConfig { api_keys, ..ACCESS }, ..HTTP }
+}

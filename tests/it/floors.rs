@@ -34,10 +34,11 @@ const SERVER: Floors = &[
             &["router", "connections"],
             &["invocations", "openai", "a1111", "admin", "page"],
             &["admission", "drawing", "streaming", "docs", "extract"],
+            &["links"],
             &["middleware"],
             &["state"],
             &["store", "reading"],
-            &["error", "slots", "progress", "headers", "ids"],
+            &["access", "error", "slots", "progress", "headers", "ids"],
         ],
     ),
 ];

@@ -12,7 +12,7 @@ use sd_server::http::HttpConfig;
 use serde_json::{Value, json};
 
 use crate::engine::{Server, ready};
-use crate::fake::{ENGINE, Fake, HTTP};
+use crate::fake::{ENGINE, Fake, HTTP, keyed};
 use crate::harness::{self, PATIENCE};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -145,8 +145,7 @@ async fn jobs_beyond_the_queue_wait_for_room_by_priority() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_lists_its_own_jobs_by_page_and_state() -> Result<()> {
     let (engine, strings) = ready().await;
-    let api_keys = vec!["one".parse().expect("a key"), "two".parse().expect("a key")];
-    let settings = HttpConfig { api_keys, max_jobs: 20, ..HTTP };
+    let settings = HttpConfig { max_jobs: 20, ..keyed(&["one", "two"]) };
     let server = Server::start(engine, settings, LONG).await;
     let body = json!({ "prompt": "a cat", "steps": 1 });
     for _ in 0..3 {

@@ -1,7 +1,7 @@
 //! The contract of the server and of the command line, tested from outside: one binary, so that
 //! it links once.
 
-mod access; // keys and foreign web pages
+mod access; // keys and CORS
 mod batching; // a picture does not depend on its neighbours
 mod cli; // generate, healthcheck, exit codes
 #[cfg(feature = "cuda")]
@@ -24,6 +24,7 @@ mod messages; // what errors say, and what the log does not
 mod metrics; // what the server says about itself
 mod models; // models by name: SageMaker's multi-model contract, a folder of models
 mod openai; // the Images API
+mod origins; // foreign web pages, proxies and links
 mod overload; // too much, too late, too large: what is refused and how
 mod package; // a model's files for SageMaker
 mod page; // the web page

@@ -8,7 +8,7 @@ use sd_server::http;
 use serde_json::{Value, json};
 
 use crate::engine::{LONG, Server, ready};
-use crate::fake::HTTP;
+use crate::fake::{HTTP, keyed};
 use crate::harness;
 use crate::inputs::{file as png, gradient};
 use crate::invocations::infotext;
@@ -224,8 +224,7 @@ async fn errors_have_openais_shape() -> Result<()> {
         assert_eq!(error["type"], kind);
         assert!(error["message"].as_str().is_some_and(|message| message.len() > 10));
     }
-    let key = "sesame".parse().expect("a key");
-    let server = free(http::HttpConfig { api_keys: vec![key], ..HTTP }).await;
+    let server = free(keyed(&["sesame"])).await;
     let (status, reply) = post(&server, &json!({})).await?;
     assert_eq!((status, &reply["error"]["type"]), (401, &"invalid_request_error".into()));
     Ok(())

@@ -8,7 +8,7 @@ use sd_server::http;
 use serde_json::{Value, json};
 
 use crate::engine::{LONG, Server, ready};
-use crate::fake::{HTTP, Strings, wait_until};
+use crate::fake::{HTTP, Strings, keyed, wait_until};
 use crate::harness;
 use crate::inputs::{file as png, gradient};
 use crate::invocations::infotext;
@@ -296,9 +296,7 @@ async fn an_interrupt_ends_what_waits() -> Result<()> {
 /// Two clients that are one address: their keys tell them apart.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_neither_sees_nor_ends_what_is_anothers() -> Result<()> {
-    let key = |key: &str| key.parse().expect("a key");
-    let settings = http::HttpConfig { api_keys: vec![key("ann"), key("bob")], ..HTTP };
-    let (server, strings) = start(settings).await;
+    let (server, strings) = start(keyed(&["ann", "bob"])).await;
     let request = |key: &str, path: &str, body: Value| {
         let request = reqwest::Client::new().post(format!("{}{path}", server.url));
         request.basic_auth("user", Some(key)).body(body.to_string()).send()

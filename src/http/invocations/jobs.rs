@@ -22,6 +22,7 @@ use crate::http::drawing::ReplyFormat;
 use crate::http::error::{ApiError, Result};
 use crate::http::extract::{PathName, QueryFields};
 use crate::http::ids::random;
+use crate::http::links::Links;
 use crate::http::state::AppState;
 use crate::http::store::{NewJob, StoredRequest};
 use crate::request::ValidationError;
@@ -34,7 +35,11 @@ const MAX_PAGE: usize = 100;
 
 /// `POST /v1/jobs`: accepts a job, whose body is that of `/invocations` with a priority and a
 /// webhook.
-pub(crate) async fn create(State(state): State<AppState>, admitted: Admitted) -> Result<Response> {
+pub(crate) async fn create(
+    State(state): State<AppState>,
+    links: Links,
+    admitted: Admitted,
+) -> Result<Response> {
     let Admitted { mut headers, body, client, mut slot, .. } = admitted;
     let timeout = admission::timeout(&headers, state.settings.job_timeout)?;
     let body = Bytes::from(body);
@@ -63,7 +68,7 @@ pub(crate) async fn create(State(state): State<AppState>, admitted: Admitted) ->
         let id = job.id.clone();
         job_runner::spawn(&state, job, Some(invocation));
         let description = describe(&state.jobs, &record);
-        let location = [(LOCATION, format!("/v1/jobs/{id}"))];
+        let location = [(LOCATION, format!("{}/v1/jobs/{id}", links.prefix()))];
         Ok((StatusCode::ACCEPTED, location, Json(description)).into_response())
     });
     // It ends otherwise only with the process.
@@ -101,7 +106,7 @@ pub(crate) async fn list(
         let reason = "must be queued, running, completed or failed";
         return Err(ValidationError::range("state", reason).into());
     }
-    if state.settings.api_keys.is_empty() {
+    if state.settings.access.api_keys.is_empty() {
         return Ok(Json(json!({ "jobs": [], "next": null })));
     }
     let mut jobs = state.jobs.list(&client, before).await?;

@@ -32,16 +32,22 @@ pub(crate) use job_runner::resume;
 /// The routes below `/v1` whose errors are native, not OpenAI's.
 pub(crate) const ROUTES: [&str; 2] = ["/v1/invocations", "/v1/jobs"];
 
-/// SageMaker's routes, which need no key.
+/// The route that SageMaker's batch transform requests first.
 pub(crate) fn open_routes() -> ApiRouter<AppState> {
-    let generate = "Generate images; accepts the requests of SageMaker's other containers too";
-    let generate = gives_images(takes_prompt(generate)).describe();
     let parameters = Docs::of("Parameters of SageMaker's batch transform").describe();
     let parameters = get_with(invoke::execution_parameters, parameters);
-    let routes = ApiRouter::new()
-        .api_route("/invocations", post_with(invoke::invocations, generate))
-        .api_route("/execution-parameters", parameters);
+    let routes = ApiRouter::new().api_route("/execution-parameters", parameters);
     docs::group::<ErrorBody>(routes, "native")
+}
+
+/// The route of SageMaker's requests, which needs a key only with `--lock-invocations`.
+pub(crate) fn sagemaker_routes(locked: bool) -> ApiRouter<AppState> {
+    let generate = "Generate images; accepts the requests of SageMaker's other containers too";
+    let generate = gives_images(takes_prompt(generate)).describe();
+    let routes =
+        ApiRouter::new().api_route("/invocations", post_with(invoke::invocations, generate));
+    let group = if locked { docs::keyed::<ErrorBody> } else { docs::group::<ErrorBody> };
+    group(routes, "native")
 }
 
 /// The routes of other clients, which need a key where keys are configured.

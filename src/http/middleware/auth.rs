@@ -1,7 +1,7 @@
 //! Authentication. A key is sent as `Authorization: Bearer KEY` (OpenAI's clients), as the password
 //! of `Authorization: Basic` (AUTOMATIC1111's clients) or as `X-Api-Key`. It also identifies the
-//! client for fair queueing. SageMaker's routes are public, since SageMaker authenticates callers
-//! itself and forwards no key.
+//! client for fair queueing. SageMaker's routes are public unless `--lock-invocations` is given, since
+//! SageMaker authenticates callers itself and forwards no key.
 
 use std::sync::Arc;
 
@@ -15,36 +15,37 @@ use base64::prelude::BASE64_STANDARD;
 use subtle::ConstantTimeEq as _;
 
 use super::sagemaker_route::ViaSageMaker;
+use crate::http::access::{AccessConfig, ApiKey};
 use crate::http::error::ApiError;
-use crate::http::state::ApiKey;
 
 /// Header of keys that are not in `Authorization`.
 const API_KEY: &str = "x-api-key";
 
 /// Requires a key, if any are configured.
 pub(crate) async fn require(
-    State(keys): State<Arc<[ApiKey]>>,
+    State(access): State<Arc<AccessConfig>>,
     mut request: Request,
     next: Next,
 ) -> Result<Response, Response> {
-    let sagemaker = request.extensions().get::<ViaSageMaker>().is_some();
-    if keys.is_empty() || sagemaker {
+    let via_sagemaker = request.extensions().get::<ViaSageMaker>().is_some();
+    if access.api_keys.is_empty() || (via_sagemaker && !access.lock_invocations) {
         return Ok(next.run(request).await);
     }
     let given = given(request.headers());
-    let Some(place) = given.as_deref().and_then(|given| find(&keys, given)) else {
-        let mut response = ApiError::Key { given: given.is_some() }.response();
+    let Some(place) = given.iter().find_map(|given| find(&access.api_keys, given)) else {
+        let mut response = ApiError::Key { given: !given.is_empty() }.response();
         response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         return Err(response);
     };
-    request.extensions_mut().insert(keys[place].client());
+    request.extensions_mut().insert(access.api_keys[place].client());
     Ok(next.run(request).await)
 }
 
-/// The key of a request.
-fn given(headers: &HeaderMap) -> Option<Vec<u8>> {
-    let authorization = headers.get(AUTHORIZATION).and_then(authorized);
-    authorization.or_else(|| headers.get(API_KEY).map(|value| value.as_bytes().to_vec()))
+/// The keys in a request. There may be several: a proxy has passwords of its own in `Authorization`.
+fn given(headers: &HeaderMap) -> Vec<Vec<u8>> {
+    let authorizations = headers.get_all(AUTHORIZATION).iter().filter_map(authorized);
+    let keys = headers.get_all(API_KEY).iter().map(|value| value.as_bytes().to_vec());
+    authorizations.chain(keys).collect()
 }
 
 fn authorized(value: &HeaderValue) -> Option<Vec<u8>> {
@@ -90,8 +91,11 @@ mod tests {
         for (name, value, place) in table {
             let mut headers = HeaderMap::new();
             headers.insert(name, HeaderValue::try_from(&value).expect("a header"));
-            let found = given(&headers).and_then(|given| find(&keys, &given));
+            let found = given(&headers).iter().find_map(|given| find(&keys, given));
             assert_eq!(found, place, "{name}: {value}");
+            // What a proxy wants for itself hides no key.
+            headers.insert("x-api-key", HeaderValue::from_static("first"));
+            assert!(given(&headers).iter().any(|given| find(&keys, given).is_some()));
         }
         assert_eq!(format!("{keys:?}"), "[ApiKey(..), ApiKey(..)]");
         assert!("".parse::<ApiKey>().is_err() && "a b".parse::<ApiKey>().is_err());

@@ -9,8 +9,10 @@ use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
 use futures_util::StreamExt as _;
+use tracing::field::display;
 use tracing::{Instrument as _, Span, debug, error, info, info_span};
 
+use super::forwarded::ClientAddress;
 use crate::engine::Engine;
 use crate::http::error::{ErrorDetail, Result, StreamEnd};
 use crate::http::headers::{INFERENCE_ID, REQUEST_ID};
@@ -28,6 +30,7 @@ struct ObservedRequest {
     path: String,
     /// The template of the matched route, or `other`: clients choose paths, not routes.
     route: String,
+    client: Option<ClientAddress>,
     span: Span,
     began: Instant,
     /// Whether messages about requests are logged, which may repeat words of them.
@@ -72,6 +75,7 @@ impl Drop for ObservedRequest {
         self.engine.metrics().requests.with([&self.route, outcome]).inc();
         let _inside = self.span.enter();
         let (method, path) = (&self.method, &*brief(&self.path));
+        let client = self.client.map(|client| display(client.0));
         let duration_ms = self.began.elapsed().as_millis() as u64;
         let status = self.answer.as_ref().map(|answer| answer.status);
         // An error of the server, in contrast to a state that clients should expect.
@@ -82,11 +86,11 @@ impl Drop for ObservedRequest {
         let reason = error.filter(|_| fault || self.log_messages).map(|error| &error.message);
         let param = error.filter(|error| error.is_known).and_then(|error| error.param.as_ref());
         if fault {
-            error!(%method, path, status, outcome, duration_ms, param, reason);
+            error!(%method, path, status, outcome, duration_ms, client, param, reason);
         } else if PROBE_ROUTES.contains(&self.route.as_str()) {
-            debug!(%method, path, status, outcome, duration_ms);
+            debug!(%method, path, status, outcome, duration_ms, client);
         } else {
-            info!(%method, path, status, outcome, duration_ms, param, reason);
+            info!(%method, path, status, outcome, duration_ms, client, param, reason);
         }
     }
 }
@@ -104,11 +108,12 @@ pub(crate) async fn observe(
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let route = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str);
     let route = route.to_owned();
+    let client = request.extensions().get::<ClientAddress>().copied();
     let span = info_span!("request", id = id.to_str().unwrap_or_default());
     let (began, inside) = (Instant::now(), span.clone());
     let answer = None;
     let mut observed =
-        ObservedRequest { engine, method, path, route, span, began, log_messages, answer };
+        ObservedRequest { engine, method, path, route, client, span, began, log_messages, answer };
     let mut response = next.run(request).instrument(inside).await;
     response.headers_mut().insert(REQUEST_ID, id);
 

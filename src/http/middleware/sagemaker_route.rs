@@ -1,16 +1,20 @@
 //! Routes by attribute: `X-Amzn-SageMaker-Custom-Attributes: route=/v1/images/generations` forwards
-//! a request for `/invocations` to that route, as in AWS's own containers.
+//! a request for `/invocations` to that route, as in AWS's own containers. Only routes that generate
+//! can be reached: those that select a model, interrupt or create jobs affect other clients.
 
 use axum::Router;
 use axum::extract::Request;
-use axum::http::uri::PathAndQuery;
 use axum::http::{HeaderMap, Method, Uri};
 use tower::ServiceExt as _;
 
 use crate::http::headers::ATTRIBUTES;
 
-/// Prefixes of the routes that can be reached: the image APIs, no administration.
-const OPEN: [&str; 2] = ["/v1/", "/sdapi/"];
+/// The routes that can be reached.
+const OPEN: [&str; 4] =
+    ["/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/sdapi/v1/img2img"];
+
+/// A path without a route, for all other values.
+const NOWHERE: &str = "/no-such-route";
 
 /// Marks a request that was routed by the attribute.
 #[derive(Debug, Clone, Copy)]
@@ -30,14 +34,13 @@ pub(crate) fn by_attribute(router: Router) -> Router {
     Router::new().fallback_service(router.map_request(rewrite))
 }
 
-/// The route that the attributes name, if it can be reached.
+/// The route that the attributes name.
 fn target(headers: &HeaderMap) -> Option<Uri> {
-    let attributes = headers.get(ATTRIBUTES)?.to_str().ok()?;
-    let parts = attributes.split([',', ';', ' ']);
-    let route = parts.map(str::trim).find_map(|part| part.strip_prefix("route="))?;
-    let open = OPEN.iter().any(|prefix| route.starts_with(prefix));
-    let route = if open { route } else { "/no-such-route" };
-    Some(Uri::from(route.parse::<PathAndQuery>().ok()?))
+    let values = headers.get_all(ATTRIBUTES).iter();
+    let mut parts = values.flat_map(|value| value.as_bytes().split(|byte| b",; ".contains(byte)));
+    let route = parts.find_map(|part| part.trim_ascii().strip_prefix(b"route="))?;
+    let open = OPEN.into_iter().find(|open| open.as_bytes() == route);
+    Some(Uri::from_static(open.unwrap_or(NOWHERE)))
 }
 
 #[cfg(test)]
@@ -47,22 +50,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_image_apis_can_be_reached() {
-        let table = [
-            ("route=/v1/images/generations", Some("/v1/images/generations")),
-            ("a=b, route=/sdapi/v1/txt2img", Some("/sdapi/v1/txt2img")),
-            ("seed=1;route=/v1/x?y=1", Some("/v1/x?y=1")),
-            ("route=/models", Some("/no-such-route")),
-            ("route=/v1", Some("/no-such-route")),
-            ("route=http://example.com/v1/", Some("/no-such-route")),
-            ("seed=7", None),
-            ("", None),
+    fn only_routes_that_generate_can_be_reached() {
+        let generations = Some("/v1/images/generations");
+        let table: [(&[&[u8]], _); 17] = [
+            (&[b"route=/v1/images/generations"], generations),
+            (&[b"a=b, route=/v1/images/edits"], Some("/v1/images/edits")),
+            (&[b"seed=1;route=/sdapi/v1/txt2img"], Some("/sdapi/v1/txt2img")),
+            (&[b"route=/sdapi/v1/img2img ,x=\xff"], Some("/sdapi/v1/img2img")),
+            (&[b"x=1", b"route=/v1/images/generations"], generations),
+            (&[b"route=/v1/images/generations?x=1"], Some(NOWHERE)),
+            (&[b"route=/v1/images/generations/"], Some(NOWHERE)),
+            (&[b"route=/v1/images//generations"], Some(NOWHERE)),
+            (&[b"route=/v1/images/%67enerations"], Some(NOWHERE)),
+            (&[b"route=/V1/images/generations"], Some(NOWHERE)),
+            (&[b"route=/sdapi/v1/options"], Some(NOWHERE)),
+            (&[b"route=/v1/jobs;route=/v1/images/edits"], Some(NOWHERE)),
+            (&[b"route=http://example.com/v1/images/edits"], Some(NOWHERE)),
+            (&[b"route=/v1/\xff"], Some(NOWHERE)),
+            (&[b"route="], Some(NOWHERE)),
+            (&[b"seed=7"], None),
+            (&[], None),
         ];
-        for (attributes, path) in table {
+        for (values, path) in table {
             let mut headers = HeaderMap::new();
-            headers.insert(ATTRIBUTES, HeaderValue::from_static(attributes));
+            for value in values {
+                headers.append(ATTRIBUTES, HeaderValue::from_bytes(value).expect("a header"));
+            }
             let uri = target(&headers).map(|uri| uri.to_string());
-            assert_eq!(uri.as_deref(), path, "{attributes}");
+            assert_eq!(uri.as_deref(), path, "{values:?}");
         }
     }
 }

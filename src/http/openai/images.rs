@@ -2,8 +2,6 @@
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::HeaderMap;
-use axum::http::header::HOST;
 use axum::response::{IntoResponse as _, Response};
 
 use super::form::Form;
@@ -13,6 +11,7 @@ use super::stream::{ReplyOptions, stream};
 use crate::http::admission::Admitted;
 use crate::http::drawing::{Drawing, ReplyFormat};
 use crate::http::error::Result;
+use crate::http::links::Links;
 use crate::http::state::AppState;
 use crate::image::Format;
 use crate::request::{DrawRequest, Fields, ImageFile, MaskArea, ValidationError};
@@ -23,16 +22,18 @@ const OPENAI_MODELS: [&str; 3] = ["dall-e-", "gpt-image-", "chatgpt-image-"];
 /// `POST /v1/images/generations`.
 pub(crate) async fn generations(
     State(state): State<AppState>,
+    links: Links,
     mut admitted: Admitted,
 ) -> Result<Response> {
     let (options, draw) = request::read(admitted.json(&state).await?, &state.settings.limits)?;
-    generate(state, admitted, options, draw, "image_generation").await
+    generate(state, links, admitted, options, draw, "image_generation").await
 }
 
 /// `POST /v1/images/edits`: a form with an image and a mask. Transparent areas of the mask, or else
 /// of the image, are inpainted. If there are none, the request is image-to-image.
 pub(crate) async fn edits(
     State(state): State<AppState>,
+    links: Links,
     mut admitted: Admitted,
 ) -> Result<Response> {
     let Form { texts, image, mask } = Form::read(&state, &mut admitted).await?;
@@ -50,25 +51,26 @@ pub(crate) async fn edits(
         draw.mask = mask.map(ImageFile::Bytes);
         draw.mask_area = MaskArea::Transparent;
     }
-    generate(state, admitted, options, draw, "image_edit").await
+    generate(state, links, admitted, options, draw, "image_edit").await
 }
 
 /// Generates the images and responds.
 async fn generate(
     state: AppState,
+    links: Links,
     admitted: Admitted,
     options: OpenAiOptions,
     draw: DrawRequest,
     kind: &'static str,
 ) -> Result<Response> {
-    let Admitted { headers, client, deadline, stream_deadline, mut slot, .. } = admitted;
+    let Admitted { client, deadline, stream_deadline, mut slot, .. } = admitted;
     let is_openai = |name: &String| OPENAI_MODELS.iter().any(|prefix| name.starts_with(prefix));
     let state = match options.model.filter(|name| !is_openai(name)) {
         Some(name) => state.choose(&name).await?,
         None => state,
     };
     let is_url = options.response_format == Some(ResponseFormat::Url);
-    let url = is_url.then(|| origin(&headers));
+    let url = is_url.then(|| links.base());
     let (compression, partial_images) = (options.output_compression, options.partial_images);
     let options = ReplyOptions { kind, url, partial_images: partial_images.unwrap_or(0) };
     let drawing = Drawing::prepare(&state, &mut slot, vec![draw], |draw, _| {
@@ -102,12 +104,4 @@ fn quality(compression: Option<u8>, format: Format) -> Result<Option<u8>, Valida
             Err(ValidationError::range("output_compression", reason))
         }
     }
-}
-
-/// Scheme and host as the client sees them, also through a proxy that forwards them.
-fn origin(headers: &HeaderMap) -> String {
-    let header = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-    let scheme = header("x-forwarded-proto").filter(|scheme| *scheme == "https").unwrap_or("http");
-    let host = header("x-forwarded-host").or_else(|| header(HOST.as_str()));
-    host.map_or(String::new(), |host| format!("{scheme}://{host}"))
 }
