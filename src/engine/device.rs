@@ -5,7 +5,6 @@
 //! queueing over time: the model that has used the device least is next, and idle time earns no
 //! credit. Only one model has activations in memory at a time, so one budget is enough for all.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -22,8 +21,8 @@ pub struct DeviceScheduler {
 struct DeviceShared {
     lock: Mutex<FairLock>,
     freed: Condvar,
-    /// Bytes; zero until the first model is loaded.
-    budget: AtomicU64,
+    /// Bytes; `None` until a model measures it.
+    budget: Mutex<Option<u64>>,
 }
 
 #[derive(Debug, Default)]
@@ -76,20 +75,30 @@ impl DeviceScheduler {
         Lease { shared: Arc::clone(&self.shared), began: Instant::now(), time_used }
     }
 
-    /// Memory budget of one UNet call or VAE decode, in bytes, once known.
+    /// Memory budget of one UNet call or VAE decode, in bytes; the maximum of the type if there is
+    /// no limit. `None` if it has to be measured.
     pub(super) fn budget_bytes(&self) -> Option<u64> {
-        Some(self.shared.budget.load(Ordering::Relaxed)).filter(|bytes| *bytes > 0)
+        *self.shared.budget()
     }
 
-    /// Replaces the budget: the newest model has the latest measurement of free memory.
+    /// Replaces the budget by a new measurement.
     pub(super) fn set_budget_bytes(&self, bytes: u64) {
-        self.shared.budget.store(bytes, Ordering::Relaxed);
+        *self.shared.budget() = Some(bytes);
+    }
+
+    /// A model was unloaded, so the next model that has the device measures the budget.
+    pub(super) fn forget_budget(&self) {
+        *self.shared.budget() = None;
     }
 }
 
 impl DeviceShared {
     fn lock(&self) -> MutexGuard<'_, FairLock> {
         self.lock.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn budget(&self) -> MutexGuard<'_, Option<u64>> {
+        self.budget.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -35,10 +35,22 @@ use shared::EngineShared;
 pub(crate) use state::is_out_of_memory;
 pub use state::{EngineConfig, EngineState, Safety, WorkerError};
 
-/// The handle shared by the HTTP handlers.
+/// The handle shared by the HTTP handlers. When the last one is dropped, accepted jobs are finished
+/// and the model thread ends, which frees the model's memory.
 #[derive(Debug, Clone)]
 pub struct Engine {
     shared: Arc<EngineShared>,
+    _handle: Arc<DrainOnDrop>,
+}
+
+/// Owned by the handles alone: the model thread holds the shared state, too.
+#[derive(Debug)]
+struct DrainOnDrop(Arc<EngineShared>);
+
+impl Drop for DrainOnDrop {
+    fn drop(&mut self) {
+        self.0.drain();
+    }
 }
 
 impl Engine {
@@ -59,10 +71,12 @@ impl Engine {
     ) -> io::Result<Self> {
         let engine = Self::new(device, settings, EngineState::Loading);
         let shared = Arc::clone(&engine.shared);
+        let scheduler = device.clone();
         let work = move || {
             worker::main(shared, load);
-            // The model is dropped; the next one needs its memory.
+            // The model is dropped; the next one needs its memory, and the others have more.
             sd_models::return_freed_memory();
+            scheduler.forget_budget();
         };
         let thread = thread::Builder::new().name("model".into()).spawn(work)?;
         *engine.shared.thread() = Some(thread);
@@ -87,7 +101,13 @@ impl Engine {
             busy: watch::Sender::new(()),
             thread: Mutex::default(),
         };
-        Self { shared: Arc::new(shared) }
+        let shared = Arc::new(shared);
+        Self { _handle: Arc::new(DrainOnDrop(Arc::clone(&shared))), shared }
+    }
+
+    /// Whether this is a handle of the same engine.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
     }
 
     /// The state of the engine. Never blocks.
@@ -185,7 +205,8 @@ impl Engine {
         metrics.images_capacity.with([]).set((self.max_batch_rows() / 2) as i64);
         let ready = matches!(self.state(), EngineState::Ready(_));
         metrics.ready.with([]).set(i64::from(ready));
-        metrics.memory_budget.set_bytes([], self.shared.device.budget_bytes());
+        let budget = self.shared.device.budget_bytes().filter(|bytes| *bytes < u64::MAX);
+        metrics.memory_budget.set_bytes([], budget);
         metrics.resident_memory.set_bytes([], memory::resident());
         metrics.available_memory.set_bytes([], memory::available());
         for (index, gpu) in gpu::read().into_iter().enumerate() {
@@ -206,9 +227,7 @@ impl Engine {
 
     /// Rejects new jobs and finishes accepted ones.
     pub fn drain(&self) {
-        self.shared.queue().close();
-        self.shared.set_state(EngineState::Draining);
-        self.shared.arrived.notify_one();
+        self.shared.drain();
     }
 
     /// Rejects new jobs, finishes accepted ones within `timeout`, and returns when the model's
@@ -236,6 +255,11 @@ impl Engine {
     /// Returns when every accepted image has ended.
     pub async fn wait_idle(&self) {
         self.shared.busy.closed().await;
+    }
+
+    /// Whether every accepted image has ended.
+    pub fn is_idle(&self) -> bool {
+        self.shared.busy.receiver_count() == 0
     }
 
     /// Cancels what is not finished; every ticket fails at once.

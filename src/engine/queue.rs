@@ -6,7 +6,7 @@
 //! higher priority go first: a priority changes the order within a client's share, not the share.
 
 use std::cmp::Reverse;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use super::job::{Client, ImageTask, JobId};
 
@@ -29,6 +29,14 @@ pub(super) struct Queue {
 struct Waiting {
     task: ImageTask,
     start: u64,
+}
+
+/// The images of a job that wait.
+struct WaitingJob<'a> {
+    /// One of them.
+    task: &'a ImageTask,
+    images: usize,
+    work: u64,
 }
 
 /// Why a job was rejected.
@@ -123,27 +131,48 @@ impl Queue {
         self.ends.insert(client.clone(), start);
     }
 
-    /// If the queue is full, the client with the most images loses its newest job to a client that
-    /// will have fewer, if none of that job has started. Otherwise the first client could block all
-    /// others.
+    /// If the queue is full, the client with the largest share of it loses its newest jobs, until the
+    /// new job fits, to a client that will have a smaller share. Jobs of which an image has left the
+    /// queue stay. If that is not enough, nothing is evicted. Otherwise the first client could block
+    /// all others.
+    ///
+    /// The share is the dominant one (Ghodsi et al. 2011) of images and of work: neither many small
+    /// images nor a few large ones keep others out.
     fn make_room(&mut self, job: &[ImageTask]) -> Option<Vec<ImageTask>> {
         let client = &job.first()?.client;
-        let mut held: HashMap<&Client, usize> = HashMap::new();
-        for waiting in &self.tasks {
-            *held.entry(&waiting.task.client).or_default() += 1;
+        let mut jobs: BTreeMap<JobId, WaitingJob<'_>> = BTreeMap::new();
+        for Waiting { task, .. } in &self.tasks {
+            let job = jobs.entry(task.job).or_insert(WaitingJob { task, images: 0, work: 0 });
+            (job.images, job.work) = (job.images + 1, job.work + task.work());
         }
-        let requested = held.get(client).copied().unwrap_or_default() + job.len();
-        let (largest, most) = held.into_iter().max_by_key(|(_, held)| *held)?;
-        if most <= requested {
-            return None;
+        let new: u64 = job.iter().map(ImageTask::work).sum();
+        let all = (self.work() + new).max(1) as f64;
+        let share = |(images, work): (usize, u64)| {
+            (images as f64 / self.capacity.max(1) as f64).max(work as f64 / all)
+        };
+        let mut held: HashMap<&Client, (usize, u64)> = HashMap::new();
+        for job in jobs.values() {
+            let (images, work) = held.entry(&job.task.client).or_default();
+            (*images, *work) = (*images + job.images, *work + job.work);
         }
-        let tasks = || self.tasks.iter().map(|waiting| &waiting.task);
-        let of_largest = tasks().filter(|task| task.client == *largest);
-        let newest = of_largest.max_by_key(|task| task.job)?;
-        let (newest, images) = (newest.job, newest.siblings);
-        let waiting = tasks().filter(|task| task.job == newest).count();
-        let fits = self.tasks.len() - waiting + job.len() <= self.capacity;
-        (waiting == images && fits).then(|| self.take_out(|task| task.job == newest))
+        let (images, work) = held.get(client).copied().unwrap_or_default();
+        let requested = share((images + job.len(), work + new));
+        let (mut left, mut evicted) = (self.tasks.len(), Vec::new());
+        while left > 0 && left + job.len() > self.capacity {
+            let of_client = |job: &WaitingJob<'_>| share(held[&job.task.client]);
+            let whole = |job: &WaitingJob<'_>| job.images == job.task.siblings;
+            let candidates =
+                jobs.iter().filter(|(_, job)| whole(job) && of_client(job) > requested);
+            let (&id, _) = candidates.max_by(|(a_id, a), (b_id, b)| {
+                of_client(a).total_cmp(&of_client(b)).then(a_id.cmp(b_id))
+            })?;
+            let job = jobs.remove(&id)?;
+            let (images, work) = held.get_mut(&job.task.client)?;
+            (*images, *work) = (*images - job.images, *work - job.work);
+            left -= job.images;
+            evicted.push(id);
+        }
+        Some(self.take_out(|task| evicted.contains(&task.job)))
     }
 
     /// Removes and returns the first image that is still wanted and `fits`.
@@ -306,8 +335,72 @@ mod tests {
         assert!(evicted.len() == 2 && evicted.iter().all(|task| task.job == 1));
         assert_eq!(queue.len(), 3);
         let (_e, mut large) = job(3, 4, 2);
+        // Both clients have as much as this one asks for, or less.
         assert_eq!(queue.push(&mut large).expect_err("as much as the others"), PushError::Full);
         queue.close();
         assert_eq!(queue.push(&mut large).expect_err("closed"), PushError::Closed);
+    }
+
+    #[test]
+    fn a_newcomer_with_several_images_gets_in_by_evicting_several_jobs() {
+        let mut queue = Queue::new(4);
+        let mut tickets = Vec::new();
+        for id in 0..4 {
+            let (ticket, mut one) = job(1, id, 1);
+            queue.push(&mut one).expect("room");
+            tickets.push(ticket);
+        }
+        let (_b, mut three) = job(2, 4, 3);
+        assert_eq!(queue.push(&mut three).expect_err("more than the half"), PushError::Full);
+        let (_c, mut two) = job(2, 5, 2);
+        let evicted = queue.push(&mut two).expect("room is made");
+        assert_eq!(evicted.iter().map(|task| task.job).collect::<Vec<_>>(), [2, 3], "the newest");
+        let (_d, mut again) = job(1, 6, 1);
+        assert_eq!(queue.push(&mut again).expect_err("each has its half"), PushError::Full);
+        assert_eq!(drain(&mut queue), [1, 2, 1, 2]);
+    }
+
+    #[test]
+    fn a_large_image_is_not_evicted_for_many_small_ones_nor_kept_out_by_them() {
+        let mut queue = Queue::new(4);
+        let large = |client, id| {
+            let (ticket, mut one) = job(client, id, 1);
+            one[0].spec.steps = 1000;
+            (ticket, one)
+        };
+        let mut tickets = Vec::new();
+        for id in 0..4 {
+            let (ticket, mut small) = job(1, id, 1);
+            queue.push(&mut small).expect("room");
+            tickets.push(ticket);
+        }
+        let (_b, mut one) = large(2, 4);
+        assert_eq!(queue.push(&mut one).expect("room is made").len(), 1);
+        let (_c, mut more) = job(1, 5, 1);
+        assert_eq!(queue.push(&mut more).expect_err("it has the most images"), PushError::Full);
+    }
+
+    #[test]
+    fn a_few_large_images_are_a_large_share() {
+        let mut queue = Queue::new(4);
+        let (_a, mut small) = job(1, 0, 3);
+        queue.push(&mut small).expect("room");
+        let (_b, mut large) = job(2, 1, 1);
+        large[0].spec.steps = 1000;
+        queue.push(&mut large).expect("room");
+        let (_c, mut one) = job(3, 2, 1);
+        let evicted = queue.push(&mut one).expect("room is made");
+        assert_eq!(evicted.iter().map(|task| task.job).collect::<Vec<_>>(), [1]);
+    }
+
+    #[test]
+    fn a_job_that_has_begun_is_not_evicted() {
+        let mut queue = Queue::new(4);
+        let (_a, mut begun) = job(1, 0, 5);
+        queue.push(&mut begun).expect("an empty queue");
+        assert!(queue.next(|_| true).is_some());
+        let (_b, mut one) = job(2, 1, 1);
+        assert_eq!(queue.push(&mut one).expect_err("nothing can go"), PushError::Full);
+        assert_eq!(queue.len(), 4);
     }
 }

@@ -55,6 +55,13 @@ impl EngineShared {
         self.pace().retry_after(missing, queue.len(), queue.work())
     }
 
+    /// Rejects new jobs and finishes accepted ones.
+    pub(super) fn drain(&self) {
+        self.queue().close();
+        self.set_state(EngineState::Draining);
+        self.arrived.notify_one();
+    }
+
     /// Changes to a later state; an earlier one is ignored.
     pub(super) fn set_state(&self, next: EngineState) {
         self.state.send_if_modified(|state| {

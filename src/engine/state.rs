@@ -11,7 +11,7 @@ use crate::options::{bytes, min};
 #[command(next_help_heading = "Limits")]
 pub struct EngineConfig {
     /// Maximum number of queued images. At the limit, requests get 429; the client with the most
-    /// queued images may lose its newest job to one with fewer
+    /// queued images or work may lose its newest jobs to one with less
     #[arg(long, env = "SD_MAX_QUEUE", default_value = "64", value_parser = min::<1>)]
     pub max_queue: usize,
     /// Maximum number of rows per UNet call: two per image, or one without guidance. More rows give

@@ -16,14 +16,15 @@ use anyhow::Context as _;
 use sd_models::{Defaults, Error, ModelInfo, PromptSyntax, Rgb, Size, Spec};
 use tracing::{debug, error, info, warn};
 
-use super::batch::DeficitRoundRobin;
-use super::job::{GeneratedImage, ImageTask, JobError};
+use super::batch::{BucketLoad, DeficitRoundRobin};
+use super::job::{Client, GeneratedImage, ImageTask, JobError};
 use super::model::{Model, Trajectory};
 use super::shared::EngineShared;
 use super::state::{EngineState, Safety};
 use crate::image;
 
-/// Maximum number of image sizes that run at the same time, each with full batches.
+/// Maximum number of image sizes that run at the same time, each with full batches. One client has at
+/// most the rows of all but one, so that there is room for the next.
 const MAX_BUCKETS: usize = 4;
 
 /// Share of the memory free after loading that is the budget; the rest is a reserve.
@@ -79,8 +80,8 @@ pub(super) fn main<M: Model>(shared: Arc<EngineShared>, load: impl FnOnce() -> a
     Worker::new(model, engine).run();
 }
 
-/// The memory budget in bytes: the configured one, else a share of the memory that is free after
-/// loading. If that is unknown, there is no limit but the device's own.
+/// The memory budget in bytes: the configured one, else a share of the memory that is free when a
+/// model was loaded or unloaded. If that is unknown, there is no limit but the device's own.
 fn budget<M: Model>(model: &M, engine: &EngineShared) -> u64 {
     // Memory retained by the allocator is free, too.
     sd_models::return_freed_memory();
@@ -287,6 +288,9 @@ impl<M: Model> Worker<M> {
         let began = Instant::now();
         let (device, mut time_used) = (self.engine.device.clone(), self.time_used);
         let turn = device.acquire(&mut time_used);
+        if device.budget_bytes().is_none() {
+            device.set_budget_bytes(budget(&self.model, &self.engine));
+        }
         self.slots.retain(|slot| slot.task.is_wanted());
         self.reading.retain(|reading| reading.task.is_wanted());
         self.stop_interrupted();
@@ -336,6 +340,11 @@ impl<M: Model> Worker<M> {
             let begun = Instant::now();
             let queued = begun.saturating_duration_since(task.submitted);
             self.engine.metrics.queue_duration.time([], queued);
+            // The budget may have become smaller since the image was accepted.
+            if self.model.info().peak_bytes(&task.spec) > self.engine.budget() {
+                task.complete(Err(JobError::OutOfMemory));
+                continue;
+            }
             let trajectory = self.model.begin(&task.spec);
             self.engine.metrics.stage_duration.time(["text_encode"], begun.elapsed());
             match trajectory {
@@ -377,9 +386,17 @@ impl<M: Model> Worker<M> {
     fn next_task(&mut self) -> Option<ImageTask> {
         let (engine, info) = (&self.engine, self.model.info());
         let reading = || self.reading.iter().map(|reading| &reading.task.spec);
-        let running = self.slots.iter().map(|slot| slot.trajectory.rows());
-        let taken: usize = running.chain(reading().map(Spec::rows)).sum();
-        let mut free = (MAX_BUCKETS * engine.settings.max_batch_rows).saturating_sub(taken);
+        let running = self.slots.iter().map(|slot| (&slot.task, slot.trajectory.rows()));
+        let pending = self.reading.iter().map(|reading| (&reading.task, reading.task.spec.rows()));
+        let (mut taken, mut of_clients) = (0, HashMap::<&Client, usize>::new());
+        for (task, rows) in running.chain(pending) {
+            taken += rows;
+            *of_clients.entry(&task.client).or_default() += rows;
+        }
+        let batch = engine.settings.max_batch_rows;
+        let mut free = (MAX_BUCKETS * batch).saturating_sub(taken);
+        let most = (MAX_BUCKETS - 1) * batch;
+        let mut at_most: Vec<Client> = Vec::new();
         let reading = reading().map(|spec| (spec.size, spec));
         let loads = SizeLoad::all(info, stepping(&self.slots).chain(reading));
         let mut held_back: Vec<Size> = Vec::new();
@@ -393,7 +410,11 @@ impl<M: Model> Worker<M> {
                 load.rows + rows <= self.max_rows(size) && bytes <= engine.budget()
             };
             let fits = rows <= free && load.is_none_or(joins);
-            if held_back.contains(&size) {
+            if held_back.contains(&size) || at_most.contains(&task.client) {
+                return false;
+            }
+            if of_clients.get(&task.client).is_some_and(|taken| taken + rows > most) {
+                at_most.push(task.client.clone());
                 return false;
             }
             if !fits {
@@ -418,7 +439,13 @@ impl<M: Model> Worker<M> {
     /// One UNet call for the size whose turn it is, with its oldest images if not all fit. Returns
     /// the work done.
     fn step(&mut self) -> u64 {
-        let loads: Vec<_> = self.loads().iter().map(|load| (load.size, load.rows)).collect();
+        let loads = self.loads().into_iter().map(|SizeLoad { size, rows, .. }| {
+            let members = self.slots.iter().filter(|slot| !slot.done());
+            let members = members.filter(|slot| slot.trajectory.size() == size);
+            let clients = members.map(|slot| slot.task.client.clone()).collect();
+            BucketLoad { size, rows, clients }
+        });
+        let loads: Vec<_> = loads.collect();
         let Some(size) = self.rotation.next(&loads) else { return 0 };
         let (max_rows, budget, info) =
             (self.max_rows(size), self.engine.budget(), self.model.info());

@@ -18,6 +18,7 @@ use super::ids;
 use super::state::AppState;
 use crate::engine::{Client, Engine, GeneratedImage, Job, JobError, Preview, Priority, Ticket};
 use crate::image::{self, Format, Hashes, JPEG_QUALITY};
+use crate::registry::ModelLease;
 use crate::request::{DrawRequest, ValidationError};
 
 /// Interval at which a job or JSON Lines record retries a full queue.
@@ -61,6 +62,8 @@ pub(crate) struct Drawing {
     /// Until the images are encoded, a draining server does not close the connection.
     _accepted: TaskTrackerToken,
     engine: Engine,
+    /// Held until the response is encoded: a job may be submitted again.
+    _lease: Option<ModelLease>,
     hashes: Hashes,
 }
 
@@ -108,7 +111,7 @@ impl Drawing {
         }
         let (quality, hashes) = (JPEG_QUALITY, state.hashes.clone());
         let (_accepted, slot) = (slot.accept(), Some(slot.clone()));
-        let priority = Priority::default();
+        let (priority, _lease) = (Priority::default(), state.lease.clone());
         Ok(Self {
             specs,
             reply,
@@ -119,6 +122,7 @@ impl Drawing {
             model,
             _accepted,
             engine,
+            _lease,
             hashes,
         })
     }

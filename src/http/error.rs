@@ -100,7 +100,7 @@ pub(crate) enum ApiError {
     /// 503: of the connections that are reserved for probes.
     #[error("too many connections are open; only health checks are answered on this one")]
     Connections,
-    /// 404, 409, 507 and 500: the model is not available.
+    /// 404, 409, 500, 503, 504 and 507: the model is not available.
     #[error(transparent)]
     Registry(#[from] RegistryError),
     /// 400 and 422.
@@ -157,6 +157,9 @@ impl ApiError {
             Self::Registry(Registry::NoRoom(_)) | Self::Job(Job::OutOfMemory) => {
                 (S::INSUFFICIENT_STORAGE, "out_of_memory")
             }
+            Self::Registry(Registry::Busy { .. }) => (S::SERVICE_UNAVAILABLE, "models_busy"),
+            Self::Registry(Registry::Deadline) => (S::GATEWAY_TIMEOUT, "deadline_exceeded"),
+            Self::Registry(Registry::Stopping) => (S::SERVICE_UNAVAILABLE, "shutting_down"),
             Self::Registry(Registry::Loaded(_)) => (S::CONFLICT, "model_loaded"),
             Self::Registry(Registry::Broken(_)) => (S::INTERNAL_SERVER_ERROR, "model_load_failed"),
             Self::Job(Job::Absent) => (S::NOT_FOUND, "model_required"),
@@ -175,8 +178,11 @@ impl ApiError {
         match self {
             Self::Crowded { retry_after_s, .. }
             | Self::JobLimit { retry_after_s, .. }
-            | Self::Job(JobError::Full { retry_after_s }) => Some(*retry_after_s),
-            Self::Connections | Self::Job(JobError::Loading | JobError::Stopping) => Some(1),
+            | Self::Job(JobError::Full { retry_after_s })
+            | Self::Registry(RegistryError::Busy { retry_after_s, .. }) => Some(*retry_after_s),
+            Self::Connections
+            | Self::Job(JobError::Loading | JobError::Stopping)
+            | Self::Registry(RegistryError::Stopping) => Some(1),
             _ => None,
         }
     }

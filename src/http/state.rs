@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::builder::FalseyValueParser;
 use sd_models::ModelInfo;
+use tokio::time::Instant;
 
 use super::access::{AccessConfig, ApiKey};
 use super::error::{ApiError, Result};
@@ -176,7 +177,8 @@ impl HttpConfig {
 pub(crate) struct AppState {
     /// The engine of the request's model.
     pub(crate) engine: Engine,
-    _chosen: Option<ModelLease>,
+    /// Held so that the model stays in memory; `None` for the default model.
+    pub(crate) lease: Option<ModelLease>,
     shared: Arc<AppShared>,
 }
 
@@ -226,7 +228,7 @@ impl AppState {
             settings,
         };
         let engine = shared.models.default_engine().clone();
-        Ok(Self { engine, _chosen: None, shared: Arc::new(shared) })
+        Ok(Self { engine, lease: None, shared: Arc::new(shared) })
     }
 
     /// Deletes what has expired, as long as the state exists.
@@ -246,14 +248,16 @@ impl AppState {
     /// The state for a request to another model.
     pub(crate) fn on(&self, chosen: ModelLease) -> Self {
         let engine = chosen.engine.clone();
-        Self { engine, _chosen: Some(chosen), shared: Arc::clone(&self.shared) }
+        Self { engine, lease: Some(chosen), shared: Arc::clone(&self.shared) }
     }
 
     /// The state for a request that names a model, which may have to be loaded first.
-    pub(crate) async fn choose(&self, name: &str) -> Result<Self> {
-        match self.models.choose(name).await {
+    pub(crate) async fn choose(&self, name: &str, deadline: Instant) -> Result<Self> {
+        match self.models.choose(name, deadline).await {
             Ok(chosen) => Ok(self.on(chosen)),
             Err(RegistryError::Unknown(name)) => Err(ApiError::NoModel(name)),
+            Err(RegistryError::Deadline) => Err(JobError::Deadline.into()),
+            Err(RegistryError::Stopping) => Err(JobError::Stopping.into()),
             Err(other) => Err(other.into()),
         }
     }

@@ -7,6 +7,7 @@ use anyhow::Result;
 use sd_models::{Size, Spec};
 use sd_server::engine::{Engine, EngineState, Job, JobError};
 use sd_server::http;
+use sd_server::registry::ModelRegistry;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -30,12 +31,17 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    pub(crate) async fn start(engine: Engine, settings: http::HttpConfig, drain: Duration) -> Self {
+    pub(crate) async fn start(
+        models: impl Into<ModelRegistry>,
+        settings: http::HttpConfig,
+        drain: Duration,
+    ) -> Self {
+        let models = models.into();
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));
         let (shutdown, stop) = oneshot::channel::<()>();
         let stop = async move { drop(stop.await) };
-        let ended = tokio::spawn(sd_server::server::serve(engine, settings, listener, drain, stop));
+        let ended = tokio::spawn(sd_server::server::serve(models, settings, listener, drain, stop));
         Self { url, shutdown: Some(shutdown), ended }
     }
 
@@ -103,9 +109,9 @@ async fn a_panic_of_the_model_is_answered_and_ends_the_server() -> Result<()> {
     let (engine, strings) = ready().await;
     let server = Server::start(engine.clone(), HTTP, LONG).await;
     let drawing = server.draw("panic", "");
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    wait_until(|| gauges(&engine) == (1, 0));
     let waiting = server.draw("a dog", r#","n":2"#);
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    wait_until(|| gauges(&engine) == (1, 2));
     strings.permits.send(())?;
     for request in [drawing, waiting] {
         assert_eq!(request.await?, (500, "model_failed".into()));
@@ -114,6 +120,17 @@ async fn a_panic_of_the_model_is_answered_and_ends_the_server() -> Result<()> {
     assert_eq!(engine.submit(vec![spec(1, 1)]).err(), Some(JobError::Model));
     assert!(server.ended.await?.expect_err("it is dead").to_string().contains("panicked"));
     Ok(())
+}
+
+/// The number of images that have left the queue so far, and of those that wait.
+fn gauges(engine: &Engine) -> (usize, usize) {
+    engine.gauge();
+    let text = engine.metrics().to_string();
+    let value = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.and_then(|value| value.parse().ok()).unwrap_or(0)
+    };
+    (value("sd_queue_duration_seconds_count"), value("sd_images_waiting"))
 }
 
 /// Says that this process is the child of the test below.
@@ -166,11 +183,11 @@ fn a_panic_of_the_model_ends_the_process_when_everyone_has_an_answer() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_device_turns_ping_red() -> Result<()> {
     let (engine, strings) = ready().await;
-    let server = Server::start(engine, HTTP, LONG).await;
+    let server = Server::start(engine.clone(), HTTP, LONG).await;
     let drawing = server.draw("device lost", "");
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    wait_until(|| gauges(&engine) == (1, 0));
     let waiting = server.draw("a cat", "");
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    wait_until(|| gauges(&engine) == (1, 1));
     strings.permits.send(())?;
     for request in [drawing, waiting] {
         assert_eq!(request.await?, (500, "device_lost".into()));

@@ -20,6 +20,7 @@ mod invocations; // every form of body and reply
 mod jobs; // what survives the process, priorities, lists, webhooks
 mod lines; // JSON lines and batch transform
 mod loras; // LoRAs by name
+mod memory; // models and LoRAs that come and go leave nothing
 mod messages; // what errors say, and what the log does not
 mod metrics; // what the server says about itself
 mod models; // models by name: SageMaker's multi-model contract, a folder of models

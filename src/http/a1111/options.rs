@@ -49,7 +49,7 @@ pub(crate) async fn get_options(State(state): State<AppState>) -> Result<Json<Va
 /// before the response, and becomes that of all requests of this API that name none.
 pub(crate) async fn set_options(
     State(state): State<AppState>,
-    AdmittedSmall(Admitted { body, slot, .. }): AdmittedSmall,
+    AdmittedSmall(Admitted { body, deadline, slot, .. }): AdmittedSmall,
 ) -> Result<Json<Value>> {
     let changes = |body: &[u8]| Ok(request::object(text(body)?)?);
     let changes: Object = state.reader.parse(slot, body, changes).await?;
@@ -57,7 +57,7 @@ pub(crate) async fn set_options(
     let current = &options(&state)?["sd_model_checkpoint"];
     let name = changes.get("sd_model_checkpoint").and_then(Value::as_str);
     if let Some(name) = name.filter(|name| !name.is_empty() && *current != **name) {
-        state.choose(name).await?;
+        state.choose(name, deadline).await?;
         state.checkpoint.set(name);
     }
     Ok(Json(Value::Null))

@@ -36,7 +36,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     let options = common.override_settings.as_mut();
     let model = options.and_then(|options| options.sd_model_checkpoint.take());
     let state = match model.filter(|name| !name.is_empty()).or_else(|| state.checkpoint.get()) {
-        Some(model) => state.choose(&model).await?,
+        Some(model) => state.choose(&model, deadline).await?,
         None => state.clone(),
     };
     if let Some(options) = &common.override_settings {

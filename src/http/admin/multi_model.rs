@@ -1,6 +1,6 @@
 //! SageMaker's multi-model contract below `/models`.
 
-use std::path::PathBuf;
+use std::path::{Component, PathBuf};
 
 use axum::Json;
 use axum::extract::State;
@@ -20,7 +20,7 @@ use crate::request::ValidationError;
 struct LoadModelBody {
     /// The name, assigned by SageMaker.
     model_name: String,
-    /// A directory in the container.
+    /// A directory or file in the container, below `--multi-model-root`.
     url: PathBuf,
 }
 
@@ -33,6 +33,12 @@ pub(crate) async fn load(
     let load: LoadModelBody = serde_json::from_slice(&body).map_err(|error| {
         ValidationError::body(format!("model_name and url are needed: {error}"))
     })?;
+    let root = state.models.multi_model_root();
+    let climbs = load.url.components().any(|part| part == Component::ParentDir);
+    if climbs || !load.url.starts_with(root) || load.url == root {
+        let reason = format!("must be a path below {}; see --multi-model-root", root.display());
+        return Err(ValidationError::malformed("url", reason).into());
+    }
     state.models.load(&load.model_name, load.url).await?;
     Ok(StatusCode::OK)
 }
@@ -53,7 +59,8 @@ pub(crate) async fn show(
     model.map(describe).map(Json).ok_or(ApiError::NoModel(name))
 }
 
-/// `DELETE /models/{name}`: the memory is free when the response is sent.
+/// `DELETE /models/{name}`: the memory is free when the response is sent. Unloading completes even
+/// if the client disconnects.
 pub(crate) async fn unload(
     State(state): State<AppState>,
     PathName(name): PathName,

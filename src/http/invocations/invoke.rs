@@ -53,10 +53,9 @@ pub(crate) async fn loaded(
 pub(crate) async fn named(
     State(state): State<AppState>,
     PathName(name): PathName,
-    request: Request,
+    admitted: Admitted,
 ) -> Result<Response> {
-    let state = state.choose(&name).await?;
-    let admitted = Admitted::from_request(request, &state).await?;
+    let state = state.choose(&name, admitted.deadline).await?;
     invocations(State(state), admitted).await
 }
 

@@ -66,7 +66,7 @@ async fn generate(
     let Admitted { client, deadline, stream_deadline, mut slot, .. } = admitted;
     let is_openai = |name: &String| OPENAI_MODELS.iter().any(|prefix| name.starts_with(prefix));
     let state = match options.model.filter(|name| !is_openai(name)) {
-        Some(name) => state.choose(&name).await?,
+        Some(name) => state.choose(&name, deadline).await?,
         None => state,
     };
     let is_url = options.response_format == Some(ResponseFormat::Url);
