@@ -68,6 +68,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     let seed = getrandom::u32().map_err(|error| anyhow!("no random numbers: {error}"))?;
     let specs = request.specs(&LIMITS, &model, seed.into())?;
     specs.iter().try_for_each(|spec| request.check_format(spec, config.format))?;
+    request.check_files(&specs, &model)?;
     let began = Instant::now();
     let ticket = engine.submit(specs.clone())?;
     let bar = tokio::spawn(show(ticket.progress()));
@@ -78,7 +79,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     let (mut out, hashes) = (std::io::stdout(), image::Hashes::default());
     for (k, (spec, generated)) in specs.iter().zip(&images?).enumerate() {
         let path = numbered(&config.output, k, specs.len());
-        let loras = hashes.of(spec, &model.add_ons.loras);
+        let loras = hashes.of(&generated.loras);
         let infotext = image::infotext(spec, &model.name, &loras);
         let file = image::encode(&generated.rgb, config.format, image::JPEG_QUALITY, &infotext)?;
         std::fs::write(&path, file).with_context(|| format!("cannot write {}", path.display()))?;

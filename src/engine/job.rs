@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use sd_models::{Rgb, Spec};
+use sd_models::{AssetFile, Rgb, Spec};
 use tokio::sync::{mpsc, watch};
 
 use super::state::EngineState;
@@ -153,6 +153,8 @@ pub struct GeneratedImage {
     pub warnings: Vec<String>,
     /// Whether the safety checker flags it as NSFW; `None` without a checker.
     pub nsfw: Option<bool>,
+    /// The files of its LoRAs, in the versions that it was generated with.
+    pub loras: Vec<AssetFile>,
 }
 
 /// Progress in UNet calls, over all images of a job that have left the queue.

@@ -28,7 +28,7 @@ use crate::host::{gpu, memory};
 use crate::telemetry::Metrics;
 pub use device::DeviceScheduler;
 pub use job::{Client, GeneratedImage, Job, JobError, Preview, Priority, Progress, Ticket};
-pub use model::{Model, Trajectory};
+pub use model::{Model, ReadLoras, Trajectory};
 pub use monitor::{Estimate, JobMonitor};
 use queue::{PushError, Queue};
 use shared::EngineShared;

@@ -1,8 +1,11 @@
 //! The interface between the worker and a model.
 
-use sd_models::{ModelInfo, Rgb, Size, Spec};
+use sd_models::{AssetFile, LoraStack, ModelInfo, Rgb, Size, Spec};
 
 use crate::host::memory;
+
+/// Reads LoRAs. Blocks, for as long as the file system does.
+pub type ReadLoras = Box<dyn FnOnce() -> sd_models::Result<LoraStack> + Send>;
 
 /// A model: `sd_models::Pipeline`, or a fake in tests.
 pub trait Model: 'static {
@@ -10,13 +13,16 @@ pub trait Model: 'static {
     type Trajectory: Trajectory;
     /// Name, device, defaults and limits.
     fn info(&self) -> &ModelInfo;
-    /// The file reads that `begin` would need, to be run on another thread; `None` if all is in
-    /// memory.
-    fn files(&self, _spec: &Spec) -> Option<Box<dyn FnOnce() + Send>> {
+    /// Reads the LoRAs of an image, for another thread to run; `None` if it has none.
+    fn read_loras(&self, _spec: &Spec) -> Option<ReadLoras> {
         None
     }
-    /// Encodes the prompts and draws the initial noise.
+    /// Encodes the prompts and draws the initial noise of an image without LoRAs.
     fn begin(&self, spec: &Spec) -> sd_models::Result<Self::Trajectory>;
+    /// [`Self::begin`] with what [`Self::read_loras`] has read. Reads no file.
+    fn begin_with(&self, spec: &Spec, _loras: LoraStack) -> sd_models::Result<Self::Trajectory> {
+        self.begin(spec)
+    }
     /// One UNet call for the batch; all members have the same size.
     fn step(&self, batch: &mut [&mut Self::Trajectory]) -> sd_models::Result<()>;
     /// Decodes the image of a trajectory; of an unfinished one, its predicted x0.
@@ -52,6 +58,10 @@ pub trait Trajectory {
     }
     /// Warnings for the client, such as a truncated prompt.
     fn warnings(&self) -> &[String];
+    /// The files of its LoRAs, in the versions that it uses.
+    fn lora_files(&self) -> Vec<AssetFile> {
+        Vec::new()
+    }
 }
 
 /// Methods of a trait whose implementation is the type's own method of the same name.
@@ -74,8 +84,12 @@ impl Model for sd_models::Pipeline {
         fn check_safety(&self, image: &Rgb) -> sd_models::Result<Option<bool>>;
     }
 
-    fn files(&self, spec: &Spec) -> Option<Box<dyn FnOnce() + Send>> {
-        self.prefetch(spec)
+    fn read_loras(&self, spec: &Spec) -> Option<ReadLoras> {
+        self.read_loras(spec).map(|read| Box::new(read) as ReadLoras)
+    }
+
+    fn begin_with(&self, spec: &Spec, loras: LoraStack) -> sd_models::Result<Self::Trajectory> {
+        self.begin_with(spec, loras)
     }
 
     fn preview(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Option<Rgb>> {
@@ -98,5 +112,6 @@ impl Trajectory for sd_models::Trajectory {
         fn size(&self) -> Size;
         fn work_left(&self) -> usize;
         fn warnings(&self) -> &[String];
+        fn lora_files(&self) -> Vec<AssetFile>;
     }
 }

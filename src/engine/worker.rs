@@ -1,19 +1,19 @@
 //! The thread that owns the model. It loads the model, warms it up and repeats three actions:
 //! *admit* waiting images into free rows, *step* the images of one size by one UNet call, *retire*
 //! one finished image. Between two steps images join, leave and are cancelled (continuous
-//! batching). Only files are read on other threads: an image that needs some keeps its rows
-//! meanwhile, and the others continue.
+//! batching). LoRAs are read on other threads: an image that needs some keeps its rows meanwhile,
+//! and the others continue. This thread reads no file, since file systems may be slow.
 
 use std::collections::HashMap;
 use std::iter::successors;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use sd_models::{Defaults, Error, ModelInfo, PromptSyntax, Rgb, Size, Spec};
+use sd_models::{Defaults, Error, LoraStack, ModelInfo, PromptSyntax, Rgb, Size, Spec};
 use tracing::{debug, error, info, warn};
 
 use super::batch::{BucketLoad, DeficitRoundRobin};
@@ -22,6 +22,10 @@ use super::model::{Model, Trajectory};
 use super::shared::EngineShared;
 use super::state::{EngineState, Safety};
 use crate::image;
+
+/// Maximum number of threads that read LoRAs. On a file system that does not answer they end late,
+/// whether or not their images are still wanted; further images with LoRAs wait in the queue.
+const MAX_READERS: usize = 4;
 
 /// Maximum number of image sizes that run at the same time, each with full batches. One client has at
 /// most the rows of all but one, so that there is room for the next.
@@ -168,27 +172,45 @@ impl<T: Trajectory> Slot<T> {
     }
 }
 
-/// An image that has its rows reserved and waits for its files.
+/// A thread that reads LoRAs.
+#[derive(Default)]
+struct Reader {
+    ended: AtomicBool,
+    /// What it has read; nothing if it has panicked.
+    loras: Mutex<Option<sd_models::Result<LoraStack>>>,
+}
+
+impl Reader {
+    fn ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
+    }
+
+    fn loras(&self) -> MutexGuard<'_, Option<sd_models::Result<LoraStack>>> {
+        self.loras.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An image that has its rows reserved and waits for its LoRAs.
 struct PendingFiles {
     task: ImageTask,
-    done: Arc<AtomicBool>,
+    reader: Arc<Reader>,
 }
 
 impl PendingFiles {
     fn done(&self) -> bool {
-        self.done.load(Ordering::Acquire)
+        self.reader.ended()
     }
 }
 
-/// Notifies the worker when a thread that reads files ends, also by panic.
+/// Notifies the worker when a thread that reads LoRAs ends, also by panic.
 struct NotifyOnDrop {
     engine: Arc<EngineShared>,
-    done: Arc<AtomicBool>,
+    reader: Arc<Reader>,
 }
 
 impl Drop for NotifyOnDrop {
     fn drop(&mut self) {
-        self.done.store(true, Ordering::Release);
+        self.reader.ended.store(true, Ordering::Release);
         // The worker checks under this lock, so it cannot miss the change.
         drop(self.engine.queue());
         self.engine.arrived.notify_one();
@@ -223,6 +245,9 @@ struct Worker<M: Model> {
     model: M,
     slots: Vec<Slot<M::Trajectory>>,
     reading: Vec<PendingFiles>,
+    /// The threads that had not ended when the queue was last searched, of images that are no
+    /// longer wanted, too.
+    readers: Vec<Arc<Reader>>,
     /// Number of jobs that had arrived when the queue was last searched.
     last_arrival: u64,
     rotation: DeficitRoundRobin,
@@ -244,6 +269,7 @@ impl<M: Model> Worker<M> {
             model,
             slots: Vec::new(),
             reading: Vec::new(),
+            readers: Vec::new(),
             last_arrival: 0,
             rotation: DeficitRoundRobin::default(),
             caps: HashMap::new(),
@@ -272,12 +298,15 @@ impl<M: Model> Worker<M> {
             if !self.slots.is_empty() || self.reading.iter().any(PendingFiles::done) {
                 return true;
             }
-            match self.reading.is_empty() {
-                true if queue.is_over() => return false,
-                true if !queue.is_empty() => return true,
-                // Skipped images wait for those whose files are being read.
-                false if queue.arrivals() != self.last_arrival => return true,
-                _ => {}
+            if self.reading.is_empty() && queue.is_over() {
+                return false;
+            }
+            // Skipped images wait for those whose files are being read, and for readers.
+            let searched = queue.arrivals() == self.last_arrival
+                && !self.readers.is_empty()
+                && !self.readers.iter().any(|reader| reader.ended());
+            if !queue.is_empty() && !searched {
+                return true;
             }
             queue = self.engine.arrived.wait(queue).unwrap_or_else(PoisonError::into_inner);
         }
@@ -336,7 +365,7 @@ impl<M: Model> Worker<M> {
         let round = Instant::now();
         let busy = !self.slots.is_empty();
         while !self.lost {
-            let Some(task) = self.next_ready() else { return };
+            let Some((task, loras)) = self.next_ready() else { return };
             let begun = Instant::now();
             let queued = begun.saturating_duration_since(task.submitted);
             self.engine.metrics.queue_duration.time([], queued);
@@ -345,7 +374,7 @@ impl<M: Model> Worker<M> {
                 task.complete(Err(JobError::OutOfMemory));
                 continue;
             }
-            let trajectory = self.model.begin(&task.spec);
+            let trajectory = self.model.begin_with(&task.spec, loras);
             self.engine.metrics.stage_duration.time(["text_encode"], begun.elapsed());
             match trajectory {
                 Ok(trajectory) => {
@@ -361,23 +390,43 @@ impl<M: Model> Worker<M> {
         }
     }
 
-    /// The first image whose files have been read, or that needs none.
-    fn next_ready(&mut self) -> Option<ImageTask> {
-        if let Some(place) = self.reading.iter().position(PendingFiles::done) {
-            return Some(self.reading.remove(place).task);
+    /// The first image whose LoRAs have been read, or that has none.
+    fn next_ready(&mut self) -> Option<(ImageTask, LoraStack)> {
+        while let Some(place) = self.reading.iter().position(PendingFiles::done) {
+            let PendingFiles { task, reader } = self.reading.remove(place);
+            let read = reader.loras().take();
+            match read {
+                Some(Ok(loras)) => return Some((task, loras)),
+                Some(Err(error)) => task.complete(Err(self.failure(&error, "lora"))),
+                None => {
+                    error!("the thread that read LoRAs panicked");
+                    task.complete(Err(JobError::Model));
+                }
+            }
         }
+        self.readers.retain(|reader| !reader.ended());
         loop {
             let task = self.next_task()?;
-            let Some(work) = self.model.files(&task.spec) else { return Some(task) };
-            let done = Arc::<AtomicBool>::default();
-            let read = NotifyOnDrop { engine: Arc::clone(&self.engine.0), done: Arc::clone(&done) };
-            let work = move || {
-                let _read = read;
-                work();
+            let Some(read) = self.model.read_loras(&task.spec) else {
+                return Some((task, LoraStack::default()));
             };
-            // If no thread can be started, the image reads its files when it starts.
-            let _ = thread::Builder::new().name("files".into()).spawn(work);
-            self.reading.push(PendingFiles { task, done });
+            let reader = Arc::<Reader>::default();
+            let notify =
+                NotifyOnDrop { engine: Arc::clone(&self.engine.0), reader: Arc::clone(&reader) };
+            let work = move || {
+                let read = read();
+                *notify.reader.loras() = Some(read);
+            };
+            match thread::Builder::new().name("files".into()).spawn(work) {
+                Ok(_) => {
+                    self.readers.push(Arc::clone(&reader));
+                    self.reading.push(PendingFiles { task, reader });
+                }
+                Err(error) => {
+                    error!("cannot start a thread: {error}");
+                    task.complete(Err(JobError::Model));
+                }
+            }
         }
     }
 
@@ -411,6 +460,9 @@ impl<M: Model> Worker<M> {
             };
             let fits = rows <= free && load.is_none_or(joins);
             if held_back.contains(&size) || at_most.contains(&task.client) {
+                return false;
+            }
+            if self.readers.len() >= MAX_READERS && task.spec.has_loras() {
                 return false;
             }
             if of_clients.get(&task.client).is_some_and(|taken| taken + rows > most) {
@@ -520,7 +572,7 @@ impl<M: Model> Worker<M> {
     /// Completes an image that is decoded and, with a checker, checked.
     fn finish(&self, slot: Slot<M::Trajectory>, mut rgb: Rgb, nsfw: Option<bool>) {
         let Slot { task, trajectory, begun, .. } = slot;
-        let mut warnings = trajectory.warnings().to_vec();
+        let (mut warnings, loras) = (trajectory.warnings().to_vec(), trajectory.lora_files());
         if !trajectory.done() {
             let (made, all) = trajectory.progress();
             warnings.push(format!("interrupted after {made} of {all} UNet calls"));
@@ -550,7 +602,7 @@ impl<M: Model> Worker<M> {
             "image generated"
         );
         let index = task.key().1;
-        task.complete(Ok(GeneratedImage { index, rgb, warnings, nsfw }));
+        task.complete(Ok(GeneratedImage { index, rgb, warnings, nsfw, loras }));
     }
 
     /// Logs an error, only here, and returns what a client may know of it.

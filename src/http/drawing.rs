@@ -88,7 +88,7 @@ impl Drawing {
             }
             Ok((specs, requests.into_iter().next()))
         };
-        let (mut specs, request) = state.reader.run(slot.clone(), read).await?;
+        let (specs, request) = state.reader.run(slot.clone(), read).await?;
         slot.release_body();
         let (count, most) = (specs.len(), settings.limits.max_images);
         if count > most {
@@ -97,6 +97,17 @@ impl Drawing {
         }
         let Some(request) = request else {
             return Err(ValidationError::body("the request contains no prompt").into());
+        };
+        let (mut specs, request) = match specs.iter().any(Spec::has_loras) {
+            false => (specs, request),
+            true => {
+                let own = Arc::clone(&model);
+                let check = move || {
+                    request.check_files(&specs, &own)?;
+                    Ok((specs, request))
+                };
+                state.reader.look_up(slot.clone(), check).await?
+            }
         };
         // Several prompts are one request: image k has seed + k.
         let first = specs.first().map_or(0, |spec| spec.seed);
@@ -168,15 +179,15 @@ impl Drawing {
         tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::Encode)?
     }
 
-    /// The LoRAs of an image by their hashes. Reads files.
-    pub(crate) fn loras(&self, spec: &Spec) -> String {
-        self.hashes.of(spec, &self.model.add_ons.loras)
+    /// The LoRAs of an image by their hashes. Blocks: reads files.
+    pub(crate) fn loras(&self, image: &GeneratedImage) -> String {
+        self.hashes.of(&image.loras)
     }
 
     fn files(&self, images: &[GeneratedImage]) -> Result<Vec<Vec<u8>>> {
         let file = |(spec, generated): (&Spec, &GeneratedImage)| {
             let began = Instant::now();
-            let infotext = image::infotext(spec, &self.model.name, &self.loras(spec));
+            let infotext = image::infotext(spec, &self.model.name, &self.loras(generated));
             let file = image::encode(&generated.rgb, self.reply.format(), self.quality, &infotext);
             self.engine.metrics().stage_duration.time(["image_encode"], began.elapsed());
             file.map_err(|error| {

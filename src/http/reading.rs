@@ -1,6 +1,7 @@
 //! Where bodies are parsed and input images decoded: on blocking threads, as many at a time as
 //! there are CPU cores. Decoded images are weighed, since they take many times the memory of their
-//! files, and what reading has taken is returned to the system.
+//! files, and what reading has taken is returned to the system. Directories that requests name files
+//! of are looked at on threads of their own, since they may be on a slow file system.
 
 use std::sync::Arc;
 use std::thread;
@@ -15,6 +16,9 @@ use crate::request::ValidationError;
 /// A shorter body is parsed on the async thread that has received it, in less than a millisecond.
 const SHORT_BODY_BYTES: usize = 32 << 10;
 
+/// Maximum number of threads that look at directories.
+const MAX_LOOKUPS: usize = 4;
+
 /// The unit in which decoded images are weighed, in bytes: permits are counted in 32 bits.
 const UNIT_BYTES: usize = 1 << 10;
 
@@ -22,6 +26,7 @@ const UNIT_BYTES: usize = 1 << 10;
 #[derive(Debug, Clone)]
 pub(crate) struct Reader {
     threads: Arc<Semaphore>,
+    lookups: Arc<Semaphore>,
     pixels: Arc<Semaphore>,
     /// All units of `pixels`.
     units: usize,
@@ -48,8 +53,9 @@ impl Reader {
         let threads = thread::available_parallelism().map_or(1, usize::from);
         let units = (max_decoded_bytes / UNIT_BYTES).clamp(1, u32::MAX as usize);
         let units = units.min(Semaphore::MAX_PERMITS);
-        let [threads, pixels] = [threads, units].map(|permits| Arc::new(Semaphore::new(permits)));
-        Self { threads, pixels, units, freed: FreedMemory::default() }
+        let [threads, lookups, pixels] =
+            [threads, MAX_LOOKUPS, units].map(|permits| Arc::new(Semaphore::new(permits)));
+        Self { threads, lookups, pixels, units, freed: FreedMemory::default() }
     }
 
     /// Runs `work` on a blocking thread. What it holds is held until it has ended, whether or not
@@ -59,14 +65,16 @@ impl Reader {
         held: impl Send + 'static,
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let thread = Arc::clone(&self.threads).acquire_owned().await;
-        let work = move || {
-            let _held = (thread, held);
-            work()
-        };
-        // A parser or decoder that panics was given a malicious body.
-        let unreadable = |_| ValidationError::body("the request cannot be read");
-        tokio::task::spawn_blocking(work).await.map_err(unreadable)?
+        run(&self.threads, held, work).await
+    }
+
+    /// Runs `work`, which looks at directories, on a blocking thread, as [`Self::run`] does.
+    pub(crate) async fn look_up<T: Send + 'static>(
+        &self,
+        held: impl Send + 'static,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        run(&self.lookups, held, work).await
     }
 
     /// Parses a body, which is freed afterwards.
@@ -99,6 +107,22 @@ impl Reader {
         // The semaphore is never closed.
         Weighed { bytes, freed: self.freed.clone(), _permit: permit.ok() }
     }
+}
+
+/// Runs `work` on a blocking thread, with one of these permits.
+async fn run<T: Send + 'static>(
+    threads: &Arc<Semaphore>,
+    held: impl Send + 'static,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let thread = Arc::clone(threads).acquire_owned().await;
+    let work = move || {
+        let _held = (thread, held);
+        work()
+    };
+    // A parser or decoder that panics was given a malicious body.
+    let unreadable = |_| ValidationError::body("the request cannot be read");
+    tokio::task::spawn_blocking(work).await.map_err(unreadable)?
 }
 
 #[cfg(test)]

@@ -2,14 +2,13 @@
 //! generation parameters.
 
 use std::collections::HashMap;
-use std::fs::{File, Metadata};
+use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
 
 use ring::digest::{Context, SHA256};
-use sd_models::{AssetDir, Spec};
+use sd_models::AssetFile;
 use serde::Deserialize;
 
 /// Maximum length of the header of a safetensors file, as in the safetensors library.
@@ -18,50 +17,45 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// Number of hexadecimal digits.
 const SHORT: usize = 12;
 
+/// Number of known hashes at which all are forgotten.
+const MAX_KNOWN: usize = 10_000;
+
 /// Cache of the hashes, each computed once per file version.
 #[derive(Debug, Clone, Default)]
 pub struct Hashes {
-    known: Arc<Mutex<HashMap<PathBuf, (Version, String)>>>,
+    known: Arc<Mutex<HashMap<AssetFile, String>>>,
 }
 
-/// Modification time and length of a file.
-type Version = (Option<SystemTime>, u64);
-
 impl Hashes {
-    /// The LoRAs of an image as in AUTOMATIC1111, `name: hash, name: hash`; missing files are
-    /// omitted. Blocks: reads whole files, once.
-    pub fn of(&self, spec: &Spec, folder: &AssetDir) -> String {
-        let named = spec.text().map(|(_, named)| named).unwrap_or_default();
-        let mut names: Vec<_> = spec.loras.iter().chain(&named).map(|(name, _)| name).collect();
-        names.sort();
-        names.dedup();
-        if names.is_empty() {
-            return String::new();
-        }
-        let files = folder.list();
-        let hashes = names.into_iter().filter_map(|name| {
-            let (_, path) = files.iter().find(|(known, _)| known == name)?;
-            let name = name.replace([':', ',', '"', '\n'], "");
-            Some(format!("{name}: {}", self.get(path, &files)?))
+    /// The LoRAs of an image as in AUTOMATIC1111, `name: hash, name: hash`. Files that were
+    /// replaced before they could be hashed are omitted: the hash of another version would be wrong.
+    /// Blocks: reads whole files, once.
+    pub fn of(&self, files: &[AssetFile]) -> String {
+        let mut files: Vec<_> = files.iter().collect();
+        files.sort_by(|a, b| a.name.cmp(&b.name));
+        files.dedup();
+        let hashes = files.into_iter().filter_map(|file| {
+            let name = file.name.replace([':', ',', '"', '\n'], "");
+            Some(format!("{name}: {}", self.get(file)?))
         });
         hashes.collect::<Vec<_>>().join(", ")
     }
 
-    /// The hash of one of these files; entries of other files are removed.
-    fn get(&self, path: &Path, files: &[(String, PathBuf)]) -> Option<String> {
-        let version = |data: Metadata| (data.modified().ok(), data.len());
-        let version = version(path.metadata().ok()?);
+    fn get(&self, file: &AssetFile) -> Option<String> {
         let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((of, hash)) = known().get(path)
-            && *of == version
-        {
+        if let Some(hash) = known().get(file) {
             return Some(hash.clone());
         }
         // Without the lock: a large file on a slow disk takes long.
-        let hash = short(path).ok()?;
+        let hash = short(&file.path).ok()?;
+        if !file.is_current() {
+            return None;
+        }
         let mut known = known();
-        known.retain(|known, _| files.iter().any(|(_, path)| path == known));
-        known.insert(path.to_owned(), (version, hash.clone()));
+        if known.len() >= MAX_KNOWN {
+            known.clear();
+        }
+        known.insert(file.clone(), hash.clone());
         Some(hash)
     }
 }
@@ -123,13 +117,18 @@ mod tests {
     fn a_file_that_has_changed_has_another_hash() {
         let folder = tempfile::tempdir().expect("a directory");
         let (path, hashes) = (folder.path().join("a.pt"), Hashes::default());
+        let file = || AssetFile::new("a", path.clone()).expect("a file");
         std::fs::write(&path, "abc").expect("a file");
-        let files = [("a".to_owned(), path.clone())];
+        let old = file();
         // The first of NIST's examples.
-        assert_eq!(hashes.get(&path, &files).as_deref(), Some("ba7816bf8f01"));
+        assert_eq!(hashes.of(&[old.clone(), old.clone()]), "a: ba7816bf8f01");
+        let unseen = Hashes::default();
         std::fs::write(&path, "").expect("a file");
-        assert_eq!(hashes.get(&path, &files).as_deref(), Some("e3b0c44298fc"));
+        assert_eq!(hashes.of(&[file()]), "a: e3b0c44298fc");
+        assert_eq!(hashes.of(std::slice::from_ref(&old)), "a: ba7816bf8f01", "known from before");
+        assert_eq!(unseen.of(&[old]), "", "the file of this version is gone");
+        let gone = file();
         std::fs::remove_file(&path).expect("it is there");
-        assert_eq!(hashes.get(&path, &files), None);
+        assert_eq!(unseen.of(&[gone]), "");
     }
 }

@@ -187,17 +187,29 @@ impl DrawRequest {
             hires: self.hires(size, steps, limits, model)?,
             img2img: input.map(|input| Arc::new(input.img2img(size))),
         };
-        model.check(&spec).map_err(|error| match error {
-            sd_models::Error::Spec { field, reason } => self.range(field, reason),
-            other => ValidationError::body(other.to_string()),
-        })?;
+        model.check(&spec).map_err(|error| self.refused(error))?;
         let named = spec.text().map_or(0, |(_, named)| named.len());
         if spec.loras.len() + named > limits.max_loras {
             let reason = format!("names too many LoRAs; at most {} are allowed", limits.max_loras);
-            return Err(self.range("prompt", reason));
+            return Err(self.range(if named == 0 { "loras" } else { "prompt" }, reason));
         }
         let seed = |k: u64| spec.seed.wrapping_add(k);
         Ok((0..count as u64).map(|k| Spec { seed: seed(k), ..spec.clone() }).collect())
+    }
+
+    /// Checks that the files which the request's specs name exist. Blocks, on a network folder for as
+    /// long as that does.
+    pub fn check_files(&self, specs: &[Spec], model: &ModelInfo) -> Result<(), ValidationError> {
+        let check = |spec| model.check_files(spec).map_err(|error| self.refused(error));
+        specs.iter().try_for_each(check)
+    }
+
+    /// The error of a spec that the model refuses.
+    fn refused(&self, error: sd_models::Error) -> ValidationError {
+        match error {
+            sd_models::Error::Spec { field, reason } => self.range(field, reason),
+            other => ValidationError::body(other.to_string()),
+        }
     }
 
     /// The format of the image files, if the request names one.

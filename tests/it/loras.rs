@@ -144,6 +144,34 @@ fn what_is_not_there_is_refused_by_field() {
 }
 
 #[test]
+fn a_replaced_file_is_drawn_and_signed_as_the_new_one() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let loras = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pictures/loras");
+    let server = Server::ready(&["--loras-dir", folder.path().to_str().expect("UTF-8")]);
+    let put = |name: &str| {
+        let file = loras.join(name).with_extension("safetensors");
+        std::fs::copy(file, folder.path().join("a.safetensors")).expect("copied");
+    };
+    let draw = || drawn(&server, &json!([{ "name": "a" }]));
+    let signed = |file: &[u8]| {
+        let text = infotext(file);
+        text.split_once("Lora hashes: ").map(|(_, hashes)| hashes[..17].to_owned())
+    };
+    put("everywhere");
+    let first = draw();
+    put("attention");
+    let second = draw();
+    put("everywhere");
+    let third = draw();
+    assert_eq!(signed(&first).as_deref(), Some("\"a: 41135439c692\""));
+    assert!(pixels(&first) != pixels(&second) && signed(&first) != signed(&second));
+    assert!(pixels(&first) == pixels(&third) && signed(&first) == signed(&third));
+    std::fs::write(folder.path().join("a.safetensors"), "x").expect("a file");
+    let reply = server.json(&body(&json!([{ "name": "a" }])));
+    assert_eq!((reply.status, reply.error().1), (422, "loras".into()));
+}
+
+#[test]
 fn a_folder_that_is_not_there_is_a_mistake() {
     for option in ["--loras-dir", "--embeddings-dir"] {
         let done = sd_server(&["--model", "demo", option, "/nowhere"]).output().expect("it starts");

@@ -1,8 +1,10 @@
 //! Small files that requests name (LoRAs, textual inversion embeddings): which there are, and an
 //! LRU cache of their contents.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use lru::LruCache;
 
@@ -55,15 +57,47 @@ impl AssetDir {
     }
 }
 
-/// An LRU cache of the contents of such files, bounded by their bytes.
+/// A file in one version: when it is replaced, the file of the same name is another one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct AssetFile {
+    /// The name by which requests select it.
+    pub name: String,
+    /// Its path.
+    pub path: PathBuf,
+    /// Modification time, if the file system has one, and length in bytes.
+    version: (Option<SystemTime>, u64),
+}
+
+impl AssetFile {
+    /// The present version of a file.
+    pub fn new(name: &str, path: PathBuf) -> Result<Self> {
+        match path.metadata() {
+            Ok(data) => {
+                let version = (data.modified().ok(), data.len());
+                Ok(Self { name: name.to_owned(), path, version })
+            }
+            Err(source) => Err(Error::File { path, source }),
+        }
+    }
+
+    /// Whether the file still is in this version.
+    pub fn is_current(&self) -> bool {
+        Self::new(&self.name, self.path.clone()).is_ok_and(|file| file == *self)
+    }
+}
+
+/// How often a file that changes while it is read is read again.
+const MAX_READS: usize = 3;
+
+/// An LRU cache of the contents of such files by version, bounded by their bytes.
 pub(crate) struct AssetCache<T> {
     assets: AssetDir,
     /// Bytes of all contents; a single content that is larger is kept alone.
     max_bytes: u64,
-    /// Bytes and content by name.
-    contents: Mutex<LruCache<String, (u64, Arc<T>)>>,
-    /// Held while a file is read, so that each is read once; lookups of others do not wait.
-    reading: Mutex<()>,
+    /// Bytes and content.
+    contents: Mutex<LruCache<AssetFile, (u64, Arc<T>)>>,
+    /// Held while a file is read, so that each is read once; others do not wait.
+    reading: Mutex<HashMap<PathBuf, Arc<Mutex<()>>>>,
 }
 
 impl<T> AssetCache<T> {
@@ -72,51 +106,66 @@ impl<T> AssetCache<T> {
         Self { assets, max_bytes, contents, reading: Mutex::default() }
     }
 
-    /// The content of a file, read if it is not cached; `read` returns its bytes with it. The least
-    /// recently used contents are evicted, and freed when no trajectory uses them any more.
+    /// The content of a file as it is now, read if it is not cached; `read` returns its bytes with
+    /// it. The least recently used contents are evicted, and freed when no trajectory uses them any
+    /// more. Blocks: reads directories and files.
     pub(crate) fn get(
         &self,
         field: &'static str,
         name: &str,
-        read: impl FnOnce(&Path) -> Result<(T, u64)>,
+        read: impl Fn(&AssetFile) -> Result<(T, u64)>,
     ) -> Result<Arc<T>> {
-        if let Some(content) = self.cached(name) {
-            return Ok(content);
-        }
-        let _reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(content) = self.cached(name) {
-            return Ok(content);
-        }
-        let path = self.assets.find(name).map_err(|reason| Error::Spec { field, reason })?;
+        let refuse = |reason| Error::Spec { field, reason };
+        let path = self.assets.find(name).map_err(refuse)?;
         // A file that cannot be used is an error of the request that names it.
-        let (content, bytes) = read(&path).map_err(|error| match error {
+        let of_request = |error| match error {
             Error::File { .. } | Error::Config { .. } | Error::Tensor { .. } => {
-                Error::Spec { field, reason: error.to_string() }
+                refuse(error.to_string())
             }
             other => other,
-        })?;
+        };
+        let alone = self.reading_of(&path);
+        let _reading = alone.lock().unwrap_or_else(PoisonError::into_inner);
+        for _ in 0..MAX_READS {
+            let file = AssetFile::new(name, path.clone()).map_err(of_request)?;
+            if let Some((_, content)) = lock(&self.contents).get(&file) {
+                return Ok(Arc::clone(content));
+            }
+            let content = read(&file);
+            // What was read while the file changed is of neither version.
+            if file.is_current() {
+                let (content, bytes) = content.map_err(of_request)?;
+                return Ok(self.insert(file, content, bytes));
+            }
+        }
+        Err(refuse(format!("names {name:?}, whose file is being replaced; try again later")))
+    }
+
+    fn insert(&self, file: AssetFile, content: T, bytes: u64) -> Arc<T> {
         let content = Arc::new(content);
-        let mut contents = self.lock();
-        contents.put(name.to_owned(), (bytes, Arc::clone(&content)));
+        let mut contents = lock(&self.contents);
+        let old = contents.iter().find(|(other, _)| other.path == file.path);
+        if let Some(old) = old.map(|(old, _)| old.clone()) {
+            contents.pop(&old);
+        }
+        contents.put(file, (bytes, Arc::clone(&content)));
         let total = |contents: &LruCache<_, (u64, _)>| contents.iter().map(|(_, (n, _))| n).sum();
         while contents.len() > 1 && self.max_bytes < total(&contents) {
             contents.pop_lru();
         }
-        Ok(content)
+        content
     }
 
-    /// Whether a file is cached. Never waits for one that is being read.
-    pub(crate) fn has(&self, name: &str) -> bool {
-        self.lock().contains(name)
+    /// The lock of the readers of a file.
+    fn reading_of(&self, path: &Path) -> Arc<Mutex<()>> {
+        let mut reading = lock(&self.reading);
+        reading.retain(|_, alone| Arc::strong_count(alone) > 1);
+        Arc::clone(reading.entry(path.to_owned()).or_default())
     }
+}
 
-    fn cached(&self, name: &str) -> Option<Arc<T>> {
-        self.lock().get(name).map(|(_, content)| Arc::clone(content))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, LruCache<String, (u64, Arc<T>)>> {
-        self.contents.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -141,15 +190,17 @@ mod tests {
 
     #[test]
     fn the_least_recently_used_content_is_evicted() {
-        let files = ["a.x", "b.x", "c.x", "d.x"].map(PathBuf::from).to_vec();
-        let cache = AssetCache::new(AssetDir { directory: None, files, endings: &[] }, 10);
+        let folder = tempfile::tempdir().expect("a directory");
+        for name in ["a", "b", "c", "d"] {
+            std::fs::write(folder.path().join(name).with_extension("x"), name).expect("a file");
+        }
+        let directory = Some(folder.path().to_owned());
+        let cache = AssetCache::new(AssetDir { directory, files: Vec::new(), endings: &["x"] }, 10);
         let reads = Mutex::new(String::new());
         let get = |name: &str, bytes| {
-            let read = |_: &Path| {
-                // A lookup meanwhile does not wait.
-                assert!(!cache.has(name));
-                reads.lock().expect("unpoisoned").push_str(name);
-                Ok((name.to_owned(), bytes))
+            let read = |file: &AssetFile| {
+                reads.lock().expect("unpoisoned").push_str(&file.name);
+                Ok((std::fs::read_to_string(&file.path).expect("a file"), bytes))
             };
             cache.get("loras", name, read).expect("a file")
         };
@@ -157,11 +208,40 @@ mod tests {
             assert_eq!(*get(name, bytes), name);
         }
         assert_eq!(*reads.lock().expect("unpoisoned"), "abcb");
+        std::fs::write(folder.path().join("b.x"), "new").expect("a file");
+        assert_eq!(*get("b", 4), "new");
+        assert_eq!(cache.contents.lock().expect("unpoisoned").len(), 2, "one version of a file");
         get("d", 11);
         assert_eq!(
             cache.contents.lock().expect("unpoisoned").len(),
             1,
             "one that is too large stays"
         );
+    }
+
+    #[test]
+    fn a_file_that_changes_while_it_is_read_is_read_again() {
+        let folder = tempfile::tempdir().expect("a directory");
+        let path = folder.path().join("a.x");
+        std::fs::write(&path, "1").expect("a file");
+        let assets = AssetDir { files: vec![path.clone()], ..AssetDir::default() };
+        let cache = AssetCache::new(assets, 10);
+        let reads = Mutex::new(0);
+        let get = |changes: usize| {
+            *reads.lock().expect("unpoisoned") = 0;
+            cache.get("loras", "a", |file| {
+                let content = std::fs::read_to_string(&file.path).expect("a file");
+                let mut reads = reads.lock().expect("unpoisoned");
+                *reads += 1;
+                if *reads <= changes {
+                    std::fs::write(&file.path, content.clone() + "+").expect("a file");
+                }
+                Ok((content, 1))
+            })
+        };
+        assert_eq!(*get(2).expect("the third time"), "1++");
+        std::fs::write(&path, "").expect("a file");
+        let error = get(9).expect_err("it never rests").to_string();
+        assert!(error.contains("is being replaced"), "{error}");
     }
 }

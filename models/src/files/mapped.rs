@@ -1,4 +1,4 @@
-//! The bytes of a file: a read-only memory map, or part of the binary.
+//! The bytes of a file: a read-only memory map, a copy, or part of the binary.
 
 use std::fs::File;
 use std::io;
@@ -13,13 +13,15 @@ use memmap2::UncheckedAdvice;
 pub(super) fn map(path: &Path) -> io::Result<Mmap> {
     let file = File::open(path)?;
     // SAFETY: the map is read only. Truncating the file while it is mapped would be a bus error;
-    // model directories are immutable in every deployment that we describe.
+    // model directories are immutable in every deployment that we describe. Files that may be
+    // replaced at any time are copied.
     unsafe { Mmap::map(&file) }
 }
 
 /// The bytes of a file.
 pub(super) enum Bytes {
     Mapped(Mmap),
+    Copied(Vec<u8>),
     Static(&'static [u8]),
 }
 
@@ -27,6 +29,7 @@ impl Bytes {
     pub(super) fn all(&self) -> &[u8] {
         match self {
             Self::Mapped(map) => map,
+            Self::Copied(bytes) => bytes,
             Self::Static(bytes) => bytes,
         }
     }

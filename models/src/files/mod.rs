@@ -11,7 +11,7 @@ mod source;
 mod tensors;
 
 pub(crate) use self::asset_dir::AssetCache;
-pub use self::asset_dir::AssetDir;
+pub use self::asset_dir::{AssetDir, AssetFile};
 pub use self::json::Keys;
 pub(crate) use self::source::SAFETY_CHECKER;
 pub use self::source::{Checkpoint, Source};

@@ -1,8 +1,10 @@
-//! The tensors of a network by name and shape. They are memory-mapped. Each layer packs its own,
+//! The tensors of a network by name and shape. Those of models are memory-mapped. Each layer packs its own,
 //! one at a time, and their pages are released, so that a model is never in memory twice.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::Read as _;
 use std::ops::Range;
 use std::path::Path;
 
@@ -61,12 +63,31 @@ pub struct Weights {
     notes: BTreeMap<String, String>,
 }
 
+/// Maximum length of a file that is copied: more than the largest LoRAs of these models.
+const MAX_COPY_BYTES: u64 = 2 << 30;
+
 impl Weights {
     /// All tensors of a single file, under their names in the file.
     pub(crate) fn whole(path: &Path) -> Result<Self> {
         let failed = |source| Error::File { path: path.to_owned(), source };
+        Self::of(path, Bytes::Mapped(map(path).map_err(failed)?))
+    }
+
+    /// All tensors of a single file that may be replaced while it is read.
+    pub(crate) fn copied(path: &Path) -> Result<Self> {
+        let failed = |source| Error::File { path: path.to_owned(), source };
+        let mut bytes = Vec::new();
+        let file = File::open(path).map_err(failed)?;
+        file.take(MAX_COPY_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
+        if bytes.len() as u64 > MAX_COPY_BYTES {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            return Err(Error::config(name, format!("is larger than {MAX_COPY_BYTES} bytes")));
+        }
+        Self::of(path, Bytes::Copied(bytes))
+    }
+
+    fn of(path: &Path, bytes: Bytes) -> Result<Self> {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let bytes = Bytes::Mapped(map(path).map_err(failed)?);
         let mut weights = Self::default();
         if path.extension().is_some_and(|end| end.eq_ignore_ascii_case("safetensors")) {
             weights.add(name, bytes)?;

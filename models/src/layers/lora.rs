@@ -7,7 +7,6 @@
 //! silently change the image.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -15,7 +14,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::files::{AssetCache, LoraTarget, LoraTargets, Weights, ldm};
+use crate::files::{AssetCache, AssetFile, LoraTarget, LoraTargets, Weights, ldm};
 use crate::ops::{Conv2d, Linear};
 
 /// The weights of a model that a LoRA may add to, by their names in LoRA files.
@@ -32,6 +31,7 @@ pub(crate) struct TargetIndex {
 /// A loaded file: the down and the up projection of each weight.
 pub(crate) struct Lora {
     id: u64,
+    file: AssetFile,
     linears: HashMap<String, (Linear, Linear)>,
     convs: HashMap<String, (Conv2d, Linear)>,
     bytes: u64,
@@ -44,18 +44,13 @@ pub(crate) struct LoraCache {
 }
 
 impl LoraCache {
-    /// The LoRA of this name, read if it is not cached.
+    /// The LoRA of this name as its file is now, read if it is not cached. Blocks.
     pub(crate) fn get(&self, field: &'static str, name: &str) -> Result<Arc<Lora>> {
-        self.cache.get(field, name, |path| {
-            let lora = Lora::read(path, &self.targets)?;
+        self.cache.get(field, name, |file| {
+            let lora = Lora::read(file, &self.targets)?;
             let bytes = lora.bytes();
             Ok((lora, bytes))
         })
-    }
-
-    /// Whether it is cached.
-    pub(crate) fn has(&self, name: &str) -> bool {
-        self.cache.has(name)
     }
 }
 
@@ -178,9 +173,9 @@ fn original(name: &str, layers: usize) -> Option<String> {
 
 impl Lora {
     /// Reads a file for a model.
-    pub(crate) fn read(path: &Path, targets: &TargetIndex) -> Result<Self> {
+    pub(crate) fn read(from: &AssetFile, targets: &TargetIndex) -> Result<Self> {
         static IDS: AtomicU64 = AtomicU64::new(0);
-        let weights = Weights::whole(path)?;
+        let weights = Weights::copied(&from.path)?;
         let file = weights.file_names();
         let refuse = |tensor: &str, reason: String| {
             Err(Error::Tensor { file: file.clone(), tensor: tensor.to_owned(), reason })
@@ -203,6 +198,7 @@ impl Lora {
         }
         let mut lora = Self {
             id: IDS.fetch_add(1, Ordering::Relaxed),
+            file: from.clone(),
             linears: HashMap::new(),
             convs: HashMap::new(),
             bytes: 0,
@@ -240,6 +236,11 @@ impl Lora {
     /// A unique id of this read, for comparison.
     pub(crate) fn id(&self) -> u64 {
         self.id
+    }
+
+    /// The file, in the version that was read.
+    pub(crate) fn file(&self) -> &AssetFile {
+        &self.file
     }
 
     /// Bytes of its projections.

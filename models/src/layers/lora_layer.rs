@@ -11,7 +11,7 @@ use candle_core::{Result, Tensor, bail};
 use super::builder::LayerBuilder;
 use super::lora::Lora;
 use crate::error;
-use crate::files::LoraTarget;
+use crate::files::{AssetFile, LoraTarget};
 use crate::ops::{ChannelConcat, Conv2d, Epilogue, Geometry, Linear};
 
 /// The LoRAs of a batch row and their scales.
@@ -21,6 +21,11 @@ pub struct LoraStack(Vec<(Arc<Lora>, f64)>);
 impl LoraStack {
     pub(crate) fn new(loras: Vec<(Arc<Lora>, f64)>) -> Self {
         Self(loras)
+    }
+
+    /// The files of the LoRAs, in the versions that were read.
+    pub(crate) fn files(&self) -> Vec<AssetFile> {
+        self.0.iter().map(|(lora, _)| lora.file().clone()).collect()
     }
 
     /// A cache key: ids, and the bits of scales.

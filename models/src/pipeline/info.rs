@@ -159,9 +159,6 @@ impl ModelInfo {
         let (_, named) = spec.text()?;
         for (field, loras) in [("loras", &spec.loras), ("prompt", &named)] {
             for (name, scale) in loras {
-                if let Err(reason) = self.add_ons.loras.find(name) {
-                    return refuse(field, format!("names a LoRA: {reason}"));
-                }
                 if !scale.is_finite() {
                     return refuse(field, format!("of {name:?} must have a finite scale"));
                 }
@@ -184,6 +181,20 @@ impl ModelInfo {
         if spec.skipped_steps() >= spec.steps {
             let (strength, steps) = (init.strength, spec.steps);
             return refuse("strength", format!("{strength} of {steps} steps is less than one"));
+        }
+        Ok(())
+    }
+
+    /// Checks that the files which a spec names exist. Blocks: reads a directory.
+    pub fn check_files(&self, spec: &Spec) -> Result<()> {
+        let (_, named) = spec.text()?;
+        for (field, loras) in [("loras", &spec.loras), ("prompt", &named)] {
+            for (name, _) in loras {
+                self.add_ons.loras.find(name).map_err(|reason| Error::Spec {
+                    field,
+                    reason: format!("names a LoRA: {reason}"),
+                })?;
+            }
         }
         Ok(())
     }

@@ -32,7 +32,7 @@ pub use self::prompts::encode_chunks;
 pub use self::spec::{Hires, Img2Img, MAX_STEPS, PromptSyntax, Spec, Upscaler};
 pub use self::trajectory::Trajectory;
 use crate::error::{Error, Result};
-use crate::layers::LoraStack;
+use crate::layers::{LoraCache, LoraStack};
 use crate::networks::Conditioning;
 use crate::ops::{
     KernelStats, device_kernels, device_name, device_stats, free_device_bytes, linear_combination,
@@ -91,27 +91,31 @@ impl Pipeline {
         self.model.info.check(spec)
     }
 
-    /// Reads the files that [`Self::begin`] needs and that are not in memory, for another thread to
-    /// run; `None` for most images. Errors are left to `begin`, which reads such a file again.
-    pub fn prefetch(&self, spec: &Spec) -> Option<Box<dyn FnOnce() + Send>> {
+    /// Reads the LoRAs of an image, for another thread to run; `None` if it has none. They are what
+    /// [`Self::begin_with`] takes.
+    pub fn read_loras(
+        &self,
+        spec: &Spec,
+    ) -> Option<impl FnOnce() -> Result<LoraStack> + Send + use<>> {
+        // An error of the prompt is reported by `begin_with`.
         let (_, named) = spec.text().ok()?;
-        let names = spec.loras.iter().chain(&named).map(|(name, _)| name);
-        let missing: Vec<_> = names.filter(|name| !self.model.loras.has(name)).cloned().collect();
-        let loras = Arc::clone(&self.model.loras);
-        if missing.is_empty() {
-            return None;
-        }
-        let read = move |name: String| drop(loras.get("loras", &name));
-        Some(Box::new(move || missing.into_iter().for_each(read)))
+        let (cache, named_apart) = (Arc::clone(&self.model.loras), spec.loras.clone());
+        let some = !named.is_empty() || !named_apart.is_empty();
+        some.then_some(move || lora_stack(&cache, &named_apart, &named))
     }
 
-    /// Encodes the prompts and the input image, and draws the noise.
+    /// [`Self::begin_with`] the LoRAs of the spec, whose files are read if necessary.
     pub fn begin(&self, spec: &Spec) -> Result<Trajectory> {
+        let loras = self.read_loras(spec).map_or_else(|| Ok(LoraStack::default()), |read| read());
+        self.begin_with(spec, loras?)
+    }
+
+    /// Encodes the prompts and the input image, and draws the noise. Reads no file.
+    pub fn begin_with(&self, spec: &Spec, loras: LoraStack) -> Result<Trajectory> {
         self.check(spec)?;
         let skipped = spec.skipped_steps();
         let sampler = self.sampler(spec, spec.steps, skipped)?;
-        let (prompt, named) = spec.text()?;
-        let loras = self.lora_stack(&spec.loras, &named)?;
+        let (prompt, _) = spec.text()?;
         let mut warnings = Vec::new();
         let mut encode = |field, prompt: &str| -> Result<_> {
             let (conditioning, warning) =
@@ -149,17 +153,6 @@ impl Pipeline {
             base_evaluations: 0,
             warnings,
         })
-    }
-
-    /// The LoRAs of the request and those that its prompt names.
-    fn lora_stack(&self, asked: &[(String, f64)], named: &[(String, f64)]) -> Result<LoraStack> {
-        let mut loras = Vec::new();
-        for (field, used) in [("loras", asked), ("prompt", named)] {
-            for (name, scale) in used {
-                loras.push((self.model.loras.get(field, name)?, *scale));
-            }
-        }
-        Ok(LoraStack::new(loras))
     }
 
     /// The hires pass of an image.
@@ -264,6 +257,21 @@ impl Pipeline {
         let checker = self.model.safety_checker.as_ref();
         checker.map(|checker| Ok(checker.check(image)?.nsfw())).transpose()
     }
+}
+
+/// The LoRAs of the request and those that its prompt names. Blocks.
+fn lora_stack(
+    cache: &LoraCache,
+    asked: &[(String, f64)],
+    named: &[(String, f64)],
+) -> Result<LoraStack> {
+    let mut loras = Vec::new();
+    for (field, used) in [("loras", asked), ("prompt", named)] {
+        for (name, scale) in used {
+            loras.push((cache.get(field, name)?, *scale));
+        }
+    }
+    Ok(LoraStack::new(loras))
 }
 
 #[cfg(test)]

@@ -64,7 +64,7 @@ impl Spec {
     }
 
     /// Whether the spec has any LoRA.
-    pub(crate) fn has_loras(&self) -> bool {
+    pub fn has_loras(&self) -> bool {
         let named = self.prompt_syntax == PromptSyntax::A1111 && self.prompt.contains("<lora:");
         named || !self.loras.is_empty()
     }

@@ -84,12 +84,17 @@ fn loras_are_read_before_a_picture_begins() {
         prompt_syntax: PromptSyntax::A1111,
         ..spec(vec![])
     };
-    assert!(pipeline.prefetch(&plain).is_none());
-    assert!(pipeline.prefetch(&named).is_some());
-    let work = pipeline.prefetch(&adapted).expect("a file");
-    std::thread::spawn(work).join().expect("read");
-    assert!(pipeline.prefetch(&adapted).is_none() && pipeline.prefetch(&named).is_none());
-    assert!(pipeline.begin(&named).is_ok());
+    assert!(pipeline.read_loras(&plain).is_none());
+    let read = |spec| {
+        let read = pipeline.read_loras(spec).expect("a file");
+        std::thread::spawn(read).join().expect("no panic").expect("read")
+    };
+    assert!(read(&adapted) == read(&named), "read once");
+    let begun = pipeline.begin_with(&named, read(&named)).expect("begun");
+    assert_eq!(
+        begun.lora_files().iter().map(|file| &*file.name).collect::<Vec<_>>(),
+        ["attention"]
+    );
     // LoRA deltas, and one more chunk, are the difference to a plain image.
     let info = pipeline.info();
     let bytes = |spec| info.step_bytes(spec, spec.size);

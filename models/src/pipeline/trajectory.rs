@@ -7,6 +7,7 @@ use candle_core::Tensor;
 use super::hires::{HiresPass, UpscaledLatents};
 use super::init::InpaintBlend;
 use crate::error::Result;
+use crate::files::AssetFile;
 use crate::layers::LoraStack;
 use crate::networks::Conditioning;
 use crate::picture::Size;
@@ -52,6 +53,11 @@ impl Trajectory {
     /// Whether nothing but decoding is left to do.
     pub fn done(&self) -> bool {
         self.sampler.next().is_none()
+    }
+
+    /// The files of its LoRAs, in the versions that it uses.
+    pub fn lora_files(&self) -> Vec<AssetFile> {
+        self.loras.files()
     }
 
     /// Completed UNet evaluations, and their total. Heun takes two a step, PNDM one more than

@@ -90,7 +90,7 @@ impl Embeddings {
 
 /// The token that a file names, if it does, and its vectors (n, width) f32.
 fn read(path: &Path, width: usize) -> Result<(Option<String>, Tensor)> {
-    let weights = Weights::whole(path)?;
+    let weights = Weights::copied(path)?;
     let names: Vec<&str> = weights.names().collect();
     let name = match names[..] {
         [one] => one,

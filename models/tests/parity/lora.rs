@@ -204,7 +204,7 @@ fn a_prompt_names_loras_in_the_syntax_of_automatic1111() {
     let error = relative_error(&drawn(&model, &by_prompt), &drawn(&model, &by_field));
     assert_eq!(error, 0.0);
     let unknown = Spec { prompt: "<lora:../everywhere:1>".into(), ..by_prompt };
-    let error = model.check(&unknown).unwrap_err();
+    let error = model.info().check_files(&unknown).unwrap_err();
     assert!(matches!(error, Error::Spec { field: "prompt", .. }), "{error}");
     assert!(error.to_string().contains("attention, everywhere, everywhere-peft"), "{error}");
 }
@@ -305,6 +305,8 @@ fn what_cannot_be_applied_is_refused_by_tensor_and_file() {
         assert!(error.contains(reason) && error.contains(file), "{file}: {error}");
     }
     assert!(refused("text").contains("not a safetensors file"));
-    let missing = model.check(&spec(&[("missing", 1.0)])).unwrap_err().to_string();
+    let missing = spec(&[("missing", 1.0)]);
+    assert!(refused("missing").contains("is unknown"));
+    let missing = model.info().check_files(&missing).unwrap_err().to_string();
     assert!(missing.contains("\"missing\" is unknown; there are dora"), "{missing}");
 }

@@ -14,7 +14,7 @@ use sd_models::{
 use tokio::time::{Instant as Clock, advance};
 
 use super::*;
-use crate::engine::{Client, DeviceScheduler, Engine, EngineConfig, Job, Ticket};
+use crate::engine::{Client, DeviceScheduler, Engine, EngineConfig, Job, ReadLoras, Ticket};
 
 /// A call of the model. Images are identified by their seeds.
 #[derive(Debug, Clone, PartialEq)]
@@ -73,12 +73,17 @@ impl Model for RecordingModel {
         &self.info
     }
 
-    fn files(&self, spec: &Spec) -> Option<Box<dyn FnOnce() + Send>> {
+    fn read_loras(&self, spec: &Spec) -> Option<ReadLoras> {
         if spec.loras.is_empty() {
             return None;
         }
+        let panics = spec.prompt == "panic";
         let gate = self.files.borrow_mut().remove(0);
-        Some(Box::new(move || gate.recv().unwrap_or_default()))
+        Some(Box::new(move || {
+            gate.recv().unwrap_or_default();
+            assert!(!panics, "as the prompt asks");
+            Ok(LoraStack::default())
+        }))
     }
 
     fn begin(&self, spec: &Spec) -> sd_models::Result<FakeTrajectory> {
@@ -642,6 +647,65 @@ fn other_images_step_while_a_file_is_read() {
     assert!(calls.contains(&Call::Begin(2)) && stepped(&calls) == [2], "{calls:?}");
     assert!(ticket.wait().now_or_never().expect("settled").is_ok());
     assert!(!test.worker.wait(), "nothing is left");
+}
+
+#[test]
+fn readers_are_bounded_also_when_nobody_wants_their_images() {
+    let mut test = TestWorker::new(8, 8);
+    let files: Vec<_> = (0..=MAX_READERS).map(|_| test.file()).collect();
+    let gone = (0..MAX_READERS as u64).map(|k| test.submit(k, vec![adapted(k, 1)]));
+    let gone: Vec<_> = gone.collect();
+    test.turn();
+    drop(gone);
+    let waits = test.submit(8, vec![adapted(8, 1)]);
+    let plain = test.submit(9, vec![spec(9, 1)]);
+    assert_eq!(stepped(&test.turn()), [9], "images without LoRAs go on");
+    while !test.worker.slots.is_empty() {
+        test.turn();
+    }
+    assert!(plain.wait().now_or_never().expect("settled").is_ok());
+    assert_eq!((test.worker.readers.len(), test.worker.reading.len()), (MAX_READERS, 0));
+    drop(files);
+    while !test.idle() || !test.worker.reading.is_empty() {
+        assert!(test.worker.wait());
+        test.turn();
+    }
+    assert!(waits.wait().now_or_never().expect("settled").is_ok());
+}
+
+#[test]
+fn a_reader_that_panics_fails_its_image_alone() {
+    let mut test = TestWorker::new(8, 8);
+    drop(test.file());
+    let ticket = test.submit(1, vec![Spec { prompt: "panic".into(), ..adapted(1, 1) }]);
+    test.turn();
+    assert!(test.worker.wait());
+    test.turn();
+    assert_eq!(ticket.wait().now_or_never().expect("settled").err(), Some(JobError::Model));
+    let _next = test.submit(2, vec![spec(2, 1)]);
+    assert_eq!(stepped(&test.turn()), [2]);
+}
+
+#[test]
+fn a_client_with_many_sizes_leaves_room_and_time_for_others() {
+    let mut test = TestWorker::new(64, 4);
+    let sizes = [56, 72, 80, 88].map(square);
+    let odd = sizes.iter().flat_map(|size| vec![Spec { size: *size, ..spec(0, 100) }; 2]);
+    let _many = test.submit(0, odd.collect());
+    for _ in 0..8 {
+        test.turn();
+    }
+    let _one = test.submit(1, vec![spec(1, 100), spec(1, 100)]);
+    let mut work = [0_usize; 2];
+    for _ in 0..100 {
+        for call in test.turn() {
+            let Call::Step(specs) = call else { continue };
+            for spec in specs {
+                work[spec.seed as usize] += spec.size.pixels() * spec.rows();
+            }
+        }
+    }
+    assert!(work[0].abs_diff(work[1]) * 10 < work[0] + work[1], "{work:?}");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use crate::image;
 pub(crate) fn info(drawing: &Drawing, images: &[GeneratedImage], mut notes: Vec<String>) -> Value {
     let (specs, model) = (&drawing.specs, &drawing.model.name);
     let Some(first) = specs.first() else { return Value::Null };
-    let loras = drawing.loras(first);
+    let loras = images.first().map_or_else(String::new, |image| drawing.loras(image));
     let all = |of: fn(&Spec) -> Value| specs.iter().map(of).collect::<Vec<_>>();
     let infotexts: Vec<_> = specs.iter().map(|spec| image::infotext(spec, model, &loras)).collect();
     notes.extend(warnings(images).into_iter().map(Into::into));
