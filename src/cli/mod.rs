@@ -302,6 +302,9 @@ fn port(typed: Option<u16>) -> Result<u16, clap::Error> {
     Ok(DEFAULT_PORT)
 }
 
+/// Time without a byte from the hub after which a download is resumed.
+const STALL_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// The hub's configuration, from the variables of the Python libraries.
 fn hub() -> Hub {
     let home = || variable("HOME").map(|home| Path::new(&home).join(".cache/huggingface"));
@@ -309,6 +312,8 @@ fn hub() -> Hub {
     let cache = variable("HF_HUB_CACHE").map(PathBuf::from);
     let cache = cache.or_else(|| root.as_ref().map(|root| root.join("hub")));
     let switched_on = |value: String| ["1", "true", "yes", "on"].contains(&&*value.to_lowercase());
+    let seconds = variable("HF_HUB_DOWNLOAD_TIMEOUT").and_then(|seconds| seconds.parse().ok());
+    let stall_timeout = seconds.filter(|seconds| *seconds > 0).map(Duration::from_secs);
     let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
     Hub {
         // Without a home directory, as in some containers, the cache is in a temporary directory.
@@ -316,6 +321,7 @@ fn hub() -> Hub {
         endpoint: endpoint.trim_end_matches('/').to_owned(),
         token: variable("HF_TOKEN"),
         offline: variable("HF_HUB_OFFLINE").is_some_and(switched_on),
+        stall_timeout: stall_timeout.unwrap_or(STALL_TIMEOUT),
     }
 }
 

@@ -34,8 +34,7 @@ fn vocabulary(file: &Path, hub: &Hub) -> Result<Option<PathBuf>> {
     if cached().is_none() {
         let (hub, id, revision) = (hub.clone(), VOCABULARY.into(), "main".into());
         let download = Download { hub, id, revision, half: false, checking: SafetyMode::Never };
-        let files = VOCABULARY_FILES.map(String::from).into();
-        download.fetch(|_| Ok(files)).with_context(|| {
+        download.fetch(|_| Ok(VOCABULARY_FILES.map(String::from).into())).with_context(|| {
             format!(
                 "{} holds no vocabulary: put tokenizer/vocab.json and tokenizer/merges.txt beside it",
                 file.display()

@@ -2,18 +2,20 @@
 //! and never a pickle.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, ensure};
-use hf_hub::api::tokio::{ApiBuilder, ApiError};
+use hf_hub::api::tokio::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use indicatif::{ProgressBar, ProgressStyle};
 use sd_models::{SafetyMode, Source, check_pipeline};
+use tokio::sync::watch;
 use tokio::time::timeout;
-use tracing::info;
+use tracing::{info, warn};
 
-/// Timeout of the hub's first response; downloads have no timeout.
-const FIRST_RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often a download that stalls is resumed.
+const MAX_RESUMES: usize = 3;
 
 /// The directories with weights, and the stem of the weight files.
 const NETWORKS: [(&str, &str); 3] = [
@@ -55,6 +57,8 @@ pub(crate) struct Hub {
     pub(crate) token: Option<String>,
     /// Whether network access is forbidden (`HF_HUB_OFFLINE`).
     pub(crate) offline: bool,
+    /// Time without a byte after which a download is resumed (`HF_HUB_DOWNLOAD_TIMEOUT`).
+    pub(crate) stall_timeout: Duration,
 }
 
 /// A model to download.
@@ -96,27 +100,44 @@ impl Download {
     /// thread.
     pub(super) fn fetch(
         &self,
-        select: impl FnOnce(&[String]) -> Result<Vec<String>>,
+        select: impl Fn(&[String]) -> Result<Vec<String>>,
     ) -> Result<PathBuf> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let name = format!("{} ({})", self.id, self.revision);
         let offline = self.hub.offline;
         ensure!(!offline, "{name} is not in the cache, and HF_HUB_OFFLINE forbids to download it");
-        runtime.block_on(self.download(&name, select))
+        for _ in 0..MAX_RESUMES {
+            match self.attempt(&name, &select) {
+                Err(error) if error.is::<Stalled>() => warn!("{error:#}; resuming"),
+                done => return done,
+            }
+        }
+        self.attempt(&name, &select)
+    }
+
+    /// One attempt in a runtime of its own, since hf-hub leaves tasks behind when it is cancelled.
+    fn attempt(
+        &self,
+        name: &str,
+        select: impl Fn(&[String]) -> Result<Vec<String>>,
+    ) -> Result<PathBuf> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let done = runtime.block_on(self.download(name, select));
+        runtime.shutdown_background();
+        done
     }
 
     async fn download(
         &self,
         name: &str,
-        select: impl FnOnce(&[String]) -> Result<Vec<String>>,
+        select: impl Fn(&[String]) -> Result<Vec<String>>,
     ) -> Result<PathBuf> {
         let cache = self.hub.cache.clone();
         let token = self.hub.token.clone().or_else(|| cache.token());
         let api = ApiBuilder::from_cache(cache).with_endpoint(self.hub.endpoint.clone());
         let repo = api.with_token(token).with_progress(false).build()?.repo(self.repo());
-        let listing = timeout(FIRST_RESPONSE_TIMEOUT, repo.info())
+        let listing = timeout(self.hub.stall_timeout, repo.info())
             .await
-            .map_err(|_| anyhow!("{} does not respond", self.hub.endpoint))
+            .map_err(|_| anyhow!(self.stalled()))
             .and_then(|listing| listing.map_err(|error| self.explain(error)))
             .with_context(|| format!("cannot download {name}"))?;
         let files: Vec<String> = listing.siblings.into_iter().map(|file| file.rfilename).collect();
@@ -129,13 +150,46 @@ impl Download {
                 continue;
             }
             info!(file, "downloading {} of {}", k + 1, files.len());
-            repo.download_with_progress(file, DownloadBar(byte_bar(0)))
+            self.download_file(&repo, file, &snapshot.join(file))
                 .await
-                .map_err(|error| self.explain(error))
                 .with_context(|| format!("cannot download {file} of {name}"))?;
         }
         present.create_ref(&listing.sha).context("cannot write to the cache")?;
         Ok(snapshot)
+    }
+
+    /// Downloads a file to `target`. If another process is downloading it to the same cache, this
+    /// waits for it.
+    async fn download_file(&self, repo: &ApiRepo, file: &str, target: &Path) -> Result<()> {
+        let mut waiting = false;
+        while !target.exists() {
+            let (received, mut last) = watch::channel(());
+            let received = Arc::new(received);
+            let bar = DownloadBar { bar: byte_bar(0), received: Arc::clone(&received) };
+            let stalls =
+                async { while timeout(self.hub.stall_timeout, last.changed()).await.is_ok() {} };
+            let done = tokio::select! {
+                done = repo.download_with_progress(file, bar) => done,
+                () = stalls => return Err(self.stalled().into()),
+            };
+            match done {
+                // It was locked for some seconds.
+                Err(ApiError::LockAcquisition(path)) => {
+                    if !std::mem::replace(&mut waiting, true) {
+                        let path = path.display();
+                        warn!(file, "waiting for another process that has locked {path}");
+                    }
+                }
+                Err(error) => return Err(self.explain(error)),
+                Ok(_) => break,
+            }
+            drop(received);
+        }
+        Ok(())
+    }
+
+    fn stalled(&self) -> Stalled {
+        Stalled { host: self.hub.endpoint.clone(), seconds: self.hub.stall_timeout.as_secs() }
     }
 
     /// The error message for a failed request to the hub, with a remedy.
@@ -155,9 +209,6 @@ impl Download {
                      directory with --model, or fill the cache elsewhere with `sd-server download`"
                 ),
             },
-            ApiError::LockAcquisition(path) => {
-                format!("another process is downloading it: {} is locked", path.display())
-            }
             ApiError::IoError(_) => format!("cannot write to {}", cache.path().display()),
             _ => format!("{endpoint} sent an unexpected response"),
         };
@@ -175,22 +226,36 @@ pub(crate) fn byte_bar(length: u64) -> ProgressBar {
     bar
 }
 
+/// The hub has stopped to answer.
+#[derive(Debug, thiserror::Error)]
+#[error("{host} sent nothing for {seconds} s")]
+struct Stalled {
+    host: String,
+    seconds: u64,
+}
+
 /// Progress bar of one file.
 #[derive(Clone)]
-struct DownloadBar(ProgressBar);
+struct DownloadBar {
+    bar: ProgressBar,
+    /// Sent whenever bytes have been received.
+    received: Arc<watch::Sender<()>>,
+}
 
 impl hf_hub::api::tokio::Progress for DownloadBar {
     async fn init(&mut self, size: usize, file: &str) {
-        self.0.set_length(size as u64);
-        self.0.set_message(file.to_owned());
+        self.bar.set_length(size as u64);
+        self.bar.set_message(file.to_owned());
+        self.received.send_replace(());
     }
 
     async fn update(&mut self, size: usize) {
-        self.0.inc(size as u64);
+        self.bar.inc(size as u64);
+        self.received.send_replace(());
     }
 
     async fn finish(&mut self) {
-        self.0.finish();
+        self.bar.finish();
     }
 }
 

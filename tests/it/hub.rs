@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
-use std::process::Output;
+use std::process::{Output, Stdio};
 use std::sync::{Arc, Mutex};
 
 use crate::harness::{Server, sd_server};
@@ -26,6 +26,9 @@ enum Mood {
     Friendly,
     /// Breaks off in the second part of the UNet.
     Failing,
+    /// Stops in the second part of the UNet, but keeps the connection open: once, or always.
+    Pausing,
+    Stuck,
     Forbidding,
     Silent,
 }
@@ -122,6 +125,15 @@ fn answer(
             stream.write_all(&part[..part.len() / 2]).ok()?;
             return None;
         }
+        let begun = |entry: &&String| entry.contains(name) && !entry.contains(" 0-");
+        let earlier = log.lock().ok()?.iter().filter(begun).count();
+        if name == UNET
+            && start > 0
+            && (mood == Mood::Stuck || mood == Mood::Pausing && earlier < 2)
+        {
+            stream.write_all(&part[..part.len() / 2]).ok()?;
+            std::thread::sleep(std::time::Duration::from_secs(600));
+        }
         stream.write_all(part).ok()?;
     }
 }
@@ -168,6 +180,46 @@ fn an_interrupted_download_goes_on() {
     let asked = friendly.asked();
     let parts: Vec<_> = asked.iter().filter(|path| path.contains(UNET)).collect();
     assert!(!parts.iter().any(|path| path.contains(" 0-9999999")), "{parts:?}");
+}
+
+#[test]
+fn a_download_that_stalls_is_resumed_and_then_given_up() {
+    let download = |mood: Mood| {
+        let (home, hub) = (tempfile::tempdir().expect("a directory"), FakeHub::start(mood));
+        let mut command = sd_server(&["download", "acme/demo"]);
+        command.env("HF_ENDPOINT", &hub.endpoint).env("HF_HOME", home.path());
+        let done = command.env("HF_HUB_DOWNLOAD_TIMEOUT", "1").output().expect("the binary starts");
+        (done, hub.endpoint)
+    };
+    let (done, endpoint) = download(Mood::Pausing);
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    let stalled = format!("{endpoint} sent nothing for 1 s");
+    assert!(text(&done.stderr).contains(&stalled), "{}", text(&done.stderr));
+    let (done, endpoint) = download(Mood::Stuck);
+    assert_eq!(done.status.code(), Some(1));
+    let (error, stalled) = (text(&done.stderr), format!("{endpoint} sent nothing for 1 s"));
+    let last = error.lines().last().unwrap_or_default();
+    assert!(last.contains(UNET) && last.contains(&stalled), "{error}");
+}
+
+#[test]
+fn a_cache_that_another_process_fills_is_waited_for() {
+    let (home, hub) = (tempfile::tempdir().expect("a directory"), FakeHub::start(Mood::Friendly));
+    let blobs = home.path().join("hub/models--acme--demo/blobs");
+    std::fs::create_dir_all(&blobs).expect("directories");
+    let lock = std::fs::File::create(blobs.join("unet-diffusion_pytorch_model.lock"));
+    let lock = lock.expect("a file");
+    lock.lock().expect("locked");
+    let mut command = sd_server(&["download", "acme/demo"]);
+    command.env("HF_ENDPOINT", &hub.endpoint).env("HF_HOME", home.path());
+    let mut download = command.stderr(Stdio::piped()).spawn().expect("the binary starts");
+    let log = BufReader::new(download.stderr.take().expect("piped"));
+    let mut lines = log.lines().map_while(Result::ok);
+    let waits = lines.find(|line| line.contains("waiting for another process"));
+    assert!(waits.is_some_and(|line| line.contains(UNET)));
+    lock.unlock().expect("unlocked");
+    lines.for_each(drop);
+    assert!(download.wait().expect("it ends").success());
 }
 
 #[test]
