@@ -44,7 +44,10 @@ pub(crate) async fn create(
     let timeout = admission::timeout(&headers, state.settings.job_timeout)?;
     let body = Bytes::from(body);
     // Without a data directory the request is never read again.
-    let kept = if state.jobs.is_durable() { body.clone() } else { Bytes::new() };
+    let (kept, room) = match state.jobs.is_durable() {
+        true => (body.clone(), slot.take_body()),
+        false => (Bytes::new(), None),
+    };
     let (invocation, options) = job_request::read(&state, &mut slot, &headers, body).await?;
     let JobOptions { priority, webhook } = options;
     if let ReplyFormat::Events(_) = invocation.drawing.reply {
@@ -65,6 +68,8 @@ pub(crate) async fn create(
     let accept = tokio::spawn(async move {
         let busy_s = state.engine.retry_after();
         let (job, record) = state.jobs.insert(job, busy_s).await?;
+        // Until here the body was in memory.
+        drop(room);
         let id = job.id.clone();
         job_runner::spawn(&state, job, Some(invocation));
         let description = describe(&state.jobs, &record);
