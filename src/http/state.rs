@@ -44,8 +44,8 @@ pub struct HttpConfig {
     #[arg(long, env = "SD_MAX_REQUESTS", default_value = "256", value_parser = min::<1>)]
     pub max_requests: usize,
     /// Maximum number of requests in flight of one client, which is an API key or an address.
-    /// Default: half of --max-requests, so that no client can keep all others out. A proxy that
-    /// does not name its clients has no such limit, since it stands for many
+    /// Default: half of --max-requests, so that no client can keep all others out. A trusted
+    /// proxy that names no client has no such limit, since it stands for many
     #[arg(long, env = "SD_MAX_REQUESTS_PER_CLIENT", value_parser = min::<1>)]
     pub max_requests_per_client: Option<usize>,
     /// Maximum total length of the request bodies in memory, in bytes; at least --max-body-bytes.
@@ -132,7 +132,7 @@ pub struct HttpConfig {
     #[arg(value_parser = min::<1>, help_heading = "Network")]
     pub max_connections: usize,
     /// Maximum number of open connections of one address. Default: half of --max-connections.
-    /// Proxies have no such limit, since they stand for many clients
+    /// Trusted proxies have no such limit, since they stand for many clients
     #[arg(long, env = "SD_MAX_CONNECTIONS_PER_ADDRESS")]
     #[arg(value_parser = min::<1>, help_heading = "Network")]
     pub max_connections_per_address: Option<usize>,

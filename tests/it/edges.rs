@@ -13,10 +13,11 @@ use axum::response::Response;
 use futures_util::stream;
 use sd_server::engine::Engine;
 use sd_server::http::{self, HttpConfig};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tower::ServiceExt as _;
 
 use crate::engine::{LONG, Server, ready};
-use crate::fake::{HTTP, keyed, wait_until};
+use crate::fake::{ACCESS, HTTP, keyed, wait_until};
 use crate::harness;
 
 const HEAD: &str = "Host: x\r\nContent-Type: application/json\r\n";
@@ -192,6 +193,44 @@ async fn one_client_cannot_hold_all_slots() -> Result<()> {
     drop(held);
     wait_until(|| shows(&server, "sd_requests_in_flight 0"));
     assert!(read(request("a", 1)).starts_with("HTTP/1.1 400"));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_behind_a_trusted_proxy_has_its_own_share() -> Result<()> {
+    let (engine, _strings) = ready().await;
+    let server = Server::start(engine, HttpConfig { max_requests: 4, ..HTTP }, LONG).await;
+    let request = |client: &str, length: usize| {
+        let head = format!("POST /invocations HTTP/1.1\r\n{HEAD}{client}Connection: close\r\n");
+        send(&server, &format!("{head}Content-Length: {length}\r\n\r\n{{"))
+    };
+    let (first, second) = ("X-Forwarded-For: 192.0.2.1\r\n", "x-forwarded-for: 192.0.2.2\r\n");
+    let _held = [request(first, 2), request(first, 2)];
+    wait_until(|| shows(&server, "sd_requests_in_flight 2"));
+    assert!(read(request(first, 1)).starts_with("HTTP/1.1 429"));
+    assert!(read(request(second, 1)).starts_with("HTTP/1.1 400"), "another client");
+    assert!(read(request("", 1)).starts_with("HTTP/1.1 400"), "the proxy itself has no limit");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_address_cannot_hold_all_connections() -> Result<()> {
+    let access = http::AccessConfig { trusted_proxies: http::TrustedProxies::NONE, ..ACCESS };
+    for (access, own) in [(access, "503"), (ACCESS, "200")] {
+        let (engine, _strings) = ready().await;
+        let settings = HttpConfig { max_connections: 4, access, ..HTTP };
+        let server = Server::start(engine, settings, LONG).await;
+        let _held = [connect(&server), connect(&server)];
+        assert!(get(&server, "/info").starts_with(&format!("HTTP/1.1 {own}")), "{own}");
+        assert!(get(&server, "/ping").starts_with("HTTP/1.1 200"));
+        let other = tokio::net::TcpSocket::new_v4()?;
+        other.bind("127.0.0.2:0".parse()?)?;
+        let mut other = other.connect(server.url.replace("http://", "").parse()?).await?;
+        other.write_all(b"GET /info HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await?;
+        let mut reply = String::new();
+        other.read_to_string(&mut reply).await?;
+        assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
+    }
     Ok(())
 }
 
