@@ -16,8 +16,9 @@ pub mod telemetry;
 mod options;
 mod source;
 
-/// Runs the subcommand of the command line.
+/// Runs the subcommand of the command line. An error is in the log.
 pub fn run(config: cli::Config) -> anyhow::Result<()> {
-    telemetry::init(config.log_format, &config.log_filter)?;
-    (config.action)()
+    // Dropped last: the error is logged before.
+    let _log = telemetry::init(config.log_format, &config.log_filter);
+    (config.action)().inspect_err(|error| tracing::error!("{error:#}"))
 }

@@ -28,7 +28,6 @@ fn main() -> ExitCode {
     match sd_server::run(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error:#}");
             let usage = error.downcast_ref::<ValidationError>().is_some();
             ExitCode::from(if usage { USAGE } else { 1 })
         }

@@ -10,9 +10,9 @@ use serde::Serialize;
 
 use crate::engine::EngineConfig;
 use crate::http::HttpConfig;
-use crate::options::{millis, min};
+use crate::options::{millis, min, size};
 use crate::registry::RegistryConfig;
-use crate::telemetry::LogFormat;
+use crate::telemetry::{LogFormat, log_filter};
 
 use super::bench::device::TimingConfig;
 use super::bench::load::LoadConfig;
@@ -93,7 +93,7 @@ pub(super) struct ModelArgs {
     pub(super) loras_dir: Option<PathBuf>,
     /// Maximum size of the LoRA cache of each model, in bytes. At the limit, the least recently
     /// used LoRA is evicted, and read again on its next use
-    #[arg(long, env = "SD_MAX_LORA_BYTES", default_value = "536870912", value_parser = min::<0>)]
+    #[arg(long, env = "SD_MAX_LORA_BYTES", default_value = "536870912", value_parser = size::<0>)]
     pub(super) max_lora_bytes: usize,
     /// Directory of textual inversion embeddings (.safetensors, .pt, .bin in the AUTOMATIC1111 or
     /// diffusers format), read with the model. The file name, or the placeholder token in the file,
@@ -103,7 +103,7 @@ pub(super) struct ModelArgs {
     /// Maximum memory for the embeddings of each model, in bytes. Files beyond it are skipped with
     /// a warning
     #[arg(long, env = "SD_MAX_EMBEDDING_BYTES", default_value = "67108864")]
-    #[arg(value_parser = min::<0>)]
+    #[arg(value_parser = size::<0>)]
     pub(super) max_embedding_bytes: usize,
     /// Branch, tag or commit of a Hugging Face model ID
     #[arg(long, env = "SD_REVISION", default_value = "main")]
@@ -143,8 +143,8 @@ pub(super) struct LogArgs {
     /// Format of the log on standard error: text, or json for log collectors
     #[arg(long, env = "SD_LOG_FORMAT", default_value = "text")]
     pub(super) log_format: LogFormat,
-    /// What to log: error, warn, info, debug, trace, or a filter such as sd_server=debug
-    #[arg(long, env = "SD_LOG", default_value = "info")]
+    /// What to log: error, warn, info, debug, trace, off, or a filter such as warn,sd_server=debug
+    #[arg(long, env = "SD_LOG", default_value = "info", value_parser = log_filter)]
     pub(super) log: String,
 }
 
@@ -178,6 +178,7 @@ pub(super) struct GenerateArgs {
     /// Number of sampler steps; more are slower and, up to a point, better. Default: the model's
     /// own
     #[arg(long)]
+    #[serde(rename = "num_inference_steps")]
     pub(super) steps: Option<u64>,
     /// Guidance scale (CFG): how closely to follow the prompt. 1 or less disables guidance, which
     /// is twice as fast and ignores --negative-prompt. Default: the model's own
@@ -194,7 +195,7 @@ pub(super) struct GenerateArgs {
     pub(super) seed: Option<u64>,
     /// Number of images; image k uses seed + k. Default: 1
     #[arg(short = 'n', long)]
-    #[serde(rename = "n")]
+    #[serde(rename = "num_images_per_prompt")]
     pub(super) num_images: Option<u64>,
     /// Input image for image-to-image
     #[arg(long)]
@@ -244,8 +245,8 @@ pub(super) struct DownloadArgs {
     /// Data type the weights are for: for f16, the smaller f16 files are downloaded if available
     #[arg(long, env = "SD_DTYPE", default_value = "auto")]
     pub(super) dtype: Precision,
-    /// off omits the safety checker
-    #[arg(long, env = "SD_SAFETY_CHECKER")]
+    /// off omits the safety checker. Any other value of `serve` includes it, as does none
+    #[arg(long, env = "SD_SAFETY_CHECKER", value_name = "off", hide_possible_values = true)]
     pub(super) safety_checker: Option<SafetyChecker>,
 }
 
@@ -259,8 +260,8 @@ pub(super) struct PackageArgs {
     /// GPU uses
     #[arg(long, default_value = "f16")]
     pub(super) dtype: Precision,
-    /// off omits the safety checker
-    #[arg(long, env = "SD_SAFETY_CHECKER")]
+    /// off omits the safety checker. Any other value of `serve` includes it, as does none
+    #[arg(long, env = "SD_SAFETY_CHECKER", value_name = "off", hide_possible_values = true)]
     pub(super) safety_checker: Option<SafetyChecker>,
     /// Branch, tag or commit of a Hugging Face model ID
     #[arg(long, env = "SD_REVISION", default_value = "main")]
@@ -273,11 +274,11 @@ pub(super) struct BenchArgs {
     #[arg(long)]
     pub(super) verify: bool,
     #[command(flatten)]
-    pub(super) model: ModelArgs,
-    #[command(flatten)]
     pub(super) load: LoadConfig,
     #[command(flatten)]
     pub(super) timing: TimingConfig,
+    #[command(flatten)]
+    pub(super) model: ModelArgs,
 }
 
 #[derive(Debug, clap::Args)]

@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow};
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
 use sd_models::MAX_STEPS;
+use serde_json::Value;
 use tokio::sync::watch;
 
 use crate::engine::{Engine, EngineConfig, Progress, Safety};
 use crate::image::{self, Format};
-use crate::request::{DrawRequest, Fields, ImageFile, Limits};
+use crate::request::{DrawRequest, Fields, ImageFile, Limits, Names, ValidationError};
 use crate::source::{self, ModelConfig};
 
 /// No limits except the model's own: the user's own machine.
@@ -37,7 +38,7 @@ pub(crate) struct Generate {
     /// The action on flagged images.
     pub(crate) safety: Safety,
     /// The fields of the request, as a JSON object.
-    pub(crate) fields: String,
+    pub(crate) fields: Value,
     /// The file of the input image.
     pub(crate) image: Option<Vec<u8>>,
     /// The file of the mask.
@@ -62,7 +63,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     let model = engine.ready().await?;
     spinner.finish_and_clear();
 
-    let mut request = DrawRequest::read(Fields::json(&config.fields)?, &LIMITS)?;
+    let mut request = request(config.fields)?;
     request.image = config.image.map(|file| ImageFile::Bytes(file.into()));
     request.mask = config.mask.map(|file| ImageFile::Bytes(file.into()));
     let seed = getrandom::u32().map_err(|error| anyhow!("no random numbers: {error}"))?;
@@ -90,6 +91,31 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     }
     writeln!(out, "{:.1} s", began.elapsed().as_secs_f64())?;
     Ok(())
+}
+
+/// The request of these fields, whose errors name the options.
+fn request(fields: Value) -> Result<DrawRequest, ValidationError> {
+    let (mut read, mut names) = (Fields::default(), Names::default());
+    for name in ["image", "mask"] {
+        names.insert(name, option(name));
+    }
+    let Value::Object(fields) = fields else { return DrawRequest::read(read, &LIMITS) };
+    for (name, value) in fields {
+        names.insert(&name, option(&name));
+        read.add(&name, option(&name), value);
+    }
+    Ok(DrawRequest { names, ..DrawRequest::read(read, &LIMITS)? })
+}
+
+/// The option of a field.
+fn option(field: &str) -> String {
+    match field {
+        "prompt" => "the prompt".into(),
+        "num_inference_steps" => "--steps".into(),
+        "num_images_per_prompt" => "--num-images".into(),
+        "loras" => "--lora".into(),
+        other => format!("--{}", other.replace('_', "-")),
+    }
 }
 
 /// Shows progress on a terminal until the job ends.

@@ -13,7 +13,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory as _, FromArgMatches as _};
 use hf_hub::Cache;
 use sd_models::{AddOns, AssetDir, DeviceName, SafetyMode};
@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 
 use crate::engine::Safety;
 use crate::image::Format;
+use crate::options::{min, switch};
 use crate::server::{Serve, listen_and_serve};
 use crate::source::{
     Download, Hub, ModelConfig, ModelLocation, is_checkpoint, is_hub_id, wants_half,
@@ -53,7 +54,8 @@ pub(crate) type Action = Box<dyn FnOnce() -> anyhow::Result<()>>;
 /// Reads the command line and the environment.
 pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Error> {
     let args = with_command(args.into_iter().collect());
-    let mut matches = command().try_get_matches_from(args)?;
+    let read = command().try_get_matches_from(&args);
+    let mut matches = read.map_err(|error| name_variable(error, &args))?;
     let args = Args::from_arg_matches_mut(&mut matches)?;
     let mut log_format = LogFormat::Text;
     let mut log_filter = "warn".to_owned();
@@ -72,7 +74,7 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
             let half = wants_half(args.device, args.dtype);
             let (id, revision) = (args.model, args.revision);
             let (checking, _) = safety(args.safety_checker);
-            let download = Download { hub: hub(), id, revision, half, checking };
+            let download = Download { hub: hub()?, id, revision, half, checking };
             Box::new(move || print(&download.run()?))
         }
         Command::Package(args) => {
@@ -84,9 +86,10 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
                 precision: args.dtype,
                 threads: None,
                 add_ons: AddOns::default(),
-                hub: hub(),
+                hub: hub()?,
             };
             let package = args.package;
+            package.check().map_err(usage)?;
             Box::new(|| print(&package.run(model)?))
         }
         Command::Bench(args) if args.verify => {
@@ -124,7 +127,36 @@ fn command() -> clap::Command {
         arg.get_id() != "api_keys" && value.is_some_and(|value| value.is_empty())
     };
     let unset = move |arg: clap::Arg| if empty(&arg) { arg.env(None::<&str>) } else { arg };
-    Args::command().mut_subcommands(|subcommand| subcommand.mut_args(unset))
+    // The last word of an option is the unit or the kind of its value.
+    let placeholder = |arg: clap::Arg| {
+        let derived = arg.get_id().as_str().to_uppercase();
+        let is_derived = arg.get_value_names().is_some_and(|names| names[0] == *derived);
+        match arg.get_long().and_then(|long| long.rsplit('-').next()).map(str::to_uppercase) {
+            Some(last) if is_derived => arg.value_name(last),
+            _ => arg,
+        }
+    };
+    Args::command().mut_subcommands(|subcommand| subcommand.mut_args(unset).mut_args(placeholder))
+}
+
+/// Names the environment variable that an invalid value is from, if it is from one.
+fn name_variable(mut error: clap::Error, args: &[OsString]) -> clap::Error {
+    let Some(ContextValue::String(option)) = error.get(ContextKind::InvalidArg) else {
+        return error;
+    };
+    let option = option.split(' ').next().unwrap_or_default().to_owned();
+    let is_typed = |arg: &OsString| arg.to_string_lossy().split('=').next() == Some(&*option);
+    let command = Args::command();
+    let mut known = command.get_subcommands().flat_map(clap::Command::get_arguments);
+    let known = known.find(|arg| arg.get_long() == option.strip_prefix("--"));
+    if let Some(variable) = known.and_then(clap::Arg::get_env)
+        && [ErrorKind::InvalidValue, ErrorKind::ValueValidation].contains(&error.kind())
+        && !args.iter().any(is_typed)
+    {
+        let variable = variable.to_string_lossy().into_owned();
+        error.insert(ContextKind::InvalidArg, ContextValue::String(variable));
+    }
+    error
 }
 
 /// `LD_LIBRARY_PATH`.
@@ -152,6 +184,15 @@ impl ServeArgs {
         let (model, safety) = self.model.resolve()?;
         engine.safety = safety;
         models.drain_timeout = drain_timeout;
+        if let Some(folder) = &models.folder {
+            if models.multi_model {
+                return Err(usage(
+                    "--models-dir cannot be used with --multi-model (SAGEMAKER_MULTI_MODEL), in \
+                     which SageMaker names the models",
+                ));
+            }
+            readable("--models-dir", folder)?;
+        }
         let preload = chosen || !(models.multi_model || models.folder.is_some());
         let port = port(self.port)?;
         if http.access.lock_invocations && http.access.api_keys.is_empty() {
@@ -183,9 +224,8 @@ impl GenerateArgs {
             files.extend(file);
             loras.push(json!({ "name": name, "scale": scale }));
         }
-        let mut request = json!(self);
-        request["loras"] = loras.into();
-        let fields = request.to_string();
+        let mut fields = json!(self);
+        fields["loras"] = loras.into();
         let (mut model, safety) = self.model.resolve()?;
         model.add_ons.loras.files = files;
         let image = self.image.as_deref().map(read_file).transpose()?;
@@ -205,12 +245,16 @@ impl ModelArgs {
             precision: self.dtype,
             threads: self.threads,
             add_ons: AddOns {
-                loras: assets(self.loras_dir, &["safetensors"])?,
+                loras: assets("--loras-dir", self.loras_dir, &["safetensors"])?,
                 max_lora_bytes: self.max_lora_bytes as u64,
-                embeddings: assets(self.embeddings_dir, &["safetensors", "pt", "bin"])?,
+                embeddings: assets(
+                    "--embeddings-dir",
+                    self.embeddings_dir,
+                    &["safetensors", "pt", "bin"],
+                )?,
                 max_embedding_bytes: self.max_embedding_bytes as u64,
             },
-            hub: hub(),
+            hub: hub()?,
         };
         Ok((model, safety))
     }
@@ -266,15 +310,23 @@ fn existing(vae: PathBuf) -> Result<PathBuf, clap::Error> {
     )))
 }
 
-/// The files in the directory of an option, which must exist.
+/// The files in the directory of an option, which must be readable.
 fn assets(
+    option: &str,
     directory: Option<PathBuf>,
     endings: &'static [&'static str],
 ) -> Result<AssetDir, clap::Error> {
-    match directory.as_deref().filter(|path| !path.is_dir()) {
-        Some(missing) => Err(usage(format!("{} is not a directory", missing.display()))),
-        None => Ok(AssetDir { directory, files: Vec::new(), endings }),
-    }
+    directory.as_deref().map_or(Ok(()), |directory| readable(option, directory))?;
+    Ok(AssetDir { directory, files: Vec::new(), endings })
+}
+
+/// Checks that the directory of an option can be read.
+fn readable(option: &str, directory: &Path) -> Result<(), clap::Error> {
+    let read = directory.read_dir().map(drop);
+    read.map_err(|error| {
+        let directory = directory.display();
+        usage(format!("{option} {directory} cannot be read as a directory: {error}"))
+    })
 }
 
 /// Parses `name`, `name:0.8`, `file` or `file:0.8` into file, name and scale.
@@ -296,7 +348,9 @@ fn port(typed: Option<u16>) -> Result<u16, clap::Error> {
     for name in ["SAGEMAKER_BIND_TO_PORT", "SD_PORT"] {
         if let Some(value) = variable(name) {
             let parsed = value.trim().parse();
-            return parsed.map_err(|_| usage(format!("{name}={value} is not a port")));
+            return parsed.map_err(|_| {
+                usage(format!("{name}={value} is not a port, a number from 0 to 65535"))
+            });
         }
     }
     Ok(DEFAULT_PORT)
@@ -306,23 +360,32 @@ fn port(typed: Option<u16>) -> Result<u16, clap::Error> {
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The hub's configuration, from the variables of the Python libraries.
-fn hub() -> Hub {
+fn hub() -> Result<Hub, clap::Error> {
     let home = || variable("HOME").map(|home| Path::new(&home).join(".cache/huggingface"));
     let root = variable("HF_HOME").map(PathBuf::from).or_else(home);
     let cache = variable("HF_HUB_CACHE").map(PathBuf::from);
     let cache = cache.or_else(|| root.as_ref().map(|root| root.join("hub")));
-    let switched_on = |value: String| ["1", "true", "yes", "on"].contains(&&*value.to_lowercase());
-    let seconds = variable("HF_HUB_DOWNLOAD_TIMEOUT").and_then(|seconds| seconds.parse().ok());
-    let stall_timeout = seconds.filter(|seconds| *seconds > 0).map(Duration::from_secs);
+    let offline = parsed("HF_HUB_OFFLINE", switch)?;
+    let stall_timeout = parsed("HF_HUB_DOWNLOAD_TIMEOUT", min::<1>)?;
+    let stall_timeout = stall_timeout.map(|seconds| Duration::from_secs(seconds as u64));
     let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
-    Hub {
+    Ok(Hub {
         // Without a home directory, as in some containers, the cache is in a temporary directory.
         cache: Cache::new(cache.unwrap_or_else(|| std::env::temp_dir().join("huggingface/hub"))),
         endpoint: endpoint.trim_end_matches('/').to_owned(),
         token: variable("HF_TOKEN"),
-        offline: variable("HF_HUB_OFFLINE").is_some_and(switched_on),
+        offline: offline.unwrap_or(false),
         stall_timeout: stall_timeout.unwrap_or(STALL_TIMEOUT),
-    }
+    })
+}
+
+/// The value of an environment variable that is no option of clap's, if not empty.
+fn parsed<T>(
+    name: &str,
+    parse: impl Fn(&str) -> Result<T, String>,
+) -> Result<Option<T>, clap::Error> {
+    let value = variable(name).map(|value| parse(&value)).transpose();
+    value.map_err(|reason| usage(format!("the variable {name} {reason}")))
 }
 
 /// An environment variable, if not empty.

@@ -45,6 +45,23 @@ pub(crate) enum Layout {
 }
 
 impl Package {
+    /// Checks the output path against the layout.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let Some(output) = &self.output else { return Ok(()) };
+        let name = output.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
+        let tarball = name.ends_with(".tar.gz") || name.ends_with(".tgz");
+        match self.layout {
+            Layout::Tarball if !tarball => {
+                Err(format!("--output {} must end in .tar.gz or .tgz", output.display()))
+            }
+            Layout::Directory if tarball => Err(format!(
+                "--output {} is the name of a tarball; with --layout directory name a directory",
+                output.display()
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// Creates the package and returns its path.
     pub(crate) fn run(self, model: ModelConfig) -> Result<PathBuf> {
         let (half, checking) = (model.half(), model.checking);

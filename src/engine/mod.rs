@@ -25,7 +25,7 @@ use sd_models::ModelInfo;
 use tokio::sync::watch;
 
 use crate::host::{gpu, memory};
-use crate::telemetry::Metrics;
+use crate::telemetry::{self, Metrics};
 pub use device::DeviceScheduler;
 pub use job::{Client, GeneratedImage, Job, JobError, Preview, Priority, Progress, Ticket};
 pub use model::{Model, ReadLoras, Trajectory};
@@ -209,6 +209,7 @@ impl Engine {
         metrics.memory_budget.set_bytes([], budget);
         metrics.resident_memory.set_bytes([], memory::resident());
         metrics.available_memory.set_bytes([], memory::available());
+        metrics.log_lines_dropped.set_count([], telemetry::dropped_lines());
         for (index, gpu) in gpu::read().into_iter().enumerate() {
             let index = [&*index.to_string()];
             metrics.gpu_memory_used.set_bytes(index, gpu.memory_used_bytes);

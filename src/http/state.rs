@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::builder::FalseyValueParser;
 use sd_models::ModelInfo;
 use tokio::time::Instant;
 
@@ -17,7 +16,7 @@ use super::slots::{Amount, Slots};
 use super::store::{InFlight, JobLimits, JobStore, SelectedCheckpoint, UrlStore};
 use crate::engine::{Engine, JobError};
 use crate::image::Hashes;
-use crate::options::{millis, min};
+use crate::options::{millis, min, size, switch};
 use crate::registry::{ModelLease, ModelRegistry, RegistryError};
 use crate::request::Limits;
 
@@ -32,7 +31,7 @@ pub struct HttpConfig {
     #[command(flatten)]
     pub limits: Limits,
     /// Maximum length of a request body, in bytes; a longer one gets 413
-    #[arg(long, env = "SD_MAX_BODY_BYTES", default_value = "26214400", value_parser = min::<1>)]
+    #[arg(long, env = "SD_MAX_BODY_BYTES", default_value = "26214400", value_parser = size::<1>)]
     pub max_body_bytes: usize,
     /// Memory for input images while they are decoded, in bytes. Requests wait for that of others;
     /// an image that alone takes more is decoded alone
@@ -109,7 +108,7 @@ pub struct HttpConfig {
     pub url_retention: Duration,
     /// Maximum total size of the images retained for their URLs, in bytes. At the limit, the oldest
     /// is evicted
-    #[arg(long, env = "SD_MAX_URL_BYTES", default_value = "268435456", value_parser = min::<0>)]
+    #[arg(long, env = "SD_MAX_URL_BYTES", default_value = "268435456", value_parser = size::<0>)]
     pub max_url_bytes: usize,
     /// Time for the headers of the next request to arrive on a connection, in milliseconds; after
     /// it the connection is closed
@@ -138,7 +137,7 @@ pub struct HttpConfig {
     pub max_connections_per_address: Option<usize>,
     /// Log prompts. Without this they never appear in the log
     #[arg(long, env = "SD_LOG_PROMPTS")]
-    #[arg(value_parser = FalseyValueParser::new(), help_heading = "Log")]
+    #[arg(value_parser = switch, help_heading = "Log")]
     pub log_prompts: bool,
     /// Who may do what.
     #[command(flatten)]

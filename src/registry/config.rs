@@ -3,9 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::builder::FalseyValueParser;
-
-use crate::options::{bytes, min};
+use crate::options::{bytes, min, switch};
 
 /// The bounds of the models that are loaded by name, which are options of `serve`.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -17,7 +15,7 @@ pub struct RegistryConfig {
     #[arg(long = "models-dir", env = "SD_MODELS_DIR")]
     pub folder: Option<PathBuf>,
     /// Multi-model mode: SageMaker loads and unloads models through /models
-    #[arg(long, env = "SAGEMAKER_MULTI_MODEL", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "SAGEMAKER_MULTI_MODEL", value_parser = switch)]
     pub multi_model: bool,
     /// Directory below which the models of `POST /models` must be
     #[arg(long, env = "SD_MULTI_MODEL_ROOT", default_value = "/opt/ml/models")]

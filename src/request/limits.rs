@@ -3,7 +3,7 @@
 use sd_models::MAX_STEPS;
 use serde_json::Value;
 
-use crate::options::min;
+use crate::options::{min, size};
 
 /// Maximum values of one request, set by the operator.
 #[derive(Debug, Clone, Copy, clap::Args)]
@@ -20,7 +20,7 @@ pub struct Limits {
     pub max_images: usize,
     /// Maximum length of a prompt, in bytes. The model reads 77 tokens of it, or eight times as
     /// many with the a1111 syntax
-    #[arg(long, env = "SD_MAX_PROMPT_BYTES", default_value = "16384", value_parser = min::<1>)]
+    #[arg(long, env = "SD_MAX_PROMPT_BYTES", default_value = "16384", value_parser = size::<1>)]
     pub max_prompt_bytes: usize,
     /// Maximum width x height of an input image or mask, which is decoded before it is resized
     #[arg(long, env = "SD_MAX_INPUT_PIXELS", default_value = "33554432", value_parser = min::<64>)]

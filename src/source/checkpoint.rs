@@ -19,9 +19,13 @@ pub(crate) fn is_checkpoint(path: &Path) -> bool {
     path.is_file() && ["safetensors", "ckpt", "pt", "pth"].contains(&&*ending)
 }
 
+/// The model in a file, which is checked.
 pub(super) fn source(file: PathBuf, hub: &Hub) -> Result<Source> {
-    let vocabulary = vocabulary(&file, hub)?;
-    Ok(Source::Checkpoint(Checkpoint { file, vocabulary }))
+    let checkpoint = Checkpoint { file, vocabulary: None };
+    // Before the vocabulary is fetched, which is in vain for a file that is no model.
+    checkpoint.check()?;
+    let vocabulary = vocabulary(&checkpoint.file, hub)?;
+    Ok(Source::Checkpoint(Checkpoint { vocabulary, ..checkpoint }))
 }
 
 /// CLIP's vocabulary from the cache or the hub, for a checkpoint without a `tokenizer/`.

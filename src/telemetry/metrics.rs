@@ -3,7 +3,7 @@
 
 use std::array;
 use std::fmt;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use prometheus_client::encoding::{prometheus_text, text};
@@ -53,6 +53,13 @@ impl<const N: usize> Series<Histogram, N> {
     /// Adds a duration in seconds.
     pub fn time(&self, values: [&str; N], duration: Duration) {
         self.with(values).observe(duration.as_secs_f64());
+    }
+}
+
+impl<const N: usize> Series<Counter, N> {
+    /// Sets a count that is kept elsewhere.
+    pub fn set_count(&self, values: [&str; N], count: u64) {
+        self.with(values).inner().store(count, Ordering::Relaxed);
     }
 }
 
@@ -139,6 +146,8 @@ metrics! {
     gpu_power: FloatGauge = "sd_gpu_power_watts" ["gpu"] FloatGauge::default;
     /// Temperature of the GPU.
     gpu_temperature: FloatGauge = "sd_gpu_temperature_celsius" ["gpu"] FloatGauge::default;
+    /// Lines of the log that were dropped because the reader of standard error was too slow.
+    log_lines_dropped: Counter = "sd_log_lines_dropped" [] Counter::default;
     /// Always 1; the label is the version of the server.
     build: Gauge = "sd_build_info" ["version"] Gauge::default;
 }

@@ -3,10 +3,24 @@
 mod metrics;
 
 use std::io::{self, IsTerminal as _};
+use std::sync::{OnceLock, mpsc};
+use std::thread;
+use std::time::Duration;
 
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 pub use metrics::Metrics;
+
+/// Number of lines that are held while the reader of standard error is slow. More are dropped.
+const BUFFERED_LINES: usize = 8192;
+
+/// Time to write the buffered lines when the process ends.
+const FLUSH_TIMEOUT: Duration = Duration::from_millis(1500);
+
+/// Counts the dropped lines, once the log is started.
+static DROPPED_LINES: OnceLock<ErrorCounter> = OnceLock::new();
 
 /// The format of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -17,14 +31,61 @@ pub enum LogFormat {
     Json,
 }
 
-/// Starts the log. Panics are logged too, so that a JSON log contains nothing else.
-pub fn init(format: LogFormat, filter: &str) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(filter)?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
-    let started = match format {
+/// The log. Dropping it writes the lines that are still buffered.
+#[derive(Debug)]
+pub struct Log(Option<WorkerGuard>);
+
+/// Starts the log. A thread of its own writes it, so that nothing waits for the reader of standard
+/// error. Panics are logged too, so that a JSON log contains nothing else. A log that the process
+/// has already is kept.
+pub fn init(format: LogFormat, filter: &str) -> Log {
+    let lines = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(BUFFERED_LINES);
+    let (writer, guard) = lines.thread_name("log").finish(io::stderr());
+    let _ = DROPPED_LINES.set(writer.error_counter());
+    let filter = EnvFilter::new(filter);
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer);
+    let _ = match format {
         LogFormat::Text => log.with_ansi(io::stderr().is_terminal()).with_target(false).try_init(),
         LogFormat::Json => log.json().flatten_event(true).try_init(),
     };
     std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
-    started.map_err(|error| anyhow::anyhow!("cannot start the log: {error}"))
+    Log(Some(guard))
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        let guard = self.0.take();
+        let (done, flushed) = mpsc::channel::<()>();
+        // In a thread, since the guard reports a full buffer on standard output, whose reader may
+        // have stalled as well.
+        let flush = move || {
+            drop(guard);
+            drop(done);
+        };
+        if thread::Builder::new().name("log end".into()).spawn(flush).is_ok() {
+            let _ = flushed.recv_timeout(FLUSH_TIMEOUT);
+        }
+    }
+}
+
+/// Number of lines that were dropped because the reader of standard error was too slow.
+pub(crate) fn dropped_lines() -> u64 {
+    DROPPED_LINES.get().map_or(0, |dropped| dropped.dropped_lines() as u64)
+}
+
+/// Checks a filter of the log.
+pub(crate) fn log_filter(text: &str) -> Result<String, String> {
+    // tracing would take a misspelt level for the name of a module, and log nothing else.
+    let bare = |part: &&str| !part.contains(['=', '[', ']', '{', '}', '"']);
+    let unknown = |part: &&str| part.trim().parse::<LevelFilter>().is_err();
+    if let Some(part) = text.split(',').filter(bare).find(unknown) {
+        return Err(format!(
+            "{part:?} is no level; use error, warn, info, debug, trace or off, and for a module \
+             its name and a level, such as sd_server=debug"
+        ));
+    }
+    match EnvFilter::try_new(text) {
+        Ok(_) => Ok(text.into()),
+        Err(error) => Err(format!("{error}; an example is warn,sd_server=debug")),
+    }
 }

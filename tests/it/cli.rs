@@ -44,8 +44,22 @@ fn generate_writes_a_picture_with_its_parameters() {
     assert!(told.contains("Hires upscale: 2, Hires steps: 2, Hires upscaler: Latent,"), "{told}");
     let picture = image::load_from_memory(&png).expect("a picture");
     assert_eq!((picture.width(), picture.height()), (128, 192));
-    let lonely = run(&[&["generate", "x", "--hires-steps", "4"][..], &model].concat());
-    assert!(text(&lonely.stderr).contains("hires_steps requires hires_width"));
+}
+
+#[test]
+fn errors_of_generate_name_the_options() {
+    let table: [(&[&str], &str); 5] = [
+        (&["--hires-steps", "4"], "--hires-steps requires --hires-width"),
+        (&["--steps", "0"], "--steps must be from 1 to"),
+        (&["--num-images", "0"], "--num-images must be from 1 to"),
+        (&["--lora", "none"], "--lora "),
+        (&["--prompt-syntax", "php"], "--prompt-syntax "),
+    ];
+    for (args, message) in table {
+        let done = run(&[&["generate", "x", "--model", "demo", "--device", "cpu"], args].concat());
+        assert_eq!(done.status.code(), Some(64), "{args:?}");
+        assert!(text(&done.stderr).contains(message), "{args:?}: {}", text(&done.stderr));
+    }
 }
 
 #[test]
@@ -133,6 +147,87 @@ fn usage_errors_exit_with_64() {
 }
 
 #[test]
+fn start_up_errors_name_the_option_or_variable() {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let file = file.path().to_str().expect("UTF-8");
+    let table: [(&[&str], &str, &[&str]); 17] = [
+        (&["--log", "warning"], "", &["--log", "\"warning\" is no level"]),
+        (&["--log", "warn,sd_server"], "", &["--log", "\"sd_server\" is no level"]),
+        (&[], "SD_LOG=verbose", &["SD_LOG", "\"verbose\" is no level"]),
+        (&[], "SD_LOG=sd_server=loud", &["SD_LOG", "sd_server=debug"]),
+        (&[], "SD_LOG_FORMAT=xml", &["SD_LOG_FORMAT", "json"]),
+        (&[], "SD_LOG_PROMPTS=maybe", &["SD_LOG_PROMPTS", "must be true or false"]),
+        (&[], "SAGEMAKER_MULTI_MODEL=2", &["SAGEMAKER_MULTI_MODEL", "must be true or false"]),
+        (&[], "HF_HUB_OFFLINE=ture", &["HF_HUB_OFFLINE", "must be true or false"]),
+        (&[], "SD_MAX_STEPS=0", &["SD_MAX_STEPS", "at least 1"]),
+        (&["--max-steps=0"], "SD_MAX_STEPS=5", &["--max-steps", "at least 1"]),
+        (&["--memory-budget-bytes", "1X"], "", &["--memory-budget-bytes", "1M or 2GiB"]),
+        (&["--models-dir", "/nope"], "", &["--models-dir /nope", "No such file"]),
+        (&["--models-dir", file], "", &["--models-dir", "Not a directory"]),
+        (&["--loras-dir", "/nope"], "", &["--loras-dir /nope", "No such file"]),
+        (&["--models-dir", "/", "--multi-model"], "", &["--models-dir", "--multi-model"]),
+        (&["package", "x/y", "-o", "d.zip"], "", &["--output d.zip", ".tar.gz"]),
+        (&["package", "x/y", "-o", "d.tgz", "--layout=directory"], "", &["--output d.tgz"]),
+    ];
+    for (args, variable, words) in table {
+        let mut command = sd_server(args);
+        command.envs(variable.split_once('='));
+        let done = command.output().expect("it starts");
+        let said = text(&done.stderr);
+        assert_eq!(done.status.code(), Some(64), "{args:?} {variable}: {said}");
+        assert!(words.iter().all(|word| said.contains(word)), "{args:?} {variable}: {said}");
+    }
+    // What is right is not complained of: the only error is another one.
+    for right in [
+        "SD_LOG_PROMPTS=No",
+        "SD_LOG_PROMPTS=on",
+        "SAGEMAKER_MULTI_MODEL=off",
+        "SAGEMAKER_MULTI_MODEL=False",
+        "SD_MEMORY_BUDGET_BYTES=1G",
+        "SD_LOG=WARN",
+        "SD_LOG=off,sd_server=debug,[request{id=1}]=trace",
+    ] {
+        let mut command = sd_server(&["--models-dir", "/nope"]);
+        let done = command.envs(right.split_once('=')).output().expect("it starts");
+        assert!(text(&done.stderr).contains("--models-dir /nope"), "{right}");
+    }
+}
+
+#[test]
+fn a_lora_is_not_taken_for_a_model() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let path = folder.path().join("style.safetensors");
+    let header =
+        r#"{"lora_unet_mid.lora_down.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#;
+    let length = header.len() as u64;
+    let file = [&length.to_le_bytes()[..], header.as_bytes(), &[0; 4]].concat();
+    std::fs::write(&path, file).expect("written");
+    let path = path.to_str().expect("UTF-8");
+    let done = run(&["--port", "0", "--model", path]);
+    assert_eq!(done.status.code(), Some(1));
+    assert!(text(&done.stderr).contains("style.safetensors: this is a LoRA"));
+}
+
+#[test]
+fn a_reader_of_the_log_that_stalls_stalls_nothing_else() {
+    let mut command = sd_server(&["--model", "demo", "--device", "cpu", "--log", "debug"]);
+    let server = Server::spawn(command.stderr(std::process::Stdio::piped()));
+    server.wait_until_ready();
+    let ping = "GET /ping HTTP/1.1\r\nHost: x\r\n\r\n";
+    let last = "GET /ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    let pings = ping.repeat(299) + last;
+    // Each is a line. A pipe holds 64 KiB, and the server some thousand lines.
+    for _ in 0..40 {
+        assert_eq!(server.raw(pings.as_bytes()).matches("HTTP/1.1 200").count(), 300);
+    }
+    assert!(server.metric("sd_log_lines_dropped_total") > 0.0);
+    let began = std::time::Instant::now();
+    server.signal("TERM");
+    assert_eq!(server.wait().code(), Some(0));
+    assert!(began.elapsed().as_secs() < 20);
+}
+
+#[test]
 fn other_failures_exit_with_1() {
     let empty = tempfile::tempdir().expect("a directory");
     let empty = empty.path().to_str().expect("UTF-8");
@@ -149,8 +244,40 @@ fn help_is_for_people() {
     for word in ["serve", "generate", "download", "healthcheck"] {
         assert!(text(&help.stdout).contains(word));
     }
-    assert!(text(&run(&["serve", "--help"]).stdout).contains("SageMaker"));
+    let serve = text(&run(&["serve", "--help"]).stdout);
+    for words in ["SageMaker", "--drain-timeout-ms <MS>", "--max-body-bytes <BYTES>"] {
+        assert!(serve.contains(words), "{words} in {serve}");
+    }
+    assert!(!text(&run(&["package", "--help"]).stdout).contains("blur"));
+    let bench = text(&run(&["bench", "--help"]).stdout);
+    let (load, model) = (bench.find("--rate"), bench.find("Model:"));
+    assert!(load.is_some() && load < model, "{bench}");
     assert!(text(&run(&["--version"]).stdout).starts_with("sd-server "));
+}
+
+#[test]
+fn the_documentation_has_every_option_and_variable_of_serve() {
+    let help = text(&run(&["serve", "--help"]).stdout);
+    let document = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/configuration.md");
+    let document = std::fs::read_to_string(document).expect("a document");
+    let names = help.lines().filter_map(|line| {
+        let variable = line.trim_start().strip_prefix("[env: ");
+        let variable = variable.and_then(|rest| rest.split('=').next());
+        // Text that is wrapped is indented more.
+        let option = line.strip_prefix("      ").filter(|line| line.starts_with("--"));
+        variable.or_else(|| option?.split(' ').next())
+    });
+    let names: Vec<&str> = names.filter(|name| name.len() > 2).collect();
+    assert!(names.len() > 50, "{help}");
+    for name in names {
+        assert!(document.contains(&format!("`{name}`")), "{name}");
+    }
+    for name in document.split('`').filter(|word| word.starts_with("--")) {
+        assert!(
+            help.contains(&format!("{name} ")) || help.contains(&format!("{name}\n")),
+            "{name}"
+        );
+    }
 }
 
 #[test]

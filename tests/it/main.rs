@@ -30,8 +30,8 @@ mod overload; // too much, too late, too large: what is refused and how
 mod package; // a model's files for SageMaker
 mod page; // the web page
 mod pictures; // against diffusers' pictures, and against their prompts
-mod progress;
-mod recorded; // events and jobs
+mod progress; // events and jobs
+mod recorded; // requests of other clients, as recorded
 mod safety; // the safety checker, in every dialect
 mod scheduling; // fairness, starvation, conservation, with a fake model and real threads
 mod sdapi; // AUTOMATIC1111's API

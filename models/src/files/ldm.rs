@@ -55,6 +55,23 @@ impl<'a> LdmCheckpoint<'a> {
         self.find(name).is_some()
     }
 
+    /// Fails if this is not a checkpoint of a whole model, and says what it is instead.
+    pub(crate) fn check(&self) -> Result<()> {
+        let any = |test: &dyn Fn(&str) -> bool| self.shapes.iter().any(|(name, _)| test(name));
+        if any(&|name| name.starts_with(UNET)) {
+            return Ok(());
+        }
+        let lora = |name: &str| name.contains("lora") || name.ends_with(".alpha");
+        let found = if any(&lora) {
+            "this is a LoRA, which adds to a model, and no model"
+        } else if any(&|name| name.ends_with("decoder.conv_in.weight")) {
+            "this is a VAE, and no whole model"
+        } else {
+            "this is no checkpoint of Stable Diffusion: it has no UNet in the original (LDM) format"
+        };
+        Err(Error::config(self.file, found))
+    }
+
     /// One dimension of a tensor that every checkpoint has.
     fn side(&self, name: &str, dimension: usize) -> Result<usize> {
         let shape = self.find(name).ok_or_else(|| Error::Tensor {

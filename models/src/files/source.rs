@@ -36,6 +36,11 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// Fails if the file is not a whole model: LoRAs and single networks have the same extensions.
+    pub fn check(&self) -> Result<()> {
+        Weights::whole(&self.file)?.outline().check()
+    }
+
     /// The path beside the checkpoint of a file of the Diffusers format.
     fn beside(&self, name: &str) -> PathBuf {
         self.file.with_file_name(name)

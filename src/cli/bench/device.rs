@@ -35,6 +35,7 @@ const GPUS: [(&str, f64, f64); 5] = [
 
 /// What `bench --verify` times.
 #[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Timing")]
 pub(crate) struct TimingConfig {
     /// Image size with --verify, such as 512x512. Default: the model's own
     #[arg(long, requires = "verify", value_parser = size)]

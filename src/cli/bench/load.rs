@@ -25,6 +25,7 @@ use crate::options::{millis, min};
 
 /// Configuration of `bench`.
 #[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Load")]
 pub(crate) struct LoadConfig {
     /// URL of the server: http://host:port
     #[arg(required_unless_present = "verify", conflicts_with = "verify", value_parser = url)]
@@ -50,7 +51,7 @@ pub(crate) struct LoadConfig {
     #[arg(long, default_value = "1")]
     pub(crate) arrivals_seed: u64,
     /// Print JSON instead of a table
-    #[arg(long)]
+    #[arg(long, help_heading = None)]
     pub(crate) json: bool,
 }
 
