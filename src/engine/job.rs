@@ -33,7 +33,10 @@ pub enum JobError {
     #[error("the server is shutting down")]
     Stopping,
     /// The job was not finished within its timeout.
-    #[error("the request was not finished within its timeout")]
+    #[error(
+        "the request was not finished within its timeout: that of --request-timeout-ms, \
+         --stream-timeout-ms or --job-timeout-ms, or less in its header x-request-timeout-ms"
+    )]
     Deadline,
     /// The device is out of memory for this image.
     #[error("the device has not enough memory for this image")]

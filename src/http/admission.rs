@@ -76,7 +76,7 @@ impl FromRequest<AppState> for Admitted {
     /// Rejects before the body is read if a header is invalid, there is no slot or the model is
     /// not ready.
     async fn from_request(request: Request, state: &AppState) -> Result<Self> {
-        admit(request, state, state.settings.max_body_bytes).await
+        admit(request, state, BodyLimit::of(&state.settings)).await
     }
 }
 
@@ -84,7 +84,9 @@ impl FromRequest<AppState> for AdmittedSmall {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &AppState) -> Result<Self> {
-        let limit = state.settings.max_body_bytes.min(MAX_SMALL_BODY);
+        let small = BodyLimit { bytes: MAX_SMALL_BODY, name: "this route" };
+        let configured = BodyLimit::of(&state.settings);
+        let limit = if configured.bytes < small.bytes { configured } else { small };
         admit(request, state, limit).await.map(Self)
     }
 }
@@ -110,8 +112,27 @@ fn is_shared(extensions: &Extensions, settings: &HttpConfig) -> bool {
     extensions.get::<Client>().is_none() && is_proxy
 }
 
-/// Admits a request with a body of at most `limit` bytes.
-async fn admit(request: Request, state: &AppState, limit: usize) -> Result<Admitted> {
+/// The maximum length of a body.
+#[derive(Clone, Copy)]
+struct BodyLimit {
+    bytes: usize,
+    /// The option that sets it, or what else has it, for the client.
+    name: &'static str,
+}
+
+impl BodyLimit {
+    fn of(settings: &HttpConfig) -> Self {
+        Self { bytes: settings.max_body_bytes, name: "--max-body-bytes" }
+    }
+
+    fn check(self, length: usize) -> Result<()> {
+        let Self { bytes, name } = self;
+        if length > bytes { Err(ApiError::TooLarge { bytes, limit: name }) } else { Ok(()) }
+    }
+}
+
+/// Admits a request with a body of at most `limit`.
+async fn admit(request: Request, state: &AppState, limit: BodyLimit) -> Result<Admitted> {
     let arrived = Instant::now();
     let settings = &state.settings;
     let headers = request.headers().clone();
@@ -129,9 +150,7 @@ async fn admit(request: Request, state: &AppState, limit: usize) -> Result<Admit
     model_of(&state.engine)?;
     let declared = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok());
     let declared = declared.and_then(|length| length.parse().ok()).unwrap_or(0);
-    if declared > limit {
-        return Err(ApiError::TooLarge(limit));
-    }
+    limit.check(declared)?;
     let mut room = take(0, declared).map_err(crowded)?;
     let body = Receive { limit, declared, arrived, patience: settings.body_timeout, deadline };
     let body = body.read(request, &mut room, crowded).await?;
@@ -141,8 +160,7 @@ async fn admit(request: Request, state: &AppState, limit: usize) -> Result<Admit
 
 /// How a body is read.
 struct Receive {
-    /// Maximum length, in bytes.
-    limit: usize,
+    limit: BodyLimit,
     /// Declared length, in bytes; 0 if none is declared.
     declared: usize,
     arrived: Instant,
@@ -172,9 +190,7 @@ impl Receive {
                 }
             };
             let length = body.len() + part.len();
-            if length > self.limit {
-                return Err(ApiError::TooLarge(self.limit));
-            }
+            self.limit.check(length)?;
             room.grow_to(length).map_err(&crowded)?;
             body.extend_from_slice(&part);
         }

@@ -65,8 +65,13 @@ pub(crate) enum ApiError {
     #[error("the request body did not arrive in time")]
     SlowBody,
     /// 413.
-    #[error("the request body is larger than {0} bytes")]
-    TooLarge(usize),
+    #[error("the request body is larger than {bytes} bytes, the limit of {limit}")]
+    TooLarge {
+        /// The limit.
+        bytes: usize,
+        /// The option that sets it, or the route that has it.
+        limit: &'static str,
+    },
     /// 415.
     #[error("{0}")]
     MediaType(String),
@@ -138,7 +143,7 @@ impl ApiError {
             Self::Method => (S::METHOD_NOT_ALLOWED, "method_not_allowed"),
             Self::NotAcceptable(_) => (S::NOT_ACCEPTABLE, "not_acceptable"),
             Self::SlowBody => (S::REQUEST_TIMEOUT, "body_timeout"),
-            Self::TooLarge(_) => (S::PAYLOAD_TOO_LARGE, "too_large"),
+            Self::TooLarge { .. } => (S::PAYLOAD_TOO_LARGE, "too_large"),
             Self::MediaType(_) => (S::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
             Self::Crowded { .. } | Self::JobLimit { .. } | Self::Job(Job::Full { .. }) => {
                 (S::TOO_MANY_REQUESTS, "overloaded")

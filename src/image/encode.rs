@@ -65,7 +65,7 @@ impl std::str::FromStr for Format {
             "png" => Ok(Self::Png),
             "jpeg" | "jpg" => Ok(Self::Jpeg),
             "webp" => Ok(Self::Webp),
-            _ => Err(format!("unknown format {name:?}; known are png, jpeg, webp")),
+            _ => Err(format!("{name:?} is unknown; known are png, jpeg, webp")),
         }
     }
 }

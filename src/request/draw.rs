@@ -243,8 +243,8 @@ impl DrawRequest {
         field: &str,
         name: Option<&String>,
     ) -> Result<Option<T>, ValidationError> {
-        let unknown = |reason| self.range(field, format!("is an {reason}"));
-        name.map(|name| name.parse()).transpose().map_err(unknown)
+        let parsed = name.map(|name| name.parse()).transpose();
+        parsed.map_err(|reason| self.range(field, reason))
     }
 
     /// Decodes the input image and its mask.
@@ -272,7 +272,10 @@ impl DrawRequest {
         dependent: [(&str, bool); N],
     ) -> Result<Option<T>, ValidationError> {
         let Some((name, _)) = dependent.iter().find(|(_, given)| *given) else { return Ok(None) };
-        Err(ValidationError::malformed(self.names.of(name), format!("requires {missing}")))
+        Err(ValidationError::malformed(
+            self.names.of(name),
+            format!("requires {}", self.names.of(missing)),
+        ))
     }
 
     /// Checks a number that an API may have computed.

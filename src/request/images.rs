@@ -58,7 +58,10 @@ impl ImageFile {
         if text.iter().any(u8::is_ascii_whitespace) {
             text.to_mut().retain(|byte| !byte.is_ascii_whitespace());
         }
-        let broken = |error| ValidationError::malformed(name, format!("is not base64: {error}"));
+        let broken = |_| {
+            let reason = "must be an image file in base64, bare or as a data URL";
+            ValidationError::malformed(name, reason)
+        };
         BASE64.decode(text).map(Into::into).map_err(broken)
     }
 

@@ -110,7 +110,7 @@ metrics! {
     images_waiting: Gauge = "sd_images_waiting" [] Gauge::default;
     /// Images that have left the queue and are not finished.
     images_running: Gauge = "sd_images_running" [] Gauge::default;
-    /// Guided images per UNet call: half of the maximum number of batch rows.
+    /// Guided images that one UNet call takes at most: half of --max-batch-rows, as each has two rows.
     images_capacity: Gauge = "sd_images_capacity" [] Gauge::default;
     /// Time of an image in the queue, from acceptance to its text encoding.
     queue_duration: Histogram = "sd_queue_duration_seconds" [] request_buckets;

@@ -5,7 +5,13 @@ use std::io::Write as _;
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use crate::harness::Server;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use image::ImageFormat;
+use serde_json::json;
+
+use crate::harness::{Reply, Server, sd_server};
+use crate::inputs::{file, gradient};
 
 const JSON: &str = "content-type: application/json";
 const FORM: &str = "content-type: application/x-www-form-urlencoded";
@@ -177,6 +183,52 @@ fn the_memory_of_large_bodies_is_returned() {
         std::thread::sleep(Duration::from_millis(100));
     }
     assert_still_draws(&server);
+}
+
+/// Messages that say what to do, without the words of libraries and types of this program.
+#[test]
+fn messages_name_what_is_wrong_and_what_is_known() {
+    let server = Server::ready(&["--max-body-bytes", "100K"]);
+    let picture = BASE64_STANDARD.encode(file(&gradient(64, 64), ImageFormat::Png));
+    let base64 = "image must be an image file in base64, bare or as a data URL";
+    let table = [
+        (json!({ "scheduler": "x" }), "scheduler \"x\" is unknown; known are pndm"),
+        (json!({ "output_format": "x" }), "output_format \"x\" is unknown; known are png"),
+        (json!({ "prompt_syntax": "x" }), "prompt_syntax \"x\" is unknown; known are plain"),
+        (json!({ "loras": [{ "name": "x" }] }), "loras names the LoRA \"x\", which is unknown;"),
+        (json!({ "image": "abcd=a" }), base64),
+        (json!({ "image": "https://example.org/a.png" }), base64),
+        (json!({ "preview": true }), "preview requires stream"),
+        (
+            json!({ "image": picture, "strength": 0.01, "steps": 4 }),
+            "strength of 0.01 takes less than one of 4 steps; raise it",
+        ),
+        (
+            json!({ "negative_prompt": "x".repeat(200_000) }),
+            "102400 bytes, the limit of --max-body",
+        ),
+    ];
+    for (mut body, message) in table {
+        body["prompt"] = "a".into();
+        let error = server.json(&body).json();
+        let found = error["error"]["message"].as_str().expect("a message");
+        assert!(found.contains(message), "{found}");
+    }
+    let late = server.post(&["x-request-timeout-ms: 1"], r#"{"prompt":"a","steps":150}"#);
+    assert!(late.json()["error"]["message"].to_string().contains("--request-timeout-ms"));
+}
+
+#[test]
+fn a_model_to_load_is_named_and_has_a_url() {
+    let server = Server::spawn(&mut sd_server(&["--multi-model", "--device", "cpu"]));
+    for (body, param) in
+        [(r#"{"url":"/a"}"#, "model_name"), (r#"{"model_name":"a","url":1}"#, "url"), ("[]", "")]
+    {
+        let reply = server.client.post(server.url("/models")).body(body).send().expect("an answer");
+        let reply = Reply::from(reply);
+        assert_eq!((reply.status, &*reply.error().1), (400, param), "{body}");
+        assert!(!String::from_utf8_lossy(&reply.body).contains("LoadModelBody"));
+    }
 }
 
 fn assert_still_draws(server: &Server) {

@@ -126,7 +126,10 @@ fn what_is_not_there_is_refused_by_field() {
     }
     let unknown = server.json(&body(&json!([{ "name": "other" }]))).json();
     let message = unknown["error"]["message"].as_str().expect("a message").to_owned();
-    assert!(message.contains("\"other\" is unknown; there are attention, everywhere"), "{message}");
+    assert!(
+        message.contains("\"other\", which is unknown; known are attention, everywhere"),
+        "{message}"
+    );
 
     let ask =
         |prompt: &str| post(&server, "/sdapi/v1/txt2img", &json!({ "prompt": prompt, "steps": 1 }));

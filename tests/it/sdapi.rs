@@ -183,6 +183,8 @@ async fn a_second_pass_is_what_automatic1111_makes_of_its_fields() -> Result<()>
         (json!({ "hr_resize_x": 128, "hr_resize_y": 100 }), "128x96", "Hires resize: 128x96, "),
         (json!({ "hr_scale": 1 }), "64x96", ""),
         (json!({ "enable_hr": false }), "64x96", ""),
+        (json!({ "enable_hr": "False" }), "64x96", ""),
+        (json!({ "enable_hr": "0", "tiling": "false" }), "64x96", ""),
     ];
     for (extra, size, told) in table {
         let (status, reply) = post(&server.url, "/sdapi/v1/txt2img", &with(extra)).await?;

@@ -48,10 +48,10 @@ impl AssetDir {
         let mut files = self.list();
         match files.iter().position(|(known, _)| known == name) {
             Some(place) => Ok(files.swap_remove(place).1),
-            None if files.is_empty() => Err(format!("{name:?} is unknown; there are none")),
+            None if files.is_empty() => Err(format!("{name:?}, which is unknown; there are none")),
             None => {
                 let names: Vec<_> = files.into_iter().map(|(name, _)| name).collect();
-                Err(format!("{name:?} is unknown; there are {}", names.join(", ")))
+                Err(format!("{name:?}, which is unknown; known are {}", names.join(", ")))
             }
         }
     }
@@ -116,7 +116,8 @@ impl<T> AssetCache<T> {
         read: impl Fn(&AssetFile) -> Result<(T, u64)>,
     ) -> Result<Arc<T>> {
         let refuse = |reason| Error::Spec { field, reason };
-        let path = self.assets.find(name).map_err(refuse)?;
+        let unknown = |reason| refuse(format!("names {reason}"));
+        let path = self.assets.find(name).map_err(unknown)?;
         // A file that cannot be used is an error of the request that names it.
         let of_request = |error| match error {
             Error::File { .. } | Error::Config { .. } | Error::Tensor { .. } => {

@@ -49,9 +49,7 @@ impl FromStr for DeviceName {
                 .strip_prefix("cuda:")
                 .and_then(|number| number.parse().ok())
                 .map(Self::Cuda)
-                .ok_or_else(|| {
-                    format!("unknown device {name:?}; known are auto, cpu, cuda, cuda:N")
-                }),
+                .ok_or_else(|| format!("{name:?} is unknown; known are auto, cpu, cuda, cuda:N")),
         }
     }
 }
@@ -115,7 +113,7 @@ impl FromStr for Precision {
             "f16" | "float16" | "fp16" => Ok(Self::F16),
             "bf16" | "bfloat16" => Ok(Self::Bf16),
             "f32" | "float32" | "fp32" => Ok(Self::F32),
-            _ => Err(format!("unknown dtype {name:?}; known are auto, f16, bf16, f32")),
+            _ => Err(format!("{name:?} is unknown; known are auto, f16, bf16, f32")),
         }
     }
 }

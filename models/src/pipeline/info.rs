@@ -180,7 +180,7 @@ impl ModelInfo {
         }
         if spec.skipped_steps() >= spec.steps {
             let (strength, steps) = (init.strength, spec.steps);
-            return refuse("strength", format!("{strength} of {steps} steps is less than one"));
+            return refuse("strength", less_than_a_step(strength, steps));
         }
         Ok(())
     }
@@ -218,9 +218,13 @@ impl ModelInfo {
             return refuse("hires_strength", format!("must be from 0 to 1, not {strength}"));
         }
         if hires.skipped_steps() >= steps {
-            let reason = format!("{strength} of {steps} steps is less than one");
-            return refuse("hires_strength", reason);
+            return refuse("hires_strength", less_than_a_step(strength, steps));
         }
         Ok(())
     }
+}
+
+/// Why a denoising strength is rejected.
+fn less_than_a_step(strength: f64, steps: usize) -> String {
+    format!("of {strength} takes less than one of {steps} steps; raise it or the number of steps")
 }

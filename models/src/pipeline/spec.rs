@@ -167,7 +167,7 @@ impl FromStr for Upscaler {
         let row = UPSCALERS.iter().find(|row| row.1.eq_ignore_ascii_case(name));
         row.map(|row| row.0).ok_or_else(|| {
             let known = UPSCALERS.map(|row| row.1).join(", ");
-            format!("unknown upscaler {name:?}; known are {known}")
+            format!("{name:?} is unknown; known are {known}")
         })
     }
 }
@@ -190,7 +190,7 @@ impl FromStr for PromptSyntax {
         match name.to_ascii_lowercase().as_str() {
             "plain" => Ok(Self::Plain),
             "a1111" => Ok(Self::A1111),
-            _ => Err(format!("unknown syntax {name:?}; known are plain, a1111")),
+            _ => Err(format!("{name:?} is unknown; known are plain, a1111")),
         }
     }
 }

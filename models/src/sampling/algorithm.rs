@@ -379,7 +379,7 @@ impl FromStr for SamplerName {
         };
         Self::all()
             .find(matches)
-            .ok_or_else(|| format!("unknown scheduler {name:?}; known are {}", Self::list()))
+            .ok_or_else(|| format!("{name:?} is unknown; known are {}", Self::list()))
     }
 }
 

@@ -175,7 +175,7 @@ impl Common {
     pub(crate) fn read(fields: &mut Fields, limits: &Limits) -> Result<Self, ValidationError> {
         for name in REJECTED {
             if let Some((name, value)) = fields.take(&[name])?
-                && !is_noop(&value)
+                && !is_off(&value)
             {
                 return Err(ValidationError::range(&name, "is not supported"));
             }
@@ -191,7 +191,7 @@ impl Common {
 
     /// Whether there is a hires pass.
     pub(crate) fn has_hires(&self) -> bool {
-        self.enable_hr.as_ref().is_some_and(|enabled| !is_noop(enabled))
+        self.enable_hr.as_ref().is_some_and(|enabled| !is_off(enabled))
     }
 
     /// The request in native fields.
@@ -232,7 +232,7 @@ impl Common {
         let Some(name) = names.into_iter().flatten().find(|name| !name.is_empty()) else {
             return Ok(None);
         };
-        let unknown = |reason| ValidationError::range("sampler_name", format!("is an {reason}"));
+        let unknown = |reason: String| ValidationError::range("sampler_name", reason);
         let SamplerName { sampler, schedule: named } = name.parse().map_err(unknown)?;
         let schedule = self.scheduler.as_deref().unwrap_or_default().to_lowercase();
         let requested = match (schedule.as_str(), named) {
@@ -318,7 +318,7 @@ impl InitImage {
         draw.image = Some(image.ok_or_else(missing)?);
         draw.strength = Some(self.denoising_strength.unwrap_or(DEFAULT_STRENGTH));
         draw.mask = self.mask;
-        let is_set = |field: Option<Value>| field.is_some_and(|value| !is_noop(&value));
+        let is_set = |field: Option<Value>| field.is_some_and(|value| !is_off(&value));
         if is_set(self.inpainting_mask_invert) {
             draw.mask_area = MaskArea::Black;
         }
@@ -334,6 +334,15 @@ impl InitImage {
         let ignored = ignored.into_iter().filter(|(_, is_set, _)| *is_set && draw.mask.is_some());
         Ok(ignored.map(|(name, _, note)| format!("{name} is not supported: {note}")).collect())
     }
+}
+
+/// Whether the value of a switch, or of a field that is not supported, asks for nothing. Clients
+/// send numbers and booleans as text, too.
+fn is_off(value: &Value) -> bool {
+    let Value::String(text) = value else { return is_noop(value) };
+    let text = text.trim().to_ascii_lowercase();
+    let is_zero = || text.parse::<f64>().is_ok_and(|number| number <= 0.0);
+    ["", "none", "null", "false", "off", "no"].contains(&&*text) || is_zero()
 }
 
 /// Whether a value has no effect.

@@ -5,6 +5,7 @@ use std::path::{Component, PathBuf};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -13,15 +14,15 @@ use crate::http::error::{ApiError, Result};
 use crate::http::extract::PathName;
 use crate::http::state::AppState;
 use crate::registry::LoadedModel;
-use crate::request::ValidationError;
+use crate::request::{Fields, ValidationError};
 
 /// A request to load a model.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 struct LoadModelBody {
     /// The name, assigned by SageMaker.
-    model_name: String,
+    model_name: Option<String>,
     /// A directory or file in the container, below `--multi-model-root`.
-    url: PathBuf,
+    url: Option<PathBuf>,
 }
 
 /// `POST /models`: 409 if it is loaded already, 507 if there is no room, after which SageMaker
@@ -30,16 +31,19 @@ pub(crate) async fn load(
     State(state): State<AppState>,
     AdmittedSmall(Admitted { body, .. }): AdmittedSmall,
 ) -> Result<StatusCode> {
-    let load: LoadModelBody = serde_json::from_slice(&body).map_err(|error| {
-        ValidationError::body(format!("model_name and url are needed: {error}"))
-    })?;
+    let text = std::str::from_utf8(&body)
+        .map_err(|_| ValidationError::body("the body is not a JSON object"))?;
+    let load: LoadModelBody = Fields::json(text)?.read(&state.settings.limits)?;
+    let missing = |name: &'static str| move || ValidationError::malformed(name, "is required");
+    let name = load.model_name.ok_or_else(missing("model_name"))?;
+    let url = load.url.ok_or_else(missing("url"))?;
     let root = state.models.multi_model_root();
-    let climbs = load.url.components().any(|part| part == Component::ParentDir);
-    if climbs || !load.url.starts_with(root) || load.url == root {
+    let climbs = url.components().any(|part| part == Component::ParentDir);
+    if climbs || !url.starts_with(root) || url == root {
         let reason = format!("must be a path below {}; see --multi-model-root", root.display());
         return Err(ValidationError::malformed("url", reason).into());
     }
-    state.models.load(&load.model_name, load.url).await?;
+    state.models.load(&name, url).await?;
     Ok(StatusCode::OK)
 }
 

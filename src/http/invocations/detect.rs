@@ -9,7 +9,7 @@ use super::render::{Dialect, Invocation, NATIVE};
 use super::stability::{self, STABILITY};
 use super::{huggingface, jumpstart};
 use crate::http::admission::RequestSlot;
-use crate::http::drawing::Drawing;
+use crate::http::drawing::{Drawing, ReplyFormat};
 use crate::http::error::Result;
 use crate::http::state::AppState;
 use crate::request::{DrawRequest, Fields, Limits, ValidationError};
@@ -54,7 +54,16 @@ pub(crate) async fn read_with<T: Send + 'static>(
     let drawing = Drawing::prepare(state, slot, draws, |draw, count| {
         let (usual, format) = (dialect.format, draw.format()?);
         let stream = draw.stream == Some(true);
-        accept::choose(headers, ReplyPreferences { kind, usual, format, count, stream })
+        let preferences = ReplyPreferences { kind, usual, format, count, stream };
+        let reply = accept::choose(headers, preferences)?;
+        match reply {
+            ReplyFormat::Events(_) => Ok(reply),
+            _ if draw.preview == Some(true) => {
+                let reason = "requires stream: only a stream of events has live previews";
+                Err(ValidationError::malformed("preview", reason).into())
+            }
+            _ => Ok(reply),
+        }
     });
     Ok((Invocation { drawing: drawing.await?, dialect }, rest))
 }

@@ -68,7 +68,10 @@ impl JobStore {
         let limits = self.limits;
         let (headers, bytes) = (encode(&job.request.headers), job.request.body.len());
         if bytes > limits.bytes_per_client() {
-            return Err(ApiError::TooLarge(limits.bytes_per_client()));
+            return Err(ApiError::TooLarge {
+                bytes: limits.bytes_per_client(),
+                limit: "--max-job-bytes for one client",
+            });
         }
         let insert = "
             INSERT INTO jobs (id, client, created_ms, deadline_ms, priority, seed, model, webhook,
