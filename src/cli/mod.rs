@@ -127,14 +127,14 @@ fn command() -> clap::Command {
         arg.get_id() != "api_keys" && value.is_some_and(|value| value.is_empty())
     };
     let unset = move |arg: clap::Arg| if empty(&arg) { arg.env(None::<&str>) } else { arg };
-    // The last word of an option is the unit or the kind of its value.
+    // An option names the unit of its value, else its last word is the kind of its value.
     let placeholder = |arg: clap::Arg| {
         let derived = arg.get_id().as_str().to_uppercase();
         let is_derived = arg.get_value_names().is_some_and(|names| names[0] == *derived);
-        match arg.get_long().and_then(|long| long.rsplit('-').next()).map(str::to_uppercase) {
-            Some(last) if is_derived => arg.value_name(last),
-            _ => arg,
-        }
+        let mut words = arg.get_long().unwrap_or_default().rsplit('-');
+        let last = words.clone().next().unwrap_or_default();
+        let word = words.find(|word| *word == "bytes").unwrap_or(last).to_uppercase();
+        if is_derived && !word.is_empty() { arg.value_name(word) } else { arg }
     };
     Args::command().mut_subcommands(|subcommand| subcommand.mut_args(unset).mut_args(placeholder))
 }

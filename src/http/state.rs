@@ -36,7 +36,7 @@ pub struct HttpConfig {
     /// Memory for input images while they are decoded, in bytes. Requests wait for that of others;
     /// an image that alone takes more is decoded alone
     #[arg(long, env = "SD_MAX_DECODED_BYTES", default_value = "536870912")]
-    #[arg(value_parser = min::<1>)]
+    #[arg(value_parser = size::<1>)]
     pub max_decoded_bytes: usize,
     /// Maximum number of requests in flight, queued ones included. At the limit, requests get 429
     /// before the body is read
@@ -50,7 +50,7 @@ pub struct HttpConfig {
     /// Maximum total length of the request bodies in memory, in bytes; at least --max-body-bytes.
     /// One client may hold half of it, or one body. At the limit, requests get 429
     #[arg(long, env = "SD_MAX_BODY_BYTES_IN_FLIGHT", default_value = "268435456")]
-    #[arg(value_parser = min::<1>)]
+    #[arg(value_parser = size::<1>)]
     pub max_body_bytes_in_flight: usize,
     /// Time for a request, in milliseconds; after it the request is cancelled with 504. A client
     /// can ask for less with the header x-request-timeout-ms. SageMaker closes the connection after
@@ -81,7 +81,7 @@ pub struct HttpConfig {
     pub max_jobs_per_client: Option<usize>,
     /// Maximum total size of the results of jobs, and with --data-dir of their requests, in bytes;
     /// half of it for one client. At the limit, results are deleted as for --max-jobs
-    #[arg(long, env = "SD_MAX_JOB_BYTES", default_value = "268435456", value_parser = min::<1>)]
+    #[arg(long, env = "SD_MAX_JOB_BYTES", default_value = "268435456", value_parser = size::<1>)]
     #[arg(help_heading = "Jobs")]
     pub max_job_bytes: usize,
     /// Time for a job, in milliseconds; after it the job fails. A client can ask for less with the

@@ -150,13 +150,14 @@ fn usage_errors_exit_with_64() {
 fn start_up_errors_name_the_option_or_variable() {
     let file = tempfile::NamedTempFile::new().expect("a file");
     let file = file.path().to_str().expect("UTF-8");
-    let table: [(&[&str], &str, &[&str]); 17] = [
+    let table: [(&[&str], &str, &[&str]); 18] = [
         (&["--log", "warning"], "", &["--log", "\"warning\" is no level"]),
         (&["--log", "warn,sd_server"], "", &["--log", "\"sd_server\" is no level"]),
         (&[], "SD_LOG=verbose", &["SD_LOG", "\"verbose\" is no level"]),
         (&[], "SD_LOG=sd_server=loud", &["SD_LOG", "sd_server=debug"]),
         (&[], "SD_LOG_FORMAT=xml", &["SD_LOG_FORMAT", "json"]),
         (&[], "SD_LOG_PROMPTS=maybe", &["SD_LOG_PROMPTS", "must be true or false"]),
+        (&[], "SD_LOCK_INVOCATIONS=maybe", &["SD_LOCK_INVOCATIONS", "must be true or false"]),
         (&[], "SAGEMAKER_MULTI_MODEL=2", &["SAGEMAKER_MULTI_MODEL", "must be true or false"]),
         (&[], "HF_HUB_OFFLINE=ture", &["HF_HUB_OFFLINE", "must be true or false"]),
         (&[], "SD_MAX_STEPS=0", &["SD_MAX_STEPS", "at least 1"]),
@@ -191,6 +192,13 @@ fn start_up_errors_name_the_option_or_variable() {
         let done = command.envs(right.split_once('=')).output().expect("it starts");
         assert!(text(&done.stderr).contains("--models-dir /nope"), "{right}");
     }
+    let help = text(&run(&["serve", "--help"]).stdout);
+    let words = help.split_whitespace().map(|word| word.trim_end_matches(['.', ',', ';']));
+    let sizes = words.filter(|word| word.starts_with("--max") && word.contains("-bytes"));
+    let sizes = sizes.map(|name| format!("{name}=1M")).collect::<std::collections::BTreeSet<_>>();
+    assert!(sizes.len() > 6, "{sizes:?}");
+    let done = sd_server(&["--models-dir", "/nope"]).args(sizes).output().expect("it starts");
+    assert!(text(&done.stderr).contains("--models-dir /nope"), "{}", text(&done.stderr));
 }
 
 #[test]
@@ -245,7 +253,12 @@ fn help_is_for_people() {
         assert!(text(&help.stdout).contains(word));
     }
     let serve = text(&run(&["serve", "--help"]).stdout);
-    for words in ["SageMaker", "--drain-timeout-ms <MS>", "--max-body-bytes <BYTES>"] {
+    for words in [
+        "SageMaker",
+        "--drain-timeout-ms <MS>",
+        "--max-body-bytes <BYTES>",
+        "--max-body-bytes-in-flight <BYTES>",
+    ] {
         assert!(serve.contains(words), "{words} in {serve}");
     }
     assert!(!text(&run(&["package", "--help"]).stdout).contains("blur"));
@@ -262,7 +275,7 @@ fn the_documentation_has_every_option_and_variable_of_serve() {
     let document = std::fs::read_to_string(document).expect("a document");
     let names = help.lines().filter_map(|line| {
         let variable = line.trim_start().strip_prefix("[env: ");
-        let variable = variable.and_then(|rest| rest.split('=').next());
+        let variable = variable.and_then(|rest| rest.split(['=', ']']).next());
         // Text that is wrapped is indented more.
         let option = line.strip_prefix("      ").filter(|line| line.starts_with("--"));
         variable.or_else(|| option?.split(' ').next())

@@ -192,7 +192,7 @@ impl ModelInfo {
             for (name, _) in loras {
                 self.add_ons.loras.find(name).map_err(|reason| Error::Spec {
                     field,
-                    reason: format!("names a LoRA: {reason}"),
+                    reason: format!("names the LoRA {reason}"),
                 })?;
             }
         }

@@ -308,5 +308,5 @@ fn what_cannot_be_applied_is_refused_by_tensor_and_file() {
     let missing = spec(&[("missing", 1.0)]);
     assert!(refused("missing").contains("is unknown"));
     let missing = model.info().check_files(&missing).unwrap_err().to_string();
-    assert!(missing.contains("\"missing\" is unknown; there are dora"), "{missing}");
+    assert!(missing.contains("\"missing\", which is unknown; known are dora"), "{missing}");
 }

@@ -4,13 +4,13 @@ use std::fmt;
 use std::str::FromStr;
 
 use axum::http::HeaderValue;
-use clap::builder::FalseyValueParser;
 use ring::digest::{SHA256, digest};
 use url::Host;
 
 use super::address::{AllowedHost, Authority, BaseUrl, WebOrigin};
 use super::proxies::TrustedProxies;
 use crate::engine::Client;
+use crate::options::switch;
 
 /// Who may do what, which is options of `serve`.
 #[derive(Debug, Clone, clap::Args)]
@@ -25,7 +25,7 @@ pub struct AccessConfig {
     pub api_keys: Vec<ApiKey>,
     /// Require an API key for SageMaker's routes, too: /invocations, and in multi-model mode all
     /// routes below /models. Not for use on SageMaker, which forwards no key
-    #[arg(long, env = "SD_LOCK_INVOCATIONS", value_parser = FalseyValueParser::new())]
+    #[arg(long, env = "SD_LOCK_INVOCATIONS", value_parser = switch)]
     pub lock_invocations: bool,
     /// Allowed origins (CORS) such as `https://example.org`, comma-separated, or * for all. Default:
     /// none, so browsers allow requests from the server's own page only
