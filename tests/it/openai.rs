@@ -311,12 +311,19 @@ fn an_edit_paints_where_the_mask_is_transparent() -> Result<()> {
     );
 
     let whole = holed(255);
-    let wrong: [(&[Part<'_>], u16, &str); 5] = [
+    let text = base64(&picture);
+    let text = text.as_bytes();
+    let wrong: [(&[Part<'_>], u16, &str); 9] = [
         (&[], 400, "image"),
         (&[("image", &file), ("image", &file)], 422, "image"),
         (&[("image", b"GIF")], 422, "image"),
         (&[("image", &file), ("mask", &whole)], 422, "mask"),
         (&[("image", &file), ("strength", b"much")], 400, "strength"),
+        // A file, and the same as a native field.
+        (&[("image", &file), ("init_image", text)], 400, "init_image"),
+        (&[("image", &file), ("mask", &hole), ("mask_image", text)], 400, "mask_image"),
+        (&[("image", &file), ("mask", &hole), ("mask", text)], 400, "mask"),
+        (&[("image", &file), ("mask_image", text), ("mask_image", text)], 400, "mask_image"),
     ];
     for (parts, status, param) in wrong {
         let (found, reply) = edit(&[&texts, parts].concat());

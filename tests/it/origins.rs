@@ -1,5 +1,7 @@
 //! Web pages of other origins, and proxies: who a request comes from, and where its links lead.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result};
 use sd_server::http::{AccessConfig, HttpConfig, TrustedProxies};
 use serde_json::{Value, json};
@@ -268,6 +270,41 @@ async fn clients_behind_a_trusted_proxy_are_told_apart() -> Result<()> {
         }
         drop(strings.permits);
         assert_eq!(drawing.await??.status(), 200);
+    }
+    Ok(())
+}
+
+/// The limits of one client are those of the address that a trusted proxy names.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_behind_a_proxy_has_limits_of_its_own() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let settings = HttpConfig { max_requests_per_client: Some(1), ..HTTP };
+    let server = Server::start(engine, settings, LONG).await;
+    let draw = |client: &str| {
+        let request = reqwest::Client::new().post(format!("{}/invocations", server.url));
+        let request = request.header("x-forwarded-for", client).body(r#"{"prompt":"a","steps":1}"#);
+        tokio::spawn(request.send())
+    };
+    let in_flight = async |requests: usize| {
+        let line = format!("\nsd_requests_in_flight {requests}\n");
+        let wait = async {
+            let metrics =
+                || async { reqwest::get(format!("{}/metrics", server.url)).await?.text().await };
+            while !metrics().await?.contains(&line) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            anyhow::Ok(())
+        };
+        tokio::time::timeout(LONG, wait).await?
+    };
+    let first = draw("1.1.1.1");
+    in_flight(1).await?;
+    assert_eq!(draw("6.6.6.6, 1.1.1.1").await??.status(), 429, "it is the same client");
+    let others = [draw("2.2.2.2"), draw("[2001:db8::1]:4711")];
+    in_flight(3).await?;
+    drop(strings.permits);
+    for accepted in [first].into_iter().chain(others) {
+        assert_eq!(accepted.await??.status(), 200);
     }
     Ok(())
 }

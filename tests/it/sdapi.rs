@@ -182,11 +182,18 @@ async fn a_second_pass_is_what_automatic1111_makes_of_its_fields() -> Result<()>
         (json!({ "hr_resize_y": 100 }), "64x96", ""),
         (json!({ "hr_resize_x": 128, "hr_resize_y": 100 }), "128x96", "Hires resize: 128x96, "),
         (json!({ "hr_scale": 1 }), "64x96", ""),
-        (json!({ "enable_hr": false }), "64x96", ""),
-        (json!({ "enable_hr": "False" }), "64x96", ""),
         (json!({ "enable_hr": "0", "tiling": "false" }), "64x96", ""),
     ];
-    for (extra, size, told) in table {
+    // Clients write yes and no as any JSON value.
+    let mut no = vec![json!(false), json!(0), json!(null), json!([]), json!({})];
+    no.extend(["", "None", "False", "0"].map(Value::from));
+    let yes = [json!(true), json!(1), json!("true"), json!([1]), json!({ "a": 1 })];
+    let said = |answers: &[Value], size, told| {
+        let bodies = answers.iter().map(|answer| json!({ "enable_hr": answer }));
+        bodies.map(|body| (body, size, told)).collect::<Vec<_>>()
+    };
+    let answers = [said(&no, "64x96", ""), said(&yes, "128x192", "Hires upscale: 2, ")].concat();
+    for (extra, size, told) in table.into_iter().chain(answers) {
         let (status, reply) = post(&server.url, "/sdapi/v1/txt2img", &with(extra)).await?;
         assert_eq!(status, 200, "{reply}");
         let picture = image::load_from_memory(&file(&reply["images"][0])?)?;
