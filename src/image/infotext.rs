@@ -155,3 +155,69 @@ fn pairs(line: &str) -> Vec<(String, String)> {
     }
     pairs
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use sd_models::{PromptSyntax, Sampler, SigmaSchedule, Size};
+
+    use super::*;
+
+    fn spec(prompt: &str, negative_prompt: &str, seed: u64, steps: usize, scale: f64) -> Spec {
+        Spec {
+            prompt: prompt.into(),
+            prompt_syntax: PromptSyntax::Plain,
+            loras: Vec::new(),
+            negative_prompt: negative_prompt.into(),
+            size: Size::new(64, 128).expect("multiples of 8"),
+            steps,
+            guidance_scale: scale,
+            seed,
+            sampler: Sampler::Euler,
+            schedule: SigmaSchedule::Model,
+            img2img: None,
+            hires: None,
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            failure_persistence: None,
+            ..ProptestConfig::with_cases(500)
+        })]
+
+        #[test]
+        fn what_is_written_is_read_back(
+            prompt in "[^\0]{0,80}",
+            negative in "[^\0]{0,80}",
+            seed in any::<u64>(),
+            steps in 1..1000_usize,
+            scale in 0.0..100.0_f64,
+        ) {
+            // The format marks the negative prompt by these words alone.
+            prop_assume!(!prompt.contains("Negative prompt:"));
+            let spec = spec(&prompt, &negative, seed, steps, scale);
+            let read = parse(&infotext(&spec, "model", "style: 0123456789ab"));
+            let value = |name: &str| {
+                let mut found = read.iter().filter(|(known, _)| known == name);
+                found.next().map(|(_, value)| value.as_str()).unwrap_or_default().to_owned()
+            };
+            prop_assert_eq!(value("Prompt"), prompt.trim());
+            prop_assert_eq!(value("Negative prompt"), negative.trim());
+            prop_assert_eq!(value("Seed"), seed.to_string());
+            prop_assert_eq!(value("Steps"), steps.to_string());
+            prop_assert_eq!(value("CFG scale"), scale.to_string());
+            prop_assert_eq!(value("Size"), "64x128");
+            prop_assert_eq!(value("Sampler"), "Euler");
+            prop_assert_eq!(value("Model"), "model");
+            prop_assert_eq!(value(LORA_HASHES), "style: 0123456789ab");
+        }
+
+        #[test]
+        fn any_text_is_read(text in ".{0,200}") {
+            let read = parse(&text);
+            prop_assert!(read.len() >= 2);
+            prop_assert!(read.iter().map(|(_, value)| value.len()).sum::<usize>() <= text.len());
+        }
+    }
+}

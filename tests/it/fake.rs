@@ -22,6 +22,8 @@ pub(crate) struct Fake {
     pub(crate) capacity: usize,
     /// How long a step takes.
     pub(crate) pace: Duration,
+    /// Whether prompts make it fail.
+    pub(crate) obeys_prompts: bool,
     steps: Steps,
     /// A step waits for one of these; when the sender is gone steps are free.
     permits: Receiver<()>,
@@ -87,8 +89,9 @@ impl Fake {
             add_ons: AddOns::default(),
             embeddings: Embeddings::default(),
         };
-        let (capacity, pace) = (usize::MAX, Duration::ZERO);
-        let fake = Self { info, capacity, pace, steps: Arc::clone(&steps), permits: permitted };
+        let (capacity, pace, obeys_prompts) = (usize::MAX, Duration::ZERO, true);
+        let made = Arc::clone(&steps);
+        let fake = Self { info, capacity, pace, obeys_prompts, steps: made, permits: permitted };
         (fake, Strings { steps, permits })
     }
 }
@@ -117,7 +120,7 @@ impl Model for Fake {
             self.steps.lock().expect("unpoisoned").push(seeds);
         }
         assert!(batch.windows(2).all(|pair| pair[0].size() == pair[1].size()));
-        for member in batch.iter() {
+        for member in batch.iter().filter(|_| self.obeys_prompts) {
             match member.spec.prompt.as_str() {
                 "panic" => panic!("as the prompt asked"),
                 "out of memory" => return Err(Error::OutOfMemory("1 GiB".into())),

@@ -4,6 +4,7 @@
 mod access; // keys and CORS
 mod batching; // a picture does not depend on its neighbours
 mod cli; // generate, healthcheck, exit codes
+mod corpus; // the fuzz targets on what the fuzzer has found
 #[cfg(feature = "cuda")]
 mod cuda; // the same on a GPU, or on an emulator of one
 mod dialects; // what other servers' clients send to /invocations
@@ -31,8 +32,10 @@ mod package; // a model's files for SageMaker
 mod page; // the web page
 mod pictures; // against diffusers' pictures, and against their prompts
 mod progress; // events and jobs
+mod properties; // of the parsers of requests, on random input
 mod recorded; // requests of other clients, as recorded
 mod safety; // the safety checker, in every dialect
 mod scheduling; // fairness, starvation, conservation, with a fake model and real threads
 mod sdapi; // AUTOMATIC1111's API
 mod soak; // many mixed requests: nothing is lost, miscounted or leaked
+mod supply; // the bill of materials of the image

@@ -357,7 +357,8 @@ fn vae(name: &str, levels: usize) -> Option<String> {
         (way, tail.split_once('.').map(|(level, tail)| (level.parse::<usize>(), tail)))
     {
         // Up blocks are numbered from the outermost level there.
-        let level = if way == "up" { levels.saturating_sub(level + 1) } else { level };
+        let level =
+            if way == "up" { levels.saturating_sub(level.saturating_add(1)) } else { level };
         let tail = tail
             .replace("block.", "resnets.")
             .replace("downsample.", "downsamplers.0.")

@@ -21,7 +21,7 @@ const MAX_PICKLE_BYTES: u64 = 8 << 20;
 /// Maximum nesting of objects; a tensor in a state dict is seven deep.
 const MAX_DEPTH: usize = 100;
 /// Maximum number of objects copied from the memo.
-const MAX_COPIED: usize = 4 << 20;
+const MAX_COPIED: usize = 1 << 20;
 
 /// The tensors of a file of `length` bytes. The error reads on from the file's name.
 pub(crate) fn tensors(path: &Path, length: u64) -> Result<Vec<TensorEntry>, String> {
@@ -78,6 +78,11 @@ fn unpickled(mut rest: &[u8]) -> Result<Object, String> {
             && u32::from_le_bytes([*a, *b, *c, *d]) as usize > text.len()
         {
             return Err("ends within a text".into());
+        }
+        if let [0x8a, bytes, ..] = rest
+            && *bytes as usize > size_of::<i64>()
+        {
+            return Err("holds a number of more than 64 bits".into());
         }
         if machine.read(&mut rest).map_err(|error| brief(&error))? {
             return machine.finalize().map_err(|error| brief(&error));
@@ -233,6 +238,7 @@ impl StorageView {
 mod tests {
     use std::io::{Cursor, Write as _};
 
+    use proptest::prelude::*;
     use zip::ZipWriter;
     use zip::write::SimpleFileOptions;
 
@@ -268,7 +274,7 @@ mod tests {
         let written = "tensor w: is not written as PyTorch does";
         let (outside, often) = ("tensor w: does not lie within the file", "nests or repeats");
         let huge = b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f";
-        let cases: [(Vec<u8>, &str); 12] = [
+        let cases: [(Vec<u8>, &str); 13] = [
             (tensor(b")"), written),
             (tensor(b"K\x01\x85"), written),
             (tensor(b"(K\x01QK\0))t"), written),
@@ -281,6 +287,7 @@ mod tests {
             ([b"N", &b"q\0h\0\x86".repeat(60)[..], b"."].concat(), often),
             (b"X\xff\xff\xff\xffa.".to_vec(), "ends within a text"),
             (b"}".to_vec(), "ends too early"),
+            (b"\x8a\x09\0\0\0\0\0\0\0\0\x01.".to_vec(), "more than 64 bits"),
         ];
         for (pickle, words) in cases {
             let refusal = refusal(&pickle);
@@ -301,5 +308,48 @@ mod tests {
             floats.map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<_>>()
         };
         assert_eq!((values("q"), values("k")), (vec![0.0, 1.0, 2.0], vec![3.0, 4.0, 5.0]));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            failure_persistence: None,
+            ..ProptestConfig::with_cases(300)
+        })]
+
+        #[test]
+        fn a_tensor_lies_within_its_storage_or_is_refused(
+            offset in 0..=3_u8,
+            rows in 0..=3_u8,
+            columns in 0..=3_u8,
+        ) {
+            let storage =
+                b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x02tQ";
+            let view = [b'K', offset, b'K', rows, b'K', columns, b'\x86', b'K', columns, b'K', 1];
+            let pickle = tensor(&[b"(", &storage[..], &view, b"\x86\x89}t"].concat());
+            // The storage has eight bytes: two numbers.
+            let inside = offset + rows * columns <= 2;
+            let contiguous = rows <= 1 || columns > 0;
+            let refusal = refusal(&pickle);
+            if inside && contiguous {
+                prop_assert_eq!(refusal, "");
+            } else if !inside {
+                prop_assert!(refusal.contains("does not lie within the file"), "{refusal}");
+            }
+        }
+
+        #[test]
+        fn a_damaged_pickle_is_read_or_refused_by_name(
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..5),
+        ) {
+            let storage =
+                b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x02tQ";
+            let mut pickle = tensor(&[b"(", &storage[..], b"K\0K\x02\x85K\x01\x85\x89}t"].concat());
+            for (place, byte) in changes {
+                let place = place.index(pickle.len());
+                pickle[place] = byte;
+            }
+            let refusal = refusal(&pickle);
+            prop_assert!(refusal.is_empty() || refusal.starts_with("hostile.ckpt: "), "{refusal}");
+        }
     }
 }

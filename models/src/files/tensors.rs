@@ -240,3 +240,86 @@ impl Drop for StoredTensor<'_> {
         self.bytes.release(self.range.clone());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::{btree_map, vec};
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    /// Types and their sizes in bytes.
+    const TYPES: [(&str, usize); 4] = [("F32", 4), ("F16", 2), ("BF16", 2), ("I64", 8)];
+
+    type Header = BTreeMap<String, (usize, Vec<usize>)>;
+
+    /// The type's index and the shape of each tensor.
+    fn any_header() -> impl Strategy<Value = Header> {
+        btree_map("[a-z.é]{1,12}", (0..TYPES.len(), vec(0..5_usize, 0..5)), 0..6)
+    }
+
+    /// A file of these tensors, filled with zeros.
+    fn file(header: &Header) -> Vec<u8> {
+        let mut end = 0;
+        let mut entries = serde_json::Map::new();
+        for (name, (kind, shape)) in header {
+            let (dtype, bytes) = TYPES[*kind];
+            let begin = end;
+            end += shape.iter().product::<usize>() * bytes;
+            let entry = json!({ "dtype": dtype, "shape": shape, "data_offsets": [begin, end] });
+            entries.insert(name.clone(), entry);
+        }
+        let text = serde_json::Value::Object(entries).to_string();
+        let length = (text.len() as u64).to_le_bytes();
+        [&length[..], text.as_bytes(), &vec![0; end]].concat()
+    }
+
+    /// Reads the tensors of a file, and each tensor's numbers.
+    fn read(bytes: &[u8]) -> Result<BTreeMap<String, Vec<usize>>> {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("a.safetensors");
+        std::fs::write(&path, bytes).expect("it is written");
+        let weights = Weights::whole(&path)?;
+        let names: Vec<_> = weights.names().map(str::to_owned).collect();
+        let shape = |name: &String| weights.shape(name).expect("it is there").to_vec();
+        let read: BTreeMap<_, _> = names.iter().map(|name| (name.clone(), shape(name))).collect();
+        for (name, shape) in &read {
+            let _ = weights.tensor(name, shape);
+        }
+        Ok(read)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            failure_persistence: None,
+            ..ProptestConfig::with_cases(300)
+        })]
+
+        #[test]
+        fn a_file_has_the_tensors_of_its_header(header in any_header()) {
+            let read = read(&file(&header)).expect("a sound file");
+            let shapes = header.into_iter().map(|(name, (_, shape))| (name, shape));
+            prop_assert_eq!(read, shapes.collect());
+        }
+
+        #[test]
+        fn a_damaged_file_is_read_or_refused_by_name(
+            header in any_header(),
+            changes in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+            cut in prop::option::of(any::<prop::sample::Index>()),
+        ) {
+            let mut bytes = file(&header);
+            for (place, byte) in changes {
+                let place = place.index(bytes.len());
+                bytes[place] = byte;
+            }
+            if let Some(cut) = cut {
+                bytes.truncate(cut.index(bytes.len()));
+            }
+            if let Err(error) = read(&bytes) {
+                prop_assert!(error.to_string().contains("a.safetensors"), "{error}");
+            }
+        }
+    }
+}

@@ -227,7 +227,12 @@ fn weight(text: &str) -> Option<(f64, usize)> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::files::Source;
 
     fn weighed(prompt: &str) -> Vec<(String, f64)> {
         let pair = |part| match part {
@@ -273,6 +278,55 @@ mod tests {
         for (prompt, expected) in table {
             let expected: Vec<_> = expected.iter().map(|(t, w)| ((*t).to_owned(), *w)).collect();
             assert_eq!(weighed(prompt), expected, "{prompt:?}");
+        }
+    }
+
+    /// The text as a literal: its brackets and backslashes are escaped.
+    fn escaped(text: &str) -> String {
+        let escape = |c: char| match c {
+            '(' | ')' | '[' | ']' | '\\' => format!("\\{c}"),
+            c => c.to_string(),
+        };
+        text.chars().map(escape).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            failure_persistence: None,
+            ..ProptestConfig::with_cases(500)
+        })]
+
+        #[test]
+        fn an_escaped_text_is_itself(text in "[a-zé \\\\()\\[\\]:.,0-9]{0,40}") {
+            let expected: Vec<_> = (!text.is_empty()).then(|| (text.clone(), 1.0)).into_iter().collect();
+            prop_assert_eq!(weighed(&escaped(&text)), expected);
+        }
+
+        #[test]
+        fn emphasis_weighs_what_it_encloses(
+            text in "[a-zé ,]{1,20}",
+            outside in "[a-z ,]{1,20}",
+            hundredths in 0..1000_u32,
+        ) {
+            let weight = f64::from(hundredths) / 100.0;
+            let prompt = format!("{outside}({text}:{weight})");
+            let mut expected = vec![(outside.clone(), 1.0), (text.clone(), weight)];
+            if weight == 1.0 {
+                expected = vec![(outside + &text, 1.0)];
+            }
+            prop_assert_eq!(weighed(&prompt), expected);
+        }
+
+        #[test]
+        fn any_prompt_has_chunks_of_finite_weights(prompt in "[a-z()\\[\\]:.0-9\\\\ ,]{0,300}|.{0,80}") {
+            static TOKENIZER: LazyLock<ClipTokenizer> =
+                LazyLock::new(|| ClipTokenizer::load(&Source::Demo, 77).expect("a tokenizer"));
+            let (chunks, _) = chunks(&prompt, &TOKENIZER).expect("tokens");
+            prop_assert!((1..=MAX_CHUNKS).contains(&chunks.len()));
+            for chunk in chunks {
+                prop_assert_eq!((chunk.ids.len(), chunk.weights.len()), (77, 77));
+                prop_assert!(chunk.weights.iter().all(|weight| weight.is_finite()));
+            }
         }
     }
 }

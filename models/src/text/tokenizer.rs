@@ -60,8 +60,9 @@ impl ClipTokenizer {
         let unknown = special("unk_token", "<|endoftext|>");
         let pad = special("pad_token", &end);
         let mut tokenizer = match source.read("tokenizer/tokenizer.json")? {
-            Some(bytes) => Tokenizer::from_bytes(&bytes)
-                .map_err(|e| Error::config("tokenizer/tokenizer.json", e.to_string()))?,
+            Some(bytes) => {
+                parse(&bytes).map_err(|reason| Error::config("tokenizer/tokenizer.json", reason))?
+            }
             None => assemble(source, &unknown, [&begin, &end, &pad])?,
         };
         tokenizer.with_padding(None);
@@ -181,6 +182,19 @@ impl ClipTokenizer {
     pub fn comma(&self) -> Option<u32> {
         self.comma
     }
+}
+
+/// The tokenizer of a `tokenizer.json`, without the parts that CLIP does not need and on whose
+/// errors the library panics.
+fn parse(bytes: &[u8]) -> std::result::Result<Tokenizer, String> {
+    let parts = serde_json::from_slice(bytes);
+    let mut parts: Map<String, Value> = parts.map_err(|e| format!("not a JSON object: {e}"))?;
+    parts.remove("decoder");
+    let normalizer = parts.get("normalizer").map(Value::to_string).unwrap_or_default();
+    if normalizer.contains("\"Precompiled\"") {
+        return Err("normalizer: Precompiled is not supported".into());
+    }
+    serde_json::from_value(Value::Object(parts)).map_err(|error| error.to_string())
 }
 
 /// An optional JSON file; empty if there is none.

@@ -753,3 +753,5 @@ fn the_memory_of_a_prompt_counts_in_its_step() {
     let expected: [&[u64]; 6] = [&[1], &[1], &[2], &[2], &[3, 4], &[3, 4]];
     assert_eq!(steps, expected);
 }
+
+mod properties;

@@ -105,6 +105,7 @@ fn named(range: &str) -> Option<Format> {
 #[cfg(test)]
 mod tests {
     use axum::http::HeaderValue;
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -138,6 +139,82 @@ mod tests {
         ];
         for (accept, kind, count, expected) in table {
             assert_eq!(reply(accept, kind, count), expected, "{accept:?} {kind:?} {count}");
+        }
+    }
+
+    /// A reply that a media range allows.
+    fn allows(range: &str, reply: ReplyFormat) -> bool {
+        match reply {
+            ReplyFormat::Json(_) => ["*/*", "application/*", "application/json"].contains(&range),
+            ReplyFormat::Events(_) => range == "text/event-stream",
+            ReplyFormat::Bytes(format) => {
+                ["*/*", "image/*"].contains(&range) || named(range) == Some(format)
+            }
+        }
+    }
+
+    fn any_range() -> impl Strategy<Value = (String, u32)> {
+        let media = [
+            "*/*",
+            "application/*",
+            "application/json",
+            "image/*",
+            "image/png",
+            "image/jpeg",
+            "image/jpg",
+            "image/webp",
+            "text/event-stream",
+            "text/html",
+        ];
+        let media = prop::sample::select(media.to_vec()).prop_map(str::to_owned);
+        let media = prop_oneof![4 => media, 1 => "[a-z*]{1,5}/[a-z*]{1,5}"];
+        (media, 0..=10_u32)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig {
+            failure_persistence: None,
+            ..ProptestConfig::with_cases(500)
+        })]
+
+        /// No allowed range of a possible reply weighs more than one that allows the chosen reply.
+        #[test]
+        fn no_possible_reply_is_preferred_to_the_chosen_one(
+            ranges in prop::collection::vec(any_range(), 1..6),
+            is_text in any::<bool>(),
+            count in 1..3_usize,
+        ) {
+            let kind = if is_text { BodyKind::Text } else { BodyKind::Json };
+            let item = |(media, tenths): &(String, u32)| {
+                format!("{media} ; q={}", f64::from(*tenths) / 10.0)
+            };
+            let accept = ranges.iter().map(item).collect::<Vec<_>>().join(" , ");
+            let mut headers = HeaderMap::new();
+            headers.insert(ACCEPT, HeaderValue::from_str(&accept).expect("a header"));
+            let usual = Format::Jpeg;
+            let preferences =
+                ReplyPreferences { kind, usual, format: None, count, stream: false };
+            let possible = |media: &str| preferences.accept(media).is_some();
+            let heaviest = ranges.iter().filter(|(media, _)| possible(media)).map(|(_, w)| *w).max();
+            match choose(&headers, preferences) {
+                Ok(reply) => {
+                    let of_reply = ranges.iter().filter(|(media, _)| allows(media, reply));
+                    prop_assert_eq!(of_reply.map(|(_, weight)| *weight).max(), heaviest);
+                    prop_assert!(heaviest > Some(0));
+                }
+                Err(_) => prop_assert!(heaviest.unwrap_or(0) == 0, "{}", accept),
+            }
+        }
+
+        #[test]
+        fn any_header_is_understood_or_refused(accept in "[ -~]{0,60}") {
+            let mut headers = HeaderMap::new();
+            headers.insert(ACCEPT, HeaderValue::from_str(&accept).expect("a header"));
+            let kind = BodyKind::Json;
+            let preferences = ReplyPreferences {
+                kind, usual: Format::Png, format: None, count: 1, stream: false,
+            };
+            let _ = choose(&headers, preferences);
         }
     }
 }

@@ -1,0 +1,202 @@
+//! Files that an operator downloads: checkpoints, configurations, LoRAs, embeddings, and the
+//! prompts that meet their tokenizers. Whatever the bytes are: reading them ends with a value or
+//! with an error of one line.
+
+use std::io::{Cursor, Write as _};
+use std::path::Path;
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use sd_models::networks::{ClipTextConfig, UNetConfig, VaeConfig};
+use sd_models::sampling::SchedulerConfig;
+use sd_models::text::{ClipTokenizer, chunks};
+use sd_models::{
+    AddOns, AssetDir, Checkpoint, DeviceName, LoadOptions, Pipeline, Precision, PromptSyntax,
+    SafetyMode, Source, Spec,
+};
+use tempfile::TempDir;
+use zip::write::SimpleFileOptions;
+use zip::{CompressionMethod, ZipWriter};
+
+use super::ROOT;
+use crate::fake::spec;
+
+/// Zeros that stand for the tensors' data.
+const DATA: usize = 64 << 10;
+
+/// Hands over the path of a file with these bytes, in a folder that has nothing else.
+fn with_file(name: &str, bytes: &[u8], read: impl FnOnce(&Path)) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join(name);
+    std::fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+    std::fs::write(&path, bytes).expect("it is written");
+    read(&path);
+}
+
+fn short<T>(result: Result<T, sd_models::Error>) -> Option<T> {
+    result.map_err(|error| assert!(error.to_string().len() < 64 << 10, "{error}")).ok()
+}
+
+/// Everything that is read of a checkpoint before its networks are built.
+fn checkpoint(path: &Path) {
+    let source = Source::Checkpoint(Checkpoint { file: path.to_owned(), vocabulary: None });
+    short(sd_models::parameters(&source, false, SafetyMode::Never));
+    let _ = UNetConfig::read(&source);
+    let _ = VaeConfig::read(&source);
+    let _ = ClipTextConfig::read(&source);
+    let _ = short(source.read("scheduler/scheduler_config.json"));
+    for folder in ["unet", "vae", "text_encoder"] {
+        tensors(&source, folder);
+    }
+}
+
+/// The tensors of one network in a checkpoint.
+fn tensors(source: &Source, folder: &str) {
+    if let Some(weights) = short(source.weights(folder, "", false)) {
+        let _ = short(weights.finish(|_| false));
+    }
+}
+
+/// A pickle is unpickled at every read; once shows what it has.
+fn pickled(path: &Path) {
+    let file = path.to_owned();
+    tensors(&Source::Checkpoint(Checkpoint { file, vocabulary: None }), "unet");
+}
+
+/// A safetensors file: the bytes are its header, with the right length before it and zeros behind
+/// it; after a zero byte they are the whole file.
+fn safetensors_file(data: &[u8]) -> Vec<u8> {
+    match data {
+        [0, file @ ..] => file.to_vec(),
+        header => [&(header.len() as u64).to_le_bytes(), header, &vec![0; DATA]].concat(),
+    }
+}
+
+/// A single-file checkpoint in safetensors.
+pub fn safetensors(data: &[u8]) {
+    with_file("fuzzed.safetensors", &safetensors_file(data), checkpoint);
+}
+
+/// The pickle in a PyTorch file that has two storages.
+pub fn pickle(data: &[u8]) {
+    let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
+    let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
+    for (name, bytes) in [("m/data.pkl", data), ("m/data/0", &[0; 4096]), ("m/data/1", &[0; 8])] {
+        zip.start_file(name, stored).expect("an entry");
+        zip.write_all(bytes).expect("it is written");
+    }
+    let file = zip.finish().expect("an archive").into_inner();
+    with_file("fuzzed.ckpt", &file, pickled);
+}
+
+/// A PyTorch file as a whole.
+pub fn archive(data: &[u8]) {
+    with_file("fuzzed.pt", data, pickled);
+}
+
+/// The configurations and the vocabulary of a model in the Diffusers format; the first byte tells
+/// which one the bytes are.
+pub fn model_files(data: &[u8]) {
+    const FILES: [&str; 9] = [
+        "tokenizer/tokenizer.json",
+        "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+        "tokenizer/tokenizer_config.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "model_index.json",
+    ];
+    let [kind, file @ ..] = data else { return };
+    let name = FILES[usize::from(*kind) % FILES.len()];
+    with_file(name, file, |path| {
+        let root = path.ancestors().nth(name.split('/').count()).expect("a folder");
+        let source = Source::Directory(root.to_owned());
+        match name.split_once('/') {
+            Some(("tokenizer", _)) => tokenizer(&source, root),
+            Some(("scheduler", _)) => {
+                let _ = SchedulerConfig::from_json(&String::from_utf8_lossy(file));
+            }
+            Some(("unet", _)) => drop(short(UNetConfig::read(&source))),
+            Some(("vae", _)) => drop(short(VaeConfig::read(&source))),
+            Some(_) => drop(short(ClipTextConfig::read(&source))),
+            None => drop(short(sd_models::check_pipeline(&source))),
+        }
+    });
+}
+
+/// A tokenizer of which one file is fuzzed and the others are the built-in model's.
+fn tokenizer(source: &Source, root: &Path) {
+    for name in ["vocab.json", "merges.txt", "tokenizer_config.json"] {
+        let (known, path) = (Path::new(ROOT).join("models/demo/tokenizer"), root.join("tokenizer"));
+        if !path.join(name).exists() {
+            std::fs::copy(known.join(name), path.join(name)).expect("a copy");
+        }
+    }
+    if let Some(tokenizer) = short(ClipTokenizer::load(source, 77)) {
+        let _ = short(tokenizer.encode("a red house, (by) the sea"));
+    }
+}
+
+/// A prompt in both syntaxes, before a tokenizer.
+pub fn prompt(data: &[u8]) {
+    static TOKENIZER: LazyLock<ClipTokenizer> =
+        LazyLock::new(|| ClipTokenizer::load(&Source::Demo, 77).expect("a tokenizer"));
+    let prompt = String::from_utf8_lossy(data);
+    let plain = short(TOKENIZER.encode(&prompt)).expect("any text has tokens");
+    assert_eq!(plain.ids.len(), 77);
+    let spec = Spec { prompt: prompt.into(), prompt_syntax: PromptSyntax::A1111, ..spec(1, 1) };
+    let Some((text, loras)) = short(spec.text()) else { return };
+    assert!(loras.iter().all(|(_, scale)| scale.is_finite()));
+    let (chunks, _) = short(chunks(&text, &TOKENIZER)).expect("any text has tokens");
+    assert!((1..=8).contains(&chunks.len()));
+    for chunk in chunks {
+        assert_eq!((chunk.ids.len(), chunk.weights.len()), (77, 77));
+        assert!(chunk.weights.iter().all(|weight| weight.is_finite()));
+    }
+}
+
+/// A small model, with what stands beside it.
+fn load(add_ons: AddOns) -> Pipeline {
+    let model = Path::new(ROOT).join("models/tests/fixtures/v1");
+    let options = LoadOptions {
+        source: Source::Directory(model),
+        vae: None,
+        device: DeviceName::Cpu,
+        precision: Precision::F32,
+        safety: SafetyMode::Never,
+        threads: Some(1),
+        add_ons,
+    };
+    Pipeline::load(&options).expect("a model")
+}
+
+/// A LoRA for a small model.
+pub fn lora(data: &[u8]) {
+    static LORAS: LazyLock<TempDir> = LazyLock::new(|| tempfile::tempdir().expect("a folder"));
+    static MODEL: LazyLock<Pipeline> = LazyLock::new(|| {
+        let directory = Some(LORAS.path().to_owned());
+        let loras = AssetDir { directory, endings: &["safetensors"], ..AssetDir::default() };
+        load(AddOns { loras, ..AddOns::default() })
+    });
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    // A LoRA that is read is cached under its name.
+    let name = format!("lora{}", NEXT.fetch_add(1, Ordering::Relaxed));
+    let path = LORAS.path().join(format!("{name}.safetensors"));
+    std::fs::write(&path, safetensors_file(data)).expect("it is written");
+    let size = MODEL.info().defaults.size;
+    short(MODEL.begin(&Spec { size, loras: vec![(name, 0.5)], ..spec(1, 1) }));
+    std::fs::remove_file(path).expect("it is removed");
+}
+
+/// A textual inversion embedding in either form of file.
+pub fn embedding(data: &[u8]) {
+    with_file("fuzzed-word.safetensors", &safetensors_file(data), |path| {
+        let embeddings = AssetDir { files: vec![path.to_owned()], ..AssetDir::default() };
+        let add_ons = AddOns { embeddings, max_embedding_bytes: 1 << 20, ..AddOns::default() };
+        let model = load(add_ons);
+        let embeddings = &model.info().embeddings;
+        assert!(embeddings.words.len() + embeddings.skipped.len() >= 1);
+    });
+}
