@@ -16,6 +16,7 @@ use crate::host::memory;
 use crate::http::{self, HttpConfig};
 use crate::registry::{ModelLoader, ModelRegistry, RegistryConfig};
 use crate::source::{self, ModelConfig, ModelLocation};
+use crate::telemetry;
 
 /// Time to write the responses of cancelled requests.
 const FINAL_RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -184,6 +185,7 @@ fn signal() -> impl Future<Output = ()> {
         tokio::spawn(async move {
             let (name, code) = next().await;
             warn!("{name} again: exiting without finishing accepted requests");
+            telemetry::end();
             std::process::exit(code);
         });
     }

@@ -1,33 +1,30 @@
-//! The command line: converts arguments and environment (`args`) into the work of a subcommand.
-//! Nothing else reads the environment or the arguments.
+//! The command line: converts arguments (`args`) and environment (`environment`) into the work of a
+//! subcommand. Nothing else reads the arguments.
 
 mod args;
 mod bench;
+mod environment;
 mod generate;
 mod healthcheck;
 mod package;
 
 use std::ffi::OsString;
-use std::fmt;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{CommandFactory as _, FromArgMatches as _};
-use hf_hub::Cache;
+use clap::FromArgMatches as _;
 use sd_models::{AddOns, AssetDir, DeviceName, SafetyMode};
 use serde_json::{Value, json};
 
 use crate::engine::Safety;
 use crate::image::Format;
-use crate::options::{min, switch};
 use crate::server::{Serve, listen_and_serve};
-use crate::source::{
-    Download, Hub, ModelConfig, ModelLocation, is_checkpoint, is_hub_id, wants_half,
-};
+use crate::source::{Download, ModelConfig, ModelLocation, is_checkpoint, is_hub_id, wants_half};
 use crate::telemetry::LogFormat;
 use args::{Args, Command, GenerateArgs, ModelArgs, SafetyChecker, ServeArgs};
+pub use environment::library_path;
+use environment::{command, hub, name_variable, port, usage};
 use generate::Generate;
 
 /// The default model.
@@ -35,8 +32,6 @@ const DEFAULT_MODEL: &str = "CompVis/stable-diffusion-v1-4";
 
 /// The directory of SageMaker's model files.
 const SAGEMAKER_MODEL: &str = "/opt/ml/model";
-
-const DEFAULT_PORT: u16 = 8080;
 
 /// The configuration of a run.
 pub struct Config {
@@ -116,52 +111,6 @@ fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()
 
 fn print(path: &Path) -> anyhow::Result<()> {
     Ok(writeln!(std::io::stdout(), "{}", path.display())?)
-}
-
-/// The clap command. An empty environment variable counts as not set, because templates and compose
-/// files can leave a variable empty but cannot omit it.
-fn command() -> clap::Command {
-    let empty = |arg: &clap::Arg| {
-        let value = arg.get_env().and_then(std::env::var_os);
-        // An empty key must not make protected routes public.
-        arg.get_id() != "api_keys" && value.is_some_and(|value| value.is_empty())
-    };
-    let unset = move |arg: clap::Arg| if empty(&arg) { arg.env(None::<&str>) } else { arg };
-    // An option names the unit of its value, else its last word is the kind of its value.
-    let placeholder = |arg: clap::Arg| {
-        let derived = arg.get_id().as_str().to_uppercase();
-        let is_derived = arg.get_value_names().is_some_and(|names| names[0] == *derived);
-        let mut words = arg.get_long().unwrap_or_default().rsplit('-');
-        let last = words.clone().next().unwrap_or_default();
-        let word = words.find(|word| *word == "bytes").unwrap_or(last).to_uppercase();
-        if is_derived && !word.is_empty() { arg.value_name(word) } else { arg }
-    };
-    Args::command().mut_subcommands(|subcommand| subcommand.mut_args(unset).mut_args(placeholder))
-}
-
-/// Names the environment variable that an invalid value is from, if it is from one.
-fn name_variable(mut error: clap::Error, args: &[OsString]) -> clap::Error {
-    let Some(ContextValue::String(option)) = error.get(ContextKind::InvalidArg) else {
-        return error;
-    };
-    let option = option.split(' ').next().unwrap_or_default().to_owned();
-    let is_typed = |arg: &OsString| arg.to_string_lossy().split('=').next() == Some(&*option);
-    let command = Args::command();
-    let mut known = command.get_subcommands().flat_map(clap::Command::get_arguments);
-    let known = known.find(|arg| arg.get_long() == option.strip_prefix("--"));
-    if let Some(variable) = known.and_then(clap::Arg::get_env)
-        && [ErrorKind::InvalidValue, ErrorKind::ValueValidation].contains(&error.kind())
-        && !args.iter().any(is_typed)
-    {
-        let variable = variable.to_string_lossy().into_owned();
-        error.insert(ContextKind::InvalidArg, ContextValue::String(variable));
-    }
-    error
-}
-
-/// `LD_LIBRARY_PATH`.
-pub fn library_path() -> Option<String> {
-    variable("LD_LIBRARY_PATH")
 }
 
 /// Inserts `serve` if no subcommand is given.
@@ -340,66 +289,9 @@ fn lora(typed: &str) -> (Option<PathBuf>, String, f64) {
     }
 }
 
-/// The port: `--port`, else SAGEMAKER_BIND_TO_PORT, else SD_PORT, else the default.
-fn port(typed: Option<u16>) -> Result<u16, clap::Error> {
-    if let Some(port) = typed {
-        return Ok(port);
-    }
-    for name in ["SAGEMAKER_BIND_TO_PORT", "SD_PORT"] {
-        if let Some(value) = variable(name) {
-            let parsed = value.trim().parse();
-            return parsed.map_err(|_| {
-                usage(format!("{name}={value} is not a port, a number from 0 to 65535"))
-            });
-        }
-    }
-    Ok(DEFAULT_PORT)
-}
-
-/// Time without a byte from the hub after which a download is resumed.
-const STALL_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// The hub's configuration, from the variables of the Python libraries.
-fn hub() -> Result<Hub, clap::Error> {
-    let home = || variable("HOME").map(|home| Path::new(&home).join(".cache/huggingface"));
-    let root = variable("HF_HOME").map(PathBuf::from).or_else(home);
-    let cache = variable("HF_HUB_CACHE").map(PathBuf::from);
-    let cache = cache.or_else(|| root.as_ref().map(|root| root.join("hub")));
-    let offline = parsed("HF_HUB_OFFLINE", switch)?;
-    let stall_timeout = parsed("HF_HUB_DOWNLOAD_TIMEOUT", min::<1>)?;
-    let stall_timeout = stall_timeout.map(|seconds| Duration::from_secs(seconds as u64));
-    let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
-    Ok(Hub {
-        // Without a home directory, as in some containers, the cache is in a temporary directory.
-        cache: Cache::new(cache.unwrap_or_else(|| std::env::temp_dir().join("huggingface/hub"))),
-        endpoint: endpoint.trim_end_matches('/').to_owned(),
-        token: variable("HF_TOKEN"),
-        offline: offline.unwrap_or(false),
-        stall_timeout: stall_timeout.unwrap_or(STALL_TIMEOUT),
-    })
-}
-
-/// The value of an environment variable that is no option of clap's, if not empty.
-fn parsed<T>(
-    name: &str,
-    parse: impl Fn(&str) -> Result<T, String>,
-) -> Result<Option<T>, clap::Error> {
-    let value = variable(name).map(|value| parse(&value)).transpose();
-    value.map_err(|reason| usage(format!("the variable {name} {reason}")))
-}
-
-/// An environment variable, if not empty.
-fn variable(name: &str) -> Option<String> {
-    std::env::var(name).ok().filter(|value| !value.is_empty())
-}
-
 /// A file as a request carries it.
 fn read_file(path: &Path) -> Result<Vec<u8>, clap::Error> {
     std::fs::read(path).map_err(|error| usage(format!("cannot read {}: {error}", path.display())))
-}
-
-fn usage(message: impl fmt::Display) -> clap::Error {
-    Args::command().error(ErrorKind::ValueValidation, message)
 }
 
 #[cfg(test)]
@@ -408,7 +300,7 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        Args::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]

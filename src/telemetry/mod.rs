@@ -3,7 +3,7 @@
 mod metrics;
 
 use std::io::{self, IsTerminal as _};
-use std::sync::{OnceLock, mpsc};
+use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
@@ -31,9 +31,13 @@ pub enum LogFormat {
     Json,
 }
 
-/// The log. Dropping it writes the lines that are still buffered.
+/// The thread that writes the log.
+static WRITER: Mutex<Option<WorkerGuard>> = Mutex::new(None);
+
+/// The log, which ends when this is dropped.
 #[derive(Debug)]
-pub struct Log(Option<WorkerGuard>);
+#[must_use]
+pub struct Log(());
 
 /// Starts the log. A thread of its own writes it, so that nothing waits for the reader of standard
 /// error. Panics are logged too, so that a JSON log contains nothing else. A log that the process
@@ -49,22 +53,29 @@ pub fn init(format: LogFormat, filter: &str) -> Log {
         LogFormat::Json => log.json().flatten_event(true).try_init(),
     };
     std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
-    Log(Some(guard))
+    *WRITER.lock().unwrap_or_else(PoisonError::into_inner) = Some(guard);
+    Log(())
 }
 
 impl Drop for Log {
     fn drop(&mut self) {
-        let guard = self.0.take();
-        let (done, flushed) = mpsc::channel::<()>();
-        // In a thread, since the guard reports a full buffer on standard output, whose reader may
-        // have stalled as well.
-        let flush = move || {
-            drop(guard);
-            drop(done);
-        };
-        if thread::Builder::new().name("log end".into()).spawn(flush).is_ok() {
-            let _ = flushed.recv_timeout(FLUSH_TIMEOUT);
-        }
+        end();
+    }
+}
+
+/// Ends the log: writes the lines that are still buffered, for up to [`FLUSH_TIMEOUT`]. Before
+/// `std::process::exit`, which drops nothing.
+pub(crate) fn end() {
+    let Some(writer) = WRITER.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+    let (done, flushed) = mpsc::channel::<()>();
+    // In a thread, since the writer reports a full buffer on standard output, whose reader may have
+    // stalled as well.
+    let flush = move || {
+        drop(writer);
+        drop(done);
+    };
+    if thread::Builder::new().name("log end".into()).spawn(flush).is_ok() {
+        let _ = flushed.recv_timeout(FLUSH_TIMEOUT);
     }
 }
 

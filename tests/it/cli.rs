@@ -150,7 +150,7 @@ fn usage_errors_exit_with_64() {
 fn start_up_errors_name_the_option_or_variable() {
     let file = tempfile::NamedTempFile::new().expect("a file");
     let file = file.path().to_str().expect("UTF-8");
-    let table: [(&[&str], &str, &[&str]); 18] = [
+    let table: [(&[&str], &str, &[&str]); 19] = [
         (&["--log", "warning"], "", &["--log", "\"warning\" is no level"]),
         (&["--log", "warn,sd_server"], "", &["--log", "\"sd_server\" is no level"]),
         (&[], "SD_LOG=verbose", &["SD_LOG", "\"verbose\" is no level"]),
@@ -160,6 +160,7 @@ fn start_up_errors_name_the_option_or_variable() {
         (&[], "SD_LOCK_INVOCATIONS=maybe", &["SD_LOCK_INVOCATIONS", "must be true or false"]),
         (&[], "SAGEMAKER_MULTI_MODEL=2", &["SAGEMAKER_MULTI_MODEL", "must be true or false"]),
         (&[], "HF_HUB_OFFLINE=ture", &["HF_HUB_OFFLINE", "must be true or false"]),
+        (&[], "HF_HUB_DOWNLOAD_TIMEOUT=soon", &["HF_HUB_DOWNLOAD_TIMEOUT", "at least 1"]),
         (&[], "SD_MAX_STEPS=0", &["SD_MAX_STEPS", "at least 1"]),
         (&["--max-steps=0"], "SD_MAX_STEPS=5", &["--max-steps", "at least 1"]),
         (&["--memory-budget-bytes", "1X"], "", &["--memory-budget-bytes", "1M or 2GiB"]),

@@ -394,7 +394,10 @@ async fn an_idle_server_ends_whatever_connections_hang() -> Result<()> {
 #[test]
 fn a_second_signal_ends_the_server_at_once() {
     for (name, code) in [("TERM", 143), ("INT", 130)] {
-        let server = harness::Server::ready(&[]);
+        let log = tempfile::NamedTempFile::new().expect("a file");
+        let mut command = harness::sd_server(&["--model", "demo", "--device", "cpu"]);
+        let server = harness::Server::spawn(command.stderr(log.reopen().expect("a handle")));
+        server.wait_until_ready();
         let address = server.address.clone();
         let body = serde_json::json!({ "prompt": "a cat", "steps": 150, "n": 8, "width": 512, "height": 512 });
         let client = server.client.clone();
@@ -407,6 +410,8 @@ fn a_second_signal_ends_the_server_at_once() {
         server.signal(name);
         assert_eq!(server.wait().code(), Some(code));
         assert!(drawing.join().expect("no panic").is_err(), "it was not finished");
+        let log = std::fs::read_to_string(log.path()).expect("a log");
+        assert!(log.contains("again: exiting"), "the log is whole: {log}");
     }
 }
 

@@ -1,0 +1,120 @@
+//! The environment: variables of options and of the Python libraries. Nothing else reads it.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::CommandFactory as _;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use hf_hub::Cache;
+
+use super::args::Args;
+use crate::options::{min, switch};
+use crate::source::Hub;
+
+const DEFAULT_PORT: u16 = 8080;
+
+/// Time without a byte from the hub after which a download is resumed.
+const STALL_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The clap command. An empty environment variable counts as not set, because templates and compose
+/// files can leave a variable empty but cannot omit it.
+pub(super) fn command() -> clap::Command {
+    let empty = |arg: &clap::Arg| {
+        let value = arg.get_env().and_then(std::env::var_os);
+        // An empty key must not make protected routes public.
+        arg.get_id() != "api_keys" && value.is_some_and(|value| value.is_empty())
+    };
+    let unset = move |arg: clap::Arg| if empty(&arg) { arg.env(None::<&str>) } else { arg };
+    // An option names the unit of its value, else its last word is the kind of its value.
+    let placeholder = |arg: clap::Arg| {
+        let derived = arg.get_id().as_str().to_uppercase();
+        let is_derived = arg.get_value_names().is_some_and(|names| names[0] == *derived);
+        let mut words = arg.get_long().unwrap_or_default().rsplit('-');
+        let last = words.clone().next().unwrap_or_default();
+        let word = words.find(|word| *word == "bytes").unwrap_or(last).to_uppercase();
+        if is_derived && !word.is_empty() { arg.value_name(word) } else { arg }
+    };
+    Args::command().mut_subcommands(|subcommand| subcommand.mut_args(unset).mut_args(placeholder))
+}
+
+/// Names the environment variable that an invalid value is from, if it is from one.
+pub(super) fn name_variable(mut error: clap::Error, args: &[OsString]) -> clap::Error {
+    let Some(ContextValue::String(option)) = error.get(ContextKind::InvalidArg) else {
+        return error;
+    };
+    let option = option.split(' ').next().unwrap_or_default().to_owned();
+    let is_typed = |arg: &OsString| arg.to_string_lossy().split('=').next() == Some(&*option);
+    let command = Args::command();
+    let mut known = command.get_subcommands().flat_map(clap::Command::get_arguments);
+    let known = known.find(|arg| arg.get_long() == option.strip_prefix("--"));
+    if let Some(variable) = known.and_then(clap::Arg::get_env)
+        && [ErrorKind::InvalidValue, ErrorKind::ValueValidation].contains(&error.kind())
+        && !args.iter().any(is_typed)
+    {
+        let variable = variable.to_string_lossy().into_owned();
+        error.insert(ContextKind::InvalidArg, ContextValue::String(variable));
+    }
+    error
+}
+
+/// `LD_LIBRARY_PATH`.
+pub fn library_path() -> Option<String> {
+    variable("LD_LIBRARY_PATH")
+}
+
+/// The port: `--port`, else SAGEMAKER_BIND_TO_PORT, else SD_PORT, else the default.
+pub(super) fn port(typed: Option<u16>) -> Result<u16, clap::Error> {
+    if let Some(port) = typed {
+        return Ok(port);
+    }
+    for name in ["SAGEMAKER_BIND_TO_PORT", "SD_PORT"] {
+        if let Some(value) = variable(name) {
+            let parsed = value.trim().parse();
+            return parsed.map_err(|_| {
+                usage(format!("{name}={value} is not a port, a number from 0 to 65535"))
+            });
+        }
+    }
+    Ok(DEFAULT_PORT)
+}
+
+/// The hub's configuration, from the variables of the Python libraries.
+pub(super) fn hub() -> Result<Hub, clap::Error> {
+    let home = || variable("HOME").map(|home| Path::new(&home).join(".cache/huggingface"));
+    let root = variable("HF_HOME").map(PathBuf::from).or_else(home);
+    let cache = variable("HF_HUB_CACHE").map(PathBuf::from);
+    let cache = cache.or_else(|| root.as_ref().map(|root| root.join("hub")));
+    let offline = parsed("HF_HUB_OFFLINE", switch)?;
+    let stall_timeout = parsed("HF_HUB_DOWNLOAD_TIMEOUT", min::<1>)?;
+    let stall_timeout = stall_timeout.map(|seconds| Duration::from_secs(seconds as u64));
+    let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
+    Ok(Hub {
+        // Without a home directory, as in some containers, the cache is in a temporary directory.
+        cache: Cache::new(cache.unwrap_or_else(|| std::env::temp_dir().join("huggingface/hub"))),
+        endpoint: endpoint.trim_end_matches('/').to_owned(),
+        token: variable("HF_TOKEN"),
+        offline: offline.unwrap_or(false),
+        stall_timeout: stall_timeout.unwrap_or(STALL_TIMEOUT),
+    })
+}
+
+/// The value of an environment variable that is no option of clap's, if not empty.
+fn parsed<T>(
+    name: &str,
+    parse: impl Fn(&str) -> Result<T, String>,
+) -> Result<Option<T>, clap::Error> {
+    let value = variable(name).map(|value| parse(&value)).transpose();
+    value.map_err(|reason| usage(format!("the variable {name} {reason}")))
+}
+
+/// An environment variable, if not empty.
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// The error of an invalid argument or variable.
+pub(super) fn usage(message: impl fmt::Display) -> clap::Error {
+    Args::command().error(ErrorKind::ValueValidation, message)
+}
