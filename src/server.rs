@@ -24,6 +24,10 @@ const FINAL_RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time for which `/ping` reports that the model thread has terminated, before the process exits.
 const UNHEALTHY_LINGER: Duration = Duration::from_secs(1);
 
+/// Time for which further signals are the first one again: a terminal or `timeout` and the parent
+/// process often send the same one each.
+const SIGNAL_INTERVAL: Duration = Duration::from_millis(200);
+
 /// Number of files for anything but connections: models, the hub, the database of jobs.
 const OTHER_FILES: u64 = 256;
 
@@ -181,8 +185,11 @@ fn signal() -> impl Future<Output = ()> {
                 _ = int.recv() => ("SIGINT", 128 + 2),
             }
         };
-        info!("{}", next().await.0);
+        let (name, _) = next().await;
+        info!("{name}");
+        let repeated = Instant::now() + SIGNAL_INTERVAL;
         tokio::spawn(async move {
+            while timeout_at(repeated, next()).await.is_ok() {}
             let (name, code) = next().await;
             warn!("{name} again: exiting without finishing accepted requests");
             telemetry::end();
