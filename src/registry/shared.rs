@@ -1,0 +1,104 @@
+//! The state of the registry, and the threads that look at the files of models.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
+
+use super::config::RegistryConfig;
+use super::error::{RegistryError, Result};
+use super::folder;
+use super::residents::Residents;
+use crate::engine::Engine;
+
+/// Maximum number of threads that look at the files of models, which may be on a slow file system.
+const MAX_READERS: usize = 4;
+
+/// Time for which a model that could not be loaded is not tried again, unless its files change: each
+/// try may evict another model.
+const FAILURE_RETENTION: Duration = Duration::from_secs(60);
+
+/// Starts an engine for the files of a model.
+pub trait ModelLoader: Send + Sync + 'static {
+    /// Size of the weights in memory, in bytes, from the headers of the files. Blocks, and may
+    /// download files that the model lacks.
+    fn estimate_bytes(&self, path: &Path) -> anyhow::Result<u64>;
+    /// Starts loading the model.
+    fn start(&self, path: &Path) -> io::Result<Engine>;
+    /// Memory available for weights on the device, in bytes, if known.
+    fn free_bytes(&self) -> Option<u64>;
+}
+
+/// What the handles and the tasks of the registry share.
+pub(super) struct RegistryShared {
+    pub(super) default: Engine,
+    loader: Option<Box<dyn ModelLoader>>,
+    pub(super) settings: RegistryConfig,
+    residents: Mutex<Residents>,
+    /// Sent when a model was loaded or unloaded, and when a waiting request has left.
+    pub(super) changed: watch::Sender<()>,
+    /// Held while a model is loaded: two at once would count on the same free memory. Nobody waits
+    /// under it for a model to become idle.
+    pub(super) loading: tokio::sync::Mutex<()>,
+    readers: Arc<Semaphore>,
+    /// Models that could not be loaded, by path: the files, when, and why.
+    failures: Mutex<HashMap<PathBuf, (folder::Version, Instant, RegistryError)>>,
+}
+
+impl RegistryShared {
+    pub(super) fn new(
+        default: Engine,
+        loader: Option<Box<dyn ModelLoader>>,
+        settings: RegistryConfig,
+    ) -> Arc<Self> {
+        let readers = Arc::new(Semaphore::new(MAX_READERS));
+        let (residents, changed, loading, failures) = Default::default();
+        Arc::new(Self { default, loader, settings, residents, changed, loading, readers, failures })
+    }
+
+    pub(super) fn residents(&self) -> MutexGuard<'_, Residents> {
+        self.residents.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn loader(&self) -> Result<&dyn ModelLoader> {
+        let loader = self.loader.as_deref();
+        loader.ok_or_else(|| RegistryError::broken("this server has one model"))
+    }
+
+    /// Runs `work`, which looks at files, on a blocking thread. The thread is counted until it
+    /// ends, whether or not a request still waits.
+    pub(super) async fn read<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Self) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let permit = Arc::clone(&self.readers).acquire_owned().await;
+        let shared = Arc::clone(self);
+        let work = move || {
+            let _held = permit;
+            work(&shared)
+        };
+        tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(RegistryError::broken(e)))
+    }
+
+    /// The error of a model whose files have not changed since it could not be loaded. Blocks.
+    pub(super) fn check_failures(&self, path: &Path) -> Result<()> {
+        let failures = || self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        failures().retain(|_, (_, at, _)| at.elapsed() < FAILURE_RETENTION);
+        let known = failures().get(path).cloned();
+        match known {
+            Some((version, _, error)) if version == folder::version(path) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Blocks.
+    pub(super) fn remember_failure(&self, path: PathBuf, error: RegistryError) {
+        let failure = (folder::version(&path), Instant::now(), error);
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        failures.insert(path, failure);
+    }
+}
