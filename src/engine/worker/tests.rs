@@ -8,13 +8,17 @@ use std::sync::mpsc::{self, Receiver, Sender};
 
 use futures_util::FutureExt as _;
 use sd_models::{
-    AddOns, Defaults, Embeddings, Hires, MemoryEstimate, PromptSyntax, Rgb, Sampler, SigmaSchedule,
-    Upscaler,
+    AddOns, Defaults, Embeddings, Error, Hires, LoraStack, MemoryEstimate, ModelInfo, PromptSyntax,
+    Rgb, Sampler, SigmaSchedule, Size, Spec, Upscaler,
 };
 use tokio::time::{Instant as Clock, advance};
 
+use super::admit::{MAX_BUCKETS, MAX_READERS};
 use super::*;
-use crate::engine::{Client, DeviceScheduler, Engine, EngineConfig, Job, ReadLoras, Ticket};
+use crate::engine::{
+    Client, DeviceScheduler, Engine, EngineConfig, GeneratedImage, Job, ReadLoras, Safety, Ticket,
+    Trajectory,
+};
 
 /// A call of the model. Images are identified by their seeds.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,0 +1,133 @@
+//! Admission: waiting images take free rows, and have their files read.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use sd_models::{LoraStack, Size};
+use tracing::error;
+
+use super::files::{PendingFiles, Reader};
+use super::images::{SizeLoad, Slot, Worker, stepping};
+use crate::engine::job::{Client, ImageTask, JobError};
+use crate::engine::model::{Model, Trajectory as _};
+
+/// Maximum number of threads that read LoRAs. On a file system that does not answer they end late,
+/// whether or not their images are still wanted; further images with LoRAs wait in the queue.
+pub(super) const MAX_READERS: usize = 4;
+
+/// Maximum number of image sizes that run at the same time, each with full batches. One client has at
+/// most the rows of all but one, so that there is room for the next.
+pub(super) const MAX_BUCKETS: usize = 4;
+
+impl<M: Model> Worker<M> {
+    /// Starts waiting images while there are rows for them. This encodes their text, so a round
+    /// ends once it took longer than a step, to keep the running images going.
+    pub(super) fn admit(&mut self) {
+        let round = Instant::now();
+        let busy = !self.slots.is_empty();
+        while !self.lost {
+            let Some((task, loras)) = self.next_ready() else { return };
+            let begun = Instant::now();
+            let queued = begun.saturating_duration_since(task.submitted);
+            self.engine.metrics.queue_duration.time([], queued);
+            // The budget may have become smaller since the image was accepted.
+            if self.model.info().peak_bytes(&task.spec) > self.engine.budget() {
+                task.complete(Err(JobError::OutOfMemory));
+                continue;
+            }
+            let trajectory = self.model.begin_with(&task.spec, loras);
+            self.engine.metrics.stage_duration.time(["text_encode"], begun.elapsed());
+            match trajectory {
+                Ok(trajectory) => {
+                    task.advance(0, trajectory.progress().1);
+                    let (decoded, interrupted) = (None, false);
+                    self.slots.push(Slot { task, trajectory, begun, decoded, interrupted });
+                }
+                Err(error) => task.complete(Err(self.failure(&error, "begin"))),
+            }
+            if busy && round.elapsed() > self.last_step {
+                return;
+            }
+        }
+    }
+
+    /// The first image whose LoRAs have been read, or that has none.
+    fn next_ready(&mut self) -> Option<(ImageTask, LoraStack)> {
+        while let Some(place) = self.reading.iter().position(PendingFiles::done) {
+            let PendingFiles { task, reader } = self.reading.remove(place);
+            match reader.take() {
+                Some(Ok(loras)) => return Some((task, loras)),
+                Some(Err(error)) => task.complete(Err(self.failure(&error, "lora"))),
+                None => {
+                    error!("the thread that read LoRAs panicked");
+                    task.complete(Err(JobError::Model));
+                }
+            }
+        }
+        self.readers.retain(|reader| !reader.ended());
+        loop {
+            let task = self.next_task()?;
+            let Some(read) = self.model.read_loras(&task.spec) else {
+                return Some((task, LoraStack::default()));
+            };
+            match Reader::start(&self.engine.0, read) {
+                Ok(reader) => {
+                    self.readers.push(Arc::clone(&reader));
+                    self.reading.push(PendingFiles { task, reader });
+                }
+                Err(error) => {
+                    error!("cannot start a thread: {error}");
+                    task.complete(Err(JobError::Model));
+                }
+            }
+        }
+    }
+
+    /// The first image for whose size there are rows. An image that waits for rows blocks later
+    /// ones of its size, so that a guided image is not overtaken by unguided ones forever.
+    fn next_task(&mut self) -> Option<ImageTask> {
+        let (engine, info) = (&self.engine, self.model.info());
+        let reading = || self.reading.iter().map(|reading| &reading.task.spec);
+        let running = self.slots.iter().map(|slot| (&slot.task, slot.trajectory.rows()));
+        let pending = self.reading.iter().map(|reading| (&reading.task, reading.task.spec.rows()));
+        let (mut taken, mut of_clients) = (0, HashMap::<&Client, usize>::new());
+        for (task, rows) in running.chain(pending) {
+            taken += rows;
+            *of_clients.entry(&task.client).or_default() += rows;
+        }
+        let batch = engine.settings.max_batch_rows;
+        let mut free = (MAX_BUCKETS * batch).saturating_sub(taken);
+        let most = (MAX_BUCKETS - 1) * batch;
+        let mut at_most: Vec<Client> = Vec::new();
+        let reading = reading().map(|spec| (spec.size, spec));
+        let loads = SizeLoad::all(info, stepping(&self.slots).chain(reading));
+        let mut held_back: Vec<Size> = Vec::new();
+        let mut queue = engine.queue();
+        self.last_arrival = queue.arrivals();
+        queue.next(|task| {
+            let (size, rows) = (task.spec.size, task.spec.rows());
+            let load = loads.iter().find(|load| load.size == size);
+            let joins = |load: &SizeLoad| {
+                let bytes = load.bytes + info.step_bytes(&task.spec, size);
+                load.rows + rows <= self.max_rows(size) && bytes <= engine.budget()
+            };
+            let fits = rows <= free && load.is_none_or(joins);
+            if held_back.contains(&size) || at_most.contains(&task.client) {
+                return false;
+            }
+            if self.readers.len() >= MAX_READERS && task.spec.has_loras() {
+                return false;
+            }
+            if of_clients.get(&task.client).is_some_and(|taken| taken + rows > most) {
+                at_most.push(task.client.clone());
+                return false;
+            }
+            if !fits {
+                held_back.push(size);
+                free = if rows > free { 0 } else { free };
+            }
+            fits
+        })
+    }
+}

@@ -1,0 +1,60 @@
+//! Before the first image: the memory budget, and the image that warms the device up.
+
+use anyhow::Context as _;
+use sd_models::{Defaults, PromptSyntax, Size, Spec};
+
+use crate::engine::model::{Model, Trajectory as _};
+use crate::engine::shared::EngineShared;
+
+/// Share of the memory free after loading that is the budget; the rest is a reserve.
+const BUDGET_PERCENT: u64 = 80;
+
+/// Side of the warm-up image in pixels; small, since only first use matters.
+const WARM_UP_SIDE: usize = 128;
+
+/// The memory budget in bytes: the configured one, else a share of the memory that is free when a
+/// model was loaded or unloaded. If that is unknown, there is no limit but the device's own.
+pub(super) fn budget<M: Model>(model: &M, engine: &EngineShared) -> u64 {
+    // Memory retained by the allocator is free, too.
+    sd_models::return_freed_memory();
+    let share = |free: u64| free / 100 * BUDGET_PERCENT;
+    engine.settings.memory_budget_bytes.or(model.free_bytes().map(share)).unwrap_or(u64::MAX)
+}
+
+/// Generates a small image and drops it: the first image pays for lazy initialization of the
+/// device.
+pub(super) fn warm_up<M: Model>(model: &M) -> anyhow::Result<()> {
+    let defaults = &model.info().defaults;
+    let small = Size::new(
+        WARM_UP_SIDE.min(defaults.size.width()),
+        WARM_UP_SIDE.min(defaults.size.height()),
+    );
+    let spec = warm_up_params(defaults, small.unwrap_or(defaults.size));
+    let generate = || {
+        let mut trajectory = model.begin(&spec)?;
+        while !trajectory.done() {
+            model.step(&mut [&mut trajectory])?;
+        }
+        model.preview(&trajectory)?;
+        model.check_safety(&model.decode(&trajectory)?)
+    };
+    generate().context("warm-up failed").map(drop)
+}
+
+/// The spec of the warm-up image: no prompt, one step.
+pub(super) fn warm_up_params(defaults: &Defaults, size: Size) -> Spec {
+    Spec {
+        prompt: String::new(),
+        prompt_syntax: PromptSyntax::Plain,
+        negative_prompt: String::new(),
+        loras: Vec::new(),
+        size,
+        steps: 1,
+        guidance_scale: defaults.guidance_scale,
+        seed: 0,
+        sampler: defaults.sampler,
+        schedule: defaults.schedule,
+        img2img: None,
+        hires: None,
+    }
+}

@@ -1,0 +1,103 @@
+//! A step: one UNet call for the images of one size, and their previews.
+
+use std::time::Instant;
+
+use sd_models::Error;
+use tracing::{debug, warn};
+
+use super::images::{SizeLoad, Slot, Worker, chain};
+use crate::engine::batch::BucketLoad;
+use crate::engine::model::{Model, Trajectory as _};
+use crate::engine::state::Safety;
+use crate::image;
+
+impl<M: Model> Worker<M> {
+    /// One UNet call for the size whose turn it is, with its oldest images if not all fit. Returns
+    /// the work done.
+    pub(super) fn step(&mut self) -> u64 {
+        let loads = self.loads().into_iter().map(|SizeLoad { size, rows, .. }| {
+            let members = self.slots.iter().filter(|slot| !slot.done());
+            let members = members.filter(|slot| slot.trajectory.size() == size);
+            let clients = members.map(|slot| slot.task.client.clone()).collect();
+            BucketLoad { size, rows, clients }
+        });
+        let loads: Vec<_> = loads.collect();
+        let Some(size) = self.rotation.next(&loads) else { return 0 };
+        let (max_rows, budget, info) =
+            (self.max_rows(size), self.engine.budget(), self.model.info());
+        let (mut taken, mut bytes) = (0, 0);
+        let mut members: Vec<_> = self
+            .slots
+            .iter_mut()
+            .filter(|slot| slot.trajectory.size() == size && !slot.done())
+            .take_while(|slot| {
+                let first = taken == 0;
+                taken += slot.trajectory.rows();
+                bytes += info.step_bytes(&slot.task.spec, size);
+                first || taken <= max_rows && bytes <= budget
+            })
+            .collect();
+        let began = Instant::now();
+        let mut batch: Vec<_> = members.iter_mut().map(|slot| &mut slot.trajectory).collect();
+        let (stepped, len) = step_with_oom_fallback(&self.model, &mut batch);
+        self.last_step = began.elapsed();
+        let shrunk = len < members.len();
+        members.truncate(len);
+        let rows: usize = members.iter().map(|slot| slot.trajectory.rows()).sum();
+        self.engine.metrics.stage_duration.time(["step"], self.last_step);
+        self.engine.metrics.batch_size.with([]).observe(rows as f64);
+        match stepped {
+            Ok(()) => {
+                for slot in members {
+                    preview(&self.model, slot, self.engine.settings.safety);
+                    slot.task.advance(1, 0);
+                }
+            }
+            Err(error) => {
+                let members: Vec<_> = members.iter().map(|slot| slot.task.key()).collect();
+                let failure = self.failure(&error, "step");
+                let failed = |slot: &mut Slot<_>| members.contains(&slot.task.key());
+                for slot in self.slots.extract_if(.., failed) {
+                    slot.task.complete(Err(failure.clone()));
+                }
+            }
+        }
+        if shrunk {
+            warn!(%size, rows, "out of memory, batch size reduced");
+            self.engine.metrics.batch_oom_retries.with([]).inc();
+            self.caps.insert(size, rows);
+        }
+        (size.pixels() * rows) as u64
+    }
+}
+
+/// Steps the batch; if the device is out of memory, half of it, and so on down to one image. A
+/// failed step changes nothing. Returns the number of images stepped.
+fn step_with_oom_fallback<M: Model>(
+    model: &M,
+    batch: &mut [&mut M::Trajectory],
+) -> (sd_models::Result<()>, usize) {
+    let mut len = batch.len();
+    loop {
+        match model.step(&mut batch[..len]) {
+            Err(Error::OutOfMemory(_)) if len > 1 => len /= 2,
+            stepped => return (stepped, len),
+        }
+    }
+}
+
+/// Sends a preview, if requested. Previews are not checked, so they are blurred unless flagged
+/// images are returned unchanged. A failed preview is only logged.
+fn preview<M: Model>(model: &M, slot: &mut Slot<M::Trajectory>, safety: Safety) {
+    if !slot.task.wants_preview() {
+        return;
+    }
+    match model.preview(&slot.trajectory) {
+        Ok(Some(rgb)) if model.info().checked && safety != Safety::Flag => {
+            slot.task.show(image::blurred(&rgb));
+        }
+        Ok(Some(rgb)) => slot.task.show(rgb),
+        Ok(None) => {}
+        Err(error) => debug!("no preview: {}", chain(&error)),
+    }
+}
