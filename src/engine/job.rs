@@ -5,7 +5,7 @@
 use std::net::IpAddr;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use sd_models::{AssetFile, Rgb, Spec};
@@ -133,12 +133,38 @@ pub struct Job {
     pub preview: bool,
     /// Its order among the client's jobs.
     pub priority: Priority,
+    /// Given if the job is submitted again whenever the queue is full.
+    pub uncounted: Option<Arc<Uncounted>>,
+}
+
+/// The images of a job that are not yet counted in the metrics, because the job is submitted again
+/// whenever the queue is full: only its end is counted. What is left when this is dropped was
+/// cancelled.
+#[derive(Debug)]
+pub struct Uncounted {
+    images: AtomicUsize,
+    metrics: Arc<Metrics>,
+}
+
+impl Uncounted {
+    pub(super) fn new(images: usize, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self { images: images.into(), metrics })
+    }
+}
+
+impl Drop for Uncounted {
+    fn drop(&mut self) {
+        let left = *self.images.get_mut() as u64;
+        if left > 0 {
+            self.metrics.images.with(["cancelled"]).inc_by(left);
+        }
+    }
 }
 
 impl From<Vec<Spec>> for Job {
     fn from(specs: Vec<Spec>) -> Self {
         let (client, priority) = Default::default();
-        Self { specs, client, deadline: None, preview: false, priority }
+        Self { specs, client, deadline: None, preview: false, priority, uncounted: None }
     }
 }
 
@@ -200,7 +226,8 @@ pub struct Ticket {
     state: watch::Receiver<EngineState>,
 }
 
-/// The worker's end of one image of a job. It is counted in the metrics once, when dropped.
+/// The worker's end of one image of a job. It is counted in the metrics when dropped, unless its job
+/// is submitted again.
 #[derive(Debug)]
 pub(super) struct ImageTask {
     pub(super) spec: Spec,
@@ -217,6 +244,9 @@ pub(super) struct ImageTask {
     previews: Option<(Previews, Option<Instant>)>,
     interrupted: Arc<AtomicBool>,
     outcome: Option<&'static str>,
+    /// Whether its job is submitted again.
+    returns: bool,
+    uncounted: Option<Arc<Uncounted>>,
     metrics: Arc<Metrics>,
     _busy: watch::Receiver<()>,
 }
@@ -229,7 +259,7 @@ pub(super) fn open(
     busy: &watch::Sender<()>,
     metrics: &Arc<Metrics>,
 ) -> (Ticket, Vec<ImageTask>) {
-    let Job { specs, client, deadline, preview, priority } = job;
+    let Job { specs, client, deadline, preview, priority, uncounted } = job;
     let count = specs.len();
     // Each task sends one result, so with this capacity the worker never waits.
     let (sender, results) = mpsc::channel(count.max(1));
@@ -251,6 +281,8 @@ pub(super) fn open(
         previews: previews.clone().map(|previews| (previews, None)),
         interrupted: Arc::clone(&interrupted),
         outcome: None,
+        returns: false,
+        uncounted: uncounted.clone(),
         metrics: Arc::clone(metrics),
         _busy: busy.subscribe(),
     };
@@ -371,8 +403,9 @@ impl ImageTask {
         let _ = self.results.try_send((self.index, Ok(None)));
     }
 
-    /// Ends an image that is not accepted.
+    /// Ends an image that is not accepted, or evicted.
     pub(super) fn reject(mut self, failure: JobError) {
+        self.returns = self.uncounted.is_some() && matches!(failure, JobError::Full { .. });
         self.outcome = Some("rejected");
         let _ = self.results.try_send((self.index, Err(failure)));
     }
@@ -381,6 +414,12 @@ impl ImageTask {
 /// Without an outcome, the ticket was dropped, or the model thread has terminated.
 impl Drop for ImageTask {
     fn drop(&mut self) {
+        if self.returns {
+            return;
+        }
+        if let Some(uncounted) = &self.uncounted {
+            uncounted.images.fetch_sub(1, Ordering::Relaxed);
+        }
         let silent = if self.is_wanted() { "failed" } else { "cancelled" };
         self.metrics.images.with([self.outcome.unwrap_or(silent)]).inc();
     }

@@ -27,7 +27,9 @@ use tokio::sync::watch;
 use crate::host::{gpu, memory};
 use crate::telemetry::{self, Metrics};
 pub use device::DeviceScheduler;
-pub use job::{Client, GeneratedImage, Job, JobError, Preview, Priority, Progress, Ticket};
+pub use job::{
+    Client, GeneratedImage, Job, JobError, Preview, Priority, Progress, Ticket, Uncounted,
+};
 pub use model::{Model, ReadLoras, Trajectory};
 pub use monitor::{Estimate, JobMonitor};
 use queue::{PushError, Queue};
@@ -164,6 +166,11 @@ impl Engine {
         }
         self.shared.arrived.notify_one();
         Ok(ticket)
+    }
+
+    /// Counts so many images of a job once, however often it is submitted.
+    pub fn uncounted(&self, images: usize) -> Arc<Uncounted> {
+        Uncounted::new(images, Arc::clone(&self.shared.metrics))
     }
 
     /// Estimated time until there is room for one more image, in seconds.

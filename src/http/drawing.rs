@@ -1,7 +1,7 @@
 //! Image generation for all APIs: from the typed request to the encoded images, whether the client
 //! waits for them, receives a stream of events or polls a job.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
@@ -16,7 +16,9 @@ use super::admission::RequestSlot;
 use super::error::{ApiError, Result};
 use super::ids;
 use super::state::AppState;
-use crate::engine::{Client, Engine, GeneratedImage, Job, JobError, Preview, Priority, Ticket};
+use crate::engine::{
+    Client, Engine, GeneratedImage, Job, JobError, Preview, Priority, Ticket, Uncounted,
+};
 use crate::image::{self, Format, Hashes, JPEG_QUALITY};
 use crate::registry::ModelLease;
 use crate::request::{DrawRequest, ValidationError};
@@ -65,6 +67,8 @@ pub(crate) struct Drawing {
     /// Held until the response is encoded: a job may be submitted again.
     _lease: Option<ModelLease>,
     hashes: Hashes,
+    /// Set when they are first submitted with [`Self::submit_with_retry`].
+    uncounted: OnceLock<Arc<Uncounted>>,
 }
 
 impl Drawing {
@@ -135,6 +139,7 @@ impl Drawing {
             engine,
             _lease,
             hashes,
+            uncounted: OnceLock::new(),
         })
     }
 
@@ -142,15 +147,18 @@ impl Drawing {
     pub(crate) fn submit(&self, client: &Client, deadline: Deadline) -> Result<Ticket> {
         let (specs, client) = (self.specs.clone(), client.clone());
         let (deadline, preview, priority) = (Some(deadline), self.preview, self.priority);
-        Ok(self.engine.submit(Job { specs, client, deadline, preview, priority })?)
+        let uncounted = self.uncounted.get().cloned();
+        Ok(self.engine.submit(Job { specs, client, deadline, preview, priority, uncounted })?)
     }
 
-    /// Submits the images to the engine as soon as the queue has room.
+    /// Submits the images to the engine as soon as the queue has room, and again after they were
+    /// evicted from it. They are counted in the metrics once, by how they end.
     pub(crate) async fn submit_with_retry(
         &self,
         client: &Client,
         deadline: Deadline,
     ) -> Result<Ticket> {
+        self.uncounted.get_or_init(|| self.engine.uncounted(self.specs.len()));
         loop {
             match self.submit(client, deadline) {
                 Err(ApiError::Job(JobError::Full { .. })) => {

@@ -384,6 +384,34 @@ async fn every_picture_of_a_random_trace_ends_exactly_once() {
 }
 
 #[tokio::test]
+async fn a_job_that_is_submitted_again_is_counted_once() {
+    let mut test = TestWorker::new(2, 4);
+    let first = test.submit(0, vec![spec(0, 1); 2]);
+    let uncounted = test.engine.uncounted(3);
+    let job = || {
+        let (client, uncounted) = (Client::named("1"), Some(Arc::clone(&uncounted)));
+        test.engine.submit(Job { client, uncounted, ..Job::from(vec![spec(1, 1); 3]) })
+    };
+    for _ in 0..3 {
+        assert!(matches!(job(), Err(JobError::Full { .. })));
+    }
+    drop(first);
+    let ticket = job().expect("room");
+    drop(ticket);
+    test.turn();
+    let counted = ["completed", "failed", "cancelled", "rejected"].map(|end| test.counted(end));
+    assert_eq!(counted, [0, 0, 5, 0]);
+    // One that is given up while it waits.
+    let given_up = test.engine.uncounted(3);
+    let _other = test.submit(0, vec![spec(0, 1); 2]);
+    let job = Job { uncounted: Some(Arc::clone(&given_up)), ..Job::from(vec![spec(1, 1); 3]) };
+    assert!(test.engine.submit(job).is_err());
+    assert_eq!(test.counted("cancelled"), 5);
+    drop((uncounted, given_up));
+    assert_eq!(test.counted("cancelled"), 8);
+}
+
+#[tokio::test]
 async fn clients_with_waiting_images_get_the_same_work() {
     let mut test = TestWorker::new(300, 8);
     // Many images at once, large images, one image at a time.
