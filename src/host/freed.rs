@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use tokio::runtime::Handle;
+
 /// Number of bytes after which memory is returned. Less is not worth the page faults of the next
 /// step, whose own memory is returned with it.
 const BURST_BYTES: usize = 32 << 20;
@@ -18,15 +20,16 @@ pub(crate) struct FreedMemory(Arc<AtomicUsize>);
 
 impl FreedMemory {
     /// Adds memory that is free now or in a moment. It is returned a second later if there is much
-    /// of it. Must be called in a tokio runtime, on any of its threads.
+    /// of it. Outside of a tokio runtime, as when one ends, nothing is returned.
     pub(crate) fn add(&self, bytes: usize) {
+        let Ok(runtime) = Handle::try_current() else { return };
         let bytes = bytes.min(BURST_BYTES);
         let before = self.0.fetch_add(bytes, Ordering::Relaxed);
         if before >= BURST_BYTES || before + bytes < BURST_BYTES {
             return;
         }
         let freed = self.clone();
-        tokio::spawn(async move {
+        runtime.spawn(async move {
             tokio::time::sleep(DELAY).await;
             freed.0.store(0, Ordering::Relaxed);
             // It takes the allocator's lock and milliseconds. A panic would be in the log.

@@ -33,14 +33,13 @@ const RETRY_INTERVAL: Duration = Duration::from_millis(200);
 /// Maximum length of a body that holds no image, in bytes.
 const MAX_SMALL_BODY: usize = 1 << 20;
 
-/// An admitted request: its headers, its whole body, its client, deadlines and slot.
+/// An admitted request: its headers, its whole body, its client, and its slot with the deadline.
 #[derive(Debug)]
 pub(crate) struct Admitted {
     pub(crate) headers: HeaderMap,
     pub(crate) body: Vec<u8>,
     pub(crate) client: Client,
     pub(crate) timeout: Duration,
-    pub(crate) deadline: Instant,
     /// Deadline of a response that is a stream.
     pub(crate) stream_deadline: Instant,
     pub(crate) slot: RequestSlot,
@@ -55,6 +54,8 @@ pub(crate) struct AdmittedSmall(pub(crate) Admitted);
 /// has ended, not when the client has disconnected.
 #[derive(Debug, Clone)]
 pub(crate) struct RequestSlot {
+    /// When the request is answered at the latest, unless the response is a stream.
+    pub(crate) deadline: Instant,
     _slot: Arc<Share>,
     /// The room for the body, until what was in it has been freed.
     body: Option<Arc<Share>>,
@@ -154,8 +155,9 @@ async fn admit(request: Request, state: &AppState, limit: BodyLimit) -> Result<A
     let mut room = take(0, declared).map_err(crowded)?;
     let body = Receive { limit, declared, arrived, patience: settings.body_timeout, deadline };
     let body = body.read(request, &mut room, crowded).await?;
-    let slot = RequestSlot { _slot: Arc::new(slot), body: Some(Arc::new(room)), accepted };
-    Ok(Admitted { headers, body, client, timeout, deadline, stream_deadline, slot })
+    let (_slot, room) = (Arc::new(slot), Some(Arc::new(room)));
+    let slot = RequestSlot { deadline, _slot, body: room, accepted };
+    Ok(Admitted { headers, body, client, timeout, stream_deadline, slot })
 }
 
 /// How a body is read.
@@ -208,7 +210,7 @@ impl Admitted {
     pub(crate) async fn json(&mut self, state: &AppState) -> Result<Fields> {
         let body = std::mem::take(&mut self.body);
         let json = |body: &[u8]| Ok(Fields::json(text(body)?)?);
-        state.reader.parse(self.slot.clone(), body, json).await
+        state.reader.parse(self.slot.deadline, self.slot.clone(), body, json).await
     }
 }
 
@@ -220,11 +222,12 @@ pub(crate) fn text(body: &[u8]) -> Result<&str, ValidationError> {
 
 impl RequestSlot {
     /// A slot for a job that was accepted by an earlier process; waits until one is free.
-    pub(crate) async fn wait(state: &AppState) -> Self {
+    pub(crate) async fn wait(state: &AppState, deadline: Instant) -> Self {
         loop {
             let amount = Amount { requests: 1, bytes: 0 };
             if let Ok(slot) = state.slots.take(None, amount) {
                 return Self {
+                    deadline,
                     _slot: Arc::new(slot),
                     body: None,
                     accepted: AcceptedWork::default(),

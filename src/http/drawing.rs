@@ -84,15 +84,16 @@ impl Drawing {
         let (engine, settings) = (state.engine.clone(), &state.settings);
         let (model, seed) = (engine.model()?, ids::seed()?);
         let (limits, own, reader) = (settings.limits, Arc::clone(&model), state.reader.clone());
+        let deadline = slot.deadline;
         let read = move || {
             let mut specs = Vec::new();
             for request in &mut requests {
-                let _weighed = reader.weigh(request.weigh(&limits));
+                let _weighed = reader.weigh(deadline, request.weigh(&limits))?;
                 specs.extend(request.specs(&limits, &own, seed)?);
             }
             Ok((specs, requests.into_iter().next()))
         };
-        let (specs, request) = state.reader.run(slot.clone(), read).await?;
+        let (specs, request) = state.reader.run(deadline, slot.clone(), read).await?;
         slot.release_body();
         let (count, most) = (specs.len(), settings.limits.max_images);
         if count > most {
@@ -110,7 +111,7 @@ impl Drawing {
                     request.check_files(&specs, &own)?;
                     Ok((specs, request))
                 };
-                state.reader.look_up(slot.clone(), check).await?
+                state.reader.look_up(deadline, slot.clone(), check).await?
             }
         };
         // Several prompts are one request: image k has seed + k.

@@ -1,15 +1,19 @@
 //! Where bodies are parsed and input images decoded: on blocking threads, as many at a time as
 //! there are CPU cores. Decoded images are weighed, since they take many times the memory of their
 //! files, and what reading has taken is returned to the system. Directories that requests name files
-//! of are looked at on threads of their own, since they may be on a slow file system.
+//! of are looked at on threads of their own, since they may be on a slow file system. The request
+//! waits for threads, memory and the work until its deadline; work that has begun ends, and is
+//! counted until then.
 
 use std::sync::Arc;
 use std::thread;
 
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout_at};
 
 use super::error::Result;
+use crate::engine::JobError;
 use crate::host::freed::FreedMemory;
 use crate::request::ValidationError;
 
@@ -49,119 +53,145 @@ impl Drop for Weighed {
 
 impl Reader {
     /// A reader whose decoded images take at most so many bytes together.
-    pub(crate) fn new(max_decoded_bytes: usize) -> Self {
+    pub(crate) fn new(max_decoded_bytes: usize, freed: FreedMemory) -> Self {
         let threads = thread::available_parallelism().map_or(1, usize::from);
         let units = (max_decoded_bytes / UNIT_BYTES).clamp(1, u32::MAX as usize);
         let units = units.min(Semaphore::MAX_PERMITS);
         let [threads, lookups, pixels] =
             [threads, MAX_LOOKUPS, units].map(|permits| Arc::new(Semaphore::new(permits)));
-        Self { threads, lookups, pixels, units, freed: FreedMemory::default() }
+        Self { threads, lookups, pixels, units, freed }
     }
 
     /// Runs `work` on a blocking thread. What it holds is held until it has ended, whether or not
-    /// the client waits for it.
+    /// the client waits for it. Waits until `deadline`, else fails with [`JobError::Deadline`].
     pub(crate) async fn run<T: Send + 'static>(
         &self,
+        deadline: Instant,
         held: impl Send + 'static,
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        run(&self.threads, held, work).await
+        run(&self.threads, deadline, held, work).await
     }
 
     /// Runs `work`, which looks at directories, on a blocking thread, as [`Self::run`] does.
     pub(crate) async fn look_up<T: Send + 'static>(
         &self,
+        deadline: Instant,
         held: impl Send + 'static,
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        run(&self.lookups, held, work).await
+        run(&self.lookups, deadline, held, work).await
     }
 
-    /// Parses a body, which is freed afterwards.
+    /// Parses a body, as [`Self::run`] does if it is long.
     pub(crate) async fn parse<T: Send + 'static>(
         &self,
+        deadline: Instant,
         held: impl Send + 'static,
         body: impl AsRef<[u8]> + Send + 'static,
         parse: impl FnOnce(&[u8]) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let bytes = body.as_ref().len();
-        if bytes <= SHORT_BODY_BYTES {
+        if body.as_ref().len() <= SHORT_BODY_BYTES {
             return parse(body.as_ref());
         }
-        let freed = self.freed.clone();
-        let parse = move || {
-            let parsed = parse(body.as_ref());
-            drop(body);
-            freed.add(bytes);
-            parsed
-        };
-        self.run(held, parse).await
+        self.run(deadline, held, move || parse(body.as_ref())).await
     }
 
-    /// Waits until there is memory for decoded images of so many bytes. Images that alone take
-    /// more than all of it are decoded alone. Only for work of [`Self::run`], which holds nothing
-    /// that others wait for while they have memory.
-    pub(crate) fn weigh(&self, bytes: usize) -> Weighed {
+    /// Waits until there is memory for decoded images of so many bytes, or fails at the deadline.
+    /// Images that alone take more than all of it are decoded alone. Only for work of
+    /// [`Self::run`], which holds nothing that others wait for while they have memory.
+    pub(crate) fn weigh(&self, deadline: Instant, bytes: usize) -> Result<Weighed> {
         let units = bytes.div_ceil(UNIT_BYTES).min(self.units) as u32;
-        let permit = Handle::current().block_on(Arc::clone(&self.pixels).acquire_many_owned(units));
+        let acquire = Arc::clone(&self.pixels).acquire_many_owned(units);
+        let permit = Handle::current().block_on(async { timeout_at(deadline, acquire).await });
+        let permit = permit.map_err(|_| JobError::Deadline)?;
         // The semaphore is never closed.
-        Weighed { bytes, freed: self.freed.clone(), _permit: permit.ok() }
+        Ok(Weighed { bytes, freed: self.freed.clone(), _permit: permit.ok() })
     }
 }
 
 /// Runs `work` on a blocking thread, with one of these permits.
 async fn run<T: Send + 'static>(
     threads: &Arc<Semaphore>,
+    deadline: Instant,
     held: impl Send + 'static,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    let thread = Arc::clone(threads).acquire_owned().await;
-    let work = move || {
-        let _held = (thread, held);
-        work()
+    let run = async {
+        let thread = Arc::clone(threads).acquire_owned().await;
+        let work = move || {
+            // What the work owns is freed before this.
+            let _held = (thread, held);
+            work()
+        };
+        tokio::task::spawn_blocking(work).await
     };
+    let ended = timeout_at(deadline, run).await.map_err(|_| JobError::Deadline)?;
     // A parser or decoder that panics was given a malicious body.
-    let unreadable = |_| ValidationError::body("the request cannot be read");
-    tokio::task::spawn_blocking(work).await.map_err(unreadable)?
+    ended.map_err(|_| ValidationError::body("the request cannot be read"))?
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
     use std::time::Duration;
 
+    use aide::axum::ApiRouter;
+    use axum::Router;
+    use axum::body::Body;
+    use axum::http::Request;
+    use clap::{Args as _, Command, FromArgMatches as _};
+    use tower::ServiceExt as _;
+
     use super::*;
+    use crate::engine::{DeviceScheduler, Engine, EngineConfig, Safety};
+    use crate::http::error::ApiError;
+    use crate::http::slots::Amount;
+    use crate::http::state::{AppState, HttpConfig};
+    use crate::http::{a1111, invocations, openai};
+
+    fn reader(max_decoded_bytes: usize) -> Reader {
+        Reader::new(max_decoded_bytes, FreedMemory::default())
+    }
+
+    fn after(millis: u64) -> Instant {
+        Instant::now() + Duration::from_millis(millis)
+    }
+
+    fn is_late<T>(result: &Result<T>) -> bool {
+        matches!(result, Err(ApiError::Job(JobError::Deadline)))
+    }
 
     #[tokio::test]
     async fn images_wait_for_the_memory_of_others_and_too_large_ones_for_all() {
-        let reader = Reader::new(10 << 20);
-        let weigh = |bytes| {
+        let reader = reader(10 << 20);
+        let weigh = |millis, bytes| {
             let reader = reader.clone();
-            tokio::task::spawn_blocking(move || reader.weigh(bytes))
+            let weigh = move || reader.weigh(after(millis), bytes);
+            async move { tokio::task::spawn_blocking(weigh).await.expect("no panic") }
         };
-        let (first, second) = (weigh(4 << 20).await, weigh(6 << 20).await);
-        let (first, second) = (first.expect("memory"), second.expect("memory"));
-        let mut large = weigh(usize::MAX);
-        let waits = tokio::time::timeout(Duration::from_millis(50), &mut large).await;
-        assert!(waits.is_err());
+        let first = weigh(60_000, 4 << 20).await.expect("memory");
+        let second = weigh(60_000, 6 << 20).await.expect("memory");
+        assert!(is_late(&weigh(50, usize::MAX).await));
         drop(first);
-        let waits = tokio::time::timeout(Duration::from_millis(50), &mut large).await;
-        assert!(waits.is_err());
+        assert!(is_late(&weigh(50, usize::MAX).await));
         drop(second);
-        assert_eq!(large.await.expect("memory").bytes, usize::MAX);
+        assert_eq!(weigh(60_000, usize::MAX).await.expect("memory").bytes, usize::MAX);
         assert_eq!(reader.pixels.available_permits(), 10 << 10);
     }
 
     #[tokio::test]
     async fn what_a_body_held_is_free_when_its_work_has_ended_and_not_before() {
-        let (reader, held) = (Reader::new(1), Arc::new(()));
+        let (reader, held) = (reader(1), Arc::new(()));
         let threads = reader.threads.available_permits();
-        let (go, wait) = std::sync::mpsc::channel::<()>();
-        let parse = reader.parse(Arc::clone(&held), vec![0; SHORT_BODY_BYTES + 1], move |body| {
+        let (go, wait) = mpsc::channel::<()>();
+        let parse = move |body: &[u8]| {
             let _ = wait.recv();
             Ok(body.len())
-        });
-        // The client leaves while its body is parsed.
-        assert!(tokio::time::timeout(Duration::from_millis(50), parse).await.is_err());
+        };
+        let body = vec![0; SHORT_BODY_BYTES + 1];
+        // The client is answered, or leaves, while its body is parsed.
+        assert!(is_late(&reader.parse(after(50), Arc::clone(&held), body, parse).await));
         assert_eq!(
             (Arc::strong_count(&held), reader.threads.available_permits()),
             (2, threads - 1)
@@ -171,5 +201,62 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         assert_eq!(reader.threads.available_permits(), threads);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_gets_no_thread_leaves_at_its_deadline() {
+        let (reader, held) = (reader(1), Arc::new(()));
+        let all = [&reader.threads, &reader.lookups];
+        let all = all.map(|threads| threads.try_acquire_many(threads.available_permits() as u32));
+        let began = Instant::now();
+        assert!(is_late(&reader.run(after(100), Arc::clone(&held), || Ok(())).await));
+        assert!(is_late(&reader.look_up(after(100), Arc::clone(&held), || Ok(())).await));
+        assert!(began.elapsed() < Duration::from_millis(300), "{:?}", began.elapsed());
+        assert_eq!(Arc::strong_count(&held), 1);
+        drop(all);
+        assert!(reader.run(after(100), held, || Ok(())).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn every_api_answers_at_the_deadline_while_all_threads_are_taken() {
+        let settings = HttpConfig::augment_args(Command::new("test")).get_matches_from(["test"]);
+        let settings = HttpConfig::from_arg_matches(&settings).expect("defaults");
+        let engine = EngineConfig {
+            max_queue: 1,
+            max_batch_rows: 2,
+            memory_budget_bytes: None,
+            safety: Safety::Blur,
+        };
+        let engine = Engine::absent(&DeviceScheduler::default(), engine);
+        let state = AppState::new(engine.into(), settings).expect("jobs in memory");
+        let threads = Arc::clone(&state.reader.threads);
+        let _taken = threads.try_acquire_many(threads.available_permits() as u32);
+        let slots = Arc::clone(&state.slots);
+        let routes = ApiRouter::new()
+            .merge(invocations::sagemaker_routes(false))
+            .merge(invocations::routes())
+            .merge(openai::routes())
+            .merge(a1111::routes());
+        let router: Router = routes.with_state(state).into();
+        let json = format!(r#"{{"prompt":"a cat","image":"{}"}}"#, "A".repeat(SHORT_BODY_BYTES));
+        for (path, content_type) in [
+            ("/invocations", "application/json"),
+            ("/v1/jobs", "application/json"),
+            ("/v1/images/generations", "application/json"),
+            ("/v1/images/edits", "multipart/form-data; boundary=x"),
+            ("/sdapi/v1/txt2img", "application/json"),
+            ("/sdapi/v1/img2img", "application/json"),
+            ("/sdapi/v1/png-info", "application/json"),
+            ("/sdapi/v1/options", "application/json"),
+        ] {
+            let request = Request::post(path)
+                .header("content-type", content_type)
+                .header("x-request-timeout-ms", "50")
+                .body(Body::from(json.clone()))
+                .expect("a request");
+            let reply = router.clone().oneshot(request).await.expect("a reply");
+            assert_eq!(reply.status(), 504, "{path}");
+        }
+        assert_eq!(slots.held(), Amount::default());
     }
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::engine::Client;
+use crate::host::freed::FreedMemory;
 
 /// A number of requests and of bytes of their bodies.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -19,6 +20,7 @@ pub(crate) struct Slots {
     most: Amount,
     most_of_client: Amount,
     held: Mutex<Held>,
+    freed: FreedMemory,
 }
 
 #[derive(Debug, Default)]
@@ -54,8 +56,8 @@ pub(crate) struct Share {
 }
 
 impl Slots {
-    pub(crate) fn new(most: Amount, most_of_client: Amount) -> Arc<Self> {
-        Arc::new(Self { most, most_of_client, held: Mutex::default() })
+    pub(crate) fn new(most: Amount, most_of_client: Amount, freed: FreedMemory) -> Arc<Self> {
+        Arc::new(Self { most, most_of_client, held: Mutex::default(), freed })
     }
 
     /// Takes a share. Without a client, only the limits of all clients together hold.
@@ -102,7 +104,9 @@ impl Slots {
         Ok(())
     }
 
+    /// Who gives bytes back has freed them, or will in a moment.
     fn remove(&self, client: Option<&Client>, less: Amount) {
+        self.freed.add(less.bytes);
         let mut held = self.lock();
         held.all = held.all.minus(less);
         if let Some(client) = client
@@ -162,7 +166,7 @@ mod tests {
     #[test]
     fn shares_are_limited_in_all_and_by_client_and_given_back() {
         let amount = |requests, bytes| Amount { requests, bytes };
-        let slots = Slots::new(amount(3, 100), amount(2, 60));
+        let slots = Slots::new(amount(3, 100), amount(2, 60), FreedMemory::default());
         let (a, b) = (Client::named("a"), Client::named("b"));
         let mut first = slots.take(Some(&a), amount(1, 10)).expect("room");
         let second = slots.take(Some(&a), amount(1, 10)).expect("room");

@@ -15,6 +15,7 @@ use super::reading::Reader;
 use super::slots::{Amount, Slots};
 use super::store::{InFlight, JobLimits, JobStore, SelectedCheckpoint, UrlStore};
 use crate::engine::{Engine, JobError};
+use crate::host::freed::FreedMemory;
 use crate::image::Hashes;
 use crate::options::{millis, min, size, switch};
 use crate::registry::{ModelLease, ModelRegistry, RegistryError};
@@ -152,12 +153,12 @@ fn webhook_host(text: &str) -> Result<String, String> {
 }
 
 impl HttpConfig {
-    fn slots(&self) -> Arc<Slots> {
+    fn slots(&self, freed: FreedMemory) -> Arc<Slots> {
         let requests = self.max_requests_per_client.unwrap_or(self.max_requests.div_ceil(2));
         let bytes = self.max_body_bytes_in_flight.max(self.max_body_bytes);
         let most = Amount { requests: self.max_requests, bytes };
         let bytes = (bytes / 2).max(self.max_body_bytes);
-        Slots::new(most, Amount { requests, bytes })
+        Slots::new(most, Amount { requests, bytes }, freed)
     }
 
     /// Maximum number of open connections of one address.
@@ -207,6 +208,7 @@ impl Deref for AppState {
 impl AppState {
     /// The error names what is wrong with the data directory.
     pub(crate) fn new(models: ModelRegistry, settings: HttpConfig) -> anyhow::Result<Self> {
+        let freed = FreedMemory::default();
         let (in_flight, checkpoint, hashes) = Default::default();
         let limits = JobLimits {
             jobs: settings.max_jobs,
@@ -216,8 +218,8 @@ impl AppState {
         };
         let jobs = Arc::new(JobStore::open(settings.data_dir.as_deref(), limits)?);
         let shared = AppShared {
-            slots: settings.slots(),
-            reader: Reader::new(settings.max_decoded_bytes),
+            slots: settings.slots(freed.clone()),
+            reader: Reader::new(settings.max_decoded_bytes, freed),
             jobs,
             urls: UrlStore::new(settings.url_retention, settings.max_url_bytes),
             in_flight,

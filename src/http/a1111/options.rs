@@ -49,10 +49,11 @@ pub(crate) async fn get_options(State(state): State<AppState>) -> Result<Json<Va
 /// before the response, and becomes that of all requests of this API that name none.
 pub(crate) async fn set_options(
     State(state): State<AppState>,
-    AdmittedSmall(Admitted { body, deadline, slot, .. }): AdmittedSmall,
+    AdmittedSmall(Admitted { body, slot, .. }): AdmittedSmall,
 ) -> Result<Json<Value>> {
+    let deadline = slot.deadline;
     let changes = |body: &[u8]| Ok(request::object(text(body)?)?);
-    let changes: Object = state.reader.parse(slot, body, changes).await?;
+    let changes: Object = state.reader.parse(deadline, slot, body, changes).await?;
     check(&state, &changes)?;
     let current = &options(&state)?["sd_model_checkpoint"];
     let name = changes.get("sd_model_checkpoint").and_then(Value::as_str);

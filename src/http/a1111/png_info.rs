@@ -33,7 +33,7 @@ pub(crate) async fn png_info(
         let text = image::find(&image.bytes("image")?);
         Ok(text.map_err(|reason| ValidationError::malformed("image", reason))?.unwrap_or_default())
     };
-    let text = state.reader.run(admitted.slot, text).await?;
+    let text = state.reader.run(admitted.slot.deadline, admitted.slot, text).await?;
     let parameters: Object =
         image::parse(&text).into_iter().map(|(name, value)| (name, value.into())).collect();
     Ok(Json(json!({ "info": text, "items": { "parameters": text }, "parameters": parameters })))

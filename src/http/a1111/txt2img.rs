@@ -29,14 +29,14 @@ pub(crate) async fn img2img(State(state): State<AppState>, admitted: Admitted) -
 /// Generates images and responds as AUTOMATIC1111 does.
 async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Result<Response> {
     let mut fields = admitted.json(&state).await?;
-    let Admitted { client, deadline, mut slot, .. } = admitted;
+    let Admitted { client, mut slot, .. } = admitted;
     let mut parameters = fields.object();
     let limits = &state.settings.limits;
     let mut common = Common::read(&mut fields, limits)?;
     let options = common.override_settings.as_mut();
     let model = options.and_then(|options| options.sd_model_checkpoint.take());
     let state = match model.filter(|name| !name.is_empty()).or_else(|| state.checkpoint.get()) {
-        Some(model) => state.choose(&model, deadline).await?,
+        Some(model) => state.choose(&model, slot.deadline).await?,
         None => state.clone(),
     };
     if let Some(options) = &common.override_settings {
@@ -61,7 +61,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     let json = |draw: &DrawRequest, _| Ok(ReplyFormat::Json(draw.format()?.unwrap_or(Format::Png)));
     let mut drawing = Drawing::prepare(&state, &mut slot, vec![draw], json).await?;
     drawing.preview = true;
-    let ticket = drawing.submit(&client, deadline)?;
+    let ticket = drawing.submit(&client, slot.deadline)?;
     let request = InFlightRequest::new(&state.engine, &ticket, client, task, &drawing.specs);
     let _in_flight = state.in_flight.insert(request);
     let images = ticket.wait().await?;

@@ -50,7 +50,7 @@ pub(crate) async fn read_with<T: Send + 'static>(
         Ok((requests(&own, fields, &limits)?, rest))
     };
     let (Requests { draws, dialect, kind }, rest) =
-        state.reader.parse(slot.clone(), body, requests).await?;
+        state.reader.parse(slot.deadline, slot.clone(), body, requests).await?;
     let drawing = Drawing::prepare(state, slot, draws, |draw, count| {
         let (usual, format) = (dialect.format, draw.format()?);
         let stream = draw.stream == Some(true);

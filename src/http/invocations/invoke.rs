@@ -28,13 +28,13 @@ pub(crate) async fn invocations(
     if lines::are_declared(&admitted.headers) {
         return lines::respond(state, admitted);
     }
-    let Admitted { headers, body, client, deadline, stream_deadline, mut slot, .. } = admitted;
+    let Admitted { headers, body, client, stream_deadline, mut slot, .. } = admitted;
     let invocation = detect::read(&state, &mut slot, &headers, body, body::read).await?;
     if let ReplyFormat::Events(_) = invocation.drawing.reply {
         let ticket = invocation.drawing.submit(&client, stream_deadline)?;
         return Ok(events::stream(&state.engine, invocation, ticket, stream_deadline, slot));
     }
-    let images = invocation.drawing.submit(&client, deadline)?.wait().await?;
+    let images = invocation.drawing.submit(&client, slot.deadline)?.wait().await?;
     Ok(invocation.respond(images).await?.map(Body::from))
 }
 
@@ -55,7 +55,7 @@ pub(crate) async fn named(
     PathName(name): PathName,
     admitted: Admitted,
 ) -> Result<Response> {
-    let state = state.choose(&name, admitted.deadline).await?;
+    let state = state.choose(&name, admitted.slot.deadline).await?;
     invocations(State(state), admitted).await
 }
 

@@ -91,7 +91,7 @@ async fn generate(
             let _turn = state.jobs.turn(job).await;
             let invocation = match parsed.take() {
                 Some(invocation) => invocation,
-                None => load(state, job).await?,
+                None => load(state, job, deadline).await?,
             };
             let ticket = invocation.drawing.submit_with_retry(&job.client, deadline).await?;
             Ok::<_, ApiError>((invocation, ticket))
@@ -130,7 +130,7 @@ async fn wait(
 }
 
 /// Reads and validates the request of a job again, once its model is loaded.
-async fn load(state: &AppState, job: &UnfinishedJob) -> Result<Invocation> {
+async fn load(state: &AppState, job: &UnfinishedJob, deadline: Instant) -> Result<Invocation> {
     let loaded = state.engine.ready().await;
     let model = state.engine.model()?;
     drop(loaded);
@@ -138,7 +138,7 @@ async fn load(state: &AppState, job: &UnfinishedJob) -> Result<Invocation> {
         return Err(ApiError::NoModel(job.model.clone()));
     }
     let request = state.jobs.request(&job.id).await?;
-    let mut slot = RequestSlot::wait(state).await;
+    let mut slot = RequestSlot::wait(state, deadline).await;
     let StoredRequest { headers, body } = request;
     let (mut invocation, _) = job_request::read(state, &mut slot, &headers, body).await?;
     // A random seed is the one that was drawn when the job was accepted.

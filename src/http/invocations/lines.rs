@@ -157,6 +157,7 @@ async fn generate(
     let deadline = Instant::now() + timeout;
     // A line has no headers: no `Accept` means JSON for JSON.
     let headers = HeaderMap::new();
+    slot.deadline = deadline;
     let slot = &mut slot;
     let mut invocation = detect::read(state, slot, &headers, line, |_, line| object(line)).await?;
     // A line has no events either, even if it requests them.

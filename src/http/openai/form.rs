@@ -31,7 +31,8 @@ impl Form {
             // The body is here, so nothing is waited for.
             runtime.block_on(Self::parse(request))
         };
-        state.reader.run(admitted.slot.clone(), move || read(body)).await
+        let slot = admitted.slot.clone();
+        state.reader.run(slot.deadline, slot, move || read(body)).await
     }
 
     async fn parse(request: Request) -> Result<Self> {

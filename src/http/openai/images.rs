@@ -63,10 +63,10 @@ async fn generate(
     draw: DrawRequest,
     kind: &'static str,
 ) -> Result<Response> {
-    let Admitted { client, deadline, stream_deadline, mut slot, .. } = admitted;
+    let Admitted { client, stream_deadline, mut slot, .. } = admitted;
     let is_openai = |name: &String| OPENAI_MODELS.iter().any(|prefix| name.starts_with(prefix));
     let state = match options.model.filter(|name| !is_openai(name)) {
-        Some(name) => state.choose(&name, deadline).await?,
+        Some(name) => state.choose(&name, slot.deadline).await?,
         None => state,
     };
     let is_url = options.response_format == Some(ResponseFormat::Url);
@@ -87,7 +87,7 @@ async fn generate(
         let ticket = drawing.submit(&client, stream_deadline)?;
         return Ok(stream(state, drawing, ticket, options, response, (stream_deadline, slot)));
     }
-    let images = drawing.submit(&client, deadline)?.wait().await?;
+    let images = drawing.submit(&client, slot.deadline)?.wait().await?;
     let data = data(&state, drawing, images, options.url).await?;
     response["created"] = now().into();
     response["data"] = data.into();
