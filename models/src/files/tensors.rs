@@ -1,5 +1,5 @@
-//! The tensors of a network by name and shape. Those of models are memory-mapped. Each layer packs its own,
-//! one at a time, and their pages are released, so that a model is never in memory twice.
+//! The tensors of a network by name and shape. Those of models are memory-mapped. Each layer packs
+//! its own, one at a time, and their pages are released, so that a model is never in memory twice.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};

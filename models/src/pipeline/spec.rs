@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::picture::{Rgb, Size};
 use crate::sampling::{Sampler, SamplerName, SigmaSchedule};
-use crate::text::{Loras, without_loras};
+use crate::text::{LORA_TAGS, Loras, without_loras};
 
 /// Maximum number of sampler steps: those of the training schedule.
 pub const MAX_STEPS: usize = 1000;
@@ -63,10 +63,10 @@ impl Spec {
         }
     }
 
-    /// Whether the spec has any LoRA.
+    /// Whether the spec may have a LoRA: true if it has any. Costs less than [`Self::text`].
     pub fn has_loras(&self) -> bool {
-        let named = self.prompt_syntax == PromptSyntax::A1111 && self.prompt.contains("<lora:");
-        named || !self.loras.is_empty()
+        let has_tag = || LORA_TAGS.iter().any(|tag| self.prompt.contains(tag));
+        !self.loras.is_empty() || self.prompt_syntax == PromptSyntax::A1111 && has_tag()
     }
 
     /// Steps skipped because the latents begin as an input image.

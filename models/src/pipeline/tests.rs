@@ -90,6 +90,8 @@ fn loras_are_read_before_a_picture_begins() {
         std::thread::spawn(read).join().expect("no panic").expect("read")
     };
     assert!(read(&adapted) == read(&named), "read once");
+    let lyco = Spec { prompt: "a cat <lyco:attention:0.5>".into(), ..named.clone() };
+    assert!(read(&lyco) == read(&named), "another spelling");
     let begun = pipeline.begin_with(&named, read(&named)).expect("begun");
     assert_eq!(
         begun.lora_files().iter().map(|file| &*file.name).collect::<Vec<_>>(),
@@ -100,6 +102,7 @@ fn loras_are_read_before_a_picture_begins() {
     let bytes = |spec| info.step_bytes(spec, spec.size);
     let memory = info.memory;
     assert_eq!(bytes(&adapted) - bytes(&plain), 2 * 64 * memory.lora_bytes);
+    assert_eq!((bytes(&lyco), lyco.has_loras(), plain.has_loras()), (bytes(&named), true, false));
     let bytes_of_times =
         4 * pipeline.begin(&plain).expect("begun").time_embeddings.elem_count() as u64;
     assert_eq!(memory.time_bytes, bytes_of_times, "one step of DDIM");

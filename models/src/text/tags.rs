@@ -1,8 +1,11 @@
-//! `<lora:name:0.8>` tags in prompts of AUTOMATIC1111's syntax.
+//! `<lora:name:0.8>` and `<lyco:name:0.8>` tags in prompts of AUTOMATIC1111's syntax.
 //!
 //! Reference: stable-diffusion-webui 1.10 `modules/extra_networks.py`.
 
 use std::borrow::Cow;
+
+/// How the tags of LoRAs begin; the second is that of LyCORIS files.
+pub(crate) const LORA_TAGS: [&str; 2] = ["<lora:", "<lyco:"];
 
 /// LoRAs by name, with their scales.
 pub type Loras = Vec<(String, f64)>;
