@@ -53,7 +53,6 @@ pub(crate) async fn create(
     if let ReplyFormat::Events(_) = invocation.drawing.reply {
         return Err(ValidationError::body("a job cannot stream events; poll its state").into());
     }
-    drop(slot);
     let read = [CONTENT_TYPE.as_str(), ACCEPT.as_str(), SAGEMAKER_ACCEPT];
     let others = headers.keys().filter(|name| !read.contains(&name.as_str())).cloned();
     for name in others.collect::<Vec<_>>() {
@@ -68,8 +67,8 @@ pub(crate) async fn create(
     let accept = tokio::spawn(async move {
         let busy_s = state.engine.retry_after();
         let (job, record) = state.jobs.insert(job, busy_s).await?;
-        // Until here the body was in memory.
-        drop(room);
+        // Until here the job was not counted among the jobs, and its body was in memory.
+        drop((slot, room));
         let id = job.id.clone();
         job_runner::spawn(&state, job, Some(invocation));
         let description = describe(&state.jobs, &record);

@@ -4,6 +4,7 @@
 mod database;
 mod record;
 mod room;
+mod sent;
 #[cfg(test)]
 mod tests;
 mod turns;
@@ -21,9 +22,10 @@ use crate::engine::{Client, JobMonitor};
 use crate::http::error::{ApiError, Result};
 use database::Database;
 pub(crate) use record::{JobEnd, JobRecord, NewJob, StoredRequest, UnfinishedJob};
-use record::{encode, message, millis, now_ms, response};
+use record::{body, encode, head, millis, now_ms, response};
 pub(crate) use room::JobLimits;
 use room::Need;
+use sent::SentBodies;
 use turns::{Turn, Turns};
 
 /// The jobs.
@@ -34,6 +36,7 @@ pub(crate) struct JobStore {
     durable: bool,
     running: Mutex<HashMap<String, RunningJob>>,
     turns: Turns,
+    sent: SentBodies,
 }
 
 /// A job of this process that has not ended.
@@ -49,8 +52,8 @@ impl JobStore {
     /// The jobs of a directory, or of this process only.
     pub(crate) fn open(dir: Option<&Path>, limits: JobLimits) -> anyhow::Result<Self> {
         let (database, durable) = (Database::open(dir)?, dir.is_some());
-        let (running, turns) = Default::default();
-        Ok(Self { database, limits, durable, running, turns })
+        let (running, turns, sent) = Default::default();
+        Ok(Self { database, limits, durable, running, turns, sent })
     }
 
     /// Whether jobs survive the process.
@@ -58,8 +61,9 @@ impl JobStore {
         self.durable
     }
 
-    /// Stores a job and returns it, for its task and for its client. It is durable when this returns. If there is no room,
-    /// nothing is stored and nothing deleted; `busy_s` is the time until an unfinished job may end.
+    /// Stores a job and returns it, for its task and for its client. It is durable when this
+    /// returns. If there is no room, nothing is stored and nothing deleted; `busy_s` is the time
+    /// until an unfinished job may end.
     pub(crate) async fn insert(
         &self,
         job: NewJob,
@@ -172,16 +176,19 @@ impl JobStore {
 
     /// The response of a finished job; `None` as long as it has not finished.
     pub(crate) async fn result(&self, id: &str) -> Result<Option<Response<Bytes>>> {
-        let name = id.to_owned();
-        let (status, headers, body) = self
-            .read(move |transaction| message(transaction, &name).optional()?.ok_or(ApiError::NoJob))
-            .await?;
-        let Some(status) = status else { return Ok(None) };
+        let (name, sent) = (id.to_owned(), self.sent.clone());
+        let read = self.read(move |transaction| {
+            let head = head(transaction, &name).optional()?;
+            let (Some(status), headers) = head.ok_or(ApiError::NoJob)? else { return Ok(None) };
+            let body = sent.get(&name, || body(transaction, &name))?;
+            Ok(Some(response(status, headers, body)))
+        });
+        let Some(response) = read.await? else { return Ok(None) };
         let mark = "UPDATE jobs SET fetched = 1 WHERE id = ?1 AND NOT fetched";
         let id = id.to_owned();
         // A result can be received from a disk that is full.
         let _ = self.database.call(move |transaction| Ok(transaction.execute(mark, [id])?)).await;
-        Ok(Some(response(status, headers, body)))
+        Ok(Some(response))
     }
 
     /// Cancels and deletes a job; false if there is none.
@@ -209,8 +216,10 @@ impl JobStore {
     /// The request of a job that has not ended.
     pub(crate) async fn request(&self, id: &str) -> Result<StoredRequest> {
         let id = id.to_owned();
-        self.read(move |transaction| match message(transaction, &id).optional()? {
-            Some((None, headers, body)) => Ok(StoredRequest { headers, body: body.into() }),
+        self.read(move |transaction| match head(transaction, &id).optional()? {
+            Some((None, headers)) => {
+                Ok(StoredRequest { headers, body: body(transaction, &id)?.into() })
+            }
             _ => Err(ApiError::NoJob),
         })
         .await

@@ -115,21 +115,23 @@ impl JobRecord {
     }
 }
 
-/// The request of a job, or its result.
-pub(super) fn message(
+/// The headers of a job's request; once it has ended, the status and the headers of its result.
+pub(super) fn head(
     transaction: &Transaction<'_>,
     id: &str,
-) -> rusqlite::Result<(Option<u16>, HeaderMap, Vec<u8>)> {
-    let read = |row: &Row<'_>| {
-        let headers: Vec<u8> = row.get(1)?;
-        Ok((row.get(0)?, decode(&headers), row.get(2)?))
-    };
-    transaction.query_row("SELECT status, headers, body FROM jobs WHERE id = ?1", [id], read)
+) -> rusqlite::Result<(Option<u16>, HeaderMap)> {
+    let read = |row: &Row<'_>| Ok((row.get(0)?, decode(&row.get::<_, Vec<u8>>(1)?)));
+    transaction.query_row("SELECT status, headers FROM jobs WHERE id = ?1", [id], read)
+}
+
+/// The body of a job's request; once it has ended, that of its result.
+pub(super) fn body(transaction: &Transaction<'_>, id: &str) -> rusqlite::Result<Vec<u8>> {
+    transaction.query_row("SELECT body FROM jobs WHERE id = ?1", [id], |row| row.get(0))
 }
 
 /// A response from its parts.
-pub(super) fn response(status: u16, headers: HeaderMap, body: Vec<u8>) -> Response<Bytes> {
-    let mut response = Response::new(body.into());
+pub(super) fn response(status: u16, headers: HeaderMap, body: Bytes) -> Response<Bytes> {
+    let mut response = Response::new(body);
     *response.status_mut() =
         StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     *response.headers_mut() = headers;

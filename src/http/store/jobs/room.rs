@@ -53,8 +53,8 @@ impl JobLimits {
     }
 
     /// Deletes results until there is room: expired ones, the client's own, and those of others
-    /// that have been received. A result that is waited for, or whose webhook is not notified, is
-    /// another client's to lose. On `NoRoom` the transaction should be rolled back.
+    /// that have been received. Results whose webhook has not been notified stay. On `NoRoom` the
+    /// transaction should be rolled back.
     pub(super) fn make_room(
         &self,
         transaction: &Transaction<'_>,
@@ -85,7 +85,7 @@ impl JobLimits {
         let held = "
             SELECT min(finished_ms), count(*) > count(finished_ms) FROM jobs
             WHERE client = ?1 OR NOT ?2";
-        let left = |finished: i64| finished + millis(self.retention) - now_ms();
+        let left = |finished: i64| finished.saturating_add(millis(self.retention)) - now_ms();
         let seconds = |finished: i64| left(finished).max(0) as u64 / 1000 + 1;
         transaction.query_row(held, params![client, own], |row| {
             let expiry_s = row.get::<_, Option<i64>>(0)?.map(seconds);

@@ -155,3 +155,18 @@ async fn jobs_wait_by_client_priority_and_age() {
     drop(turns.wait(&x, Priority::High, 6).await);
     drop(low);
 }
+
+#[tokio::test]
+async fn clients_that_receive_one_result_share_its_memory() -> Result<()> {
+    let store = JobStore::open(None, LIMITS).expect("a store");
+    finished(&store, "a", "x", 1000).await?;
+    finished(&store, "b", "x", 1000).await?;
+    let body = async |id: &str| -> Result<Bytes> {
+        Ok(store.result(id).await?.expect("a result").into_body())
+    };
+    let (first, second, other) = (body("a").await?, body("a").await?, body("b").await?);
+    assert_eq!(first.as_ptr(), second.as_ptr());
+    assert_ne!(first.as_ptr(), other.as_ptr());
+    assert_eq!((&first, &other), (&done(1000).into_body(), &done(1000).into_body()));
+    Ok(())
+}
