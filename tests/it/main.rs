@@ -24,7 +24,7 @@ mod loras; // LoRAs by name
 mod memory; // models and LoRAs that come and go leave nothing
 mod messages; // what errors say, and what the log does not
 mod metrics; // what the server says about itself
-mod models; // models by name: SageMaker's multi-model contract, a folder of models
+mod models; // models by name over HTTP: SageMaker's multi-model contract, a folder of models
 mod openai; // the Images API
 mod origins; // foreign web pages, proxies and links
 mod overload; // too much, too late, too large: what is refused and how
@@ -34,8 +34,10 @@ mod pictures; // against diffusers' pictures, and against their prompts
 mod progress; // events and jobs
 mod properties; // of the parsers of requests, on random input
 mod recorded; // requests of other clients, as recorded
+mod registry; // which models are in memory: room, eviction, deadlines, one device for all
 mod safety; // the safety checker, in every dialect
 mod scheduling; // fairness, starvation, conservation, with a fake model and real threads
 mod sdapi; // AUTOMATIC1111's API
+mod shelf; // a loader of fake models
 mod soak; // many mixed requests: nothing is lost, miscounted or leaked
 mod supply; // the bill of materials of the image
