@@ -45,9 +45,12 @@ pub(super) struct RegistryShared {
     /// under it for a model to become idle.
     pub(super) loading: tokio::sync::Mutex<()>,
     readers: Arc<Semaphore>,
-    /// Models that could not be loaded, by path: the files, when, and why.
-    failures: Mutex<HashMap<PathBuf, (folder::Version, Instant, RegistryError)>>,
+    /// Models that could not be loaded, by path.
+    failures: Mutex<HashMap<PathBuf, Failure>>,
 }
+
+/// The files of a model that could not be loaded, when, and why.
+type Failure = (folder::Version, Instant, RegistryError);
 
 impl RegistryShared {
     pub(super) fn new(
@@ -86,9 +89,7 @@ impl RegistryShared {
 
     /// The error of a model whose files have not changed since it could not be loaded. Blocks.
     pub(super) fn check_failures(&self, path: &Path) -> Result<()> {
-        let failures = || self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        failures().retain(|_, (_, at, _)| at.elapsed() < FAILURE_RETENTION);
-        let known = failures().get(path).cloned();
+        let known = self.failures().get(path).cloned();
         match known {
             Some((version, _, error)) if version == folder::version(path) => Err(error),
             _ => Ok(()),
@@ -98,7 +99,13 @@ impl RegistryShared {
     /// Blocks.
     pub(super) fn remember_failure(&self, path: PathBuf, error: RegistryError) {
         let failure = (folder::version(&path), Instant::now(), error);
+        self.failures().insert(path, failure);
+    }
+
+    /// The failures of the last [`FAILURE_RETENTION`].
+    fn failures(&self) -> MutexGuard<'_, HashMap<PathBuf, Failure>> {
         let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        failures.insert(path, failure);
+        failures.retain(|_, (_, at, _)| at.elapsed() < FAILURE_RETENTION);
+        failures
     }
 }
