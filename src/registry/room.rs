@@ -136,9 +136,9 @@ impl RegistryShared {
             newcomer.full = shortage.full;
             return busy(&mut residents);
         };
-        for model in &idle {
-            residents.leave(&model.name)?;
-        }
+        // One whose thread dies at this moment has left by itself.
+        let idle: Vec<_> =
+            idle.into_iter().filter(|model| residents.leave(&model.name).is_ok()).collect();
         drop(residents);
         idle.iter().for_each(|model| self.retire(model));
         Ok(Room::Evicted(idle))
