@@ -7,7 +7,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 
 use sd_models::Size;
 
-use super::job::Client;
+use super::client::Client;
 
 /// The order of the sizes.
 #[derive(Debug, Default)]

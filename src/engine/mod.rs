@@ -6,6 +6,7 @@
 //! `worker` uses a model.
 
 mod batch;
+mod client;
 mod device;
 mod job;
 mod model;
@@ -26,10 +27,9 @@ use tokio::sync::watch;
 
 use crate::host::{gpu, memory};
 use crate::telemetry::{self, Metrics};
+pub use client::{Client, Priority};
 pub use device::DeviceScheduler;
-pub use job::{
-    Client, GeneratedImage, Job, JobError, Preview, Priority, Progress, Ticket, Uncounted,
-};
+pub use job::{GeneratedImage, Job, JobError, Preview, Progress, Ticket, Uncounted};
 pub use model::{Model, ReadLoras, Trajectory};
 pub use monitor::{Estimate, JobMonitor};
 use queue::{PushError, Queue};

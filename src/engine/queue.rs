@@ -8,7 +8,8 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
-use super::job::{Client, ImageTask, JobId};
+use super::client::Client;
+use super::job::{ImageTask, JobId};
 
 /// The waiting images.
 #[derive(Debug, Default)]

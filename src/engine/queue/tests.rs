@@ -55,7 +55,7 @@ fn clients_take_turns_and_one_client_is_first_come_first_served() {
 
 #[test]
 fn a_priority_orders_the_jobs_of_its_own_client_only() {
-    use crate::engine::job::Priority::{High, Low, Normal};
+    use crate::engine::Priority::{High, Low, Normal};
     let mut queue = Queue::new(100);
     let mut tickets = Vec::new();
     let jobs = [(1, Low, 1), (1, Normal, 2), (2, Normal, 2), (1, High, 1), (1, Normal, 1)];

@@ -9,7 +9,8 @@ use tracing::error;
 
 use super::files::{PendingFiles, Reader};
 use super::images::{SizeLoad, Slot, Worker, stepping};
-use crate::engine::job::{Client, ImageTask, JobError};
+use crate::engine::client::Client;
+use crate::engine::job::{ImageTask, JobError};
 use crate::engine::model::{Model, Trajectory as _};
 
 /// Maximum number of threads that read LoRAs. On a file system that does not answer they end late,
