@@ -78,7 +78,7 @@ impl Drawing {
     pub(crate) async fn prepare(
         state: &AppState,
         slot: &mut RequestSlot,
-        mut requests: Vec<DrawRequest>,
+        requests: Vec<DrawRequest>,
         choose: impl FnOnce(&DrawRequest, usize) -> Result<ReplyFormat>,
     ) -> Result<Self> {
         let (engine, settings) = (state.engine.clone(), &state.settings);
@@ -86,12 +86,14 @@ impl Drawing {
         let (limits, own, reader) = (settings.limits, Arc::clone(&model), state.reader.clone());
         let deadline = slot.deadline;
         let read = move || {
-            let mut specs = Vec::new();
-            for request in &mut requests {
+            let (mut specs, mut first) = (Vec::new(), None);
+            // One at a time: each has a copy of the input image of all.
+            for mut request in requests {
                 let _weighed = reader.weigh(deadline, request.weigh(&limits))?;
                 specs.extend(request.specs(&limits, &own, seed)?);
+                first.get_or_insert(request);
             }
-            Ok((specs, requests.into_iter().next()))
+            Ok((specs, first))
         };
         let (specs, request) = state.reader.run(deadline, slot.clone(), read).await?;
         slot.release_body();

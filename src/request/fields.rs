@@ -14,7 +14,7 @@ use super::limits::Limits;
 use super::schema;
 use super::values::FieldSchema;
 
-/// Maximum length of a value in [`Fields::object`], in bytes.
+/// Memory for the fields of [`Fields::object`], in bytes.
 const MAX_REPEATED_BYTES: usize = 1 << 16;
 
 /// The client's names of fields, where they differ from ours.
@@ -87,10 +87,16 @@ impl Fields {
         Ok(Self::new(json::fields(text)?, false))
     }
 
-    /// All fields as a JSON object, for a response that repeats them, except values so large that
-    /// no client needs to see them again.
+    /// The fields as a JSON object, for a response that repeats them, without those for which
+    /// `MAX_REPEATED_BYTES` leave no room: they are held until the response, when the body is not.
     pub(crate) fn object(&self) -> Map<String, Value> {
-        let small = self.fields.iter().filter(|field| length(&field.value) <= MAX_REPEATED_BYTES);
+        let mut left = MAX_REPEATED_BYTES;
+        let has_room = |field: &&Field| {
+            let rest = left.checked_sub(field.name.len() + size(&field.value));
+            left = rest.unwrap_or(left);
+            rest.is_some()
+        };
+        let small = self.fields.iter().filter(has_room);
         small.map(|field| (field.name.clone(), field.value.clone())).collect()
     }
 
@@ -176,14 +182,17 @@ impl Fields {
     }
 }
 
-/// The length of a value in bytes, roughly as in JSON.
-fn length(value: &Value) -> usize {
-    match value {
-        Value::Null | Value::Bool(_) | Value::Number(_) => 8,
+/// Memory that a value takes, in bytes, roughly.
+fn size(value: &Value) -> usize {
+    let inside = match value {
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
         Value::String(text) => text.len(),
-        Value::Array(list) => list.iter().map(|value| 1 + length(value)).sum(),
-        Value::Object(object) => object.iter().map(|(key, v)| 1 + key.len() + length(v)).sum(),
-    }
+        Value::Array(list) => list.iter().map(size).sum(),
+        Value::Object(object) => {
+            object.iter().map(|(key, value)| size_of::<String>() + key.len() + size(value)).sum()
+        }
+    };
+    size_of::<Value>() + inside
 }
 
 #[cfg(test)]
@@ -234,6 +243,25 @@ mod tests {
         ];
         for (fields, message) in table {
             assert!(error(read(fields)).starts_with(message), "{}", error(read(fields)));
+        }
+    }
+
+    #[test]
+    fn no_more_is_repeated_than_has_room() {
+        let member = |k: usize, value: &str| format!(r#""{k}":{value}"#);
+        let body = |value: &str, count: usize| {
+            let members: Vec<_> = (0..count).map(|k| member(k, value)).collect();
+            format!("{{{}}}", members.join(","))
+        };
+        let text = format!("{:?}", "a".repeat(1 << 10));
+        for (body, fewest, most) in [
+            (body("7", 200), 200, 200),
+            (body(&text, 100), 50, 64),
+            (body(&format!("[{}0]", "[],".repeat(100)), 100), 10, 20),
+            (body(&format!("{:?}", "a".repeat(1 << 16)), 1), 0, 0),
+        ] {
+            let count = Fields::json(&body).expect("an object").object().len();
+            assert!((fewest..=most).contains(&count), "{count} of {}", &body[..20]);
         }
     }
 
