@@ -48,8 +48,8 @@ const PROBES: [&str; 3] = ["/ping", "/health/live", "/health/ready"];
 /// Time for the headers of a request on a reserved connection, and again for its response.
 const RESERVED_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Interval at which a closing connection is looked at. One that neither has accepted work nor has
-/// taken `MIN_RATE` of its response is closed.
+/// Interval at which a closing connection is looked at. One that for all of it has had no accepted
+/// work, and has taken less than `MIN_RATE` of its response, is closed.
 const CLOSING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Bytes that wait in the kernel to be sent, at most. More would hide for how long the client has
@@ -249,12 +249,14 @@ fn serve(
             () = closing.cancelled() => connection.as_mut().graceful_shutdown(),
         }
         loop {
-            let before = written.load(Ordering::Relaxed);
+            // The response of work that has just ended is still to be written.
+            let (was_idle, before) = (work.0.is_empty(), written.load(Ordering::Relaxed));
             if let Ok(ended) = timeout(CLOSING_INTERVAL, &mut connection).await {
                 return log(ended);
             }
             let taken = written.load(Ordering::Relaxed) - before;
-            if work.0.is_empty() && taken < MIN_RATE * CLOSING_INTERVAL.as_secs() {
+            let is_idle = was_idle && work.0.is_empty();
+            if is_idle && taken < MIN_RATE * CLOSING_INTERVAL.as_secs() {
                 return debug!("connection with {peer}: closed with the server");
             }
         }
