@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{FromRequest, FromRequestParts, Request};
-use axum::http::header::CONTENT_LENGTH;
+use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH};
 use axum::http::request::Parts;
 use axum::http::{Extensions, HeaderMap};
 use futures_util::StreamExt as _;
@@ -152,12 +152,24 @@ async fn admit(request: Request, state: &AppState, limit: BodyLimit) -> Result<A
     let declared = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok());
     let declared = declared.and_then(|length| length.parse().ok()).unwrap_or(0);
     limit.check(declared)?;
+    check_coding(&headers)?;
     let mut room = take(0, declared).map_err(crowded)?;
     let body = Receive { limit, declared, arrived, patience: settings.body_timeout, deadline };
     let body = body.read(request, &mut room, crowded).await?;
     let (_slot, room) = (Arc::new(slot), Some(Arc::new(room)));
     let slot = RequestSlot { deadline, _slot, body: room, accepted };
     Ok(Admitted { headers, body, client, timeout, stream_deadline, slot })
+}
+
+/// Rejects a compressed body.
+fn check_coding(headers: &HeaderMap) -> Result<()> {
+    let mut codings = headers.get_all(CONTENT_ENCODING).iter();
+    match codings.find(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity")) {
+        None => Ok(()),
+        Some(coding) => Err(ApiError::MediaType(format!(
+            "the content encoding {coding:?} is not supported; send the body uncompressed"
+        ))),
+    }
 }
 
 /// How a body is read.

@@ -294,6 +294,34 @@ async fn an_unread_response_gives_its_slot_back() -> Result<()> {
     Ok(())
 }
 
+#[tokio::test]
+async fn a_compressed_body_is_415_on_every_route() -> Result<()> {
+    let (engine, _strings) = ready().await;
+    let app = http::router(engine.into(), HTTP)?;
+    let (json, form) = ("application/json", "multipart/form-data; boundary=x");
+    for (path, media_type) in [
+        ("/invocations", json),
+        ("/invocations", "application/jsonlines"),
+        ("/v1/jobs", json),
+        ("/v1/images/generations", json),
+        ("/v1/images/edits", form),
+        ("/sdapi/v1/txt2img", json),
+        ("/sdapi/v1/options", json),
+    ] {
+        let mut request = post(path, media_type, "\x1f\u{8b}");
+        request.headers_mut().append("content-encoding", "Identity".parse()?);
+        request.headers_mut().append("content-encoding", "gzip".parse()?);
+        let reply = app.clone().oneshot(request).await?;
+        assert_eq!(reply.status(), StatusCode::UNSUPPORTED_MEDIA_TYPE, "{path} {media_type}");
+        let text = text(reply).await;
+        assert!(
+            text.contains("\\\"gzip\\\" is not supported; send the body uncompressed"),
+            "{text}"
+        );
+    }
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn lines_are_bounded_in_number_and_in_errors() -> Result<()> {
     let (engine, _strings) = ready().await;

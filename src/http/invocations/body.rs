@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 
 use axum::http::HeaderMap;
-use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
+use axum::http::header::CONTENT_TYPE;
 
 use crate::http::admission::text;
 use crate::http::error::{ApiError, Result};
@@ -32,11 +32,6 @@ enum Declared {
 
 /// Reads the fields out of a body.
 pub(crate) fn read(headers: &HeaderMap, body: &[u8]) -> Result<(Fields, BodyKind)> {
-    if let Some(coding) = headers.get(CONTENT_ENCODING).filter(|coding| *coding != "identity") {
-        let message =
-            format!("the content encoding {coding:?} is not supported; send the body uncompressed");
-        return Err(ApiError::MediaType(message));
-    }
     let declared = declared(headers);
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
     let text = text(body)?;
@@ -95,7 +90,8 @@ fn form(text: &str) -> Result<Fields, ValidationError> {
     Ok(fields)
 }
 
-/// A bare prompt, decoded if it was encoded. `curl --data-urlencode 'a cat'` sends `a%20cat`; a body with spaces in it was not encoded.
+/// A bare prompt, decoded if it was encoded. `curl --data-urlencode 'a cat'` sends `a%20cat`; a body
+/// with spaces in it was not encoded.
 fn bare(text: &str) -> String {
     if text.contains(char::is_whitespace) || !text.contains('%') {
         return text.into();
