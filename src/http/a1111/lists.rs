@@ -7,6 +7,7 @@ use axum::Json;
 use axum::extract::State;
 use sd_models::{ModelInfo, SamplerName, SigmaSchedule, Upscaler};
 use serde_json::{Map, Value, json};
+use tokio::time::Instant;
 
 use crate::http::error::Result;
 use crate::http::state::{AppState, model_of};
@@ -49,12 +50,13 @@ pub(crate) async fn models(State(state): State<AppState>) -> Result<Json<Vec<Val
 /// `GET /sdapi/v1/loras`: what `<lora:name:1>` in a prompt can name.
 pub(crate) async fn loras(State(state): State<AppState>) -> Result<Json<Vec<Value>>> {
     let Some(model) = current_model(&state)? else { return Ok(empty_list().await) };
-    let list = tokio::task::spawn_blocking(move || model.add_ons.loras.list()).await;
+    let deadline = Instant::now() + state.settings.request_timeout;
+    let list = state.reader.look_up(deadline, (), move || Ok(model.add_ons.loras.list())).await?;
     let lora = |(name, path): (String, PathBuf)| {
         let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         json!({ "name": name, "alias": name, "path": file, "metadata": {} })
     };
-    Ok(Json(list.unwrap_or_default().into_iter().map(lora).collect()))
+    Ok(Json(list.into_iter().map(lora).collect()))
 }
 
 /// Lists that are always empty. Clients require them when they start.

@@ -9,12 +9,12 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::http::admission::{Admitted, AdmittedSmall};
+use crate::http::admission::AdmittedSmall;
 use crate::http::error::{ApiError, Result};
 use crate::http::extract::PathName;
 use crate::http::state::AppState;
 use crate::registry::LoadedModel;
-use crate::request::{Fields, ValidationError};
+use crate::request::ValidationError;
 
 /// A request to load a model.
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -29,11 +29,9 @@ struct LoadModelBody {
 /// unloads others and retries.
 pub(crate) async fn load(
     State(state): State<AppState>,
-    AdmittedSmall(Admitted { body, .. }): AdmittedSmall,
+    AdmittedSmall(mut admitted): AdmittedSmall,
 ) -> Result<StatusCode> {
-    let text = std::str::from_utf8(&body)
-        .map_err(|_| ValidationError::body("the body is not a JSON object"))?;
-    let load: LoadModelBody = Fields::json(text)?.read(&state.settings.limits)?;
+    let load: LoadModelBody = admitted.json(&state).await?.read(&state.settings.limits)?;
     let missing = |name: &'static str| move || ValidationError::malformed(name, "is required");
     let name = load.model_name.ok_or_else(missing("model_name"))?;
     let url = load.url.ok_or_else(missing("url"))?;
