@@ -352,6 +352,11 @@ fn a_json_log_is_json_and_keeps_prompts_to_itself() {
         while server.ping() != 200 {}
         let body = r#"{"prompt":"a secret","steps":1}"#;
         assert_eq!(server.post(&["x-request-id: r-1"], body).status, 200);
+        let job = server.client.post(server.url("/v1/jobs")).header("x-request-id", "r-2");
+        let job = job.body(body).send().expect("an answer").text().expect("text");
+        let job: serde_json::Value = serde_json::from_str(&job).expect("JSON");
+        let path = format!("/v1/jobs/{}/result", job["id"].as_str().expect("an id"));
+        while server.client.get(server.url(&path)).send().expect("an answer").status() != 200 {}
         server.signal("TERM");
         server.wait();
         std::fs::read_to_string(log.path()).expect("a log")
@@ -362,6 +367,8 @@ fn a_json_log_is_json_and_keeps_prompts_to_itself() {
         assert!(event["level"].is_string() && event["message"] != "");
     }
     assert!(log.contains("r-1") && !log.contains("secret"), "{log}");
+    let ended = log.lines().find(|line| line.contains("job ended")).expect("a line");
+    assert!(ended.contains("r-2") && ended.contains(r#""outcome":"ok""#), "{ended}");
     assert!(logged(&["--log-prompts"]).contains("a secret"));
 }
 

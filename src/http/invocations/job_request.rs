@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::render::Invocation;
-use super::{body, detect, webhook};
+use super::{body, detect};
 use crate::engine::Priority;
 use crate::http::admission::RequestSlot;
 use crate::http::error::Result;
@@ -58,10 +58,6 @@ pub(super) async fn read(
     let priority = priority.map(|name| name.parse()).transpose();
     let priority = priority.map_err(|reason: &str| ValidationError::range("priority", reason));
     let priority: Priority = priority?.unwrap_or_default();
-    if let Some(url) = &webhook {
-        let checked = webhook::check(url, &state.settings.webhook_hosts);
-        checked.map_err(|reason| ValidationError::range("webhook", reason))?;
-    }
     // A job is bounded by the number of jobs, not by that of requests in flight.
     (invocation.drawing.slot, invocation.drawing.priority) = (None, priority);
     Ok((invocation, JobOptions { priority, webhook }))

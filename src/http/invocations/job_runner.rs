@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::body::Bytes;
 use axum::http::Response;
 use tokio::time::{Instant, sleep, timeout_at};
-use tracing::info;
+use tracing::{Instrument as _, info, info_span};
 
 use super::job_state::error_response;
 use super::render::Invocation;
@@ -50,8 +50,8 @@ pub(crate) async fn resume(state: AppState) {
 
 /// Runs a job in a task of its own. Without `parsed`, its request is read from the store.
 pub(super) fn spawn(state: &AppState, job: UnfinishedJob, parsed: Option<Invocation>) {
-    let id = job.id.clone();
-    state.jobs.spawn(id, run(state.clone(), job, parsed));
+    let (id, span) = (job.id.clone(), info_span!("job", id = job.id));
+    state.jobs.spawn(id, run(state.clone(), job, parsed).instrument(span));
 }
 
 async fn run(state: AppState, job: UnfinishedJob, parsed: Option<Invocation>) {
@@ -72,6 +72,8 @@ async fn run(state: AppState, job: UnfinishedJob, parsed: Option<Invocation>) {
         _ => false,
     };
     if !(durable && is_lost) {
+        let code = result.as_ref().err().map(|error| error.reason().code);
+        info!(outcome = code.as_deref().unwrap_or("ok"), "job ended");
         finish(&state, &job.id, result).await;
     }
 }
@@ -131,15 +133,14 @@ async fn wait(
 
 /// Reads and validates the request of a job again, once its model is loaded.
 async fn load(state: &AppState, job: &UnfinishedJob, deadline: Instant) -> Result<Invocation> {
-    let loaded = state.engine.ready().await;
+    // If it cannot be loaded, the next line has the error.
+    let _ = state.engine.ready().await;
     let model = state.engine.model()?;
-    drop(loaded);
     if model.name != job.model {
         return Err(ApiError::NoModel(job.model.clone()));
     }
-    let request = state.jobs.request(&job.id).await?;
     let mut slot = RequestSlot::wait(state, deadline).await;
-    let StoredRequest { headers, body } = request;
+    let StoredRequest { headers, body } = state.jobs.request(&job.id).await?;
     let (mut invocation, _) = job_request::read(state, &mut slot, &headers, body).await?;
     // A random seed is the one that was drawn when the job was accepted.
     for (spec, k) in invocation.drawing.specs.iter_mut().zip(0..) {

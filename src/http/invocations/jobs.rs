@@ -11,11 +11,12 @@ use axum::response::{IntoResponse as _, Response};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tracing::Instrument as _;
 
 use super::accept::SAGEMAKER_ACCEPT;
 use super::job_request::{self, JobOptions};
-use super::job_runner;
 use super::job_state::{describe, name_of, restore_error};
+use super::{job_runner, webhook};
 use crate::engine::JobError;
 use crate::http::admission::{self, Admitted, ClientId};
 use crate::http::drawing::ReplyFormat;
@@ -32,6 +33,9 @@ const PAGE: usize = 20;
 
 /// Maximum number of jobs on a page.
 const MAX_PAGE: usize = 100;
+
+/// Maximum number of a job that a client can name: what JSON holds exactly.
+const MAX_SEQ: i64 = 1 << 53;
 
 /// `POST /v1/jobs`: accepts a job, whose body is that of `/invocations` with a priority and a
 /// webhook.
@@ -50,6 +54,10 @@ pub(crate) async fn create(
     };
     let (invocation, options) = job_request::read(&state, &mut slot, &headers, body).await?;
     let JobOptions { priority, webhook } = options;
+    if let Some(url) = &webhook {
+        let checked = webhook::check(url, &state.settings.webhook_hosts);
+        checked.map_err(|reason| ValidationError::range("webhook", reason))?;
+    }
     if let ReplyFormat::Events(_) = invocation.drawing.reply {
         return Err(ValidationError::body("a job cannot stream events; poll its state").into());
     }
@@ -64,7 +72,7 @@ pub(crate) async fn create(
     let model = invocation.drawing.model.name.clone();
     let job = NewJob { id, client, timeout, priority, seed, model, webhook, request };
     // A client that disconnects does not leave a job that is stored and never generated.
-    let accept = tokio::spawn(async move {
+    let accept = async move {
         let busy_s = state.engine.retry_after();
         let (job, record) = state.jobs.insert(job, busy_s).await?;
         // Until here the job was not counted among the jobs, and its body was in memory.
@@ -74,19 +82,23 @@ pub(crate) async fn create(
         let description = describe(&state.jobs, &record);
         let location = [(LOCATION, format!("{}/v1/jobs/{id}", links.prefix()))];
         Ok((StatusCode::ACCEPTED, location, Json(description)).into_response())
-    });
+    };
+    let accepted = tokio::spawn(accept.in_current_span());
     // It ends otherwise only with the process.
-    accept.await.map_err(|_| JobError::Stopping)?
+    accepted.await.map_err(|_| JobError::Stopping)?
 }
 
 /// The query of a list.
 #[derive(Debug, Deserialize, JsonSchema)]
 pub(crate) struct ListQuery {
-    /// Number of jobs on a page, 1 to 100. Default: 20.
-    limit: Option<String>,
+    /// Number of jobs on a page. Default: 20.
+    #[schemars(extend("minimum" = 1, "maximum" = MAX_PAGE))]
+    limit: Option<usize>,
     /// The `next` of the page before.
-    cursor: Option<String>,
-    /// `queued`, `running`, `completed` or `failed`: only jobs in this state.
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_SEQ))]
+    cursor: Option<i64>,
+    /// Only jobs in this state.
+    #[schemars(extend("enum" = ["queued", "running", "completed", "failed", null]))]
     state: Option<String>,
 }
 
@@ -97,19 +109,8 @@ pub(crate) async fn list(
     ClientId(client): ClientId,
     QueryFields(query): QueryFields<ListQuery>,
 ) -> Result<Json<Value>> {
-    let limit = query.limit.map_or(Some(PAGE), |text| text.parse().ok());
-    let limit = limit
-        .filter(|limit| (1..=MAX_PAGE).contains(limit))
-        .ok_or_else(|| ValidationError::range("limit", format!("must be from 1 to {MAX_PAGE}")))?;
-    let before = query.cursor.map_or(Some(i64::MAX), |text| text.parse().ok());
-    let before = before
-        .ok_or_else(|| ValidationError::malformed("cursor", "must be `next` of an earlier list"))?;
+    let (limit, before) = (query.limit.unwrap_or(PAGE), query.cursor.unwrap_or(i64::MAX));
     let wanted = query.state.as_deref();
-    let states = ["queued", "running", "completed", "failed"];
-    if wanted.is_some_and(|state| !states.contains(&state)) {
-        let reason = "must be queued, running, completed or failed";
-        return Err(ValidationError::range("state", reason).into());
-    }
     if state.settings.access.api_keys.is_empty() {
         return Ok(Json(json!({ "jobs": [], "next": null })));
     }
