@@ -3,16 +3,20 @@
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpListener;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use axum::body::Body;
+use axum::http::Request;
+use futures_util::FutureExt as _;
 use reqwest::Client;
 use sd_server::engine::Engine;
-use sd_server::http::HttpConfig;
+use sd_server::http::{self, HttpConfig};
 use serde_json::{Value, json};
+use tower::ServiceExt as _;
 
 use crate::engine::{Server, ready};
-use crate::fake::{ENGINE, Fake, HTTP, keyed};
+use crate::fake::{ENGINE, Fake, HTTP, keyed, wait_until};
 use crate::harness::{self, PATIENCE};
 
 const LONG: Duration = Duration::from_secs(60);
@@ -150,6 +154,33 @@ async fn jobs_beyond_the_queue_wait_for_room_by_priority() -> Result<()> {
     let steps = strings.steps.lock().expect("unpoisoned").concat();
     let begun = |seed: u64| steps.iter().position(|step| *step == 10 * seed);
     assert!(begun(4) < begun(3) && begun(3) < begun(2), "{steps:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deleting_goes_on_without_who_asked_for_it() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let app = http::router(engine.clone().into(), HTTP)?;
+    let body = json!({ "prompt": "a cat", "steps": 100 }).to_string();
+    let accepted = app.clone().oneshot(Request::post("/v1/jobs").body(Body::from(body))?).await?;
+    let job = accepted.headers()["location"].to_str()?.to_owned();
+    let counts = |line: &str| engine.metrics().to_string().contains(line);
+    wait_until(|| counts("sd_queue_duration_seconds_count 1"));
+    let mut deleted = Box::pin(app.clone().oneshot(Request::delete(&job).body(Body::empty())?));
+    assert!((&mut deleted).now_or_never().is_none());
+    drop(deleted);
+    let status = async || -> Result<u16> {
+        let request = Request::get(&job).body(Body::empty())?;
+        Ok(app.clone().oneshot(request).await?.status().as_u16())
+    };
+    let began = Instant::now();
+    while status().await? != 404 {
+        assert!(began.elapsed() < PATIENCE, "it is not deleted");
+    }
+    wait_until(|| {
+        strings.permits.send(()).expect("the model lives");
+        counts("sd_images_total{outcome=\"cancelled\"} 1")
+    });
     Ok(())
 }
 

@@ -151,5 +151,9 @@ pub(crate) async fn delete(
     State(state): State<AppState>,
     PathName(id): PathName,
 ) -> Result<StatusCode> {
-    if state.jobs.remove(&id).await? { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::NoJob) }
+    // A client that disconnects does not leave images of a deleted job to be generated.
+    let remove = tokio::spawn(async move { state.jobs.remove(&id).await });
+    // It ends otherwise only with the process.
+    let removed = remove.await.map_err(|_| JobError::Stopping)??;
+    if removed { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::NoJob) }
 }
