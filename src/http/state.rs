@@ -108,7 +108,7 @@ pub struct HttpConfig {
     #[arg(value_parser = millis::<1>)]
     pub url_retention: Duration,
     /// Maximum total size of the images retained for their URLs, in bytes. At the limit, the oldest
-    /// is evicted
+    /// of the client that has most is evicted
     #[arg(long, env = "SD_MAX_URL_BYTES", default_value = "268435456", value_parser = size::<0>)]
     pub max_url_bytes: usize,
     /// Time for the headers of the next request to arrive on a connection, in milliseconds; after

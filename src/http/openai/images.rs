@@ -5,7 +5,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 
 use super::form::Form;
-use super::render::{common, data, now};
+use super::render::{ImageUrls, common, data, now};
 use super::request::{self, OpenAiOptions, ResponseFormat};
 use super::stream::{ReplyOptions, stream};
 use crate::http::admission::Admitted;
@@ -70,9 +70,9 @@ async fn generate(
         None => state,
     };
     let is_url = options.response_format == Some(ResponseFormat::Url);
-    let url = is_url.then(|| links.base());
+    let urls = is_url.then(|| ImageUrls { base: links.base(), client: client.clone() });
     let (compression, partial_images) = (options.output_compression, options.partial_images);
-    let options = ReplyOptions { kind, url, partial_images: partial_images.unwrap_or(0) };
+    let options = ReplyOptions { kind, urls, partial_images: partial_images.unwrap_or(0) };
     let drawing = Drawing::prepare(&state, &mut slot, vec![draw], |draw, _| {
         let format = draw.format()?.unwrap_or(Format::Png);
         Ok(match draw.stream {
@@ -88,7 +88,7 @@ async fn generate(
         return Ok(stream(state, drawing, ticket, options, response, (stream_deadline, slot)));
     }
     let images = drawing.submit(&client, slot.deadline)?.wait().await?;
-    let data = data(&state, drawing, images, options.url).await?;
+    let data = data(&state, drawing, images, options.urls).await?;
     response["created"] = now().into();
     response["data"] = data.into();
     Ok(Json(response).into_response())

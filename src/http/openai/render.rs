@@ -4,10 +4,19 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
-use crate::engine::GeneratedImage;
+use crate::engine::{Client, GeneratedImage};
 use crate::http::drawing::{Drawing, base64};
 use crate::http::error::Result;
 use crate::http::state::AppState;
+
+/// The URLs of a response's images.
+#[derive(Debug, Clone)]
+pub(crate) struct ImageUrls {
+    /// What is before their paths.
+    pub(crate) base: String,
+    /// Whose images they are.
+    pub(crate) client: Client,
+}
 
 /// The fields of every response and event.
 pub(crate) fn common(drawing: &Drawing) -> Value {
@@ -21,17 +30,15 @@ pub(crate) async fn data(
     state: &AppState,
     drawing: Drawing,
     images: Vec<GeneratedImage>,
-    url: Option<String>,
+    urls: Option<ImageUrls>,
 ) -> Result<Vec<Value>> {
     let state = state.clone();
     let data = move |drawing: &Drawing, images: &[GeneratedImage], files: Vec<Vec<u8>>| {
-        let (field, values) = match url {
-            Some(origin) => {
-                let names = state.urls.insert(files, drawing.reply.format())?;
-                (
-                    "url",
-                    names.iter().map(|name| format!("{origin}/files/{name}")).collect::<Vec<_>>(),
-                )
+        let (field, values) = match urls {
+            Some(ImageUrls { base, client }) => {
+                let names = state.urls.insert(&client, files, drawing.reply.format())?;
+                let url = |name| format!("{base}/files/{name}");
+                ("url", names.iter().map(url).collect::<Vec<_>>())
             }
             None => ("b64_json", base64(&files)),
         };

@@ -7,7 +7,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument as _;
 
 use super::error::describe;
-use super::render::{data, now};
+use super::render::{ImageUrls, data, now};
 use crate::engine::{Progress, Ticket};
 use crate::http::admission::RequestSlot;
 use crate::http::drawing::{Drawing, encode_preview, next_preview};
@@ -20,8 +20,8 @@ use crate::http::streaming::{EventSender, event_stream};
 pub(crate) struct ReplyOptions {
     /// `image_generation` or `image_edit`: the prefix of the names of events.
     pub(crate) kind: &'static str,
-    /// The origin of image URLs, if the response holds URLs instead of images.
-    pub(crate) url: Option<String>,
+    /// If the response holds URLs instead of images.
+    pub(crate) urls: Option<ImageUrls>,
     pub(crate) partial_images: usize,
 }
 
@@ -38,11 +38,11 @@ pub(crate) fn stream(
     let mut monitor = state.engine.monitor(&ticket);
     let describe = |error: &ApiError| describe(error.status(), &error.reason()).to_string();
     event_stream(deadline, slot, describe, move |events| async move {
-        let ReplyOptions { kind, url, partial_images } = options;
+        let ReplyOptions { kind, urls, partial_images } = options;
         let send =
             async |end: &str, data| send(&events, &format!("{kind}.{end}"), data, &common).await;
         // A task, because the images are finished and encoded while the client takes nothing.
-        let result = async move { data(&state, drawing, ticket.wait().await?, url).await };
+        let result = async move { data(&state, drawing, ticket.wait().await?, urls).await };
         let mut result = AbortOnDropHandle::new(tokio::spawn(result.in_current_span()));
         let mut sent = 0;
         let images = loop {

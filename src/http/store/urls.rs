@@ -1,12 +1,13 @@
 //! Images for responses with URLs. They are retained for a limited time and up to a total size; the
-//! oldest is evicted first.
+//! oldest of the client that has most is evicted first.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 
+use crate::engine::Client;
 use crate::http::error::Result;
 use crate::http::ids::random;
 use crate::image::Format;
@@ -23,6 +24,8 @@ pub(crate) struct UrlStore {
 #[derive(Debug)]
 struct StoredImage {
     name: String,
+    /// Whose request has made it.
+    client: Client,
     format: Format,
     data: Bytes,
     since: Instant,
@@ -42,33 +45,36 @@ impl UrlStore {
         files
     }
 
-    /// Adds the images of a request, which may evict older ones, and returns their names. If they
-    /// are too large together, they are rejected and nothing is evicted.
-    pub(crate) fn insert(&self, images: Vec<Vec<u8>>, format: Format) -> Result<Vec<String>> {
+    /// Adds the images of a client's request, which may evict others, and returns their names. If
+    /// they are too large together, they are rejected and nothing is evicted.
+    pub(crate) fn insert(
+        &self,
+        client: &Client,
+        images: Vec<Vec<u8>>,
+        format: Format,
+    ) -> Result<Vec<String>> {
         let (bytes, most) = (images.iter().map(Vec::len).sum(), self.max_bytes);
-        let Some(mut room) = most.checked_sub(bytes) else {
+        let Some(room) = most.checked_sub(bytes) else {
             let reason = format!(
                 "cannot be url: these images have {bytes} bytes, the maximum is {most}; \
                  request b64_json"
             );
             return Err(ValidationError::range("response_format", reason).into());
         };
-        let mut files = self.files();
-        // The newest images that fit beside the new ones.
-        let kept = files.iter().rev().take_while(|file| {
-            let left = room.checked_sub(file.data.len());
-            room = left.unwrap_or(0);
-            left.is_some()
-        });
-        let evicted = files.len() - kept.count();
-        files.drain(..evicted);
         let since = Instant::now();
-        let named = |data| Ok((format!("{:032x}.{}", random()?, format.name()), data));
-        let new = images.into_iter().map(named).collect::<Result<Vec<(String, Vec<u8>)>>>()?;
-        let first = files.len();
-        let image = |(name, data)| StoredImage { name, format, data: Bytes::from(data), since };
-        files.extend(new.into_iter().map(image));
-        Ok(files.range(first..).map(|file| file.name.clone()).collect())
+        let image = |data| {
+            let name = format!("{:032x}.{}", random()?, format.name());
+            Ok(StoredImage { name, client: client.clone(), format, data: Bytes::from(data), since })
+        };
+        let new = images.into_iter().map(image).collect::<Result<Vec<_>>>()?;
+        let mut files = self.files();
+        while files.iter().map(|file| file.data.len()).sum::<usize>() > room {
+            let next = next_to_evict(&files, client, bytes);
+            files.remove(next);
+        }
+        let names = new.iter().map(|file| file.name.clone()).collect();
+        files.extend(new);
+        Ok(names)
     }
 
     /// Deletes the images whose time is over.
@@ -82,5 +88,46 @@ impl UrlStore {
         let file = files.iter().find(|file| file.name == name)?;
         let left = self.retention.saturating_sub(file.since.elapsed());
         Some((file.format, file.data.clone(), left))
+    }
+}
+
+/// The place of the oldest image of the client that has most, if `client` adds so many bytes: who
+/// stores much evicts nothing of those who store little.
+fn next_to_evict(files: &VecDeque<StoredImage>, client: &Client, bytes: usize) -> usize {
+    let mut held: HashMap<&Client, usize> = HashMap::new();
+    for file in files {
+        *held.entry(&file.client).or_default() += file.data.len();
+    }
+    if let Some(own) = held.get_mut(client) {
+        *own += bytes;
+    }
+    let most = held.into_iter().max_by_key(|(_, bytes)| *bytes).map(|(client, _)| client);
+    files.iter().position(|file| Some(&file.client) == most).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_are_evicted_of_the_client_that_has_most() -> Result<()> {
+        let store = UrlStore::new(Duration::from_secs(60), 100);
+        let (one, two) = (Client::named("one"), Client::named("two"));
+        let insert = |client, sizes: &[usize]| {
+            let images = sizes.iter().map(|size| vec![0; *size]).collect();
+            store.insert(client, images, Format::Png)
+        };
+        let has =
+            |names: &[String]| names.iter().map(|n| store.get(n).is_some()).collect::<Vec<_>>();
+        let first = insert(&one, &[30])?;
+        let flood = [insert(&two, &[40])?, insert(&two, &[30])?, insert(&two, &[40])?].concat();
+        assert_eq!((has(&first), has(&flood)), (vec![true], vec![false, true, true]));
+        let second = insert(&one, &[10])?;
+        assert_eq!(has(&flood), [false, false, true], "the oldest of who has most");
+        assert!(insert(&two, &[60, 41]).is_err());
+        assert_eq!((has(&first), has(&second)), (vec![true], vec![true]), "nothing is evicted");
+        insert(&two, &[100])?;
+        assert_eq!((has(&first), has(&second)), (vec![false], vec![false]), "all of it");
+        Ok(())
     }
 }
