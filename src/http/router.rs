@@ -19,8 +19,8 @@ use super::{a1111, admin, invocations, openai, page};
 use crate::registry::ModelRegistry;
 
 /// All routes. Those behind `lock` need a key if any are configured. The jobs of the data directory
-/// are continued in tasks of their own; the error says why it cannot be used. Requests of web pages are
-/// checked before anything else, so also on routes that do not exist.
+/// are continued in tasks of their own; the error says why it cannot be used. Requests of web pages
+/// are checked before anything else, so also on routes that do not exist.
 pub fn router(models: ModelRegistry, settings: HttpConfig) -> anyhow::Result<Router> {
     let access = Arc::new(settings.access.clone());
     let lock = || from_fn_with_state(Arc::clone(&access), auth::require);

@@ -101,7 +101,7 @@ impl ApiKey {
         self.0.as_bytes()
     }
 
-    /// The name of the client that has the key. It is stored, so it tells nothing of the key, and is
+    /// The name of the client that has the key: its hash, since the name is stored with jobs. It is
     /// the same in the next process.
     pub(crate) fn client(&self) -> Client {
         let hex = |byte: &u8| format!("{byte:02x}");
