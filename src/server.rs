@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use axum::Router;
 use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -52,12 +53,14 @@ pub(crate) struct Serve {
     pub(crate) drain_timeout: Duration,
 }
 
-/// Binds the port first, so that `/ping` can return 503 while the model loads.
+/// Opens the data directory, then binds the port, so that `/ping` can return 503 while the model
+/// loads.
 pub(crate) async fn listen_and_serve(mut config: Serve) -> Result<()> {
     let connections = &mut config.http.max_connections;
     *connections = allow_connections(*connections);
     // Installed before the port is bound, so that no signal is missed.
     let shutdown = signal();
+    let jobs = config.http.open_jobs()?;
     let address = (config.host.as_str(), config.port);
     let listener = TcpListener::bind(address)
         .await
@@ -71,7 +74,8 @@ pub(crate) async fn listen_and_serve(mut config: Serve) -> Result<()> {
     };
     let files = DiskLoader { device, engine: config.engine, model: config.model };
     let models = ModelRegistry::new(first, files, config.models);
-    serve(models, config.http, listener, config.drain_timeout, shutdown).await
+    let app = http::router_with(models.clone(), config.http.clone(), jobs);
+    serve_app(app, models, config.http, listener, config.drain_timeout, shutdown).await
 }
 
 /// Raises the limit on open files for so many connections. Returns the number that it allows: with
@@ -135,9 +139,20 @@ pub async fn serve(
     drain_timeout: Duration,
     shutdown: impl Future<Output = ()>,
 ) -> Result<()> {
-    let close = CancellationToken::new();
     let models = models.into();
     let app = http::router(models.clone(), settings.clone())?;
+    serve_app(app, models, settings, listener, drain_timeout, shutdown).await
+}
+
+async fn serve_app(
+    app: Router,
+    models: ModelRegistry,
+    settings: HttpConfig,
+    listener: TcpListener,
+    drain_timeout: Duration,
+    shutdown: impl Future<Output = ()>,
+) -> Result<()> {
+    let close = CancellationToken::new();
     let server = http::listen(listener, app, settings, close.clone().cancelled_owned());
     // Dropped when the time is over, with the connections that are still open.
     let mut server = AbortOnDropHandle::new(tokio::spawn(server));

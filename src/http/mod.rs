@@ -27,4 +27,5 @@ mod streaming;
 pub use access::{AccessConfig, AllowedHost, ApiKey, BaseUrl, TrustedProxies};
 pub use connections::{RESERVED_CONNECTIONS, listen};
 pub use router::router;
+pub(crate) use router::router_with;
 pub use state::HttpConfig;

@@ -228,7 +228,8 @@ mod tests {
             safety: Safety::Blur,
         };
         let engine = Engine::absent(&DeviceScheduler::default(), engine);
-        let state = AppState::new(engine.into(), settings).expect("jobs in memory");
+        let jobs = settings.open_jobs().expect("jobs in memory");
+        let state = AppState::new(engine.into(), settings, jobs);
         let threads = Arc::clone(&state.reader.threads);
         let _taken = threads.try_acquire_many(threads.available_permits() as u32);
         let slots = Arc::clone(&state.slots);

@@ -15,18 +15,25 @@ use super::middleware::cors::cors;
 use super::middleware::observe::observe;
 use super::middleware::{auth, forwarded, origin, sagemaker_route};
 use super::state::{AppState, HttpConfig};
+use super::store::JobStore;
 use super::{a1111, admin, invocations, openai, page};
 use crate::registry::ModelRegistry;
 
-/// All routes. Those behind `lock` need a key if any are configured. The jobs of the data directory
-/// are continued in tasks of their own; the error says why it cannot be used. Requests of web pages
-/// are checked before anything else, so also on routes that do not exist.
+/// All routes, with the jobs of the data directory; the error says why it cannot be used.
 pub fn router(models: ModelRegistry, settings: HttpConfig) -> anyhow::Result<Router> {
+    let jobs = settings.open_jobs()?;
+    Ok(router_with(models, settings, jobs))
+}
+
+/// All routes. Those behind `lock` need a key if any are configured. Unfinished jobs of earlier
+/// processes are continued in tasks of their own. Requests of web pages are checked before anything
+/// else, so also on routes that do not exist.
+pub(crate) fn router_with(models: ModelRegistry, settings: HttpConfig, jobs: JobStore) -> Router {
     let access = Arc::new(settings.access.clone());
     let lock = || from_fn_with_state(Arc::clone(&access), auth::require);
     let cors = option_layer(cors(&access.cors_origins));
     let log_messages = settings.log_prompts;
-    let state = AppState::new(models, settings)?;
+    let state = AppState::new(models, settings, jobs);
     tokio::spawn(state.purge());
     if state.jobs.is_durable() {
         tokio::spawn(invocations::resume(state.clone()));
@@ -62,7 +69,7 @@ pub fn router(models: ModelRegistry, settings: HttpConfig) -> anyhow::Result<Rou
         .layer(from_fn(in_format_of_api))
         .layer(from_fn_with_state((state.engine.clone(), log_messages), observe))
         .layer(from_fn_with_state(access, forwarded::resolve));
-    Ok(sagemaker_route::by_attribute(router.with_state(state)))
+    sagemaker_route::by_attribute(router.with_state(state))
 }
 
 /// Renders errors in the format of the API that the path belongs to, wherever they come from: there

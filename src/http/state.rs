@@ -161,6 +161,18 @@ impl HttpConfig {
         Slots::new(most, Amount { requests, bytes }, freed)
     }
 
+    /// Opens the jobs of the data directory, or of this process only. The error names what is
+    /// wrong with the directory; see [`JobStore::open`].
+    pub(crate) fn open_jobs(&self) -> anyhow::Result<JobStore> {
+        let limits = JobLimits {
+            jobs: self.max_jobs,
+            jobs_per_client: self.max_jobs_per_client.unwrap_or(self.max_jobs.div_ceil(2)),
+            bytes: self.max_job_bytes,
+            retention: self.job_retention,
+        };
+        JobStore::open(self.data_dir.as_deref(), limits)
+    }
+
     /// Maximum number of open connections of one address.
     pub(crate) fn connections_per_address(&self) -> usize {
         self.max_connections_per_address.unwrap_or(self.max_connections.div_ceil(2))
@@ -206,21 +218,13 @@ impl Deref for AppState {
 }
 
 impl AppState {
-    /// The error names what is wrong with the data directory.
-    pub(crate) fn new(models: ModelRegistry, settings: HttpConfig) -> anyhow::Result<Self> {
+    pub(crate) fn new(models: ModelRegistry, settings: HttpConfig, jobs: JobStore) -> Self {
         let freed = FreedMemory::default();
         let (in_flight, checkpoint, hashes) = Default::default();
-        let limits = JobLimits {
-            jobs: settings.max_jobs,
-            jobs_per_client: settings.max_jobs_per_client.unwrap_or(settings.max_jobs.div_ceil(2)),
-            bytes: settings.max_job_bytes,
-            retention: settings.job_retention,
-        };
-        let jobs = Arc::new(JobStore::open(settings.data_dir.as_deref(), limits)?);
         let shared = AppShared {
             slots: settings.slots(freed.clone()),
             reader: Reader::new(settings.max_decoded_bytes, freed),
-            jobs,
+            jobs: Arc::new(jobs),
             urls: UrlStore::new(settings.url_retention, settings.max_url_bytes),
             in_flight,
             checkpoint,
@@ -229,7 +233,7 @@ impl AppState {
             settings,
         };
         let engine = shared.models.default_engine().clone();
-        Ok(Self { engine, lease: None, shared: Arc::new(shared) })
+        Self { engine, lease: None, shared: Arc::new(shared) }
     }
 
     /// Deletes what has expired, as long as the state exists.

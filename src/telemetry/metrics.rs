@@ -130,6 +130,8 @@ metrics! {
     model_load: FloatGauge = "sd_model_load_seconds" [] FloatGauge::default;
     /// Jobs of /v1/jobs, by state: running, which includes queued ones, or finished.
     jobs: Gauge = "sd_jobs" ["state"] Gauge::default;
+    /// Jobs of /v1/jobs that have ended, by outcome: completed, failed or cancelled.
+    jobs_ended: Counter = "sd_jobs_ended" ["outcome"] Counter::default;
     /// Device memory available to one UNet call or VAE decode.
     memory_budget: Gauge = "sd_memory_budget_bytes" [] Gauge::default;
     /// Resident memory size in bytes.

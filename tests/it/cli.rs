@@ -368,7 +368,7 @@ fn a_json_log_is_json_and_keeps_prompts_to_itself() {
     }
     assert!(log.contains("r-1") && !log.contains("secret"), "{log}");
     let ended = log.lines().find(|line| line.contains("job ended")).expect("a line");
-    assert!(ended.contains("r-2") && ended.contains(r#""outcome":"ok""#), "{ended}");
+    assert!(ended.contains("r-2") && ended.contains(r#""outcome":"completed""#), "{ended}");
     assert!(logged(&["--log-prompts"]).contains("a secret"));
 }
 

@@ -167,7 +167,8 @@ async fn deleting_goes_on_without_who_asked_for_it() -> Result<()> {
     let counts = |line: &str| engine.metrics().to_string().contains(line);
     wait_until(|| counts("sd_queue_duration_seconds_count 1"));
     let mut deleted = Box::pin(app.clone().oneshot(Request::delete(&job).body(Body::empty())?));
-    assert!((&mut deleted).now_or_never().is_none());
+    // The task is begun; it may even have ended.
+    let _ = (&mut deleted).now_or_never();
     drop(deleted);
     let status = async || -> Result<u16> {
         let request = Request::get(&job).body(Body::empty())?;
@@ -181,6 +182,7 @@ async fn deleting_goes_on_without_who_asked_for_it() -> Result<()> {
         strings.permits.send(()).expect("the model lives");
         counts("sd_images_total{outcome=\"cancelled\"} 1")
     });
+    wait_until(|| counts("sd_jobs_ended_total{outcome=\"cancelled\"} 1"));
     Ok(())
 }
 
@@ -330,13 +332,27 @@ fn after_a_kill_every_accepted_job_has_one_end_and_its_own_pictures() {
     let mut folders = harness::sd_server(&["--model", "demo", "--data-dir", folder, "--port", "0"]);
     let second = folders.output().expect("it ends");
     let log = String::from_utf8_lossy(&second.stderr).into_owned();
-    assert!(!second.status.success() && log.contains("another process uses it"), "{log}");
+    assert!(log.contains("another process uses it"), "{log}");
+    assert_eq!((second.status.code(), &*second.stdout), (Some(1), &b""[..]), "not listening");
     server.signal("KILL");
     server.wait();
     let server = start();
     for (job, result) in jobs.iter().zip(results) {
         assert!(get(&server, &format!("{job}/result")).body == result, "the same bytes");
     }
+}
+
+#[test]
+fn a_data_directory_that_cannot_be_used_is_a_usage_error_before_the_port_is_bound() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("file");
+    std::fs::write(&file, "text").expect("written");
+    let path = file.to_str().expect("a path");
+    let args = ["--model", "demo", "--data-dir", path, "--port", "0"];
+    let ended = harness::sd_server(&args).output().expect("it ends");
+    let log = String::from_utf8_lossy(&ended.stderr);
+    assert!(log.contains(&format!("--data-dir {path} cannot be used: it is not a dir")), "{log}");
+    assert_eq!((ended.status.code(), &*ended.stdout), (Some(64), &b""[..]), "{log}");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use axum::body::Bytes;
 use axum::http::Response;
 use tokio::time::{Instant, sleep, timeout_at};
-use tracing::{Instrument as _, info, info_span};
+use tracing::{Instrument as _, info, info_span, warn};
 
 use super::job_state::error_response;
 use super::render::Invocation;
@@ -17,7 +17,7 @@ use crate::engine::{EngineState, GeneratedImage, JobError, Ticket};
 use crate::http::admission::RequestSlot;
 use crate::http::error::{ApiError, Result};
 use crate::http::state::AppState;
-use crate::http::store::{StoredRequest, UnfinishedJob};
+use crate::http::store::{EndedJob, StoredRequest, UnfinishedJob};
 
 /// Number of processes that begin to generate a job before it fails: it may be what ends them.
 const MAX_BEGUN: u32 = 5;
@@ -72,8 +72,6 @@ async fn run(state: AppState, job: UnfinishedJob, parsed: Option<Invocation>) {
         _ => false,
     };
     if !(durable && is_lost) {
-        let code = result.as_ref().err().map(|error| error.reason().code);
-        info!(outcome = code.as_deref().unwrap_or("ok"), "job ended");
         finish(&state, &job.id, result).await;
     }
 }
@@ -151,22 +149,40 @@ async fn load(state: &AppState, job: &UnfinishedJob, deadline: Instant) -> Resul
 
 /// Stores the end of a job. If the result cannot be stored, the job fails for that reason; as long
 /// as not even that can be stored, it has not ended.
-async fn finish(state: &AppState, id: &str, result: Result<Response<Bytes>>) {
-    let mut end = result.unwrap_or_else(|error| error_response(&error));
+async fn finish(state: &AppState, id: &str, mut result: Result<Response<Bytes>>) {
     let mut pause = STORE_INTERVAL;
-    let url = loop {
-        let was_error = !end.status().is_success();
+    let (ended, code) = loop {
+        let (end, code) = match result {
+            Ok(response) => (response, None),
+            Err(error) => (error_response(&error), Some(error.reason().code)),
+        };
         match state.jobs.finish(id, end).await {
-            Ok(url) => break url,
-            Err(error) => end = error_response(&error),
+            Ok(ended) => break (ended, code),
+            Err(error) => result = Err(error),
         }
-        if was_error {
+        if code.is_some() {
             sleep(pause).await;
             pause = (2 * pause).min(MAX_STORE_INTERVAL);
         }
     };
-    if let Some(url) = url {
-        tokio::spawn(webhook::deliver(state.clone(), id.to_owned(), url));
+    // Otherwise it was deleted, which is in the log.
+    if let Some(EndedJob { webhook, age }) = ended {
+        let outcome = if code.is_none() { "completed" } else { "failed" };
+        note_end(state, outcome, code.as_deref(), age);
+        if let Some(url) = webhook {
+            tokio::spawn(webhook::deliver(state.clone(), id.to_owned(), url));
+        }
     }
     state.jobs.end(id);
+}
+
+/// Counts and logs the end of a job: `completed`, `failed` or `cancelled`, and the code of its
+/// error. `age` is the time since it was accepted.
+pub(super) fn note_end(state: &AppState, outcome: &str, code: Option<&str>, age: Duration) {
+    state.engine.metrics().jobs_ended.with([outcome]).inc();
+    let duration_ms = age.as_millis() as u64;
+    match code {
+        None => info!(outcome, duration_ms, "job ended"),
+        Some(code) => warn!(outcome, code, duration_ms, "job ended"),
+    }
 }

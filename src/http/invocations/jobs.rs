@@ -11,7 +11,7 @@ use axum::response::{IntoResponse as _, Response};
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tracing::Instrument as _;
+use tracing::{Instrument as _, info_span};
 
 use super::accept::SAGEMAKER_ACCEPT;
 use super::job_request::{self, JobOptions};
@@ -25,7 +25,7 @@ use crate::http::extract::{PathName, QueryFields};
 use crate::http::ids::random;
 use crate::http::links::Links;
 use crate::http::state::AppState;
-use crate::http::store::{NewJob, StoredRequest};
+use crate::http::store::{NewJob, RemovedJob, StoredRequest};
 use crate::request::ValidationError;
 
 /// Number of jobs on a page, unless the client asks for another.
@@ -152,8 +152,15 @@ pub(crate) async fn delete(
     PathName(id): PathName,
 ) -> Result<StatusCode> {
     // A client that disconnects does not leave images of a deleted job to be generated.
-    let remove = tokio::spawn(async move { state.jobs.remove(&id).await });
+    let remove = async move {
+        let removed = state.jobs.remove(&id).await?;
+        if let Some(RemovedJob::Unfinished(age)) = removed {
+            let _inside = info_span!("job", id).entered();
+            job_runner::note_end(&state, "cancelled", None, age);
+        }
+        removed.map(|_| StatusCode::NO_CONTENT).ok_or(ApiError::NoJob)
+    };
+    let removed = tokio::spawn(remove.in_current_span());
     // It ends otherwise only with the process.
-    let removed = remove.await.map_err(|_| JobError::Stopping)??;
-    if removed { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::NoJob) }
+    removed.await.map_err(|_| JobError::Stopping)?
 }

@@ -9,9 +9,10 @@ use reqwest::redirect::Policy;
 use reqwest::{Client, Url};
 use ring::hmac;
 use tokio::time::sleep;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::job_state::describe;
+use crate::http::error::ApiError;
 use crate::http::state::AppState;
 
 /// Header with `sha256=` and the HMAC-SHA256 of the body in hexadecimal.
@@ -64,9 +65,20 @@ pub(super) async fn deliver(state: AppState, id: String, url: String) {
     };
     let host = url.host_str().unwrap_or_default();
     let mut pause = RETRY_INTERVAL;
+    let mut attempts = 0_u32;
     loop {
-        // A job that is deleted or expired has nothing to tell.
-        let Ok(job) = state.jobs.get(&id).await else { return };
+        let job = match state.jobs.get(&id).await {
+            Ok(job) => job,
+            Err(ApiError::NoJob) => {
+                return warn!(job = id, host, attempts, "webhook not received; its job is gone");
+            }
+            // The error is in the log; the next attempt may succeed.
+            Err(_) => {
+                sleep(MAX_RETRY_INTERVAL).await;
+                continue;
+            }
+        };
+        attempts += 1;
         let body = describe(&state.jobs, &job).to_string();
         let mut request = client.post(url.clone()).header(CONTENT_TYPE, "application/json");
         if let Some(secret) = &settings.webhook_secret {
@@ -80,11 +92,11 @@ pub(super) async fn deliver(state: AppState, id: String, url: String) {
             }
             Ok(response) => {
                 let status = response.status().as_u16();
-                warn!(job = id, host, status, "webhook refused; it is sent again");
+                debug!(job = id, host, attempts, status, "webhook refused; it is sent again");
             }
             Err(error) => {
                 let error = error.without_url();
-                warn!(job = id, host, "webhook not received, it is sent again: {error}");
+                debug!(job = id, host, attempts, "webhook not received, it is sent again: {error}");
             }
         }
         sleep(pause).await;

@@ -8,6 +8,7 @@ mod urls;
 pub(crate) use checkpoint::SelectedCheckpoint;
 pub(crate) use in_flight::{InFlight, InFlightRequest};
 pub(crate) use jobs::{
-    JobEnd, JobLimits, JobRecord, JobStore, NewJob, StoredRequest, UnfinishedJob,
+    EndedJob, JobEnd, JobLimits, JobRecord, JobStore, NewJob, RemovedJob, StoredRequest,
+    UnfinishedJob,
 };
 pub(crate) use urls::UrlStore;

@@ -10,12 +10,13 @@ use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{anyhow, bail};
 use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 use tracing::error;
 
 use crate::http::error::{ApiError, Result};
+use crate::request::ValidationError;
 
 /// The file in the directory. SQLite adds its log beside it.
 const FILE: &str = "jobs.sqlite3";
@@ -67,14 +68,11 @@ pub(super) struct Database {
 
 impl Database {
     /// Opens the database of a directory, which is created if necessary, or one in memory. The
-    /// error names the directory and the reason: it cannot be written, another process uses it, or
-    /// a newer version has written it.
+    /// error names the option, the directory and the reason. It is a [`ValidationError`] unless it
+    /// may pass: another process uses the directory, or its disk is full.
     pub(super) fn open(dir: Option<&Path>) -> anyhow::Result<Self> {
         let mut connection = match dir {
-            Some(dir) => {
-                let name = || format!("--data-dir {} cannot be used", dir.display());
-                connect(dir).with_context(name)?
-            }
+            Some(dir) => connect(dir).map_err(|error| refusal(dir, &error))?,
             None => {
                 let mut connection = Connection::open_in_memory()?;
                 // Gives the memory of deleted results back.
@@ -139,18 +137,42 @@ fn connect(dir: &Path) -> anyhow::Result<Connection> {
         PRAGMA journal_size_limit = 67108864;
     ";
     let opened = connection.execute_batch(settings);
-    match opened.map_err(anyhow::Error::from).and_then(|()| migrate(&mut connection)) {
-        Err(error) if is_busy(&error) => bail!("another process uses it"),
-        migrated => migrated?,
-    }
+    opened?;
+    migrate(&mut connection)?;
     // Gives the disk the log of the last process back, if there is room to move its records.
     let _ = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()));
     Ok(connection)
 }
 
-fn is_busy(error: &anyhow::Error) -> bool {
+/// Why a directory cannot be used, in words for its operator.
+fn refusal(dir: &Path, error: &anyhow::Error) -> anyhow::Error {
+    use std::io::ErrorKind as Io;
+    let io = error.downcast_ref().map(std::io::Error::kind);
     let code = error.downcast_ref().and_then(rusqlite::Error::sqlite_error_code);
-    matches!(code, Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked))
+    let (passes, reason) = match (io, code) {
+        (Some(Io::AlreadyExists | Io::NotADirectory), _) => (false, "it is not a directory".into()),
+        (Some(Io::IsADirectory), _) => (false, format!("{FILE} in it is a directory")),
+        (Some(Io::PermissionDenied | Io::ReadOnlyFilesystem), _)
+        | (_, Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen | ErrorCode::PermissionDenied)) => {
+            (false, "this user cannot write to it".into())
+        }
+        (_, Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt)) => {
+            (false, format!("{FILE} in it is not a database, or damaged"))
+        }
+        (Some(Io::StorageFull), _) | (_, Some(ErrorCode::DiskFull)) => {
+            (true, "its disk is full".into())
+        }
+        (_, Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked)) => {
+            (true, "another process uses it".into())
+        }
+        (None, None) => (false, format!("{error:#}")),
+        _ => (true, format!("{error:#}")),
+    };
+    let message = format!("{} cannot be used: {reason}", dir.display());
+    match passes {
+        true => anyhow!("--data-dir {message}"),
+        false => ValidationError::malformed("--data-dir", message).into(),
+    }
 }
 
 /// Brings the schema to the current version.
@@ -206,9 +228,12 @@ mod tests {
         assert!(refusal(dir.path()).contains("another process uses it"));
         let file = dir.path().join("file");
         std::fs::write(&file, "text").expect("written");
-        assert!(refusal(&file).contains("file cannot be used"), "{}", refusal(&file));
+        assert!(refusal(&file).ends_with("it is not a directory"), "{}", refusal(&file));
         let other = tempfile::tempdir().expect("a directory");
         std::fs::write(other.path().join(FILE), "text ".repeat(100)).expect("written");
         assert!(refusal(other.path()).contains("not a database"), "{}", refusal(other.path()));
+        std::fs::remove_file(other.path().join(FILE)).expect("removed");
+        std::fs::create_dir(other.path().join(FILE)).expect("created");
+        assert!(refusal(other.path()).ends_with("is a directory"), "{}", refusal(other.path()));
     }
 }

@@ -21,8 +21,10 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::engine::{Client, JobMonitor};
 use crate::http::error::{ApiError, Result};
 use database::Database;
-pub(crate) use record::{JobEnd, JobRecord, NewJob, StoredRequest, UnfinishedJob};
-use record::{body, encode, head, millis, now_ms, response};
+pub(crate) use record::{
+    EndedJob, JobEnd, JobRecord, NewJob, RemovedJob, StoredRequest, UnfinishedJob,
+};
+use record::{body, encode, head, millis, now_ms, response, since};
 pub(crate) use room::JobLimits;
 use room::Need;
 use sent::SentBodies;
@@ -118,19 +120,24 @@ impl JobStore {
         Ok(())
     }
 
-    /// Stores the end of a job in place of its request: its response, or that of its error. Returns
-    /// the URL to notify. Does nothing if the job was deleted or has ended.
-    pub(crate) async fn finish(&self, id: &str, end: Response<Bytes>) -> Result<Option<String>> {
+    /// Stores the end of a job in place of its request: its response, or that of its error. `None`
+    /// if the job was deleted or has ended before: nothing is changed then.
+    pub(crate) async fn finish(&self, id: &str, end: Response<Bytes>) -> Result<Option<EndedJob>> {
         let (id, limits) = (id.to_owned(), self.limits);
-        let find = "SELECT client, bytes, webhook FROM jobs WHERE id = ?1 AND finished_ms IS NULL";
+        let find = "
+            SELECT client, bytes, webhook, created_ms FROM jobs
+            WHERE id = ?1 AND finished_ms IS NULL";
         let finish = "
             UPDATE jobs SET finished_ms = ?2, status = ?3, bytes = ?4, headers = ?5, body = ?6
             WHERE id = ?1";
         self.database
             .call(move |transaction| {
-                let read = |row: &Row<'_>| Ok((row.get(0)?, row.get(1)?, row.get(2)?));
+                let read = |row: &Row<'_>| {
+                    let age = since(row.get(3)?);
+                    Ok((row.get(0)?, row.get(1)?, EndedJob { webhook: row.get(2)?, age }))
+                };
                 let found = transaction.query_row(find, [&id], read).optional()?;
-                let Some((client, request, webhook)) = found else { return Ok(None) };
+                let Some((client, request, ended)) = found else { return Ok(None) };
                 let (client, request): (String, usize) = (client, request);
                 let bytes = end.body().len();
                 let more = bytes.saturating_sub(request);
@@ -143,7 +150,7 @@ impl JobStore {
                 let (status, headers) = (end.status().as_u16(), encode(end.headers()));
                 let row = params![id, now_ms(), status, bytes, headers, &end.body()[..]];
                 transaction.execute(finish, row)?;
-                Ok(webhook)
+                Ok(Some(ended))
             })
             .await
     }
@@ -191,14 +198,21 @@ impl JobStore {
         Ok(Some(response))
     }
 
-    /// Cancels and deletes a job; false if there is none.
-    pub(crate) async fn remove(&self, id: &str) -> Result<bool> {
+    /// Cancels and deletes a job; `None` if there is none.
+    pub(crate) async fn remove(&self, id: &str) -> Result<Option<RemovedJob>> {
         let name = id.to_owned();
-        let delete = "DELETE FROM jobs WHERE id = ?1";
-        let deleted =
-            self.read(move |transaction| Ok(transaction.execute(delete, [name])?)).await?;
+        let delete = "DELETE FROM jobs WHERE id = ?1 RETURNING finished_ms IS NULL, created_ms";
+        let read = |row: &Row<'_>| {
+            Ok(match row.get(0)? {
+                true => RemovedJob::Unfinished(since(row.get(1)?)),
+                false => RemovedJob::Ended,
+            })
+        };
+        let removed = self
+            .read(move |transaction| Ok(transaction.query_row(delete, [name], read).optional()?))
+            .await?;
         self.running().remove(id);
-        Ok(deleted > 0)
+        Ok(removed)
     }
 
     /// The jobs that have not ended, in the order of acceptance.

@@ -69,6 +69,24 @@ pub(crate) enum JobEnd {
     Failed(Vec<u8>),
 }
 
+/// A job that has just ended.
+#[derive(Debug)]
+pub(crate) struct EndedJob {
+    /// The URL to notify.
+    pub(crate) webhook: Option<String>,
+    /// Time since it was accepted.
+    pub(crate) age: Duration,
+}
+
+/// A job that was deleted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RemovedJob {
+    /// It had ended.
+    Ended,
+    /// It had not; the time since it was accepted.
+    Unfinished(Duration),
+}
+
 impl NewJob {
     /// The job, once it is stored under this number.
     pub(super) fn accepted(self, seq: i64, created_ms: i64) -> (UnfinishedJob, JobRecord) {
@@ -159,6 +177,11 @@ fn decode(lines: &[u8]) -> HeaderMap {
 pub(super) fn now_ms() -> i64 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     millis(now)
+}
+
+/// The time since then, in milliseconds since 1970.
+pub(super) fn since(then_ms: i64) -> Duration {
+    Duration::from_millis(u64::try_from(now_ms().saturating_sub(then_ms)).unwrap_or(0))
 }
 
 pub(super) fn millis(time: Duration) -> i64 {

@@ -54,10 +54,11 @@ async fn jobs_and_results_survive_the_process_unchanged() -> Result<()> {
     let result = store.result("b").await?.expect("a result");
     assert_eq!((result.headers(), result.body()), (done(5).headers(), done(5).body()));
     // It has one end, whatever comes later.
-    store.finish("a", done(1)).await?;
-    store.finish("a", done(2)).await?;
+    assert!(store.finish("a", done(1)).await?.is_some());
+    assert!(store.finish("a", done(2)).await?.is_none());
     assert_eq!(store.result("a").await?.expect("a result").body(), &[9][..]);
-    assert!(store.remove("a").await? && !store.remove("a").await?);
+    assert_eq!(store.remove("a").await?, Some(RemovedJob::Ended));
+    assert_eq!(store.remove("a").await?, None);
     store.finish("a", done(2)).await?;
     assert!(store.get("a").await.is_err());
     Ok(())
