@@ -5,6 +5,9 @@ use std::time::Duration;
 
 use crate::options::{bytes, min, switch};
 
+/// Default of [`RegistryConfig::turn`]: several images, and well below usual timeouts.
+const TURN: Duration = Duration::from_secs(10);
+
 /// The bounds of the models that are loaded by name, which are options of `serve`.
 #[derive(Debug, Clone, Default, clap::Args)]
 #[command(next_help_heading = "Several models")]
@@ -31,4 +34,8 @@ pub struct RegistryConfig {
     /// Time to finish the accepted requests of a model that is unloaded.
     #[arg(skip)]
     pub drain_timeout: Duration,
+    /// Time for which a busy model that has to make room still takes new requests, and then takes
+    /// none, in turns.
+    #[arg(skip = TURN)]
+    pub turn: Duration,
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tracing::info;
 
 use super::error::{RegistryError, Result};
@@ -81,7 +82,8 @@ impl RegistryShared {
         };
         let (name, path, bytes) = (model.name.clone(), model.path.clone(), model.bytes);
         info!(name, bytes, "loaded");
-        let model = LoadedModel { name, path, engine, bytes, leases: watch::Sender::new(()) };
+        let leases = watch::Sender::new(());
+        let model = LoadedModel { name, path, engine, bytes, since: Instant::now(), leases };
         let lease = model.lease();
         self.residents().insert(model)?;
         self.changed.send_replace(());

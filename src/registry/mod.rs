@@ -110,26 +110,43 @@ impl ModelRegistry {
         if self.default_engine().model().is_ok_and(|model| model.name == name) {
             return Ok(self.default_engine().clone().into());
         }
-        let ready = {
-            let mut residents = self.shared.residents();
-            if residents.is_claimed(name) { None } else { residents.select(name) }
-        };
-        if let Some(lease) = ready {
-            return Ok(lease);
-        }
         let late = |_| RegistryError::Deadline;
-        let mut newcomer = timeout_at(deadline, self.shared.find(name)).await.map_err(late)??;
         let waiting = Arc::new(());
-        newcomer.wanted = Some(Arc::downgrade(&waiting));
         let mut changed = self.shared.changed.subscribe();
-        let mut claim = None;
+        let (mut known, mut claim) = (None, None);
         loop {
             changed.mark_unchanged();
+            let closed = {
+                let mut residents = self.shared.residents();
+                let closed = residents.closed_until(name, self.shared.settings.turn);
+                if closed.is_none()
+                    && let Some(lease) = residents.select(name)
+                {
+                    return Ok(lease);
+                }
+                closed
+            };
+            if let Some(end) = closed {
+                // It is loaded: it needs no room, and no turn of those who load models.
+                claim = None;
+                if timeout_at(end.min(deadline), changed.changed()).await.is_err()
+                    && end >= deadline
+                {
+                    let retry_after_s = end.duration_since(deadline).as_secs() + 1;
+                    return Err(RegistryError::Busy { name: name.to_owned(), retry_after_s });
+                }
+                continue;
+            }
+            let mut newcomer = match known.take() {
+                Some(newcomer) => newcomer,
+                None => timeout_at(deadline, self.shared.find(name)).await.map_err(late)??,
+            };
+            newcomer.wanted = Some(Arc::downgrade(&waiting));
             let load = self.shared.spawn(newcomer, true);
             let (back, loaded) = timeout_at(deadline, load).await.map_err(late)?;
             let Err(busy @ RegistryError::Busy { .. }) = loaded else { return loaded };
-            newcomer = back;
-            let room = self.shared.claim_room(&newcomer, &mut claim)?;
+            let room = self.shared.claim_room(&back, &mut claim)?;
+            known = Some(back);
             let retry = async {
                 tokio::select! {
                     _ = changed.changed() => {}

@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::error::{RegistryError, Result};
 use crate::engine::{Engine, EngineState};
@@ -18,6 +20,8 @@ pub struct LoadedModel {
     pub(super) engine: Engine,
     /// Size of the weights.
     pub(super) bytes: u64,
+    /// When it was loaded.
+    pub(super) since: Instant,
     /// Every lease holds a receiver: without one, no request can still be submitted.
     pub(super) leases: watch::Sender<()>,
 }
@@ -87,9 +91,11 @@ pub(super) struct Residents {
     leaving: Vec<LoadedModel>,
     /// The engine of the model that is being loaded.
     pub(super) starting: Option<Engine>,
-    /// The models that have to become idle for each waiting request. They are not selected
-    /// meanwhile: otherwise a request could wait for ever for room.
+    /// The models that have to become idle for each waiting request. They are closed at times:
+    /// otherwise a request could wait for ever for room.
     claims: BTreeMap<u64, Vec<LoadedModel>>,
+    /// Since when there have been claims.
+    claimed: Option<Instant>,
     next_claim: u64,
     /// Whether the server drains, so that nothing more is loaded.
     pub(super) closed: bool,
@@ -131,16 +137,24 @@ impl Residents {
         Some(lease)
     }
 
-    /// Whether a loaded model has to become idle first.
-    pub(super) fn is_claimed(&self, name: &str) -> bool {
-        let model = self.loaded.iter().find(|model| model.name == name);
-        model.is_some_and(|model| self.claims.values().flatten().any(|claimed| claimed.is(model)))
+    /// Until when a loaded model takes no new request; `None`: it takes them. A claimed model does
+    /// every other turn: its accepted requests may take longer than the waiting one waits. The turns
+    /// do not depend on which claims there are, so that many close it no longer than one.
+    pub(super) fn closed_until(&mut self, name: &str, turn: Duration) -> Option<Instant> {
+        self.loaded();
+        let model = self.loaded.iter().find(|model| model.name == name)?;
+        let is_claimed = self.claims.values().flatten().any(|claimed| claimed.is(model));
+        let since = self.claimed.filter(|_| is_claimed)?.max(model.since);
+        let turns = since.elapsed().as_millis() / turn.as_millis().max(1);
+        let end = u32::try_from(turns + 1).ok().and_then(|turns| turn.checked_mul(turns))?;
+        (turns % 2 == 1).then_some(since + end)
     }
 
     /// Adds models to a claim, or to a new one. Returns its number.
     pub(super) fn claim(&mut self, number: Option<u64>, models: Vec<LoadedModel>) -> u64 {
         self.next_claim += 1;
         let number = number.unwrap_or(self.next_claim);
+        self.claimed.get_or_insert_with(Instant::now);
         let claimed = self.claims.entry(number).or_default();
         let new = models.into_iter().filter(|model| !claimed.iter().any(|other| other.is(model)));
         let new: Vec<_> = new.collect();
@@ -150,6 +164,9 @@ impl Residents {
 
     pub(super) fn release(&mut self, claim: u64) {
         self.claims.remove(&claim);
+        if self.claims.is_empty() {
+            self.claimed = None;
+        }
     }
 
     /// Takes a model from the loaded ones, to unload it. If it is already leaving, waiting for its

@@ -58,7 +58,7 @@ impl RegistryShared {
         let shortage = self.shortage(newcomer)?;
         let mut residents = self.residents();
         let busy: Vec<_> = residents.loaded().iter().filter(|m| !m.is_idle()).cloned().collect();
-        // If it is loaded, it is claimed itself, and there is nothing to claim for it.
+        // If it is loaded, it is closed, and there is nothing to claim for it.
         let mut there_is_room = false;
         if residents.loaded().iter().all(|model| model.name != newcomer.name) {
             // After the list of busy models: one that became idle meanwhile is in either.
@@ -116,7 +116,7 @@ impl RegistryShared {
             Err(RegistryError::Busy { name: name.clone(), retry_after_s: retry_after_s.max(1) })
         };
         if residents.loaded().iter().any(|model| model.name == *name) {
-            return match residents.is_claimed(name) {
+            return match residents.closed_until(name, self.settings.turn).is_some() {
                 _ if !evict => Err(RegistryError::Loaded(name.clone())),
                 true => busy(&mut residents),
                 false => residents

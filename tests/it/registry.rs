@@ -1,7 +1,8 @@
 //! The registry of models with fake models: room, eviction, deadlines, and one device for all.
 
 use std::path::Path;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use sd_models::Spec;
@@ -13,7 +14,7 @@ use tokio::time::Instant;
 use crate::engine;
 use crate::fake::{HTTP, spec, wait_until};
 use crate::harness::PATIENCE;
-use crate::shelf::{Shelf, shelf};
+use crate::shelf::{Shelf, TURN, shelf};
 
 fn soon() -> Instant {
     Instant::now() + PATIENCE
@@ -140,12 +141,13 @@ async fn a_newcomer_gets_in_although_another_model_is_always_in_use() {
     let folder = folder(&["90", "80"]);
     let (models, _shelf) = shelf(Some(folder.path()));
     models.choose("90", soon()).await.expect("room");
+    let got_in = Arc::new(AtomicBool::new(false));
     let users: Vec<_> = (0..3)
         .map(|_| {
-            let models = models.clone();
+            let (models, stop) = (models.clone(), Arc::clone(&got_in));
             tokio::spawn(async move {
                 let mut drawn = 0;
-                while drawn < 40 {
+                while drawn < 40 || !stop.load(Ordering::SeqCst) {
                     let lease = models.choose("90", soon()).await.expect("it is loaded again");
                     let ticket = lease.engine.submit(vec![spec(1, 1)]).expect("room");
                     drawn += ticket.wait().await.expect("accepted, so it is finished").len();
@@ -158,9 +160,43 @@ async fn a_newcomer_gets_in_although_another_model_is_always_in_use() {
         let ticket = lease.engine.submit(vec![spec(2, 1)]).expect("room");
         assert_eq!(ticket.wait().await.expect("finished").len(), 1);
     }
+    got_in.store(true, Ordering::SeqCst);
     for user in users {
         user.await.expect("all were drawn");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_wait_for_another_model_keep_nobody_off_a_loaded_one() {
+    let folder = folder(&["90", "80"]);
+    let (models, _shelf) = shelf(Some(folder.path()));
+    let busy = models.choose("90", soon()).await.expect("room");
+    // At any time one of them waits, as of a client that asks again and again.
+    let waiting: Vec<_> = [0, 1, 2]
+        .into_iter()
+        .map(|place| {
+            let models = models.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(TURN / 3 * place).await;
+                loop {
+                    let refused = models.choose("80", Instant::now() + TURN).await;
+                    assert!(refused.is_err(), "the other is busy");
+                }
+            })
+        })
+        .collect();
+    let (mut open, mut closed) = (0, 0);
+    let end = soon();
+    while open < 3 || closed < 3 {
+        assert!(Instant::now() < end, "{open} times open, {closed} times closed");
+        let asked = models.choose("90", Instant::now() + TURN / 8).await;
+        *if asked.is_ok() { &mut open } else { &mut closed } += 1;
+        drop(asked);
+        models.choose("90", Instant::now() + 4 * TURN).await.expect("closed for a turn at most");
+        tokio::time::sleep(TURN / 4).await;
+    }
+    assert!(waiting.iter().all(|one| !one.is_finished()));
+    drop(busy);
 }
 
 #[tokio::test(flavor = "multi_thread")]

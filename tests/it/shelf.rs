@@ -99,6 +99,9 @@ impl ModelLoader for Shelf {
     }
 }
 
+/// The turn of a busy model that has to make room.
+pub(crate) const TURN: Duration = Duration::from_millis(400);
+
 /// A registry of the models of a directory, else one that SageMaker fills.
 pub(crate) fn shelf(folder: Option<&Path>) -> (ModelRegistry, Shelf) {
     let shelf = Shelf::default();
@@ -109,6 +112,7 @@ pub(crate) fn shelf(folder: Option<&Path>) -> (ModelRegistry, Shelf) {
         multi_model: folder.is_none(),
         multi_model_root: "/".into(),
         drain_timeout: Duration::from_secs(20),
+        turn: TURN,
     };
     let first = Engine::absent(&shelf.device, ENGINE);
     (ModelRegistry::new(first, shelf.clone(), settings), shelf)
