@@ -117,6 +117,8 @@ fn plan(options: &Options, folder: &Path, files: &Files, disk: &Disk) -> Plan {
         &drain,
         "--request-timeout-ms",
         "30000",
+        "--stream-timeout-ms",
+        "30000",
         "--api-key",
         &keys,
         "--max-jobs",
@@ -272,8 +274,12 @@ impl Director<'_> {
             ledger.wrong("no picture after the storm");
         }
         self.measure(&server);
-        if let Err(sentence) = server.terminate(AFTER_DRAIN) {
-            ledger.wrong(format!("idle: {sentence}"));
+        match server.terminate(DRAIN + AFTER_DRAIN) {
+            Ok((_, time)) if time <= AFTER_DRAIN => {
+                println!("idle: SIGTERM took {:.2} s", time.as_secs_f64());
+            }
+            Ok((_, time)) => ledger.wrong(format!("idle: SIGTERM took {time:?}")),
+            Err(sentence) => ledger.wrong(format!("idle: {sentence}")),
         }
         let log = fs::read_to_string(&self.plan.log).unwrap_or_default();
         println!("{} lines in the log", log.lines().count());

@@ -83,8 +83,8 @@ fn sound(status: StatusCode, headers: &HeaderMap, body: &[u8]) {
             }
         }
         "text/event-stream" => {
-            let end = text.trim_end().rsplit("event: ").next().unwrap_or_default();
-            let name = end.lines().next().unwrap_or_default();
+            let mut names = text.lines().filter_map(|line| line.strip_prefix("event: "));
+            let name = names.next_back().unwrap_or_default();
             let is_last = ["result", "error"].contains(&name) || name.ends_with(".completed");
             assert!(is_last, "{start}");
         }
