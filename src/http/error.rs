@@ -99,6 +99,9 @@ pub(crate) enum ApiError {
     /// 500: a job that ends the server whenever it is generated.
     #[error("the server ended {0} times while it generated this job")]
     Abandoned(u32),
+    /// 409: a job that was accepted for other weights than those of the present model.
+    #[error("the model has changed since the job was accepted; submit the request again")]
+    ModelChanged,
     /// 507: the database of jobs cannot be written.
     #[error("the server cannot store jobs: {}", storage_reason(.0))]
     Storage(#[from] rusqlite::Error),
@@ -157,6 +160,7 @@ impl ApiError {
             }
             Self::ResultLimit(_) | Self::Storage(_) => (S::INSUFFICIENT_STORAGE, "storage_full"),
             Self::Abandoned(_) => (S::INTERNAL_SERVER_ERROR, "job_abandoned"),
+            Self::ModelChanged => (S::CONFLICT, "model_changed"),
             Self::Random(_) => (S::INTERNAL_SERVER_ERROR, "random_failed"),
             Self::Encode => (S::INTERNAL_SERVER_ERROR, "encode_failed"),
             Self::Registry(Registry::NoRoom(_)) | Self::Job(Job::OutOfMemory) => {

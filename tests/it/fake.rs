@@ -80,6 +80,7 @@ impl Fake {
         };
         let info = ModelInfo {
             name: "fake".into(),
+            fingerprint: String::new(),
             device: "none".into(),
             precision: "none".into(),
             defaults,

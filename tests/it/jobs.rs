@@ -117,13 +117,14 @@ async fn a_job_that_cannot_be_continued_fails_with_the_reason() -> Result<()> {
     drop(strings.permits);
     server.ended.await??;
     let (mut fake, _strings) = Fake::new();
-    fake.info.name = "another".into();
+    fake.info.fingerprint = "of another model with this name".into();
     let engine = Engine::start(ENGINE, || Ok(fake))?;
     let server = Server::start(engine, durable(dir.path()), LONG).await;
     while state_of(&server, &path).await? != "failed" {}
-    assert_eq!(get(&server, &path).await?.1["error"]["code"], "model_not_found");
-    let (status, error) = get(&server, &format!("{path}/result")).await?;
-    assert_eq!((status, &error["error"]["param"]), (404, &"model".into()));
+    assert_eq!(get(&server, &path).await?.1["error"]["code"], "model_changed");
+    assert_eq!(get(&server, &format!("{path}/result")).await?.0, 409);
+    let metrics = Client::new().get(format!("{}/metrics", server.url)).send().await?.text().await?;
+    assert!(metrics.contains("sd_jobs_ended_total{outcome=\"failed\"} 1\n"), "{metrics}");
     Ok(())
 }
 

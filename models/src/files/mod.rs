@@ -3,6 +3,7 @@
 
 mod asset_dir;
 mod demo;
+mod fingerprint;
 mod json;
 pub(crate) mod ldm;
 mod mapped;
@@ -12,6 +13,7 @@ mod tensors;
 
 pub(crate) use self::asset_dir::AssetCache;
 pub use self::asset_dir::{AssetDir, AssetFile};
+pub(crate) use self::fingerprint::Fingerprint;
 pub use self::json::Keys;
 pub(crate) use self::source::SAFETY_CHECKER;
 pub use self::source::{Checkpoint, Source};

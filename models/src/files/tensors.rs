@@ -11,6 +11,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use safetensors::{Dtype, SafeTensors};
 
+use super::fingerprint::Fingerprint;
 use super::ldm::{LdmCheckpoint, Renamed};
 use super::mapped::{Bytes, map};
 use super::pickle;
@@ -172,6 +173,13 @@ impl Weights {
     /// The LoRA targets, once the network is built.
     pub(crate) fn lora_targets(&self) -> LoraTargets {
         self.lora_targets.borrow().clone()
+    }
+
+    /// Adds the files to the fingerprint of their model.
+    pub(crate) fn add_to(&self, fingerprint: &mut Fingerprint) {
+        for file in &self.files {
+            fingerprint.add(&file.name, file.bytes.all());
+        }
     }
 
     pub(crate) fn file_names(&self) -> String {

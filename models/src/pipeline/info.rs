@@ -39,6 +39,9 @@ impl Defaults {
 pub struct ModelInfo {
     /// `demo`, or the name of the directory.
     pub name: String,
+    /// A digest of samples of its weights and of its scheduler configuration: another model of the
+    /// same name has another.
+    pub fingerprint: String,
     /// `cpu` or `cuda:N`.
     pub device: String,
     /// `f32`, `bf16` or `f16`.

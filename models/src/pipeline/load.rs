@@ -8,7 +8,7 @@ use serde_json::json;
 use super::info::{Defaults, MemoryEstimate, ModelInfo};
 use super::options::{AddOns, LoadOptions, SafetyMode};
 use crate::error::{Error, Result};
-use crate::files::{AssetCache, Keys, SAFETY_CHECKER, Source, Weights};
+use crate::files::{AssetCache, Fingerprint, Keys, SAFETY_CHECKER, Source, Weights};
 use crate::layers::{LoraCache, TargetIndex};
 use crate::networks::{
     ClipTextConfig, ClipTextModel, Decoder, Encoder, SafetyChecker, UNet2DConditionModel,
@@ -50,23 +50,31 @@ impl LoadedModel {
         let AddOns { loras, max_lora_bytes, .. } = options.add_ons.clone();
         let (tokenizer, text_encoder, embeddings) = read_text(options, &weights, &device, dtype)?;
         let text_targets = weights.lora_targets();
+        // Of the files as they are loaded, which may be replaced afterwards.
+        let mut fingerprint = Fingerprint::default();
+        weights.add_to(&mut fingerprint);
         let weights = source.weights("unet", "diffusion_pytorch_model", half)?;
         let unet = UNetConfig::read(source)?;
         let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype)?;
         let unet_targets = (weights.lora_targets(), unet.config().layers_per_block);
+        weights.add_to(&mut fingerprint);
         let targets = TargetIndex::new(unet_targets, text_targets, &device, dtype);
         let vae_source = options.vae.as_ref().unwrap_or(source);
         let weights = vae_source.weights("vae", "diffusion_pytorch_model", half)?;
         let vae = VaeConfig::read(vae_source)?;
         let encoder = Encoder::load(vae.clone(), &weights, &device, dtype)?;
         let decoder = Decoder::load(vae, &weights, &device, dtype)?;
+        weights.add_to(&mut fingerprint);
         let length = tokenizer.max_length();
         let memory = MemoryEstimate::of(&unet, length, decoder.config(), &device, dtype);
         check_widths(&text_encoder, &unet, &decoder)?;
         let checked = options.safety.loads_checker(has_checker)?;
         let safety_checker =
             checked.then(|| SafetyChecker::load(source, half, &device, dtype)).transpose()?;
-        let scheduler = read_scheduler(source)?;
+        if checked {
+            source.weights(SAFETY_CHECKER, "model", half)?.add_to(&mut fingerprint);
+        }
+        let scheduler = read_scheduler(source, &mut fingerprint)?;
         let scale = decoder.config().scale();
         let side = unet.config().sample_size * scale;
         let size = Size::new(side, side).ok_or_else(|| {
@@ -76,10 +84,8 @@ impl LoadedModel {
         let defaults = Defaults { size, steps: 50, guidance_scale: 7.5, sampler, schedule };
         let info = ModelInfo {
             name: name(source),
-            device: match device.location() {
-                DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
-                _ => "cpu".into(),
-            },
+            fingerprint: fingerprint.finish(),
+            device: device_name(&device),
             precision: dtype.as_str().into(),
             defaults,
             multiple: scale.max(8),
@@ -104,9 +110,19 @@ impl LoadedModel {
     }
 }
 
+fn device_name(device: &Device) -> String {
+    match device.location() {
+        DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
+        _ => "cpu".into(),
+    }
+}
+
 /// The scheduler configuration of the model.
-fn read_scheduler(source: &Source) -> Result<SchedulerConfig> {
-    let file = source.require("scheduler/scheduler_config.json")?;
+fn read_scheduler(source: &Source, fingerprint: &mut Fingerprint) -> Result<SchedulerConfig> {
+    let name = "scheduler/scheduler_config.json";
+    let file = source.require(name)?;
+    // The same weights with another prediction type give another image.
+    fingerprint.add(name, &file);
     let mut scheduler = SchedulerConfig::from_json(&String::from_utf8_lossy(&file))?;
     // Defaults of diffusers' StableDiffusionPipeline, which differ from those of the classes.
     scheduler.steps_offset.get_or_insert(1);

@@ -14,8 +14,12 @@ pub(crate) fn demo() -> Pipeline {
 }
 
 fn open(add_ons: AddOns) -> Pipeline {
+    load(Source::Demo, add_ons)
+}
+
+fn load(source: Source, add_ons: AddOns) -> Pipeline {
     let options = LoadOptions {
-        source: Source::Demo,
+        source,
         vae: None,
         device: DeviceName::Cpu,
         precision: Precision::F32,
@@ -45,6 +49,41 @@ fn spec(loras: Loras) -> Spec {
         schedule: crate::SigmaSchedule::Model,
         img2img: None,
         hires: None,
+    }
+}
+
+#[test]
+fn a_model_with_other_files_has_another_fingerprint() {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
+    let copy = tempfile::tempdir().expect("a folder");
+    let to = copy.path();
+    std::fs::copy(from.join("model_index.json"), to.join("model_index.json")).expect("a copy");
+    for folder in ["scheduler", "text_encoder", "tokenizer", "unet", "vae"] {
+        std::fs::create_dir(to.join(folder)).expect("a folder");
+        for entry in from.join(folder).read_dir().expect("a folder") {
+            let file = Path::new(folder).join(entry.expect("a file").file_name());
+            std::fs::copy(from.join(&file), to.join(&file)).expect("a copy");
+        }
+    }
+    let fingerprint =
+        || load(Source::Directory(to.into()), AddOns::default()).info().fingerprint.clone();
+    let mut seen = vec![fingerprint()];
+    assert_eq!(seen[0], demo().info().fingerprint, "the same files elsewhere");
+    for (file, last, other) in [
+        ("text_encoder/model.safetensors", None, 0x80),
+        ("unet/diffusion_pytorch_model.safetensors", None, 0x80),
+        ("vae/diffusion_pytorch_model.safetensors", None, 0x80),
+        // White space for a line end: the weights are the same.
+        ("scheduler/scheduler_config.json", Some(b'\n'), b'\n' ^ b' '),
+    ] {
+        let mut bytes = std::fs::read(to.join(file)).expect("a file");
+        let end = bytes.last_mut().expect("not empty");
+        assert!(last.is_none_or(|last| last == *end), "{file}");
+        *end ^= other;
+        std::fs::write(to.join(file), bytes).expect("written");
+        let changed = fingerprint();
+        assert!(!seen.contains(&changed), "{file}");
+        seen.push(changed);
     }
 }
 

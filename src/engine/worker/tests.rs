@@ -150,6 +150,7 @@ impl TestWorker {
         };
         let info = ModelInfo {
             name: "recorder".into(),
+            fingerprint: String::new(),
             device: "none".into(),
             precision: "none".into(),
             defaults,

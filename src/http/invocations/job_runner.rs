@@ -134,8 +134,8 @@ async fn load(state: &AppState, job: &UnfinishedJob, deadline: Instant) -> Resul
     // If it cannot be loaded, the next line has the error.
     let _ = state.engine.ready().await;
     let model = state.engine.model()?;
-    if model.name != job.model {
-        return Err(ApiError::NoModel(job.model.clone()));
+    if (&model.name, &model.fingerprint) != (&job.model, &job.fingerprint) {
+        return Err(ApiError::ModelChanged);
     }
     let mut slot = RequestSlot::wait(state, deadline).await;
     let StoredRequest { headers, body } = state.jobs.request(&job.id).await?;

@@ -9,6 +9,7 @@ use axum::http::StatusCode;
 use axum::http::header::{ACCEPT, CONTENT_TYPE, LOCATION};
 use axum::response::{IntoResponse as _, Response};
 use schemars::JsonSchema;
+use sd_models::ModelInfo;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::{Instrument as _, info_span};
@@ -69,8 +70,9 @@ pub(crate) async fn create(
     let request = StoredRequest { headers, body: kept };
     let id = format!("{:032x}", random()?);
     let seed = invocation.drawing.specs.first().map_or(0, |spec| spec.seed);
-    let model = invocation.drawing.model.name.clone();
-    let job = NewJob { id, client, timeout, priority, seed, model, webhook, request };
+    let ModelInfo { name, fingerprint, .. } = &*invocation.drawing.model;
+    let (model, fingerprint) = (name.clone(), fingerprint.clone());
+    let job = NewJob { id, client, timeout, priority, seed, model, fingerprint, webhook, request };
     // A client that disconnects does not leave a job that is stored and never generated.
     let accept = async move {
         let busy_s = state.engine.retry_after();

@@ -38,6 +38,7 @@ const MIGRATIONS: [&str; 1] = ["
         priority TEXT NOT NULL,
         seed INTEGER NOT NULL,
         model TEXT NOT NULL,
+        fingerprint TEXT NOT NULL,
         -- How many processes have begun to generate it.
         begun INTEGER NOT NULL DEFAULT 0,
         -- The URL to notify; NULL once it was notified.

@@ -80,9 +80,9 @@ impl JobStore {
             });
         }
         let insert = "
-            INSERT INTO jobs (id, client, created_ms, deadline_ms, priority, seed, model, webhook,
-                bytes, headers, body)
-            VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)";
+            INSERT INTO jobs (id, client, created_ms, deadline_ms, priority, seed, model,
+                fingerprint, webhook, bytes, headers, body)
+            VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)";
         self.database
             .call(move |transaction| {
                 let need = Need { client: job.client.name(), jobs: 1, bytes };
@@ -99,6 +99,7 @@ impl JobStore {
                     job.priority.name(),
                     job.seed.cast_signed(),
                     job.model,
+                    job.fingerprint,
                     job.webhook,
                     bytes,
                     headers,

@@ -20,6 +20,8 @@ pub(crate) struct NewJob {
     pub(crate) seed: u64,
     /// The name of the model that generates it.
     pub(crate) model: String,
+    /// The fingerprint of that model.
+    pub(crate) fingerprint: String,
     /// The URL to notify of its end.
     pub(crate) webhook: Option<String>,
     /// The request, if the store is durable.
@@ -45,6 +47,7 @@ pub(crate) struct UnfinishedJob {
     pub(crate) priority: Priority,
     pub(crate) seed: u64,
     pub(crate) model: String,
+    pub(crate) fingerprint: String,
     /// How many processes have begun to generate it.
     pub(crate) begun: u32,
 }
@@ -90,15 +93,19 @@ pub(crate) enum RemovedJob {
 impl NewJob {
     /// The job, once it is stored under this number.
     pub(super) fn accepted(self, seq: i64, created_ms: i64) -> (UnfinishedJob, JobRecord) {
-        let Self { id, client, timeout: left, priority, seed, model, .. } = self;
+        let Self { id, client, timeout: left, priority, seed, model, fingerprint, .. } = self;
         let name = priority.name().to_owned();
         let record = JobRecord { seq, id: id.clone(), created_ms, priority: name, end: None };
-        (UnfinishedJob { seq, id, client, left, priority, seed, model, begun: 0 }, record)
+        let begun = 0;
+        let job =
+            UnfinishedJob { seq, id, client, left, priority, seed, model, fingerprint, begun };
+        (job, record)
     }
 }
 
 impl UnfinishedJob {
-    pub(super) const COLUMNS: &str = "seq, id, client, deadline_ms, priority, seed, model, begun";
+    pub(super) const COLUMNS: &str = "seq, id, client, deadline_ms, priority, seed, model, \
+                                      fingerprint, begun";
 
     pub(super) fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
         let left = row.get::<_, i64>("deadline_ms")?.saturating_sub(now_ms());
@@ -110,6 +117,7 @@ impl UnfinishedJob {
             priority: row.get::<_, String>("priority")?.parse().unwrap_or_default(),
             seed: row.get::<_, i64>("seed")?.cast_unsigned(),
             model: row.get("model")?,
+            fingerprint: row.get("fingerprint")?,
             begun: row.get("begun")?,
         })
     }

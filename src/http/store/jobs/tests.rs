@@ -19,6 +19,7 @@ fn job(id: &str, client: &str, bytes: usize) -> NewJob {
         priority: Priority::High,
         seed: u64::MAX,
         model: "fake".into(),
+        fingerprint: "f".into(),
         webhook: None,
         request,
     }
@@ -49,6 +50,7 @@ async fn jobs_and_results_survive_the_process_unchanged() -> Result<()> {
     let [again] = &unfinished[..] else { panic!("{unfinished:?}") };
     assert_eq!((again.seq, &again.client), (accepted.seq, &accepted.client));
     assert_eq!((again.seed, again.priority, again.begun), (u64::MAX, Priority::High, 1));
+    assert_eq!((&*again.model, &*again.fingerprint), ("fake", "f"));
     assert!(again.left <= accepted.left && again.left > Duration::from_secs(1));
     assert_eq!(store.request("a").await?.body, [7, 7, 7][..]);
     let result = store.result("b").await?.expect("a result");
