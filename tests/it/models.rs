@@ -39,6 +39,11 @@ fn sagemaker_loads_uses_and_unloads_models() {
         assert_eq!((refused.status, refused.error()), (400, ("malformed".into(), "url".into())));
     }
     assert_eq!(ask(&server, Method::POST, "/models", &json!({ "url": "/" })).status, 400);
+    for name in ["", "a/b", "a b", "a\nb", "\u{1b}[31m", "caf\u{e9}", &"x".repeat(257)] {
+        let refused = load(name, &demo());
+        let expected = (400, ("malformed".into(), "model_name".into()));
+        assert_eq!((refused.status, refused.error()), expected, "{name:?}");
+    }
 
     let list = ask(&server, Method::GET, "/models", &Value::Null).json();
     let model = |name: &str| json!({ "modelName": name, "modelUrl": demo() });

@@ -16,10 +16,13 @@ use crate::http::state::AppState;
 use crate::registry::LoadedModel;
 use crate::request::ValidationError;
 
+/// Maximum length of a model's name. SageMaker's own are hexadecimal hashes.
+const MAX_NAME_CHARS: usize = 256;
+
 /// A request to load a model.
 #[derive(Debug, Deserialize, JsonSchema)]
 struct LoadModelBody {
-    /// The name, assigned by SageMaker.
+    /// The name, assigned by SageMaker: 1 to 256 visible ASCII characters without `/`.
     model_name: Option<String>,
     /// A directory or file in the container, below `--multi-model-root`.
     url: Option<PathBuf>,
@@ -34,6 +37,10 @@ pub(crate) async fn load(
     let load: LoadModelBody = admitted.json(&state).await?.read(&state.settings.limits)?;
     let missing = |name: &'static str| move || ValidationError::malformed(name, "is required");
     let name = load.model_name.ok_or_else(missing("model_name"))?;
+    if !is_name(&name) {
+        let reason = format!("must have 1 to {MAX_NAME_CHARS} visible ASCII characters without /");
+        return Err(ValidationError::malformed("model_name", reason).into());
+    }
     let url = load.url.ok_or_else(missing("url"))?;
     let root = state.models.multi_model_root();
     let climbs = url.components().any(|part| part == Component::ParentDir);
@@ -43,6 +50,12 @@ pub(crate) async fn load(
     }
     state.models.load(&name, url).await?;
     Ok(StatusCode::OK)
+}
+
+/// Whether it fits a path of one segment, a list and a line of the log.
+fn is_name(name: &str) -> bool {
+    let fits = |c: u8| c.is_ascii_graphic() && c != b'/';
+    (1..=MAX_NAME_CHARS).contains(&name.len()) && name.bytes().all(fits)
 }
 
 /// `GET /models`, in a single page.
