@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use axum::Router;
+use futures_util::future::OptionFuture;
 use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -66,7 +67,9 @@ pub(crate) async fn listen_and_serve(mut config: Serve) -> Result<()> {
         .await
         .with_context(|| format!("cannot listen on {}:{}", config.host, config.port))?;
     // The only line on standard output: with port 0 it reports the chosen port.
-    writeln!(std::io::stdout(), "listening on http://{}", listener.local_addr()?)?;
+    if let Err(error) = writeln!(io::stdout(), "listening on http://{}", listener.local_addr()?) {
+        warn!("the address cannot be written to standard output: {error}");
+    }
     let device = DeviceScheduler::default();
     let first = match config.preload {
         true => start(&device, config.engine, config.model.clone())?,
@@ -183,11 +186,13 @@ async fn serve_app(
     }
 }
 
-/// Completes at SIGTERM or SIGINT; the second signal ends the process at once. The handlers are
-/// installed by the call, not by the first poll. Process 1 of a container has no default handlers.
+/// Completes at SIGTERM, SIGINT or SIGHUP; the second signal ends the process at once. The handlers
+/// are installed by the call, not by the first poll. Process 1 of a container has no default ones.
 fn signal() -> impl Future<Output = ()> {
-    use tokio::signal::unix::{SignalKind, signal};
+    use tokio::signal::unix::{Signal, SignalKind, signal};
     let handlers = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    // A handler would undo `nohup`.
+    let mut hangup = if ignores_hangup() { None } else { signal(SignalKind::hangup()).ok() };
     async move {
         let (Ok(mut term), Ok(mut int)) = handlers else {
             warn!("signals cannot be handled; only SIGKILL will end this process");
@@ -195,9 +200,11 @@ fn signal() -> impl Future<Output = ()> {
         };
         // The exit code of a process that the signal has killed.
         let mut next = async move || {
+            let hup = OptionFuture::from(hangup.as_mut().map(Signal::recv));
             tokio::select! {
                 _ = term.recv() => ("SIGTERM", 128 + 15),
                 _ = int.recv() => ("SIGINT", 128 + 2),
+                Some(_) = hup => ("SIGHUP", 128 + 1),
             }
         };
         let (name, _) = next().await;
@@ -211,6 +218,16 @@ fn signal() -> impl Future<Output = ()> {
             std::process::exit(code);
         });
     }
+}
+
+/// Whether the process was started with SIGHUP ignored, as `nohup` does.
+fn ignores_hangup() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    // Bit n - 1 is signal n.
+    ignored
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask & 1 == 1)
 }
 
 fn start(device: &DeviceScheduler, engine: EngineConfig, model: ModelConfig) -> io::Result<Engine> {

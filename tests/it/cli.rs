@@ -1,6 +1,7 @@
 //! The command line: `generate`, `healthcheck`, help, exit codes, signals.
 
-use std::process::Output;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Output, Stdio};
 
 use crate::harness::{Server, sd_server};
 use crate::invocations::infotext;
@@ -314,6 +315,34 @@ fn signals_end_the_server_with_0() {
         assert!(began.elapsed().as_secs() < 20, "a silent connection holds nobody up");
         drop(silent);
     }
+}
+
+#[test]
+fn a_hangup_ends_the_server_unless_it_was_started_without() {
+    for option in ["--default-signal=HUP", "--ignore-signal=HUP"] {
+        let mut command = Command::new("env");
+        command.args([option, env!("CARGO_BIN_EXE_sd-server"), "--model", "demo"]);
+        let server = Server::spawn(command.args(["--device", "cpu", "--threads", "1"]));
+        server.wait_until_ready();
+        server.signal("HUP");
+        if option.starts_with("--ignore") {
+            assert_eq!(server.json(&serde_json::json!({ "prompt": "x", "steps": 1 })).status, 200);
+            server.signal("TERM");
+        }
+        assert_eq!(server.wait().code(), Some(0), "{option}");
+    }
+}
+
+#[test]
+fn a_full_standard_output_is_no_end() {
+    let mut command = sd_server(&["--model", "demo", "--device", "cpu", "--port", "0"]);
+    let full = std::fs::File::create("/dev/full").expect("a device");
+    let mut child = command.stdout(full).stderr(Stdio::piped()).spawn().expect("it starts");
+    let mut lines = BufReader::new(child.stderr.take().expect("piped")).lines();
+    let mut logged = |text: &str| lines.any(|line| line.is_ok_and(|line| line.contains(text)));
+    assert!(logged("cannot be written to standard output") && logged("ready"), "it went on");
+    child.kill().expect("it runs");
+    child.wait().expect("it ends");
 }
 
 #[test]
