@@ -98,23 +98,31 @@ fn what_was_typed_is_repeated_briefly_and_never_logged() -> Result<()> {
             assert!(short, "{} {}: {text}", request.0, &request.2[..request.2.len().min(90)]);
         }
     }
-    let path = format!("/models/{}", "plugh".repeat(400));
+    let path = format!("/models/{}", "xyzzy".repeat(400));
     let text = post(&server, &(&path, JSON.into(), "{}".into()))?;
-    assert!(!text.contains(&"plugh".repeat(13)), "{text}");
+    assert!(!text.contains(&too_long), "{text}");
+    for path in ["/xyzzy", "/v1/jobs/xyzzy", "/files/xyzzy.png"] {
+        let method = reqwest::Method::from_bytes(b"XYZZY")?;
+        assert!(server.client.request(method, server.url(path)).send()?.status().is_client_error());
+        assert_eq!(server.client.get(server.url(path)).send()?.status(), 404, "{path}");
+    }
     // The end of the log is written when the server ends by itself.
     server.signal("TERM");
     server.wait();
     let logged = fs::read_to_string(log.path())?;
-    assert!(!logged.contains("xyzzy") && !logged.contains(&"plugh".repeat(13)), "{logged}");
+    assert!(!logged.to_lowercase().contains("xyzzy"), "{logged}");
+    assert!(logged.contains("/v1/jobs/{id}"), "{logged}");
     assert!(logged.contains("out_of_range") && logged.contains("scheduler"), "{logged}");
 
     let server = start(&["--log-prompts"])?;
     post(&server, &wrong("xyzzy")[0])?;
+    server.client.get(server.url("/plugh")).send()?;
     // The end of the log is written when the server ends by itself.
     server.signal("TERM");
     server.wait();
     let logged = fs::read_to_string(log.path())?;
     assert!(logged.contains("is unknown; known") && logged.contains("xyzzy"), "{logged}");
+    assert!(logged.contains("/plugh"), "{logged}");
     Ok(())
 }
 

@@ -1,5 +1,5 @@
 //! Request ids, metrics, and one log line per request, which has nothing of what the client has
-//! typed but the path.
+//! typed.
 
 use std::time::Instant;
 
@@ -22,11 +22,23 @@ use crate::request::brief;
 /// Routes that machines poll. Their requests are logged at `debug` only.
 const PROBE_ROUTES: [&str; 4] = ["/ping", "/health/live", "/health/ready", "/metrics"];
 
+/// Methods that are logged. Clients may choose any word as the method.
+const METHODS: [Method; 7] = [
+    Method::GET,
+    Method::HEAD,
+    Method::POST,
+    Method::PUT,
+    Method::PATCH,
+    Method::DELETE,
+    Method::OPTIONS,
+];
+
 /// One request, which is counted and logged when this is dropped: with its outcome, or as
 /// `client_closed` if the client disconnected before the response had ended.
 struct ObservedRequest {
     engine: Engine,
-    method: Method,
+    /// What is logged as method and path: what was typed only if messages are logged too.
+    method: String,
     path: String,
     /// The template of the matched route, or `other`: clients choose paths, not routes.
     route: String,
@@ -74,7 +86,7 @@ impl Drop for ObservedRequest {
         let (outcome, error) = self.outcome();
         self.engine.metrics().requests.with([&self.route, outcome]).inc();
         let _inside = self.span.enter();
-        let (method, path) = (&self.method, &*brief(&self.path));
+        let (method, path) = (&*brief(&self.method), &*brief(&self.path));
         let client = self.client.map(|client| display(client.0));
         let duration_ms = self.began.elapsed().as_millis() as u64;
         let status = self.answer.as_ref().map(|answer| answer.status);
@@ -105,9 +117,14 @@ pub(crate) async fn observe(
         Ok(id) => id,
         Err(error) => return error.response(),
     };
-    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let route = request.extensions().get::<MatchedPath>().map_or("other", MatchedPath::as_str);
     let route = route.to_owned();
+    let (method, path) = match log_messages {
+        true => (request.method().as_str(), request.uri().path()),
+        false if METHODS.contains(request.method()) => (request.method().as_str(), &*route),
+        false => ("other", &*route),
+    };
+    let (method, path) = (method.to_owned(), path.to_owned());
     let client = request.extensions().get::<ClientAddress>().copied();
     let span = info_span!("request", id = id.to_str().unwrap_or_default());
     let (began, inside) = (Instant::now(), span.clone());
