@@ -23,7 +23,7 @@ pub enum JobError {
     #[error("the model is still loading")]
     Loading,
     /// The queue is full.
-    #[error("the queue is full; retry after {retry_after_s} s")]
+    #[error("the queue is full (--max-queue); retry after {retry_after_s} s")]
     Full {
         /// Estimated time until there is room, in seconds.
         retry_after_s: u64,

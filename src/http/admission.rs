@@ -194,8 +194,9 @@ impl Receive {
         let mut parts = request.into_body().into_data_stream();
         let mut body = Vec::with_capacity(self.declared);
         loop {
-            let part = timeout_at(self.until(body.len()), parts.next()).await;
-            let part = match part.map_err(|_| ApiError::SlowBody)? {
+            let (until, limit) = self.until(body.len());
+            let part = timeout_at(until, parts.next()).await;
+            let part = match part.map_err(|_| ApiError::SlowBody(limit))? {
                 None => return Ok(body),
                 Some(Ok(part)) => part,
                 Some(Err(_)) => {
@@ -210,10 +211,11 @@ impl Receive {
         }
     }
 
-    /// The time at which the next bytes must have arrived.
-    fn until(&self, received: usize) -> Instant {
+    /// The time at which the next bytes must have arrived, and the limit that sets it.
+    fn until(&self, received: usize) -> (Instant, &'static str) {
         let paid = Duration::from_micros(received as u64 * 1_000_000 / MIN_RATE);
-        self.deadline.min(self.arrived + self.patience.max(paid))
+        let body = (self.arrived + self.patience.max(paid), "--body-timeout-ms");
+        if self.deadline < body.0 { (self.deadline, "the timeout of the request") } else { body }
     }
 }
 

@@ -62,8 +62,11 @@ pub(crate) enum ApiError {
     #[error("{0}")]
     NotAcceptable(String),
     /// 408.
-    #[error("the request body did not arrive in time")]
-    SlowBody,
+    #[error("the request body did not arrive within {0}")]
+    SlowBody(
+        /// The limit.
+        &'static str,
+    ),
     /// 413.
     #[error("the request body is larger than {bytes} bytes, the limit of {limit}")]
     TooLarge {
@@ -145,7 +148,7 @@ impl ApiError {
             }
             Self::Method => (S::METHOD_NOT_ALLOWED, "method_not_allowed"),
             Self::NotAcceptable(_) => (S::NOT_ACCEPTABLE, "not_acceptable"),
-            Self::SlowBody => (S::REQUEST_TIMEOUT, "body_timeout"),
+            Self::SlowBody(_) => (S::REQUEST_TIMEOUT, "body_timeout"),
             Self::TooLarge { .. } => (S::PAYLOAD_TOO_LARGE, "too_large"),
             Self::MediaType(_) => (S::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
             Self::Crowded { .. } | Self::JobLimit { .. } | Self::Job(Job::Full { .. }) => {

@@ -328,10 +328,16 @@ fn broken_http_is_survived() {
 
 #[test]
 fn a_body_that_does_not_come_is_408() {
-    let server = Server::ready(&["--request-timeout-ms", "300"]);
-    let head = "POST /invocations HTTP/1.1\r\nHost: x\r\nConnection: close\r\n";
-    let reply = server.raw(format!("{head}Content-Length: 9\r\n\r\na cat").as_bytes());
-    assert!(reply.starts_with("HTTP/1.1 408") && reply.contains("body_timeout"), "{reply}");
+    for (option, limit) in [
+        ("--request-timeout-ms", "the timeout of the request"),
+        ("--body-timeout-ms", "--body-timeout-ms"),
+    ] {
+        let server = Server::ready(&[option, "300"]);
+        let head = "POST /invocations HTTP/1.1\r\nHost: x\r\nConnection: close\r\n";
+        let reply = server.raw(format!("{head}Content-Length: 9\r\n\r\na cat").as_bytes());
+        assert!(reply.starts_with("HTTP/1.1 408") && reply.contains("body_timeout"), "{reply}");
+        assert!(reply.contains(&format!("did not arrive within {limit}")), "{reply}");
+    }
 }
 
 /// `close` and a half-closed connection look alike from here, so both are a client that left.

@@ -362,6 +362,7 @@ fn an_option_that_makes_no_sense_is_a_usage_error() {
         (&["--webhook-hosts", "example.org"][..], "--webhook-secret"),
         (&["--webhook-hosts", "http://example.org", "--webhook-secret", "a"], "--webhook-hosts"),
         (&["--webhook-hosts", "a/b", "--webhook-secret", "a"], "--webhook-hosts"),
+        (&["--webhook-secret", "a b"], "a key is one or more visible ASCII characters"),
         (&["--max-jobs-per-client", "0"], "--max-jobs-per-client"),
         (&["--max-job-bytes", "many"], "--max-job-bytes"),
     ] {

@@ -43,6 +43,7 @@ async fn retry_after_is_predicted_from_the_measured_speed() -> Result<()> {
     assert_eq!(reply.status(), 429);
     let header: u64 = reply.headers()["retry-after"].to_str()?.parse()?;
     assert!(header.abs_diff(retry_after_s) <= retry_after_s / 2, "{header} {retry_after_s}");
+    assert!(reply.text().await?.contains("--max-queue"));
     engine.abort();
     Ok(())
 }

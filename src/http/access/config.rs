@@ -90,7 +90,7 @@ impl FromStr for ApiKey {
 
     fn from_str(key: &str) -> Result<Self, String> {
         if key.is_empty() || !key.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Err("an API key is one or more visible ASCII characters".into());
+            return Err("a key is one or more visible ASCII characters".into());
         }
         Ok(Self(key.into()))
     }
