@@ -15,6 +15,7 @@ use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 use tracing::error;
 
+use super::disk::Disk;
 use crate::http::error::{ApiError, Result};
 use crate::request::ValidationError;
 
@@ -59,7 +60,7 @@ const MIGRATIONS: [&str; 1] = ["
 "];
 
 /// Work for the thread.
-type Work = Box<dyn FnOnce(&mut Connection) + Send>;
+type Work = Box<dyn FnOnce(&mut Connection, Option<&Disk>) + Send>;
 
 /// The handle of the database. The thread ends with the last handle.
 #[derive(Debug)]
@@ -72,20 +73,28 @@ impl Database {
     /// error names the option, the directory and the reason. It is a [`ValidationError`] unless it
     /// may pass: another process uses the directory, or its disk is full.
     pub(super) fn open(dir: Option<&Path>) -> anyhow::Result<Self> {
-        let mut connection = match dir {
-            Some(dir) => connect(dir).map_err(|error| refusal(dir, &error))?,
-            None => {
-                let mut connection = Connection::open_in_memory()?;
-                // Gives the memory of deleted results back.
-                connection.execute_batch("PRAGMA auto_vacuum = FULL")?;
-                migrate(&mut connection)?;
-                connection
-            }
-        };
+        if let Some(dir) = dir {
+            return Self::on(dir, Disk::of(dir.to_owned()));
+        }
+        let mut connection = Connection::open_in_memory()?;
+        // Gives the memory of deleted results back.
+        connection.execute_batch("PRAGMA auto_vacuum = FULL")?;
+        migrate(&mut connection)?;
+        Self::start(connection, None)
+    }
+
+    /// The database of a directory on this file system.
+    pub(super) fn on(dir: &Path, disk: Disk) -> anyhow::Result<Self> {
+        let connection = connect(dir).map_err(|error| refusal(dir, &error))?;
+        disk.tidy(&connection);
+        Self::start(connection, Some(disk))
+    }
+
+    fn start(mut connection: Connection, disk: Option<Disk>) -> anyhow::Result<Self> {
         let (work, mut receiver) = mpsc::channel::<Work>(MAX_WAITING);
         let serve = move || {
             while let Some(work) = receiver.blocking_recv() {
-                work(&mut connection);
+                work(&mut connection, disk.as_ref());
             }
         };
         thread::Builder::new().name("jobs".into()).spawn(serve)?;
@@ -98,19 +107,38 @@ impl Database {
         &self,
         work: impl FnOnce(&Transaction<'_>) -> Result<T> + Send + 'static,
     ) -> Result<T> {
+        self.store(None, work).await
+    }
+
+    /// The same for work that stores so many bytes: it is refused, as on a full disk, unless the
+    /// room that deletions need stays free.
+    pub(super) async fn store<T: Send + 'static>(
+        &self,
+        bytes: Option<usize>,
+        work: impl FnOnce(&Transaction<'_>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         let (sender, result) = oneshot::channel();
-        let work = move |connection: &mut Connection| {
-            let done = transact(connection, work);
+        let work = move |connection: &mut Connection, disk: Option<&Disk>| {
+            let fits = |bytes| disk.is_none_or(|disk| disk.make_room(connection, bytes));
+            let done = if bytes.is_none_or(fits) { transact(connection, work) } else { full() };
             if let Err(ApiError::Storage(error)) = &done {
                 error!("the database of the jobs: {error}");
             }
             // The handler may have been cancelled.
             let _ = sender.send(done);
+            if let Some(disk) = disk {
+                disk.tidy(connection);
+            }
         };
         let closed = || ApiError::Storage(rusqlite::Error::UnwindingPanic);
         self.work.send(Box::new(work)).await.map_err(|_| closed())?;
         result.await.map_err(|_| closed())?
     }
+}
+
+fn full<T>() -> Result<T> {
+    let full = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_FULL);
+    Err(ApiError::Storage(rusqlite::Error::SqliteFailure(full, None)))
 }
 
 fn transact<T>(
@@ -130,16 +158,24 @@ fn connect(dir: &Path) -> anyhow::Result<Connection> {
     OpenOptions::new().create(true).append(true).mode(0o600).open(&path)?;
     let mut connection = Connection::open(&path)?;
     connection.busy_timeout(BUSY_TIMEOUT)?;
-    // Exclusive: the file is locked as long as the process lives, and by no other process.
+    // Exclusive: the file is locked as long as the process lives, and by no other process. The log
+    // is small: it takes room that deletions need on a full disk. Free pages can be given back.
     let settings = "
         PRAGMA locking_mode = EXCLUSIVE;
+        PRAGMA auto_vacuum = INCREMENTAL;
         PRAGMA journal_mode = WAL;
         PRAGMA synchronous = FULL;
-        PRAGMA journal_size_limit = 67108864;
+        PRAGMA journal_size_limit = 262144;
+        PRAGMA wal_autocheckpoint = 16;
     ";
     let opened = connection.execute_batch(settings);
     opened?;
     migrate(&mut connection)?;
+    let vacuum: i64 = connection.pragma_query_value(None, "auto_vacuum", |row| row.get(0))?;
+    if vacuum == 0 {
+        // An older version has created it. Without room for a copy it stays as it is.
+        let _ = connection.execute_batch("VACUUM");
+    }
     // Gives the disk the log of the last process back, if there is room to move its records.
     let _ = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()));
     Ok(connection)

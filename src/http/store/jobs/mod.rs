@@ -2,6 +2,7 @@
 //! in memory. Bounded in number, in bytes and in time.
 
 mod database;
+mod disk;
 mod record;
 mod room;
 mod sent;
@@ -83,8 +84,10 @@ impl JobStore {
             INSERT INTO jobs (id, client, created_ms, deadline_ms, priority, seed, model,
                 fingerprint, webhook, bytes, headers, body)
             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)";
+        // What has expired makes room, even if there is none for this job.
+        let _ = self.purge().await;
         self.database
-            .call(move |transaction| {
+            .store(Some(headers.len() + bytes), move |transaction| {
                 let need = Need { client: job.client.name(), jobs: 1, bytes };
                 limits.make_room(transaction, need)?.map_err(|full| ApiError::JobLimit {
                     limit: full.limit,
@@ -131,8 +134,12 @@ impl JobStore {
         let finish = "
             UPDATE jobs SET finished_ms = ?2, status = ?3, bytes = ?4, headers = ?5, body = ?6
             WHERE id = ?1";
+        // An error is small, and has to be told.
+        let is_result = end.status().is_success();
+        let bytes = end.body().len();
+        let _ = self.purge().await;
         self.database
-            .call(move |transaction| {
+            .store(is_result.then_some(bytes), move |transaction| {
                 let read = |row: &Row<'_>| {
                     let age = since(row.get(3)?);
                     Ok((row.get(0)?, row.get(1)?, EndedJob { webhook: row.get(2)?, age }))
@@ -140,10 +147,8 @@ impl JobStore {
                 let found = transaction.query_row(find, [&id], read).optional()?;
                 let Some((client, request, ended)) = found else { return Ok(None) };
                 let (client, request): (String, usize) = (client, request);
-                let bytes = end.body().len();
                 let more = bytes.saturating_sub(request);
-                // An error is small, and has to be told.
-                if end.status().is_success() && more > 0 {
+                if is_result && more > 0 {
                     let need = Need { client: &client, jobs: 0, bytes: more };
                     let room = limits.make_room(transaction, need)?;
                     room.map_err(|_| ApiError::ResultLimit(bytes))?;

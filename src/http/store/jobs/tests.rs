@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use axum::http::{HeaderValue, StatusCode};
 
+use super::disk::{Disk, Space};
 use super::*;
 use crate::engine::Priority;
 
@@ -132,6 +133,57 @@ async fn a_full_disk_is_507_and_nothing_is_half_written() -> Result<()> {
     assert_eq!(store.count().await?, [1, 1]);
     assert_eq!(store.request("b").await?.body, vec![7; 10]);
     assert_eq!(store.result("a").await?.expect("a result").body(), done(10).body());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_disk_that_jobs_have_filled_has_room_to_delete_them_and_is_given_back() -> Result<()> {
+    const VOLUME: u64 = 3 << 20;
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().to_owned();
+    let used = move || -> u64 {
+        let files = std::fs::read_dir(&path).expect("a directory").flatten();
+        files.filter_map(|file| Some(file.metadata().ok()?.len())).sum()
+    };
+    let limits = JobLimits { jobs: 1000, jobs_per_client: 1000, bytes: 1 << 30, ..LIMITS };
+    let open = || {
+        let used = used.clone();
+        let space = move || Some(Space { free: VOLUME.saturating_sub(used()), total: VOLUME });
+        let database = Database::on(dir.path(), Disk::new(space)).expect("a database");
+        JobStore { database, ..JobStore::open(None, limits).expect("a store") }
+    };
+    let mut store = open();
+    for round in 0..2 {
+        // Small and large ones; the last are too large for what is left.
+        let mut ids = Vec::new();
+        let refusal = loop {
+            let id = format!("{round} {}", ids.len());
+            if let Err(refusal) = store.insert(job(&id, "x", 40_000), 1).await {
+                break refusal;
+            }
+            if let Err(refusal) = store.finish(&id, done(40_000 + ids.len() % 2 * 200_000)).await {
+                assert_eq!(refusal.status(), StatusCode::INSUFFICIENT_STORAGE);
+                let mut error = done(100);
+                *error.status_mut() = refusal.status();
+                store.finish(&id, error).await?;
+            }
+            ids.push(id);
+            assert!(used() <= VOLUME, "{} bytes", used());
+        };
+        assert!(refusal.to_string().contains("its disk is full"), "{refusal}");
+        assert!(used() > VOLUME / 2, "{} bytes", used());
+        if round == 0 {
+            drop(store);
+            store = open();
+        }
+        for id in ids {
+            assert!(store.remove(&id).await?.is_some());
+            assert!(used() <= VOLUME, "{} bytes", used());
+        }
+        // A file system in use is not full of what was deleted.
+        finished(&store, "large", "x", 700_000).await?;
+        assert!(store.remove("large").await?.is_some());
+    }
     Ok(())
 }
 
