@@ -32,7 +32,7 @@ pub struct AccessConfig {
     #[arg(long = "cors-origin", env = "SD_CORS_ORIGIN")]
     #[arg(value_delimiter = ',', value_parser = origin)]
     pub cors_origins: Vec<HeaderValue>,
-    /// Address of this server as clients see it through a proxy, such as https://example.org/sd.
+    /// Address of this server as clients see it through a proxy, such as `https://example.org/sd`.
     /// Links in responses begin with it, and web pages of this origin count as the server's own
     #[arg(long, env = "SD_PUBLIC_URL")]
     pub public_url: Option<BaseUrl>,
