@@ -19,7 +19,7 @@ from invoke import events
 
 FOX = {"prompt": "a fox", "seed": 7, "num_inference_steps": 4}
 # More work for one CPU thread than the tests' patience, in steps of well below a second.
-LONG = {"prompt": "a fox", "num_inference_steps": 150, "width": 256, "height": 256}
+LONG = {"prompt": "a fox", "num_inference_steps": 150, "width": 512, "height": 512}
 
 
 def invoke(runtime, body, **options):
