@@ -180,12 +180,8 @@ fn full_size() -> PathBuf {
     folder
 }
 
-/// Not a test by itself: what [`a_step_takes_few_launches_and_a_picture_little_memory`] counts, in
-/// a process whose emulator computes nothing.
-#[test]
-#[ignore = "run by another test"]
-fn full_size_picture() {
-    let steps = std::env::var("STEPS").unwrap().parse().unwrap();
+/// A full-size image in so many steps, in a process whose emulator computes nothing.
+fn full_size_picture(steps: usize) {
     let source = Source::Directory(full_size());
     let (device, precision) = (DeviceName::Cuda(0), Precision::F16);
     let options = LoadOptions {
@@ -211,8 +207,8 @@ fn full_size_picture() {
 fn counted(steps: usize) -> Value {
     let report = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{steps}-steps.json"));
     let done = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "full_size_picture", "--ignored"])
-        .env("STEPS", steps.to_string())
+        .args(["--exact", "a_step_takes_few_launches_and_a_picture_little_memory"])
+        .env("SD_TEST_STEPS", steps.to_string())
         .env("EMUCUDA_DRY", "1")
         .env("EMUCUDA_REPORT", &report)
         .output()
@@ -223,6 +219,10 @@ fn counted(steps: usize) -> Value {
 
 #[test]
 fn a_step_takes_few_launches_and_a_picture_little_memory() {
+    // The process that `counted` starts.
+    if let Ok(steps) = std::env::var("SD_TEST_STEPS") {
+        return full_size_picture(steps.parse().unwrap());
+    }
     if std::env::var_os("EMUCUDA_OUT").is_none() {
         println!("skipped: only the emulator counts");
         return;
