@@ -21,7 +21,7 @@ pub mod sampling;
 pub mod text;
 
 pub use error::{Error, Result};
-pub use files::{AssetDir, AssetFile, Checkpoint, Source};
+pub use files::{AssetDir, AssetFile, Checkpoint, FileVersion, Source};
 pub use layers::LoraStack;
 pub use ops::{KernelStats, cpu_isa, keep_freed_memory, return_freed_memory};
 pub use picture::{Rgb, Size};

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
-use std::fs::Metadata;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+
+use sd_models::FileVersion;
 
 use crate::source::is_checkpoint;
 
@@ -26,8 +26,8 @@ pub(super) fn models(folder: &Path) -> BTreeMap<String, PathBuf> {
     files.into_iter().chain(models).filter_map(named).collect()
 }
 
-/// Modification time and length of each file of a model.
-pub(super) type Version = Vec<(PathBuf, Option<SystemTime>, u64)>;
+/// The version of each file of a model; `None` of one that is gone.
+pub(super) type Version = Vec<(PathBuf, Option<FileVersion>)>;
 
 /// The version of a model's files: of the file, or of the directory and those in it.
 pub(super) fn version(model: &Path) -> Version {
@@ -38,10 +38,9 @@ pub(super) fn version(model: &Path) -> Version {
         paths.push(child);
     }
     paths.sort();
-    let of = |data: Metadata| (data.modified().ok(), data.len());
     let versions = paths.into_iter().map(|path| {
-        let (time, length) = path.metadata().map(of).unwrap_or_default();
-        (path, time, length)
+        let version = path.metadata().ok().map(|data| FileVersion::of(&data));
+        (path, version)
     });
     versions.collect()
 }

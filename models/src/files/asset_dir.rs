@@ -4,10 +4,10 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
 
 use lru::LruCache;
 
+use super::version::FileVersion;
 use crate::error::{Error, Result};
 
 /// The files of a directory and single files, by name. The name is the file's stem, so that no name
@@ -64,18 +64,14 @@ pub struct AssetFile {
     pub name: String,
     /// Its path.
     pub path: PathBuf,
-    /// Modification time, if the file system has one, and length in bytes.
-    version: (Option<SystemTime>, u64),
+    version: FileVersion,
 }
 
 impl AssetFile {
     /// The present version of a file.
     pub fn new(name: &str, path: PathBuf) -> Result<Self> {
         match path.metadata() {
-            Ok(data) => {
-                let version = (data.modified().ok(), data.len());
-                Ok(Self { name: name.to_owned(), path, version })
-            }
+            Ok(data) => Ok(Self { name: name.to_owned(), path, version: FileVersion::of(&data) }),
             Err(source) => Err(Error::File { path, source }),
         }
     }

@@ -10,6 +10,7 @@ mod mapped;
 mod pickle;
 mod source;
 mod tensors;
+mod version;
 
 pub(crate) use self::asset_dir::AssetCache;
 pub use self::asset_dir::{AssetDir, AssetFile};
@@ -19,3 +20,4 @@ pub(crate) use self::source::SAFETY_CHECKER;
 pub use self::source::{Checkpoint, Source};
 pub use self::tensors::Weights;
 pub(crate) use self::tensors::{LoraTarget, LoraTargets, StoredTensor};
+pub use self::version::FileVersion;
