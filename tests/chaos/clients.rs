@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::sleep;
 use std::time::Duration;
 
+use rand::{Rng as _, SeedableRng as _};
 use reqwest::blocking::{Client, RequestBuilder};
 use serde_json::{Value, json};
 
@@ -34,7 +35,7 @@ pub(crate) struct Visitor<'a> {
 
 impl<'a> Visitor<'a> {
     pub(crate) fn new(scene: &'a Scene, number: u64, seed: u64) -> Self {
-        let dice = Dice(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed * 1000 + number + 1));
+        let dice = Dice::seed_from_u64(seed * 1000 + number + 1);
         Self { scene, client: wire::client(), dice, key: KEYS[number as usize % KEYS.len()] }
     }
 
@@ -42,7 +43,7 @@ impl<'a> Visitor<'a> {
     pub(crate) fn run(mut self) {
         while !self.scene.over.load(Ordering::Relaxed) {
             self.act();
-            sleep(Duration::from_millis(self.dice.roll(40)));
+            sleep(Duration::from_millis(self.dice.random_range(0..40)));
         }
     }
 
@@ -79,9 +80,9 @@ impl<'a> Visitor<'a> {
     }
 
     fn act(&mut self) {
-        let seed = self.dice.roll(40);
+        let seed = self.dice.random_range(0..40);
         let body = request(seed);
-        match self.dice.roll(22) {
+        match self.dice.random_range(0..22) {
             0 | 1 => self.draws("POST /invocations", "/invocations", &body, seed),
             2 => self.draws(
                 "POST /v1/images/generations",
@@ -95,7 +96,7 @@ impl<'a> Visitor<'a> {
             6 => self.changes_a_picture(seed),
             7 => self.names_a_lora(seed),
             8 => {
-                let name = ["left", "right", "broken", "absent"][self.dice.roll(4) as usize];
+                let name = ["left", "right", "broken", "absent"][self.dice.random_range(0..4)];
                 let request = self.post(&format!("/models/{name}"), &body);
                 self.ask("POST /models/{name}", request);
             }
@@ -108,7 +109,7 @@ impl<'a> Visitor<'a> {
             15 => {
                 let bodies =
                     ["{", "[]", "{\"prompt\":1}", "{\"prompt\":\"a\",\"steps\":0}", "\u{0}"];
-                let body = bodies[self.dice.roll(5) as usize];
+                let body = bodies[self.dice.random_range(0..5)];
                 let request = self.client.post(self.url("/invocations")).body(body);
                 self.ask("a malformed request", request.header("content-type", "application/json"));
             }
@@ -123,7 +124,7 @@ impl<'a> Visitor<'a> {
             17 => {
                 let paths =
                     ["/ping", "/health/live", "/metrics", "/info", "/openapi.json", "/v1/models"];
-                let path = paths[self.dice.roll(6) as usize];
+                let path = paths[self.dice.random_range(0..6)];
                 self.ask(path, self.client.get(self.url(path)).bearer_auth(self.key));
             }
             18 => {
@@ -131,8 +132,8 @@ impl<'a> Visitor<'a> {
                 self.ask("POST /sdapi/v1/interrupt", request);
             }
             _ => {
-                let fault = Fault::ALL[self.dice.roll(8) as usize];
-                let lasting = Duration::from_millis(200 + self.dice.roll(2500));
+                let fault = Fault::ALL[self.dice.random_range(0..8)];
+                let lasting = Duration::from_millis(200 + self.dice.random_range(0..2500));
                 let said = fault.commit(&self.scene.address, body.to_string().as_bytes(), lasting);
                 if !said.is_empty() && !said.starts_with(b"HTTP/1.1 ") {
                     self.scene.ledger.wrong(format!("{fault:?}: the answer is not HTTP"));
@@ -219,7 +220,7 @@ impl<'a> Visitor<'a> {
     fn looks_at_a_job(&mut self) {
         let ledger = &self.scene.ledger;
         let Some((id, job)) = ledger.any_job(&mut self.dice) else { return };
-        if self.dice.roll(8) == 0 {
+        if self.dice.random_range(0..8) == 0 {
             ledger.delete(&id);
             let request = self.client.delete(self.url(&format!("/v1/jobs/{id}")));
             self.ask("DELETE /v1/jobs/{id}", request.bearer_auth(&job.key));

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::Args;
+use rand::Rng as _;
 use serde_json::json;
 
 use crate::clients::request;
@@ -52,8 +53,8 @@ impl Files {
     /// Changes one thing at random.
     pub(crate) fn disturb(&self, dice: &mut Dice) -> io::Result<()> {
         let lora = self.loras.join("swapped.safetensors");
-        match dice.roll(5) {
-            0 | 1 => self.swap_lora(dice.roll(2))?,
+        match dice.random_range(0..5) {
+            0 | 1 => self.swap_lora(dice.random_range(0..2))?,
             2 => {
                 let next = self.folder.join("next");
                 fs::write(&next, b"\x10\0\0\0\0\0\0\0{\"a\":{\"dtype\":\"F")?;

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use rand::Rng as _;
 use reqwest::blocking::Client;
 use serde_json::Value;
 
@@ -87,8 +88,8 @@ impl Ledger {
     /// A job that has been accepted and not been deleted.
     pub(crate) fn any_job(&self, dice: &mut Dice) -> Option<(String, Job)> {
         let book = self.book();
-        let count = book.jobs.len() as u64;
-        let (id, job) = book.jobs.iter().nth(dice.roll(count.max(1)) as usize)?;
+        let count = book.jobs.len();
+        let (id, job) = book.jobs.iter().nth(dice.random_range(0..count.max(1)))?;
         (!job.deleted).then(|| (id.clone(), job.clone()))
     }
 

@@ -27,6 +27,9 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+/// The source of chance, which a run's seed repeats.
+type Dice = rand::rngs::StdRng;
+
 #[derive(Parser)]
 struct Arguments {
     #[command(subcommand)]
@@ -63,17 +66,4 @@ fn main() -> ExitCode {
 /// The top of the repository, whose built-in model's files serve as models by name.
 fn repository() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-}
-
-/// Marsaglia's xorshift.
-struct Dice(u64);
-
-impl Dice {
-    /// A number below `sides`.
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % sides
-    }
 }

@@ -8,6 +8,7 @@ use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use rand::{Rng as _, SeedableRng as _};
 
 use crate::clients::{KEYS, Scene, Visitor, request};
 use crate::files::Files;
@@ -62,7 +63,7 @@ pub(crate) fn run(options: &Options) -> Vec<String> {
         short: AtomicBool::new(false),
     };
     let began = Instant::now();
-    let mut dice = Dice(0x2545_f491_4f6c_dd1d_u64.wrapping_mul(options.seed));
+    let mut dice = Dice::seed_from_u64(options.seed);
     let director = Director {
         plan: &plan,
         scene: &scene,
@@ -163,15 +164,15 @@ impl Director<'_> {
         let (all, mut filled) = (kills + terms, 0);
         while kills + terms > 0 {
             self.files.disturb(dice).expect("the files change");
-            let full = filled < 1 + all / 8 && dice.roll(4) == 0;
+            let full = filled < 1 + all / 8 && dice.random_range(0..4) == 0;
             if full {
                 filled += 1;
                 self.disk.fill();
                 sleep(Duration::from_millis(1500));
             }
-            sleep(Duration::from_millis(500 + dice.roll(4000)));
+            sleep(Duration::from_millis(500 + dice.random_range(0..4000)));
             self.scene.endings.fetch_add(1, Ordering::SeqCst);
-            if dice.roll(kills + terms) < kills {
+            if dice.random_range(0..kills + terms) < kills {
                 kills -= 1;
                 server.kill();
             } else {

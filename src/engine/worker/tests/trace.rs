@@ -1,27 +1,19 @@
 //! Long random traces, in which every way to end occurs.
 
+use rand::rngs::StdRng;
+use rand::{Rng as _, SeedableRng as _};
+
 use super::*;
 
-/// Marsaglia's xorshift: the same traces on every run.
-struct Dice(u64);
-
-impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % sides
-    }
-
-    fn spec(&mut self, seed: u64) -> Spec {
-        let side = [64, 64, 64, 128, 96][self.roll(5) as usize];
-        Spec {
-            size: square(side),
-            guidance_scale: [1.0, 7.5, 7.5][self.roll(3) as usize],
-            prompt: if self.roll(12) == 0 { "too much" } else { "a cat" }.into(),
-            hires: (self.roll(5) == 0).then(|| hires(128, 1 + self.roll(4) as usize)),
-            ..spec(seed, 1 + self.roll(6) as usize)
-        }
+/// A random request for images with this seed.
+fn random_spec(dice: &mut StdRng, seed: u64) -> Spec {
+    let side = [64, 64, 64, 128, 96][dice.random_range(0..5)];
+    Spec {
+        size: square(side),
+        guidance_scale: [1.0, 7.5, 7.5][dice.random_range(0..3)],
+        prompt: if dice.random_range(0..12) == 0 { "too much" } else { "a cat" }.into(),
+        hires: (dice.random_range(0..5) == 0).then(|| hires(128, dice.random_range(1..5))),
+        ..spec(seed, dice.random_range(1..7))
     }
 }
 
@@ -52,20 +44,20 @@ impl Outcomes {
 }
 
 /// Random jobs of random clients, some cancelled or with a deadline; then turns until all end.
-async fn trace(dice: &mut Dice, capacity: usize) -> Outcomes {
+async fn trace(dice: &mut StdRng, capacity: usize) -> Outcomes {
     let mut test = TestWorker::new(MAX_QUEUE, MAX_ROWS);
     test.worker.model.capacity = capacity;
     let mut outcomes = Outcomes::default();
     let mut clients: Vec<(usize, PendingResult)> = Vec::new();
     let mut turns_left = 1000;
     for turn in 0.. {
-        for k in 0..if turn < 150 { dice.roll(3) } else { 0 } {
-            let specs = vec![dice.spec(10 * turn + k); 1 + dice.roll(3) as usize];
+        for k in 0..if turn < 150 { dice.random_range(0..3) } else { 0 } {
+            let specs = vec![random_spec(dice, 10 * turn + k); dice.random_range(1..4)];
             let images = specs.len();
-            let soon = Clock::now() + Duration::from_millis(10 * dice.roll(20));
-            let deadline = (dice.roll(6) == 0).then_some(soon);
+            let soon = Clock::now() + Duration::from_millis(10 * dice.random_range(0..20));
+            let deadline = (dice.random_range(0..6) == 0).then_some(soon);
             outcomes.requested += images;
-            match test.try_submit(dice.roll(4), specs, deadline) {
+            match test.try_submit(dice.random_range(0..4), specs, deadline) {
                 Ok(ticket) => clients.push((images, Box::pin(ticket.wait()))),
                 Err(failure) => outcomes.add(images, &Err(failure)),
             }
@@ -78,7 +70,7 @@ async fn trace(dice: &mut Dice, capacity: usize) -> Outcomes {
                 outcomes.add(*images, &end);
                 false
             }
-            None if dice.roll(40) == 0 => {
+            None if dice.random_range(0..40) == 0 => {
                 outcomes.cancelled += *images;
                 false
             }
@@ -106,7 +98,7 @@ async fn trace(dice: &mut Dice, capacity: usize) -> Outcomes {
 async fn every_picture_of_a_random_trace_ends_exactly_once() {
     let mut all = [0; 5];
     for seed in 1..=150_u64 {
-        let mut dice = Dice(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
+        let mut dice = StdRng::seed_from_u64(seed);
         let outcomes = trace(&mut dice, [usize::MAX, 3, 5][seed as usize % 3]).await;
         let of_one = [
             outcomes.completed,
