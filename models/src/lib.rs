@@ -31,4 +31,4 @@ pub use pipeline::{
     check_pipeline, parameters,
 };
 pub use sampling::{Sampler, SamplerName, SigmaSchedule};
-pub use text::{Embeddings, Loras, PlaceholderToken};
+pub use text::{Embeddings, LoraUse, Loras, PlaceholderToken};

@@ -9,8 +9,8 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use sd_models::{
-    AddOns, AssetDir, DeviceName, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb, SafetyMode,
-    Sampler, SigmaSchedule, Size, Source, Spec, Trajectory,
+    AddOns, AssetDir, DeviceName, LoadOptions, LoraUse, Pipeline, Precision, PromptSyntax, Rgb,
+    SafetyMode, Sampler, SigmaSchedule, Size, Source, Spec, Trajectory,
 };
 use serde_json::{Value, json};
 
@@ -124,7 +124,7 @@ fn rows_with_loras_are_those_of_the_cpu_beside_rows_without() {
     let Some(device) = on_device(Precision::F16) else { return };
     let cpu = load(DeviceName::Cpu, Precision::F32);
     let with = |loras: &[(&str, f64)], spec: &Spec| Spec {
-        loras: loras.iter().map(|(name, scale)| ((*name).into(), *scale)).collect(),
+        loras: loras.iter().map(|(name, scale)| LoraUse::new(*name, *scale)).collect(),
         ..spec.clone()
     };
     let specs = mixed();

@@ -1,13 +1,14 @@
 """Writes tests/fixtures/: what diffusers and transformers compute, for tests/parity.rs.
 
     python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers tokenizer text unet vae
-        start emphasis hires single safety]
+        start emphasis hires single safety lora]
 
 The committed files were made with torch 2.15.0, diffusers 0.42.1 and transformers 5.23.0 on a
 CPU. Everything is seeded: the same versions write the same numbers.
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import re
@@ -19,6 +20,7 @@ from pathlib import Path
 import diffusers
 import torch
 from PIL import Image
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import (
@@ -820,6 +822,137 @@ def safety(_):
     save(tensors, target / "expected.safetensors")
 
 
+# LoRAs ---------------------------------------------------------------------------------------
+
+# Weights of the small SD 1.x networks: linear, gated, of a stack, 1x1 and 3x3, of either stride.
+ADAPTED = {
+    "unet": ["conv_in", "time_embedding.linear_2", "down_blocks.0.attentions.0.proj_in",
+             "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+             "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
+             "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj",
+             "down_blocks.1.resnets.0.conv1", "down_blocks.1.resnets.0.time_emb_proj",
+             "down_blocks.1.downsamplers.0.conv", "up_blocks.1.upsamplers.0.conv"],
+    "text_encoder": ["encoder.layers.0.self_attn.q_proj", "encoder.layers.1.mlp.fc1"],
+}
+# LyCORIS' modules: class, rank, alpha, settings.
+METHODS = {
+    "locon-tucker": ("LoConModule", 3, 2, dict(use_tucker=True)),
+    "loha": ("LohaModule", 2, 1, {}),
+    "loha-wide": ("LohaModule", 6, 3, {}),
+    "loha-tucker": ("LohaModule", 2, 1, dict(use_tucker=True)),
+    "lokr": ("LokrModule", 1, 1, dict(factor=4)),
+    "lokr-tucker": ("LokrModule", 2, 1, dict(factor=2, use_tucker=True)),
+    "lokr-full": ("LokrModule", 9, 1, dict(factor=2, full_matrix=True)),
+    "lokr-both": ("LokrModule", 1, 0.5, dict(decompose_both=True)),
+    "dora": ("LoConModule", 2, 1, dict(weight_decompose=True)),
+    "dora-inputs": ("LoConModule", 2, 1, dict(weight_decompose=True, wd_on_out=False)),
+    "dora-loha": ("LohaModule", 2, 1, dict(weight_decompose=True)),
+    "full": ("FullModule", 1, 1, {}),
+    "ia3": ("IA3Module", 1, 1, {}),
+    "ia3-inputs": ("IA3Module", 1, 1, dict(train_on_input=True)),
+    "glora": ("GLoRAModule", 2, 1, {}),
+}
+SCALE = 0.8
+
+
+def towers(pipeline):
+    """The networks that a LoRA adds to."""
+    text = pipeline.text_encoder
+    return {"unet": pipeline.unet, "text_encoder": getattr(text, "text_model", text)}
+
+
+def adapter(method, name, layer, seed):
+    """A module of LyCORIS whose parameters are random, of a size that changes the picture."""
+    kind, rank, alpha, settings = METHODS[method]
+    module = getattr(importlib.import_module(lycoris_file(kind)), kind)
+    module = module(name, layer, 1.0, lora_dim=rank, alpha=alpha, **settings)
+    stream = generator(seed)
+    for part, p in sorted(module.named_parameters()):
+        values = torch.randn(p.shape, generator=stream)
+        if part == "dora_scale":
+            p.data *= 1 + 0.2 * values
+        else:
+            fan = p[0].numel() if p.ndim > 1 else 1
+            size = {"FullModule": 0.3, "IA3Module": 0.3, "LohaModule": 0.9}.get(kind, 0.6)
+            p.data.copy_(values * size / fan ** (0.25 if kind == "LohaModule" else 0.5))
+    return module
+
+
+def merged(module, shape):
+    """A layer's weight and bias with a module."""
+    if not hasattr(module, "get_weight"):
+        return module.get_merged_weight(shape=shape)
+    # LyCORIS 4 merges LoHa and LoKr with the square of their scale; it trains with the scale.
+    weight = module.org_weight + module.get_weight(shape)
+    return module.apply_weight_decompose(weight) if module.wd else weight, None
+
+
+def saved(module):
+    """The tensors of a module in a file."""
+    if hasattr(module, "is_diff"):
+        # It would subtract the layer's weight, which is added only where it replaces the layer.
+        return {"diff": module.weight, **({} if module.bias is None else {"diff_b": module.bias})}
+    return module.state_dict()
+
+
+def lycoris_file(kind):
+    return "lycoris.modules." + kind.removesuffix("Module").lower()
+
+
+def drawn(pipeline):
+    images = pipeline("a red house", width=64, height=64, num_inference_steps=2, guidance_scale=3.0,
+                      generator=generator(11), output_type="latent")
+    return images.images
+
+
+@torch.no_grad()
+def lora(_):
+    """A LoRA of each method for some weights of UNet and text encoder, and latents with it."""
+    target, tensors = HERE / "lora", {}
+    scheduler = scheduler_of("ddim", V1_4)
+
+    def model():
+        pipeline = tiny(diffusers.StableDiffusionPipeline, HERE / "v1/unet", scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    tensors["none"] = drawn(model())
+    for method in METHODS:
+        pipeline, written, seed = model(), {}, 0
+        for network, names in ADAPTED.items():
+            start = "lora_unet_" if network == "unet" else "lora_te_text_model_"
+            for name in names:
+                layer, seed = towers(pipeline)[network].get_submodule(name), seed + 1
+                module = adapter(method, name, layer, 700 + seed)
+                key = start + name.replace(".", "_")
+                written |= {f"{key}.{k}": x.clone() for k, x in saved(module).items()}
+                weight, bias = merged(module, layer.weight.shape)
+                layer.weight += SCALE * (weight.reshape(layer.weight.shape) - layer.weight)
+                if bias is not None:
+                    layer.bias += SCALE * (bias - layer.bias)
+        save(written, target / f"{method}.safetensors")
+        tensors[method] = drawn(pipeline)
+    # PEFT's DoRA, in PEFT's and in diffusers' names.
+    for name, dora in (("peft", False), ("peft-dora", True)):
+        pipeline = model()
+        config = LoraConfig(r=3, lora_alpha=2, use_dora=dora, use_rslora=not dora,
+                            target_modules=ADAPTED["unet"], init_lora_weights=False)
+        torch.manual_seed(9)
+        adapted = get_peft_model(pipeline.unet, config)
+        for part, p in adapted.named_parameters():
+            if "magnitude" in part:
+                p *= 1 + 0.2 * torch.randn(p.shape, generator=generator(9))
+        folder = target / name
+        adapted.save_pretrained(folder)
+        (folder / "README.md").unlink()
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        kept = ("lora_alpha", "use_rslora", "use_dora", "r", "peft_type")
+        settings = {key: settings[key] for key in kept}
+        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        tensors[name] = drawn(pipeline)
+    save(tensors, target / "expected.safetensors")
+
+
 def main():
     parts = {
         "noise": lambda _: noise(),
@@ -833,6 +966,7 @@ def main():
         "hires": hires,
         "single": single,
         "safety": safety,
+        "lora": lora,
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="a directory")

@@ -16,6 +16,8 @@ mod hires;
 mod img2img;
 #[path = "parity/lora.rs"]
 mod lora;
+#[path = "parity/lora_methods.rs"]
+mod lora_methods;
 #[path = "parity/networks.rs"]
 mod networks;
 #[path = "parity/noise.rs"]

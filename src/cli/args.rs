@@ -87,8 +87,8 @@ pub(super) struct ModelArgs {
     /// VAE that replaces the model's own: a single file, or a directory that has vae/
     #[arg(long, env = "SD_VAE")]
     pub(super) vae: Option<PathBuf>,
-    /// Directory of LoRAs (.safetensors in the kohya, diffusers or PEFT format) that requests can
-    /// select by file name. A file is read when it is first requested
+    /// Directory of LoRAs (.safetensors, .pt, .ckpt, .bin in the formats of kohya, diffusers, PEFT
+    /// and LyCORIS) that requests can select by file name. A file is read when it is first requested
     #[arg(long, env = "SD_LORAS_DIR")]
     pub(super) loras_dir: Option<PathBuf>,
     /// Maximum size of the LoRA cache of each model, in bytes. At the limit, the least recently

@@ -194,7 +194,11 @@ impl ModelArgs {
             precision: self.dtype,
             threads: self.threads,
             add_ons: AddOns {
-                loras: assets("--loras-dir", self.loras_dir, &["safetensors"])?,
+                loras: assets(
+                    "--loras-dir",
+                    self.loras_dir,
+                    &["safetensors", "pt", "ckpt", "bin"],
+                )?,
                 max_lora_bytes: self.max_lora_bytes as u64,
                 embeddings: assets(
                     "--embeddings-dir",

@@ -6,7 +6,7 @@ use std::io::Cursor;
 use anyhow::{Context as _, Result, bail};
 use exif::{Exif, In, Tag, Value};
 use image::{ImageDecoder as _, ImageFormat, ImageReader};
-use sd_models::{Hires, Spec};
+use sd_models::{Hires, LoraUse, Spec};
 
 /// AUTOMATIC1111's name of the list of LoRAs with their hashes.
 pub(crate) const LORA_HASHES: &str = "Lora hashes";
@@ -26,8 +26,12 @@ pub fn infotext(spec: &Spec, model: &str, loras: &str) -> String {
     let clean = |text: &str| text.replace('\0', "");
     let mut text = clean(&spec.prompt);
     // So that the prompt can be pasted into AUTOMATIC1111.
-    for (name, scale) in &spec.loras {
-        text += &clean(&format!(" <lora:{name}:{scale}>"));
+    for LoraUse { name, scale, text_encoder_scale } in &spec.loras {
+        let text_encoder = match text_encoder_scale {
+            same if same == scale => String::new(),
+            other => format!("{other}:"),
+        };
+        text += &clean(&format!(" <lora:{name}:{text_encoder}{scale}>"));
     }
     if !spec.negative_prompt.is_empty() {
         text += &format!("\nNegative prompt: {}", clean(&spec.negative_prompt));

@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use ::image::DynamicImage;
 use schemars::JsonSchema;
-use sd_models::{Hires, Img2Img, ModelInfo, PromptSyntax, SamplerName, Size, Spec, Upscaler};
+use sd_models::{
+    Hires, Img2Img, LoraUse, ModelInfo, PromptSyntax, SamplerName, Size, Spec, Upscaler,
+};
 use serde::Deserialize;
 
 use super::error::ValidationError;
@@ -121,6 +123,9 @@ pub(crate) struct Lora {
     /// Scale of the LoRA. Default: 1.
     #[schemars(extend("minimum" = -MAX_LORA_SCALE, "maximum" = MAX_LORA_SCALE))]
     scale: Option<f64>,
+    /// Its scale in the text encoder. Default: the scale.
+    #[schemars(extend("minimum" = -MAX_LORA_SCALE, "maximum" = MAX_LORA_SCALE))]
+    text_encoder_scale: Option<f64>,
 }
 
 /// The input image and mask of a request.
@@ -172,7 +177,11 @@ impl DrawRequest {
         let SamplerName { sampler, schedule } =
             self.choice("scheduler", self.scheduler.as_ref())?.unwrap_or(defaults.sampler_name());
         let syntax = self.choice::<PromptSyntax>("prompt_syntax", self.prompt_syntax.as_ref())?;
-        let lora = |lora: &Lora| (lora.name.clone(), lora.scale.unwrap_or(1.0));
+        let lora = |lora: &Lora| {
+            let scale = lora.scale.unwrap_or(1.0);
+            let text_encoder_scale = lora.text_encoder_scale.unwrap_or(scale);
+            LoraUse { name: lora.name.clone(), scale, text_encoder_scale }
+        };
         let spec = Spec {
             prompt,
             prompt_syntax: syntax.unwrap_or_default(),

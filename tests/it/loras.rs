@@ -133,7 +133,7 @@ fn what_is_not_there_is_refused_by_field() {
 
     let ask =
         |prompt: &str| post(&server, "/sdapi/v1/txt2img", &json!({ "prompt": prompt, "steps": 1 }));
-    for prompt in ["<lora:other:1>", "<hypernet:x:1>", "<lora:attention:1:2>"] {
+    for prompt in ["<lora:other:1>", "<hypernet:x:1>", "<lora:attention:1:2:4>"] {
         let (status, reply) = ask(prompt);
         assert_eq!(status, 422, "{prompt}: {reply}");
         assert!(reply["errors"].as_str().is_some_and(|text| text.starts_with("prompt")), "{reply}");
@@ -172,6 +172,37 @@ fn a_replaced_file_is_drawn_and_signed_as_the_new_one() {
     std::fs::write(folder.path().join("a.safetensors"), "x").expect("a file");
     let reply = server.json(&body(&json!([{ "name": "a" }])));
     assert_eq!((reply.status, reply.error().1), (422, "loras".into()));
+}
+
+/// A file with one more tensor, which is empty.
+fn with_tensor(file: &[u8], name: &str) -> Vec<u8> {
+    let length = u64::from_le_bytes(file[..8].try_into().expect("eight bytes")) as usize;
+    let mut header: Value = serde_json::from_slice(&file[8..8 + length]).expect("JSON");
+    header[name] = json!({ "dtype": "F32", "shape": [0], "data_offsets": [0, 0] });
+    let header = header.to_string();
+    let new = (header.len() as u64).to_le_bytes();
+    [&new[..], header.as_bytes(), &file[8 + length..]].concat()
+}
+
+#[test]
+fn every_dialect_says_what_of_a_file_is_left_out() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let loras = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pictures/loras");
+    let whole = std::fs::read(loras.join("attention.safetensors")).expect("a file");
+    let more = with_tensor(&whole, "lora_unet_elsewhere.alpha");
+    std::fs::write(folder.path().join("more.safetensors"), more).expect("written");
+    let server = Server::ready(&["--loras-dir", folder.path().to_str().expect("UTF-8")]);
+    let warning = "the LoRA \"more\" has 1 tensor that matches no weight of this model, left out: \
+                   \"lora_unet_elsewhere.alpha\"";
+    let one = json!([{ "name": "more" }]);
+    assert_eq!(server.json(&body(&one)).json()["warnings"], json!([warning]));
+    let prompt = json!({ "prompt": "<lora:more:0.5:1>", "steps": 1, "width": 64, "height": 64 });
+    let (_, reply) = post(&server, "/sdapi/v1/txt2img", &prompt);
+    let info: Value = serde_json::from_str(reply["info"].as_str().expect("text")).expect("JSON");
+    assert!(info["warnings"].as_array().is_some_and(|all| all.contains(&warning.into())), "{info}");
+    let prompt = json!({ "prompt": "a cat", "steps": 1, "size": "64x64", "loras": one });
+    let (_, reply) = post(&server, "/v1/images/generations", &prompt);
+    assert_eq!(reply["data"][0]["warnings"], json!([warning]), "{reply}");
 }
 
 #[test]

@@ -18,7 +18,7 @@ pub struct AssetDir {
     pub directory: Option<PathBuf>,
     /// Further files, which take precedence over those of the directory.
     pub files: Vec<PathBuf>,
-    /// The extensions, without their dot.
+    /// The extensions, without their dot: of several files of one name, that of the first counts.
     pub endings: &'static [&'static str],
 }
 
@@ -29,14 +29,15 @@ impl AssetDir {
         let entries =
             self.directory.iter().filter_map(|directory| directory.read_dir().ok()).flatten();
         let entries = entries.filter_map(|entry| Some(entry.ok()?.path()));
-        let known = |path: &PathBuf| {
+        let rank = |path: &PathBuf| {
             let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
-            self.endings.iter().any(|known| known.eq_ignore_ascii_case(ending)) && path.is_file()
+            self.endings.iter().position(|known| known.eq_ignore_ascii_case(ending))
         };
+        let known = |path: PathBuf| Some((rank(&path).filter(|_| path.is_file())?, path));
         let named = |path: PathBuf| Some((path.file_stem()?.to_str()?.to_owned(), path));
-        let mut entries: Vec<_> = entries.filter(known).collect();
+        let mut entries: Vec<_> = entries.filter_map(known).collect();
         entries.sort();
-        let files = self.files.iter().cloned().chain(entries);
+        let files = self.files.iter().cloned().chain(entries.into_iter().map(|(_, path)| path));
         let mut files: Vec<_> = files.filter_map(named).collect();
         files.sort_by(|(a, _), (b, _)| a.cmp(b));
         files.dedup_by(|later, first| later.0 == first.0);
@@ -183,6 +184,19 @@ mod tests {
         for name in ["../Cargo", "files/ldm", "ldm", "error.rs", "", "/etc/passwd"] {
             assert!(assets.find(name).is_err_and(|reason| reason.contains("error")), "{name}");
         }
+    }
+
+    #[test]
+    fn of_files_of_one_name_the_first_ending_counts() {
+        let folder = tempfile::tempdir().expect("a directory");
+        for name in ["a.pt", "a.safetensors", "b.pt", "c.txt"] {
+            std::fs::write(folder.path().join(name), name).expect("a file");
+        }
+        let directory = Some(folder.path().to_owned());
+        let assets = AssetDir { directory, files: Vec::new(), endings: &["safetensors", "pt"] };
+        let files = assets.list().into_iter().map(|(_, path)| path);
+        let wanted = ["a.safetensors", "b.pt"].map(|name| folder.path().join(name));
+        assert_eq!(files.collect::<Vec<_>>(), wanted);
     }
 
     #[test]

@@ -64,6 +64,11 @@ pub struct Weights {
     notes: BTreeMap<String, String>,
 }
 
+/// Whether the weights of networks are stored in this type.
+fn is_network_type(dtype: DType) -> bool {
+    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
+}
+
 /// Maximum length of a file that is copied: more than the largest LoRAs of these models.
 const MAX_COPY_BYTES: u64 = 2 << 30;
 
@@ -129,7 +134,12 @@ impl Weights {
                 Dtype::F32 => DType::F32,
                 Dtype::F16 => DType::F16,
                 Dtype::BF16 => DType::BF16,
+                Dtype::F64 => DType::F64,
                 Dtype::I64 => DType::I64,
+                Dtype::I32 => DType::I32,
+                Dtype::I16 => DType::I16,
+                Dtype::U32 => DType::U32,
+                Dtype::U8 | Dtype::BOOL => DType::U8,
                 other => {
                     let reason = format!("type {other:?}, expected F32, F16 or BF16");
                     return Err(Error::Tensor { file: name, tensor, reason });
@@ -190,6 +200,20 @@ impl Weights {
     pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let stored = self.stored(name, shape)?;
         Ok(Tensor::from_vec(stored.numbers.floats(), shape, &Device::Cpu)?)
+    }
+
+    /// A tensor of any type as f32 on the CPU, in the shape that it has.
+    pub(crate) fn widened(&self, name: &str) -> Result<Tensor> {
+        let shape = self.shape(name).unwrap_or_default().to_vec();
+        let Some(entry) = self.entries.get(name).filter(|entry| !is_network_type(entry.dtype))
+        else {
+            return self.tensor(name, &shape);
+        };
+        self.read.borrow_mut().insert(name.to_owned());
+        let file = &self.files[entry.file];
+        let bytes = &file.bytes.all()[file.data + entry.range.0..file.data + entry.range.1];
+        let tensor = Tensor::from_raw_buffer(bytes, entry.dtype, &shape, &Device::Cpu)?;
+        Ok(tensor.to_dtype(DType::F32)?)
     }
 
     pub(crate) fn stored(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'_>> {

@@ -1,40 +1,46 @@
-//! LoRA files: low-rank deltas of weights of the UNet and of the text encoder, in the naming
-//! schemes of kohya's scripts (of diffusers' layers or of the original code's), of diffusers and of
-//! PEFT. How they are added is in [`super::lora_layer`].
+//! LoRA files: deltas of weights of the UNet and of the text encoder, read for a model. Their names
+//! are in [`super::lora_names`], what they add in [`super::lora_delta`], and how it is added in
+//! [`super::lora_layer`].
 //!
-//! Reference: diffusers 0.42 `loaders/lora_conversion_utils.py`, `utils/state_dict_utils.py`;
-//! LyCORIS for `lora_mid`. Every tensor of a file must match a weight: a skipped tensor would
-//! silently change the image.
+//! A tensor that matches no weight is skipped with a warning; a file of which none does is refused.
 
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{DType, Device, Tensor};
-use serde_json::Value;
 
+use super::lora_delta::{Delta, Parts, WeightDelta, is_finite};
+use super::lora_names::{Network, Role, TargetNames, family, refused, split};
+use super::lora_peft::Alphas;
+use super::placed_delta::PlacedDelta;
 use crate::error::{Error, Result};
-use crate::files::{AssetCache, AssetFile, LoraTarget, LoraTargets, Weights, ldm};
-use crate::ops::{Conv2d, Linear};
+use crate::files::{AssetCache, AssetFile, LoraTarget, LoraTargets, Weights};
 
-/// The weights of a model that a LoRA may add to, by their names in LoRA files.
+/// The warning for a file of PEFT without its settings.
+const NO_ALPHA: &str =
+    "comes without PEFT's adapter_config.json; its alphas are taken to be its ranks";
+
+/// Opens the files of a network again.
+pub(crate) type Reopen = Box<dyn Fn(Network) -> Result<Weights> + Send + Sync>;
+
+/// The weights of a model that a LoRA may add to, and the device where it is added.
 pub(crate) struct TargetIndex {
-    unet: HashMap<String, String>,
-    text: HashMap<String, String>,
+    names: TargetNames,
     targets: LoraTargets,
-    /// Residual blocks per level of the UNet.
-    layers: usize,
+    base: Reopen,
     device: Device,
     dtype: DType,
 }
 
-/// A loaded file: the down and the up projection of each weight.
+/// A loaded file: what it adds to each weight.
 pub(crate) struct Lora {
     id: u64,
     file: AssetFile,
-    linears: HashMap<String, (Linear, Linear)>,
-    convs: HashMap<String, (Conv2d, Linear)>,
+    deltas: HashMap<String, (Network, PlacedDelta)>,
     bytes: u64,
+    warnings: Vec<String>,
 }
 
 /// The LoRAs that requests can name, with an LRU cache. Usable from any thread.
@@ -48,189 +54,59 @@ impl LoraCache {
     pub(crate) fn get(&self, field: &'static str, name: &str) -> Result<Arc<Lora>> {
         self.cache.get(field, name, |file| {
             let lora = Lora::read(file, &self.targets)?;
-            let bytes = lora.bytes();
+            let bytes = lora.bytes;
             Ok((lora, bytes))
         })
     }
 }
 
-/// The role of a tensor for its weight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Role {
-    Down,
-    Mid,
-    Up,
-    Alpha,
-}
-
-/// Suffixes of names. Longer ones come before those that they end in.
-const ROLES: [(&str, Role); 15] = [
-    (".lora_linear_layer.down.weight", Role::Down),
-    (".lora_linear_layer.up.weight", Role::Up),
-    (".lora.down.weight", Role::Down),
-    (".lora.up.weight", Role::Up),
-    (".lora_down.weight", Role::Down),
-    (".lora_mid.weight", Role::Mid),
-    (".lora_up.weight", Role::Up),
-    ("_lora.down.weight", Role::Down),
-    ("_lora.up.weight", Role::Up),
-    (".lora_A.default.weight", Role::Down),
-    (".lora_B.default.weight", Role::Up),
-    (".lora_A.weight", Role::Down),
-    (".lora_B.weight", Role::Up),
-    ("_lora.alpha", Role::Alpha),
-    (".alpha", Role::Alpha),
-];
-
-/// Marks of other methods in names, which are rejected, and what they are called.
-const REFUSED: [(&str, &str); 12] = [
-    (".hada_", "LoHa"),
-    (".lokr_", "LoKr"),
-    (".dora_scale", "DoRA"),
-    ("lora_magnitude_vector", "DoRA"),
-    (".oft_", "OFT"),
-    (".on_input", "IA3"),
-    (".diff", "a full difference of weights"),
-    (".lora_B.bias", "a bias beside a LoRA"),
-    ("bundle_emb.", "an embedding beside a LoRA"),
-    ("lora_te1_", "SDXL's text encoder"),
-    ("lora_te2_", "SDXL's second text encoder"),
-    ("text_encoder_2.", "SDXL's second text encoder"),
-];
-
-/// The tensors of one weight.
-type Parts = BTreeMap<Role, String>;
-
 impl TargetIndex {
     pub(crate) fn new(
         (unet, layers): (LoraTargets, usize),
         text: LoraTargets,
+        base: Reopen,
         device: &Device,
         dtype: DType,
     ) -> Self {
-        let flat =
-            |targets: &LoraTargets| targets.keys().map(|name| (flat(name), name.clone())).collect();
         Self {
-            unet: flat(&unet),
-            text: flat(&text),
+            names: TargetNames::new(&unet, layers, &text),
             // The networks have no name in common.
             targets: unet.into_iter().chain(text).collect(),
-            layers,
+            base,
             device: device.clone(),
             dtype,
         }
     }
-
-    /// The weight that a tensor belongs to, and its role.
-    fn find(&self, tensor: &str) -> Option<(&str, Role)> {
-        let (end, role) = ROLES.iter().find(|(end, _)| tensor.ends_with(end))?;
-        // Attention processors once were named apart from their layers.
-        let module = tensor.strip_suffix(end)?.replace(".processor.", ".");
-        let to_out = end.starts_with("_lora") && module.ends_with("to_out");
-        let module = flat(&module) + if to_out { "_0" } else { "" };
-        let text = ["lora_te_", "text_encoder_"];
-        let found = match text.iter().find_map(|start| module.strip_prefix(start)) {
-            Some(name) => self.text.get(name.strip_prefix("text_model_").unwrap_or(name)),
-            None => {
-                let of_unet = ["lora_unet_", "unet_"];
-                let name = of_unet.iter().find_map(|start| module.strip_prefix(start));
-                let name = name.unwrap_or(&module);
-                self.unet.get(name).or_else(|| self.unet.get(&original(name, self.layers)?))
-            }
-        };
-        Some((found?, *role))
-    }
-}
-
-/// Kohya's scripts write every dot as an underscore.
-fn flat(name: &str) -> String {
-    name.replace('.', "_")
-}
-
-/// The name of a UNet weight of the original code, written with underscores, in the Diffusers
-/// format.
-fn original(name: &str, layers: usize) -> Option<String> {
-    let parts = |name: &str, count: usize| -> Option<String> {
-        let mut parts = name.splitn(count + 1, '_');
-        let numbers = parts.by_ref().take(count).collect::<Vec<_>>();
-        let rest = parts.next().unwrap_or_default();
-        let digits = |part: &&str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
-        numbers.iter().all(digits).then(|| format!("{}.{rest}", numbers.join(".")))
-    };
-    let blocks = [("input_blocks", 2), ("output_blocks", 2), ("middle_block", 1)];
-    let found =
-        blocks.iter().chain(&[("time_embed", 1), ("out", 1)]).find_map(|(block, count)| {
-            let rest = name.strip_prefix(block)?.strip_prefix('_')?;
-            Some(format!("{block}.{}", parts(rest, *count)?))
-        })?;
-    let mut dotted = found;
-    for layer in ["in_layers", "out_layers", "emb_layers"] {
-        dotted = dotted.replace(&format!("{layer}_"), &format!("{layer}."));
-    }
-    let dotted = dotted.trim_end_matches('.');
-    Some(flat(ldm::unet(&format!("{dotted}."), layers).trim_end_matches('.')))
 }
 
 impl Lora {
     /// Reads a file for a model.
-    pub(crate) fn read(from: &AssetFile, targets: &TargetIndex) -> Result<Self> {
+    pub(crate) fn read(from: &AssetFile, index: &TargetIndex) -> Result<Self> {
         static IDS: AtomicU64 = AtomicU64::new(0);
         let weights = Weights::copied(&from.path)?;
-        let file = weights.file_names();
-        let refuse = |tensor: &str, reason: String| {
-            Err(Error::Tensor { file: file.clone(), tensor: tensor.to_owned(), reason })
-        };
-        let mut adapted: BTreeMap<&str, Parts> = BTreeMap::new();
-        for tensor in weights.names() {
-            if let Some((_, kind)) = REFUSED.iter().find(|(mark, _)| tensor.contains(mark)) {
-                return refuse(tensor, format!("is of {kind}; only LoRA and LoCon are supported"));
+        let (found, skipped) = sort(&weights, index)?;
+        let mut warnings: Vec<_> = skipped.into_iter().collect();
+        let alphas = Alphas::read(&weights, &from.path)?;
+        let base = BaseWeights { open: &index.base, unet: OnceCell::new(), text: OnceCell::new() };
+        let (mut deltas, mut bytes) = (HashMap::new(), 0);
+        for ((network, name), tensors) in found {
+            let (target, setting) = (index.targets[name], alphas.of(network, name));
+            let first = tensors.values().next().cloned().unwrap_or_default();
+            // PEFT's default is not the rank.
+            let silent = setting.is_none() && !tensors.contains_key(&Role::Alpha);
+            if silent && first.starts_with("base_model.") && !warnings.contains(&NO_ALPHA.into()) {
+                warnings.push(NO_ALPHA.into());
             }
-            let Some((name, role)) = targets.find(tensor) else {
-                return refuse(tensor, "no weight of this model has this name".into());
-            };
-            let parts = adapted.entry(name).or_default();
-            if let Some(other) = parts.insert(role, tensor.to_owned()) {
-                return refuse(tensor, format!("is for {name}, as is {other}"));
-            }
+            let parts = Parts { weights: &weights, target, tensors, setting };
+            let delta = parts.delta(|| base.read(network, name, target));
+            let delta = delta.map_err(|error| of_family(error, &weights))?;
+            check(&delta, &first, &weights)?;
+            let delta = PlacedDelta::new(&delta, target, &index.device, index.dtype)?;
+            bytes += delta.bytes();
+            deltas.insert(name.to_owned(), (network, delta));
         }
-        if adapted.is_empty() {
-            return Err(Error::config(file, "holds no LoRA"));
-        }
-        let mut lora = Self {
-            id: IDS.fetch_add(1, Ordering::Relaxed),
-            file: from.clone(),
-            linears: HashMap::new(),
-            convs: HashMap::new(),
-            bytes: 0,
-        };
-        let alphas = Alphas::read(&weights)?;
-        for (name, parts) in adapted {
-            let target = targets.targets[name];
-            let pair = Pair { weights: &weights, name, parts: &parts, target };
-            lora.add(&pair, &alphas, targets)?;
-        }
-        Ok(lora)
-    }
-
-    fn add(&mut self, pair: &Pair<'_>, alphas: &Alphas, targets: &TargetIndex) -> Result<()> {
-        let TargetIndex { device, dtype, .. } = targets;
-        let (down, up) = pair.tensors(alphas)?;
-        let up = Linear::new(&up, None, device, *dtype)?;
-        let name = pair.name.to_owned();
-        match pair.target.geometry {
-            None => {
-                let down = Linear::new(&down, None, device, *dtype)?;
-                self.bytes += (down.bytes() + up.bytes()) as u64;
-                self.linears.insert(name, (down, up));
-            }
-            Some(geometry) => {
-                let none = Tensor::zeros(down.dim(0)?, DType::F32, &Device::Cpu)?;
-                let down = Conv2d::new(&down, &none, geometry, device, *dtype)?;
-                self.bytes += (down.bytes() + up.bytes()) as u64;
-                self.convs.insert(name, (down, up));
-            }
-        }
-        Ok(())
+        let id = IDS.fetch_add(1, Ordering::Relaxed);
+        Ok(Self { id, file: from.clone(), deltas, bytes, warnings })
     }
 
     /// A unique id of this read, for comparison.
@@ -243,159 +119,125 @@ impl Lora {
         &self.file
     }
 
-    /// Bytes of its projections.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.bytes
+    /// What of the file is not applied, or assumed. The texts read on from the LoRA's name.
+    pub(crate) fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
-    pub(crate) fn linear(&self, name: &str) -> Option<&(Linear, Linear)> {
-        self.linears.get(name)
-    }
-
-    pub(crate) fn conv(&self, name: &str) -> Option<&(Conv2d, Linear)> {
-        self.convs.get(name)
+    /// What is added to a weight, and its network.
+    pub(crate) fn delta(&self, name: &str) -> Option<&(Network, PlacedDelta)> {
+        self.deltas.get(name)
     }
 }
 
-/// The tensors of one weight in a file.
-struct Pair<'a> {
-    weights: &'a Weights,
-    name: &'a str,
-    parts: &'a Parts,
-    target: LoraTarget,
-}
+/// The tensors of each weight, and a warning if some belong to none.
+type Sorted<'i> = (BTreeMap<(Network, &'i str), BTreeMap<Role, String>>, Option<String>);
 
-impl Pair<'_> {
-    /// Down (rank, in) or (rank, in, k, k), and up (out, rank) times alpha / rank.
-    fn tensors(&self, alphas: &Alphas) -> Result<(Tensor, Tensor)> {
-        let LoraTarget { inputs, outputs, geometry } = self.target;
-        let rank = self.dims(Role::Down)?.first().copied().unwrap_or_default().max(1);
-        let kernel = geometry.map_or(1, |geometry| geometry.kernel);
-        let mid = self.parts.contains_key(&Role::Mid);
-        let mid = mid.then(|| self.tensor(Role::Mid, (rank, rank, kernel))).transpose()?;
-        let down =
-            self.tensor(Role::Down, (rank, inputs, if mid.is_some() { 1 } else { kernel }))?;
-        let down = match mid {
-            Some(mid) => {
-                // mid over down is one convolution: their product over the rank.
-                let mid = mid.permute((0, 2, 3, 1))?.contiguous()?;
-                let mid = mid.reshape((rank * kernel * kernel, rank))?;
-                let down = mid.matmul(&down.reshape((rank, inputs))?)?;
-                down.reshape((rank, kernel, kernel, inputs))?.permute((0, 3, 1, 2))?.contiguous()?
-            }
-            None => down,
-        };
-        let down = if geometry.is_some() { down } else { down.reshape((rank, inputs))? };
-        let up = self.tensor(Role::Up, (outputs, rank, 1))?.reshape((outputs, rank))?;
-        let alpha = match self.parts.get(&Role::Alpha) {
-            Some(name) => {
-                let listed = self.weights.shape(name).is_some_and(|shape| shape.len() == 1);
-                let alpha = self.weights.tensor(name, if listed { &[1] } else { &[] })?;
-                f64::from(alpha.flatten_all()?.to_vec1::<f32>()?.first().copied().unwrap_or(0.0))
-            }
-            None => alphas.of(self.name).unwrap_or(rank as f64),
-        };
-        Ok((down, (up * (alpha / rank as f64))?))
-    }
-
-    fn dims(&self, role: Role) -> Result<&[usize]> {
-        let shape = self.parts.get(&role).and_then(|name| self.weights.shape(name));
-        shape.ok_or_else(|| {
-            let given = self.parts.values().next().cloned().unwrap_or_default();
-            let which = if role == Role::Up { "up" } else { "down" };
-            Error::Tensor {
-                file: self.weights.file_names(),
-                tensor: given,
-                reason: format!("has no {which} projection beside it"),
-            }
-        })
-    }
-
-    /// A projection (out, in, k, k); that of a 1x1 convolution may be stored as (out, in).
-    fn tensor(&self, role: Role, (out, inputs, kernel): (usize, usize, usize)) -> Result<Tensor> {
-        let square = kernel > 1 || self.dims(role)?.len() == 4;
-        let shape = [out, inputs, kernel, kernel];
-        let shape = if square { &shape[..] } else { &shape[..2] };
-        let tensor = self.weights.tensor(&self.parts[&role], shape)?;
-        Ok(tensor.reshape((out, inputs, kernel, kernel))?)
-    }
-}
-
-/// Alphas from PEFT's settings in a file's header, where there are no alpha tensors.
-#[derive(Default)]
-struct Alphas {
-    unet: Option<Alpha>,
-    text: Option<Alpha>,
-}
-
-struct Alpha {
-    all: f64,
-    /// Exceptions, by suffix of the name.
-    others: Vec<(String, f64)>,
-}
-
-impl Alphas {
-    fn read(weights: &Weights) -> Result<Self> {
-        const KEY: &str = "lora_adapter_metadata";
-        let Some(text) = weights.note(KEY) else { return Ok(Self::default()) };
-        let file = weights.file_names();
-        let settings: Value = serde_json::from_str(text)
-            .map_err(|error| Error::config(&file, format!("{KEY}: {error}")))?;
-        let of = |network: &str| -> Result<Option<Alpha>> {
-            let setting = |name: &str| &settings[format!("{network}.{name}")];
-            for method in ["use_dora", "use_rslora"] {
-                if setting(method) == true {
-                    let reason = format!("{KEY}: {network}.{method} is not supported");
-                    return Err(Error::config(&file, reason));
-                }
-            }
-            let Some(all) = setting("lora_alpha").as_f64() else { return Ok(None) };
-            let others = setting("alpha_pattern").as_object();
-            let others = others.into_iter().flatten();
-            let others =
-                others.filter_map(|(name, alpha)| Some((name.clone(), alpha.as_f64()?))).collect();
-            Ok(Some(Alpha { all, others }))
-        };
-        Ok(Self { unet: of("unet")?, text: of("text_encoder")? })
-    }
-
-    fn of(&self, weight: &str) -> Option<f64> {
-        let text = weight.starts_with("encoder.");
-        let alpha = if text { self.text.as_ref() } else { self.unet.as_ref() }?;
-        let other = alpha.others.iter().find(|(name, _)| {
-            let name = name.strip_prefix("text_model.").unwrap_or(name);
-            weight.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
-        });
-        Some(other.map_or(alpha.all, |(_, alpha)| *alpha))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_of_the_original_code_are_understood() {
-        let table = [
-            (
-                "input_blocks_1_1_transformer_blocks_0_attn1_to_q",
-                "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
-            ),
-            ("input_blocks_4_0_in_layers_2", "down_blocks_1_resnets_0_conv1"),
-            ("input_blocks_4_0_emb_layers_1", "down_blocks_1_resnets_0_time_emb_proj"),
-            ("input_blocks_4_0_skip_connection", "down_blocks_1_resnets_0_conv_shortcut"),
-            ("input_blocks_3_0_op", "down_blocks_0_downsamplers_0_conv"),
-            ("middle_block_1_proj_in", "mid_block_attentions_0_proj_in"),
-            ("middle_block_2_out_layers_3", "mid_block_resnets_1_conv2"),
-            ("output_blocks_5_2_conv", "up_blocks_1_upsamplers_0_conv"),
-            ("output_blocks_5_1_proj_out", "up_blocks_1_attentions_2_proj_out"),
-            ("time_embed_2", "time_embedding_linear_2"),
-            ("out_2", "conv_out"),
-        ];
-        for (theirs, ours) in table {
-            assert_eq!(original(theirs, 2).as_deref(), Some(ours), "{theirs}");
+fn sort<'i>(weights: &Weights, index: &'i TargetIndex) -> Result<Sorted<'i>> {
+    let file = weights.file_names();
+    let refuse = |tensor: &str, reason: String| {
+        Err(Error::Tensor { file: file.clone(), tensor: tensor.to_owned(), reason })
+    };
+    let mut found: BTreeMap<_, BTreeMap<Role, String>> = BTreeMap::new();
+    let (mut skipped, mut is_lora) = (Vec::new(), false);
+    for tensor in weights.names() {
+        if let Some(kind) = refused(tensor) {
+            return refuse(tensor, format!("is of {kind}, which is not supported"));
         }
-        assert_eq!(original("input_blocks", 2), None);
-        assert_eq!(original("output_blocks_x_1_proj_in", 2), None);
+        let role = split(tensor, weights);
+        is_lora |= role.is_some();
+        let target = role.and_then(|(module, role)| Some((index.names.find(module)?, role)));
+        let Some((target, role)) = target else {
+            skipped.push(tensor);
+            continue;
+        };
+        if let Some(other) = found.entry(target).or_default().insert(role, tensor.to_owned()) {
+            return refuse(tensor, format!("is for {}, as is {other}", target.1));
+        }
+    }
+    let count = skipped.len();
+    match (found.is_empty(), skipped.first()) {
+        (true, None) => Err(Error::config(file, "holds no LoRA")),
+        (true, Some(first)) if !is_lora => {
+            let reason = format!("holds no LoRA but {count} other tensors, the first {first:?}");
+            Err(Error::config(file, reason))
+        }
+        (true, Some(first)) => {
+            let seems = family(weights).map(|family| format!("; it seems to be for {family}"));
+            let seems = seems.unwrap_or_default();
+            let reason =
+                format!("none of its {count} tensors matches a weight of this model{seems}");
+            Err(Error::config(file, format!("{reason}; the first is {first:?}")))
+        }
+        (false, first) => {
+            let what = match count {
+                1 => "1 tensor that matches".to_owned(),
+                count => format!("{count} tensors that match"),
+            };
+            let warn = |first| format!("has {what} no weight of this model, left out: {first:?}");
+            let and = if count > 1 { " and others" } else { "" };
+            Ok((found, first.map(|first| warn(first) + and)))
+        }
+    }
+}
+
+/// The error of a tensor that does not fit, with the models that the file seems to be for.
+fn of_family(error: Error, weights: &Weights) -> Error {
+    match (error, family(weights)) {
+        (Error::Tensor { file, tensor, reason }, Some(family))
+            if reason.contains("expected shape") =>
+        {
+            let reason = format!("{reason}; the file seems to be for {family}");
+            Error::Tensor { file, tensor, reason }
+        }
+        (error, _) => error,
+    }
+}
+
+/// Checks that the products of the tensors are finite, as the tensors are.
+fn check(delta: &Delta, tensor: &str, weights: &Weights) -> Result<()> {
+    let products = match &delta.weight {
+        Some(WeightDelta::LowRank { down, up }) => vec![down, up],
+        Some(WeightDelta::Dense(delta)) => vec![delta],
+        None => Vec::new(),
+    };
+    for product in products {
+        if !is_finite(product)? {
+            let (file, reason) = (weights.file_names(), "overflows with its factors".into());
+            return Err(Error::Tensor { file, tensor: tensor.to_owned(), reason });
+        }
+    }
+    Ok(())
+}
+
+/// The model's own weights, whose files are opened when the first is asked for.
+struct BaseWeights<'a> {
+    open: &'a Reopen,
+    unet: OnceCell<Weights>,
+    text: OnceCell<Weights>,
+}
+
+impl BaseWeights<'_> {
+    /// A weight (out, in, k, k) f32.
+    fn read(&self, network: Network, name: &str, target: LoraTarget) -> Result<Tensor> {
+        let cell = match network {
+            Network::UNet => &self.unet,
+            Network::TextEncoder => &self.text,
+        };
+        if cell.get().is_none() {
+            let _ = cell.set((self.open)(network)?);
+        }
+        // Only some files of text encoders have this prefix.
+        let names = [format!("{name}.weight"), format!("text_model.{name}.weight")];
+        let found = cell.get().and_then(|weights| {
+            let name = names.iter().find(|name| weights.shape(name).is_some())?;
+            Some((weights, name))
+        });
+        let Some((weights, name)) = found else {
+            return Err(Error::config(&names[0], "is not in the model's files any more"));
+        };
+        let LoraTarget { inputs, outputs, geometry } = target;
+        let kernel = geometry.map_or(1, |geometry| geometry.kernel);
+        Ok(weights.widened(name)?.reshape((outputs, inputs, kernel, kernel))?)
     }
 }

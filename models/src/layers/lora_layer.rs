@@ -1,5 +1,5 @@
-//! Layers whose outputs LoRAs add to, row by row of a batch: y + scale * up(down(x)). The files of
-//! LoRAs are read in [`super::lora`].
+//! Layers whose outputs LoRAs add to, row by row of a batch: y + scale * delta(x). The files of LoRAs
+//! are read in [`super::lora`].
 //!
 //! The weights themselves never change, so that rows with other LoRAs, and rows with none, are
 //! computed together. Where no row has a LoRA nothing else is computed.
@@ -10,37 +10,54 @@ use candle_core::{Result, Tensor, bail};
 
 use super::builder::LayerBuilder;
 use super::lora::Lora;
+use super::lora_names::Network;
+use super::placed_delta::PlacedDelta;
 use crate::error;
 use crate::files::{AssetFile, LoraTarget};
 use crate::ops::{ChannelConcat, Conv2d, Epilogue, Geometry, Linear};
 
+/// A LoRA and its scales.
+#[derive(Clone)]
+pub(crate) struct ScaledLora {
+    pub(crate) lora: Arc<Lora>,
+    /// In the UNet.
+    pub(crate) unet: f64,
+    /// In the text encoder.
+    pub(crate) text: f64,
+}
+
 /// The LoRAs of a batch row and their scales.
 #[derive(Clone, Default)]
-pub struct LoraStack(Vec<(Arc<Lora>, f64)>);
+pub struct LoraStack(Vec<ScaledLora>);
 
 impl LoraStack {
-    pub(crate) fn new(loras: Vec<(Arc<Lora>, f64)>) -> Self {
+    pub(crate) fn new(loras: Vec<ScaledLora>) -> Self {
         Self(loras)
     }
 
     /// The files of the LoRAs, in the versions that were read.
     pub(crate) fn files(&self) -> Vec<AssetFile> {
-        self.0.iter().map(|(lora, _)| lora.file().clone()).collect()
+        self.0.iter().map(|scaled| scaled.lora.file().clone()).collect()
+    }
+
+    /// What of the files is not applied, or assumed.
+    pub(crate) fn warnings(&self) -> impl Iterator<Item = String> {
+        self.0.iter().flat_map(|ScaledLora { lora, .. }| {
+            let name = &lora.file().name;
+            lora.warnings().iter().map(move |warning| format!("the LoRA {name:?} {warning}"))
+        })
     }
 
     /// A cache key: ids, and the bits of scales.
-    pub(crate) fn key(&self) -> Vec<(u64, u64)> {
-        self.ids().map(|(id, scale)| (id, scale.to_bits())).collect()
-    }
-
-    fn ids(&self) -> impl Iterator<Item = (u64, f64)> {
-        self.0.iter().map(|(lora, scale)| (lora.id(), *scale))
+    pub(crate) fn key(&self) -> Vec<(u64, [u64; 2])> {
+        let bits = |scaled: &ScaledLora| [scaled.unet.to_bits(), scaled.text.to_bits()];
+        self.0.iter().map(|scaled| (scaled.lora.id(), bits(scaled))).collect()
     }
 }
 
 impl PartialEq for LoraStack {
     fn eq(&self, other: &Self) -> bool {
-        self.ids().eq(other.ids())
+        self.key() == other.key()
     }
 }
 
@@ -64,31 +81,28 @@ impl Part {
     }
 }
 
-/// The down projection of an input, (.., rank), and the layer that projects it up.
-type Down<'l> = (Tensor, &'l Linear);
-
 impl<L> LoraLayer<L> {
     /// Channels of the output.
     pub(crate) fn outputs(&self) -> usize {
         self.parts.iter().map(|part| part.outputs).sum()
     }
 
-    /// What LoRAs add to the outputs, if anything. `down` computes the down projection of a weight
-    /// for some rows (first, count).
+    /// What LoRAs add to the outputs, if anything. `add` computes what one adds for some rows
+    /// (first, count) at a scale, beside the sum of those before it.
     fn delta(
         &self,
         rows: &[LoraStack],
-        down: impl for<'l> Fn(&'l Lora, &str, (usize, usize)) -> Result<Option<Down<'l>>>,
+        add: impl Fn(&PlacedDelta, (usize, usize), f64, Option<&Tensor>) -> Result<Tensor>,
     ) -> Result<Option<Tensor>> {
         let (mut first, mut deltas) = (0, Vec::new());
         for run in rows.chunk_by(PartialEq::eq) {
             let mut parts = Vec::new();
             for Part { name, outputs } in &self.parts {
                 let mut sum: Option<Tensor> = None;
-                for (lora, scale) in &run[0].0 {
-                    let Some((x, up)) = down(lora, name, (first, run.len()))? else { continue };
-                    let epilogue = Epilogue { residual: sum.as_ref(), ..Epilogue::NONE };
-                    sum = Some(up.forward(&(x * *scale)?, epilogue)?);
+                for ScaledLora { lora, unet, text } in &run[0].0 {
+                    let Some((network, delta)) = lora.delta(name) else { continue };
+                    let scale = if *network == Network::UNet { *unet } else { *text };
+                    sum = Some(add(delta, (first, run.len()), scale, sum.as_ref())?);
                 }
                 parts.push((*outputs, sum));
             }
@@ -182,9 +196,8 @@ impl LoraLayer<Linear> {
         rows: &[LoraStack],
     ) -> Result<Tensor> {
         let delta = |x: &Tensor, rows: &[LoraStack]| {
-            self.delta(rows, |lora, name, (first, count)| {
-                let Some((down, up)) = lora.linear(name) else { return Ok(None) };
-                Ok(Some((down.forward(&x.narrow(0, first, count)?, Epilogue::NONE)?, up)))
+            self.delta(rows, |delta, (first, count), scale, sum| {
+                delta.linear(&x.narrow(0, first, count)?, scale, sum)
             })
         };
         if self.layer.is_linear(epilogue) {
@@ -244,10 +257,8 @@ impl LoraLayer<Conv2d> {
             bail!("LoRAs would be added after the activation of a convolution");
         }
         let x = x.into();
-        let delta = self.delta(rows, |lora, name, (first, count)| {
-            let Some((down, up)) = lora.conv(name) else { return Ok(None) };
-            let x = x.samples(first, count)?;
-            Ok(Some((down.forward_resized(&x, size, Epilogue::NONE)?, up)))
+        let delta = self.delta(rows, |delta, (first, count), scale, sum| {
+            delta.conv(&x.samples(first, count)?, size, scale, sum)
         })?;
         plus(self.layer.forward_resized(&x, size, epilogue)?, delta)
     }

@@ -2,9 +2,14 @@
 
 mod builder;
 mod lora;
+mod lora_delta;
 mod lora_layer;
+mod lora_names;
+mod lora_peft;
+mod placed_delta;
 
 pub(crate) use self::builder::{LayerBuilder, LinearPart, activation_dtype};
-pub(crate) use self::lora::{LoraCache, TargetIndex};
+pub(crate) use self::lora::{LoraCache, Reopen, TargetIndex};
 pub use self::lora_layer::LoraStack;
-pub(crate) use self::lora_layer::{LoraLayer, Part};
+pub(crate) use self::lora_layer::{LoraLayer, Part, ScaledLora};
+pub(crate) use self::lora_names::Network;

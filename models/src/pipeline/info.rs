@@ -10,7 +10,7 @@ use crate::layers::activation_dtype;
 use crate::networks::{UNet2DConditionModel, VaeConfig};
 use crate::picture::{Rgb, Size};
 use crate::sampling::{Sampler, SamplerName, SigmaSchedule};
-use crate::text::{Embeddings, max_chunks};
+use crate::text::{Embeddings, LoraUse, max_chunks};
 
 /// Defaults of a request.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -161,8 +161,8 @@ impl ModelInfo {
         spec.sampler.check(spec.schedule)?;
         let (_, named) = spec.text()?;
         for (field, loras) in [("loras", &spec.loras), ("prompt", &named)] {
-            for (name, scale) in loras {
-                if !scale.is_finite() {
+            for LoraUse { name, scale, text_encoder_scale } in loras {
+                if !scale.is_finite() || !text_encoder_scale.is_finite() {
                     return refuse(field, format!("of {name:?} must have a finite scale"));
                 }
             }
@@ -192,7 +192,7 @@ impl ModelInfo {
     pub fn check_files(&self, spec: &Spec) -> Result<()> {
         let (_, named) = spec.text()?;
         for (field, loras) in [("loras", &spec.loras), ("prompt", &named)] {
-            for (name, _) in loras {
+            for LoraUse { name, .. } in loras {
                 self.add_ons.loras.find(name).map_err(|reason| Error::Spec {
                     field,
                     reason: format!("names the LoRA {reason}"),

@@ -9,7 +9,7 @@ use super::info::{Defaults, MemoryEstimate, ModelInfo};
 use super::options::{AddOns, LoadOptions, SafetyMode};
 use crate::error::{Error, Result};
 use crate::files::{AssetCache, Fingerprint, Keys, SAFETY_CHECKER, Source, Weights};
-use crate::layers::{LoraCache, TargetIndex};
+use crate::layers::{LoraCache, Network, Reopen, TargetIndex};
 use crate::networks::{
     ClipTextConfig, ClipTextModel, Decoder, Encoder, SafetyChecker, UNet2DConditionModel,
     UNetConfig, VaeConfig,
@@ -53,12 +53,14 @@ impl LoadedModel {
         // Of the files as they are loaded, which may be replaced afterwards.
         let mut fingerprint = Fingerprint::default();
         weights.add_to(&mut fingerprint);
+        let text_print = fingerprint_of(&weights);
         let weights = source.weights("unet", "diffusion_pytorch_model", half)?;
         let unet = UNetConfig::read(source)?;
         let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype)?;
         let unet_targets = (weights.lora_targets(), unet.config().layers_per_block);
         weights.add_to(&mut fingerprint);
-        let targets = TargetIndex::new(unet_targets, text_targets, &device, dtype);
+        let base = reopen(source.clone(), half, text_print, fingerprint_of(&weights));
+        let targets = TargetIndex::new(unet_targets, text_targets, base, &device, dtype);
         let vae_source = options.vae.as_ref().unwrap_or(source);
         let weights = vae_source.weights("vae", "diffusion_pytorch_model", half)?;
         let vae = VaeConfig::read(vae_source)?;
@@ -108,6 +110,31 @@ impl LoadedModel {
             loras: Arc::new(loras),
         })
     }
+}
+
+fn fingerprint_of(weights: &Weights) -> String {
+    let mut fingerprint = Fingerprint::default();
+    weights.add_to(&mut fingerprint);
+    fingerprint.finish()
+}
+
+/// Opens the files of a network again, if they are still those with these fingerprints: the layers
+/// keep the weights only as they compute with them.
+fn reopen(source: Source, half: bool, text: String, unet: String) -> Reopen {
+    Box::new(move |network| {
+        let (folder, stem, known) = match network {
+            Network::TextEncoder => ("text_encoder", "model", &text),
+            Network::UNet => ("unet", "diffusion_pytorch_model", &unet),
+        };
+        let weights = source.weights(folder, stem, half)?;
+        match fingerprint_of(&weights) == *known {
+            true => Ok(weights),
+            false => Err(Error::config(
+                weights.file_names(),
+                "has changed since the model was loaded; load the model again",
+            )),
+        }
+    })
 }
 
 fn device_name(device: &Device) -> String {

@@ -32,13 +32,14 @@ pub use self::prompts::encode_chunks;
 pub use self::spec::{Hires, Img2Img, MAX_STEPS, PromptSyntax, Spec, Upscaler};
 pub use self::trajectory::Trajectory;
 use crate::error::{Error, Result};
-use crate::layers::{LoraCache, LoraStack};
+use crate::layers::{LoraCache, LoraStack, ScaledLora};
 use crate::networks::Conditioning;
 use crate::ops::{
     KernelStats, device_kernels, device_name, device_stats, free_device_bytes, linear_combination,
 };
 use crate::picture::Rgb;
 use crate::sampling::{Noise, SamplerState};
+use crate::text::LoraUse;
 
 /// A loaded model.
 pub struct Pipeline {
@@ -116,7 +117,7 @@ impl Pipeline {
         let skipped = spec.skipped_steps();
         let sampler = self.sampler(spec, spec.steps, skipped)?;
         let (prompt, _) = spec.text()?;
-        let mut warnings = Vec::new();
+        let mut warnings: Vec<_> = loras.warnings().collect();
         let mut encode = |field, prompt: &str| -> Result<_> {
             let (conditioning, warning) =
                 self.prompts.encode(&self.model, prompt, spec.prompt_syntax, &loras)?;
@@ -260,15 +261,12 @@ impl Pipeline {
 }
 
 /// The LoRAs of the request and those that its prompt names. Blocks.
-fn lora_stack(
-    cache: &LoraCache,
-    asked: &[(String, f64)],
-    named: &[(String, f64)],
-) -> Result<LoraStack> {
+fn lora_stack(cache: &LoraCache, asked: &[LoraUse], named: &[LoraUse]) -> Result<LoraStack> {
     let mut loras = Vec::new();
     for (field, used) in [("loras", asked), ("prompt", named)] {
-        for (name, scale) in used {
-            loras.push((cache.get(field, name)?, *scale));
+        for LoraUse { name, scale, text_encoder_scale } in used {
+            let lora = cache.get(field, name)?;
+            loras.push(ScaledLora { lora, unet: *scale, text: *text_encoder_scale });
         }
     }
     Ok(LoraStack::new(loras))

@@ -17,7 +17,7 @@ use crate::text::{PromptChunk, chunks};
 pub(super) const CACHED_PROMPTS: NonZeroUsize = NonZeroUsize::new(32).expect("not zero");
 
 /// A prompt, its syntax, and the LoRAs of its encoder.
-pub(super) type PromptKey = (String, PromptSyntax, Vec<(u64, u64)>);
+pub(super) type PromptKey = (String, PromptSyntax, Vec<(u64, [u64; 2])>);
 
 /// The prompts that were encoded last.
 pub(super) struct PromptCache {

@@ -117,7 +117,7 @@ fn loras_are_read_before_a_picture_begins() {
     let add_ons = AddOns { loras, max_lora_bytes: 1 << 20, ..AddOns::default() };
     let pipeline = open(add_ons);
     let plain = spec(vec![]);
-    let adapted = spec(vec![("attention".to_owned(), 0.5)]);
+    let adapted = spec(vec![LoraUse::new("attention", 0.5)]);
     let named = Spec {
         prompt: "a cat <lora:attention:0.5>".into(),
         prompt_syntax: PromptSyntax::A1111,

@@ -8,6 +8,6 @@ mod tokenizer;
 pub use self::inversion::{Embeddings, PlaceholderToken};
 pub(crate) use self::syntax::max_chunks;
 pub use self::syntax::{PromptChunk, chunks};
-pub use self::tags::Loras;
 pub(crate) use self::tags::{LORA_TAGS, without_loras};
+pub use self::tags::{LoraUse, Loras};
 pub use self::tokenizer::{ClipTokenizer, Tokens};

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, safetensors};
 use sd_models::{
-    AddOns, AssetDir, DeviceName, Error, LoadOptions, Pipeline, Precision, PromptSyntax,
+    AddOns, AssetDir, DeviceName, Error, LoadOptions, LoraUse, Pipeline, Precision, PromptSyntax,
     SafetyMode, Size, Source, Spec,
 };
 
@@ -42,7 +42,7 @@ fn model(directory: PathBuf) -> Pipeline {
 }
 
 fn spec(loras: &[(&str, f64)]) -> Spec {
-    let loras = loras.iter().map(|(name, scale)| ((*name).to_owned(), *scale)).collect();
+    let loras = loras.iter().map(|(name, scale)| LoraUse::new(*name, *scale)).collect();
     Spec { loras, steps: 3, size: Size::new(64, 64).unwrap(), ..base(None) }
 }
 
@@ -262,11 +262,17 @@ fn what_cannot_be_applied_is_refused_by_tensor_and_file() {
     let mut half = good();
     half.remove(&format!("{name}.lora_up.weight"));
     let cases = [
-        ("unknown", with("lora_unet_elsewhere.lora_up.weight".into(), zeros(&[1])), "elsewhere"),
-        ("loha", with(format!("{name}.hada_w1_a"), zeros(&[1])), "LoHa"),
-        ("lokr", with(format!("{name}.lokr_w1"), zeros(&[1])), "LoKr"),
-        ("dora", with(format!("{name}.dora_scale"), zeros(&[1])), "DoRA"),
-        ("xl", with("lora_te2_text_model_x.lora_up.weight".into(), zeros(&[1])), "SDXL"),
+        ("loha", with(format!("{name}.hada_w1_a"), zeros(&[1])), "another method"),
+        ("oft", with(format!("{name}.oft_blocks"), zeros(&[1])), "is of OFT"),
+        ("norm", with("lora_unet_conv_norm_out.w_norm".into(), zeros(&[1])), "a change of norms"),
+        ("dora", with(format!("{name}.dora_scale"), zeros(&[1])), "expected 192 numbers"),
+        ("nan", with(format!("{name}.lora_up.weight"), (zeros(&[192, 2]) / 0.0).unwrap()), "NaN"),
+        ("alpha", with(format!("{name}.alpha"), zeros(&[2])), "expected one number, found [2]"),
+        (
+            "xl",
+            with("lora_te2_text_model_x.lora_up.weight".into(), zeros(&[1])),
+            "Stable Diffusion XL",
+        ),
         (
             "shape",
             with(format!("{name}.lora_up.weight"), zeros(&[192, 3])),
@@ -308,5 +314,5 @@ fn what_cannot_be_applied_is_refused_by_tensor_and_file() {
     let missing = spec(&[("missing", 1.0)]);
     assert!(refused("missing").contains("is unknown"));
     let missing = model.info().check_files(&missing).unwrap_err().to_string();
-    assert!(missing.contains("\"missing\", which is unknown; known are dora"), "{missing}");
+    assert!(missing.contains("\"missing\", which is unknown; known are alpha"), "{missing}");
 }

@@ -8,8 +8,8 @@ use std::sync::mpsc::{self, Receiver, Sender};
 
 use futures_util::FutureExt as _;
 use sd_models::{
-    AddOns, Defaults, Embeddings, Error, Hires, LoraStack, MemoryEstimate, ModelInfo, PromptSyntax,
-    Rgb, Sampler, SigmaSchedule, Size, Spec, Upscaler,
+    AddOns, Defaults, Embeddings, Error, Hires, LoraStack, LoraUse, MemoryEstimate, ModelInfo,
+    PromptSyntax, Rgb, Sampler, SigmaSchedule, Size, Spec, Upscaler,
 };
 use tokio::time::{Instant as Clock, advance};
 

@@ -11,8 +11,8 @@ use sd_models::networks::{ClipTextConfig, UNetConfig, VaeConfig};
 use sd_models::sampling::SchedulerConfig;
 use sd_models::text::{ClipTokenizer, chunks};
 use sd_models::{
-    AddOns, AssetDir, Checkpoint, DeviceName, LoadOptions, Pipeline, Precision, PromptSyntax,
-    SafetyMode, Source, Spec,
+    AddOns, AssetDir, Checkpoint, DeviceName, LoadOptions, LoraUse, Pipeline, Precision,
+    PromptSyntax, SafetyMode, Source, Spec,
 };
 use tempfile::TempDir;
 use zip::write::SimpleFileOptions;
@@ -148,7 +148,7 @@ pub fn prompt(data: &[u8]) {
     assert_eq!(plain.ids.len(), 77);
     let spec = Spec { prompt: prompt.into(), prompt_syntax: PromptSyntax::A1111, ..spec(1, 1) };
     let Some((text, loras)) = short(spec.text()) else { return };
-    assert!(loras.iter().all(|(_, scale)| scale.is_finite()));
+    assert!(loras.iter().all(|lora| lora.scale.is_finite() && lora.text_encoder_scale.is_finite()));
     let (chunks, _) = short(chunks(&text, &TOKENIZER)).expect("any text has tokens");
     assert!((1..=8).contains(&chunks.len()));
     for chunk in chunks {
@@ -186,7 +186,7 @@ pub fn lora(data: &[u8]) {
     let path = LORAS.path().join(format!("{name}.safetensors"));
     std::fs::write(&path, safetensors_file(data)).expect("it is written");
     let size = MODEL.info().defaults.size;
-    short(MODEL.begin(&Spec { size, loras: vec![(name, 0.5)], ..spec(1, 1) }));
+    short(MODEL.begin(&Spec { size, loras: vec![LoraUse::new(name, 0.5)], ..spec(1, 1) }));
     std::fs::remove_file(path).expect("it is removed");
 }
 

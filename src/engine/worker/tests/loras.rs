@@ -4,7 +4,7 @@ use super::*;
 
 /// An image that needs a file.
 fn adapted(seed: u64, steps: usize) -> Spec {
-    Spec { loras: vec![("style".into(), 1.0)], ..spec(seed, steps) }
+    Spec { loras: vec![LoraUse::new("style", 1.0)], ..spec(seed, steps) }
 }
 
 #[test]
