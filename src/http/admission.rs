@@ -105,12 +105,13 @@ fn client(extensions: &Extensions) -> Client {
     extensions.get::<Client>().cloned().or_else(address).unwrap_or_default()
 }
 
-/// Whether a request is one of many clients that cannot be told apart: a trusted proxy that names no
-/// client, or a caller without an address. The limits of one client are not for it.
-fn is_shared(extensions: &Extensions, settings: &HttpConfig) -> bool {
+/// The client of a request, unless it is one of many that cannot be told apart: a trusted proxy that
+/// names no client, or a caller without an address. The limits of one client are not for it.
+pub(crate) fn limited_client(extensions: &Extensions, settings: &HttpConfig) -> Option<Client> {
     let address = extensions.get::<ClientAddress>();
     let is_proxy = address.is_none_or(|client| settings.is_trusted(client.0));
-    extensions.get::<Client>().is_none() && is_proxy
+    let is_shared = extensions.get::<Client>().is_none() && is_proxy;
+    (!is_shared).then(|| client(extensions))
 }
 
 /// The maximum length of a body.
@@ -144,8 +145,8 @@ async fn admit(request: Request, state: &AppState, limit: BodyLimit) -> Result<A
     let client = client(extensions);
     let accepted = extensions.get::<AcceptedWork>().cloned().unwrap_or_default();
     let crowded = |limit| ApiError::Crowded { limit, retry_after_s: state.engine.retry_after() };
-    let counted = Some(&client).filter(|_| !is_shared(extensions, settings));
-    let take = |requests, bytes| state.slots.take(counted, Amount { requests, bytes });
+    let limited = limited_client(extensions, settings);
+    let take = |requests, bytes| state.slots.take(limited.as_ref(), Amount { requests, bytes });
     let slot = take(1, 0).map_err(crowded)?;
     // If there is no model, the body may name one.
     model_of(&state.engine)?;

@@ -205,7 +205,7 @@ fn serve(
     let _ = stream.set_nodelay(true);
     let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_BYTES);
     let written = Arc::new(AtomicU64::new(0));
-    let stream = MustProgress::new(stream, settings.write_timeout, Arc::clone(&written));
+    let stream = MustProgress::new(stream, settings.write_timeout, MIN_RATE, Arc::clone(&written));
     let work = AcceptedWork::default();
     let accepted = work.clone();
     let respond = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {

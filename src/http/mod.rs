@@ -23,6 +23,7 @@ mod slots;
 mod state;
 mod store;
 mod streaming;
+mod unsent;
 
 pub use access::{AccessConfig, AllowedHost, ApiKey, BaseUrl, TrustedProxies};
 pub use connections::{RESERVED_CONNECTIONS, listen};

@@ -10,24 +10,34 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
-/// A stream that fails when a write has made no progress for `timeout`. Time passes only while a
-/// write is pending.
+/// A stream that fails when its peer takes less than `rate` of what is written to it. Time passes
+/// only while a write is pending; when all is written, the next write has all of its time.
 #[derive(Debug)]
 pub(crate) struct MustProgress<S> {
     stream: S,
-    timeout: Duration,
-    /// Ends the wait of a pending write.
-    stalled: Option<Pin<Box<Sleep>>>,
+    /// Time over which the rate is measured.
+    window: Duration,
+    /// Bytes per second, on average over a window.
+    rate: u64,
+    pending: Option<Pending>,
     /// Number of bytes written.
     written: Arc<AtomicU64>,
 }
 
+/// Writes that wait for the peer.
+#[derive(Debug)]
+struct Pending {
+    /// The end of the window.
+    end: Pin<Box<Sleep>>,
+    /// Number of bytes written when it began.
+    before: u64,
+}
+
 impl<S> MustProgress<S> {
-    pub(crate) fn new(stream: S, timeout: Duration, written: Arc<AtomicU64>) -> Self {
-        Self { stream, timeout, stalled: None, written }
+    pub(crate) fn new(stream: S, window: Duration, rate: u64, written: Arc<AtomicU64>) -> Self {
+        Self { stream, window, rate, pending: None, written }
     }
 
-    /// Ends the wait after bytes were written.
     fn wrote(
         &mut self,
         cx: &mut Context<'_>,
@@ -35,23 +45,31 @@ impl<S> MustProgress<S> {
     ) -> Poll<io::Result<usize>> {
         if let Poll::Ready(Ok(written)) = &result {
             self.written.fetch_add(*written as u64, Ordering::Relaxed);
-            self.stalled = None;
         }
         self.wait(cx, result)
     }
 
-    /// Waits with a pending operation for as long as is left.
+    /// Waits with a pending operation until the end of a window in which too little was written.
     fn wait<T>(
         &mut self,
         cx: &mut Context<'_>,
         result: Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
-        if result.is_pending() {
-            let timeout = self.timeout;
-            ready!(self.stalled.get_or_insert_with(|| Box::pin(sleep(timeout))).as_mut().poll(cx));
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        if result.is_ready() {
+            return result;
         }
-        result
+        let written = self.written.load(Ordering::Relaxed);
+        let window = self.window;
+        let begin = || Pending { end: Box::pin(sleep(window)), before: written };
+        let pending = self.pending.get_or_insert_with(begin);
+        loop {
+            ready!(pending.end.as_mut().poll(cx));
+            let taken = u128::from(written - pending.before);
+            if taken == 0 || taken * 1000 < u128::from(self.rate) * window.as_millis() {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+            *pending = begin();
+        }
     }
 }
 
@@ -89,7 +107,11 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for MustProgress<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // It is called when nothing is left to write.
         let result = Pin::new(&mut self.stream).poll_flush(cx);
+        if result.is_ready() {
+            self.pending = None;
+        }
         self.wait(cx, result)
     }
 
@@ -101,35 +123,61 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for MustProgress<S> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
     use tokio::time::{Instant, advance};
 
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn time_passes_only_while_a_write_makes_no_progress() -> io::Result<()> {
-        let written = Arc::new(AtomicU64::new(0));
-        let (ours, mut peer) = duplex(4);
-        let mut stream = MustProgress::new(ours, Duration::from_secs(10), Arc::clone(&written));
+    const WINDOW: Duration = Duration::from_secs(10);
+
+    /// A stream with 1 byte per second, and its peer, which has yet to take 4 bytes.
+    async fn filled() -> io::Result<(MustProgress<DuplexStream>, DuplexStream)> {
+        let (ours, peer) = duplex(4);
+        let mut stream = MustProgress::new(ours, WINDOW, 1, Arc::default());
         stream.write_all(b"1234").await?;
         // Nothing is pending.
-        advance(Duration::from_secs(100)).await;
-        let reader = tokio::spawn(async move {
-            for _ in 0..3 {
-                tokio::time::sleep(Duration::from_secs(9)).await;
-                peer.read_u8().await?;
+        advance(10 * WINDOW).await;
+        Ok((stream, peer))
+    }
+
+    fn reads(mut peer: DuplexStream, every_s: u64) -> tokio::task::JoinHandle<io::Result<()>> {
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(Duration::from_secs(every_s)).await;
+                let mut bytes = [0; 2];
+                peer.read_exact(&mut bytes).await?;
             }
-            io::Result::Ok(peer)
-        });
-        let began = Instant::now();
+        })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_takes_nothing_or_a_drop_at_a_time_is_refused() -> io::Result<()> {
+        for every_s in [9, 1000] {
+            let (mut stream, peer) = filled().await?;
+            let (began, reader) = (Instant::now(), reads(peer, every_s));
+            let error = stream.write_all(&[0; 100]).await.expect_err("too slow");
+            assert_eq!((error.kind(), began.elapsed()), (io::ErrorKind::TimedOut, WINDOW));
+            reader.abort();
+        }
+        Ok(())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_of_the_rate_may_take_as_long_as_it_needs() -> io::Result<()> {
+        let (mut stream, peer) = filled().await?;
+        let (began, reader) = (Instant::now(), reads(peer, 2));
         let slices = [IoSlice::new(b"567"), IoSlice::new(b"8")];
-        assert_eq!(stream.write_vectored(&slices[..1]).await?, 1, "after 9 s");
-        stream.write_all(b"67").await?;
-        assert_eq!(began.elapsed().as_secs(), 27);
-        let error = stream.write_vectored(&slices).await.expect_err("nobody reads");
-        assert_eq!((error.kind(), began.elapsed().as_secs()), (io::ErrorKind::TimedOut, 37));
-        assert_eq!(written.load(Ordering::Relaxed), 7);
-        drop(reader.await?);
+        assert_eq!(stream.write_vectored(&slices).await?, 2, "after 2 s");
+        stream.write_all(&[0; 98]).await?;
+        stream.flush().await?;
+        assert_eq!(began.elapsed().as_secs(), 100);
+        assert_eq!(stream.written.load(Ordering::Relaxed), 104);
+        reader.abort();
+        // The next response has a window of its own.
+        advance(10 * WINDOW).await;
+        let began = Instant::now();
+        assert!(stream.write_all(&[0; 100]).await.is_err());
+        assert!(began.elapsed() <= WINDOW);
         Ok(())
     }
 }

@@ -16,7 +16,7 @@ use super::middleware::observe::observe;
 use super::middleware::{auth, forwarded, origin, sagemaker_route};
 use super::state::{AppState, HttpConfig};
 use super::store::JobStore;
-use super::{a1111, admin, invocations, openai, page};
+use super::{a1111, admin, invocations, openai, page, unsent};
 use crate::registry::ModelRegistry;
 
 /// All routes, with the jobs of the data directory; the error says why it cannot be used.
@@ -45,6 +45,7 @@ pub(crate) fn router_with(models: ModelRegistry, settings: HttpConfig, jobs: Job
         .merge(admin::routes())
         .merge(openai::files())
         .merge(invocations::open_routes());
+    let weigh = || from_fn_with_state(state.clone(), unsent::weigh);
     let mut sagemaker = invocations::sagemaker_routes(access.lock_invocations);
     let mut locked = invocations::routes();
     if state.models.multi_model() {
@@ -53,14 +54,15 @@ pub(crate) fn router_with(models: ModelRegistry, settings: HttpConfig, jobs: Job
     } else {
         locked = locked.merge(invocations::named_model_routes());
     }
+    sagemaker = sagemaker.route_layer(weigh());
     if access.lock_invocations {
         sagemaker = sagemaker.route_layer(lock());
     }
     let router = router
         .merge(sagemaker)
-        .merge(locked.route_layer(lock()))
-        .merge(openai::routes().route_layer(lock()))
-        .merge(a1111::routes().route_layer(lock()));
+        .merge(locked.route_layer(weigh()).route_layer(lock()))
+        .merge(openai::routes().route_layer(weigh()).route_layer(lock()))
+        .merge(a1111::routes().route_layer(weigh()).route_layer(lock()));
     let router = admin::with_document(router, &state)
         .fallback(async || ApiError::NotFound)
         .method_not_allowed_fallback(other_method)

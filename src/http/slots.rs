@@ -1,4 +1,5 @@
-//! What the requests in flight hold: slots, and bytes of bodies; in all and of each client.
+//! What the requests in flight hold: slots, and bytes of bodies and of responses that their clients
+//! have not taken; in all and of each client.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -7,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::engine::Client;
 use crate::host::freed::FreedMemory;
 
-/// A number of requests and of bytes of their bodies.
+/// A number of requests and of bytes of their bodies and responses.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Amount {
     pub(crate) requests: usize,
@@ -33,16 +34,25 @@ struct Held {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Limit {
     /// Of all clients together.
-    #[error("too many requests are in flight; the maximum is {0}")]
+    #[error("too many requests are in flight; the maximum is {0}, --max-requests")]
     Requests(usize),
     /// Of one client.
-    #[error("too many requests of this client are in flight; the maximum is {0}")]
+    #[error(
+        "too many requests of this client are in flight; the maximum is {0}, \
+             --max-requests-per-client"
+    )]
     ClientRequests(usize),
     /// Of all clients together.
-    #[error("too many bytes of request bodies are in flight; the maximum is {0}")]
+    #[error(
+        "too many bytes of requests and of unread responses are in flight; the maximum is {0}, \
+             --max-body-bytes-in-flight"
+    )]
     Bytes(usize),
     /// Of one client.
-    #[error("too many bytes of this client's request bodies are in flight; the maximum is {0}")]
+    #[error(
+        "too many bytes of this client's requests and unread responses are in flight; the maximum \
+             is {0}, half of --max-body-bytes-in-flight"
+    )]
     ClientBytes(usize),
 }
 
@@ -69,6 +79,21 @@ impl Slots {
         self.add(client, amount)?;
         let (slots, client) = (Arc::clone(self), client.cloned());
         Ok(Share { slots, client, requests: amount.requests, bytes: amount.bytes.into() })
+    }
+
+    /// Takes a share for bytes that are in memory already. It is never refused; what comes after it
+    /// is, if it exceeds the limits.
+    pub(crate) fn count(self: &Arc<Self>, client: Option<&Client>, bytes: usize) -> Share {
+        let mut held = self.lock();
+        let more = Amount { requests: 0, bytes };
+        held.all = held.all.plus(more);
+        if let Some(client) = client {
+            let one = held.clients.entry(client.clone()).or_default();
+            *one = one.plus(more);
+        }
+        drop(held);
+        let (slots, client) = (Arc::clone(self), client.cloned());
+        Share { slots, client, requests: 0, bytes: bytes.into() }
     }
 
     /// What all clients hold together.
@@ -181,7 +206,10 @@ mod tests {
         first.shrink_to(3);
         first.shrink_to(50);
         assert_eq!(slots.held(), amount(3, 83));
-        drop((first, second, third));
+        let counted = slots.count(Some(&b), 1000);
+        assert_eq!(slots.held(), amount(3, 1083));
+        assert_eq!(refused(Some(&b), 0, 1), Some(Limit::Bytes(100)));
+        drop((first, second, third, counted));
         assert_eq!(slots.held(), Amount::default());
         assert!(slots.lock().clients.is_empty());
     }

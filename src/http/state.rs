@@ -48,8 +48,9 @@ pub struct HttpConfig {
     /// proxy that names no client has no such limit, since it stands for many
     #[arg(long, env = "SD_MAX_REQUESTS_PER_CLIENT", value_parser = min::<1>)]
     pub max_requests_per_client: Option<usize>,
-    /// Maximum total length of the request bodies in memory, in bytes; at least --max-body-bytes.
-    /// One client may hold half of it, or one body. At the limit, requests get 429
+    /// Maximum total length of the request bodies and the unread responses in memory, in bytes; at
+    /// least --max-body-bytes. One client may hold half of it, or one body. At the limit, requests
+    /// get 429
     #[arg(long, env = "SD_MAX_BODY_BYTES_IN_FLIGHT", default_value = "268435456")]
     #[arg(value_parser = size::<1>)]
     pub max_body_bytes_in_flight: usize,
@@ -121,8 +122,8 @@ pub struct HttpConfig {
     #[arg(long = "body-timeout-ms", env = "SD_BODY_TIMEOUT_MS", default_value = "10000")]
     #[arg(value_parser = millis::<1>, help_heading = "Network")]
     pub body_timeout: Duration,
-    /// Time in which a client must take some bytes of its response, in milliseconds; after it the
-    /// connection is closed
+    /// Time over which a client must take its response at 64 KiB per second on average, in
+    /// milliseconds; if it takes less, the connection is closed
     #[arg(long = "write-timeout-ms", env = "SD_WRITE_TIMEOUT_MS", default_value = "10000")]
     #[arg(value_parser = millis::<1>, help_heading = "Network")]
     pub write_timeout: Duration,

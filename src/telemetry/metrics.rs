@@ -102,7 +102,7 @@ metrics! {
     request_duration: Histogram = "sd_request_duration_seconds" ["route"] request_buckets;
     /// Generation requests in flight, queued ones included.
     requests_in_flight: Gauge = "sd_requests_in_flight" [] Gauge::default;
-    /// Bytes of request bodies in flight: received or declared, and not yet released.
+    /// Bytes of request bodies, received or declared and not yet released, and of unread responses.
     body_bytes_in_flight: Gauge = "sd_body_bytes_in_flight" [] Gauge::default;
     /// Requested images by outcome: completed, failed, cancelled or rejected.
     images: Counter = "sd_images" ["outcome"] Counter::default;

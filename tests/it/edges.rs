@@ -10,6 +10,8 @@ use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::http::{Request, StatusCode};
 use axum::response::Response;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use futures_util::stream;
 use sd_server::engine::Engine;
 use sd_server::http::{self, HttpConfig};
@@ -261,6 +263,35 @@ async fn the_bytes_of_all_bodies_are_limited_together() -> Result<()> {
     );
     drop(strings.permits);
     assert_eq!(drawing.await?.0, 200);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unread_response_is_weighed_until_it_is_read() -> Result<()> {
+    let (engine, _strings) = ready().await;
+    let limits = http::HttpConfig { max_body_bytes: 2 << 20, ..HTTP };
+    let settings = HttpConfig { max_body_bytes_in_flight: 2 << 20, ..limits };
+    let server = Server::start(engine, settings, LONG).await;
+    // A response of about twice the text, which is more than fits in the buffers of both sides.
+    let text: String = (0..900_000_u32).map(|n| char::from(b'a' + (n * n % 23) as u8)).collect();
+    let picture = sd_models::Rgb { width: 8, height: 8, data: vec![0; 8 * 8 * 3] };
+    let file = sd_server::image::encode(&picture, sd_server::image::Format::Png, 90, &text)?;
+    let body = format!(r#"{{"image":"{}"}}"#, BASE64_STANDARD.encode(file));
+    let length = body.len();
+    let head = format!("POST /sdapi/v1/png-info HTTP/1.1\r\n{HEAD}Content-Length: {length}\r\n");
+    let mut unread = send(&server, &format!("{head}Connection: close\r\n\r\n{body}"));
+    unread.read_exact(&mut [0; 15])?;
+    let metrics = get(&server, "/metrics");
+    let held = metrics.lines().find_map(|line| line.strip_prefix("sd_body_bytes_in_flight "));
+    assert!(held.context("a metric")?.parse::<usize>()? > 2 * text.len(), "{metrics}");
+    let small =
+        format!("POST /invocations HTTP/1.1\r\n{HEAD}Connection: close\r\nContent-Length: ");
+    let refused = read(send(&server, &format!("{small}900000\r\n\r\n")));
+    assert!(refused.starts_with("HTTP/1.1 429"), "{refused}");
+    assert!(refused.contains("--max-body-bytes-in-flight"), "{refused}");
+    let whole = read(unread);
+    assert!(whole.contains(&text) && whole.ends_with('}'), "{} bytes", whole.len());
+    wait_until(|| shows(&server, "sd_body_bytes_in_flight 0"));
     Ok(())
 }
 

@@ -33,7 +33,7 @@ const SERVER: Floors = &[
             &["mod"],
             &["router", "connections"],
             &["invocations", "openai", "a1111", "admin", "page"],
-            &["admission", "drawing", "streaming", "docs", "extract"],
+            &["admission", "drawing", "streaming", "unsent", "docs", "extract"],
             &["links"],
             &["middleware"],
             &["state"],
