@@ -20,5 +20,6 @@ mod source;
 pub fn run(config: cli::Config) -> anyhow::Result<()> {
     // Dropped last: the error is logged before.
     let _log = telemetry::init(config.log_format, &config.log_filter);
+    config.warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     (config.action)().inspect_err(|error| tracing::error!("{error:#}"))
 }

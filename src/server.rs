@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use axum::Router;
 use futures_util::future::OptionFuture;
+use sd_models::AddOns;
 use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -124,6 +125,10 @@ impl ModelLoader for DiskLoader {
 
     fn start(&self, path: &Path) -> io::Result<Engine> {
         start(&self.device, self.engine, self.at(path))
+    }
+
+    fn add_ons(&self) -> AddOns {
+        self.model.add_ons.clone()
     }
 
     fn free_bytes(&self) -> Option<u64> {

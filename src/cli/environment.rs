@@ -59,6 +59,31 @@ pub(super) fn name_variable(mut error: clap::Error, args: &[OsString]) -> clap::
     error
 }
 
+/// A sentence for each variable that is named like those of the options and is none of them.
+pub(super) fn unknown_variables() -> Vec<String> {
+    let command = Args::command();
+    let options = command.get_subcommands().flat_map(clap::Command::get_arguments);
+    let mut known: Vec<_> = options.filter_map(|option| option.get_env()?.to_str()).collect();
+    known.push("SD_PORT");
+    // Kubernetes sets some for each service, such as one that is named sd-server.
+    let of_service = |name: &str, value: &str| {
+        ["_SERVICE_", "_PORT_"].iter().any(|part| name.contains(part)) || value.contains("://")
+    };
+    let unknown = |(name, value): (OsString, OsString)| {
+        let (name, value) = (name.to_str()?.to_owned(), value.to_string_lossy());
+        let is_unknown = name.starts_with("SD_") && !known.contains(&name.as_str());
+        (is_unknown && !of_service(&name, &value)).then_some(name)
+    };
+    let mut unknown: Vec<_> = std::env::vars_os().filter_map(unknown).collect();
+    unknown.sort();
+    let sentence = |name: String| {
+        let near = |other: &&&str| (strsim::jaro_winkler(&name, other) * 1e6) as u32;
+        let near = known.iter().max_by_key(near).map_or("", |nearest| nearest);
+        format!("the variable {name} is ignored: no option has it; the nearest is {near}")
+    };
+    unknown.into_iter().map(sentence).collect()
+}
+
 /// `LD_LIBRARY_PATH`.
 pub fn library_path() -> Option<String> {
     variable("LD_LIBRARY_PATH")

@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::FromArgMatches as _;
-use sd_models::{AddOns, AssetDir, DeviceName, SafetyMode};
+use sd_models::{AddOns, AssetDir, DeviceName, Precision, SafetyMode};
 use serde_json::{Value, json};
 
 use crate::engine::Safety;
@@ -24,7 +24,7 @@ use crate::source::{Download, ModelConfig, ModelLocation, is_checkpoint, is_hub_
 use crate::telemetry::LogFormat;
 use args::{Args, Command, GenerateArgs, ModelArgs, SafetyChecker, ServeArgs};
 pub use environment::library_path;
-use environment::{command, hub, name_variable, port, usage};
+use environment::{command, hub, name_variable, port, unknown_variables, usage};
 use generate::Generate;
 
 /// The default model.
@@ -41,6 +41,8 @@ pub struct Config {
     pub log_format: LogFormat,
     /// The log filter, in the syntax of tracing's `EnvFilter`.
     pub log_filter: String,
+    /// What is to be logged first.
+    pub(crate) warnings: Vec<String>,
 }
 
 /// The work of a subcommand, with its configuration.
@@ -98,7 +100,7 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
             Box::new(move || healthcheck::run(&address))
         }
     };
-    Ok(Config { action, log_format, log_filter })
+    Ok(Config { action, log_format, log_filter, warnings: unknown_variables() })
 }
 
 fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
@@ -186,6 +188,7 @@ impl GenerateArgs {
 impl ModelArgs {
     fn resolve(self) -> Result<(ModelConfig, Safety), clap::Error> {
         let (checking, safety) = safety(self.safety_checker);
+        check_device(self.device, self.dtype)?;
         let model = ModelConfig {
             checking,
             location: location(self.model, self.revision)?,
@@ -211,6 +214,18 @@ impl ModelArgs {
         };
         Ok((model, safety))
     }
+}
+
+/// Checks that a device can compute in a type, as far as that is known without a GPU: it is opened
+/// when a model is loaded.
+fn check_device(device: DeviceName, dtype: Precision) -> Result<(), clap::Error> {
+    if cfg!(feature = "cuda") && device != DeviceName::Cpu {
+        return Ok(());
+    }
+    let checked = device.open().and_then(|opened| dtype.resolve(&opened));
+    checked.map(drop).map_err(|error| {
+        usage(format!("--device {device} (SD_DEVICE) with --dtype {dtype} (SD_DTYPE): {error}"))
+    })
 }
 
 /// Whether a checker is loaded, and the action on flagged images. The default is to blur: the

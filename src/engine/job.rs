@@ -32,13 +32,10 @@ pub enum JobError {
     #[error("the server is shutting down")]
     Stopping,
     /// The job was not finished within its timeout.
-    #[error(
-        "the request was not finished within its timeout: that of --request-timeout-ms, \
-         --stream-timeout-ms or --job-timeout-ms, or less in its header x-request-timeout-ms"
-    )]
+    #[error("the request was not finished within its timeout")]
     Deadline,
     /// The device is out of memory for this image.
-    #[error("the device has not enough memory for this image")]
+    #[error("the device has not enough memory for this image; ask for a smaller one")]
     OutOfMemory,
     /// The device is lost; only a new process can use it.
     #[error("the device failed and is no longer usable")]

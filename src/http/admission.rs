@@ -2,27 +2,27 @@
 //! of the request slots and room for the body, starts the request's clock and reads the body.
 
 use std::convert::Infallible;
+use std::error::Error as _;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{FromRequest, FromRequestParts, Request};
-use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH};
+use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, TRANSFER_ENCODING};
 use axum::http::request::Parts;
-use axum::http::{Extensions, HeaderMap};
+use axum::http::{Extensions, HeaderMap, HeaderValue};
 use futures_util::StreamExt as _;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use super::deadline::{Deadline, Timeout};
 use super::error::{ApiError, Result};
 use super::middleware::forwarded::ClientAddress;
 use super::slots::{Amount, Limit, Share};
 use super::state::{AppState, HttpConfig, model_of};
 use crate::engine::Client;
 use crate::request::{Fields, ValidationError};
-
-/// Header with the client's timeout in milliseconds. It cannot exceed the server's.
-const TIMEOUT: &str = "x-request-timeout-ms";
 
 /// A slower transfer counts as stalled, in bytes per second.
 pub(crate) const MIN_RATE: u64 = 1 << 16;
@@ -39,9 +39,9 @@ pub(crate) struct Admitted {
     pub(crate) headers: HeaderMap,
     pub(crate) body: Vec<u8>,
     pub(crate) client: Client,
-    pub(crate) timeout: Duration,
+    pub(crate) timeout: Timeout,
     /// Deadline of a response that is a stream.
-    pub(crate) stream_deadline: Instant,
+    pub(crate) stream_deadline: Deadline,
     pub(crate) slot: RequestSlot,
 }
 
@@ -55,7 +55,7 @@ pub(crate) struct AdmittedSmall(pub(crate) Admitted);
 #[derive(Debug, Clone)]
 pub(crate) struct RequestSlot {
     /// When the request is answered at the latest, unless the response is a stream.
-    pub(crate) deadline: Instant,
+    pub(crate) deadline: Deadline,
     _slot: Arc<Share>,
     /// The room for the body, until what was in it has been freed.
     body: Option<Arc<Share>>,
@@ -138,9 +138,10 @@ async fn admit(request: Request, state: &AppState, limit: BodyLimit) -> Result<A
     let arrived = Instant::now();
     let settings = &state.settings;
     let headers = request.headers().clone();
-    let timeout = self::timeout(&headers, settings.request_timeout)?;
-    let deadline = arrived + timeout;
-    let stream_deadline = arrived + self::timeout(&headers, settings.stream_timeout)?;
+    let timeout = Timeout::of(&headers, "--request-timeout-ms", settings.request_timeout)?;
+    let deadline = timeout.after(arrived);
+    let stream = Timeout::of(&headers, "--stream-timeout-ms", settings.stream_timeout)?;
+    let stream_deadline = stream.after(arrived);
     let extensions = request.extensions();
     let client = client(extensions);
     let accepted = extensions.get::<AcceptedWork>().cloned().unwrap_or_default();
@@ -162,8 +163,14 @@ async fn admit(request: Request, state: &AppState, limit: BodyLimit) -> Result<A
     Ok(Admitted { headers, body, client, timeout, stream_deadline, slot })
 }
 
-/// Rejects a compressed body.
+/// Rejects a compressed body. A length beside `chunked` never comes here: hyper removes it.
 fn check_coding(headers: &HeaderMap) -> Result<()> {
+    let mut transfer = headers.get_all(TRANSFER_ENCODING).iter();
+    let is_chunked = |coding: &HeaderValue| coding.as_bytes().eq_ignore_ascii_case(b"chunked");
+    if !transfer.next().is_none_or(is_chunked) || transfer.next().is_some() {
+        let reason = "must be chunked, once and alone";
+        return Err(ValidationError::malformed("transfer-encoding", reason).into());
+    }
     let mut codings = headers.get_all(CONTENT_ENCODING).iter();
     match codings.find(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity")) {
         None => Ok(()),
@@ -181,7 +188,7 @@ struct Receive {
     arrived: Instant,
     /// Time for the body, in any case; more only while it arrives at `MIN_RATE` on average.
     patience: Duration,
-    deadline: Instant,
+    deadline: Deadline,
 }
 
 impl Receive {
@@ -200,10 +207,7 @@ impl Receive {
             let part = match part.map_err(|_| ApiError::SlowBody(limit))? {
                 None => return Ok(body),
                 Some(Ok(part)) => part,
-                Some(Err(_)) => {
-                    let message = "the body ended before its declared length";
-                    return Err(ValidationError::body(message).into());
-                }
+                Some(Err(error)) => return Err(cut(&error)),
             };
             let length = body.len() + part.len();
             self.limit.check(length)?;
@@ -216,7 +220,23 @@ impl Receive {
     fn until(&self, received: usize) -> (Instant, &'static str) {
         let paid = Duration::from_micros(received as u64 * 1_000_000 / MIN_RATE);
         let body = (self.arrived + self.patience.max(paid), "--body-timeout-ms");
-        if self.deadline < body.0 { (self.deadline, "the timeout of the request") } else { body }
+        let Deadline { at, limit } = self.deadline;
+        if at < body.0 { (at, limit) } else { body }
+    }
+}
+
+/// Why no more of a body comes: its chunks are malformed, or the client is gone.
+fn cut(error: &axum::Error) -> ApiError {
+    use io::ErrorKind::{InvalidData, InvalidInput};
+    let mut causes = std::iter::successors(error.source(), |&error| error.source());
+    let is_malformed = causes.any(|cause| {
+        let io = cause.downcast_ref::<io::Error>();
+        io.is_some_and(|error| [InvalidData, InvalidInput].contains(&error.kind()))
+    });
+    if is_malformed {
+        ValidationError::body("the chunks of the body are malformed").into()
+    } else {
+        ApiError::ClientClosed
     }
 }
 
@@ -237,7 +257,7 @@ pub(crate) fn text(body: &[u8]) -> Result<&str, ValidationError> {
 
 impl RequestSlot {
     /// A slot for a job that was accepted by an earlier process; waits until one is free.
-    pub(crate) async fn wait(state: &AppState, deadline: Instant) -> Self {
+    pub(crate) async fn wait(state: &AppState, deadline: Deadline) -> Self {
         loop {
             let amount = Amount { requests: 1, bytes: 0 };
             if let Ok(slot) = state.slots.take(None, amount) {
@@ -265,18 +285,5 @@ impl RequestSlot {
     /// Held until the work is done whose result the connection must still send.
     pub(crate) fn accept(&self) -> TaskTrackerToken {
         self.accepted.0.token()
-    }
-}
-
-/// The client's timeout, if it is less than `most`.
-pub(crate) fn timeout(headers: &HeaderMap, most: Duration) -> Result<Duration> {
-    let Some(value) = headers.get(TIMEOUT) else { return Ok(most) };
-    let millis = value.to_str().ok().and_then(|value| value.trim().parse().ok());
-    match millis {
-        Some(millis @ 1..) => Ok(Duration::from_millis(millis).min(most)),
-        _ => {
-            let reason = "must be a whole number of at least 1";
-            Err(ValidationError::malformed(TIMEOUT, reason).into())
-        }
     }
 }

@@ -8,11 +8,11 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use sd_models::{ModelInfo, Rgb, Spec};
 use tokio::sync::watch;
-use tokio::time::Instant as Deadline;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{error, info, info_span};
 
 use super::admission::RequestSlot;
+use super::deadline::Deadline;
 use super::error::{ApiError, Result};
 use super::ids;
 use super::state::AppState;
@@ -149,7 +149,7 @@ impl Drawing {
     /// Submits the images to the engine.
     pub(crate) fn submit(&self, client: &Client, deadline: Deadline) -> Result<Ticket> {
         let (specs, client) = (self.specs.clone(), client.clone());
-        let (deadline, preview, priority) = (Some(deadline), self.preview, self.priority);
+        let (deadline, preview, priority) = (Some(deadline.at), self.preview, self.priority);
         let uncounted = self.uncounted.get().cloned();
         Ok(self.engine.submit(Job { specs, client, deadline, preview, priority, uncounted })?)
     }
@@ -169,8 +169,8 @@ impl Drawing {
                 }
                 submitted => return submitted,
             }
-            if Deadline::now() >= deadline {
-                return Err(JobError::Deadline.into());
+            if tokio::time::Instant::now() >= deadline.at {
+                return Err(deadline.missed());
             }
         }
     }

@@ -67,6 +67,24 @@ pub(crate) enum ApiError {
         /// The limit.
         &'static str,
     ),
+    /// 400: the client left, or ended its side of the connection.
+    #[error("the body ended before its declared length")]
+    ClientClosed,
+    /// 504: not finished in time.
+    #[error("the request was not finished within the timeout of {0}")]
+    Deadline(
+        /// The option or header.
+        &'static str,
+    ),
+    /// 504: a model that is still being loaded.
+    #[error(
+        "the model was not loaded within the timeout of {0}; loading goes on, and GET /models \
+             lists it when it is ready"
+    )]
+    StillLoading(
+        /// The option or header.
+        &'static str,
+    ),
     /// 413.
     #[error("the request body is larger than {bytes} bytes, the limit of {limit}")]
     TooLarge {
@@ -170,14 +188,17 @@ impl ApiError {
                 (S::INSUFFICIENT_STORAGE, "out_of_memory")
             }
             Self::Registry(Registry::Busy { .. }) => (S::SERVICE_UNAVAILABLE, "models_busy"),
-            Self::Registry(Registry::Deadline) => (S::GATEWAY_TIMEOUT, "deadline_exceeded"),
+            Self::ClientClosed => (S::BAD_REQUEST, "client_closed"),
+            Self::Deadline(_)
+            | Self::StillLoading(_)
+            | Self::Registry(Registry::Deadline)
+            | Self::Job(Job::Deadline) => (S::GATEWAY_TIMEOUT, "deadline_exceeded"),
             Self::Registry(Registry::Stopping) => (S::SERVICE_UNAVAILABLE, "shutting_down"),
             Self::Registry(Registry::Loaded(_)) => (S::CONFLICT, "model_loaded"),
             Self::Registry(Registry::Broken(_)) => (S::INTERNAL_SERVER_ERROR, "model_load_failed"),
             Self::Job(Job::Absent) => (S::NOT_FOUND, "model_required"),
             Self::Job(Job::Loading) => (S::SERVICE_UNAVAILABLE, "loading"),
             Self::Job(Job::Stopping) => (S::SERVICE_UNAVAILABLE, "shutting_down"),
-            Self::Job(Job::Deadline) => (S::GATEWAY_TIMEOUT, "deadline_exceeded"),
             // OpenAI's code, which its clients know.
             Self::Job(Job::Withheld) => (S::BAD_REQUEST, "content_policy_violation"),
             Self::Job(Job::DeviceLost) => (S::INTERNAL_SERVER_ERROR, "device_lost"),
@@ -215,7 +236,7 @@ impl ApiError {
 /// What a client may know of an error of the database; the error itself is in the log.
 fn storage_reason(error: &rusqlite::Error) -> &'static str {
     match error.sqlite_error_code() {
-        Some(ErrorCode::DiskFull) => "its disk is full",
+        Some(ErrorCode::DiskFull) => "its disk is full; free some of it, or DELETE jobs",
         Some(ErrorCode::ReadOnly | ErrorCode::CannotOpen) => "its disk is read-only",
         _ => "its disk cannot be read or written",
     }

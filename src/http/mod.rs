@@ -5,6 +5,7 @@ mod access;
 mod admin;
 mod admission;
 mod connections;
+mod deadline;
 mod docs;
 mod drawing;
 mod error;

@@ -10,10 +10,9 @@ use std::thread;
 
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, timeout_at};
 
+use super::deadline::Deadline;
 use super::error::Result;
-use crate::engine::JobError;
 use crate::host::freed::FreedMemory;
 use crate::request::ValidationError;
 
@@ -63,10 +62,10 @@ impl Reader {
     }
 
     /// Runs `work` on a blocking thread. What it holds is held until it has ended, whether or not
-    /// the client waits for it. Waits until `deadline`, else fails with [`JobError::Deadline`].
+    /// the client waits for it. Waits until `deadline`, else fails with [`ApiError::Deadline`](super::error::ApiError).
     pub(crate) async fn run<T: Send + 'static>(
         &self,
-        deadline: Instant,
+        deadline: Deadline,
         held: impl Send + 'static,
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
@@ -76,7 +75,7 @@ impl Reader {
     /// Runs `work`, which looks at directories, on a blocking thread, as [`Self::run`] does.
     pub(crate) async fn look_up<T: Send + 'static>(
         &self,
-        deadline: Instant,
+        deadline: Deadline,
         held: impl Send + 'static,
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
@@ -86,7 +85,7 @@ impl Reader {
     /// Parses a body, as [`Self::run`] does if it is long.
     pub(crate) async fn parse<T: Send + 'static>(
         &self,
-        deadline: Instant,
+        deadline: Deadline,
         held: impl Send + 'static,
         body: impl AsRef<[u8]> + Send + 'static,
         parse: impl FnOnce(&[u8]) -> Result<T> + Send + 'static,
@@ -100,11 +99,10 @@ impl Reader {
     /// Waits until there is memory for decoded images of so many bytes, or fails at the deadline.
     /// Images that alone take more than all of it are decoded alone. Only for work of
     /// [`Self::run`], which holds nothing that others wait for while they have memory.
-    pub(crate) fn weigh(&self, deadline: Instant, bytes: usize) -> Result<Weighed> {
+    pub(crate) fn weigh(&self, deadline: Deadline, bytes: usize) -> Result<Weighed> {
         let units = bytes.div_ceil(UNIT_BYTES).min(self.units) as u32;
         let acquire = Arc::clone(&self.pixels).acquire_many_owned(units);
-        let permit = Handle::current().block_on(async { timeout_at(deadline, acquire).await });
-        let permit = permit.map_err(|_| JobError::Deadline)?;
+        let permit = Handle::current().block_on(deadline.wait(acquire))?;
         // The semaphore is never closed.
         Ok(Weighed { bytes, freed: self.freed.clone(), _permit: permit.ok() })
     }
@@ -113,7 +111,7 @@ impl Reader {
 /// Runs `work` on a blocking thread, with one of these permits.
 async fn run<T: Send + 'static>(
     threads: &Arc<Semaphore>,
-    deadline: Instant,
+    deadline: Deadline,
     held: impl Send + 'static,
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
@@ -126,7 +124,7 @@ async fn run<T: Send + 'static>(
         };
         tokio::task::spawn_blocking(work).await
     };
-    let ended = timeout_at(deadline, run).await.map_err(|_| JobError::Deadline)?;
+    let ended = deadline.wait(run).await?;
     // A parser or decoder that panics was given a malicious body.
     ended.map_err(|_| ValidationError::body("the request cannot be read"))?
 }
@@ -141,6 +139,7 @@ mod tests {
     use axum::body::Body;
     use axum::http::Request;
     use clap::{Args as _, Command, FromArgMatches as _};
+    use tokio::time::Instant;
     use tower::ServiceExt as _;
 
     use super::*;
@@ -154,12 +153,12 @@ mod tests {
         Reader::new(max_decoded_bytes, FreedMemory::default())
     }
 
-    fn after(millis: u64) -> Instant {
-        Instant::now() + Duration::from_millis(millis)
+    fn after(millis: u64) -> Deadline {
+        Deadline { at: Instant::now() + Duration::from_millis(millis), limit: "--limit" }
     }
 
     fn is_late<T>(result: &Result<T>) -> bool {
-        matches!(result, Err(ApiError::Job(JobError::Deadline)))
+        matches!(result, Err(ApiError::Deadline("--limit")))
     }
 
     #[tokio::test]

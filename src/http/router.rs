@@ -1,15 +1,18 @@
 //! The route table, and the layers around it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use aide::axum::ApiRouter;
 use axum::Router;
-use axum::extract::Request;
+use axum::extract::{Request, State};
 use axum::http::{Method, StatusCode};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::Response;
+use tokio::time::Instant;
 use tower::util::option_layer;
 
+use super::deadline::Timeout;
 use super::error::{ApiError, Result};
 use super::middleware::cors::cors;
 use super::middleware::observe::observe;
@@ -32,7 +35,7 @@ pub(crate) fn router_with(models: ModelRegistry, settings: HttpConfig, jobs: Job
     let access = Arc::new(settings.access.clone());
     let lock = || from_fn_with_state(Arc::clone(&access), auth::require);
     let cors = option_layer(cors(&access.cors_origins));
-    let log_messages = settings.log_prompts;
+    let (log_messages, timeout) = (settings.log_prompts, settings.request_timeout);
     let state = AppState::new(models, settings, jobs);
     tokio::spawn(state.purge());
     if state.jobs.is_durable() {
@@ -66,12 +69,23 @@ pub(crate) fn router_with(models: ModelRegistry, settings: HttpConfig, jobs: Job
     let router = admin::with_document(router, &state)
         .fallback(async || ApiError::NotFound)
         .method_not_allowed_fallback(other_method)
+        .layer(from_fn_with_state(timeout, in_time))
         .layer(from_fn_with_state(Arc::clone(&access), origin::check))
         .layer(cors)
         .layer(from_fn(in_format_of_api))
         .layer(from_fn_with_state((state.engine.clone(), log_messages), observe))
         .layer(from_fn_with_state(access, forwarded::resolve));
     sagemaker_route::by_attribute(router.with_state(state))
+}
+
+/// Ends requests without a body at their deadline: what they wait for may be a directory or the
+/// database on a slow disk. Those with a body have their deadline from admission.
+async fn in_time(State(most): State<Duration>, request: Request, next: Next) -> Result<Response> {
+    if request.method() == Method::POST {
+        return Ok(next.run(request).await);
+    }
+    let timeout = Timeout::of(request.headers(), "--request-timeout-ms", most)?;
+    timeout.after(Instant::now()).wait(next.run(request)).await
 }
 
 /// Renders errors in the format of the API that the path belongs to, wherever they come from: there
@@ -93,4 +107,42 @@ async fn in_format_of_api(request: Request, next: Next) -> Response {
 /// which SillyTavern uses to find out whether there is a server.
 async fn other_method(method: Method) -> Result<StatusCode> {
     if method == Method::OPTIONS { Ok(StatusCode::NO_CONTENT) } else { Err(ApiError::Method) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use axum::body::{Body, to_bytes};
+    use axum::routing::get;
+    use tower::ServiceExt as _;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_without_a_body_ends_at_its_deadline() {
+        let most = Duration::from_secs(5);
+        let app: Router = Router::new()
+            .route("/", get(pending::<StatusCode>).delete(pending::<StatusCode>))
+            .layer(from_fn_with_state(most, in_time));
+        for (method, header, seconds, limit) in [
+            (Method::GET, None, 5, "--request-timeout-ms"),
+            (Method::DELETE, None, 5, "--request-timeout-ms"),
+            (Method::GET, Some("2000"), 2, "x-request-timeout-ms"),
+            (Method::GET, Some("9000"), 5, "--request-timeout-ms"),
+        ] {
+            let mut request = Request::builder().method(method).uri("/");
+            if let Some(millis) = header {
+                request = request.header("x-request-timeout-ms", millis);
+            }
+            let (began, request) = (Instant::now(), request.body(Body::empty()).expect("one"));
+            let reply = app.clone().oneshot(request).await.expect("a reply");
+            assert_eq!(
+                (reply.status(), began.elapsed().as_secs()),
+                (StatusCode::GATEWAY_TIMEOUT, seconds)
+            );
+            let text = to_bytes(reply.into_body(), usize::MAX).await.expect("a body");
+            assert!(String::from_utf8_lossy(&text).contains(&format!("timeout of {limit}")));
+        }
+    }
 }

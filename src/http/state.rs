@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sd_models::ModelInfo;
-use tokio::time::Instant;
 
 use super::access::{AccessConfig, ApiKey};
+use super::deadline::Deadline;
 use super::error::{ApiError, Result};
 use super::reading::Reader;
 use super::slots::{Amount, Slots};
-use super::store::{InFlight, JobLimits, JobStore, SelectedCheckpoint, UrlStore};
+use super::store::{Calls, InFlight, JobLimits, JobStore, SelectedCheckpoint, UrlStore};
 use crate::engine::{Engine, JobError};
 use crate::host::freed::FreedMemory;
 use crate::image::Hashes;
@@ -208,6 +208,7 @@ pub(crate) struct AppShared {
     pub(crate) in_flight: InFlight,
     pub(crate) checkpoint: SelectedCheckpoint,
     pub(crate) hashes: Hashes,
+    pub(crate) calls: Calls,
 }
 
 impl Deref for AppState {
@@ -221,7 +222,7 @@ impl Deref for AppState {
 impl AppState {
     pub(crate) fn new(models: ModelRegistry, settings: HttpConfig, jobs: JobStore) -> Self {
         let freed = FreedMemory::default();
-        let (in_flight, checkpoint, hashes) = Default::default();
+        let (in_flight, checkpoint, hashes, calls) = Default::default();
         let shared = AppShared {
             slots: settings.slots(freed.clone()),
             reader: Reader::new(settings.max_decoded_bytes, freed),
@@ -230,6 +231,7 @@ impl AppState {
             in_flight,
             checkpoint,
             hashes,
+            calls,
             models,
             settings,
         };
@@ -258,11 +260,11 @@ impl AppState {
     }
 
     /// The state for a request that names a model, which may have to be loaded first.
-    pub(crate) async fn choose(&self, name: &str, deadline: Instant) -> Result<Self> {
-        match self.models.choose(name, deadline).await {
+    pub(crate) async fn choose(&self, name: &str, deadline: Deadline) -> Result<Self> {
+        match self.models.choose(name, deadline.at).await {
             Ok(chosen) => Ok(self.on(chosen)),
             Err(RegistryError::Unknown(name)) => Err(ApiError::NoModel(name)),
-            Err(RegistryError::Deadline) => Err(JobError::Deadline.into()),
+            Err(RegistryError::Deadline) => Err(deadline.missed()),
             Err(RegistryError::Stopping) => Err(JobError::Stopping.into()),
             Err(other) => Err(other.into()),
         }

@@ -8,13 +8,12 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse as _, Response};
 use futures_util::stream::{self, Stream};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument as _;
 
 use super::admission::RequestSlot;
+use super::deadline::Deadline;
 use super::error::{ApiError, Result, StreamEnd};
-use crate::engine::JobError;
 
 /// Interval of keep-alive comments in streams: proxies close idle connections.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(5);
@@ -56,7 +55,7 @@ where
 /// last event, with the data that `describe` returns. The slot is free at the deadline even if the
 /// client takes nothing.
 pub(crate) fn event_stream<F>(
-    deadline: Instant,
+    deadline: Deadline,
     slot: RequestSlot,
     describe: fn(&ApiError) -> String,
     produce: impl FnOnce(EventSender) -> F + 'static,
@@ -71,8 +70,8 @@ where
             work.await
         };
         async move {
-            let ended = timeout_at(deadline, work).await;
-            ended.unwrap_or_else(|_| Err(JobError::Deadline.into()))
+            let ended = deadline.wait(work).await?;
+            ended.map_err(|error| deadline.name(error))
         }
     };
     let last = move |error: &ApiError| Event::default().event("error").data(describe(error));

@@ -20,6 +20,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use sd_models::AddOns;
 use tokio::time::{Instant, timeout_at};
 
 use crate::engine::{Engine, EngineState};
@@ -68,6 +69,11 @@ impl ModelRegistry {
     /// The directory below which the models of SageMaker must be.
     pub fn multi_model_root(&self) -> &Path {
         &self.shared.settings.multi_model_root
+    }
+
+    /// What requests can name beside models, with a model that is not loaded yet.
+    pub fn add_ons(&self) -> AddOns {
+        self.shared.loader().map_or_else(|_| AddOns::default(), ModelLoader::add_ons)
     }
 
     /// The models loaded by name, the most recently used last.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use sd_models::AddOns;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
@@ -31,6 +32,10 @@ pub trait ModelLoader: Send + Sync + 'static {
     fn start(&self, path: &Path) -> io::Result<Engine>;
     /// Memory available for weights on the device, in bytes, if known.
     fn free_bytes(&self) -> Option<u64>;
+    /// What requests can name beside the models.
+    fn add_ons(&self) -> AddOns {
+        AddOns::default()
+    }
 }
 
 /// What the handles and the tasks of the registry share.

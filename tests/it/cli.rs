@@ -148,10 +148,21 @@ fn usage_errors_exit_with_64() {
 }
 
 #[test]
+fn a_misspelt_variable_is_named_with_the_nearest() {
+    let mut command = sd_server(&["healthcheck", "--port", "1"]);
+    command.envs([("SD_MAX_STPES", "9"), ("SD_PORT", "2"), ("SD_MAX_STEPS", "7")]);
+    command.envs([("SD_SERVER_PORT", "tcp://10.0.0.1:80"), ("SD_SERVER_SERVICE_HOST", "10.0.0.1")]);
+    let said = text(&command.output().expect("it starts").stderr);
+    let warnings: Vec<_> = said.lines().filter(|line| line.contains("is ignored")).collect();
+    let [warning] = warnings[..] else { panic!("{said}") };
+    assert!(warning.contains("SD_MAX_STPES") && warning.ends_with("SD_MAX_STEPS"), "{warning}");
+}
+
+#[test]
 fn start_up_errors_name_the_option_or_variable() {
     let file = tempfile::NamedTempFile::new().expect("a file");
     let file = file.path().to_str().expect("UTF-8");
-    let table: [(&[&str], &str, &[&str]); 19] = [
+    let table: [(&[&str], &str, &[&str]); 21] = [
         (&["--log", "warning"], "", &["--log", "\"warning\" is no level"]),
         (&["--log", "warn,sd_server"], "", &["--log", "\"sd_server\" is no level"]),
         (&[], "SD_LOG=verbose", &["SD_LOG", "\"verbose\" is no level"]),
@@ -169,6 +180,8 @@ fn start_up_errors_name_the_option_or_variable() {
         (&["--models-dir", file], "", &["--models-dir", "Not a directory"]),
         (&["--loras-dir", "/nope"], "", &["--loras-dir /nope", "No such file"]),
         (&["--models-dir", "/", "--multi-model"], "", &["--models-dir", "--multi-model"]),
+        (&["--device", "cpu", "--dtype", "f16"], "", &["--dtype f16", "needs a CUDA device"]),
+        (&["--device=cpu"], "SD_DTYPE=f16", &["SD_DTYPE", "needs a CUDA device"]),
         (&["package", "x/y", "-o", "d.zip"], "", &["--output d.zip", ".tar.gz"]),
         (&["package", "x/y", "-o", "d.tgz", "--layout=directory"], "", &["--output d.tgz"]),
     ];

@@ -38,7 +38,7 @@ const SERVER: Floors = &[
             &["middleware"],
             &["state"],
             &["store", "reading"],
-            &["access", "error", "slots", "progress", "headers", "ids"],
+            &["access", "deadline", "error", "slots", "progress", "headers", "ids"],
         ],
     ),
 ];

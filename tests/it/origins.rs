@@ -176,7 +176,7 @@ const JOBS: &str = "/v1/jobs";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn links_lead_to_where_the_client_came_from() -> Result<()> {
-    let table: [(&str, &[(&str, &str)]); 8] = [
+    let table: [(&str, &[(&str, &str)]); 9] = [
         ("http://10.0.0.1:8080", &[]),
         ("https://10.0.0.1:8080", &[("X-FORWARDED-PROTO", "HTTPS, http")]),
         (
@@ -200,6 +200,7 @@ async fn links_lead_to_where_the_client_came_from() -> Result<()> {
             &[("x-forwarded-host", "[::1]:81"), ("x-forwarded-prefix", "/a/b/, /c")],
         ),
         ("http://10.0.0.1:8080", &[("x-forwarded-prefix", "//evil.example")]),
+        ("http://a.example", &[("x-forwarded-host", "a.example"), ("x-forwarded-port", "0")]),
         (
             "http://10.0.0.1:8080",
             &[("x-forwarded-host", "a/b"), ("x-forwarded-proto", "javascript")],

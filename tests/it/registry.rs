@@ -321,6 +321,21 @@ async fn a_request_for_another_model_waits_until_its_timeout() -> anyhow::Result
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_sagemaker_loads_is_loaded_after_the_deadline_too() -> anyhow::Result<()> {
+    let (models, shelf) = shelf(None);
+    let server = engine::Server::start(models, HTTP, engine::LONG).await;
+    let load = reqwest::Client::new().post(format!("{}/models", server.url));
+    let load = load.header("x-request-timeout-ms", "50");
+    let late = load.body(r#"{"model_name":"slow","url":"/15"}"#).send().await?;
+    assert_eq!(late.status(), 504);
+    let error = late.json::<Value>().await?;
+    let message = error["error"]["message"].as_str().unwrap_or_default();
+    assert!(message.contains("loading goes on"), "{error}");
+    assert_eq!(shelf.starts.load(Ordering::SeqCst), 1);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn models_take_turns() {
     let (models, _shelf) = shelf(None);
     let mut tickets = Vec::new();

@@ -386,7 +386,11 @@ fn the_model_can_be_chosen_for_all_who_name_none() {
         reply.json::<Value>().expect("JSON")
     };
     let loras = || list("/sdapi/v1/loras").as_array().map(Vec::len);
-    assert_eq!(loras(), Some(0), "there is no model yet to use them with");
+    assert_eq!(
+        loras(),
+        Some(3),
+        "those of the directory, before there is a model to use them with"
+    );
     assert_eq!(list("/sdapi/v1/embeddings"), json!({ "loaded": {}, "skipped": {} }));
     let post = |path: &str, body: &Value| {
         let request = server.client.post(server.url(path)).body(body.to_string());

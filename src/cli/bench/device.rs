@@ -11,6 +11,7 @@ use sd_models::{
     Spec, Trajectory,
 };
 use serde::Serialize;
+use tracing::warn;
 
 use super::load::print;
 use crate::engine::is_out_of_memory;
@@ -102,6 +103,13 @@ pub(crate) fn run(model: ModelConfig, timing: &TimingConfig, json: bool) -> Resu
     let pipeline = Pipeline::load(&options)?;
     let load_seconds = began.elapsed().as_secs_f64();
     let info = pipeline.info().clone();
+    if info.device == "cpu" {
+        warn!(
+            "--verify is for a GPU (--device cuda), whose images it compares with those of the CPU \
+             in f32; here it compares the CPU in {} with that, and times it",
+            info.precision
+        );
+    }
     let free = pipeline.free_device_bytes();
     let size = timing.size.unwrap_or(info.defaults.size);
     let bench = DeviceBench { pipeline, size, evaluations: timing.evaluations };

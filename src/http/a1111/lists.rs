@@ -9,6 +9,7 @@ use sd_models::{ModelInfo, SamplerName, SigmaSchedule, Upscaler};
 use serde_json::{Map, Value, json};
 use tokio::time::Instant;
 
+use crate::http::deadline::Timeout;
 use crate::http::error::Result;
 use crate::http::state::{AppState, model_of};
 
@@ -49,9 +50,12 @@ pub(crate) async fn models(State(state): State<AppState>) -> Result<Json<Vec<Val
 
 /// `GET /sdapi/v1/loras`: what `<lora:name:1>` in a prompt can name.
 pub(crate) async fn loras(State(state): State<AppState>) -> Result<Json<Vec<Value>>> {
-    let Some(model) = current_model(&state)? else { return Ok(empty_list().await) };
-    let deadline = Instant::now() + state.settings.request_timeout;
-    let list = state.reader.look_up(deadline, (), move || Ok(model.add_ons.loras.list())).await?;
+    let model = current_model(&state)?;
+    let add_ons = model.map_or_else(|| state.models.add_ons(), |model| model.add_ons.clone());
+    let most = state.settings.request_timeout;
+    let timeout = Timeout::within(most, "--request-timeout-ms", most);
+    let deadline = timeout.after(Instant::now());
+    let list = state.reader.look_up(deadline, (), move || Ok(add_ons.loras.list())).await?;
     let lora = |(name, path): (String, PathBuf)| {
         let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         json!({ "name": name, "alias": name, "path": file, "metadata": {} })

@@ -64,7 +64,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     let ticket = drawing.submit(&client, slot.deadline)?;
     let request = InFlightRequest::new(&state.engine, &ticket, client, task, &drawing.specs);
     let _in_flight = state.in_flight.insert(request);
-    let images = ticket.wait().await?;
+    let images = ticket.wait().await.map_err(|error| slot.deadline.name(error))?;
     // As there, an interrupted request returns its images, and 200 even if there are none: clients
     // take any other status for a failure of the server.
     if images.is_empty() {

@@ -8,12 +8,13 @@ use axum::http::StatusCode;
 use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tracing::Instrument as _;
 
 use crate::http::admission::AdmittedSmall;
 use crate::http::error::{ApiError, Result};
 use crate::http::extract::PathName;
 use crate::http::state::AppState;
-use crate::registry::LoadedModel;
+use crate::registry::{LoadedModel, RegistryError};
 use crate::request::ValidationError;
 
 /// Maximum length of a model's name. SageMaker's own are hexadecimal hashes.
@@ -29,7 +30,7 @@ struct LoadModelBody {
 }
 
 /// `POST /models`: 409 if it is loaded already, 507 if there is no room, after which SageMaker
-/// unloads others and retries.
+/// unloads others and retries. At the deadline of the request, 504; loading goes on.
 pub(crate) async fn load(
     State(state): State<AppState>,
     AdmittedSmall(mut admitted): AdmittedSmall,
@@ -48,7 +49,14 @@ pub(crate) async fn load(
         let reason = format!("must be a path below {}; see --multi-model-root", root.display());
         return Err(ValidationError::malformed("url", reason).into());
     }
-    state.models.load(&name, url).await?;
+    let models = state.models.clone();
+    let load = async move { models.load(&name, url).await };
+    let load = tokio::spawn(load.in_current_span());
+    let deadline = admitted.slot.deadline;
+    let loaded = deadline.wait(load).await;
+    let loaded = loaded.map_err(|_| ApiError::StillLoading(deadline.limit))?;
+    // It ends otherwise only with the process.
+    loaded.unwrap_or(Err(RegistryError::Stopping))?;
     Ok(StatusCode::OK)
 }
 

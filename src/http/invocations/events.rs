@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use axum::response::Response;
 use serde_json::{Value, json};
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 
 use super::render::Invocation;
 use crate::engine::{Engine, Estimate, JobMonitor, Preview, Progress, Ticket};
 use crate::http::admission::RequestSlot;
+use crate::http::deadline::Deadline;
 use crate::http::drawing::{encode_preview, next_preview};
 use crate::http::error::ApiError;
 use crate::http::streaming::{EventSender, event_stream};
@@ -25,7 +26,7 @@ pub(crate) fn stream(
     engine: &Engine,
     invocation: Invocation,
     ticket: Ticket,
-    deadline: Instant,
+    deadline: Deadline,
     slot: RequestSlot,
 ) -> Response {
     let mut monitor = engine.monitor(&ticket);

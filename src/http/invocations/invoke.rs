@@ -34,7 +34,8 @@ pub(crate) async fn invocations(
         let ticket = invocation.drawing.submit(&client, stream_deadline)?;
         return Ok(events::stream(&state.engine, invocation, ticket, stream_deadline, slot));
     }
-    let images = invocation.drawing.submit(&client, slot.deadline)?.wait().await?;
+    let images = invocation.drawing.submit(&client, slot.deadline)?.wait().await;
+    let images = images.map_err(|error| slot.deadline.name(error))?;
     Ok(invocation.respond(images).await?.map(Body::from))
 }
 

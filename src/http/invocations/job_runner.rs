@@ -7,14 +7,15 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::http::Response;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep};
 use tracing::{Instrument as _, info, info_span, warn};
 
-use super::job_state::error_response;
+use super::job_state::{error_response, timeout};
 use super::render::Invocation;
 use super::{job_request, webhook};
 use crate::engine::{EngineState, GeneratedImage, JobError, Ticket};
 use crate::http::admission::RequestSlot;
+use crate::http::deadline::Deadline;
 use crate::http::error::{ApiError, Result};
 use crate::http::state::AppState;
 use crate::http::store::{EndedJob, StoredRequest, UnfinishedJob};
@@ -72,7 +73,7 @@ async fn run(state: AppState, job: UnfinishedJob, parsed: Option<Invocation>) {
         _ => false,
     };
     if !(durable && is_lost) {
-        finish(&state, &job.id, result).await;
+        finish(&state, &job, result).await;
     }
 }
 
@@ -85,7 +86,11 @@ async fn generate(
     if job.begun >= MAX_BEGUN {
         return Err(ApiError::Abandoned(job.begun));
     }
-    let deadline = Instant::now() + job.left;
+    let timeout = timeout(state, job.timeout);
+    let deadline = Deadline { at: Instant::now() + job.left, limit: timeout.limit };
+    if job.left.is_zero() {
+        return Err(deadline.missed());
+    }
     loop {
         let submit = async {
             let _turn = state.jobs.turn(job).await;
@@ -96,13 +101,16 @@ async fn generate(
             let ticket = invocation.drawing.submit_with_retry(&job.client, deadline).await?;
             Ok::<_, ApiError>((invocation, ticket))
         };
-        let submitted = timeout_at(deadline, submit).await.map_err(|_| JobError::Deadline)?;
-        let (invocation, ticket) = submitted?;
-        state.jobs.watch(&job.id, state.engine.monitor(&ticket));
+        let (invocation, ticket) = deadline.wait(submit).await??;
+        state.jobs.watch(&job.id, Some(state.engine.monitor(&ticket)));
         match wait(state, job, ticket).await {
             // Evicted from a full queue for another client.
-            Err(JobError::Full { .. }) => parsed = Some(invocation),
-            images => return invocation.respond(images?).await,
+            Err(JobError::Full { .. }) => {
+                state.jobs.watch(&job.id, None);
+                parsed = Some(invocation);
+            }
+            Err(error) => return Err(deadline.name(error)),
+            Ok(images) => return invocation.respond(images).await,
         }
     }
 }
@@ -130,7 +138,7 @@ async fn wait(
 }
 
 /// Reads and validates the request of a job again, once its model is loaded.
-async fn load(state: &AppState, job: &UnfinishedJob, deadline: Instant) -> Result<Invocation> {
+async fn load(state: &AppState, job: &UnfinishedJob, deadline: Deadline) -> Result<Invocation> {
     // If it cannot be loaded, the next line has the error.
     let _ = state.engine.ready().await;
     let model = state.engine.model()?;
@@ -148,9 +156,13 @@ async fn load(state: &AppState, job: &UnfinishedJob, deadline: Instant) -> Resul
 }
 
 /// Stores the end of a job. If the result cannot be stored, the job fails for that reason; as long
-/// as not even that can be stored, it has not ended.
-async fn finish(state: &AppState, id: &str, mut result: Result<Response<Bytes>>) {
+/// as not even that can be stored, it has not ended before its deadline. Then one job tries for all,
+/// and the others when it has succeeded.
+async fn finish(state: &AppState, job: &UnfinishedJob, mut result: Result<Response<Bytes>>) {
+    let id = &*job.id;
+    let deadline = timeout(state, job.timeout).after(Instant::now());
     let mut pause = STORE_INTERVAL;
+    let mut again = None;
     let (ended, code) = loop {
         let (end, code) = match result {
             Ok(response) => (response, None),
@@ -158,13 +170,18 @@ async fn finish(state: &AppState, id: &str, mut result: Result<Response<Bytes>>)
         };
         match state.jobs.finish(id, end).await {
             Ok(ended) => break (ended, code),
-            Err(error) => result = Err(error),
+            Err(error) => result = Err(deadline.name(error)),
         }
-        if code.is_some() {
-            sleep(pause).await;
-            pause = (2 * pause).min(MAX_STORE_INTERVAL);
+        match &again {
+            _ if code.is_none() => {}
+            None => again = Some(state.jobs.again().await),
+            Some(_) => {
+                sleep(pause).await;
+                pause = (2 * pause).min(MAX_STORE_INTERVAL);
+            }
         }
     };
+    drop(again);
     // Otherwise it was deleted, which is in the log.
     if let Some(EndedJob { webhook, age }) = ended {
         let outcome = if code.is_none() { "completed" } else { "failed" };

@@ -1,12 +1,16 @@
 //! The state of a job as clients and webhooks get it, and its error as a response.
 
+use std::time::Duration;
+
 use axum::body::Bytes;
 use axum::http::Response;
 use axum::http::header::CONTENT_TYPE;
 use serde_json::{Value, json};
 
 use super::events;
+use crate::http::deadline::Timeout;
 use crate::http::error::{ApiError, ErrorBody};
+use crate::http::state::AppState;
 use crate::http::store::{JobEnd, JobRecord, JobStore};
 
 /// `queued`, `running`, `completed` or `failed`.
@@ -14,18 +18,24 @@ pub(super) fn name_of(store: &JobStore, job: &JobRecord) -> &'static str {
     let monitor = || store.monitor(&job.id);
     match &job.end {
         Some(JobEnd::Completed) => "completed",
-        Some(JobEnd::Failed(_)) => "failed",
+        Some(JobEnd::Failed(_) | JobEnd::Late) => "failed",
         None if monitor().is_some_and(|monitor| monitor.current().started > 0) => "running",
         None => "queued",
     }
 }
 
+/// The time for a job that was accepted with this timeout.
+pub(super) fn timeout(state: &AppState, timeout: Duration) -> Timeout {
+    Timeout::within(timeout, "--job-timeout-ms", state.settings.job_timeout)
+}
+
 /// The state of a job as JSON.
-pub(super) fn describe(store: &JobStore, job: &JobRecord) -> Value {
-    let state = name_of(store, job);
-    let mut description = match (&job.end, store.monitor(&job.id)) {
+pub(super) fn describe(app: &AppState, job: &JobRecord) -> Value {
+    let state = name_of(&app.jobs, job);
+    let mut description = match (&job.end, app.jobs.monitor(&job.id)) {
         (Some(JobEnd::Completed), _) => json!({}),
         (Some(JobEnd::Failed(error)), _) => serde_json::from_slice(error).unwrap_or(json!({})),
+        (Some(JobEnd::Late), _) => late(app, job).json(),
         (None, Some(monitor)) if state == "running" => {
             events::step(monitor.current(), monitor.estimate())
         }
@@ -38,6 +48,11 @@ pub(super) fn describe(store: &JobStore, job: &JobRecord) -> Value {
     description["priority"] = job.priority.clone().into();
     description["created"] = (job.created_ms / 1000).into();
     description
+}
+
+/// The error of a job whose deadline has passed.
+pub(super) fn late(state: &AppState, job: &JobRecord) -> ApiError {
+    ApiError::Deadline(timeout(state, job.timeout).limit)
 }
 
 /// The response that is stored for an error.

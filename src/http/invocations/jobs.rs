@@ -16,17 +16,18 @@ use tracing::{Instrument as _, info_span};
 
 use super::accept::SAGEMAKER_ACCEPT;
 use super::job_request::{self, JobOptions};
-use super::job_state::{describe, name_of, restore_error};
+use super::job_state::{describe, late, name_of, restore_error};
 use super::{job_runner, webhook};
 use crate::engine::JobError;
-use crate::http::admission::{self, Admitted, ClientId};
+use crate::http::admission::{Admitted, ClientId};
+use crate::http::deadline::Timeout;
 use crate::http::drawing::ReplyFormat;
 use crate::http::error::{ApiError, Result};
 use crate::http::extract::{PathName, QueryFields};
 use crate::http::ids::random;
 use crate::http::links::Links;
 use crate::http::state::AppState;
-use crate::http::store::{NewJob, RemovedJob, StoredRequest};
+use crate::http::store::{Cursor, JobEnd, NewJob, RemovedJob, StoredRequest};
 use crate::request::ValidationError;
 
 /// Number of jobs on a page, unless the client asks for another.
@@ -34,9 +35,6 @@ const PAGE: usize = 20;
 
 /// Maximum number of jobs on a page.
 const MAX_PAGE: usize = 100;
-
-/// Maximum number of a job that a client can name: what JSON holds exactly.
-const MAX_SEQ: i64 = 1 << 53;
 
 /// `POST /v1/jobs`: accepts a job, whose body is that of `/invocations` with a priority and a
 /// webhook.
@@ -46,7 +44,7 @@ pub(crate) async fn create(
     admitted: Admitted,
 ) -> Result<Response> {
     let Admitted { mut headers, body, client, mut slot, .. } = admitted;
-    let timeout = admission::timeout(&headers, state.settings.job_timeout)?;
+    let timeout = Timeout::of(&headers, "--job-timeout-ms", state.settings.job_timeout)?.time;
     let body = Bytes::from(body);
     // Without a data directory the request is never read again.
     let (kept, room) = match state.jobs.is_durable() {
@@ -81,7 +79,7 @@ pub(crate) async fn create(
         drop((slot, room));
         let id = job.id.clone();
         job_runner::spawn(&state, job, Some(invocation));
-        let description = describe(&state.jobs, &record);
+        let description = describe(&state, &record);
         let location = [(LOCATION, format!("{}/v1/jobs/{id}", links.prefix()))];
         Ok((StatusCode::ACCEPTED, location, Json(description)).into_response())
     };
@@ -97,8 +95,7 @@ pub(crate) struct ListQuery {
     #[schemars(extend("minimum" = 1, "maximum" = MAX_PAGE))]
     limit: Option<usize>,
     /// The `next` of the page before.
-    #[schemars(extend("minimum" = 0, "maximum" = MAX_SEQ))]
-    cursor: Option<i64>,
+    cursor: Option<String>,
     /// Only jobs in this state.
     #[schemars(extend("enum" = ["queued", "running", "completed", "failed", null]))]
     state: Option<String>,
@@ -111,17 +108,19 @@ pub(crate) async fn list(
     ClientId(client): ClientId,
     QueryFields(query): QueryFields<ListQuery>,
 ) -> Result<Json<Value>> {
-    let (limit, before) = (query.limit.unwrap_or(PAGE), query.cursor.unwrap_or(i64::MAX));
+    let limit = query.limit.unwrap_or(PAGE);
+    let from = query.cursor.map(|cursor| cursor.parse()).transpose();
+    let from = from.map_err(|reason: &str| ValidationError::malformed("cursor", reason))?;
     let wanted = query.state.as_deref();
     if state.settings.access.api_keys.is_empty() {
         return Ok(Json(json!({ "jobs": [], "next": null })));
     }
-    let mut jobs = state.jobs.list(&client, before).await?;
+    let mut jobs = state.jobs.list(&client, from).await?;
     jobs.retain(|job| wanted.is_none_or(|wanted| name_of(&state.jobs, job) == wanted));
     let more = jobs.len() > limit;
     jobs.truncate(limit);
-    let next = jobs.last().filter(|_| more).map(|last| last.seq.to_string());
-    let jobs: Vec<_> = jobs.iter().map(|job| describe(&state.jobs, job)).collect();
+    let next = jobs.last().filter(|_| more).map(|last| Cursor::after(last).to_string());
+    let jobs: Vec<_> = jobs.iter().map(|job| describe(&state, job)).collect();
     Ok(Json(json!({ "jobs": jobs, "next": next })))
 }
 
@@ -131,7 +130,7 @@ pub(crate) async fn state(
     PathName(id): PathName,
 ) -> Result<Json<Value>> {
     let job = state.jobs.get(&id).await?;
-    Ok(Json(describe(&state.jobs, &job)))
+    Ok(Json(describe(&state, &job)))
 }
 
 /// The response of `/invocations`; 202 and the state while the job has not finished.
@@ -142,7 +141,11 @@ pub(crate) async fn result(
     match state.jobs.result(&id).await? {
         Some(response) => Ok(restore_error(response).map(Body::from)),
         None => {
-            let description = describe(&state.jobs, &state.jobs.get(&id).await?);
+            let job = state.jobs.get(&id).await?;
+            if job.end == Some(JobEnd::Late) {
+                return Err(late(&state, &job));
+            }
+            let description = describe(&state, &job);
             Ok((StatusCode::ACCEPTED, Json(description)).into_response())
         }
     }

@@ -3,7 +3,6 @@
 //! place. The response is sent as it grows, so memory does not bound its length.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::body::Body;
 use axum::http::HeaderMap;
@@ -19,6 +18,7 @@ use super::body::{BodyKind, essence};
 use super::detect;
 use crate::engine::{Client, JobError};
 use crate::http::admission::{Admitted, RequestSlot};
+use crate::http::deadline::Timeout;
 use crate::http::error::{ApiError, Result};
 use crate::http::slots::Share;
 use crate::http::state::AppState;
@@ -75,7 +75,7 @@ async fn respond_to(
     state: AppState,
     slot: RequestSlot,
     client: Client,
-    timeout: Duration,
+    timeout: Timeout,
     sender: mpsc::Sender<Vec<u8>>,
 ) -> Result<()> {
     // An image takes a row or two: so many keep the rows full and leave the queue to others.
@@ -94,8 +94,8 @@ async fn respond_to(
         let response = response.unwrap_or_else(|_| Err(JobError::Model.into()));
         bad += usize::from(response.as_ref().is_err_and(|error| error.status().is_client_error()));
         let line = response.unwrap_or_else(|error| error_line(&error));
-        let sent = tokio::time::timeout(timeout, sender.send(line)).await;
-        if sent.map_err(|_| JobError::Deadline)?.is_err() {
+        let deadline = timeout.after(Instant::now());
+        if deadline.wait(sender.send(line)).await?.is_err() {
             // The client has disconnected.
             return Ok(());
         }
@@ -151,10 +151,10 @@ async fn generate(
     state: &AppState,
     mut slot: RequestSlot,
     client: &Client,
-    timeout: Duration,
+    timeout: Timeout,
     line: Vec<u8>,
 ) -> Result<Vec<u8>> {
-    let deadline = Instant::now() + timeout;
+    let deadline = timeout.after(Instant::now());
     // A line has no headers: no `Accept` means JSON for JSON.
     let headers = HeaderMap::new();
     slot.deadline = deadline;
@@ -166,7 +166,7 @@ async fn generate(
         // A full queue delays a record but does not fail it.
         match invocation.drawing.submit_with_retry(client, deadline).await?.wait().await {
             Err(JobError::Full { .. }) => {}
-            images => break images?,
+            images => break images.map_err(|error| deadline.name(error))?,
         }
     };
     let mut line = Vec::from(invocation.respond(images).await?.into_body());

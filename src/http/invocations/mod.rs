@@ -19,8 +19,6 @@ mod webhook;
 
 use aide::axum::ApiRouter;
 use aide::axum::routing::{get_with, post_with};
-use axum::Router;
-use axum::routing::post;
 use schemars::{Schema, json_schema};
 
 use super::docs::{self, Docs};
@@ -88,11 +86,17 @@ fn gives_images(docs: Docs) -> Docs {
 }
 
 /// The route of a model that SageMaker has loaded.
-pub(crate) fn loaded_model_routes() -> Router<AppState> {
-    Router::new().route("/models/{name}/invoke", post(invoke::loaded))
+pub(crate) fn loaded_model_routes() -> ApiRouter<AppState> {
+    let generate = gives_images(takes_prompt("Generate images with a loaded model")).describe();
+    let routes =
+        ApiRouter::new().api_route("/models/{name}/invoke", post_with(invoke::loaded, generate));
+    docs::group::<ErrorBody>(routes, "native")
 }
 
 /// The route of a model by its name, which Hugging Face's clients call.
-pub(crate) fn named_model_routes() -> Router<AppState> {
-    Router::new().route("/models/{*id}", post(invoke::named))
+pub(crate) fn named_model_routes() -> ApiRouter<AppState> {
+    let generate = gives_images(takes_prompt("Generate images with a model by its name"));
+    let routes = ApiRouter::new()
+        .api_route("/models/{*name}", post_with(invoke::named, generate.describe()));
+    docs::keyed::<ErrorBody>(routes, "native")
 }

@@ -64,9 +64,11 @@ pub(super) async fn deliver(state: AppState, id: String, url: String) {
         (_, Err(error)) => return warn!(job = id, "a webhook cannot be called: {error}"),
     };
     let host = url.host_str().unwrap_or_default();
+    let place = format!("{host}:{}", url.port_or_known_default().unwrap_or_default());
     let mut pause = RETRY_INTERVAL;
     let mut attempts = 0_u32;
     loop {
+        let called = state.calls.place(&place).await;
         let job = match state.jobs.get(&id).await {
             Ok(job) => job,
             Err(ApiError::NoJob) => {
@@ -74,12 +76,13 @@ pub(super) async fn deliver(state: AppState, id: String, url: String) {
             }
             // The error is in the log; the next attempt may succeed.
             Err(_) => {
+                drop(called);
                 sleep(MAX_RETRY_INTERVAL).await;
                 continue;
             }
         };
         attempts += 1;
-        let body = describe(&state.jobs, &job).to_string();
+        let body = describe(&state, &job).to_string();
         let mut request = client.post(url.clone()).header(CONTENT_TYPE, "application/json");
         if let Some(secret) = &settings.webhook_secret {
             request = request.header(SIGNATURE, signature(secret.as_bytes(), body.as_bytes()));
@@ -99,6 +102,7 @@ pub(super) async fn deliver(state: AppState, id: String, url: String) {
                 debug!(job = id, host, attempts, "webhook not received, it is sent again: {error}");
             }
         }
+        drop(called);
         sleep(pause).await;
         pause = (2 * pause).min(MAX_RETRY_INTERVAL);
     }

@@ -79,7 +79,9 @@ pub(crate) fn host(uri: &Uri, headers: &HeaderMap) -> Option<Authority> {
 
 /// The host of a request as the client sees it.
 pub(crate) fn host_seen(uri: &Uri, headers: &HeaderMap) -> Option<Authority> {
-    let port = first(headers, PORT).and_then(|port| port.parse().ok());
+    let digits = |port: &&str| port.bytes().all(|byte| byte.is_ascii_digit());
+    let port = first(headers, PORT).filter(digits).and_then(|port| port.parse().ok());
+    let port = port.filter(|port| *port != 0);
     let forwarded = first(headers, HOST_SEEN).and_then(Authority::parse);
     Some(forwarded.or_else(|| host(uri, headers))?.or_port(port))
 }

@@ -87,7 +87,8 @@ async fn generate(
         let ticket = drawing.submit(&client, stream_deadline)?;
         return Ok(stream(state, drawing, ticket, options, response, (stream_deadline, slot)));
     }
-    let images = drawing.submit(&client, slot.deadline)?.wait().await?;
+    let images = drawing.submit(&client, slot.deadline)?.wait().await;
+    let images = images.map_err(|error| slot.deadline.name(error))?;
     let data = data(&state, drawing, images, options.urls).await?;
     response["created"] = now().into();
     response["data"] = data.into();

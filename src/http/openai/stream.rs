@@ -2,7 +2,6 @@
 
 use axum::response::Response;
 use serde_json::{Value, json};
-use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument as _;
 
@@ -10,6 +9,7 @@ use super::error::describe;
 use super::render::{ImageUrls, data, now};
 use crate::engine::{Progress, Ticket};
 use crate::http::admission::RequestSlot;
+use crate::http::deadline::Deadline;
 use crate::http::drawing::{Drawing, encode_preview, next_preview};
 use crate::http::error::ApiError;
 use crate::http::state::AppState;
@@ -32,7 +32,7 @@ pub(crate) fn stream(
     ticket: Ticket,
     options: ReplyOptions,
     common: Value,
-    (deadline, slot): (Instant, RequestSlot),
+    (deadline, slot): (Deadline, RequestSlot),
 ) -> Response {
     let (format, quality) = (drawing.reply.format(), drawing.quality);
     let mut monitor = state.engine.monitor(&ticket);

@@ -7,13 +7,15 @@
 use std::fs::{DirBuilder, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail};
 use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
+use rustix::fs::{FallocateFlags, fallocate};
 use tokio::sync::{mpsc, oneshot};
-use tracing::error;
+use tracing::{error, warn};
 
 use super::disk::Disk;
 use crate::http::error::{ApiError, Result};
@@ -59,6 +61,16 @@ const MIGRATIONS: [&str; 1] = ["
     CREATE INDEX jobs_by_end ON jobs (finished_ms);
 "];
 
+/// Interval at which errors are logged: a disk that stays full would fill the log.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Size of the log that is reserved when there is room, in bytes: so much can be deleted on a disk
+/// that others have filled to the last byte.
+const LOG_BYTES: u64 = 1 << 18;
+
+/// Maximum size of a file that is checked when it is opened, in bytes: it is read as a whole.
+const MAX_CHECKED_BYTES: u64 = 256 << 20;
+
 /// Work for the thread.
 type Work = Box<dyn FnOnce(&mut Connection, Option<&Disk>) + Send>;
 
@@ -66,6 +78,8 @@ type Work = Box<dyn FnOnce(&mut Connection, Option<&Disk>) + Send>;
 #[derive(Debug)]
 pub(super) struct Database {
     work: mpsc::Sender<Work>,
+    /// When an error was last logged.
+    logged: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Database {
@@ -98,7 +112,7 @@ impl Database {
             }
         };
         thread::Builder::new().name("jobs".into()).spawn(serve)?;
-        Ok(Self { work })
+        Ok(Self { work, logged: Arc::default() })
     }
 
     /// Runs `work` in a transaction on the thread: all of its changes are durable when this returns
@@ -118,11 +132,12 @@ impl Database {
         work: impl FnOnce(&Transaction<'_>) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let (sender, result) = oneshot::channel();
+        let logged = Arc::clone(&self.logged);
         let work = move |connection: &mut Connection, disk: Option<&Disk>| {
             let fits = |bytes| disk.is_none_or(|disk| disk.make_room(connection, bytes));
             let done = if bytes.is_none_or(fits) { transact(connection, work) } else { full() };
             if let Err(ApiError::Storage(error)) = &done {
-                error!("the database of the jobs: {error}");
+                log(&logged, error);
             }
             // The handler may have been cancelled.
             let _ = sender.send(done);
@@ -133,6 +148,15 @@ impl Database {
         let closed = || ApiError::Storage(rusqlite::Error::UnwindingPanic);
         self.work.send(Box::new(work)).await.map_err(|_| closed())?;
         result.await.map_err(|_| closed())?
+    }
+}
+
+/// Logs an error, unless one was logged a moment ago.
+fn log(logged: &Mutex<Option<Instant>>, error: &rusqlite::Error) {
+    let mut logged = logged.lock().unwrap_or_else(PoisonError::into_inner);
+    if logged.is_none_or(|at| at.elapsed() >= LOG_INTERVAL) {
+        *logged = Some(Instant::now());
+        error!("the database of the jobs: {error}");
     }
 }
 
@@ -160,16 +184,26 @@ fn connect(dir: &Path) -> anyhow::Result<Connection> {
     connection.busy_timeout(BUSY_TIMEOUT)?;
     // Exclusive: the file is locked as long as the process lives, and by no other process. The log
     // is small: it takes room that deletions need on a full disk. Free pages can be given back.
-    let settings = "
+    let settings = format!(
+        "
         PRAGMA locking_mode = EXCLUSIVE;
         PRAGMA auto_vacuum = INCREMENTAL;
         PRAGMA journal_mode = WAL;
         PRAGMA synchronous = FULL;
-        PRAGMA journal_size_limit = 262144;
+        PRAGMA journal_size_limit = {LOG_BYTES};
         PRAGMA wal_autocheckpoint = 16;
-    ";
-    let opened = connection.execute_batch(settings);
+        "
+    );
+    let opened = connection.execute_batch(&settings);
     opened?;
+    if path.metadata()?.len() <= MAX_CHECKED_BYTES {
+        let found: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+        if found != "ok" {
+            warn!("{FILE}: {found}");
+            let damaged = rusqlite::ffi::Error::new(rusqlite::ffi::SQLITE_CORRUPT);
+            return Err(rusqlite::Error::SqliteFailure(damaged, Some(found)).into());
+        }
+    }
     migrate(&mut connection)?;
     let vacuum: i64 = connection.pragma_query_value(None, "auto_vacuum", |row| row.get(0))?;
     if vacuum == 0 {
@@ -178,7 +212,16 @@ fn connect(dir: &Path) -> anyhow::Result<Connection> {
     }
     // Gives the disk the log of the last process back, if there is room to move its records.
     let _ = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()));
+    reserve_log(dir);
     Ok(connection)
+}
+
+/// Reserves the space of the log, if there is any left. What follows its records counts for nothing.
+fn reserve_log(dir: &Path) {
+    let log = OpenOptions::new().write(true).open(dir.join(format!("{FILE}-wal")));
+    if let Ok(log) = log {
+        let _ = fallocate(&log, FallocateFlags::empty(), 0, LOG_BYTES);
+    }
 }
 
 /// Why a directory cannot be used, in words for its operator.
@@ -194,7 +237,8 @@ fn refusal(dir: &Path, error: &anyhow::Error) -> anyhow::Error {
             (false, "this user cannot write to it".into())
         }
         (_, Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt)) => {
-            (false, format!("{FILE} in it is not a database, or damaged"))
+            let reason = "is not a database, or damaged: move it and its -wal away";
+            (false, format!("{FILE} in it {reason}, and jobs begin anew"))
         }
         (Some(Io::StorageFull), _) | (_, Some(ErrorCode::DiskFull)) => {
             (true, "its disk is full".into())
@@ -272,5 +316,31 @@ mod tests {
         std::fs::remove_file(other.path().join(FILE)).expect("removed");
         std::fs::create_dir(other.path().join(FILE)).expect("created");
         assert!(refusal(other.path()).ends_with("is a directory"), "{}", refusal(other.path()));
+    }
+
+    #[test]
+    fn a_damaged_file_is_refused_with_what_to_do() {
+        let dir = tempfile::tempdir().expect("a directory");
+        drop(connect(dir.path()).expect("created"));
+        let path = dir.path().join(FILE);
+        let mut file = std::fs::read(&path).expect("a file");
+        file[4096..].fill(0xa5);
+        std::fs::write(&path, file).expect("written");
+        let refusal = refusal(dir.path());
+        assert!(refusal.contains("damaged: move it and its -wal away"), "{refusal}");
+    }
+
+    #[test]
+    fn the_space_of_the_log_is_reserved_and_stays() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let length = || dir.path().join(format!("{FILE}-wal")).metadata().expect("a log").len();
+        for _ in 0..2 {
+            let connection = connect(dir.path()).expect("opened");
+            assert_eq!(length(), LOG_BYTES);
+            connection.execute_batch("CREATE TABLE a (b); DROP TABLE a").expect("written");
+            let checkpoint = "PRAGMA wal_checkpoint(RESTART)";
+            connection.query_row(checkpoint, [], |_| Ok(())).expect("moved");
+            assert_eq!(length(), LOG_BYTES);
+        }
     }
 }

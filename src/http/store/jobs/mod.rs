@@ -11,7 +11,9 @@ mod tests;
 mod turns;
 
 use std::collections::HashMap;
+use std::fmt;
 use std::path::Path;
+use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use axum::body::Bytes;
@@ -19,13 +21,13 @@ use axum::http::Response;
 use rusqlite::{OptionalExtension as _, Row, params};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::engine::{Client, JobMonitor};
+use crate::engine::{Client, JobError, JobMonitor};
 use crate::http::error::{ApiError, Result};
 use database::Database;
 pub(crate) use record::{
     EndedJob, JobEnd, JobRecord, NewJob, RemovedJob, StoredRequest, UnfinishedJob,
 };
-use record::{body, encode, head, millis, now_ms, response, since};
+use record::{body, encode, head, is_past, millis, now_ms, response, since};
 pub(crate) use room::JobLimits;
 use room::Need;
 use sent::SentBodies;
@@ -39,7 +41,41 @@ pub(crate) struct JobStore {
     durable: bool,
     running: Mutex<HashMap<String, RunningJob>>,
     turns: Turns,
+    /// Held by the one job whose end is stored again and again while it cannot be stored.
+    again: tokio::sync::Mutex<()>,
     sent: SentBodies,
+}
+
+/// A place in a list of jobs, from the newest to the oldest: after the job of this time and ID. The
+/// number of the job is not told, since it counts the jobs of all clients.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Cursor {
+    created_ms: i64,
+    id: String,
+}
+
+impl Cursor {
+    /// The place after a job.
+    pub(crate) fn after(job: &JobRecord) -> Self {
+        Self { created_ms: job.created_ms, id: job.id.clone() }
+    }
+}
+
+impl fmt::Display for Cursor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.created_ms, self.id)
+    }
+}
+
+impl FromStr for Cursor {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, &'static str> {
+        let parts = text.split_once('.');
+        let parsed = parts.and_then(|(created, id)| Some((created.parse().ok()?, id.to_owned())));
+        let (created_ms, id) = parsed.ok_or("must be the `next` of a page")?;
+        Ok(Self { created_ms, id })
+    }
 }
 
 /// A job of this process that has not ended.
@@ -55,8 +91,8 @@ impl JobStore {
     /// The jobs of a directory, or of this process only.
     pub(crate) fn open(dir: Option<&Path>, limits: JobLimits) -> anyhow::Result<Self> {
         let (database, durable) = (Database::open(dir)?, dir.is_some());
-        let (running, turns, sent) = Default::default();
-        Ok(Self { database, limits, durable, running, turns, sent })
+        let (running, turns, again, sent) = Default::default();
+        Ok(Self { database, limits, durable, running, turns, again, sent })
     }
 
     /// Whether jobs survive the process.
@@ -125,11 +161,13 @@ impl JobStore {
     }
 
     /// Stores the end of a job in place of its request: its response, or that of its error. `None`
-    /// if the job was deleted or has ended before: nothing is changed then.
+    /// if the job was deleted or has ended before: nothing is changed then. A result that comes after
+    /// the deadline is refused with [`JobError::Deadline`]: who asked meanwhile was told that the job
+    /// has failed.
     pub(crate) async fn finish(&self, id: &str, end: Response<Bytes>) -> Result<Option<EndedJob>> {
         let (id, limits) = (id.to_owned(), self.limits);
         let find = "
-            SELECT client, bytes, webhook, created_ms FROM jobs
+            SELECT client, bytes, webhook, created_ms, deadline_ms FROM jobs
             WHERE id = ?1 AND finished_ms IS NULL";
         let finish = "
             UPDATE jobs SET finished_ms = ?2, status = ?3, bytes = ?4, headers = ?5, body = ?6
@@ -141,11 +179,14 @@ impl JobStore {
         self.database
             .store(is_result.then_some(bytes), move |transaction| {
                 let read = |row: &Row<'_>| {
-                    let age = since(row.get(3)?);
-                    Ok((row.get(0)?, row.get(1)?, EndedJob { webhook: row.get(2)?, age }))
+                    let ended = EndedJob { webhook: row.get(2)?, age: since(row.get(3)?) };
+                    Ok((row.get(0)?, row.get(1)?, is_past(row.get(4)?), ended))
                 };
                 let found = transaction.query_row(find, [&id], read).optional()?;
-                let Some((client, request, ended)) = found else { return Ok(None) };
+                let Some((client, request, is_late, ended)) = found else { return Ok(None) };
+                if is_result && is_late {
+                    return Err(JobError::Deadline.into());
+                }
                 let (client, request): (String, usize) = (client, request);
                 let more = bytes.saturating_sub(request);
                 if is_result && more > 0 {
@@ -173,15 +214,25 @@ impl JobStore {
         .await
     }
 
-    /// The jobs of a client that are older than the number `before`, the newest first.
-    pub(crate) async fn list(&self, client: &Client, before: i64) -> Result<Vec<JobRecord>> {
+    /// The jobs of a client from a place in their list on, the newest first.
+    pub(crate) async fn list(
+        &self,
+        client: &Client,
+        from: Option<Cursor>,
+    ) -> Result<Vec<JobRecord>> {
         let client = client.name().to_owned();
-        let columns = JobRecord::COLUMNS;
-        let select =
-            format!("SELECT {columns} FROM jobs WHERE client = ?1 AND seq < ?2 ORDER BY seq DESC");
+        let (columns, from) = (JobRecord::COLUMNS, from.map(|from| (from.created_ms, from.id)));
+        let (created_ms, id) = from.unwrap_or((i64::MAX, String::new()));
+        // If the job of the place is gone, those of the same millisecond are listed again.
+        let select = format!(
+            "SELECT {columns} FROM jobs
+             WHERE client = ?1 AND (created_ms, seq) <
+                 (?2, coalesce((SELECT seq FROM jobs WHERE id = ?3), 9223372036854775807))
+             ORDER BY created_ms DESC, seq DESC"
+        );
         self.read(move |transaction| {
             let mut select = transaction.prepare(&select)?;
-            let jobs = select.query_map(params![client, before], JobRecord::read)?;
+            let jobs = select.query_map(params![client, created_ms, id], JobRecord::read)?;
             Ok(jobs.collect::<rusqlite::Result<_>>()?)
         })
         .await
@@ -306,10 +357,10 @@ impl JobStore {
         running.insert(id, RunningJob { monitor: None, _task: task });
     }
 
-    /// Sets the view of a job that is submitted to the engine.
-    pub(crate) fn watch(&self, id: &str, monitor: JobMonitor) {
+    /// Sets the view of a job that is submitted to the engine, or no longer is.
+    pub(crate) fn watch(&self, id: &str, monitor: Option<JobMonitor>) {
         if let Some(job) = self.running().get_mut(id) {
-            job.monitor = Some(monitor);
+            job.monitor = monitor;
         }
     }
 
@@ -321,6 +372,12 @@ impl JobStore {
     /// Ends the task of a job, which may be the caller's: it ends where it next waits.
     pub(crate) fn end(&self, id: &str) {
         self.running().remove(id);
+    }
+
+    /// The turn of a job whose end could not be stored to store it again after a pause: one job tries
+    /// for all.
+    pub(crate) async fn again(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.again.lock().await
     }
 
     /// Waits until no job of the client is before this one.

@@ -44,6 +44,8 @@ pub(crate) struct UnfinishedJob {
     pub(crate) client: Client,
     /// Time until it fails; zero if that has passed.
     pub(crate) left: Duration,
+    /// The same, when it was accepted.
+    pub(crate) timeout: Duration,
     pub(crate) priority: Priority,
     pub(crate) seed: u64,
     pub(crate) model: String,
@@ -55,10 +57,11 @@ pub(crate) struct UnfinishedJob {
 /// What clients see of a job.
 #[derive(Debug, Clone)]
 pub(crate) struct JobRecord {
-    pub(crate) seq: i64,
     pub(crate) id: String,
     /// When it was accepted, in milliseconds since 1970.
     pub(crate) created_ms: i64,
+    /// Time until it fails, from then on.
+    pub(crate) timeout: Duration,
     pub(crate) priority: String,
     /// Whether and how it has ended.
     pub(crate) end: Option<JobEnd>,
@@ -70,6 +73,8 @@ pub(crate) enum JobEnd {
     Completed,
     /// The body of its error.
     Failed(Vec<u8>),
+    /// Its deadline has passed. It has failed, whether or not that could be stored.
+    Late,
 }
 
 /// A job that has just ended.
@@ -93,27 +98,43 @@ pub(crate) enum RemovedJob {
 impl NewJob {
     /// The job, once it is stored under this number.
     pub(super) fn accepted(self, seq: i64, created_ms: i64) -> (UnfinishedJob, JobRecord) {
-        let Self { id, client, timeout: left, priority, seed, model, fingerprint, .. } = self;
-        let name = priority.name().to_owned();
-        let record = JobRecord { seq, id: id.clone(), created_ms, priority: name, end: None };
-        let begun = 0;
-        let job =
-            UnfinishedJob { seq, id, client, left, priority, seed, model, fingerprint, begun };
+        let Self { id, client, timeout, priority, seed, model, fingerprint, .. } = self;
+        let record = JobRecord {
+            id: id.clone(),
+            created_ms,
+            timeout,
+            priority: priority.name().to_owned(),
+            end: None,
+        };
+        let (left, begun) = (timeout, 0);
+        let job = UnfinishedJob {
+            seq,
+            id,
+            client,
+            left,
+            timeout,
+            priority,
+            seed,
+            model,
+            fingerprint,
+            begun,
+        };
         (job, record)
     }
 }
 
 impl UnfinishedJob {
-    pub(super) const COLUMNS: &str = "seq, id, client, deadline_ms, priority, seed, model, \
-                                      fingerprint, begun";
+    pub(super) const COLUMNS: &str = "seq, id, client, created_ms, deadline_ms, priority, seed, \
+                                      model, fingerprint, begun";
 
     pub(super) fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
-        let left = row.get::<_, i64>("deadline_ms")?.saturating_sub(now_ms());
+        let deadline: i64 = row.get("deadline_ms")?;
         Ok(Self {
             seq: row.get("seq")?,
             id: row.get("id")?,
             client: Client::named(&row.get::<_, String>("client")?),
-            left: Duration::from_millis(u64::try_from(left).unwrap_or(0)),
+            left: between(now_ms(), deadline),
+            timeout: between(row.get("created_ms")?, deadline),
             priority: row.get::<_, String>("priority")?.parse().unwrap_or_default(),
             seed: row.get::<_, i64>("seed")?.cast_unsigned(),
             model: row.get("model")?,
@@ -124,17 +145,22 @@ impl UnfinishedJob {
 }
 
 impl JobRecord {
-    pub(super) const COLUMNS: &str = "seq, id, created_ms, priority, status, \
+    pub(super) const COLUMNS: &str = "id, created_ms, deadline_ms, priority, status, \
                                       CASE WHEN status >= 400 THEN body END AS error";
 
     pub(super) fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
         let status: Option<u16> = row.get("status")?;
         let error: Option<Vec<u8>> = row.get("error")?;
-        let end = status.map(|_| error.map_or(JobEnd::Completed, JobEnd::Failed));
+        let (created_ms, deadline) = (row.get("created_ms")?, row.get("deadline_ms")?);
+        let end = match (status, error) {
+            (Some(_), Some(error)) => Some(JobEnd::Failed(error)),
+            (Some(_), None) => Some(JobEnd::Completed),
+            (None, _) => is_past(deadline).then_some(JobEnd::Late),
+        };
         Ok(Self {
-            seq: row.get("seq")?,
             id: row.get("id")?,
-            created_ms: row.get("created_ms")?,
+            created_ms,
+            timeout: between(created_ms, deadline),
             priority: row.get("priority")?,
             end,
         })
@@ -189,7 +215,17 @@ pub(super) fn now_ms() -> i64 {
 
 /// The time since then, in milliseconds since 1970.
 pub(super) fn since(then_ms: i64) -> Duration {
-    Duration::from_millis(u64::try_from(now_ms().saturating_sub(then_ms)).unwrap_or(0))
+    between(then_ms, now_ms())
+}
+
+/// Whether a deadline has passed.
+pub(super) fn is_past(deadline_ms: i64) -> bool {
+    deadline_ms <= now_ms()
+}
+
+/// The time from one to another, in milliseconds since 1970; zero if that is earlier.
+fn between(from_ms: i64, to_ms: i64) -> Duration {
+    Duration::from_millis(u64::try_from(to_ms.saturating_sub(from_ms)).unwrap_or(0))
 }
 
 pub(super) fn millis(time: Duration) -> i64 {

@@ -73,7 +73,7 @@ async fn a_client_loses_its_own_results_first_and_none_that_another_waits_for() 
     let names = async || -> Result<Vec<String>> {
         let mut names = Vec::new();
         for client in ["x", "y"] {
-            let jobs = store.list(&Client::named(client), i64::MAX).await?;
+            let jobs = store.list(&Client::named(client), None).await?;
             names.extend(jobs.into_iter().map(|job| job.id));
         }
         names.sort();
@@ -184,6 +184,39 @@ async fn a_disk_that_jobs_have_filled_has_room_to_delete_them_and_is_given_back(
         finished(&store, "large", "x", 700_000).await?;
         assert!(store.remove("large").await?.is_some());
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_job_has_failed_at_its_deadline_whatever_can_be_stored() -> Result<()> {
+    let store = JobStore::open(None, LIMITS).expect("a store");
+    let late = NewJob { timeout: Duration::ZERO, ..job("a", "x", 0) };
+    store.insert(late, 1).await?;
+    assert_eq!(store.get("a").await?.end, Some(JobEnd::Late));
+    let refusal = store.finish("a", done(1)).await.expect_err("told to have failed");
+    assert_eq!(refusal.status(), StatusCode::GATEWAY_TIMEOUT);
+    assert!(store.result("a").await?.is_none());
+    let mut error = done(1);
+    *error.status_mut() = refusal.status();
+    assert!(store.finish("a", error).await?.is_some());
+    assert_eq!(store.get("a").await?.end, Some(JobEnd::Failed(vec![9])));
+    Ok(())
+}
+
+#[tokio::test]
+async fn pages_of_a_list_follow_each_other_also_after_a_job_that_is_gone() -> Result<()> {
+    let store = JobStore::open(None, JobLimits { jobs_per_client: 4, ..LIMITS }).expect("a store");
+    for id in ["a", "b", "c", "d"] {
+        store.insert(job(id, "x", 0), 1).await?;
+    }
+    let client = Client::named("x");
+    let all = store.list(&client, None).await?;
+    let ids = |jobs: &[JobRecord]| jobs.iter().map(|job| job.id.clone()).collect::<Vec<_>>();
+    assert_eq!(ids(&all), ["d", "c", "b", "a"]);
+    let place: Cursor = Cursor::after(&all[1]).to_string().parse().expect("a cursor");
+    assert_eq!(ids(&store.list(&client, Some(place.clone())).await?), ["b", "a"]);
+    store.remove("c").await?;
+    assert!(ids(&store.list(&client, Some(place)).await?).ends_with(&["b".into(), "a".into()]));
     Ok(())
 }
 
