@@ -84,7 +84,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
         let infotext = image::infotext(spec, &model.name, &loras);
         let file = image::encode(&generated.rgb, config.format, image::JPEG_QUALITY, &infotext)?;
         std::fs::write(&path, file).with_context(|| format!("cannot write {}", path.display()))?;
-        for warning in &generated.warnings {
+        for warning in request.warnings.iter().chain(&generated.warnings) {
             tracing::warn!("{warning}");
         }
         writeln!(out, "{} (seed {})", path.display(), spec.seed)?;

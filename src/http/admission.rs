@@ -249,10 +249,10 @@ impl Admitted {
     }
 }
 
-/// A body as text.
+/// A body as text, without the byte order mark that editors of Windows put before it.
 pub(crate) fn text(body: &[u8]) -> Result<&str, ValidationError> {
-    std::str::from_utf8(body)
-        .map_err(|error| ValidationError::body(format!("the body is not UTF-8: {error}")))
+    let text = std::str::from_utf8(body).map(|text| text.trim_start_matches('\u{feff}'));
+    text.map_err(|error| ValidationError::body(format!("the body is not UTF-8: {error}")))
 }
 
 impl RequestSlot {

@@ -54,6 +54,8 @@ pub(crate) struct Drawing {
     pub(crate) quality: u8,
     /// Whether the client can receive live previews.
     pub(crate) preview: bool,
+    /// What each image's warnings say of the request's fields.
+    pub(crate) warnings: Vec<String>,
     /// The order among the client's own images.
     pub(crate) priority: Priority,
     /// Held until the response is encoded, even if the client has disconnected. None for work that
@@ -86,7 +88,7 @@ impl Drawing {
         let (limits, own, reader) = (settings.limits, Arc::clone(&model), state.reader.clone());
         let deadline = slot.deadline;
         let read = move || {
-            let (mut specs, mut first) = (Vec::new(), None);
+            let (mut specs, mut first) = (Vec::new(), None::<DrawRequest>);
             // One at a time: each has a copy of the input image of all.
             for mut request in requests {
                 let _weighed = reader.weigh(deadline, request.weigh(&limits))?;
@@ -102,9 +104,10 @@ impl Drawing {
             let reason = format!("requests {count} images in total; the maximum is {most}");
             return Err(ValidationError::range("prompt", reason).into());
         }
-        let Some(request) = request else {
+        let Some(mut request) = request else {
             return Err(ValidationError::body("the request contains no prompt").into());
         };
+        let warnings = std::mem::take(&mut request.warnings);
         let (mut specs, request) = match specs.iter().any(Spec::has_loras) {
             false => (specs, request),
             true => {
@@ -135,6 +138,7 @@ impl Drawing {
             reply,
             quality,
             preview,
+            warnings,
             priority,
             slot,
             model,
@@ -178,10 +182,13 @@ impl Drawing {
     /// Encodes the images and renders the response, on a blocking thread.
     pub(crate) async fn encode<T: Send + 'static>(
         self,
-        images: Vec<GeneratedImage>,
+        mut images: Vec<GeneratedImage>,
         render: impl FnOnce(&Self, &[GeneratedImage], Vec<Vec<u8>>) -> T + Send + 'static,
     ) -> Result<T> {
         let span = info_span!(parent: tracing::Span::current(), "encode");
+        for image in &mut images {
+            image.warnings.splice(0..0, self.warnings.iter().cloned());
+        }
         let work = move || {
             let _inside = span.enter();
             let files = self.files(&images)?;

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::Cursor;
 
 use image::imageops::FilterType;
-use image::{DynamicImage, ImageDecoder, ImageReader, Limits};
+use image::{DynamicImage, ImageDecoder, ImageReader, Limits, Rgba};
 use sd_models::{Rgb, Size};
 
 /// Decodes a PNG, JPEG, WebP, GIF (first frame) or BMP file and applies its EXIF orientation. The
@@ -46,6 +46,28 @@ fn open(file: &[u8], max_pixels: usize) -> Result<impl ImageDecoder, String> {
 
 fn unreadable(error: &dyn fmt::Display) -> String {
     format!("cannot be read: {error}")
+}
+
+/// Whether an image is transparent anywhere, even a little.
+pub fn is_transparent(image: &DynamicImage) -> bool {
+    image.color().has_alpha() && image.to_rgba8().pixels().any(|pixel| pixel.0[3] < u8::MAX)
+}
+
+/// An image before a white background.
+pub fn on_white(image: DynamicImage) -> DynamicImage {
+    if !image.color().has_alpha() {
+        return image;
+    }
+    let mut image = image.into_rgba8();
+    for Rgba([red, green, blue, alpha]) in image.pixels_mut() {
+        let opacity = u16::from(*alpha);
+        for channel in [red, green, blue] {
+            let blended = u16::from(*channel) * opacity + 255 * (255 - opacity);
+            *channel = ((blended + 127) / 255) as u8;
+        }
+        *alpha = u8::MAX;
+    }
+    image.into()
 }
 
 /// The RGB pixels of an image, resized by a Lanczos filter if necessary. Transparency is ignored,

@@ -17,6 +17,9 @@ const MAX_TEXT_BYTES: usize = 1 << 20;
 /// Maximum number of parameters read from a text; each takes far more memory than its text.
 const MAX_PARAMETERS: usize = 256;
 
+/// What begins the negative prompt, at the beginning of a line.
+const NEGATIVE: &str = "Negative prompt:";
+
 /// The keyword of the text chunk in PNG files.
 const PARAMETERS: &str = "parameters";
 
@@ -34,7 +37,7 @@ pub fn infotext(spec: &Spec, model: &str, loras: &str) -> String {
         text += &clean(&format!(" <lora:{name}:{text_encoder}{scale}>"));
     }
     if !spec.negative_prompt.is_empty() {
-        text += &format!("\nNegative prompt: {}", clean(&spec.negative_prompt));
+        text += &format!("\n{NEGATIVE} {}", clean(&spec.negative_prompt));
     }
     let strength = spec.strength().map(|strength| format!("Denoising strength: {strength}, "));
     let hires = spec.hires.iter().flat_map(|hires| hires_parameters(spec, hires));
@@ -126,38 +129,98 @@ fn in_exif(exif: &Exif) -> Option<String> {
     Some(String::from_utf16_lossy(&pairs.iter().map(unit).collect::<Vec<_>>()))
 }
 
-/// Parses an infotext: `Prompt`, `Negative prompt`, and the parameters of the last line by name.
+/// Parses an infotext as AUTOMATIC1111 does: `Prompt`, `Negative prompt`, and by name the parameters
+/// of the last line that has at least three, then those of the lines that extensions add below it.
 pub(crate) fn parse(text: &str) -> Vec<(String, String)> {
-    let (above, last) = match text.rsplit_once('\n') {
-        Some((above, last)) if pairs(last).len() >= 3 => (above, last),
-        _ if pairs(text).len() >= 3 => ("", text),
-        _ => (text, ""),
-    };
-    let (prompt, negative) = above.split_once("Negative prompt:").unwrap_or((above, ""));
+    let lines: Vec<&str> = text.trim().lines().collect();
+    let has_parameters = |line: &&str| pairs(line).len() >= 3;
+    let at = lines.iter().rposition(has_parameters).filter(|at| are_added(&lines[at + 1..]));
+    let (above, below) = lines.split_at(at.unwrap_or(lines.len()));
+    let is_negative = |line: &&str| line.trim_start().starts_with(NEGATIVE);
+    let negative_at = above.iter().position(is_negative).unwrap_or(above.len());
+    let (prompt, negative) = above.split_at(negative_at);
+    let (prompt, negative) = (prompt.join("\n"), negative.join("\n"));
+    let negative = negative.trim_start().strip_prefix(NEGATIVE).unwrap_or_default();
     let mut parameters = vec![
         ("Prompt".to_owned(), prompt.trim().to_owned()),
         ("Negative prompt".to_owned(), negative.trim().to_owned()),
     ];
-    parameters.extend(pairs(last));
+    if let Some((line, added)) = below.split_first() {
+        parameters.extend(pairs(line));
+        add_lines(&mut parameters, added);
+    }
+    if let Some((_, size)) = parameters.iter().find(|(name, _)| name == "Size")
+        && let Some((width, height)) = size.split_once('x')
+    {
+        // AUTOMATIC1111's names of the sides.
+        let sides = [("Size-1", width), ("Size-2", height)];
+        let sides = sides.map(|(name, side)| (name.to_owned(), side.to_owned()));
+        parameters.extend(sides);
+    }
     parameters
 }
 
-/// `Name: value, Name: "value, with commas"`.
+/// Whether lines below the parameters are those of extensions: the first names its value.
+fn are_added(lines: &[&str]) -> bool {
+    lines.first().is_none_or(|line| named(line).is_some())
+}
+
+/// Adds lines such as `Template: a {red|blue} house`, whose values may have further lines.
+fn add_lines(parameters: &mut Vec<(String, String)>, lines: &[&str]) {
+    for line in lines {
+        let has_room = parameters.len() < MAX_PARAMETERS;
+        match (named(line).filter(|_| has_room), parameters.last_mut()) {
+            (Some((name, value)), _) => {
+                parameters.push((name.to_owned(), value.trim().to_owned()));
+            }
+            (_, Some((_, value))) => {
+                value.push('\n');
+                value.push_str(line);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The name before a colon, of letters, digits, spaces and `-/_`, and the text behind it.
+fn named(text: &str) -> Option<(&str, &str)> {
+    let (name, rest) = text.split_once(':')?;
+    let name = name.trim();
+    let is_named = |c: char| c.is_alphanumeric() || " -/_".contains(c);
+    let is_name = name.starts_with(char::is_alphanumeric) && name.chars().all(is_named);
+    (is_name && name.len() > 1).then_some((name, rest))
+}
+
+/// `Name: value, Name: "value, with commas and \"quotes\""`.
 fn pairs(line: &str) -> Vec<(String, String)> {
     let mut pairs = Vec::new();
     let mut rest = line;
-    while pairs.len() < MAX_PARAMETERS
-        && let Some((name, after)) = rest.split_once(':')
-    {
-        let after = after.trim_start();
-        let (value, next) = match after.strip_prefix('"') {
-            Some(quoted) => quoted.split_once('"').unwrap_or((quoted, "")),
-            None => after.split_once(',').unwrap_or((after, "")),
+    while pairs.len() < MAX_PARAMETERS && !rest.is_empty() {
+        let Some((name, after)) = named(rest) else {
+            // As there, what is no parameter is passed over.
+            rest = rest.split_once(',').map_or("", |(_, next)| next);
+            continue;
         };
-        pairs.push((name.trim().to_owned(), value.trim().to_owned()));
-        rest = next.trim_start_matches([',', ' ']);
+        let (value, next) = value(after.trim_start());
+        pairs.push((name.to_owned(), value));
+        rest = next;
     }
     pairs
+}
+
+/// The value at the beginning of a text, and what follows the comma behind it.
+fn value(text: &str) -> (String, &str) {
+    let mut strings = serde_json::Deserializer::from_str(text).into_iter::<String>();
+    if text.starts_with('"')
+        && let Some(Ok(value)) = strings.next()
+    {
+        let rest = text.get(strings.byte_offset()..).unwrap_or_default().trim_start();
+        if let Some(next) = rest.strip_prefix(',').or(rest.is_empty().then_some("")) {
+            return (value, next);
+        }
+    }
+    let (value, next) = text.split_once(',').unwrap_or((text, ""));
+    (value.trim().to_owned(), next)
 }
 
 #[cfg(test)]
@@ -198,16 +261,17 @@ mod tests {
             steps in 1..1000_usize,
             scale in 0.0..100.0_f64,
         ) {
-            // The format marks the negative prompt by these words alone.
-            prop_assume!(!prompt.contains("Negative prompt:"));
+            // The format marks the negative prompt by a line that begins with these words.
+            prop_assume!(!prompt.lines().any(|line| line.trim_start().starts_with(NEGATIVE)));
             let spec = spec(&prompt, &negative, seed, steps, scale);
             let read = parse(&infotext(&spec, "model", "style: 0123456789ab"));
             let value = |name: &str| {
                 let mut found = read.iter().filter(|(known, _)| known == name);
                 found.next().map(|(_, value)| value.as_str()).unwrap_or_default().to_owned()
             };
-            prop_assert_eq!(value("Prompt"), prompt.trim());
-            prop_assert_eq!(value("Negative prompt"), negative.trim());
+            let lines = |text: &str| text.trim().lines().collect::<Vec<_>>().join("\n");
+            prop_assert_eq!(value("Prompt"), lines(&prompt));
+            prop_assert_eq!(value("Negative prompt"), lines(&negative));
             prop_assert_eq!(value("Seed"), seed.to_string());
             prop_assert_eq!(value("Steps"), steps.to_string());
             prop_assert_eq!(value("CFG scale"), scale.to_string());
@@ -221,7 +285,62 @@ mod tests {
         fn any_text_is_read(text in ".{0,200}") {
             let read = parse(&text);
             prop_assert!(read.len() >= 2);
-            prop_assert!(read.iter().map(|(_, value)| value.len()).sum::<usize>() <= text.len());
+            prop_assert!(read.iter().map(|(_, value)| value.len()).sum::<usize>() <= 2 * text.len());
         }
+    }
+
+    #[test]
+    fn infotexts_of_others_are_read() {
+        const LAST: &str = "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x768";
+        let read = |text: &str, name: &str| {
+            let found = parse(text).into_iter().find(|(known, _)| known == name);
+            found.map(|(_, value)| value)
+        };
+        for text in [
+            format!("a cat\nNegative prompt: dog\n{LAST}\n\n"),
+            format!("a cat\r\nNegative prompt: dog\r\n{LAST}\r\n"),
+            format!("\u{a0}a cat\n  Negative prompt:dog\n{LAST}, Version: v1"),
+            format!("a cat\nNegative prompt: dog\n{LAST}\nTemplate: a {{cat|dog}}, Steps: 9"),
+        ] {
+            let found =
+                ["Prompt", "Negative prompt", "Steps", "Size-2"].map(|name| read(&text, name));
+            assert_eq!(
+                found.map(Option::unwrap_or_default),
+                ["a cat", "dog", "20", "768"],
+                "{text}"
+            );
+        }
+        let quoted = format!(r#"a{LAST}"#);
+        assert_eq!(
+            read(&quoted, "Prompt").as_deref(),
+            Some(""),
+            "one line is that of the parameters"
+        );
+        let quoted = format!(
+            r#"a, Steps: none{}{LAST}, ADetailer prompt: "a \"red, blue\" face", Lora hashes: "x: 1, y: 2", Note: "un, Version: v1"#,
+            "\n"
+        );
+        for (name, value) in [
+            ("Prompt", "a, Steps: none"),
+            ("ADetailer prompt", "a \"red, blue\" face"),
+            ("Lora hashes", "x: 1, y: 2"),
+            ("Note", "\"un"),
+            ("Version", "v1"),
+        ] {
+            assert_eq!(read(&quoted, name).as_deref(), Some(value), "{name}");
+        }
+        let sign = format!("a sign that says Negative prompt: none\n{LAST}");
+        assert_eq!(
+            read(&sign, "Prompt").as_deref(),
+            Some("a sign that says Negative prompt: none")
+        );
+        assert_eq!(read(&sign, "Negative prompt").as_deref(), Some(""));
+        let added = format!("a\n{LAST}\nTemplate: one\ntwo\nNegative Template: three: 3");
+        assert_eq!(read(&added, "Template").as_deref(), Some("one\ntwo"));
+        assert_eq!(read(&added, "Negative Template").as_deref(), Some("three: 3"));
+        assert_eq!(
+            read("just a prompt: of, no: parameters", "Prompt").as_deref(),
+            Some("just a prompt: of, no: parameters")
+        );
     }
 }

@@ -10,7 +10,7 @@ mod infotext;
 mod mask;
 
 pub use blur::blurred;
-pub use decode::{decode, decoded_bytes, fit_mask, resize_to};
+pub use decode::{decode, decoded_bytes, fit_mask, is_transparent, on_white, resize_to};
 pub use encode::{Format, JPEG_QUALITY, encode};
 pub use hashes::Hashes;
 pub use infotext::infotext;

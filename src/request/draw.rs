@@ -12,10 +12,11 @@ use sd_models::{
     Hires, Img2Img, LoraUse, ModelInfo, PromptSyntax, SamplerName, Size, Spec, Upscaler,
 };
 use serde::Deserialize;
+use serde_json::Value;
 
 use super::error::ValidationError;
 use super::fields::{Fields, Names};
-use super::images::{ImageFile, MaskArea};
+use super::images::{ImageFile, MaskArea, Transparency};
 use super::limits::Limits;
 use crate::image::{self, Format};
 
@@ -74,8 +75,8 @@ pub struct DrawRequest {
     /// Number of images. Each has the seed of the one before plus one.
     #[schemars(extend("minimum" = 1, "maximum" = Limits::IMAGES, "x-aliases" = ["n"]))]
     pub(crate) num_images_per_prompt: Option<usize>,
-    /// Seed of the noise. The same seed gives the same image. Default: random.
-    #[schemars(extend("minimum" = 0, "maximum" = u64::MAX))]
+    /// Seed of the noise. The same seed gives the same image. Default, and at -1: random.
+    #[schemars(extend("minimum" = -1, "maximum" = u64::MAX))]
     pub(crate) seed: Option<u64>,
     /// Sampler, by the name here, in diffusers or in AUTOMATIC1111.
     #[schemars(extend("x-aliases" = ["sampler"]))]
@@ -109,6 +110,12 @@ pub struct DrawRequest {
     /// The pixels of the mask that are inpainted.
     #[serde(skip)]
     pub(crate) mask_area: MaskArea,
+    /// What transparent pixels of the input image are.
+    #[serde(skip)]
+    pub(crate) transparency: Transparency,
+    /// What the reply says of fields that are not followed.
+    #[serde(skip)]
+    pub(crate) warnings: Vec<String>,
     /// The client's names of the fields.
     #[serde(skip)]
     pub(crate) names: Names,
@@ -137,9 +144,26 @@ struct Input {
 
 impl DrawRequest {
     /// Reads a request that has native fields only.
-    pub fn read(mut fields: Fields, limits: &Limits) -> Result<Self, ValidationError> {
+    pub fn read(fields: Fields, limits: &Limits) -> Result<Self, ValidationError> {
+        let (request, unknown) = Self::read_known(fields, limits)?;
+        match unknown.first() {
+            None => Ok(request),
+            Some(name) => Err(ValidationError::unknown(name)),
+        }
+    }
+
+    /// The same, with the client's names of the fields that are unknown.
+    pub(crate) fn read_known(
+        mut fields: Fields,
+        limits: &Limits,
+    ) -> Result<(Self, Vec<String>), ValidationError> {
+        fields.drop_if("seed", |seed| match seed {
+            Value::String(text) => text.trim().parse() == Ok(-1.0),
+            seed => seed.as_f64() == Some(-1.0),
+        });
         let request: Self = fields.read(limits).map_err(ValidationError::of_field)?;
-        Ok(Self { names: fields.finish()?, ..request })
+        let (names, unknown) = fields.into_names();
+        Ok((Self { names, ..request }, unknown))
     }
 
     /// Memory that [`Self::specs`] takes for decoded input images, in bytes.
@@ -151,7 +175,7 @@ impl DrawRequest {
     /// One spec for each image. Omitted values come from the model, an omitted seed from
     /// `random_seed`. Not for async threads: the input images are decoded and resized.
     pub fn specs(
-        &self,
+        &mut self,
         limits: &Limits,
         model: &ModelInfo,
         random_seed: u64,
@@ -257,7 +281,7 @@ impl DrawRequest {
     }
 
     /// Decodes the input image and its mask.
-    fn input(&self, max_pixels: usize) -> Result<Option<Input>, ValidationError> {
+    fn input(&mut self, max_pixels: usize) -> Result<Option<Input>, ValidationError> {
         let Some(image) = &self.image else {
             let dependent = [("mask", self.mask.is_some()), ("strength", self.strength.is_some())];
             return self.reject_without("image", dependent);
@@ -266,6 +290,19 @@ impl DrawRequest {
         let name = self.names.of("mask");
         let mask = self.mask.as_ref().map(|mask| mask.decode(name, max_pixels)).transpose()?;
         let mask = self.mask_area.mask(name, mask, &image)?;
+        let is_mask = matches!(self.mask_area, MaskArea::Transparent);
+        let image = match self.transparency {
+            Transparency::White => image::on_white(image),
+            Transparency::Ignored => {
+                if !is_mask && image::is_transparent(&image) {
+                    let name = self.names.of("image");
+                    let warning =
+                        format!("{name} is transparent in places: their hidden colours were used");
+                    self.warnings.push(warning);
+                }
+                image
+            }
+        };
         let strength = match (self.mask_area, &mask) {
             // The pixels below transparency are no part of the image.
             (MaskArea::Transparent, Some(_)) => 1.0,

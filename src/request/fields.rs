@@ -153,6 +153,12 @@ impl Fields {
         for (name, schema) in schema::properties::<T>().iter() {
             let names = [vec![name.as_str()], schema::aliases(schema)].concat();
             let Some((spelt, value)) = self.take(&names)? else { continue };
+            let is_blank = value.as_str().is_some_and(|text| text.trim().is_empty());
+            // A field that a client leaves blank is not given. A prompt may be empty, and an image
+            // that is was not read by the client.
+            if is_blank && name != "prompt" && schema["contentEncoding"].is_null() {
+                continue;
+            }
             let field = FieldSchema { name: &spelt, schema, limits };
             let value = field.check(value, self.is_form)?;
             if spelt != *name {
@@ -164,21 +170,9 @@ impl Fields {
             .map_err(|error| ValidationError::body(format!("the fields cannot be read: {error}")))
     }
 
-    /// The same, with text accepted for values of other types, as in a form.
-    pub(crate) fn read_lenient<T: JsonSchema + DeserializeOwned + 'static>(
-        &mut self,
-        limits: &Limits,
-    ) -> Result<T, ValidationError> {
-        let is_form = std::mem::replace(&mut self.is_form, true);
-        let read = self.read(limits);
-        self.is_form = is_form;
-        read
-    }
-
-    /// The client's names of all fields that were read. An error if any field remains.
-    pub(crate) fn finish(self) -> Result<Names, ValidationError> {
-        let Some(Field { spelt, .. }) = self.fields.first() else { return Ok(self.names) };
-        Err(ValidationError::unknown(spelt))
+    /// The client's names of all fields that were read, and of those that remain.
+    pub(crate) fn into_names(self) -> (Names, Vec<String>) {
+        (self.names, self.fields.into_iter().map(|field| field.spelt).collect())
     }
 }
 
@@ -224,16 +218,31 @@ mod tests {
         let request = read(r#","steps":7,"sampler":"euler","width":null"#).expect("a request");
         assert_eq!((request.num_inference_steps, request.width), (Some(7), None));
         assert_eq!(request.names.of("num_inference_steps"), "steps");
+        for (fields, steps, stream) in [
+            (r#","steps":7.0,"stream":1"#, 7, true),
+            (r#","steps":"7","stream":"False""#, 7, false),
+            (r#","steps":" 7.0 ","stream":"on","seed":"","sampler":" ""#, 7, true),
+            (r#","steps":7,"stream":"YES","seed":-1"#, 7, true),
+        ] {
+            let request = read(fields).expect("a request");
+            let found = (request.num_inference_steps, request.stream, request.scheduler);
+            assert_eq!(found, (Some(steps), Some(stream), None), "{fields}");
+        }
         let table = [
-            (r#","steps":"7""#, "steps must be a whole number, not a string"),
+            (r#","steps":"seven""#, r#"steps must be a whole number, not "seven""#),
             (r#","steps":2.5"#, "steps must be a whole number, not 2.5"),
             (r#","num_inference_steps":51"#, "num_inference_steps must be from 1 to 50, not 51"),
             (r#","steps":-1"#, "steps must be from 1 to 50, not -1"),
+            (r#","steps":"-1.0""#, "steps must be from 1 to 50, not -1"),
             (r#","steps":7,"num_inference_steps":8"#, "steps is given twice"),
-            (r#","seed":18446744073709551616"#, "seed must be from 0 to"),
-            (r#","cfg_scale":"1""#, "cfg_scale must be a number, not a string"),
+            (r#","seed":18446744073709551616"#, "seed must be from -1 to"),
+            (r#","seed":-2"#, "seed must be from -1 to"),
+            (r#","cfg_scale":"one""#, r#"cfg_scale must be a number, not "one""#),
+            (r#","cfg_scale":[1]"#, "cfg_scale must be a number, not a list"),
             (r#","strength":1.1"#, "strength must be from 0 to 1, not 1.1"),
-            (r#","stream":1"#, "stream must be true or false, not 1"),
+            (r#","stream":2"#, "stream must be true or false, not 2"),
+            (r#","stream":"maybe""#, r#"stream must be true or false, not "maybe""#),
+            (r#","loras":"[]""#, r#"loras must be a list, not "[]""#),
             (r#","image":5"#, "image must be a string, not 5"),
             (r#","loras":[{},{},{}]"#, "loras has 3 entries; at most 2 are allowed"),
             (r#","loras":[{"name":"a"},{"nam":"b"}]"#, r#"loras[1] must have "name""#),
@@ -281,7 +290,7 @@ mod tests {
         let loras = read("loras", r#"[{"name":"a","scale":0.5}]"#).expect("read").loras;
         assert_eq!(loras.expect("a list").len(), 1);
         let table =
-            [("steps", "twenty"), ("guidance_scale", "NaN"), ("stream", "1"), ("loras", "a")];
+            [("steps", "twenty"), ("guidance_scale", "NaN"), ("stream", "2"), ("loras", "a")];
         for (name, value) in table {
             assert!(error(read(name, value)).starts_with(&format!("{name} must be ")), "{name}");
         }

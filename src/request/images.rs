@@ -85,6 +85,16 @@ impl ImageFile {
     }
 }
 
+/// What transparent pixels of an input image are.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) enum Transparency {
+    /// Their hidden colours, as in diffusers, with a warning.
+    #[default]
+    Ignored,
+    /// White, as in AUTOMATIC1111.
+    White,
+}
+
 /// The pixels of a mask that are inpainted.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) enum MaskArea {

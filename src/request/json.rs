@@ -41,13 +41,26 @@ fn read(text: &str, max_members: usize) -> Result<Vec<(String, Value)>, Validati
     let left = Cell::new(MAX_VALUES + 1);
     let mut reader = serde_json::Deserializer::from_str(text);
     let members = reader.deserialize_map(Members { left: &left, max: max_members });
-    members.and_then(|members| reader.end().map(|()| members)).map_err(|error| {
-        if left.get() == 0 {
-            let message = format!("the body has more than {MAX_VALUES} values");
-            return ValidationError::body(message);
-        }
-        ValidationError::body(format!("the body is not a JSON object: {error}"))
-    })
+    let broken = |error| ValidationError::body(format!("the body is not a JSON object: {error}"));
+    let members = members.map_err(|error| match left.get() {
+        0 => ValidationError::body(format!("the body has more than {MAX_VALUES} values")),
+        _ => broken(error),
+    })?;
+    match reader.end() {
+        Ok(()) => Ok(members),
+        // SageMaker's MultiRecord strategy joins records so.
+        Err(error) if begins_object(text, &error) => Err(ValidationError::body(
+            "the body holds several JSON objects: send them as application/jsonlines, one on each \
+             line",
+        )),
+        Err(error) => Err(broken(error)),
+    }
+}
+
+/// Whether an object begins at the place of an error.
+fn begins_object(text: &str, error: &serde_json::Error) -> bool {
+    let line = text.split('\n').nth(error.line().saturating_sub(1)).unwrap_or_default();
+    line.as_bytes().get(error.column().saturating_sub(1)) == Some(&b'{')
 }
 
 /// The members of the object that a request is.
@@ -164,6 +177,17 @@ mod tests {
         }
         let twice = fields(r#"{"a":1,"a":[2]}"#).expect("an object");
         assert_eq!(twice.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["a", "a"]);
+    }
+
+    #[test]
+    fn several_objects_are_told_of() {
+        let message = |text| fields(text).expect_err("an error").to_string();
+        for text in ["{}\n{}", "{\"a\":1} {\"b\":2}", "{}{}", "{}\r\n\r\n  {}\n"] {
+            assert!(message(text).contains("application/jsonlines"), "{text}");
+        }
+        for text in ["{}]", "{} 1", "{\"a\":{}", "{}\n[{}]"] {
+            assert!(message(text).starts_with("the body is not a JSON object"), "{text}");
+        }
     }
 
     #[test]

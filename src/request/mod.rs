@@ -15,7 +15,7 @@ pub use error::ValidationError;
 pub(crate) use error::{brief, shortened};
 pub use fields::Fields;
 pub(crate) use fields::Names;
-pub(crate) use images::{ImageFile, MaskArea};
+pub(crate) use images::{ImageFile, MaskArea, Transparency};
 pub(crate) use json::{MAX_FIELDS, object};
 pub use limits::Limits;
 pub(crate) use schema::publish;

@@ -1,5 +1,7 @@
-//! Checks a value of a request against the schema of its field: type and bounds. Values of forms,
-//! which are text, are parsed. Null fields and empty fields of forms have been removed before.
+//! Checks a value of a request against the schema of its field: type and bounds. One reader for all
+//! APIs: clients write numbers and switches as text (`"7"`, `"False"`), whole numbers as `7.0` and
+//! switches as 1 and 0; what they mean is clear, so it is taken. Null and blank fields have been
+//! removed before.
 
 use serde_json::{Number, Value};
 
@@ -17,6 +19,9 @@ const TYPES: [(&str, &str); 6] = [
     ("object", "an object"),
 ];
 
+/// Maximum length of a text that may be meant as a number or a switch, in bytes.
+const MAX_WORD_BYTES: usize = 64;
+
 /// A field, by the client's name of it.
 #[derive(Clone, Copy)]
 pub(super) struct FieldSchema<'a> {
@@ -26,13 +31,11 @@ pub(super) struct FieldSchema<'a> {
 }
 
 impl FieldSchema<'_> {
-    /// Checks a value. In a form, text is parsed as JSON where the schema allows no string.
+    /// Checks a value. In a form, lists and objects are text, too.
     pub(super) fn check(&self, value: Value, is_form: bool) -> Result<Value, ValidationError> {
         let value = match value {
-            Value::String(text) if is_form && !self.allows("string") => {
-                let parsed = json::value(text.trim()).filter(|value| !value.is_null());
-                parsed.ok_or_else(|| self.wrong(&format!("{:?}", brief(&text))))?
-            }
+            Value::String(text) if !self.allows("string") => self.written(&text, is_form)?,
+            Value::Number(number) if !self.allows("number") => self.whole(number),
             value => value,
         };
         let fits = match &value {
@@ -69,6 +72,42 @@ impl FieldSchema<'_> {
                 object.into_iter().map(member).collect::<Result<_, _>>().map(Value::Object)
             }
             value => Ok(value),
+        }
+    }
+
+    /// The value that a text stands for.
+    fn written(&self, text: &str, is_form: bool) -> Result<Value, ValidationError> {
+        let trimmed = text.trim();
+        let word = trimmed.to_ascii_lowercase();
+        let is_any = |words: &[&str]| words.contains(&word.as_str());
+        let value = match self.allows("boolean") {
+            true if is_any(&["true", "t", "yes", "y", "on"]) => Some(true.into()),
+            true if is_any(&["false", "f", "no", "n", "off"]) => Some(false.into()),
+            _ => json::value(trimmed),
+        };
+        match value {
+            Some(Value::Number(number)) if !self.allows("number") => Ok(self.whole(number)),
+            Some(value @ (Value::Number(_) | Value::Bool(_))) => Ok(value),
+            Some(value @ (Value::Array(_) | Value::Object(_))) if is_form => Ok(value),
+            // A long text is no number: it is of no use in the message.
+            _ if is_form || text.len() <= MAX_WORD_BYTES => {
+                Err(self.wrong(&format!("{:?}", brief(text))))
+            }
+            _ => Err(self.wrong("a string")),
+        }
+    }
+
+    /// A number where the schema has whole numbers or switches: 7.0 is 7, 1 is true.
+    fn whole(&self, number: Number) -> Value {
+        /// From here on, not every whole number is a double.
+        const EXACT: f64 = (1_u64 << 53) as f64;
+        let value = number.as_f64().filter(|value| value.fract() == 0.0 && value.abs() < EXACT);
+        match value {
+            Some(value) if self.allows("boolean") && [0.0, 1.0].contains(&value) => {
+                (value == 1.0).into()
+            }
+            Some(value) if number.is_f64() => (value as i64).into(),
+            _ => number.into(),
         }
     }
 

@@ -76,7 +76,7 @@ async fn formats_and_their_quality() -> Result<()> {
     assert!(low > default && default > high, "{low} {default} {high}");
     let body = json!({ "prompt": "a cat", "output_format": "webp", "output_compression": 50 });
     let (status, reply) = post(&server, &body).await?;
-    assert_eq!((status, &reply["error"]["param"]), (422, &"output_compression".into()));
+    assert_eq!((status, &reply["error"]["param"]), (400, &"output_compression".into()));
     Ok(())
 }
 
@@ -106,7 +106,7 @@ async fn a_url_is_good_for_a_while() -> Result<()> {
     assert_eq!(reqwest::get(&last[2]).await?.status(), 200);
     let large = json!({ "prompt": "a cat", "n": 3, "response_format": "url" });
     let (status, error) = post(&server, &large).await?;
-    assert_eq!((status, &error["error"]["param"]), (422, &"response_format".into()), "{error}");
+    assert_eq!((status, &error["error"]["param"]), (400, &"response_format".into()), "{error}");
     assert_eq!(reqwest::get(&last[2]).await?.status(), 200, "nothing goes in vain");
     let both = json!({ "prompt": "a cat", "n": 2, "response_format": "url" });
     for object in post(&server, &both).await?.1["data"].as_array().context("data")? {
@@ -180,32 +180,26 @@ async fn errors_have_openais_shape() -> Result<()> {
     let server = free(HTTP).await;
     let table = [
         (json!({}), 400, "malformed", json!("prompt")),
-        (json!({ "prompt": "x", "colour": "red" }), 400, "malformed", json!("colour")),
         (json!({ "prompt": "x", "size": "large" }), 400, "malformed", json!("size")),
-        (json!({ "prompt": "x", "size": "100x64" }), 422, "out_of_range", json!("size")),
+        (json!({ "prompt": "x", "size": "100x64" }), 400, "out_of_range", json!("size")),
         (json!({ "prompt": "x", "size": "64x64", "width": 8 }), 400, "malformed", json!("size")),
-        (json!({ "prompt": "x", "n": 11 }), 422, "out_of_range", json!("n")),
+        (json!({ "prompt": "x", "n": 11 }), 400, "out_of_range", json!("n")),
         (
             json!({ "prompt": "x", "partial_images": 4 }),
-            422,
+            400,
             "out_of_range",
             json!("partial_images"),
         ),
-        (
-            json!({ "prompt": "x", "background": "transparent" }),
-            422,
-            "out_of_range",
-            json!("background"),
-        ),
+        (json!({ "prompt": "x", "quality": 5 }), 400, "malformed", json!("quality")),
         (
             json!({ "prompt": "x", "output_format": "svg" }),
-            422,
+            400,
             "out_of_range",
             json!("output_format"),
         ),
         (
             json!({ "prompt": "x", "response_format": "png" }),
-            422,
+            400,
             "out_of_range",
             json!("response_format"),
         ),
@@ -227,6 +221,32 @@ async fn errors_have_openais_shape() -> Result<()> {
     let server = free(keyed(&["sesame"])).await;
     let (status, reply) = post(&server, &json!({})).await?;
     assert_eq!((status, &reply["error"]["type"]), (401, &"invalid_request_error".into()));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_has_no_effect_is_told() -> Result<()> {
+    let server = free(HTTP).await;
+    let quiet = json!({ "prompt": "x", "model": "gpt-image-1", "quality": "auto", "style": "",
+        "background": "opaque", "user": "someone", "moderation": null });
+    let (status, reply) = post(&server, &quiet).await?;
+    assert_eq!((status, &reply["data"][0]["warnings"]), (200, &Value::Null), "{reply}");
+    let mut loud =
+        json!({ "prompt": "x", "quality": "high", "background": "transparent", "colour": 1 });
+    let (status, reply) = post(&server, &loud).await?;
+    let warnings = json!([
+        "quality has no effect",
+        "background has no effect: images are opaque",
+        "colour is unknown and was ignored"
+    ]);
+    assert_eq!((status, &reply["data"][0]["warnings"]), (200, &warnings));
+    for k in 0..100 {
+        loud[format!("field{k}")] = json!("x");
+    }
+    let (_, reply) = post(&server, &loud).await?;
+    let warnings = reply["data"][0]["warnings"].as_array().context("a list")?;
+    assert_eq!(warnings.len(), 2 + 16 + 1);
+    assert_eq!(warnings.last(), Some(&"85 more fields are unknown and were ignored".into()));
     Ok(())
 }
 
@@ -264,6 +284,29 @@ fn form(parts: &[Part<'_>]) -> Vec<u8> {
     }
     body.extend(b"--frontier--\r\n");
     body
+}
+
+#[test]
+fn a_variation_begins_with_its_image_alone() {
+    let server = harness::Server::ready(&[]);
+    let (file, mask) =
+        (png(&gradient(64, 72), ImageFormat::Png), png(&gradient(64, 72), ImageFormat::Png));
+    let body = json!({ "prompt": "", "steps": 4, "seed": 3, "image": BASE64_STANDARD.encode(&file),
+        "output_format": "png" });
+    let native = server.json(&body).json()["data"].clone();
+    let vary = |parts: &[Part<'_>]| {
+        let request = server.client.post(server.url("/v1/images/variations"));
+        let request = request.header("content-type", "multipart/form-data; boundary=frontier");
+        let reply = request.body(form(parts)).send().expect("an answer");
+        (reply.status().as_u16(), reply.json::<Value>().expect("JSON"))
+    };
+    let rest: [Part<'_>; 2] = [("steps", b"4"), ("seed", b"3")];
+    let (status, reply) = vary(&[&rest[..], &[("image", &file[..]), ("n", b"2")]].concat());
+    assert_eq!((status, reply["data"].as_array().map(Vec::len)), (200, Some(2)));
+    assert_eq!(reply["data"][0]["b64_json"], native);
+    for parts in [&rest[..], &[("image", &file[..]), ("mask", &mask[..])]] {
+        assert_eq!(vary(parts).0, 400);
+    }
 }
 
 #[test]
@@ -315,9 +358,9 @@ fn an_edit_paints_where_the_mask_is_transparent() -> Result<()> {
     let text = text.as_bytes();
     let wrong: [(&[Part<'_>], u16, &str); 9] = [
         (&[], 400, "image"),
-        (&[("image", &file), ("image", &file)], 422, "image"),
-        (&[("image", b"GIF")], 422, "image"),
-        (&[("image", &file), ("mask", &whole)], 422, "mask"),
+        (&[("image", &file), ("image", &file)], 400, "image"),
+        (&[("image", b"GIF")], 400, "image"),
+        (&[("image", &file), ("mask", &whole)], 400, "mask"),
         (&[("image", &file), ("strength", b"much")], 400, "strength"),
         // A file, and the same as a native field.
         (&[("image", &file), ("init_image", text)], 400, "init_image"),

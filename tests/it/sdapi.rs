@@ -131,7 +131,7 @@ async fn what_cannot_be_done_is_refused_by_name() -> Result<()> {
         ("subseed_strength", json!(0.5)),
         ("styles", json!(["oil"])),
         ("script_name", json!("x/y/z plot")),
-        ("alwayson_scripts", json!({ "ADetailer": { "args": [] } })),
+        ("alwayson_scripts", json!({ "ADetailer": { "args": [true, { "ad_model": "face" }] } })),
         ("steps", json!("many")),
         ("width", json!(7)),
         ("batch_size", json!(100)),
@@ -151,8 +151,9 @@ async fn what_cannot_be_done_is_refused_by_name() -> Result<()> {
             detail.contains(name) || name == "sd_model_checkpoint" && detail.contains("sdxl");
         assert!(named && error["errors"] == detail && error["error"].is_string(), "{error}");
     }
-    let idle = json!({ "prompt": "x", "steps": 1, "styles": [], "script_name": null,
-                       "alwayson_scripts": {}, "subseed_strength": 0, "seed_resize_from_w": -1 });
+    let idle = json!({ "prompt": "x", "steps": 1.0, "n_iter": "1", "styles": [""], "tiling": "False",
+                       "script_name": null, "subseed_strength": 0, "seed_resize_from_w": -1,
+                       "alwayson_scripts": { "ControlNet": { "args": [{ "enabled": false }] } } });
     assert_eq!(post(&server.url, "/sdapi/v1/txt2img", &idle).await?.0, 200);
     Ok(())
 }
@@ -454,6 +455,39 @@ fn a_pictures_parameters_are_read_out_of_its_file() {
         let request = server.client.post(server.url("/sdapi/v1/png-info")).body(body.to_string());
         assert_eq!(request.send().expect("an answer").status(), 400, "{body}");
     }
+}
+
+#[test]
+fn transparency_is_white_here_and_told_of_elsewhere() {
+    let server = harness::Server::ready(&[]);
+    // Alike in any viewer.
+    let picture = |hidden: [u8; 3]| {
+        let [red, green, blue] = hidden;
+        let pixel = |x, _| match x < 32 {
+            true => image::Rgba([220, 40, 40, 255]),
+            false => image::Rgba([red, green, blue, 0]),
+        };
+        let picture = image::RgbaImage::from_fn(64, 64, pixel).into();
+        BASE64_STANDARD.encode(png(&picture, ImageFormat::Png))
+    };
+    let pictures = [[0, 0, 0], [0, 255, 0], [255, 255, 255]].map(picture);
+    let here = pictures.clone().map(|picture| {
+        let body =
+            json!({ "init_images": [picture], "steps": 2, "seed": 1, "denoising_strength": 0.5 });
+        let request = server.client.post(server.url("/sdapi/v1/img2img")).body(body.to_string());
+        let reply: Value = request.send().expect("an answer").json().expect("JSON");
+        reply["images"][0].clone()
+    });
+    assert!(here[0].is_string() && here[0] == here[1] && here[1] == here[2]);
+    let native = pictures.map(|picture| {
+        let body =
+            json!({ "prompt": "", "image": picture, "steps": 2, "seed": 1, "strength": 0.5 });
+        let reply = server.json(&body).json();
+        let warning = "image is transparent in places: their hidden colours were used";
+        assert_eq!(reply["warnings"], json!([warning]));
+        reply["data"].clone()
+    });
+    assert_ne!(native[0], native[1]);
 }
 
 #[test]

@@ -8,13 +8,17 @@ use crate::http::drawing::{Drawing, warnings};
 use crate::image;
 
 /// The generation parameters of all images, as AUTOMATIC1111 returns them.
-pub(crate) fn info(drawing: &Drawing, images: &[GeneratedImage], mut notes: Vec<String>) -> Value {
+pub(crate) fn info(drawing: &Drawing, images: &[GeneratedImage]) -> Value {
     let (specs, model) = (&drawing.specs, &drawing.model.name);
     let Some(first) = specs.first() else { return Value::Null };
     let loras = images.first().map_or_else(String::new, |image| drawing.loras(image));
     let all = |of: fn(&Spec) -> Value| specs.iter().map(of).collect::<Vec<_>>();
     let infotexts: Vec<_> = specs.iter().map(|spec| image::infotext(spec, model, &loras)).collect();
-    notes.extend(warnings(images).into_iter().map(Into::into));
+    let warnings = match images {
+        // Interrupted.
+        [] => drawing.warnings.iter().map(String::as_str).collect(),
+        images => warnings(images),
+    };
     let nsfw: Option<Vec<bool>> = images.iter().map(|image| image.nsfw).collect();
     let parameters = first.hires.iter().flat_map(|hires| image::hires_parameters(first, hires));
     let hashes = (!loras.is_empty()).then_some((image::LORA_HASHES, loras));
@@ -53,7 +57,7 @@ pub(crate) fn info(drawing: &Drawing, images: &[GeneratedImage], mut notes: Vec<
         "clip_skip": 1,
         "is_using_inpainting_conditioning": false,
         "version": concat!("sd-server ", env!("CARGO_PKG_VERSION")),
-        "warnings": notes,
+        "warnings": warnings,
         "all_nsfw": nsfw,
     })
 }

@@ -8,6 +8,7 @@ mod options;
 mod png_info;
 mod progress;
 mod request;
+mod scripts;
 mod txt2img;
 
 use aide::axum::ApiRouter;

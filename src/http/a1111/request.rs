@@ -8,11 +8,11 @@ use serde_json::{Map, Value, json};
 
 use crate::request::{
     DrawRequest, Fields, ImageFile, Limits, MAX_GUIDANCE, MAX_SIDE, MIN_SIDE, MaskArea, Names,
-    ValidationError,
+    Transparency, ValidationError,
 };
 
 /// Fields that would change the image. Clients send most of them with values that have no effect.
-const REJECTED: [&str; 12] = [
+const REJECTED: [&str; 11] = [
     "resize_mode",
     "restore_faces",
     "tiling",
@@ -21,7 +21,6 @@ const REJECTED: [&str; 12] = [
     "seed_resize_from_h",
     "styles",
     "script_name",
-    "alwayson_scripts",
     "refiner_checkpoint",
     "infotext",
     "s_churn",
@@ -180,13 +179,13 @@ impl Common {
                 return Err(ValidationError::range(&name, "is not supported"));
             }
         }
-        // Any negative number and an empty field mean random.
+        // Any negative number means random.
         let number = |seed: &Value| match seed {
             Value::String(text) => text.trim().parse().ok(),
             other => other.as_f64(),
         };
-        fields.drop_if("seed", |seed| *seed == "" || number(seed).is_some_and(|seed| seed < 0.0));
-        fields.read_lenient(limits)
+        fields.drop_if("seed", |seed| number(seed).is_some_and(|seed| seed < 0.0));
+        fields.read(limits)
     }
 
     /// Whether there is a hires pass.
@@ -309,14 +308,15 @@ impl InitImage {
         fields.read(limits)
     }
 
-    /// Adds the input image to a request. Returns warnings for fields that are ignored: clients send
+    /// Adds the input image to a request, with warnings for fields that are ignored: clients send
     /// their defaults for them whether they mean them or not.
-    pub(crate) fn add_to(self, draw: &mut DrawRequest) -> Result<Vec<String>, ValidationError> {
+    pub(crate) fn add_to(self, draw: &mut DrawRequest) -> Result<(), ValidationError> {
         let image = self.init_images.and_then(|mut images| images.pop());
         let missing =
             || ValidationError::malformed("init_images", "must contain an image in base64");
         draw.image = Some(image.ok_or_else(missing)?);
         draw.strength = Some(self.denoising_strength.unwrap_or(DEFAULT_STRENGTH));
+        draw.transparency = Transparency::White;
         draw.mask = self.mask;
         let is_set = |field: Option<Value>| field.is_some_and(|value| !is_off(&value));
         if is_set(self.inpainting_mask_invert) {
@@ -331,15 +331,22 @@ impl InitImage {
                 "the masked area started from the input image",
             ),
         ];
-        let ignored = ignored.into_iter().filter(|(_, is_set, _)| *is_set && draw.mask.is_some());
-        Ok(ignored.map(|(name, _, note)| format!("{name} is not supported: {note}")).collect())
+        let has_mask = draw.mask.is_some();
+        let ignored = ignored.into_iter().filter(|(_, is_set, _)| *is_set && has_mask);
+        draw.warnings
+            .extend(ignored.map(|(name, _, note)| format!("{name} is not supported: {note}")));
+        Ok(())
     }
 }
 
 /// Whether the value of a switch, or of a field that is not supported, asks for nothing. Clients
 /// send numbers and booleans as text, too.
-fn is_off(value: &Value) -> bool {
-    let Value::String(text) = value else { return is_noop(value) };
+pub(super) fn is_off(value: &Value) -> bool {
+    let text = match value {
+        Value::String(text) => text,
+        Value::Array(values) => return values.iter().all(is_off),
+        other => return is_noop(other),
+    };
     let text = text.trim().to_ascii_lowercase();
     let is_zero = || text.parse::<f64>().is_ok_and(|number| number <= 0.0);
     ["", "none", "null", "false", "off", "no"].contains(&&*text) || is_zero()

@@ -8,6 +8,7 @@ use serde_json::json;
 use super::info::info;
 use super::options::check;
 use super::request::{Common, HiresPass, InitImage};
+use super::scripts;
 use crate::http::admission::Admitted;
 use crate::http::drawing::{Drawing, ReplyFormat, base64};
 use crate::http::error::Result;
@@ -32,6 +33,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     let Admitted { client, mut slot, .. } = admitted;
     let mut parameters = fields.object();
     let limits = &state.settings.limits;
+    scripts::check(&mut fields)?;
     let mut common = Common::read(&mut fields, limits)?;
     let options = common.override_settings.as_mut();
     let model = options.and_then(|options| options.sd_model_checkpoint.take());
@@ -45,11 +47,10 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     let (task, send_images) = (common.force_task_id.take(), common.send_images.unwrap_or(true));
     let has_hires = common.has_hires();
     let mut draw = common.into_draw()?;
-    let mut notes = Vec::new();
     if is_img2img && has_hires {
         return Err(ValidationError::range("enable_hr", "is supported for txt2img only").into());
     } else if is_img2img {
-        notes = InitImage::read(&mut fields, limits)?.add_to(&mut draw)?;
+        InitImage::read(&mut fields, limits)?.add_to(&mut draw)?;
         // As there, input images are not returned.
         parameters.retain(|name, _| !["init_images", "mask"].contains(&name.as_str()));
     } else if has_hires {
@@ -68,7 +69,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     // As there, an interrupted request returns its images, and 200 even if there are none: clients
     // take any other status for a failure of the server.
     if images.is_empty() {
-        notes.push("interrupted before the first step was finished".into());
+        drawing.warnings.push("interrupted before the first step was finished".into());
         drawing.specs.truncate(1);
     } else {
         drawing.specs = images.iter().map(|image| drawing.specs[image.index].clone()).collect();
@@ -77,7 +78,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
         json!({
             "images": if send_images { base64(&files) } else { Vec::new() },
             "parameters": parameters,
-            "info": info(drawing, images, notes).to_string(),
+            "info": info(drawing, images).to_string(),
         })
     });
     Ok(Json(response.await?).into_response())

@@ -12,6 +12,10 @@ const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 /// Renders the errors of handlers and middleware in OpenAI's format.
 pub(crate) fn errors(response: Response) -> Response {
     let mut response = error::map_error_body(response, describe);
+    // As there, whatever is wrong with a field.
+    if response.status() == StatusCode::UNPROCESSABLE_ENTITY {
+        *response.status_mut() = StatusCode::BAD_REQUEST;
+    }
     // A failed image fails again. Only a full queue and a loading server are worth a retry.
     let status = response.status();
     if status.is_server_error() && status != StatusCode::SERVICE_UNAVAILABLE {

@@ -54,6 +54,27 @@ pub(crate) async fn edits(
     generate(state, links, admitted, options, draw, "image_edit").await
 }
 
+/// `POST /v1/images/variations`: a form with an image, from which image-to-image starts without a
+/// prompt, unless one is given.
+pub(crate) async fn variations(
+    State(state): State<AppState>,
+    links: Links,
+    mut admitted: Admitted,
+) -> Result<Response> {
+    let Form { texts, image, mask } = Form::read(&state, &mut admitted).await?;
+    let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
+    if mask.is_some() {
+        return Err(ValidationError::malformed("mask", "is for edits only").into());
+    }
+    let (options, mut draw) = request::read(Fields::form(texts)?, &state.settings.limits)?;
+    if draw.image.is_some() {
+        return Err(ValidationError::malformed(draw.names.of("image"), "is given twice").into());
+    }
+    draw.image = Some(ImageFile::Bytes(image));
+    draw.prompt.get_or_insert_default();
+    generate(state, links, admitted, options, draw, "image_variation").await
+}
+
 /// Generates the images and responds.
 async fn generate(
     state: AppState,

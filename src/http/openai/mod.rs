@@ -1,7 +1,7 @@
 //! OpenAI's Images API and list of models, for its official clients. Native fields (`seed`, `steps`,
-//! `guidance_scale`, ...) may stand beside OpenAI's own. Fields that have no meaning here (`quality`,
-//! `style`, `moderation`) are accepted and ignored. Values that would change the image and are not
-//! supported (a transparent background, SVG) are rejected.
+//! `guidance_scale`, ...) may stand beside OpenAI's own. What has no effect here (`quality`, `style`,
+//! a transparent background, unknown fields) is told of in the response's warnings, as clients send
+//! more than they mean. Whatever is wrong with a field is 400, as there.
 
 mod error;
 mod files;
@@ -28,11 +28,15 @@ pub(crate) fn routes() -> ApiRouter<AppState> {
     let edit = docs::schema::<request::Edit>();
     let edit = Docs::of("Edit an image").takes_as("multipart/form-data", edit);
     let edit = edit.gives(200, &IMAGES, &docs::EVENTS).describe();
+    let vary = docs::schema::<request::Variation>();
+    let vary = Docs::of("Vary an image").takes_as("multipart/form-data", vary);
+    let vary = vary.gives(200, &IMAGES, &docs::EVENTS).describe();
     let list = Docs::of("List of models").gives(200, &["data"], &[]).describe();
     let model = Docs::of("Model object").gives(200, &["id", "object"], &[]).describe();
     let routes = ApiRouter::new()
         .api_route("/v1/images/generations", post_with(images::generations, generate))
         .api_route("/v1/images/edits", post_with(images::edits, edit))
+        .api_route("/v1/images/variations", post_with(images::variations, vary))
         .api_route("/v1/models", get_with(models::models, list))
         .api_route("/v1/models/{*id}", get_with(models::model, model));
     docs::keyed::<ErrorBody>(routes, "OpenAI")

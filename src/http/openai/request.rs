@@ -3,13 +3,18 @@
 
 use schemars::{JsonSchema, Schema};
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::request::{DrawRequest, Fields, Limits, ValidationError};
+use crate::request::{DrawRequest, Fields, Limits, ValidationError, brief};
 
-/// Fields that change nothing here.
-const IGNORED: [&str; 6] =
-    ["quality", "style", "moderation", "input_fidelity", "user", "safety_identifier"];
+/// Fields that change nothing here, with a warning unless they are `auto`.
+const NO_EFFECT: [&str; 5] = ["quality", "style", "background", "input_fidelity", "moderation"];
+
+/// Fields that say who asks. They change nothing anywhere.
+const USER: [&str; 2] = ["user", "safety_identifier"];
+
+/// Maximum number of unknown fields in warnings.
+const MAX_UNKNOWN: usize = 16;
 
 /// The fields that only OpenAI's API has.
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -40,7 +45,6 @@ pub(crate) enum ResponseFormat {
 
 /// The fields of a generation.
 #[derive(JsonSchema)]
-#[schemars(extend("additionalProperties" = false))]
 #[expect(dead_code, reason = "only its schema is used")]
 pub(crate) struct Generation {
     #[serde(flatten)]
@@ -51,31 +55,49 @@ pub(crate) struct Generation {
 
 /// The fields of an edit, whose images are files of a form.
 #[derive(JsonSchema)]
-#[schemars(transform = add_files, extend("additionalProperties" = false))]
+#[schemars(transform = add_files)]
 #[expect(dead_code, reason = "only its schema is used")]
 pub(crate) struct Edit {
     #[serde(flatten)]
     generation: Generation,
 }
 
+/// The fields of a variation, whose image is a file of a form.
+#[derive(JsonSchema)]
+#[schemars(transform = add_image)]
+#[expect(dead_code, reason = "only its schema is used")]
+pub(crate) struct Variation {
+    #[serde(flatten)]
+    generation: Generation,
+}
+
 fn add_ignored(schema: &mut Schema) {
     let properties = &mut schema.ensure_object()["properties"];
-    for name in IGNORED {
-        let description = "Accepted and ignored.";
-        properties[name] =
-            json!({ "type": ["string", "null"], "maxLength": 256, "description": description });
+    for (names, description) in [
+        (&NO_EFFECT[..], "Has no effect, of which the response warns."),
+        (&USER[..], "Accepted and ignored."),
+    ] {
+        for name in names {
+            properties[name] =
+                json!({ "type": ["string", "null"], "maxLength": 256, "description": description });
+        }
     }
-    let description = "Background of the images, which is always opaque.";
-    properties["background"] = json!({ "type": ["string", "null"], "enum": ["auto", "opaque", null], "description": description });
 }
 
 fn add_files(schema: &mut Schema) {
+    add_image(schema);
     let mask = "Mask: transparent areas are inpainted. Default: those of the input image.";
-    for (name, description) in [("image", "Input image."), ("mask", mask)] {
-        schema.ensure_object()["properties"][name] =
-            json!({ "type": "string", "format": "binary", "description": description });
-    }
+    schema.ensure_object()["properties"]["mask"] = file(mask);
     schema.insert("required".into(), json!(["prompt", "image"]));
+}
+
+fn add_image(schema: &mut Schema) {
+    schema.ensure_object()["properties"]["image"] = file("Input image.");
+    schema.insert("required".into(), json!(["image"]));
+}
+
+fn file(description: &str) -> Value {
+    json!({ "type": "string", "format": "binary", "description": description })
 }
 
 /// Reads a request: OpenAI's own fields, and all of it in native fields.
@@ -83,8 +105,20 @@ pub(crate) fn read(
     mut fields: Fields,
     limits: &Limits,
 ) -> Result<(OpenAiOptions, DrawRequest), ValidationError> {
+    let means = |name: &&str| match fields.get(name).and_then(Value::as_str).map(str::trim) {
+        None | Some("" | "auto") => false,
+        Some(value) => !(*name == "background" && value == "opaque"),
+    };
+    let mut warnings: Vec<_> = NO_EFFECT.into_iter().filter(means).map(no_effect).collect();
     let options: OpenAiOptions = fields.read(limits)?;
-    let mut draw = DrawRequest::read(fields, limits)?;
+    let (mut draw, unknown) = DrawRequest::read_known(fields, limits)?;
+    let more = unknown.len().saturating_sub(MAX_UNKNOWN);
+    let unknown = unknown.iter().take(MAX_UNKNOWN);
+    warnings.extend(unknown.map(|name| format!("{} is unknown and was ignored", brief(name))));
+    if more > 0 {
+        warnings.push(format!("{more} more fields are unknown and were ignored"));
+    }
+    draw.warnings = warnings;
     if let Some(size) = options.size.as_deref().filter(|size| *size != "auto") {
         if draw.width.is_some() || draw.height.is_some() {
             return Err(ValidationError::malformed("size", "is given beside width or height"));
@@ -104,4 +138,11 @@ pub(crate) fn read(
         draw.preview = Some(true);
     }
     Ok((options, draw))
+}
+
+fn no_effect(name: &str) -> String {
+    match name {
+        "background" => "background has no effect: images are opaque".into(),
+        name => format!("{name} has no effect"),
+    }
 }

@@ -1,0 +1,105 @@
+//! `alwayson_scripts`: the settings of AUTOMATIC1111's extensions. Clients that copy what its page
+//! sends have them for every extension, switched off. None is supported; those that are off ask for
+//! nothing.
+
+use serde_json::Value;
+
+use super::request::is_off;
+use crate::request::{Fields, ValidationError, brief};
+
+/// Scripts that AUTOMATIC1111 itself runs for its page only: their values are fields of the API.
+const ONLY_OF_THE_PAGE: [&str; 2] = ["seed", "sampler"];
+
+/// Members of a script's settings that switch it on.
+const SWITCHES: [&str; 3] = ["enabled", "is_enabled", "ad_model"];
+
+/// Takes the scripts out. An error names the first that is on.
+pub(super) fn check(fields: &mut Fields) -> Result<(), ValidationError> {
+    let Some((field, value)) = fields.take(&["alwayson_scripts"])? else { return Ok(()) };
+    let scripts = match value {
+        Value::Object(scripts) => scripts,
+        off if is_off(&off) => return Ok(()),
+        _ => return Err(ValidationError::malformed(&field, "must be an object")),
+    };
+    let on = |(name, settings): &(&String, &Value)| {
+        let name = name.trim().to_ascii_lowercase();
+        !ONLY_OF_THE_PAGE.contains(&name.as_str()) && !is_idle(settings)
+    };
+    match scripts.iter().find(on) {
+        None => Ok(()),
+        Some((name, _)) => {
+            let reason = format!("asks for the script {:?}, which is not supported", brief(name));
+            Err(ValidationError::range(&field, reason))
+        }
+    }
+}
+
+/// Whether a script with these settings does nothing: `{"args": [...]}`, or the arguments alone.
+fn is_idle(settings: &Value) -> bool {
+    let args = match settings {
+        Value::Object(members) => members.get("args").unwrap_or(settings),
+        args => args,
+    };
+    match args {
+        Value::Array(args) => {
+            // The first argument of many scripts is the switch of all.
+            let is_switch = |value: &Value| value.is_boolean() || value.is_string();
+            let first = args.first().is_some_and(|first| is_switch(first) && is_off(first));
+            first || args.iter().all(|unit| is_off(unit) || is_off_unit(unit))
+        }
+        other => is_off(other) || is_off_unit(other),
+    }
+}
+
+/// Whether a unit of a script, such as ControlNet's, is switched off.
+fn is_off_unit(unit: &Value) -> bool {
+    SWITCHES.into_iter().filter_map(|switch| unit.get(switch)).any(is_off)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn checked(scripts: &Value) -> Result<(), String> {
+        let body = json!({ "alwayson_scripts": scripts }).to_string();
+        let mut fields = Fields::json(&body).expect("an object");
+        check(&mut fields).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn scripts_that_are_off_ask_for_nothing() {
+        for scripts in [
+            json!(null),
+            json!({}),
+            json!([]),
+            json!(""),
+            json!({ "controlnet": { "args": [{ "enabled": false, "model": "None", "weight": 1.0 }] } }),
+            json!({ "ControlNet": { "args": [] }, "Comments": {}, "Extra options": null }),
+            json!({ "Refiner": { "args": [false, "", 0.8] }, "Hypertile": { "args": ["False", 1] } }),
+            json!({ "Seed": { "args": [-1, false, -1, 0, 0, 0] }, "Sampler": { "args": [20, "LMS", "Karras"] } }),
+            json!({ "ADetailer": { "args": [false, false, { "ad_model": "face_yolov8n.pt" }] } }),
+            json!({ "ADetailer": { "args": [{ "ad_model": "None", "ad_confidence": 0.3 }] } }),
+            json!({ "ControlNet": [{ "enabled": "false" }, { "enabled": 0 }] }),
+        ] {
+            assert_eq!(checked(&scripts), Ok(()), "{scripts}");
+        }
+    }
+
+    #[test]
+    fn a_script_that_is_on_is_named() {
+        for scripts in [
+            json!({ "Refiner": { "args": [true, "other", 0.8] } }),
+            json!({ "Comments": {}, "Refiner": { "args": [{ "enabled": true }] } }),
+            json!({ "Refiner": { "args": [{ "module": "canny" }] } }),
+            json!({ "Refiner": { "args": [0.5, 2] } }),
+            json!({ "Refiner": "on" }),
+        ] {
+            let message =
+                "alwayson_scripts asks for the script \"Refiner\", which is not supported";
+            assert_eq!(checked(&scripts), Err(message.into()), "{scripts}");
+        }
+        assert_eq!(checked(&json!("on")), Err("alwayson_scripts must be an object".into()));
+    }
+}
