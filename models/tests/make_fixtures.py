@@ -1,13 +1,14 @@
 """Writes tests/fixtures/: what diffusers and transformers compute, for tests/parity.rs.
 
     python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers tokenizer text unet vae
-        start emphasis hires single safety lora]
+        start emphasis hires single safety lora inversion]
 
 The committed files were made with torch 2.15.0, diffusers 0.42.1 and transformers 5.23.0 on a
 CPU. Everything is seeded: the same versions write the same numbers.
 """
 
 import argparse
+import base64
 import importlib
 import itertools
 import json
@@ -15,11 +16,13 @@ import re
 import shutil
 import sys
 import unicodedata
+import zlib
 from pathlib import Path
 
 import diffusers
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
@@ -953,6 +956,54 @@ def lora(_):
     save(tensors, target / "expected.safetensors")
 
 
+# Embeddings ----------------------------------------------------------------------------------
+
+
+def in_stripes(data, height=48):
+    """A picture with bytes in the lower halves of its stripes, as AUTOMATIC1111 hides them."""
+    packed = zlib.compress(data)
+    count = height * 3 * -(-len(packed) // (height * 3))
+    packed = (packed * (count // len(packed) + 1))[:count]
+    seed, noise = 0, []
+    for _ in range(count):
+        seed = (1664525 * seed + 1013904223) % 2**32
+        noise.append(seed % 255)
+    # The upper halves are a pattern; none of them is zero, so that no border is cut off.
+    stripe = lambda halves: bytes(0x90 | (half ^ n) & 15 for half, n in zip(halves, noise))
+    side = count // height // 3
+    low = Image.frombytes("RGB", (side, height), stripe(b & 15 for b in packed))
+    high = Image.frombytes("RGB", (side, height), stripe(b >> 4 for b in packed))
+    picture = Image.new("RGB", (2 * side + 42, height))
+    picture.paste(low, (0, 0))
+    picture.paste(Image.new("RGB", (40, height), (213, 178, 91)), (side + 1, 0))
+    picture.paste(high, (side + 41 + 1, 0))
+    framed = Image.new("RGB", (picture.width + 6, picture.height + 4))
+    framed.paste(picture, (3, 2))
+    return framed
+
+
+def inversion(_):
+    """The same two vectors in each kind of file, and files of no use to this model."""
+    target = HERE / "inversion"
+    vectors = 3 * torch.randn((2, 32), generator=generator(41))
+    save({"emb_params": vectors}, target / "plain.safetensors")
+    save({"emb_params": torch.zeros(1, 1024)}, target / "second.safetensors")
+    save({"emb_params": vectors / 0}, target / "spoilt.safetensors")
+    save({"clip_l": vectors, "clip_g": vectors.clone()}, target / "large.safetensors")
+    parameters = torch.nn.ParameterDict({"*": torch.nn.Parameter(vectors)})
+    content = {"string_to_token": {"*": 265}, "string_to_param": parameters, "name": "dictionary"}
+    torch.save(content, target / "dictionary.pt")
+    tensor = {"TORCHTENSOR": vectors.tolist()}
+    told = {"string_to_param": {"*": tensor}, "string_to_token": {"*": 265}, "name": "<seen>"}
+    data = json.dumps(told).encode()
+    text = PngInfo()
+    text.add_text("sd-ti-embedding", base64.b64encode(data).decode())
+    small = Image.new("RGB", (8, 8), (120, 60, 30))
+    small.save(target / "chunk.png", pnginfo=text)
+    small.save(target / "picture.png")
+    in_stripes(data).save(target / "stripes.png")
+
+
 def main():
     parts = {
         "noise": lambda _: noise(),
@@ -967,6 +1018,7 @@ def main():
         "single": single,
         "safety": safety,
         "lora": lora,
+        "inversion": inversion,
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="a directory")

@@ -14,6 +14,8 @@ mod emphasis;
 mod hires;
 #[path = "parity/img2img.rs"]
 mod img2img;
+#[path = "parity/inversion.rs"]
+mod inversion;
 #[path = "parity/lora.rs"]
 mod lora;
 #[path = "parity/lora_methods.rs"]

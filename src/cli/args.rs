@@ -96,7 +96,7 @@ pub(super) struct ModelArgs {
     #[arg(long, env = "SD_MAX_LORA_BYTES", default_value = "536870912", value_parser = size::<0>)]
     pub(super) max_lora_bytes: usize,
     /// Directory of textual inversion embeddings (.safetensors, .pt, .bin in the AUTOMATIC1111 or
-    /// diffusers format), read with the model. The file name, or the placeholder token in the file,
+    /// diffusers format, .png pictures of AUTOMATIC1111), read with the model. The file name, or the placeholder token in the file,
     /// can be used in prompts
     #[arg(long, env = "SD_EMBEDDINGS_DIR")]
     pub(super) embeddings_dir: Option<PathBuf>,

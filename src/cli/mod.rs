@@ -206,7 +206,7 @@ impl ModelArgs {
                 embeddings: assets(
                     "--embeddings-dir",
                     self.embeddings_dir,
-                    &["safetensors", "pt", "bin"],
+                    &["safetensors", "pt", "bin", "ckpt", "png"],
                 )?,
                 max_embedding_bytes: self.max_embedding_bytes as u64,
             },
@@ -285,7 +285,7 @@ fn assets(
     endings: &'static [&'static str],
 ) -> Result<AssetDir, clap::Error> {
     directory.as_deref().map_or(Ok(()), |directory| readable(option, directory))?;
-    Ok(AssetDir { directory, files: Vec::new(), endings })
+    Ok(AssetDir { directory, endings, ..AssetDir::default() })
 }
 
 /// Checks that the directory of an option can be read.

@@ -174,11 +174,46 @@ fn a_replaced_file_is_drawn_and_signed_as_the_new_one() {
     assert_eq!((reply.status, reply.error().1), (422, "loras".into()));
 }
 
+/// A file with a name in its header.
+fn with_alias(file: &[u8], alias: &str) -> Vec<u8> {
+    with_header(file, |header| header["__metadata__"] = json!({ "ss_output_name": alias }))
+}
+
+#[test]
+fn a_file_goes_also_by_the_name_in_its_header() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let loras = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pictures/loras");
+    let put = |name: &str, from: &str, alias: &str| {
+        let file = std::fs::read(loras.join(from).with_extension("safetensors")).expect("a file");
+        let file = with_alias(&file, alias);
+        std::fs::write(folder.path().join(name).with_extension("safetensors"), file)
+            .expect("written");
+    };
+    put("1", "attention", "style");
+    put("2", "everywhere", "1");
+    let server = Server::ready(&["--loras-dir", folder.path().to_str().expect("UTF-8")]);
+    let draw = |name: &str| drawn(&server, &json!([{ "name": name }]));
+    assert!(pixels(&draw("style")) == pixels(&draw("1")), "a file's own name comes first");
+    assert!(infotext(&draw("style")).contains("Lora hashes: \"1: "));
+    let list = server.client.get(server.url("/sdapi/v1/loras")).send().expect("an answer");
+    let list: Value = list.json().expect("JSON");
+    assert_eq!((&list[0]["name"], &list[0]["alias"]), (&json!("1"), &json!("style")), "{list}");
+    put("3", "everywhere", "style");
+    let reply = server.json(&body(&json!([{ "name": "style" }])));
+    let message = reply.json()["error"]["message"].as_str().expect("a message").to_owned();
+    assert!(reply.status == 422 && message.contains("1 and 3 have in their headers"), "{message}");
+}
+
 /// A file with one more tensor, which is empty.
 fn with_tensor(file: &[u8], name: &str) -> Vec<u8> {
+    let empty = json!({ "dtype": "F32", "shape": [0], "data_offsets": [0, 0] });
+    with_header(file, |header| header[name] = empty)
+}
+
+fn with_header(file: &[u8], change: impl FnOnce(&mut Value)) -> Vec<u8> {
     let length = u64::from_le_bytes(file[..8].try_into().expect("eight bytes")) as usize;
     let mut header: Value = serde_json::from_slice(&file[8..8 + length]).expect("JSON");
-    header[name] = json!({ "dtype": "F32", "shape": [0], "data_offsets": [0, 0] });
+    change(&mut header);
     let header = header.to_string();
     let new = (header.len() as u64).to_le_bytes();
     [&new[..], header.as_bytes(), &file[8 + length..]].concat()

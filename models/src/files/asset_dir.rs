@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use lru::LruCache;
 
+use super::alias::Aliases;
 use super::version::FileVersion;
 use crate::error::{Error, Result};
 
@@ -20,6 +21,8 @@ pub struct AssetDir {
     pub files: Vec<PathBuf>,
     /// The extensions, without their dot: of several files of one name, that of the first counts.
     pub endings: &'static [&'static str],
+    /// The names in the headers of the files.
+    pub aliases: Aliases,
 }
 
 impl AssetDir {
@@ -44,17 +47,31 @@ impl AssetDir {
         files
     }
 
-    /// The file of a name. The error reads on from the field's name.
+    /// The name that a file's header gives it, if it does. Blocks: reads the header, once.
+    pub fn alias(&self, path: &Path) -> Option<String> {
+        self.aliases.of(path)
+    }
+
+    /// The file of a name, or the only one whose header has this name. The error reads on from the
+    /// field's name. Blocks: reads the directory, and for an unknown name the headers.
     pub fn find(&self, name: &str) -> std::result::Result<PathBuf, String> {
         let mut files = self.list();
-        match files.iter().position(|(known, _)| known == name) {
-            Some(place) => Ok(files.swap_remove(place).1),
-            None if files.is_empty() => Err(format!("{name:?}, which is unknown; there are none")),
-            None => {
-                let names: Vec<_> = files.into_iter().map(|(name, _)| name).collect();
-                Err(format!("{name:?}, which is unknown; known are {}", names.join(", ")))
+        if let Some(place) = files.iter().position(|(known, _)| known == name) {
+            return Ok(files.swap_remove(place).1);
+        }
+        let named = files.iter().filter(|(_, path)| self.alias(path).as_deref() == Some(name));
+        match named.collect::<Vec<_>>()[..] {
+            [] => {}
+            [(_, path)] => return Ok(path.clone()),
+            [(first, _), (second, _), ..] => {
+                return Err(format!("{name:?}, which {first} and {second} have in their headers"));
             }
         }
+        if files.is_empty() {
+            return Err(format!("{name:?}, which is unknown; there are none"));
+        }
+        let names: Vec<_> = files.into_iter().map(|(name, _)| name).collect();
+        Err(format!("{name:?}, which is unknown; known are {}", names.join(", ")))
     }
 }
 
@@ -115,6 +132,7 @@ impl<T> AssetCache<T> {
         let refuse = |reason| Error::Spec { field, reason };
         let unknown = |reason| refuse(format!("names {reason}"));
         let path = self.assets.find(name).map_err(unknown)?;
+        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
         // A file that cannot be used is an error of the request that names it.
         let of_request = |error| match error {
             Error::File { .. } | Error::Config { .. } | Error::Tensor { .. } => {
@@ -125,7 +143,7 @@ impl<T> AssetCache<T> {
         let alone = self.reading_of(&path);
         let _reading = alone.lock().unwrap_or_else(PoisonError::into_inner);
         for _ in 0..MAX_READS {
-            let file = AssetFile::new(name, path.clone()).map_err(of_request)?;
+            let file = AssetFile::new(&stem, path.clone()).map_err(of_request)?;
             if let Some((_, content)) = lock(&self.contents).get(&file) {
                 return Ok(Arc::clone(content));
             }
@@ -174,7 +192,12 @@ mod tests {
     fn names_are_those_of_the_directory_and_no_others() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
         let files = vec![root.join("files/asset_dir.rs"), root.join("files/json.rs")];
-        let assets = AssetDir { directory: Some(root.clone()), files, endings: &["rs"] };
+        let assets = AssetDir {
+            directory: Some(root.clone()),
+            files,
+            endings: &["rs"],
+            ..AssetDir::default()
+        };
         let names: Vec<_> = assets.list().into_iter().map(|(name, _)| name).collect();
         assert!(names.is_sorted() && names.contains(&"error".to_owned()));
         assert!(names.contains(&"json".to_owned()) && !names.contains(&"pickle".to_owned()));
@@ -193,7 +216,7 @@ mod tests {
             std::fs::write(folder.path().join(name), name).expect("a file");
         }
         let directory = Some(folder.path().to_owned());
-        let assets = AssetDir { directory, files: Vec::new(), endings: &["safetensors", "pt"] };
+        let assets = AssetDir { directory, endings: &["safetensors", "pt"], ..AssetDir::default() };
         let files = assets.list().into_iter().map(|(_, path)| path);
         let wanted = ["a.safetensors", "b.pt"].map(|name| folder.path().join(name));
         assert_eq!(files.collect::<Vec<_>>(), wanted);
@@ -206,7 +229,8 @@ mod tests {
             std::fs::write(folder.path().join(name).with_extension("x"), name).expect("a file");
         }
         let directory = Some(folder.path().to_owned());
-        let cache = AssetCache::new(AssetDir { directory, files: Vec::new(), endings: &["x"] }, 10);
+        let cache =
+            AssetCache::new(AssetDir { directory, endings: &["x"], ..AssetDir::default() }, 10);
         let reads = Mutex::new(String::new());
         let get = |name: &str, bytes| {
             let read = |file: &AssetFile| {

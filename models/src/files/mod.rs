@@ -1,6 +1,7 @@
 //! Files of models, LoRAs and embeddings: where they are, their tensors and their settings. Not
 //! what is computed with them.
 
+mod alias;
 mod asset_dir;
 mod demo;
 mod fingerprint;

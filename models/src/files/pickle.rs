@@ -31,8 +31,8 @@ pub(crate) fn tensors(path: &Path, length: u64) -> Result<Vec<TensorEntry>, Stri
     let Object::Dict(top) = &content else { return Err("holds no tensors by name".into()) };
     // Training writes the tensors under a key of its own, other tools at the top.
     let inner = ["state_dict", "string_to_param"].into_iter().find_map(|wanted| {
-        let of_key = |(key, value): &'_ (Object, Object)| match (key, value) {
-            (Object::Unicode(key), Object::Dict(inner)) if key == wanted => Some(inner.clone()),
+        let of_key = |(key, value): &'_ (Object, Object)| match key {
+            Object::Unicode(key) if key == wanted => Some(items(value)?.to_vec()),
             _ => None,
         };
         top.iter().find_map(of_key).filter(|inner| inner.iter().any(|(_, v)| call(v).is_some()))
@@ -48,6 +48,23 @@ pub(crate) fn tensors(path: &Path, length: u64) -> Result<Vec<TensorEntry>, Stri
         tensors.push((name.clone(), dtype, view.size, place));
     }
     Ok(tensors)
+}
+
+/// The items of a dictionary, or of a `torch.nn.ParameterDict`.
+fn items(object: &Object) -> Option<&[(Object, Object)]> {
+    match object {
+        Object::Dict(items) => Some(items),
+        Object::Build { args, .. } => {
+            let Object::Dict(state) = &**args else { return None };
+            state.iter().find_map(|item| match item {
+                (Object::Unicode(key), Object::Dict(items)) if key == "_parameters" => {
+                    Some(&items[..])
+                }
+                _ => None,
+            })
+        }
+        _ => None,
+    }
 }
 
 /// The object of the file's pickle, the folder of its storages, and the archive.

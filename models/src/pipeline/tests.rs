@@ -113,7 +113,7 @@ fn a_prompt_is_encoded_once_and_not_kept_for_ever() {
 fn loras_are_read_before_a_picture_begins() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR"));
     let file = file.join("../tests/pictures/loras/attention.safetensors");
-    let loras = AssetDir { directory: None, files: vec![file], endings: &["safetensors"] };
+    let loras = AssetDir { files: vec![file], ..AssetDir::default() };
     let add_ons = AddOns { loras, max_lora_bytes: 1 << 20, ..AddOns::default() };
     let pipeline = open(add_ons);
     let plain = spec(vec![]);

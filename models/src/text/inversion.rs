@@ -4,12 +4,14 @@
 //! Reference: diffusers 0.42 `loaders/textual_inversion.py`; stable-diffusion-webui 1.10
 //! `modules/textual_inversion/textual_inversion.py`. Files are safetensors or PyTorch's, in
 //! AUTOMATIC1111's form (`emb_params`, `string_to_param`) or in diffusers' (a tensor named like the
-//! token). All are read with the model, since any prompt may use any of them.
+//! token), or pictures ([`super::inversion_png`]). All are read with the model, since any prompt may
+//! use any of them.
 
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
 
+use super::inversion_png;
 use crate::error::{Error, Result};
 use crate::files::{AssetDir, Weights};
 
@@ -51,7 +53,7 @@ impl Embeddings {
         let mut embeddings = Self { width, ..Self::default() };
         let (mut vectors, mut count) = (Vec::new(), 0);
         for (stem, path) in folder.list() {
-            let read = read(&path, width).map_err(|error| error.to_string());
+            let Some(read) = read(&path, width).transpose() else { continue };
             let read = read.and_then(|(word, vectors)| {
                 let rows = vectors.dims()[0];
                 let bytes = ((count + rows) * width * size_of::<f32>()) as u64;
@@ -88,27 +90,74 @@ impl Embeddings {
     }
 }
 
-/// The token that a file names, if it does, and its vectors (n, width) f32.
-fn read(path: &Path, width: usize) -> Result<(Option<String>, Tensor)> {
-    let weights = Weights::copied(path)?;
+/// The token that a file names, if it does, and its vectors (n, width) f32; none if the file is a
+/// picture without any.
+fn read(
+    path: &Path,
+    width: usize,
+) -> std::result::Result<Option<(Option<String>, Tensor)>, String> {
+    let file = path.file_name().unwrap_or_default().to_string_lossy();
+    if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("png")) {
+        let picture = inversion_png::read(path).map_err(|error| format!("{file}: {error}"))?;
+        let Some(picture) = picture else { return Ok(None) };
+        let word = picture.name.clone();
+        let rows = picture.rows().map_err(|error| format!("{file}: {error}"))?;
+        let (count, wide) = (rows.len(), rows.first().map_or(0, Vec::len));
+        let tensor = Tensor::from_vec(rows.concat(), (count, wide), &Device::Cpu);
+        let tensor = tensor.map_err(|_| format!("{file}: its vectors have different lengths"))?;
+        return Ok(Some((word, fitting(&tensor, width, &file)?)));
+    }
+    let text = |error: Error| error.to_string();
+    let weights = Weights::copied(path).map_err(text)?;
     let names: Vec<&str> = weights.names().collect();
     let name = match names[..] {
         [one] => one,
         _ if names.contains(&"emb_params") => "emb_params",
         _ => {
-            let reason = if names.contains(&"clip_g") { "is of SDXL" } else { "is no embedding" };
-            let names = names.join(", ");
-            return Err(Error::config(
-                weights.file_names(),
-                format!("{reason}: it holds the tensors {names:?}"),
-            ));
+            let reason = if names.contains(&"clip_g") {
+                "is of Stable Diffusion XL"
+            } else {
+                "is no embedding"
+            };
+            return Err(match names.first() {
+                None => format!("{file}: {reason}: it holds no tensors"),
+                Some(first) => {
+                    format!(
+                        "{file}: {reason}: it holds {} tensors, the first {first:?}",
+                        names.len()
+                    )
+                }
+            });
         }
     };
-    let vector = weights.shape(name).is_some_and(|shape| shape.len() == 1);
-    let rows = weights.shape(name).filter(|_| !vector).and_then(|shape| shape.first().copied());
-    let rows = rows.unwrap_or(1);
-    let shape = [rows, width];
-    let tensor = weights.tensor(name, if vector { &shape[1..] } else { &shape })?;
+    let tensor = weights.widened(name).map_err(text)?;
     let word = (!NAMELESS.contains(&name)).then(|| name.to_owned());
-    Ok((word, tensor.reshape((rows, width))?.to_device(&Device::Cpu)?))
+    Ok(Some((word, fitting(&tensor, width, &file)?)))
+}
+
+/// The vectors (n, width) or the one vector (width) of a file as (n, width), if they are of this
+/// width and finite.
+fn fitting(vectors: &Tensor, width: usize, file: &str) -> std::result::Result<Tensor, String> {
+    let refuse = |reason: String| Err(format!("{file}: {reason}"));
+    let (rows, wide) = match *vectors.dims() {
+        [wide] => (1, wide),
+        [rows, wide] => (rows, wide),
+        ref shape => {
+            return refuse(format!("is no embedding: it holds a tensor of shape {shape:?}"));
+        }
+    };
+    if wide != width {
+        let known = [(768, "1.x"), (1024, "2.x"), (1280, "XL")];
+        let of = known.iter().find(|(known, _)| *known == wide);
+        let of =
+            of.map_or_else(String::new, |(_, of)| format!(", as those of Stable Diffusion {of}"));
+        return refuse(format!(
+            "its vectors have {wide} numbers{of}; those of this model have {width}"
+        ));
+    }
+    let finite = vectors.flatten_all().and_then(|all| all.to_vec1::<f32>());
+    if !finite.is_ok_and(|all| all.iter().all(|x| x.is_finite())) {
+        return refuse("holds NaN or infinite numbers".into());
+    }
+    vectors.reshape((rows, width)).map_err(|error| format!("{file}: {error}"))
 }

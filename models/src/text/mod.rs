@@ -1,6 +1,7 @@
 //! Prompts: their syntax, their tokens, and textual inversion.
 
 mod inversion;
+mod inversion_png;
 mod syntax;
 mod tags;
 mod tokenizer;

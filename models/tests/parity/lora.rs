@@ -28,7 +28,7 @@ fn scratch(test: &str) -> PathBuf {
 /// The built-in model with the LoRAs of a folder, of which few stay in memory.
 fn model(directory: PathBuf) -> Pipeline {
     let loras =
-        AssetDir { directory: Some(directory), files: Vec::new(), endings: &["safetensors"] };
+        AssetDir { directory: Some(directory), endings: &["safetensors"], ..AssetDir::default() };
     Pipeline::load(&LoadOptions {
         source: Source::Demo,
         vae: None,

@@ -21,7 +21,8 @@ fn model(directory: PathBuf, files: Vec<PathBuf>) -> Pipeline {
 }
 
 fn open(model: PathBuf, directory: PathBuf, files: Vec<PathBuf>) -> Pipeline {
-    let loras = AssetDir { directory: Some(directory), files, endings: &["safetensors"] };
+    let endings = &["safetensors"];
+    let loras = AssetDir { directory: Some(directory), files, endings, ..AssetDir::default() };
     Pipeline::load(&LoadOptions {
         source: Source::Directory(model),
         vae: None,

@@ -55,12 +55,15 @@ pub(crate) async fn loras(State(state): State<AppState>) -> Result<Json<Vec<Valu
     let most = state.settings.request_timeout;
     let timeout = Timeout::within(most, "--request-timeout-ms", most);
     let deadline = timeout.after(Instant::now());
-    let list = state.reader.look_up(deadline, (), move || Ok(add_ons.loras.list())).await?;
-    let lora = |(name, path): (String, PathBuf)| {
-        let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        json!({ "name": name, "alias": name, "path": file, "metadata": {} })
+    let list = move || {
+        let lora = |(name, path): (String, PathBuf)| {
+            let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let alias = add_ons.loras.alias(&path).unwrap_or_else(|| name.clone());
+            json!({ "name": name, "alias": alias, "path": file, "metadata": {} })
+        };
+        Ok(add_ons.loras.list().into_iter().map(lora).collect())
     };
-    Ok(Json(list.into_iter().map(lora).collect()))
+    Ok(Json(state.reader.look_up(deadline, (), list).await?))
 }
 
 /// Lists that are always empty. Clients require them when they start.
