@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{FromRequest, FromRequestParts, Request};
-use axum::http::header::{CONTENT_ENCODING, CONTENT_LENGTH, TRANSFER_ENCODING};
+use axum::http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
 use axum::http::request::Parts;
 use axum::http::{Extensions, HeaderMap, HeaderValue};
 use futures_util::StreamExt as _;
@@ -16,6 +16,7 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::task::TaskTracker;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use super::coding::Coding;
 use super::deadline::{Deadline, Timeout};
 use super::error::{ApiError, Result};
 use super::middleware::forwarded::ClientAddress;
@@ -154,30 +155,39 @@ async fn admit(request: Request, state: &AppState, limit: BodyLimit) -> Result<A
     let declared = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok());
     let declared = declared.and_then(|length| length.parse().ok()).unwrap_or(0);
     limit.check(declared)?;
-    check_coding(&headers)?;
+    check_transfer(&headers)?;
+    let coding = Coding::of(&headers)?;
     let mut room = take(0, declared).map_err(crowded)?;
     let body = Receive { limit, declared, arrived, patience: settings.body_timeout, deadline };
-    let body = body.read(request, &mut room, crowded).await?;
+    let mut body = body.read(request, &mut room, crowded).await?;
+    if !coding.is_plain(&body) {
+        let (sent, retry_after_s) = (body.len(), state.engine.retry_after());
+        let decode = move || {
+            let grow = |length| {
+                limit.check(length)?;
+                let grown = room.grow_to(sent + length);
+                grown.map_err(|limit| ApiError::Crowded { limit, retry_after_s })
+            };
+            let body = coding.decode(body, grow)?;
+            Ok((body, room))
+        };
+        (body, room) = state.reader.run(deadline, (), decode).await?;
+        room.shrink_to(body.len());
+    }
     let (_slot, room) = (Arc::new(slot), Some(Arc::new(room)));
     let slot = RequestSlot { deadline, _slot, body: room, accepted };
     Ok(Admitted { headers, body, client, timeout, stream_deadline, slot })
 }
 
-/// Rejects a compressed body. A length beside `chunked` never comes here: hyper removes it.
-fn check_coding(headers: &HeaderMap) -> Result<()> {
+/// Rejects a body in another transfer coding. A length beside `chunked` never comes here: hyper removes it.
+fn check_transfer(headers: &HeaderMap) -> Result<()> {
     let mut transfer = headers.get_all(TRANSFER_ENCODING).iter();
     let is_chunked = |coding: &HeaderValue| coding.as_bytes().eq_ignore_ascii_case(b"chunked");
     if !transfer.next().is_none_or(is_chunked) || transfer.next().is_some() {
         let reason = "must be chunked, once and alone";
         return Err(ValidationError::malformed("transfer-encoding", reason).into());
     }
-    let mut codings = headers.get_all(CONTENT_ENCODING).iter();
-    match codings.find(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"identity")) {
-        None => Ok(()),
-        Some(coding) => Err(ApiError::MediaType(format!(
-            "the content encoding {coding:?} is not supported; send the body uncompressed"
-        ))),
-    }
+    Ok(())
 }
 
 /// How a body is read.

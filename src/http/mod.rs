@@ -4,6 +4,7 @@ mod a1111;
 mod access;
 mod admin;
 mod admission;
+mod coding;
 mod connections;
 mod deadline;
 mod docs;

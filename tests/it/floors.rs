@@ -37,7 +37,7 @@ const SERVER: Floors = &[
             &["links"],
             &["middleware"],
             &["state"],
-            &["store", "reading"],
+            &["store", "reading", "coding"],
             &["access", "deadline", "error", "slots", "progress", "headers", "ids"],
         ],
     ),

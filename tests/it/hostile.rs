@@ -18,7 +18,7 @@ const FORM: &str = "content-type: application/x-www-form-urlencoded";
 const TEXT: &str = "content-type: text/plain";
 
 /// Header, body, status, and the parameter that the error names.
-const TABLE: [(&str, &[u8], u16, &str); 66] = [
+const TABLE: [(&str, &[u8], u16, &str); 67] = [
     // Bodies that are nothing.
     (JSON, b"", 400, ""),
     (TEXT, b"", 400, ""),
@@ -91,7 +91,8 @@ const TABLE: [(&str, &[u8], u16, &str); 66] = [
     // Types of bodies.
     ("content-type: image/png", b"\x01\x02", 415, ""),
     ("content-type: nonsense", b"a cat", 415, ""),
-    ("content-encoding: gzip", b"a cat", 415, ""),
+    ("content-encoding: br", b"a cat", 415, ""),
+    ("content-encoding: gzip", b"a cat", 400, ""),
 ];
 
 #[test]
@@ -362,8 +363,9 @@ fn the_end_of_a_clients_stream_is_its_leaving() {
     {
         assert!(began.elapsed() < Duration::from_secs(10), "{}", metrics());
     }
-    // What is answered at once is answered.
-    assert!(server.raw(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n").starts_with("HTTP/1.1 200"));
+    // What is answered at once is answered, unless the end is seen before the request is run.
+    let ping = || server.raw(b"GET /ping HTTP/1.1\r\nHost: x\r\n\r\n");
+    assert!((0..20).any(|_| ping().starts_with("HTTP/1.1 200")));
 }
 
 #[test]
