@@ -28,7 +28,7 @@ pub use picture::{Rgb, Size};
 pub use pipeline::{
     AddOns, Defaults, DeviceName, Hires, Img2Img, LoadOptions, MAX_STEPS, MemoryEstimate,
     ModelInfo, Pipeline, Precision, PromptSyntax, SafetyMode, Spec, Trajectory, Upscaler,
-    check_pipeline, parameters,
+    Variation, check_pipeline, parameters,
 };
 pub use sampling::{Sampler, SamplerName, SigmaSchedule};
 pub use text::{Embeddings, LoraUse, Loras, PlaceholderToken};

@@ -57,6 +57,10 @@ fn spec(sampler: Sampler, steps: usize, guidance_scale: f64) -> Spec {
         schedule: SigmaSchedule::Model,
         seed: 7,
         img2img: None,
+        embeds_guidance: false,
+        clip_skip: 0,
+        guidance_rescale: 0.0,
+        variation: None,
         hires: None,
         prompt_syntax: PromptSyntax::Plain,
     }

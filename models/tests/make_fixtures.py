@@ -1,7 +1,8 @@
 """Writes tests/fixtures/: what diffusers and transformers compute, for tests/parity.rs.
 
     python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers tokenizer text unet vae
-        start emphasis hires single safety lora inversion]
+        start emphasis hires single safety lora inversion knobs
+        lcm]
 
 The committed files were made with torch 2.15.0, diffusers 0.42.1 and transformers 5.23.0 on a
 CPU. Everything is seeded: the same versions write the same numbers.
@@ -954,6 +955,72 @@ def lora(_):
         (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         tensors[name] = drawn(pipeline)
     save(tensors, target / "expected.safetensors")
+# Clip skip, guidance rescale, variations -------------------------------------------------------
+
+
+def slerp(low, high, share):
+    """AUTOMATIC1111's: the vectors are the columns of each channel (C, h, w)."""
+    cosine = (low / low.norm(dim=1, keepdim=True) * high / high.norm(dim=1, keepdim=True)).sum(1)
+    angle = cosine.acos()
+    parts = [(part * angle).sin() / angle.sin() for part in (1 - share, share)]
+    return parts[0].unsqueeze(1) * low + parts[1].unsqueeze(1) * high
+
+
+@torch.no_grad()
+def knobs(_):
+    """Hidden states of earlier layers, and latents by `clip_skip`, `guidance_rescale` and mixed noise."""
+    tensors = {}
+    for name in ("v1", "v2"):
+        folder = HERE / name / "text_encoder"
+        model = CLIPTextModel.from_pretrained(folder)
+        ids = load_file(folder / "expected.safetensors")["ids"][:1]
+        states = model(ids, output_hidden_states=True).hidden_states
+        for skip in range(1, len(states)):
+            tensors[f"states.{name}.{skip}"] = model.final_layer_norm(states[-1 - skip])
+    pipeline = tiny(diffusers.StableDiffusionPipeline, HERE / "v1/unet", scheduler_of("ddim", V1_4))
+    pipeline.set_progress_bar_config(disable=True)
+    # transformers 5 has no tower within the model any more, and diffusers asks for it.
+    CLIPTextModel.text_model = property(lambda model: model)
+    shape = (1, 4, 8, 8)
+    low, high = (torch.randn(shape, generator=generator(seed)) for seed in (11, 5))
+    cases = {"plain": {}, "clip_skip.1": {"clip_skip": 1}, "clip_skip.2": {"clip_skip": 2},
+             "rescale.0.7": {"guidance_rescale": 0.7}, "rescale.1.0": {"guidance_rescale": 1.0}}
+    cases |= {f"variation.{share}": {"latents": slerp(low[0], high[0], share)[None]} for share in (0.2, 0.75)}
+    for name, options in cases.items():
+        drawn = pipeline("a red house", negative_prompt="the sea", num_inference_steps=5, guidance_scale=3.0,
+                         generator=generator(11), output_type="latent", **options)
+        tensors[f"latents.{name}"] = drawn.images
+    del CLIPTextModel.text_model
+    save(tensors, HERE / "knobs.safetensors")
+
+
+# Latent consistency models -----------------------------------------------------------------------
+
+LCM = {"_class_name": "LCMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+       "original_inference_steps": 50, "timestep_spacing": "leading"}
+
+
+@torch.no_grad()
+def lcm(_):
+    """Latents by a UNet that takes the guidance scale as an input. The other networks are those of SD 1.x."""
+    shape = {**UNETS["v1"], "block_out_channels": (8, 16), "layers_per_block": 1, "time_cond_proj_dim": 10,
+             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    root = HERE / "lcm"
+    randomise(diffusers.UNet2DConditionModel(**shape), 500).save_pretrained(root / "unet")
+    (root / "scheduler").mkdir(exist_ok=True)
+    (root / "scheduler/scheduler_config.json").write_text(json.dumps(LCM, indent=2) + "\n")
+    index = {"_class_name": "LatentConsistencyModelPipeline"}
+    (root / "model_index.json").write_text(json.dumps(index) + "\n")
+    scheduler = diffusers.LCMScheduler.from_config(LCM)
+    pipeline = tiny(diffusers.LatentConsistencyModelPipeline, root / "unet", scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    tensors = {}
+    for steps, guidance in ((4, 8.5), (2, 1.5), (1, 1.0), (8, 4.0)):
+        drawn = pipeline("a red house", num_inference_steps=steps, guidance_scale=guidance,
+                         generator=generator(11), output_type="latent")
+        tensors[f"{steps}.{guidance}"] = drawn.images
+    save(tensors, root / "expected.safetensors")
 
 
 # Embeddings ----------------------------------------------------------------------------------
@@ -1019,6 +1086,8 @@ def main():
         "safety": safety,
         "lora": lora,
         "inversion": inversion,
+        "knobs": knobs,
+        "lcm": lcm,
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="a directory")

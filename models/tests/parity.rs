@@ -16,6 +16,10 @@ mod hires;
 mod img2img;
 #[path = "parity/inversion.rs"]
 mod inversion;
+#[path = "parity/knobs.rs"]
+mod knobs;
+#[path = "parity/lcm.rs"]
+mod lcm;
 #[path = "parity/lora.rs"]
 mod lora;
 #[path = "parity/lora_methods.rs"]

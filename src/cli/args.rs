@@ -193,6 +193,20 @@ pub(super) struct GenerateArgs {
     /// Seed; the same seed gives the same image. Default: random
     #[arg(long)]
     pub(super) seed: Option<u64>,
+    /// Layers of the text encoder to skip at its end; 1 is AUTOMATIC1111's clip skip 2. Applies to
+    /// the prompt, and with --prompt-syntax a1111 to the negative prompt too. Default: 0
+    #[arg(long)]
+    pub(super) clip_skip: Option<u64>,
+    /// How far guidance is scaled back to the contrast of the prompt alone, 0 to 1; against
+    /// overexposure. Default: 0
+    #[arg(long, value_parser = finite)]
+    pub(super) guidance_rescale: Option<f64>,
+    /// Seed of a second noise that is mixed into the first noise. Default: random
+    #[arg(long, requires = "variation_strength")]
+    pub(super) variation_seed: Option<u64>,
+    /// Share of the second noise: 0 is the image of --seed, 1 that of --variation-seed. Default: 0
+    #[arg(long, value_parser = finite)]
+    pub(super) variation_strength: Option<f64>,
     /// Number of images; image k uses seed + k. Default: 1
     #[arg(short = 'n', long)]
     #[serde(rename = "num_images_per_prompt")]

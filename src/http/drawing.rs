@@ -119,10 +119,9 @@ impl Drawing {
                 state.reader.look_up(deadline, slot.clone(), check).await?
             }
         };
-        // Several prompts are one request: image k has seed + k.
-        let first = specs.first().map_or(0, |spec| spec.seed);
-        for (k, spec) in specs.iter_mut().enumerate() {
-            spec.seed = first.wrapping_add(k as u64);
+        // Several prompts are one request, whose images have consecutive seeds.
+        if let Some(first) = specs.first().cloned() {
+            specs.iter_mut().zip(0..).for_each(|(spec, k)| spec.set_number(&first, k));
         }
         let reply = choose(&request, count)?;
         specs.iter().try_for_each(|spec| request.check_format(spec, reply.format()))?;

@@ -6,7 +6,7 @@ use std::io::Cursor;
 use anyhow::{Context as _, Result, bail};
 use exif::{Exif, In, Tag, Value};
 use image::{ImageDecoder as _, ImageFormat, ImageReader};
-use sd_models::{Hires, LoraUse, Spec};
+use sd_models::{Hires, LoraUse, Spec, Variation};
 
 /// AUTOMATIC1111's name of the list of LoRAs with their hashes.
 pub(crate) const LORA_HASHES: &str = "Lora hashes";
@@ -40,14 +40,14 @@ pub fn infotext(spec: &Spec, model: &str, loras: &str) -> String {
         text += &format!("\n{NEGATIVE} {}", clean(&spec.negative_prompt));
     }
     let strength = spec.strength().map(|strength| format!("Denoising strength: {strength}, "));
-    let hires = spec.hires.iter().flat_map(|hires| hires_parameters(spec, hires));
-    let hires: String = hires.map(|(name, value)| format!("{name}: {value}, ")).collect();
+    let others = variation_parameters(spec).into_iter().chain(extra_parameters(spec));
+    let others: String = others.map(|(name, value)| format!("{name}: {value}, ")).collect();
     let loras = match loras {
         "" => String::new(),
         loras => format!("{LORA_HASHES}: \"{loras}\", "),
     };
     text += &format!(
-        "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}, Model: {model}, {}{hires}{loras}\
+        "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}, Model: {model}, {}{others}{loras}\
          Version: sd-server {}",
         spec.steps,
         spec.sampler_name().title(),
@@ -60,8 +60,25 @@ pub fn infotext(spec: &Spec, model: &str, loras: &str) -> String {
     text
 }
 
-/// AUTOMATIC1111's names and values of the hires parameters.
-pub(crate) fn hires_parameters(spec: &Spec, hires: &Hires) -> Vec<(&'static str, String)> {
+/// AUTOMATIC1111's names and values of what its `info` has in fields of their own.
+fn variation_parameters(spec: &Spec) -> Vec<(&'static str, String)> {
+    let clip_skip = (spec.clip_skip > 0).then(|| ("Clip skip", (spec.clip_skip + 1).to_string()));
+    let variation = spec.variation.iter().flat_map(|Variation { seed, strength }| {
+        [("Variation seed", seed.to_string()), ("Variation seed strength", strength.to_string())]
+    });
+    variation.chain(clip_skip).collect()
+}
+
+/// AUTOMATIC1111's names and values of the parameters that only some images have.
+pub(crate) fn extra_parameters(spec: &Spec) -> Vec<(&'static str, String)> {
+    // The name is that of an extension.
+    let rescale = (spec.guidance_rescale > 0.0)
+        .then(|| ("CFG Rescale phi", spec.guidance_rescale.to_string()));
+    let hires = spec.hires.iter().flat_map(|hires| hires_parameters(spec, hires));
+    hires.chain(rescale).collect()
+}
+
+fn hires_parameters(spec: &Spec, hires: &Hires) -> Vec<(&'static str, String)> {
     let (width, height) = (hires.size.width(), hires.size.height());
     let (w, h) = (spec.size.width(), spec.size.height());
     let enlarged = match width * h == height * w {
@@ -243,6 +260,10 @@ mod tests {
             sampler: Sampler::Euler,
             schedule: SigmaSchedule::Model,
             img2img: None,
+            embeds_guidance: false,
+            clip_skip: 0,
+            guidance_rescale: 0.0,
+            variation: None,
             hires: None,
         }
     }

@@ -14,5 +14,5 @@ pub use decode::{decode, decoded_bytes, fit_mask, is_transparent, on_white, resi
 pub use encode::{Format, JPEG_QUALITY, encode};
 pub use hashes::Hashes;
 pub use infotext::infotext;
-pub(crate) use infotext::{LORA_HASHES, find, hires_parameters, parse};
+pub(crate) use infotext::{LORA_HASHES, extra_parameters, find, parse};
 pub use mask::{inverted, transparency_mask};

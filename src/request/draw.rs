@@ -9,7 +9,7 @@ use std::sync::Arc;
 use ::image::DynamicImage;
 use schemars::JsonSchema;
 use sd_models::{
-    Hires, Img2Img, LoraUse, ModelInfo, PromptSyntax, SamplerName, Size, Spec, Upscaler,
+    Hires, Img2Img, LoraUse, ModelInfo, PromptSyntax, SamplerName, Size, Spec, Upscaler, Variation,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -81,6 +81,22 @@ pub struct DrawRequest {
     /// Sampler, by the name here, in diffusers or in AUTOMATIC1111.
     #[schemars(extend("x-aliases" = ["sampler"]))]
     pub(crate) scheduler: Option<String>,
+    /// Layers of the text encoder to skip at its end: 1 is AUTOMATIC1111's clip skip 2. Of the
+    /// prompt only, as in diffusers; with the syntax a1111 of both prompts. Default: 0.
+    #[schemars(extend("minimum" = 0))]
+    pub(crate) clip_skip: Option<usize>,
+    /// How far guidance is scaled back to the contrast of the prompt alone, against overexposure.
+    /// Default: 0.
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    pub(crate) guidance_rescale: Option<f64>,
+    /// Seed of a second noise that is mixed into the first noise. With several images it is this
+    /// seed that grows by one. Default, and at -1: random.
+    #[schemars(extend("minimum" = -1, "maximum" = u64::MAX))]
+    pub(crate) variation_seed: Option<u64>,
+    /// Share of the second noise: 0 is the image of the seed, 1 that of the variation seed.
+    /// Default: 0.
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    pub(crate) variation_strength: Option<f64>,
     /// Width of the hires pass in pixels, which is the width of the images. Default: in the
     /// proportions of the base pass.
     #[schemars(extend("minimum" = MIN_SIDE, "maximum" = MAX_SIDE))]
@@ -157,10 +173,12 @@ impl DrawRequest {
         mut fields: Fields,
         limits: &Limits,
     ) -> Result<(Self, Vec<String>), ValidationError> {
-        fields.drop_if("seed", |seed| match seed {
-            Value::String(text) => text.trim().parse() == Ok(-1.0),
-            seed => seed.as_f64() == Some(-1.0),
-        });
+        for name in ["seed", "variation_seed"] {
+            fields.drop_if(name, |seed| match seed {
+                Value::String(text) => text.trim().parse() == Ok(-1.0),
+                seed => seed.as_f64() == Some(-1.0),
+            });
+        }
         let request: Self = fields.read(limits).map_err(ValidationError::of_field)?;
         let (names, unknown) = fields.into_names();
         Ok((Self { names, ..request }, unknown))
@@ -217,6 +235,10 @@ impl DrawRequest {
             seed: self.seed.unwrap_or(random_seed),
             sampler,
             schedule,
+            embeds_guidance: model.embeds_guidance,
+            clip_skip: self.clip_skip.unwrap_or(0),
+            guidance_rescale: self.guidance_rescale.unwrap_or(0.0),
+            variation: self.variation(random_seed)?,
             hires: self.hires(size, steps, limits, model)?,
             img2img: input.map(|input| Arc::new(input.img2img(size))),
         };
@@ -226,8 +248,23 @@ impl DrawRequest {
             let reason = format!("names too many LoRAs; at most {} are allowed", limits.max_loras);
             return Err(self.range(if named == 0 { "loras" } else { "prompt" }, reason));
         }
-        let seed = |k: u64| spec.seed.wrapping_add(k);
-        Ok((0..count as u64).map(|k| Spec { seed: seed(k), ..spec.clone() }).collect())
+        let numbered = |k: u64| {
+            let mut image = spec.clone();
+            image.set_number(&spec, k);
+            image
+        };
+        Ok((0..count as u64).map(numbered).collect())
+    }
+
+    /// The variation, unless it would change nothing.
+    fn variation(&self, random_seed: u64) -> Result<Option<Variation>, ValidationError> {
+        let Some(strength) = self.variation_strength else {
+            let dependent = [("variation_seed", self.variation_seed.is_some())];
+            return self.reject_without("variation_strength", dependent);
+        };
+        // Other than the seed, which may be random too; of 32 bits as well.
+        let seed = self.variation_seed.unwrap_or(random_seed ^ u64::from(u32::MAX));
+        Ok((strength > 0.0).then_some(Variation { seed, strength }))
     }
 
     /// Checks that the files which the request's specs name exist. Blocks, on a network folder for as

@@ -148,7 +148,7 @@ fn hugging_face_errors_name_the_parameter() {
         "parameters.target_size.height",
     );
     refused(&ask(json!({ "num_inference_steps": "two" })), 400, "parameters.num_inference_steps");
-    refused(&ask(json!({ "clip_skip": 1 })), 400, "parameters.clip_skip");
+    refused(&ask(json!({ "clip_skips": 1 })), 400, "parameters.clip_skips");
     refused(&ask(json!([])), 400, "parameters");
     refused(&server.json(&json!({ "inputs": 1 })), 400, "inputs");
     refused(&server.json(&json!({ "inputs": "x", "prompt": "y" })), 400, "prompt");

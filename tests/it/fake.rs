@@ -85,6 +85,8 @@ impl Fake {
             precision: "none".into(),
             defaults,
             multiple: 8,
+            embeds_guidance: false,
+            text_layers: 12,
             checked: false,
             memory: MemoryEstimate { scale: 8, ..MemoryEstimate::default() },
             add_ons: AddOns::default(),
@@ -181,6 +183,10 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
         sampler: Sampler::Euler,
         schedule: SigmaSchedule::Model,
         img2img: None,
+        embeds_guidance: false,
+        clip_skip: 0,
+        guidance_rescale: 0.0,
+        variation: None,
         hires: None,
     }
 }

@@ -2,7 +2,7 @@
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::harness::{Reply, Server};
 
@@ -28,6 +28,61 @@ fn prompt_of(reply: &Reply) -> String {
     assert_eq!(reply.status, 200, "{}", String::from_utf8_lossy(&reply.body));
     assert_eq!(reply.header("content-type"), "image/png");
     infotext(&reply.body).split("\nSteps:").next().expect("a prompt").to_owned()
+}
+
+#[test]
+fn clip_skip_rescale_and_variation_change_the_picture_and_are_written_into_it() {
+    let server = Server::ready(&[]);
+    let draw = |fields: Value| {
+        let mut body =
+            json!({ "prompt": "a red house", "steps": 2, "seed": 7, "output_format": "png" });
+        body.as_object_mut()
+            .expect("an object")
+            .extend(fields.as_object().expect("an object").clone());
+        let reply: Value = serde_json::from_slice(&server.json(&body).body).expect("JSON");
+        let file =
+            BASE64_STANDARD.decode(reply["data"].as_str().expect("an image")).expect("base64");
+        (infotext(&file), reply, image::load_from_memory(&file).expect("an image"))
+    };
+    let (text, _, plain) = draw(json!({}));
+    assert!(!text.contains("Clip skip") && !text.contains("phi"), "{text}");
+    for (fields, written) in [
+        (json!({ "clip_skip": 1 }), "Clip skip: 2, "),
+        (json!({ "guidance_rescale": 0.7 }), "CFG Rescale phi: 0.7, "),
+        (
+            json!({ "variation_seed": 9, "variation_strength": 0.5 }),
+            "Variation seed: 9, Variation seed strength: 0.5, ",
+        ),
+    ] {
+        let (text, reply, picture) = draw(fields);
+        assert!(text.contains(written) && picture != plain, "{text}");
+        assert_eq!(
+            reply.get("variation_seed").is_some(),
+            written.starts_with("Variation"),
+            "{reply}"
+        );
+    }
+    let (_, _, other) = draw(json!({ "seed": 9 }));
+    assert_eq!(draw(json!({ "variation_seed": 9, "variation_strength": 1 })).2, other);
+    assert_eq!(draw(json!({ "variation_seed": 9, "variation_strength": 0 })).2, plain);
+    let one_row = draw(json!({ "guidance_scale": 1, "negative_prompt": "the sea" })).1;
+    assert!(
+        one_row["warnings"][0]
+            .as_str()
+            .expect("a warning")
+            .starts_with("negative_prompt has no effect")
+    );
+    for (fields, field) in [
+        (json!({ "prompt": "x", "clip_skip": 5 }), "clip_skip"),
+        (json!({ "prompt": "x", "guidance_rescale": 2 }), "guidance_rescale"),
+        (json!({ "prompt": "x", "variation_seed": 2 }), "variation_seed"),
+        (json!({ "prompt": "x", "variation_strength": -1 }), "variation_strength"),
+    ] {
+        let reply = server.json(&fields);
+        assert!((400..500).contains(&reply.status));
+        let error: Value = serde_json::from_slice(&reply.body).expect("JSON");
+        assert_eq!(error["error"]["param"], field, "{error}");
+    }
 }
 
 #[test]

@@ -122,20 +122,69 @@ async fn samplers_and_schedules_are_one_word_here() -> Result<()> {
     Ok(())
 }
 
+/// The `info` of a txt2img.
+async fn info_of(server: &Server, body: Value) -> Result<Value> {
+    let (status, reply) = post(&server.url, "/sdapi/v1/txt2img", &body).await?;
+    anyhow::ensure!(status == 200, "{body}: {reply}");
+    Ok(serde_json::from_str(reply["info"].as_str().context("a string")?)?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_variation_has_seeds_of_its_own() -> Result<()> {
+    let server = free().await;
+    let body = |strength: f64, subseed: i64| json!({ "seed": 7, "subseed": subseed, "subseed_strength": strength, "steps": 1, "batch_size": 2 });
+    let info = info_of(&server, body(0.25, 100)).await?;
+    assert_eq!((&info["all_seeds"], &info["all_subseeds"]), (&json!([7, 7]), &json!([100, 101])));
+    assert_eq!(info["subseed_strength"], 0.25);
+    let text = info["infotexts"][1].as_str().context("a text")?;
+    assert!(text.contains("Variation seed: 101, Variation seed strength: 0.25, "), "{text}");
+    let info = info_of(&server, body(0.0, 100)).await?;
+    assert_eq!((&info["all_seeds"], &info["all_subseeds"]), (&json!([7, 8]), &json!([0, 0])));
+    assert!(!info["infotexts"][0].as_str().context("a text")?.contains("Variation"));
+    let mut chance = Vec::new();
+    for _ in 0..2 {
+        chance.push(info_of(&server, body(0.25, -1)).await?["subseed"].clone());
+    }
+    assert_ne!(chance[0], chance[1]);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clip_skip_is_counted_from_the_last_layer() -> Result<()> {
+    let server = free().await;
+    let option = |layers: Value| json!({ "steps": 1, "override_settings": { "CLIP_stop_at_last_layers": layers } });
+    for (body, clip_skip) in [
+        (option(json!(2)), 2),
+        (option(json!(1)), 1),
+        (json!({ "steps": 1, "clip_skip": 3 }), 3),
+        (json!({ "steps": 1, "clip_skip": "0" }), 1),
+    ] {
+        let info = info_of(&server, body).await?;
+        assert_eq!(info["clip_skip"], clip_skip);
+        let text = info["infotexts"][0].as_str().context("a text")?;
+        assert_eq!(text.contains(&format!("Clip skip: {clip_skip}, ")), clip_skip > 1, "{text}");
+    }
+    let (status, error) =
+        post(&server.url, "/sdapi/v1/options", &json!({ "CLIP_stop_at_last_layers": 2 })).await?;
+    assert_eq!(status, 422, "{error}");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_done_is_refused_by_name() -> Result<()> {
     let server = free().await;
     let table = [
         ("restore_faces", json!(true)),
         ("tiling", json!(true)),
-        ("subseed_strength", json!(0.5)),
+        ("subseed_strength", json!(1.5)),
+        ("seed_resize_from_w", json!(512)),
         ("styles", json!(["oil"])),
         ("script_name", json!("x/y/z plot")),
         ("alwayson_scripts", json!({ "ADetailer": { "args": [true, { "ad_model": "face" }] } })),
         ("steps", json!("many")),
         ("width", json!(7)),
         ("batch_size", json!(100)),
-        ("CLIP_stop_at_last_layers", json!(2)),
+        ("CLIP_stop_at_last_layers", json!(40)),
         ("sd_model_checkpoint", json!("sdxl")),
     ];
     for (name, value) in table {

@@ -39,9 +39,11 @@ impl ClipTransformer {
         })
     }
 
-    /// (B, L, hidden) and the LoRAs of the rows, or none at all -> (B, L, hidden)
-    pub(super) fn forward(&self, x: Tensor, loras: &[LoraStack]) -> Result<Tensor> {
-        self.layers.iter().try_fold(x, |x, layer| {
+    /// (B, L, hidden) and the LoRAs of the rows, or none at all -> (B, L, hidden), without the last
+    /// `skip` layers
+    pub(super) fn forward(&self, x: Tensor, skip: usize, loras: &[LoraStack]) -> Result<Tensor> {
+        let layers = &self.layers[..self.layers.len().saturating_sub(skip)];
+        layers.iter().try_fold(x, |x, layer| {
             let n = layer.layer_norm1.forward(&x)?;
             let qkv = layer.qkv_proj.forward(&n, Epilogue::NONE, loras)?; // (B, L, 3 hidden)
             let (heads, causal) = (self.heads, self.causal);

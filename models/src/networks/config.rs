@@ -59,6 +59,8 @@ pub struct UNetConfig {
     pub flip_sin_to_cos: bool,
     /// Shift of the time embedding's frequencies.
     pub freq_shift: f64,
+    /// Width of the embedding of the guidance scale, which a distilled UNet takes as an input.
+    pub time_cond_proj_dim: Option<usize>,
 }
 
 impl UNetConfig {
@@ -97,6 +99,7 @@ impl UNetConfig {
             use_linear_projection: keys.take("use_linear_projection", false)?,
             flip_sin_to_cos: keys.take("flip_sin_to_cos", true)?,
             freq_shift: keys.take("freq_shift", 0.0)?,
+            time_cond_proj_dim: keys.take("time_cond_proj_dim", None)?,
             block_out_channels,
             heads,
         };
@@ -110,6 +113,9 @@ impl UNetConfig {
         let groups = self.norm_num_groups;
         if self.block_out_channels.is_empty() || self.layers_per_block == 0 {
             return Err(keys.invalid("block_out_channels", "a UNet needs at least one block"));
+        }
+        if self.time_cond_proj_dim.is_some_and(|width| width < 4) {
+            return Err(keys.invalid("time_cond_proj_dim", "must be at least 4"));
         }
         for (channels, heads) in self.block_out_channels.iter().zip(&self.heads) {
             if groups == 0 || *channels == 0 || channels % groups != 0 {
@@ -146,10 +152,9 @@ fn defaults(types: [&str; 2]) -> Vec<String> {
     names
 }
 
-/// Rejects features of other members of the family (SDXL, unCLIP, Kandinsky, LCM's guidance
-/// embedding).
+/// Rejects features of other members of the family (SDXL, unCLIP, Kandinsky).
 fn refuse_other_unets(keys: &mut Keys) -> Result<()> {
-    const NULL: [&str; 15] = [
+    const NULL: [&str; 14] = [
         "addition_embed_type",
         "addition_time_embed_dim",
         "class_embed_type",
@@ -160,7 +165,6 @@ fn refuse_other_unets(keys: &mut Keys) -> Result<()> {
         "num_class_embeds",
         "projection_class_embeddings_input_dim",
         "reverse_transformer_layers_per_block",
-        "time_cond_proj_dim",
         "time_embedding_act_fn",
         "time_embedding_dim",
         "timestep_post_act",

@@ -1,7 +1,8 @@
 //! CLIP's text tower around its transformer ([`super::clip`]).
 //!
 //! Reference: transformers `models/clip/modeling_clip.py`, `CLIPTextModel`. The output is the last
-//! hidden state after the final layer norm, the context of Stable Diffusion's cross attention.
+//! hidden state, or an earlier one, after the final layer norm: the context of Stable Diffusion's
+//! cross attention.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -69,6 +70,16 @@ impl ClipTextModel {
     /// Token ids (B rows of one length L), all with the same LoRAs -> hidden states (B, L, hidden)
     /// f32.
     pub fn forward(&self, ids: &[Vec<u32>], loras: &LoraStack) -> Result<Tensor> {
+        self.forward_skipping(0, ids, loras)
+    }
+
+    /// The same without the last `skip` layers: `clip_skip` of diffusers' pipelines.
+    pub fn forward_skipping(
+        &self,
+        skip: usize,
+        ids: &[Vec<u32>],
+        loras: &LoraStack,
+    ) -> Result<Tensor> {
         let rows = vec![loras.clone(); ids.len()];
         let (batch, length) = (ids.len(), ids.first().map_or(0, Vec::len));
         let ids = Tensor::from_vec(ids.concat(), batch * length, &self.device)?;
@@ -76,7 +87,7 @@ impl ClipTextModel {
         let tokens = tokens.reshape((batch, length, self.config.transformer.hidden_size))?;
         let x = tokens.broadcast_add(&self.position_embedding.narrow(0, 0, length)?)?;
         in_pool(&self.device, || {
-            let x = self.transformer.forward(x, &rows)?;
+            let x = self.transformer.forward(x, skip, &rows)?;
             Ok(self.final_layer_norm.forward(&x)?.to_dtype(DType::F32)?)
         })
     }

@@ -28,6 +28,9 @@ pub struct UNet2DConditionModel {
     config: UNetConfig,
     device: Device,
     dtype: DType,
+    /// The guidance scale's embedding (.., time_cond_proj_dim) -> (.., first), of a UNet that takes
+    /// it as an input.
+    cond_proj: Option<LoraLayer<Linear>>,
     time: [LoraLayer<Linear>; 2],
     /// The time projections of all residual blocks: (.., 4 first) -> (.., time_width)
     time_proj: LoraLayer<Linear>,
@@ -94,6 +97,9 @@ impl UNet2DConditionModel {
             to_kv: Stack::new(config.cross_attention_dim),
         };
         let time = p.pp("time_embedding");
+        let cond_proj = config
+            .time_cond_proj_dim
+            .map(|width| LoraLayer::linears(&time, &["cond_proj"], width, first, false));
         let middle = p.pp("mid_block");
         let down = builder.down_blocks(&p.pp("down_blocks"))?;
         let mid = (
@@ -105,6 +111,7 @@ impl UNet2DConditionModel {
         let model = Self {
             time_proj: builder.time_proj.build(&p)?,
             to_kv: builder.to_kv.build(&p)?,
+            cond_proj: cond_proj.transpose()?,
             time: [
                 LoraLayer::linear(&time.pp("linear_1"), first, temb)?,
                 LoraLayer::linear(&time.pp("linear_2"), temb, temb)?,
@@ -158,10 +165,21 @@ impl UNet2DConditionModel {
     }
 
     /// T timesteps -> the time embeddings of all residual blocks (T, time_width) for
-    /// [`Self::forward`]. Those of a schedule are known before its first step.
+    /// [`Self::forward`]. Those of a schedule are known before its first step. A UNet that takes
+    /// the guidance scale as an input gets 1.
     pub fn time_embeddings(&self, timesteps: &[f64], loras: &[LoraStack]) -> Result<Tensor> {
+        self.guided_time_embeddings(timesteps, 1.0, loras)
+    }
+
+    /// The same with a guidance scale, which only a UNet that takes it as an input reads.
+    pub fn guided_time_embeddings(
+        &self,
+        timesteps: &[f64],
+        guidance_scale: f64,
+        loras: &[LoraStack],
+    ) -> Result<Tensor> {
         in_pool(&self.device, || {
-            let embedded = self.time_embedding(timesteps, loras)?;
+            let embedded = self.time_embedding(timesteps, guidance_scale, loras)?;
             Ok(self.time_proj.forward(&embedded, Epilogue::NONE, loras)?)
         })
     }
@@ -229,7 +247,12 @@ impl UNet2DConditionModel {
 
     /// Sinusoidal embedding, two linear layers, and the SiLU with which every residual block
     /// begins: (T) -> (T, 4 first). Angles are computed in f32, as in the reference.
-    fn time_embedding(&self, timesteps: &[f64], loras: &[LoraStack]) -> Result<Tensor> {
+    fn time_embedding(
+        &self,
+        timesteps: &[f64],
+        guidance_scale: f64,
+        loras: &[LoraStack],
+    ) -> Result<Tensor> {
         let width = self.config.block_out_channels[0];
         let half = width / 2;
         let scale = -(10_000f64.ln()) / (half as f64 - self.config.freq_shift);
@@ -245,10 +268,28 @@ impl UNet2DConditionModel {
             }
         }
         let x = Tensor::from_vec(values, (timesteps.len(), width), &self.device)?;
-        let x = x.to_dtype(self.dtype)?;
+        let mut x = x.to_dtype(self.dtype)?;
+        if let (Some(cond_proj), Some(width)) = (&self.cond_proj, self.config.time_cond_proj_dim) {
+            let guidance = guidance_embedding(guidance_scale, width).repeat(timesteps.len());
+            let guidance = Tensor::from_vec(guidance, (timesteps.len(), width), &self.device)?;
+            let guidance = guidance.to_dtype(self.dtype)?;
+            x = (x + cond_proj.forward(&guidance, Epilogue::NONE, loras)?)?;
+        }
         let silu = Epilogue::activation(Activation::Silu);
         Ok(self.time[1].forward(&self.time[0].forward(&x, silu, loras)?, silu, loras)?)
     }
+}
+
+/// The sinusoidal embedding of a guidance scale (diffusers' `get_guidance_scale_embedding`), in
+/// diffusers' numbering of the scale, where 1 is no guidance. An odd width ends in a zero.
+fn guidance_embedding(guidance_scale: f64, width: usize) -> Vec<f32> {
+    let half = width / 2;
+    let w = (guidance_scale - 1.0) as f32 * 1000.0;
+    let scale = -(10_000f64.ln()) / (half as f64 - 1.0);
+    let angles = (0..half).map(|i| w * ((i as f64 * scale) as f32).exp());
+    let mut values: Vec<f32> = angles.clone().map(f32::sin).chain(angles.map(f32::cos)).collect();
+    values.resize(width, 0.0);
+    values
 }
 
 /// Builds the blocks, and gathers the layers that one product computes for all of them.

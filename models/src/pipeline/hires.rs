@@ -8,7 +8,8 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 
-use super::spec::{Hires, Upscaler};
+use super::spec::{Hires, Spec, Upscaler};
+use super::variation::Variation;
 use crate::error::Result;
 use crate::picture::{CUBIC, Size, TRIANGLE, Taps, antialiased, cubic, interpolated};
 use crate::sampling::{Noise, SamplerState};
@@ -21,6 +22,7 @@ pub(crate) struct HiresPass {
     pub(crate) time_embeddings: Tensor,
     upscaler: Upscaler,
     seed: u64,
+    variation: Option<Variation>,
 }
 
 /// The latents with which the hires pass begins: upscaled (1, C, h, w) f32, the same under noise,
@@ -37,13 +39,15 @@ impl HiresPass {
         hires: &Hires,
         sampler: SamplerState,
         time_embeddings: Tensor,
-        seed: u64,
+        spec: &Spec,
     ) -> Self {
-        Self { size: hires.size, sampler, time_embeddings, upscaler: hires.upscaler, seed }
+        let Hires { size, upscaler, .. } = *hires;
+        let (seed, variation) = (spec.seed, spec.variation);
+        Self { size, sampler, time_embeddings, upscaler, seed, variation }
     }
 
     /// Upscales the latents of the base pass; `scale` is pixels per latent pixel. As in
-    /// AUTOMATIC1111, the noise is a new stream of the same seed.
+    /// AUTOMATIC1111, the noise is a new stream of the same seed, with the same variation.
     pub(crate) fn begin(
         &self,
         latents: &Tensor,
@@ -52,7 +56,11 @@ impl HiresPass {
     ) -> Result<UpscaledLatents> {
         let clean = self.upscaler.upscale(latents, (from, self.size), scale)?;
         let mut noise = Noise::new(self.seed);
-        let drawn = noise.normal(clean.elem_count());
+        let mut drawn = noise.normal(clean.elem_count());
+        if let Some(variation) = self.variation {
+            let (_, _, h, w) = clean.dims4()?;
+            variation.mix(&mut drawn, (h, w));
+        }
         let drawn = Tensor::from_vec(drawn, clean.shape(), clean.device())?;
         let latents = self.sampler.noised(&clean, &drawn)?;
         Ok(UpscaledLatents { clean, latents, noise })

@@ -50,6 +50,10 @@ pub struct ModelInfo {
     pub defaults: Defaults,
     /// Image sides must be multiples of this many pixels.
     pub multiple: usize,
+    /// Whether the guidance scale is an input of the UNet.
+    pub embeds_guidance: bool,
+    /// Layers of the text encoder.
+    pub text_layers: usize,
     /// Whether the safety checker is loaded.
     pub checked: bool,
     /// Memory of an image in progress.
@@ -157,6 +161,16 @@ impl ModelInfo {
         }
         if !spec.guidance_scale.is_finite() {
             return refuse("guidance_scale", "must be a finite number".into());
+        }
+        if spec.clip_skip > self.text_layers {
+            let most = self.text_layers;
+            return refuse("clip_skip", format!("must be 0 to {most}, not {}", spec.clip_skip));
+        }
+        if !(0.0..=1.0).contains(&spec.guidance_rescale) {
+            return refuse("guidance_rescale", "must be from 0 to 1".into());
+        }
+        if spec.variation.is_some_and(|v| !(0.0..=1.0).contains(&v.strength)) {
+            return refuse("variation_strength", "must be from 0 to 1".into());
         }
         spec.sampler.check(spec.schedule)?;
         let (_, named) = spec.text()?;

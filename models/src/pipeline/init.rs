@@ -77,7 +77,7 @@ impl LatentInit<'_> {
             }
             _ => None,
         };
-        let drawn = self.draw(spec.size, noise)?;
+        let drawn = self.first_noise(spec, noise)?;
         let latents = match &picture {
             Some(picture) if !all_noise => sampler.noised(picture, &drawn)?,
             _ => (&drawn * sampler.init_noise_sigma())?,
@@ -117,10 +117,24 @@ impl LatentInit<'_> {
 
     /// Noise in the shape of the latents (1, C, h, w).
     fn draw(&self, size: Size, noise: &mut Noise) -> Result<Tensor> {
+        let (c, h, w) = self.shape(size);
+        Ok(Tensor::from_vec(noise.normal(c * h * w), (1, c, h, w), self.device)?)
+    }
+
+    /// The same, with the variation of the spec.
+    fn first_noise(&self, spec: &Spec, noise: &mut Noise) -> Result<Tensor> {
+        let (c, h, w) = self.shape(spec.size);
+        let mut values = noise.normal(c * h * w);
+        if let Some(variation) = spec.variation {
+            variation.mix(&mut values, (h, w));
+        }
+        Ok(Tensor::from_vec(values, (1, c, h, w), self.device)?)
+    }
+
+    /// Channels, height and width of the latents.
+    fn shape(&self, size: Size) -> (usize, usize, usize) {
         let config = self.encoder.config();
-        let (h, w) = (size.height() / config.scale(), size.width() / config.scale());
-        let values = noise.normal(config.latent_channels * h * w);
-        Ok(Tensor::from_vec(values, (1, config.latent_channels, h, w), self.device)?)
+        (config.latent_channels, size.height() / config.scale(), size.width() / config.scale())
     }
 
     /// The mask in the size of the latents (1, 1, h, w): the first pixel of each square (nearest).

@@ -78,12 +78,7 @@ impl LoadedModel {
         }
         let scheduler = read_scheduler(source, &mut fingerprint)?;
         let scale = decoder.config().scale();
-        let side = unet.config().sample_size * scale;
-        let size = Size::new(side, side).ok_or_else(|| {
-            Error::config("unet/config.json", format!("sample_size: {side} pixels a side"))
-        })?;
-        let SamplerName { sampler, schedule } = scheduler.default_sampler()?;
-        let defaults = Defaults { size, steps: 50, guidance_scale: 7.5, sampler, schedule };
+        let defaults = defaults(unet.config(), scale, &scheduler)?;
         let info = ModelInfo {
             name: name(source),
             fingerprint: fingerprint.finish(),
@@ -91,6 +86,8 @@ impl LoadedModel {
             precision: dtype.as_str().into(),
             defaults,
             multiple: scale.max(8),
+            embeds_guidance: unet.config().time_cond_proj_dim.is_some(),
+            text_layers: text_encoder.config().transformer.num_hidden_layers,
             checked,
             memory,
             add_ons: options.add_ons.clone(),
@@ -142,6 +139,16 @@ fn device_name(device: &Device) -> String {
         DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
         _ => "cpu".into(),
     }
+}
+
+/// The defaults of a request. `scale` is pixels per latent pixel.
+fn defaults(unet: &UNetConfig, scale: usize, scheduler: &SchedulerConfig) -> Result<Defaults> {
+    let side = unet.sample_size * scale;
+    let size = Size::new(side, side).ok_or_else(|| {
+        Error::config("unet/config.json", format!("sample_size: {side} pixels a side"))
+    })?;
+    let SamplerName { sampler, schedule } = scheduler.default_sampler()?;
+    Ok(Defaults { size, steps: 50, guidance_scale: 7.5, sampler, schedule })
 }
 
 /// The scheduler configuration of the model.
@@ -213,8 +220,14 @@ fn name(source: &Source) -> String {
 pub fn check_pipeline(source: &Source) -> Result<bool> {
     let mut keys = Keys::read(source, "model_index.json")?;
     // The networks of these pipelines are the same.
-    let classes = ["", "Img2Img", "Inpaint"].map(|c| json!(format!("StableDiffusion{c}Pipeline")));
-    keys.only("_class_name", &classes)?;
+    let classes = [
+        "StableDiffusionPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "LatentConsistencyModelPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
+    ];
+    keys.only("_class_name", &classes.map(|class| json!(class)))?;
     // Null, or a library and a class.
     let checker: [Option<String>; 2] = keys.take("safety_checker", [None, None])?;
     match checker[1].as_deref() {

@@ -14,6 +14,7 @@ mod preview;
 mod prompts;
 mod spec;
 mod trajectory;
+mod variation;
 
 use std::sync::{Arc, OnceLock};
 
@@ -31,6 +32,7 @@ use self::prompts::PromptCache;
 pub use self::prompts::encode_chunks;
 pub use self::spec::{Hires, Img2Img, MAX_STEPS, PromptSyntax, Spec, Upscaler};
 pub use self::trajectory::Trajectory;
+pub use self::variation::Variation;
 use crate::error::{Error, Result};
 use crate::layers::{LoraCache, LoraStack, ScaledLora};
 use crate::networks::Conditioning;
@@ -118,16 +120,19 @@ impl Pipeline {
         let sampler = self.sampler(spec, spec.steps, skipped)?;
         let (prompt, _) = spec.text()?;
         let mut warnings: Vec<_> = loras.warnings().collect();
-        let mut encode = |field, prompt: &str| -> Result<_> {
+        let mut encode = |field, prompt: &str, skip| -> Result<_> {
             let (conditioning, warning) =
-                self.prompts.encode(&self.model, prompt, spec.prompt_syntax, &loras)?;
+                self.prompts.encode(&self.model, prompt, (spec.prompt_syntax, skip), &loras)?;
             warnings.extend(warning.map(|warning| format!("{field} {warning}")));
             Ok(conditioning)
         };
-        let mut conditioning = vec![encode("prompt", &prompt)?];
-        if spec.rows() == 2 {
-            conditioning.insert(0, encode("negative_prompt", &spec.negative_prompt)?);
+        let mut conditioning = vec![encode("prompt", &prompt, spec.clip_skip)?];
+        let guided = spec.guidance_scale > 1.0 && !self.model.info.embeds_guidance;
+        if guided {
+            let skip = spec.negative_clip_skip();
+            conditioning.insert(0, encode("negative_prompt", &spec.negative_prompt, skip)?);
         }
+        warnings.extend((!guided).then(|| without_guidance(spec)).into_iter().flatten());
         let mut noise = Noise::new(spec.seed);
         let inpainting =
             self.model.unet.config().in_channels > self.model.unet.config().out_channels;
@@ -135,12 +140,12 @@ impl Pipeline {
             LatentInit { encoder: &self.model.encoder, device: &self.model.device, inpainting };
         let InitialLatents { latents, blend, mask_condition } =
             init.begin(spec, &sampler, &mut noise)?;
-        let (size, guidance_scale) = (spec.size, spec.guidance_scale);
-        let time_embeddings = self.time_embeddings(&sampler, &loras)?;
+        let time_embeddings = self.time_embeddings(&sampler, spec, &loras)?;
         let hires = spec.hires.as_ref().map(|hires| self.hires_pass(hires, spec, &loras));
         Ok(Trajectory {
-            size,
-            guidance_scale,
+            size: spec.size,
+            guidance_scale: spec.guidance_scale,
+            guidance_rescale: spec.guidance_rescale,
             latents,
             conditioning,
             loras,
@@ -165,8 +170,8 @@ impl Pipeline {
         }
         let (skipped, steps) = (hires.skipped_steps(), hires.steps);
         let sampler = self.sampler(spec, steps, skipped)?;
-        let time_embeddings = self.time_embeddings(&sampler, loras)?;
-        Ok(HiresPass::new(hires, sampler, time_embeddings, spec.seed))
+        let time_embeddings = self.time_embeddings(&sampler, spec, loras)?;
+        Ok(HiresPass::new(hires, sampler, time_embeddings, spec))
     }
 
     /// The sampler of a run of `steps` steps of which the first `skipped` are left out.
@@ -175,9 +180,15 @@ impl Pipeline {
     }
 
     /// The time embeddings of a sampler's timesteps (evaluations, time_width).
-    fn time_embeddings(&self, sampler: &SamplerState, loras: &LoraStack) -> Result<Tensor> {
+    fn time_embeddings(
+        &self,
+        sampler: &SamplerState,
+        spec: &Spec,
+        loras: &LoraStack,
+    ) -> Result<Tensor> {
         let timesteps: Vec<_> = sampler.timesteps().collect();
-        self.model.unet.time_embeddings(&timesteps, &vec![loras.clone(); timesteps.len()])
+        let loras = vec![loras.clone(); timesteps.len()];
+        self.model.unet.guided_time_embeddings(&timesteps, spec.guidance_scale, &loras)
     }
 
     /// One UNet call for all trajectories that are not done; all must have one size. After an error
@@ -258,6 +269,21 @@ impl Pipeline {
         let checker = self.model.safety_checker.as_ref();
         checker.map(|checker| Ok(checker.check(image)?.nsfw())).transpose()
     }
+}
+
+/// Warnings for what has no effect on an image without an unconditional row.
+fn without_guidance(spec: &Spec) -> impl Iterator<Item = String> {
+    let idle = [
+        ("negative_prompt", !spec.negative_prompt.trim().is_empty()),
+        ("guidance_rescale", spec.guidance_rescale > 0.0),
+    ];
+    let why = match spec.embeds_guidance {
+        true => "the model takes the guidance scale as an input",
+        false => "there is no guidance at a guidance scale of 1 or less",
+    };
+    idle.into_iter()
+        .filter(|(_, is_set)| *is_set)
+        .map(move |(field, _)| format!("{field} has no effect: {why}"))
 }
 
 /// The LoRAs of the request and those that its prompt names. Blocks.

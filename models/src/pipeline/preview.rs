@@ -201,6 +201,10 @@ mod tests {
                 sampler: name.sampler,
                 schedule: name.schedule,
                 img2img: None,
+                embeds_guidance: false,
+                clip_skip: 0,
+                guidance_rescale: 0.0,
+                variation: None,
                 hires: None,
             };
             let mut trajectory = pipeline.begin(&spec).expect("begun");

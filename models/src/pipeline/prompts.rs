@@ -16,8 +16,8 @@ use crate::text::{PromptChunk, chunks};
 /// Prompts whose encoding is cached: the empty negative prompt, and those of a series of requests.
 pub(super) const CACHED_PROMPTS: NonZeroUsize = NonZeroUsize::new(32).expect("not zero");
 
-/// A prompt, its syntax, and the LoRAs of its encoder.
-pub(super) type PromptKey = (String, PromptSyntax, Vec<(u64, [u64; 2])>);
+/// A prompt, its syntax, the layers skipped, and the LoRAs of its encoder.
+pub(super) type PromptKey = (String, (PromptSyntax, usize), Vec<(u64, [u64; 2])>);
 
 /// The prompts that were encoded last.
 pub(super) struct PromptCache {
@@ -42,18 +42,19 @@ impl Default for PromptCache {
 
 impl PromptCache {
     /// The conditioning of a batch row with this prompt, and a warning if the prompt was truncated.
+    /// `skip` is the number of skipped layers.
     pub(super) fn encode(
         &self,
         model: &LoadedModel,
         prompt: &str,
-        syntax: PromptSyntax,
+        (syntax, skip): (PromptSyntax, usize),
         loras: &LoraStack,
     ) -> Result<(Arc<Conditioning>, Option<String>)> {
         let mut cache = self.encoded.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (prompt.to_owned(), syntax, loras.key());
+        let key = (prompt.to_owned(), (syntax, skip), loras.key());
         let encoded = cache.try_get_or_insert_mut(key, || match syntax {
-            PromptSyntax::Plain => encode_plain(model, prompt, loras),
-            PromptSyntax::A1111 => encode_weighted(model, prompt, loras),
+            PromptSyntax::Plain => encode_plain(model, prompt, skip, loras),
+            PromptSyntax::A1111 => encode_weighted(model, prompt, skip, loras),
         })?;
         let conditioning = match encoded.conditioning.upgrade() {
             Some(conditioning) => conditioning,
@@ -65,34 +66,45 @@ impl PromptCache {
 }
 
 /// One chunk of tokens, as diffusers encodes a prompt.
-fn encode_plain(model: &LoadedModel, prompt: &str, loras: &LoraStack) -> Result<EncodedPrompt> {
+fn encode_plain(
+    model: &LoadedModel,
+    prompt: &str,
+    skip: usize,
+    loras: &LoraStack,
+) -> Result<EncodedPrompt> {
     let tokens = model.tokenizer.encode(prompt)?;
     let length = tokens.ids.len();
     let warning =
         tokens.cut.map(|cut| format!("is longer than {length} tokens; truncated: {cut:?}"));
-    let context = model.text_encoder.forward(&[tokens.ids], loras)?;
+    let context = model.text_encoder.forward_skipping(skip, &[tokens.ids], loras)?;
     Ok(EncodedPrompt { context, conditioning: Weak::new(), warning })
 }
 
 /// Several chunks of tokens with weights, as AUTOMATIC1111 encodes a prompt.
-fn encode_weighted(model: &LoadedModel, prompt: &str, loras: &LoraStack) -> Result<EncodedPrompt> {
+fn encode_weighted(
+    model: &LoadedModel,
+    prompt: &str,
+    skip: usize,
+    loras: &LoraStack,
+) -> Result<EncodedPrompt> {
     let (chunks, cut) = chunks(prompt, &model.tokenizer)?;
     let count = chunks.len();
     let warning = (cut > 0)
         .then(|| format!("is longer than {count} chunks of tokens; {cut} more are truncated"));
-    let context = encode_chunks(chunks, &model.text_encoder, loras)?;
+    let context = encode_chunks(chunks, &model.text_encoder, skip, loras)?;
     Ok(EncodedPrompt { context, conditioning: Weak::new(), warning })
 }
 
 /// Chunks -> the context (1, chunks x tokens, D) f32: the hidden states times their weights, with
-/// the mean of each chunk restored.
+/// the mean of each chunk restored. The last `skip` layers are skipped.
 pub fn encode_chunks(
     chunks: Vec<PromptChunk>,
     encoder: &ClipTextModel,
+    skip: usize,
     loras: &LoraStack,
 ) -> Result<Tensor> {
     let (ids, weights): (Vec<_>, Vec<_>) = chunks.into_iter().map(|w| (w.ids, w.weights)).unzip();
-    let states = encoder.forward(&ids, loras)?; // (chunks, tokens, D)
+    let states = encoder.forward_skipping(skip, &ids, loras)?; // (chunks, tokens, D)
     let (count, length, width) = states.dims3()?;
     let weights = weights.concat();
     let states = if weights.iter().all(|weight| *weight == 1.0) {

@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use super::variation::Variation;
 use crate::error::{Error, Result};
 use crate::picture::{Rgb, Size};
 use crate::sampling::{Sampler, SamplerName, SigmaSchedule};
@@ -31,12 +32,23 @@ pub struct Spec {
     pub steps: usize,
     /// Classifier-free guidance scale; at 1 or below the unconditional row is not computed.
     pub guidance_scale: f64,
+    /// Whether the guidance scale is an input of the model's UNet, which needs no second row for it.
+    pub embeds_guidance: bool,
     /// Seed of the torch CPU generator that draws the noise.
     pub seed: u64,
     /// The sampler.
     pub sampler: Sampler,
     /// Sigma schedule of the sampler.
     pub schedule: SigmaSchedule,
+    /// Layers of the text encoder that are skipped at its end, before the final layer norm. In
+    /// plain syntax those of the prompt alone, as in diffusers; in AUTOMATIC1111's those of both
+    /// prompts.
+    pub clip_skip: usize,
+    /// How far the guided output is scaled back to the standard deviation of the conditional one,
+    /// 0 to 1. No effect without guidance.
+    pub guidance_rescale: f64,
+    /// Noise of a second seed that is mixed into the first noise; most images have none.
+    pub variation: Option<Variation>,
     /// Input image of image-to-image and inpainting; none for text-to-image.
     pub img2img: Option<Arc<Img2Img>>,
     /// Hires pass; most images have none.
@@ -46,7 +58,23 @@ pub struct Spec {
 impl Spec {
     /// Batch rows of one UNet call: two with guidance (unconditional, conditional), else one.
     pub fn rows(&self) -> usize {
-        if self.guidance_scale > 1.0 { 2 } else { 1 }
+        if self.guidance_scale > 1.0 && !self.embeds_guidance { 2 } else { 1 }
+    }
+
+    /// Makes it image `k` of a request whose image 0 is `first`: the next seed, or as in
+    /// AUTOMATIC1111 the next variation of the same seed.
+    pub fn set_number(&mut self, first: &Self, k: u64) {
+        (self.seed, self.variation) = (first.seed, first.variation);
+        let seed = self.variation.as_mut().map_or(&mut self.seed, |variation| &mut variation.seed);
+        *seed = seed.wrapping_add(k);
+    }
+
+    /// Layers of the text encoder that are skipped for the negative prompt.
+    pub fn negative_clip_skip(&self) -> usize {
+        match self.prompt_syntax {
+            PromptSyntax::Plain => 0,
+            PromptSyntax::A1111 => self.clip_skip,
+        }
     }
 
     /// Sampler and schedule under one name.

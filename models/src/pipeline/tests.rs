@@ -31,7 +31,7 @@ fn load(source: Source, add_ons: AddOns) -> Pipeline {
 }
 
 fn encoded(pipeline: &Pipeline, prompt: &str) -> Arc<Conditioning> {
-    let (syntax, loras) = (PromptSyntax::Plain, LoraStack::default());
+    let (syntax, loras) = ((PromptSyntax::Plain, 0), LoraStack::default());
     pipeline.prompts.encode(&pipeline.model, prompt, syntax, &loras).expect("encoded").0
 }
 
@@ -48,6 +48,10 @@ fn spec(loras: Loras) -> Spec {
         sampler: crate::Sampler::Ddim,
         schedule: crate::SigmaSchedule::Model,
         img2img: None,
+        embeds_guidance: false,
+        clip_skip: 0,
+        guidance_rescale: 0.0,
+        variation: None,
         hires: None,
     }
 }

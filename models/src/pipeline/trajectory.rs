@@ -11,12 +11,13 @@ use crate::files::AssetFile;
 use crate::layers::LoraStack;
 use crate::networks::Conditioning;
 use crate::picture::Size;
-use crate::sampling::{Noise, SamplerState, guide};
+use crate::sampling::{Noise, SamplerState, guide, rescale};
 
 /// One image in progress.
 pub struct Trajectory {
     pub(super) size: Size,
     pub(super) guidance_scale: f64,
+    pub(super) guidance_rescale: f64,
     /// (1, C, h, w) f32
     pub(super) latents: Tensor,
     /// One per batch row, in diffusers' order: with guidance first the unconditional row (the
@@ -112,7 +113,14 @@ impl Trajectory {
     pub(super) fn step(&self, output: &Tensor, scale: usize) -> Result<StepResult> {
         let output = match self.rows() {
             1 => output.clone(),
-            _ => guide(&output.narrow(0, 0, 1)?, &output.narrow(0, 1, 1)?, self.guidance_scale)?,
+            _ => {
+                let (plain, prompted) = (output.narrow(0, 0, 1)?, output.narrow(0, 1, 1)?);
+                let guided = guide(&plain, &prompted, self.guidance_scale)?;
+                match self.guidance_rescale > 0.0 {
+                    true => rescale(&guided, &prompted, self.guidance_rescale)?,
+                    false => guided,
+                }
+            }
         };
         let (mut sampler, mut noise) = (self.sampler.clone(), self.noise.clone());
         let mut latents = sampler.advance(&self.latents, &output, &mut noise)?;

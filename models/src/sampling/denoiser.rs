@@ -71,6 +71,14 @@ pub fn guide(unconditional: &Tensor, conditional: &Tensor, scale: f64) -> Result
     Ok(ops::lerp(unconditional, conditional, scale)?)
 }
 
+/// Rescales a guided output by a share of the way to the standard deviation of the conditional one
+/// (Lin et al. 2024, section 3.4; diffusers' `rescale_noise_cfg`): both (1, C, H, W).
+pub fn rescale(guided: &Tensor, conditional: &Tensor, share: f64) -> Result<Tensor> {
+    let deviation = |x: &Tensor| x.flatten_all()?.var_keepdim(0)?.sqrt();
+    let ratio = (deviation(conditional)? / deviation(guided)?)?;
+    Ok(guided.broadcast_mul(&ratio.affine(share, 1.0 - share)?)?)
+}
+
 /// The sum of tensors of one shape, each times its factor.
 pub(super) fn linear_combination(terms: &[(f64, &Tensor)]) -> Result<Tensor> {
     Ok(ops::linear_combination(terms)?)

@@ -27,7 +27,7 @@ mod unipc;
 
 pub use self::algorithm::{Sampler, SamplerName};
 pub use self::config::SchedulerConfig;
-pub use self::denoiser::guide;
+pub use self::denoiser::{guide, rescale};
 pub use self::noise::Noise;
 pub use self::schedule::Evaluation;
 pub use self::sigmas::SigmaSchedule;

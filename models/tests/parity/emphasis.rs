@@ -58,7 +58,7 @@ fn contexts_are_those_of_the_reference() {
         let Some(reference) = expected.get(&format!("context.{i}")) else { continue };
         let (ours, _) = chunks(&row.prompt, &tokenizer).unwrap();
         let error = relative_error(
-            &encode_chunks(ours, &encoder, &LoraStack::default()).unwrap(),
+            &encode_chunks(ours, &encoder, 0, &LoraStack::default()).unwrap(),
             reference,
         );
         println!("{:?}: {error:.1e}", row.prompt);

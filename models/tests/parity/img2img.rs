@@ -68,6 +68,10 @@ pub(crate) fn spec(start: Option<Img2Img>) -> Spec {
         sampler: Sampler::Ddim,
         schedule: SigmaSchedule::Model,
         img2img: start.map(Arc::new),
+        embeds_guidance: false,
+        clip_skip: 0,
+        guidance_rescale: 0.0,
+        variation: None,
         hires: None,
     }
 }

@@ -179,6 +179,10 @@ impl DeviceBench {
             sampler: Sampler::Dpmpp2m,
             schedule: SigmaSchedule::Model,
             img2img: None,
+            embeds_guidance: false,
+            clip_skip: 0,
+            guidance_rescale: 0.0,
+            variation: None,
             hires: None,
         }
     }

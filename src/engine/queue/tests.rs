@@ -20,6 +20,10 @@ fn job(client: u64, id: JobId, images: usize) -> (Ticket, Vec<ImageTask>) {
         sampler: Sampler::Euler,
         schedule: SigmaSchedule::Model,
         img2img: None,
+        embeds_guidance: false,
+        clip_skip: 0,
+        guidance_rescale: 0.0,
+        variation: None,
         hires: None,
     };
     let client = Client::named(&client.to_string());

@@ -55,6 +55,10 @@ pub(super) fn warm_up_params(defaults: &Defaults, size: Size) -> Spec {
         sampler: defaults.sampler,
         schedule: defaults.schedule,
         img2img: None,
+        embeds_guidance: false,
+        clip_skip: 0,
+        guidance_rescale: 0.0,
+        variation: None,
         hires: None,
     }
 }

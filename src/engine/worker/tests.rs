@@ -155,6 +155,8 @@ impl TestWorker {
             precision: "none".into(),
             defaults,
             multiple: 8,
+            embeds_guidance: false,
+            text_layers: 12,
             checked: false,
             memory: MemoryEstimate { scale: 8, ..MemoryEstimate::default() },
             add_ons: AddOns::default(),
@@ -225,6 +227,10 @@ fn spec(seed: u64, steps: usize) -> Spec {
         sampler: Sampler::Euler,
         schedule: SigmaSchedule::Model,
         img2img: None,
+        embeds_guidance: false,
+        clip_skip: 0,
+        guidance_rescale: 0.0,
+        variation: None,
         hires: None,
     }
 }

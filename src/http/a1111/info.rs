@@ -20,10 +20,13 @@ pub(crate) fn info(drawing: &Drawing, images: &[GeneratedImage]) -> Value {
         images => warnings(images),
     };
     let nsfw: Option<Vec<bool>> = images.iter().map(|image| image.nsfw).collect();
-    let parameters = first.hires.iter().flat_map(|hires| image::hires_parameters(first, hires));
+    let parameters = image::extra_parameters(first);
     let hashes = (!loras.is_empty()).then_some((image::LORA_HASHES, loras));
-    let parameters: Map<String, Value> =
-        parameters.chain(hashes).map(|(name, value)| (name.to_owned(), value.into())).collect();
+    let parameters: Map<String, Value> = parameters
+        .into_iter()
+        .chain(hashes)
+        .map(|(name, value)| (name.to_owned(), value.into()))
+        .collect();
     json!({
         "prompt": first.prompt,
         "all_prompts": all(|spec| spec.prompt.as_str().into()),
@@ -31,9 +34,9 @@ pub(crate) fn info(drawing: &Drawing, images: &[GeneratedImage]) -> Value {
         "all_negative_prompts": all(|spec| spec.negative_prompt.as_str().into()),
         "seed": first.seed,
         "all_seeds": all(|spec| spec.seed.into()),
-        "subseed": 0,
-        "all_subseeds": all(|_| 0.into()),
-        "subseed_strength": 0,
+        "subseed": subseed(first),
+        "all_subseeds": all(subseed),
+        "subseed_strength": first.variation.map_or(0.0, |variation| variation.strength),
         "width": first.size.width(),
         "height": first.size.height(),
         "sampler_name": first.sampler_name().title(),
@@ -54,10 +57,15 @@ pub(crate) fn info(drawing: &Drawing, images: &[GeneratedImage]) -> Value {
         "infotexts": infotexts,
         "styles": [],
         "job_timestamp": "0",
-        "clip_skip": 1,
+        "clip_skip": first.clip_skip + 1,
         "is_using_inpainting_conditioning": false,
         "version": concat!("sd-server ", env!("CARGO_PKG_VERSION")),
         "warnings": warnings,
         "all_nsfw": nsfw,
     })
+}
+
+/// The seed of an image's variation; 0 if it has none.
+fn subseed(spec: &Spec) -> Value {
+    spec.variation.map_or(0, |variation| variation.seed).into()
 }

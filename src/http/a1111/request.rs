@@ -12,11 +12,10 @@ use crate::request::{
 };
 
 /// Fields that would change the image. Clients send most of them with values that have no effect.
-const REJECTED: [&str; 11] = [
+const REJECTED: [&str; 10] = [
     "resize_mode",
     "restore_faces",
     "tiling",
-    "subseed_strength",
     "seed_resize_from_w",
     "seed_resize_from_h",
     "styles",
@@ -68,6 +67,16 @@ pub(crate) struct Common {
     /// Seed of the first image. Random if it is negative.
     #[schemars(extend("minimum" = -1, "maximum" = u64::MAX))]
     seed: Option<u64>,
+    /// Seed of a variation. Random if it is negative. With several images it is this seed that
+    /// grows by one.
+    #[schemars(extend("minimum" = -1, "maximum" = u64::MAX))]
+    subseed: Option<u64>,
+    /// Share of the variation's noise. Default: 0.
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    subseed_strength: Option<f64>,
+    /// Clip skip, where `override_settings` has no `CLIP_stop_at_last_layers`. Default: 1.
+    #[schemars(extend("minimum" = 0))]
+    clip_skip: Option<usize>,
     /// Sampler.
     #[schemars(extend("maxLength" = 64))]
     sampler_name: Option<String>,
@@ -101,6 +110,10 @@ pub(crate) struct Overrides {
     pub(crate) sd_model_checkpoint: Option<String>,
     /// Format of the image files: png, jpg or webp.
     samples_format: Option<String>,
+    /// Clip skip: 1 is the whole text encoder, 2 skips its last layer. Default: 1.
+    #[schemars(extend("minimum" = 0))]
+    #[serde(rename = "CLIP_stop_at_last_layers")]
+    clip_skip: Option<usize>,
     /// Options that must be as they are.
     #[serde(flatten)]
     pub(crate) others: Object,
@@ -184,7 +197,13 @@ impl Common {
             Value::String(text) => text.trim().parse().ok(),
             other => other.as_f64(),
         };
-        fields.drop_if("seed", |seed| number(seed).is_some_and(|seed| seed < 0.0));
+        for name in ["seed", "subseed"] {
+            let is_random = |seed: &Value| number(seed).is_some_and(|n| n < 0.0);
+            fields.drop_if(name, is_random);
+        }
+        for name in ["subseed_strength", "clip_skip"] {
+            fields.drop_if(name, is_off);
+        }
         fields.read(limits)
     }
 
@@ -196,6 +215,10 @@ impl Common {
     /// The request in native fields.
     pub(crate) fn into_draw(self) -> Result<DrawRequest, ValidationError> {
         let scheduler = self.sampler()?.map(|name| name.to_string());
+        let (name, clip_skip) = match self.override_settings.as_ref().and_then(|o| o.clip_skip) {
+            Some(layers) => ("override_settings.CLIP_stop_at_last_layers", Some(layers)),
+            None => ("clip_skip", self.clip_skip),
+        };
         Ok(DrawRequest {
             prompt: Some(self.prompt.unwrap_or_default()),
             prompt_syntax: Some("a1111".into()),
@@ -206,12 +229,19 @@ impl Common {
             guidance_scale: self.cfg_scale,
             num_images_per_prompt: Some(self.batch_size.unwrap_or(1) * self.n_iter.unwrap_or(1)),
             seed: self.seed,
+            // There 1 is the last layer.
+            clip_skip: clip_skip.map(|layers| layers.saturating_sub(1)),
+            // Clients send a seed whether there is a variation or not.
+            variation_seed: self.subseed.filter(|_| self.subseed_strength.is_some()),
+            variation_strength: self.subseed_strength,
             scheduler,
             output_format: self.override_settings.and_then(|options| options.samples_format),
             names: Names::from([
                 ("num_inference_steps", "steps"),
                 ("guidance_scale", "cfg_scale"),
                 ("num_images_per_prompt", "batch_size x n_iter"),
+                ("clip_skip", name),
+                ("variation_strength", "subseed_strength"),
                 ("scheduler", "sampler_name"),
                 ("output_format", "override_settings.samples_format"),
                 ("image", "init_images"),

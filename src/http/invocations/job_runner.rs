@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::http::Response;
+use sd_models::Spec;
 use tokio::time::{Instant, sleep};
 use tracing::{Instrument as _, info, info_span, warn};
 
@@ -149,8 +150,10 @@ async fn load(state: &AppState, job: &UnfinishedJob, deadline: Deadline) -> Resu
     let StoredRequest { headers, body } = state.jobs.request(&job.id).await?;
     let (mut invocation, _) = job_request::read(state, &mut slot, &headers, body).await?;
     // A random seed is the one that was drawn when the job was accepted.
-    for (spec, k) in invocation.drawing.specs.iter_mut().zip(0..) {
-        spec.seed = job.seed.wrapping_add(k);
+    let specs = &mut invocation.drawing.specs;
+    if let Some(first) = specs.first().cloned() {
+        let first = Spec { seed: job.seed, ..first };
+        specs.iter_mut().zip(0..).for_each(|(spec, k)| spec.set_number(&first, k));
     }
     Ok(invocation)
 }

@@ -96,6 +96,9 @@ pub(crate) const NATIVE: Dialect = Dialect { format: Format::Jpeg, render: nativ
 fn native(input: &RenderInput<'_>) -> String {
     let image = |(spec, generated, data): (&Spec, &GeneratedImage, String)| {
         let mut image = json!({ "seed": spec.seed, "data": data });
+        if let Some(variation) = spec.variation {
+            image["variation_seed"] = variation.seed.into();
+        }
         if let Some(nsfw) = generated.nsfw {
             image["nsfw"] = nsfw.into();
         }

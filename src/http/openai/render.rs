@@ -45,6 +45,9 @@ pub(crate) async fn data(
         let each = drawing.specs.iter().zip(images).zip(values);
         let object = each.map(|((spec, image), value)| {
             let mut object = json!({ "seed": spec.seed, field: value });
+            if let Some(variation) = spec.variation {
+                object["variation_seed"] = variation.seed.into();
+            }
             if let Some(nsfw) = image.nsfw {
                 object["nsfw"] = nsfw.into();
             }

@@ -161,7 +161,7 @@ impl SafetyChecker {
         let class = self.class_embedding.reshape((1, 1, width))?;
         let tokens = Tensor::cat(&[&class, &patches], 1)?; // (1, 1 + n n, hidden)
         let x = self.pre_layernorm.forward(&tokens.broadcast_add(&self.position_embedding)?)?;
-        let x = in_pool(&self.device, || self.transformer.forward(x, &[]))?;
+        let x = in_pool(&self.device, || self.transformer.forward(x, 0, &[]))?;
         let pooled = self.post_layernorm.forward(&x.narrow(1, 0, 1)?.contiguous()?)?;
         let embedding =
             self.visual_projection.forward(&pooled, Epilogue::NONE)?.to_dtype(DType::F32)?;

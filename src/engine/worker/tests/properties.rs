@@ -14,7 +14,7 @@ enum Action {
     Submit {
         client: u64,
         images: usize,
-        spec: Spec,
+        spec: Box<Spec>,
         deadline_ms: Option<u64>,
     },
     /// The client of a pending job leaves.
@@ -42,7 +42,10 @@ fn any_spec() -> impl Strategy<Value = Spec> {
 fn any_action() -> impl Strategy<Value = Action> {
     let deadline = prop::option::weighted(0.2, 0..200_u64);
     let submit = (0..CLIENTS, 1..5_usize, any_spec(), deadline).prop_map(
-        |(client, images, spec, deadline_ms)| Action::Submit { client, images, spec, deadline_ms },
+        |(client, images, spec, deadline_ms)| {
+            let spec = Box::new(spec);
+            Action::Submit { client, images, spec, deadline_ms }
+        },
     );
     prop_oneof![
         4 => submit,
@@ -74,7 +77,7 @@ impl Trace {
         let waiting: Vec<_> = self.pending.iter().collect();
         match action {
             Action::Submit { client, images, spec, deadline_ms } => {
-                let spec = Spec { seed: number as u64, ..spec.clone() };
+                let spec = Spec { seed: number as u64, ..(**spec).clone() };
                 let deadline = deadline_ms.map(|ms| Clock::now() + Duration::from_millis(ms));
                 self.requested += images;
                 let specs = vec![spec; *images];
