@@ -21,6 +21,7 @@ fn load(device: DeviceName, precision: Precision) -> Pipeline {
         AssetDir { directory: Some(directory), endings: &["safetensors"], ..AssetDir::default() };
     let add_ons = AddOns { loras, max_lora_bytes: 1 << 24, ..AddOns::default() };
     Pipeline::load(&LoadOptions {
+        name: None,
         source,
         device,
         precision,
@@ -189,6 +190,7 @@ fn full_size_picture(steps: usize) {
     let source = Source::Directory(full_size());
     let (device, precision) = (DeviceName::Cuda(0), Precision::F16);
     let options = LoadOptions {
+        name: None,
         source,
         device,
         precision,

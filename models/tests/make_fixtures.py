@@ -2,7 +2,7 @@
 
     python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers tokenizer text unet vae
         start emphasis hires single safety lora inversion knobs
-        lcm]
+        lcm forms]
 
 The committed files were made with torch 2.15.0, diffusers 0.42.1 and transformers 5.23.0 on a
 CPU. Everything is seeded: the same versions write the same numbers.
@@ -750,6 +750,68 @@ def single(_):
     tensors = {key: x for key, x in tensors.items() if not key.startswith("first_stage_model.")}
     save(tensors, root / "v2.safetensors")
 
+# Files of other forms ------------------------------------------------------------------------
+
+# What is beside vocab.json and merges.txt.
+TOKENIZERS = {
+    # As SD 2.x is published: the map has another padding than the config.
+    "map": {"tokenizer_config.json": {"pad_token": "<|endoftext|>"},
+            "special_tokens_map.json": {"pad_token": "!"}},
+    # A config that lists the tokens is all that is read.
+    "config": {"tokenizer_config.json": {"pad_token": "<|endoftext|>", "added_tokens_decoder": ...},
+               "special_tokens_map.json": {"pad_token": "!"}},
+    # A word of textual inversion.
+    "word": {"tokenizer_config.json": {}, "added_tokens.json": {"<my-style>": ...}},
+}
+WORDED = ["a red house", "a house in the style of <my-style>, at night", "<My-Style>x"]
+
+
+def forms(source):
+    """Ids with the special files of tokenizers, and a UNet without a middle block."""
+    import tempfile
+
+    rows = []
+    for name, files in TOKENIZERS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            for file in ["vocab.json", "merges.txt", "tokenizer_config.json"]:
+                shutil.copyfile(source / file, folder / file)
+            vocabulary = json.loads((folder / "vocab.json").read_text())
+            written = {}
+            for file, changes in files.items():
+                old = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+                content = {**old, **changes}
+                if "<my-style>" in content:
+                    content["<my-style>"] = len(vocabulary)
+                if "added_tokens_decoder" in content:
+                    token = "<|endoftext|>"
+                    content["added_tokens_decoder"] = {str(vocabulary[token]): {
+                        "content": token, "lstrip": False, "normalized": False, "rstrip": False,
+                        "single_word": False, "special": True}}
+                (folder / file).write_text(json.dumps(content))
+                written[file] = content
+            clip = CLIPTokenizer.from_pretrained(folder)
+            ids = [clip(prompt, padding="max_length", max_length=77, truncation=True).input_ids
+                   for prompt in WORDED]
+            rows.append({"name": name, "files": written, "prompts": WORDED, "ids": ids})
+    root = HERE / "forms"
+    root.mkdir(exist_ok=True)
+    (root / "tokenizers.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    shape = dict(block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=4,
+                 attention_head_dim=2, cross_attention_dim=8, sample_size=8, mid_block_type=None,
+                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                 up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+    with torch.no_grad():
+        model = randomise(diffusers.UNet2DConditionModel(**shape), 500)
+        model.save_pretrained(root / "unet")
+        stream, tensors = generator(9), {}
+        tensors["context"] = torch.randn((3, 77, 8), generator=stream)
+        tensors["timesteps"] = torch.tensor([999.0, 1.0, 417.34])
+        tensors["6x8.latents"] = torch.randn((3, 4, 6, 8), generator=stream)
+        output = model(tensors["6x8.latents"], tensors["timesteps"], tensors["context"]).sample
+        save({**tensors, "6x8.output": output}, root / "unet/expected.safetensors")
+
+
 # Safety checker ------------------------------------------------------------------------------
 
 # Width, height and a number that makes the pictures different; `safety.rs` paints the same ones.
@@ -1088,6 +1150,7 @@ def main():
         "inversion": inversion,
         "knobs": knobs,
         "lcm": lcm,
+        "forms": forms,
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="a directory")

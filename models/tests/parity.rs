@@ -10,6 +10,8 @@ use candle_core::{DType, Device, Tensor};
 
 #[path = "parity/emphasis.rs"]
 mod emphasis;
+#[path = "parity/forms.rs"]
+mod forms;
 #[path = "parity/hires.rs"]
 mod hires;
 #[path = "parity/img2img.rs"]

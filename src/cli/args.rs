@@ -112,7 +112,7 @@ pub(super) struct ModelArgs {
     #[arg(long, env = "SD_DEVICE", default_value = "auto")]
     pub(super) device: DeviceName,
     /// Data type of the weights: auto, f16, bf16 or f32. auto is f16 on a GPU, bf16 on a CPU with
-    /// AMX or AVX512-BF16, else f32
+    /// AMX, else f32
     #[arg(long, env = "SD_DTYPE", default_value = "auto")]
     pub(super) dtype: Precision,
     /// What to do with images that the model's safety checker flags as NSFW. Default: blur, if the

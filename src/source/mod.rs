@@ -69,11 +69,13 @@ pub(crate) enum ModelLocation {
 /// Finds the files of the configured model and downloads them if necessary. Blocks.
 pub(crate) fn locate(model: ModelConfig) -> Result<LoadOptions> {
     let (half, checking) = (model.half(), model.checking);
+    let mut name = None;
     let source = match model.location {
         ModelLocation::Demo => Source::Demo,
         ModelLocation::Directory(path) => within(path, &model.hub)?,
         ModelLocation::Checkpoint(file) => checkpoint::source(file, &model.hub)?,
         ModelLocation::Hub { id, revision } => {
+            name = Some(id.clone());
             let download = Download { hub: model.hub, id, revision, half, checking };
             Source::Directory(download.cached().map_or_else(|| download.run(), Ok)?)
         }
@@ -83,7 +85,7 @@ pub(crate) fn locate(model: ModelConfig) -> Result<LoadOptions> {
         false => Source::Checkpoint(Checkpoint { file: path, vocabulary: None }),
     });
     let ModelConfig { device, precision, threads, add_ons, .. } = model;
-    Ok(LoadOptions { source, vae, device, precision, safety: checking, threads, add_ons })
+    Ok(LoadOptions { name, source, vae, device, precision, safety: checking, threads, add_ons })
 }
 
 /// Loads the configured model. Blocks.

@@ -91,6 +91,7 @@ impl Fake {
             memory: MemoryEstimate { scale: 8, ..MemoryEstimate::default() },
             add_ons: AddOns::default(),
             embeddings: Embeddings::default(),
+            warnings: Vec::new(),
         };
         let (capacity, pace, obeys_prompts) = (usize::MAX, Duration::ZERO, true);
         let made = Arc::clone(&steps);

@@ -47,6 +47,16 @@ impl Keys {
         }
     }
 
+    /// Whether a key is there and null.
+    pub(crate) fn is_null(&self, key: &str) -> bool {
+        self.map.get(key).is_some_and(Value::is_null)
+    }
+
+    /// The text of a key, which stays.
+    pub(crate) fn text(&self, key: &str) -> Option<&str> {
+        self.map.get(key).and_then(Value::as_str)
+    }
+
     /// Rejects a key unless it is absent, null or one of the `accepted` values.
     pub fn only(&mut self, key: &str, accepted: &[Value]) -> Result<()> {
         match self.map.remove(key) {

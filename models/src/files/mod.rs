@@ -3,11 +3,15 @@
 
 mod alias;
 mod asset_dir;
+mod container;
 mod demo;
+mod family;
 mod fingerprint;
 mod json;
-pub(crate) mod ldm;
+mod ldm;
 mod mapped;
+pub(crate) mod names;
+mod original_config;
 mod pickle;
 mod source;
 mod tensors;

@@ -4,17 +4,18 @@
 //! trusts the length of their tuples.
 
 use std::borrow::Cow;
-use std::fs::File;
-use std::io::{BufReader, Read as _};
-use std::path::Path;
+use std::io::{Cursor, Read as _};
 
 use candle_core::DType;
 use candle_core::pickle::{Object, Stack};
+use zip::result::ZipError;
 use zip::{CompressionMethod, ZipArchive};
 
-/// Name, type, shape and range of bytes in the file.
-type TensorEntry = (String, DType, Vec<usize>, (usize, usize));
-type Zip = ZipArchive<BufReader<File>>;
+use super::container::Place;
+
+/// Name, shape, and the place of the numbers in the file.
+type TensorEntry = (String, Vec<usize>, Place);
+type Zip<'a> = ZipArchive<Cursor<&'a [u8]>>;
 
 /// Maximum size of the pickle; that of a Stable Diffusion checkpoint is some 100 KB.
 const MAX_PICKLE_BYTES: u64 = 8 << 20;
@@ -23,11 +24,9 @@ const MAX_DEPTH: usize = 100;
 /// Maximum number of objects copied from the memo.
 const MAX_COPIED: usize = 1 << 20;
 
-/// The tensors of a file of `length` bytes. The error reads on from the file's name.
-pub(crate) fn tensors(path: &Path, length: u64) -> Result<Vec<TensorEntry>, String> {
-    let (content, folder, mut zip) = read(path).map_err(|reason| {
-        format!("not a checkpoint of PyTorch 1.6 or later that can be read: {reason}")
-    })?;
+/// The tensors of a file with this content. The error reads on from the file's name.
+pub(super) fn tensors(file: &[u8]) -> Result<Vec<TensorEntry>, String> {
+    let (content, folder, mut zip) = read(file)?;
     let Object::Dict(top) = &content else { return Err("holds no tensors by name".into()) };
     // Training writes the tensors under a key of its own, other tools at the top.
     let inner = ["state_dict", "string_to_param"].into_iter().find_map(|wanted| {
@@ -40,12 +39,14 @@ pub(crate) fn tensors(path: &Path, length: u64) -> Result<Vec<TensorEntry>, Stri
     let mut tensors = Vec::new();
     for (name, value) in inner.as_ref().unwrap_or(top) {
         let (Object::Unicode(name), Some(args)) = (name, call(value)) else { continue };
-        let named = |reason: &str| format!("tensor {name}: {reason}");
-        let view =
-            StorageView::read(args).ok_or_else(|| named("is not written as PyTorch does"))?;
-        let Some(dtype) = view.dtype else { continue };
-        let place = view.place(dtype, &folder, &mut zip, length).map_err(|e| named(&e))?;
-        tensors.push((name.clone(), dtype, view.size, place));
+        let (shape, place) = match StorageView::read(args) {
+            Some(view) => {
+                let place = view.place(&folder, &mut zip, file.len() as u64);
+                (view.size, place)
+            }
+            None => (Vec::new(), Err("is not written as PyTorch does".into())),
+        };
+        tensors.push((name.clone(), shape, place));
     }
     Ok(tensors)
 }
@@ -68,12 +69,18 @@ fn items(object: &Object) -> Option<&[(Object, Object)]> {
 }
 
 /// The object of the file's pickle, the folder of its storages, and the archive.
-fn read(path: &Path) -> Result<(Object, String, Zip), String> {
-    let file = File::open(path).map_err(|error| error.to_string())?;
-    let mut zip = ZipArchive::new(BufReader::new(file)).map_err(|error| error.to_string())?;
+fn read(file: &[u8]) -> Result<(Object, String, Zip<'_>), String> {
+    let mut zip = ZipArchive::new(Cursor::new(file)).map_err(|error| match error {
+        // The directory of an archive is at its end.
+        ZipError::InvalidArchive(_) => format!(
+            "is cut short at {} bytes, or damaged: the download is incomplete, fetch the file again",
+            file.len()
+        ),
+        error => format!("is no archive that can be read: {error}"),
+    })?;
     let names: Vec<_> = zip.file_names().filter_map(Result::ok).map(Cow::into_owned).collect();
     let name = names.iter().find(|name| *name == "data.pkl" || name.ends_with("/data.pkl"));
-    let name = name.ok_or("it has no data.pkl")?;
+    let name = name.ok_or("is an archive without data.pkl, and no checkpoint of PyTorch")?;
     let entry = zip.by_name(name).map_err(|error| error.to_string())?;
     let mut bytes = Vec::new();
     let all = entry.take(MAX_PICKLE_BYTES + 1).read_to_end(&mut bytes);
@@ -174,8 +181,8 @@ fn call(object: &Object) -> Option<&[Object]> {
 
 /// A view of a storage.
 struct StorageView {
-    /// `None` for types that no model uses.
-    dtype: Option<DType>,
+    /// The class's name if it is of a type that is not read.
+    dtype: Result<DType, String>,
     storage: String,
     offset: usize,
     size: Vec<usize>,
@@ -199,13 +206,13 @@ impl StorageView {
             _ => None,
         };
         let dtype = match class_name.as_str() {
-            "FloatStorage" => Some(DType::F32),
-            "DoubleStorage" => Some(DType::F64),
-            "HalfStorage" => Some(DType::F16),
-            "BFloat16Storage" => Some(DType::BF16),
-            "ByteStorage" => Some(DType::U8),
-            "LongStorage" => Some(DType::I64),
-            _ => None,
+            "FloatStorage" => Ok(DType::F32),
+            "DoubleStorage" => Ok(DType::F64),
+            "HalfStorage" => Ok(DType::F16),
+            "BFloat16Storage" => Ok(DType::BF16),
+            "ByteStorage" => Ok(DType::U8),
+            "LongStorage" => Ok(DType::I64),
+            other => Err(other.to_owned()),
         };
         let (size, stride) = (numbers(size)?, numbers(stride)?);
         let offset = number(offset)?;
@@ -219,18 +226,13 @@ impl StorageView {
     }
 
     /// Its byte range in the file.
-    fn place(
-        &self,
-        dtype: DType,
-        folder: &str,
-        zip: &mut Zip,
-        length: u64,
-    ) -> Result<(usize, usize), String> {
+    fn place(&self, folder: &str, zip: &mut Zip<'_>, length: u64) -> Place {
+        let dtype = self.dtype.clone().map_err(|class| format!("is of the type {class}"))?;
         let outside = || "does not lie within the file".to_owned();
         let mut elements = 1_usize;
         for (size, stride) in self.size.iter().zip(&self.stride).rev() {
             if *size > 1 && *stride != elements {
-                return Err("is not contiguous".into());
+                return Err("is not contiguous: save the file with contiguous tensors".into());
             }
             elements = elements.checked_mul(*size).ok_or_else(outside)?;
         }
@@ -247,13 +249,14 @@ impl StorageView {
             let end = data.checked_add(end).filter(|end| *end <= length)?;
             Some((usize::try_from(data + skip).ok()?, usize::try_from(end).ok()?))
         };
-        range().ok_or_else(outside)
+        range().map(|range| (dtype, range)).ok_or_else(outside)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Cursor, Write as _};
+    use std::io::Write as _;
+    use std::path::Path;
 
     use proptest::prelude::*;
     use zip::ZipWriter;
@@ -273,7 +276,11 @@ mod tests {
         }
         let path = folder.path().join("hostile.ckpt");
         std::fs::write(&path, zip.finish().unwrap().into_inner()).unwrap();
-        Weights::whole(&path).err().map(|error| error.to_string()).unwrap_or_default()
+        let read = Weights::whole(&path).and_then(|file| {
+            let shape = file.shape("w").unwrap_or_default().to_vec();
+            file.tensor("w", &shape)
+        });
+        read.err().map(|error| error.to_string()).unwrap_or_default()
     }
 
     /// A dictionary of one tensor w, rebuilt from these arguments.
@@ -318,9 +325,10 @@ mod tests {
     fn parts_of_one_storage_are_found_where_they_begin() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/single/views.ckpt");
         let file = std::fs::read(&path).unwrap();
-        let tensors = tensors(&path, file.len() as u64).unwrap();
+        let tensors = tensors(&file).unwrap();
         let values = |wanted: &str| {
-            let (_, _, _, (start, end)) = tensors.iter().find(|(name, ..)| name == wanted).unwrap();
+            let (_, _, place) = tensors.iter().find(|(name, ..)| name == wanted).unwrap();
+            let (_, (start, end)) = place.as_ref().unwrap();
             let floats = file[*start..*end].chunks_exact(4);
             floats.map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<_>>()
         };

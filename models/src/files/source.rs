@@ -7,7 +7,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::demo;
+use super::ldm::LdmCheckpoint;
 use super::mapped::{Bytes, map};
+use super::original_config::OriginalConfig;
 use super::tensors::Weights;
 use crate::error::{Error, Result};
 
@@ -21,6 +23,9 @@ pub enum Source {
     Demo,
     /// A directory in the Diffusers format.
     Directory(PathBuf),
+    /// A directory with the files of one network, as its folder in a directory of the Diffusers
+    /// format has them.
+    Network(PathBuf),
     /// A single-file checkpoint in the original (LDM) format: `.safetensors`, or a pickle, which is
     /// parsed but never executed.
     Checkpoint(Checkpoint),
@@ -38,7 +43,14 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Fails if the file is not a whole model: LoRAs and single networks have the same extensions.
     pub fn check(&self) -> Result<()> {
-        Weights::whole(&self.file)?.outline().check()
+        LdmCheckpoint::new(&Weights::whole(&self.file)?, None).check()
+    }
+
+    /// The configuration of the original code, `NAME.yaml` beside the checkpoint.
+    fn original_config(&self) -> Result<Option<OriginalConfig>> {
+        let path = self.file.with_extension("yaml");
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        read(path)?.map(|bytes| OriginalConfig::parse(&name, &bytes)).transpose()
     }
 
     /// The path beside the checkpoint of a file of the Diffusers format.
@@ -55,7 +67,8 @@ impl Checkpoint {
                 return Ok(Some(bytes));
             }
         }
-        let described = Weights::whole(&self.file)?.outline().describe(name)?;
+        let weights = Weights::whole(&self.file)?;
+        let described = LdmCheckpoint::new(&weights, self.original_config()?).describe(name)?;
         Ok(described.map(|value| Cow::Owned(value.to_string().into_bytes())))
     }
 }
@@ -74,7 +87,7 @@ impl Source {
     pub fn read(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
         match self {
             Self::Demo => Ok(demo::file(name).map(Cow::Borrowed)),
-            Self::Directory(root) => read(root.join(name)),
+            Self::Directory(_) | Self::Network(_) => read(self.path(name)),
             Self::Checkpoint(checkpoint) => checkpoint.read(name),
         }
     }
@@ -83,7 +96,7 @@ impl Source {
     pub fn require(&self, name: &str) -> Result<Cow<'static, [u8]>> {
         self.read(name)?.ok_or_else(|| Error::File {
             path: self.path(name),
-            source: io::Error::from(io::ErrorKind::NotFound),
+            source: io::Error::new(io::ErrorKind::NotFound, "no such file"),
         })
     }
 
@@ -91,6 +104,7 @@ impl Source {
         match self {
             Self::Demo => Path::new("demo").join(name),
             Self::Directory(root) => root.join(name),
+            Self::Network(root) => root.join(name.split_once('/').map_or(name, |(_, name)| name)),
             Self::Checkpoint(checkpoint) => checkpoint.beside(name),
         }
     }
@@ -108,22 +122,19 @@ impl Source {
         }
     }
 
-    /// The tensors of a network, from the safetensors in `folder`: `stem.safetensors`, its `.fp16`
-    /// variant, or the shards of an index. The variant comes first if `half` says that f16 is
-    /// enough.
+    /// The tensors of a network, from the files in `folder`: `stem.safetensors`, its `.fp16`
+    /// variant, or the shards of an index, else pickles in their place. The variant comes first if
+    /// `half` says that f16 is enough.
     pub fn weights(&self, folder: &str, stem: &str, half: bool) -> Result<Weights> {
         // No checkpoint contains a safety checker, but its folder may be beside one.
         if let Self::Checkpoint(checkpoint) = self
             && folder != SAFETY_CHECKER
         {
             let whole = Weights::whole(&checkpoint.file)?;
-            let rename = whole.outline().renamer(folder);
+            let rename = LdmCheckpoint::new(&whole, None).renamer(folder);
             return Ok(whole.renamed(rename));
         }
-        let plain = [format!("{stem}.safetensors"), format!("{stem}.safetensors.index.json")];
-        let variant =
-            [format!("{stem}.fp16.safetensors"), format!("{stem}.safetensors.index.fp16.json")];
-        let names = if half { [variant, plain] } else { [plain, variant] }.concat();
+        let names = weight_files(stem, half);
         for name in &names {
             let name = format!("{folder}/{name}");
             if name.ends_with(".json") {
@@ -148,12 +159,26 @@ impl Source {
         for name in names {
             let bytes = self.map(&name)?.ok_or_else(|| Error::File {
                 path: self.path(&name),
-                source: io::Error::from(io::ErrorKind::NotFound),
+                source: io::Error::new(io::ErrorKind::NotFound, "no such file"),
             })?;
             weights.add(name, bytes)?;
         }
         Ok(weights)
     }
+}
+
+/// The files in which a network's weights may be, the preferred ones first: safetensors before
+/// pickles, and the f16 variant first if `half`. Each whole, or as the index of its shards.
+fn weight_files(stem: &str, half: bool) -> Vec<String> {
+    // Pickles of transformers' networks have another name.
+    let pickled = if stem == "model" { "pytorch_model" } else { stem };
+    let containers = [(stem, "safetensors"), (pickled, "bin")];
+    let names = containers.into_iter().flat_map(|(stem, ending)| {
+        let plain = [format!("{stem}.{ending}"), format!("{stem}.{ending}.index.json")];
+        let variant = [format!("{stem}.fp16.{ending}"), format!("{stem}.{ending}.index.fp16.json")];
+        if half { [variant, plain] } else { [plain, variant] }
+    });
+    names.flatten().collect()
 }
 
 fn shards(name: &str, index: &[u8], folder: &str) -> Result<Vec<String>> {

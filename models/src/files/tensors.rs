@@ -9,10 +9,11 @@ use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::tensor::Metadata;
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
+use super::container::{Container, Place};
 use super::fingerprint::Fingerprint;
-use super::ldm::{LdmCheckpoint, Renamed};
 use super::mapped::{Bytes, map};
 use super::pickle;
 use crate::error::{Error, Result};
@@ -45,10 +46,17 @@ struct TensorFile {
 
 struct Entry {
     file: usize,
-    dtype: DType,
     shape: Vec<usize>,
-    /// Relative to the file's data.
-    range: (usize, usize),
+    numbers: Place,
+}
+
+/// A tensor under another name, or one of the equal parts of its rows.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Renamed {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+    /// Which part, of how many.
+    pub(crate) part: (usize, usize),
 }
 
 /// The tensors of one network.
@@ -56,8 +64,10 @@ struct Entry {
 pub struct Weights {
     files: Vec<TensorFile>,
     entries: BTreeMap<String, Entry>,
-    /// Names of tensors that were read; [`Weights::finish`] reports the others.
+    /// Names of tensors that were read; [`Weights::finish`] notes the others.
     read: RefCell<BTreeSet<String>>,
+    /// What is odd about the files and does not keep the network from being built.
+    warnings: RefCell<Vec<String>>,
     /// The LoRA targets of the layers built so far.
     lora_targets: RefCell<LoraTargets>,
     /// Metadata of the files' headers.
@@ -95,64 +105,82 @@ impl Weights {
     fn of(path: &Path, bytes: Bytes) -> Result<Self> {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let mut weights = Self::default();
-        if path.extension().is_some_and(|end| end.eq_ignore_ascii_case("safetensors")) {
-            weights.add(name, bytes)?;
-        } else {
-            let tensors = pickle::tensors(path, bytes.all().len() as u64);
-            let tensors = tensors.map_err(|reason| Error::config(&name, reason))?;
-            for (tensor, dtype, shape, range) in tensors {
-                weights.entries.insert(tensor, Entry { file: 0, dtype, shape, range });
-            }
-            weights.files.push(TensorFile { name, bytes, data: 0 });
-        }
+        weights.add(name, bytes)?;
         Ok(weights)
-    }
-
-    pub(super) fn outline(&self) -> LdmCheckpoint<'_> {
-        let shapes = self.entries.iter().map(|(name, entry)| (name.as_str(), &entry.shape[..]));
-        LdmCheckpoint::new(&self.files[0].name, shapes.collect())
     }
 
     /// The tensors renamed, without those that get no name.
     pub(super) fn renamed(mut self, rename: impl Fn(&str, &[usize]) -> Vec<Renamed>) -> Self {
         for (name, entry) in std::mem::take(&mut self.entries) {
             for Renamed { name, shape, part: (k, parts) } in rename(&name, &entry.shape) {
-                let Entry { file, dtype, range: (start, end), .. } = entry;
-                let length = (end - start) / parts;
-                let range = (start + k * length, start + (k + 1) * length);
-                self.entries.insert(name, Entry { file, dtype, shape, range });
+                let part = |(start, end)| {
+                    let length = (end - start) / parts;
+                    (start + k * length, start + (k + 1) * length)
+                };
+                let numbers = entry.numbers.clone().map(|(dtype, range)| (dtype, part(range)));
+                self.entries.insert(name, Entry { file: entry.file, shape, numbers });
             }
         }
         self
     }
 
+    /// Adds the tensors of a file, which is read for what it is, whatever its name ends in.
     pub(super) fn add(&mut self, name: String, bytes: Bytes) -> Result<()> {
-        let (header, metadata) = SafeTensors::read_metadata(bytes.all())
-            .map_err(|e| Error::config(&name, format!("not a safetensors file: {e}")))?;
-        for (tensor, info) in metadata.tensors() {
-            let dtype = match info.dtype {
-                Dtype::F32 => DType::F32,
-                Dtype::F16 => DType::F16,
-                Dtype::BF16 => DType::BF16,
-                Dtype::F64 => DType::F64,
-                Dtype::I64 => DType::I64,
-                Dtype::I32 => DType::I32,
-                Dtype::I16 => DType::I16,
-                Dtype::U32 => DType::U32,
-                Dtype::U8 | Dtype::BOOL => DType::U8,
-                other => {
-                    let reason = format!("type {other:?}, expected F32, F16 or BF16");
-                    return Err(Error::Tensor { file: name, tensor, reason });
+        let named = |reason: String| Error::config(&name, reason);
+        let data = match Container::of(bytes.all()).map_err(named)? {
+            Container::Safetensors => self.add_safetensors(&name, bytes.all()).map_err(named)?,
+            Container::Archive => {
+                for (tensor, shape, numbers) in pickle::tensors(bytes.all()).map_err(named)? {
+                    self.entries.insert(tensor, Entry { file: self.files.len(), shape, numbers });
                 }
+                0
+            }
+        };
+        self.files.push(TensorFile { name, bytes, data });
+        Ok(())
+    }
+
+    /// Returns the offset of the data.
+    fn add_safetensors(&mut self, name: &str, bytes: &[u8]) -> std::result::Result<usize, String> {
+        let length = bytes.len();
+        let words = |error| format!("not a safetensors file: {error}");
+        let (header, metadata) = match SafeTensors::read_metadata(bytes) {
+            // The header is longer than the file, or does not say how long the file is.
+            Err(SafeTensorError::InvalidHeaderLength) => {
+                return Err(format!("is cut short within its header, at {length} bytes: {FETCH}"));
+            }
+            Err(SafeTensorError::MetadataIncompleteBuffer) => {
+                let whole = whole_length(bytes).map_err(words)?;
+                if whole > length {
+                    let found = format!("is cut short: {length} bytes of {whole}");
+                    return Err(format!("{found}: {FETCH}"));
+                }
+                let (behind, warnings) = (length - whole, self.warnings.get_mut());
+                warnings.push(format!("{name}: {behind} bytes behind its tensors are not used"));
+                SafeTensors::read_metadata(&bytes[..whole]).map_err(words)?
+            }
+            read => read.map_err(words)?,
+        };
+        for (tensor, info) in metadata.tensors() {
+            let numbers = match info.dtype {
+                Dtype::F32 => Ok(DType::F32),
+                Dtype::F16 => Ok(DType::F16),
+                Dtype::BF16 => Ok(DType::BF16),
+                Dtype::F64 => Ok(DType::F64),
+                Dtype::I64 => Ok(DType::I64),
+                Dtype::I32 => Ok(DType::I32),
+                Dtype::I16 => Ok(DType::I16),
+                Dtype::U32 => Ok(DType::U32),
+                Dtype::U8 | Dtype::BOOL => Ok(DType::U8),
+                other => Err(format!("type {other:?}, {EXPECTED}")),
             };
-            let (file, shape, range) = (self.files.len(), info.shape.clone(), info.data_offsets);
-            self.entries.insert(tensor, Entry { file, dtype, shape, range });
+            let numbers = numbers.map(|dtype| (dtype, info.data_offsets));
+            let (file, shape) = (self.files.len(), info.shape.clone());
+            self.entries.insert(tensor, Entry { file, shape, numbers });
         }
         self.notes.extend(metadata.metadata().clone().unwrap_or_default());
         // read_metadata has checked that the header and all data lie inside the file.
-        let data = header + size_of::<u64>();
-        self.files.push(TensorFile { name, bytes, data });
-        Ok(())
+        Ok(header + size_of::<u64>())
     }
 
     /// Number of parameters.
@@ -205,14 +233,16 @@ impl Weights {
     /// A tensor of any type as f32 on the CPU, in the shape that it has.
     pub(crate) fn widened(&self, name: &str) -> Result<Tensor> {
         let shape = self.shape(name).unwrap_or_default().to_vec();
-        let Some(entry) = self.entries.get(name).filter(|entry| !is_network_type(entry.dtype))
-        else {
+        let Some((entry, dtype, range)) = self.entries.get(name).and_then(|entry| {
+            let (dtype, range) = entry.numbers.as_ref().ok()?;
+            (!is_network_type(*dtype)).then_some((entry, *dtype, *range))
+        }) else {
             return self.tensor(name, &shape);
         };
         self.read.borrow_mut().insert(name.to_owned());
         let file = &self.files[entry.file];
-        let bytes = &file.bytes.all()[file.data + entry.range.0..file.data + entry.range.1];
-        let tensor = Tensor::from_raw_buffer(bytes, entry.dtype, &shape, &Device::Cpu)?;
+        let bytes = &file.bytes.all()[file.data + range.0..file.data + range.1];
+        let tensor = Tensor::from_raw_buffer(bytes, dtype, &shape, &Device::Cpu)?;
         Ok(tensor.to_dtype(DType::F32)?)
     }
 
@@ -226,31 +256,66 @@ impl Weights {
             error(&self.file_names(), format!("missing; expected shape {shape:?}"))
         })?;
         let file = &self.files[entry.file];
+        let refuse = |reason: String| Err(error(&file.name, reason));
+        let (dtype, range) = match &entry.numbers {
+            Ok(place) => *place,
+            Err(reason) => return refuse(reason.clone()),
+        };
         if entry.shape != shape {
-            let reason = format!("expected shape {shape:?}, found {:?}", entry.shape);
-            return Err(error(&file.name, reason));
+            return refuse(format!("expected shape {shape:?}, found {:?}", entry.shape));
         }
         self.read.borrow_mut().insert(name.to_owned());
-        let range = file.data + entry.range.0..file.data + entry.range.1;
-        let numbers = TensorData::new(&file.bytes.all()[range.clone()], entry.dtype);
-        let numbers = numbers.ok_or_else(|| {
-            error(&file.name, format!("type {:?}, expected F32, F16 or BF16", entry.dtype))
-        })?;
+        let range = file.data + range.0..file.data + range.1;
+        let numbers = TensorData::new(&file.bytes.all()[range.clone()], dtype);
+        let Some(numbers) = numbers else {
+            return refuse(format!("type {dtype:?}, {EXPECTED}"));
+        };
+        if !numbers.are_finite() {
+            return refuse("holds NaN or infinite numbers: the file is damaged".into());
+        }
         Ok(StoredTensor { numbers, shape: &entry.shape, bytes: &file.bytes, range })
     }
 
-    /// Checks that every tensor was read, except those that `unused` accepts.
-    pub fn finish(&self, unused: impl Fn(&str) -> bool) -> Result<()> {
+    /// Notes the tensors that were not read, except those that `unused` accepts.
+    pub fn finish(&self, unused: impl Fn(&str) -> bool) {
         let read = self.read.borrow();
-        match self.entries.iter().find(|(name, _)| !read.contains(*name) && !unused(name)) {
-            None => Ok(()),
-            Some((name, entry)) => Err(Error::Tensor {
-                file: self.files[entry.file].name.clone(),
-                tensor: name.clone(),
-                reason: "no part of the network that the configuration describes".into(),
-            }),
+        let mut others =
+            self.entries.iter().filter(|(name, _)| !read.contains(*name) && !unused(name));
+        let Some((first, entry)) = others.next() else { return };
+        let file = &self.files[entry.file].name;
+        let (which, verb) = match others.count() {
+            0 => (format!("tensor {first}"), "is"),
+            more => (format!("tensor {first} and {more} more"), "are"),
+        };
+        let warning = format!("{file}: {which} {verb} of no part of the network, and not used");
+        let mut warnings = self.warnings.borrow_mut();
+        if !warnings.contains(&warning) {
+            warnings.push(warning);
         }
     }
+
+    /// What is odd about the files and does not keep the network from being built, a sentence each.
+    pub fn warnings(&self) -> Vec<String> {
+        self.warnings.borrow().clone()
+    }
+}
+
+/// The advice for files that are cut short.
+const FETCH: &str = "the download is incomplete, fetch the file again";
+
+/// The types whose numbers are read.
+const EXPECTED: &str = "expected F32, F16 or BF16";
+
+/// The length of a safetensors file in bytes, as its header has it.
+fn whole_length(bytes: &[u8]) -> std::result::Result<usize, SafeTensorError> {
+    let (length, rest) = bytes.split_first_chunk().ok_or(SafeTensorError::HeaderTooSmall)?;
+    let header = usize::try_from(u64::from_le_bytes(*length)).ok();
+    let text = header.and_then(|header| rest.get(..header));
+    let text = text.ok_or(SafeTensorError::InvalidHeaderLength)?;
+    let metadata: Metadata =
+        serde_json::from_slice(text).map_err(SafeTensorError::InvalidHeaderDeserialization)?;
+    let ends = metadata.tensors().into_values().map(|info| info.data_offsets.1);
+    Ok(size_of::<u64>() + text.len() + ends.max().unwrap_or_default())
 }
 
 /// A tensor in its file, until it is packed or copied. Its pages are released when it is dropped.

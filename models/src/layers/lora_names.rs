@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use crate::files::{LoraTargets, Weights, ldm};
+use crate::files::{LoraTargets, Weights, names};
 
 /// A network that LoRAs add to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -239,7 +239,7 @@ fn original(name: &str, layers: usize) -> Option<String> {
         dotted = dotted.replace(&format!("{layer}_"), &format!("{layer}."));
     }
     let dotted = dotted.trim_end_matches('.');
-    Some(flat(ldm::unet(&format!("{dotted}."), layers).trim_end_matches('.')))
+    Some(flat(names::unet(&format!("{dotted}."), layers).trim_end_matches('.')))
 }
 
 /// The models that a LoRA file seems to be for, as far as its names and shapes tell.

@@ -39,6 +39,8 @@ pub struct UNetConfig {
     pub block_out_channels: Vec<usize>,
     /// Whether each down block has cross attention.
     pub down_cross_attention: Vec<bool>,
+    /// Whether there is a middle block.
+    pub mid_block: bool,
     /// Whether each up block has cross attention.
     pub up_cross_attention: Vec<bool>,
     /// Residual blocks of a down block; an up block has one more.
@@ -85,8 +87,11 @@ impl UNetConfig {
         let depths = keys.take("transformer_layers_per_block", OneOrEach::One(1))?.each(levels);
         let depths =
             depths.ok_or_else(|| keys.invalid("transformer_layers_per_block", "wrong length"))?;
+        // As diffusers: files of its first releases have 32 here, and mean 64.
+        let least = if keys.text("_diffusers_version").is_some_and(is_old) { 64 } else { 0 };
         let config = Self {
-            sample_size: keys.take("sample_size", 64)?,
+            sample_size: keys.take("sample_size", 64)?.max(least),
+            mid_block: !keys.is_null("mid_block_type"),
             in_channels: keys.take("in_channels", 4)?,
             out_channels: keys.take("out_channels", 4)?,
             down_cross_attention: down,
@@ -129,6 +134,12 @@ impl UNetConfig {
         }
         Ok(())
     }
+}
+
+/// Whether a version of diffusers is older than 0.9.
+fn is_old(version: &str) -> bool {
+    let mut numbers = version.split('.').map(|part| part.parse::<u32>());
+    matches!((numbers.next(), numbers.next()), (Some(Ok(0)), Some(Ok(..9))))
 }
 
 /// Whether each block of a list is of the second of two types; any other type is rejected.
@@ -394,6 +405,16 @@ mod tests {
         assert_eq!(unet.heads, [4, 4, 4]);
         assert_eq!(VaeConfig::read(&Source::Demo).unwrap().scale(), 8);
         assert_eq!(ClipTextConfig::read(&Source::Demo).unwrap().transformer.hidden_size, 128);
+    }
+
+    #[test]
+    fn old_files_mean_64_latent_pixels() {
+        let size = |version: &str| {
+            let file = json!({ "sample_size": 32, "_diffusers_version": version });
+            UNetConfig::parse(Keys::new("unet/config.json", file).unwrap()).unwrap().sample_size
+        };
+        let sizes = ["0.6.0", "0.8.0.dev0", "0.9.0.dev0", "0.10.2", "1.0.0"].map(size);
+        assert_eq!(sizes, [64, 64, 32, 32, 32]);
     }
 
     #[test]

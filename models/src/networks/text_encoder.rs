@@ -38,6 +38,8 @@ impl ClipTextModel {
         let p = if bare { root } else { old };
         let embeddings = p.pp("embeddings");
         let (width, eps) = (config.transformer.hidden_size, config.transformer.layer_norm_eps);
+        // The last layer of OpenCLIP's tower, which SD 2.x does not use.
+        let next = format!("encoder.layers.{}.", config.transformer.num_hidden_layers);
         let model = Self {
             token_embedding: embeddings
                 .placed("token_embedding.weight", &[config.vocab_size, width])?,
@@ -49,8 +51,10 @@ impl ClipTextModel {
             config,
         };
         weights.finish(|name| {
-            name.ends_with("embeddings.position_ids") || name == "text_projection.weight"
-        })?;
+            name.ends_with("embeddings.position_ids")
+                || name == "text_projection.weight"
+                || name.starts_with(&next)
+        });
         Ok(model)
     }
 

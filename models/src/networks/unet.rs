@@ -38,7 +38,8 @@ pub struct UNet2DConditionModel {
     to_kv: LoraLayer<Linear>,
     conv_in: LoraLayer<Conv2d>,
     down: Vec<DownBlock>,
-    mid: (Resnet, Transformer, Resnet),
+    /// Distilled models have none.
+    mid: Option<(Resnet, Transformer, Resnet)>,
     up: Vec<UpBlock>,
     norm_out: GroupNorm,
     conv_out: LoraLayer<Conv2d>,
@@ -102,11 +103,16 @@ impl UNet2DConditionModel {
             .map(|width| LoraLayer::linears(&time, &["cond_proj"], width, first, false));
         let middle = p.pp("mid_block");
         let down = builder.down_blocks(&p.pp("down_blocks"))?;
-        let mid = (
-            builder.resnet(&middle.pp("resnets").pp(0), last, last)?,
-            builder.transformer(&middle.pp("attentions").pp(0), channels.len() - 1)?,
-            builder.resnet(&middle.pp("resnets").pp(1), last, last)?,
-        );
+        let resnet = |i| builder.resnet(&middle.pp("resnets").pp(i), last, last);
+        let mid = match config.mid_block {
+            true => {
+                let p = middle.pp("attentions").pp(0);
+                let first = resnet(0)?;
+                let transformer = builder.transformer(&p, channels.len() - 1)?;
+                Some((first, transformer, resnet(1)?))
+            }
+            false => None,
+        };
         let up = builder.up_blocks(&p.pp("up_blocks"))?;
         let model = Self {
             time_proj: builder.time_proj.build(&p)?,
@@ -135,7 +141,7 @@ impl UNet2DConditionModel {
             dtype: activation_dtype(device, dtype),
             config,
         };
-        weights.finish(|_| false)?;
+        weights.finish(|_| false);
         Ok(model)
     }
 
@@ -222,9 +228,11 @@ impl UNet2DConditionModel {
             }
         }
         // 3. Middle
-        x = self.mid.0.forward(&(&x).into(), time_embeddings, loras)?;
-        x = self.mid.1.forward(&x, conditioning, loras)?;
-        x = self.mid.2.forward(&(&x).into(), time_embeddings, loras)?;
+        if let Some((first, transformer, second)) = &self.mid {
+            x = first.forward(&(&x).into(), time_embeddings, loras)?;
+            x = transformer.forward(&x, conditioning, loras)?;
+            x = second.forward(&(&x).into(), time_embeddings, loras)?;
+        }
         // 4. Up
         for block in &self.up {
             for (resnet, transformer) in &block.layers {

@@ -71,7 +71,7 @@ impl Decoder {
             dtype: activation_dtype(device, dtype),
             config,
         };
-        weights.finish(|name| name.starts_with("encoder.") || name.starts_with("quant_conv."))?;
+        weights.finish(|name| name.starts_with("encoder.") || name.starts_with("quant_conv."));
         Ok(model)
     }
 
@@ -159,8 +159,7 @@ impl Encoder {
             dtype: activation_dtype(device, dtype),
             config,
         };
-        weights
-            .finish(|name| name.starts_with("decoder.") || name.starts_with("post_quant_conv."))?;
+        weights.finish(|name| name.starts_with("decoder.") || name.starts_with("post_quant_conv."));
         Ok(model)
     }
 

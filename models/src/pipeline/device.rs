@@ -67,7 +67,7 @@ impl fmt::Display for DeviceName {
 /// The number type in which a model is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
-    /// f16 on CUDA; on the CPU bf16 where the processor has instructions for it, else f32.
+    /// f16 on CUDA; on the CPU bf16 where it is faster than f32, which is on AMX, else f32.
     Auto,
     /// Half precision; CUDA only.
     F16,

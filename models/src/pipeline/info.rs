@@ -37,7 +37,7 @@ impl Defaults {
 /// Properties of a loaded model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelInfo {
-    /// `demo`, or the name of the directory.
+    /// `demo`, the ID on the hub, or the name of the directory or file.
     pub name: String,
     /// A digest of samples of its weights and of its scheduler configuration: another model of the
     /// same name has another.
@@ -62,6 +62,8 @@ pub struct ModelInfo {
     pub add_ons: AddOns,
     /// Textual inversion embeddings and their placeholder tokens.
     pub embeddings: Embeddings,
+    /// What is odd about the files and did not keep the model from being loaded, a sentence each.
+    pub warnings: Vec<String>,
 }
 
 /// An estimate of the memory of activations, from the shapes of the networks.

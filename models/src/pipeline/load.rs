@@ -1,14 +1,16 @@
 //! The networks of a model and its settings, read from its files.
 
+use std::collections::BTreeSet;
+use std::io;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, DeviceLocation};
-use serde_json::json;
 
+use super::index::PipelineIndex;
 use super::info::{Defaults, MemoryEstimate, ModelInfo};
 use super::options::{AddOns, LoadOptions, SafetyMode};
 use crate::error::{Error, Result};
-use crate::files::{AssetCache, Fingerprint, Keys, SAFETY_CHECKER, Source, Weights};
+use crate::files::{AssetCache, Fingerprint, SAFETY_CHECKER, Source, Weights};
 use crate::layers::{LoraCache, Network, Reopen, TargetIndex};
 use crate::networks::{
     ClipTextConfig, ClipTextModel, Decoder, Encoder, SafetyChecker, UNet2DConditionModel,
@@ -44,11 +46,14 @@ impl LoadedModel {
         let source = &options.source;
         let device = options.device.open()?;
         let dtype = options.precision.resolve(&device)?;
-        let has_checker = check_pipeline(source)?;
+        let index = PipelineIndex::read(source)?;
         let half = dtype == DType::F16;
+        let mut warnings = Vec::new();
         let weights = source.weights("text_encoder", "model", half)?;
         let AddOns { loras, max_lora_bytes, .. } = options.add_ons.clone();
-        let (tokenizer, text_encoder, embeddings) = read_text(options, &weights, &device, dtype)?;
+        let (tokenizer, text_encoder, embeddings) =
+            read_text(options, &weights, &device, dtype, &mut warnings)?;
+        warnings.extend(weights.warnings());
         let text_targets = weights.lora_targets();
         // Of the files as they are loaded, which may be replaced afterwards.
         let mut fingerprint = Fingerprint::default();
@@ -58,29 +63,37 @@ impl LoadedModel {
         let unet = UNetConfig::read(source)?;
         let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype)?;
         let unet_targets = (weights.lora_targets(), unet.config().layers_per_block);
+        warnings.extend(weights.warnings());
         weights.add_to(&mut fingerprint);
         let base = reopen(source.clone(), half, text_print, fingerprint_of(&weights));
         let targets = TargetIndex::new(unet_targets, text_targets, base, &device, dtype);
         let vae_source = options.vae.as_ref().unwrap_or(source);
-        let weights = vae_source.weights("vae", "diffusion_pytorch_model", half)?;
-        let vae = VaeConfig::read(vae_source)?;
+        let weights = vae_source.weights("vae", "diffusion_pytorch_model", half);
+        let weights = advise(weights, "--vae names another VAE")?;
+        let vae = advise(VaeConfig::read(vae_source), "--vae names another VAE")?;
         let encoder = Encoder::load(vae.clone(), &weights, &device, dtype)?;
         let decoder = Decoder::load(vae, &weights, &device, dtype)?;
         weights.add_to(&mut fingerprint);
+        warnings.extend(weights.warnings());
         let length = tokenizer.max_length();
         let memory = MemoryEstimate::of(&unet, length, decoder.config(), &device, dtype);
         check_widths(&text_encoder, &unet, &decoder)?;
-        let checked = options.safety.loads_checker(has_checker)?;
+        let checked = options.safety.loads_checker(index.has_checker)?;
         let safety_checker =
-            checked.then(|| SafetyChecker::load(source, half, &device, dtype)).transpose()?;
+            checked.then(|| SafetyChecker::load(source, half, &device, dtype)).transpose();
+        let safety_checker = advise(safety_checker, WITHOUT_CHECKER)?;
         if checked {
             source.weights(SAFETY_CHECKER, "model", half)?.add_to(&mut fingerprint);
         }
-        let scheduler = read_scheduler(source, &mut fingerprint)?;
+        let mut scheduler = read_scheduler(source, &index, &mut fingerprint)?;
+        warnings.extend(scheduler.replace_unknown_class()?);
+        // A single file is read once for each network.
+        let mut said = BTreeSet::new();
+        warnings.retain(|warning| said.insert(warning.clone()));
         let scale = decoder.config().scale();
         let defaults = defaults(unet.config(), scale, &scheduler)?;
         let info = ModelInfo {
-            name: name(source),
+            name: options.name.clone().unwrap_or_else(|| name(source)),
             fingerprint: fingerprint.finish(),
             device: device_name(&device),
             precision: dtype.as_str().into(),
@@ -92,6 +105,7 @@ impl LoadedModel {
             memory,
             add_ons: options.add_ons.clone(),
             embeddings,
+            warnings,
         };
         let loras = LoraCache { cache: AssetCache::new(loras, max_lora_bytes), targets };
         Ok(Self {
@@ -151,16 +165,40 @@ fn defaults(unet: &UNetConfig, scale: usize, scheduler: &SchedulerConfig) -> Res
     Ok(Defaults { size, steps: 50, guidance_scale: 7.5, sampler, schedule })
 }
 
-/// The scheduler configuration of the model.
-fn read_scheduler(source: &Source, fingerprint: &mut Fingerprint) -> Result<SchedulerConfig> {
+/// The option that goes without the safety checker.
+const WITHOUT_CHECKER: &str = "--safety-checker off goes without it";
+
+/// Adds to the error of a missing file what helps.
+fn advise<T>(read: Result<T>, advice: &str) -> Result<T> {
+    read.map_err(|error| match error {
+        Error::File { path, source } if source.kind() == io::ErrorKind::NotFound => {
+            let source = io::Error::new(source.kind(), format!("{source}; {advice}"));
+            Error::File { path, source }
+        }
+        other => other,
+    })
+}
+
+/// The scheduler configuration of the model, as its pipeline takes it.
+fn read_scheduler(
+    source: &Source,
+    index: &PipelineIndex,
+    fingerprint: &mut Fingerprint,
+) -> Result<SchedulerConfig> {
     let name = "scheduler/scheduler_config.json";
     let file = source.require(name)?;
     // The same weights with another prediction type give another image.
     fingerprint.add(name, &file);
     let mut scheduler = SchedulerConfig::from_json(&String::from_utf8_lossy(&file))?;
-    // Defaults of diffusers' StableDiffusionPipeline, which differ from those of the classes.
-    scheduler.steps_offset.get_or_insert(1);
-    scheduler.clip_sample.get_or_insert(false);
+    if scheduler.class_name.is_none() {
+        scheduler.class_name.clone_from(&index.scheduler);
+    }
+    if index.sets_steps_offset() {
+        scheduler.steps_offset = Some(1);
+    }
+    if index.clears_clip_sample() {
+        scheduler.clip_sample = Some(false);
+    }
     Ok(scheduler)
 }
 
@@ -170,10 +208,12 @@ fn read_text(
     weights: &Weights,
     device: &Device,
     dtype: DType,
+    warnings: &mut Vec<String>,
 ) -> Result<(ClipTokenizer, ClipTextModel, Embeddings)> {
     let config = ClipTextConfig::read(source)?;
     let (ids, width) = (config.vocab_size, config.transformer.hidden_size);
     let mut tokenizer = ClipTokenizer::load(source, config.max_position_embeddings)?;
+    warnings.extend(tokenizer.limit(ids)?);
     let mut encoder = ClipTextModel::load(config, weights, device, dtype)?;
     let (room, most) = (tokenizer.max_length() - 2, add_ons.max_embedding_bytes);
     let (embeddings, vectors) = Embeddings::read(&add_ons.embeddings, most, width, room)?;
@@ -209,34 +249,10 @@ fn check_widths(text: &ClipTextModel, unet: &UNet2DConditionModel, vae: &Decoder
 fn name(source: &Source) -> String {
     let (path, end) = match source {
         Source::Demo => return "demo".into(),
-        Source::Directory(path) => (path, path.file_name()),
+        Source::Directory(path) | Source::Network(path) => (path, path.file_name()),
         Source::Checkpoint(checkpoint) => (&checkpoint.file, checkpoint.file.file_stem()),
     };
     end.map_or_else(|| path.display().to_string(), |end| end.to_string_lossy().into_owned())
-}
-
-/// Rejects a `model_index.json` of a pipeline that is not Stable Diffusion 1.x or 2.x. Returns
-/// whether the pipeline has a safety checker.
-pub fn check_pipeline(source: &Source) -> Result<bool> {
-    let mut keys = Keys::read(source, "model_index.json")?;
-    // The networks of these pipelines are the same.
-    let classes = [
-        "StableDiffusionPipeline",
-        "StableDiffusionImg2ImgPipeline",
-        "StableDiffusionInpaintPipeline",
-        "LatentConsistencyModelPipeline",
-        "LatentConsistencyModelImg2ImgPipeline",
-    ];
-    keys.only("_class_name", &classes.map(|class| json!(class)))?;
-    // Null, or a library and a class.
-    let checker: [Option<String>; 2] = keys.take("safety_checker", [None, None])?;
-    match checker[1].as_deref() {
-        None => Ok(false),
-        Some("StableDiffusionSafetyChecker") => Ok(true),
-        Some(other) => {
-            Err(keys.invalid("safety_checker", format!("the class {other} is not supported")))
-        }
-    }
 }
 
 /// Number of parameters of a model's networks, from the headers of its files.
@@ -246,19 +262,14 @@ pub fn parameters(source: &Source, half: bool, safety: SafetyMode) -> Result<u64
         ("unet", "diffusion_pytorch_model"),
         ("vae", "diffusion_pytorch_model"),
     ];
-    if safety != SafetyMode::Never && check_pipeline(source)? {
+    if safety != SafetyMode::Never && PipelineIndex::read(source)?.has_checker {
         networks.push((SAFETY_CHECKER, "model"));
     }
-    let count = |(folder, stem)| Ok(source.weights(folder, stem, half)?.parameters());
+    let count = |(folder, stem)| {
+        let weights = source.weights(folder, stem, half);
+        let weights =
+            if folder == SAFETY_CHECKER { advise(weights, WITHOUT_CHECKER) } else { weights };
+        Ok(weights?.parameters())
+    };
     networks.into_iter().map(count).sum()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_demo_model_has_no_safety_checker() {
-        assert!(!check_pipeline(&Source::Demo).expect("a pipeline"));
-    }
 }

@@ -6,6 +6,7 @@
 
 mod device;
 mod hires;
+mod index;
 mod info;
 mod init;
 mod load;
@@ -22,10 +23,11 @@ use candle_core::{Device, Tensor};
 
 pub use self::device::{DeviceName, Precision};
 use self::hires::HiresPass;
+pub use self::index::check_pipeline;
 pub use self::info::{Defaults, MemoryEstimate, ModelInfo};
 use self::init::{InitialLatents, LatentInit};
 use self::load::LoadedModel;
-pub use self::load::{check_pipeline, parameters};
+pub use self::load::parameters;
 pub use self::options::{AddOns, LoadOptions, SafetyMode};
 use self::preview::Preview;
 use self::prompts::PromptCache;

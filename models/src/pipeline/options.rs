@@ -7,6 +7,8 @@ use crate::files::{AssetDir, Source};
 /// The options of loading a model.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
+    /// The model's name; default: that of its directory or file.
+    pub name: Option<String>,
     /// Files of the model.
     pub source: Source,
     /// Files of the VAE, if they are not the model's.

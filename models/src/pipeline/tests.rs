@@ -19,6 +19,7 @@ fn open(add_ons: AddOns) -> Pipeline {
 
 fn load(source: Source, add_ons: AddOns) -> Pipeline {
     let options = LoadOptions {
+        name: None,
         source,
         vae: None,
         device: DeviceName::Cpu,

@@ -65,6 +65,28 @@ impl SchedulerConfig {
         Ok(if asks && SamplerName::all().any(|name| name == karras) { karras } else { own })
     }
 
+    /// Takes DPM++ 2M as the class where that of the file is not known, or none is named, and says
+    /// so: most of what a file of another class tells are the betas, which all have. Keys that only
+    /// the unknown class has are dropped.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the class is of models that are not trained on betas.
+    pub fn replace_unknown_class(&mut self) -> Result<Option<String>> {
+        let Err(error) = self.default_sampler() else { return Ok(None) };
+        let class = self.class_name.clone().unwrap_or_default();
+        if class.contains("FlowMatch") || class.contains("EDM") {
+            return Err(error);
+        }
+        self.class_name = Some("DPMSolverMultistepScheduler".into());
+        self.rest.retain(|key, _| Algorithm::is_known(key));
+        let named = match &*class {
+            "" => "names no _class_name".to_owned(),
+            class => format!("the class {class} is not known"),
+        };
+        let file = "scheduler/scheduler_config.json";
+        Ok(Some(format!("{file}: {named}; the default sampler is {}", self.default_sampler()?)))
+    }
+
     /// Refuses what a sampler's class would do and we do not.
     pub(super) fn check(&self, row: &Algorithm) -> Result<()> {
         if row.skip_prk_steps && self.skip_prk_steps != Some(true) {

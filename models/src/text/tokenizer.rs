@@ -2,7 +2,7 @@
 //!
 //! Read from `tokenizer.json`, or assembled from `vocab.json` and `merges.txt` as by transformers'
 //! `CLIPTokenizer` (`models/clip/tokenization_clip.py`). The begin, end and padding tokens are in
-//! `tokenizer_config.json` or `special_tokens_map.json`; SD 2.x pads with another token than 1.x.
+//! `tokenizer_config.json` and `special_tokens_map.json`; SD 2.x pads with another token than 1.x.
 //! Placeholder tokens of textual inversion are found before the text is tokenized.
 
 use serde_json::{Map, Value, json};
@@ -38,6 +38,8 @@ pub struct ClipTokenizer {
     placeholders: Vec<PlaceholderToken>,
     /// The id of the first embedding of textual inversion.
     first_embedding: usize,
+    /// Ids from this one on have no vector in the text encoder.
+    vectors: usize,
 }
 
 /// A token, or all embeddings of a placeholder token.
@@ -51,8 +53,9 @@ impl ClipTokenizer {
     /// Reads the files of `tokenizer/`; `positions` is the text encoder's maximum length.
     pub fn load(source: &Source, positions: usize) -> Result<Self> {
         let mut config = object(source, CONFIG)?;
-        for (key, value) in object(source, "tokenizer/special_tokens_map.json")? {
-            config.entry(key).or_insert(value);
+        // As transformers: the map wins, and is not read beside a config that lists all tokens.
+        if !config.contains_key("added_tokens_decoder") {
+            config.extend(object(source, "tokenizer/special_tokens_map.json")?);
         }
         let special = |key: &str, default: &str| special_token(&config, key, default);
         let begin = special("bos_token", "<|startoftext|>");
@@ -63,7 +66,7 @@ impl ClipTokenizer {
             Some(bytes) => {
                 parse(&bytes).map_err(|reason| Error::config("tokenizer/tokenizer.json", reason))?
             }
-            None => assemble(source, &unknown, [&begin, &end, &pad])?,
+            None => assemble(source, &config, &unknown, [&begin, &end, &pad])?,
         };
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| Error::Tokenizer(e.to_string()))?;
@@ -83,8 +86,40 @@ impl ClipTokenizer {
             ));
         }
         let comma = tokenizer.token_to_id(",</w>");
-        let (placeholders, first_embedding) = (Vec::new(), 0);
-        Ok(Self { tokenizer, begin, end, pad, comma, max_length, placeholders, first_embedding })
+        Ok(Self {
+            tokenizer,
+            begin,
+            end,
+            pad,
+            comma,
+            max_length,
+            placeholders: Vec::new(),
+            first_embedding: 0,
+            vectors: usize::MAX,
+        })
+    }
+
+    /// Refuses, in prompts, words without a vector in the text encoder, which has so many. Returns
+    /// a warning if there are any.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if a token of every prompt is such a word: the tokenizer is another model's.
+    pub(crate) fn limit(&mut self, vectors: usize) -> Result<Option<String>> {
+        let mut words: Vec<_> = self.tokenizer.get_vocab(true).into_iter().collect();
+        words.retain(|(_, id)| *id as usize >= vectors);
+        words.sort_by(|(_, a), (_, b)| a.cmp(b));
+        let Some((first, _)) = words.first() else { return Ok(None) };
+        let numbers = format!(
+            "{} words of the tokenizer, {first:?} the first, have no vector in the text encoder, \
+             which has {vectors}",
+            words.len()
+        );
+        if [self.begin, self.end, self.pad].iter().any(|id| *id as usize >= vectors) {
+            let reason = format!("{numbers}: the tokenizer is another model's");
+            return Err(Error::config("tokenizer", reason));
+        }
+        self.vectors = vectors;
+        Ok(Some(format!("tokenizer: {numbers}; prompts with them are refused")))
     }
 
     /// Adds placeholder tokens, whose embeddings have the ids from `first` on.
@@ -134,6 +169,11 @@ impl ClipTokenizer {
         let encoding = encoding.map_err(|e| Error::Tokenizer(e.to_string()))?;
         // Offsets are byte positions; a token may begin inside a character.
         let place = |offset: usize| (0..=offset).rev().find(|i| text.is_char_boundary(*i));
+        if let Some(k) = encoding.get_ids().iter().position(|id| *id as usize >= self.vectors) {
+            let word = &encoding.get_tokens()[k];
+            let reason = format!("has the word {word:?}, which the text encoder has no vector for");
+            return Err(Error::Spec { field: "prompt", reason });
+        }
         let tokens = encoding.get_ids().iter().zip(encoding.get_offsets());
         pieces.extend(tokens.map(|(id, (offset, _))| {
             let start = start + place((*offset).min(text.len())).unwrap_or(0);
@@ -211,8 +251,25 @@ fn special_token(config: &Map<String, Value>, key: &str, default: &str) -> Strin
     text.unwrap_or(default).to_owned()
 }
 
+/// Ids and texts of tokens that were added to the vocabulary, such as those of textual inversion.
+fn more_tokens(source: &Source, config: &Map<String, Value>) -> Result<Vec<(u64, String)>> {
+    let file = "tokenizer/added_tokens.json";
+    let by_text = object(source, file)?;
+    let by_text = by_text.into_iter().filter_map(|(token, id)| Some((id.as_u64()?, token)));
+    let by_id = config.get("added_tokens_decoder").and_then(Value::as_object);
+    let by_id = by_id.into_iter().flatten().filter_map(|(id, token)| {
+        Some((id.parse().ok()?, token.get("content")?.as_str()?.to_owned()))
+    });
+    Ok(by_text.chain(by_id).collect())
+}
+
 /// The tokenizer of CLIP's vocabulary and merges, assembled as its `tokenizer.json`.
-fn assemble(source: &Source, unknown: &str, special: [&String; 3]) -> Result<Tokenizer> {
+fn assemble(
+    source: &Source,
+    config: &Map<String, Value>,
+    unknown: &str,
+    special: [&String; 3],
+) -> Result<Tokenizer> {
     let (vocab_file, merges_file) = ("tokenizer/vocab.json", "tokenizer/merges.txt");
     let vocab: Map<String, Value> = serde_json::from_slice(&source.require(vocab_file)?)
         .map_err(|e| Error::config(vocab_file, format!("not a JSON object: {e}")))?;
@@ -229,6 +286,14 @@ fn assemble(source: &Source, unknown: &str, special: [&String; 3]) -> Result<Tok
         if added.iter().all(|a| a["id"] != *id) {
             added.push(json!({
                 "id": id, "content": token, "special": true, "normalized": false,
+                "single_word": false, "lstrip": false, "rstrip": false,
+            }));
+        }
+    }
+    for (id, token) in more_tokens(source, config)? {
+        if !vocab.contains_key(&token) && added.iter().all(|a| a["id"] != id) {
+            added.push(json!({
+                "id": id, "content": token, "special": false, "normalized": true,
                 "single_word": false, "lstrip": false, "rstrip": false,
             }));
         }

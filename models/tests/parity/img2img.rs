@@ -20,6 +20,7 @@ pub(crate) fn load(root: PathBuf) -> Pipeline {
 pub(crate) fn open(source: Source, vae: Option<Source>) -> sd_models::Result<Pipeline> {
     let (device, precision) = (DeviceName::Cpu, Precision::F32);
     Pipeline::load(&LoadOptions {
+        name: None,
         source,
         vae,
         device,

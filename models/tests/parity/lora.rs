@@ -30,6 +30,7 @@ fn model(directory: PathBuf) -> Pipeline {
     let loras =
         AssetDir { directory: Some(directory), endings: &["safetensors"], ..AssetDir::default() };
     Pipeline::load(&LoadOptions {
+        name: None,
         source: Source::Demo,
         vae: None,
         device: DeviceName::Cpu,

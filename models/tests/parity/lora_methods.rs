@@ -24,6 +24,7 @@ fn open(model: PathBuf, directory: PathBuf, files: Vec<PathBuf>) -> Pipeline {
     let endings = &["safetensors"];
     let loras = AssetDir { directory: Some(directory), files, endings, ..AssetDir::default() };
     Pipeline::load(&LoadOptions {
+        name: None,
         source: Source::Directory(model),
         vae: None,
         device: DeviceName::Cpu,

@@ -60,6 +60,9 @@ pub(super) fn main<M: Model>(shared: Arc<EngineShared>, load: impl FnOnce() -> a
     if let Some(warning) = warning {
         warn!("{warning}");
     }
+    for warning in &info.warnings {
+        warn!(model = info.name, "{warning}");
+    }
     for (name, reason) in &info.embeddings.skipped {
         warn!(name, reason, "embedding skipped");
     }

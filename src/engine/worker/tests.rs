@@ -161,6 +161,7 @@ impl TestWorker {
             memory: MemoryEstimate { scale: 8, ..MemoryEstimate::default() },
             add_ons: AddOns::default(),
             embeddings: Embeddings::default(),
+            warnings: Vec::new(),
         };
         engine.shared.set_state(EngineState::Ready(Arc::new(info.clone())));
         let (capacity, reading) = (usize::MAX, Duration::ZERO);

@@ -112,7 +112,7 @@ impl SafetyChecker {
             config,
             preprocessor,
         };
-        weights.finish(|name| name.ends_with("embeddings.position_ids"))?;
+        weights.finish(|name| name.ends_with("embeddings.position_ids"));
         Ok(checker)
     }
 

@@ -3,13 +3,10 @@
 use super::amx::{AmxStatus, has_amx, status};
 use super::simd::Isa;
 
-/// Whether the processor was made to compute in bf16.
+/// Whether bf16 is faster than f32: on AMX's tiles. The bf16 dot products of AVX-512 are not used,
+/// and without them bf16 weights are slower, and less exact.
 pub(crate) fn has_bf16() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    let avx512_bf16 = is_x86_feature_detected!("avx512bf16");
-    #[cfg(not(target_arch = "x86_64"))]
-    let avx512_bf16 = false;
-    has_amx() || avx512_bf16
+    has_amx()
 }
 
 /// The instruction sets that the CPU kernels use, and a warning if AMX is present but not used.

@@ -6,6 +6,7 @@ use std::mem::MaybeUninit;
 use candle_core::{DType, Device, Result, Tensor};
 use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 use super::buffers::fill_chunks;
 use super::host::host;
@@ -81,6 +82,24 @@ impl<'a> TensorData<'a> {
                     (first, rest) = (first - before, after);
                 }
             }
+        }
+    }
+
+    /// Whether no number is infinite or NaN: their exponents have all bits set. By all threads, at
+    /// the speed of memory.
+    pub(crate) fn are_finite(&self) -> bool {
+        // Without a branch, so that the loop is vectorized.
+        fn all<T: Copy + Sync>(numbers: &[T], finite: impl Fn(T) -> bool + Sync) -> bool {
+            let chunk = |chunk: &[T]| chunk.iter().fold(true, |all, number| all & finite(*number));
+            numbers.par_chunks(CHUNK).all(chunk)
+        }
+        let half = |bytes: [u8; 2], exponent| u16::from_le_bytes(bytes) & exponent != exponent;
+        match self {
+            Self::Floats(numbers) => all(numbers, f32::is_finite),
+            Self::F32(numbers) => all(numbers, |bytes| f32::from_le_bytes(bytes).is_finite()),
+            Self::F16(numbers) => all(numbers, |bytes| half(bytes, 0x7c00)),
+            Self::Bf16(numbers) => all(numbers, |bytes| half(bytes, 0x7f80)),
+            Self::Parts(parts) => parts.iter().all(Self::are_finite),
         }
     }
 
@@ -169,6 +188,28 @@ mod tests {
             assert_eq!(floats(&bytes, DType::BF16), want);
         }
         assert!(TensorData::new(&[0; 16], DType::I64).is_none());
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_seen() {
+        let finite = |values: &[f32]| {
+            let f32s: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            let f16s: Vec<u8> =
+                values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect();
+            let bf16s: Vec<u8> =
+                values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
+            [(f32s, DType::F32), (f16s, DType::F16), (bf16s, DType::BF16)]
+                .map(|(bytes, dtype)| TensorData::new(&bytes, dtype).unwrap().are_finite())
+        };
+        let mut values = random(CHUNK + 77, 1);
+        values[3] = 65504.0;
+        assert_eq!(finite(&values), [true; 3]);
+        for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            values[CHUNK + 5] = odd;
+            assert_eq!(finite(&values), [false; 3]);
+        }
+        values[CHUNK + 5] = 1e6;
+        assert_eq!(finite(&values), [true, false, true], "more than f16 holds");
     }
 
     #[test]

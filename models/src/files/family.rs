@@ -1,0 +1,121 @@
+//! What a file of tensors holds that is no Stable Diffusion 1.x or 2.x, by the names and shapes of
+//! its tensors. Reference: diffusers 0.42 `loaders/single_file_utils.py`, and ComfyUI's
+//! `supported_models.py` for the widths of the UNets.
+
+use super::tensors::Weights;
+
+/// The prefix of the UNet in a checkpoint of the original code.
+pub(super) const UNET: &str = "model.diffusion_model.";
+
+/// Parts of names that only one kind of file has, and what it is. The first that is found counts.
+const MARKS: [(&str, &str); 37] = [
+    ("lora_down", LORA),
+    ("lora_up", LORA),
+    ("lora_A", LORA),
+    ("lora_B", LORA),
+    ("_lora.", LORA),
+    ("hada_w1", LORA),
+    ("lokr_w", LORA),
+    ("control_model.", "a ControlNet"),
+    ("controlnet_cond_embedding.", "a ControlNet"),
+    ("input_hint_block.", "a ControlNet"),
+    ("motion_modules.", "a motion module of AnimateDiff"),
+    ("conditioner.embedders.1.", "Stable Diffusion XL"),
+    ("add_embedding.", "Stable Diffusion XL"),
+    ("joint_blocks.", "Stable Diffusion 3"),
+    ("distilled_guidance_layer.", "Chroma"),
+    ("individual_token_refiner.", "HunyuanVideo"),
+    ("double_blocks.", "Flux"),
+    ("single_stream_modulation.", "Flux"),
+    ("clip_txt_mapper.", "Stable Cascade"),
+    ("channelwise.", "Stable Cascade or Würstchen"),
+    ("effnet_mapper", "Stable Cascade or Würstchen"),
+    ("double_layers.", "AuraFlow"),
+    ("adaln_single.", "PixArt"),
+    ("cap_embedder.", "Lumina or Z-Image"),
+    ("patchify_proj.", "LTX-Video"),
+    ("head.modulation", "Wan"),
+    ("cross_attn.q_linear", "Sana"),
+    ("txt_in.", "Qwen-Image"),
+    ("time_mix_block", "Stable Video Diffusion"),
+    ("time_stack.", "Stable Video Diffusion"),
+    ("cc_projection.", "Zero123"),
+    ("roberta.", "AltDiffusion"),
+    ("image_proj", "an IP-Adapter"),
+    ("emb_params", EMBEDDING),
+    ("clip_g", EMBEDDING),
+    ("SelfAttention.", "the text encoder T5"),
+    ("RDB1.", "an upscaler"),
+];
+
+const LORA: &str = "a LoRA, which adds to a model: --loras-dir takes it";
+const EMBEDDING: &str =
+    "a textual inversion embedding, which adds to a model: --embeddings-dir takes it";
+
+/// Ends of names of networks that a checkpoint has among others, and what a file is that has no
+/// other.
+const PARTS: [(&str, &str); 5] = [
+    ("decoder.conv_in.weight", "a VAE, which is a part of a model: --vae takes it"),
+    ("input_blocks.0.0.weight", "a UNet alone, without text encoder and VAE"),
+    ("down_blocks.0.resnets.0.conv1.weight", "a UNet alone, without text encoder and VAE"),
+    ("token_embedding.weight", "a text encoder alone, without UNet and VAE"),
+    ("patch_embedding.weight", "an image encoder"),
+];
+
+/// What a file is that is no checkpoint of Stable Diffusion 1.x or 2.x; `None` of those that are.
+pub(super) fn other(weights: &Weights) -> Option<String> {
+    let first = format!("{UNET}input_blocks.0.0.weight");
+    let inputs = weights.shape(&first).map(|shape| shape.get(1).copied().unwrap_or_default());
+    let marked = |names: &mut dyn Iterator<Item = &str>| {
+        let names: Vec<_> = names.collect();
+        let has = |mark: &&str| names.iter().any(|name| name.contains(*mark));
+        MARKS.iter().find(|(mark, _)| has(mark)).map(|(_, what)| (*what).to_owned())
+    };
+    let Some(inputs) = inputs else {
+        let part = || {
+            let has = |end: &str| weights.names().any(|name| name.ends_with(end));
+            PARTS.iter().find(|(end, _)| has(end)).map(|(_, what)| (*what).to_owned())
+        };
+        return marked(&mut weights.names()).or_else(part).or_else(|| {
+            if weights.names().eq(["*"]) {
+                return Some(EMBEDDING.into());
+            }
+            let names: Vec<_> = weights.names().take(3).collect();
+            Some(match names[..] {
+                [] => "a file without tensors".into(),
+                _ => format!("no model: its first tensors are {}", names.join(", ")),
+            })
+        });
+    };
+    // Other networks of a checkpoint may have names of the table.
+    let by_name = marked(&mut weights.names().filter(|name| {
+        let others = ["model_ema.", "optimizer", "first_stage_model."];
+        !others.iter().any(|other| name.starts_with(other)) && !name.contains("lora")
+    }));
+    if by_name.is_some() {
+        return by_name;
+    }
+    let label = weights.shape(&format!("{UNET}label_emb.0.0.weight"));
+    let label = label.map(|shape| shape.get(1).copied().unwrap_or_default());
+    let width = context_width(weights);
+    Some(match (inputs, width, label) {
+        (8, ..) => "InstructPix2Pix, whose UNet of 8 input channels takes the image to edit".into(),
+        (5, ..) => "the depth model, whose UNet of 5 input channels takes a depth map".into(),
+        (7, ..) => "the upscaler, whose UNet of 7 input channels takes the image to enlarge".into(),
+        (_, Some(2048), _) | (.., Some(2816)) => "Stable Diffusion XL".into(),
+        (_, Some(1280), _) | (.., Some(2560)) => "the refiner of Stable Diffusion XL".into(),
+        (.., Some(_)) => "an unCLIP model, which takes images as prompts".into(),
+        _ if weights.shape(&format!("{UNET}label_emb.weight")).is_some() => {
+            "a model of classes, not of prompts".into()
+        }
+        (_, None, _) => "a diffusion model without prompts".into(),
+        _ => return None,
+    })
+}
+
+/// Channels of the prompt that a checkpoint's UNet attends to.
+pub(super) fn context_width(weights: &Weights) -> Option<usize> {
+    let of_unet = |name: &&str| name.starts_with(UNET) && name.ends_with("attn2.to_k.weight");
+    let name = weights.names().find(of_unet)?;
+    weights.shape(name)?.get(1).copied()
+}

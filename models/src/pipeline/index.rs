@@ -1,0 +1,75 @@
+//! `model_index.json`: the class of the pipeline, and what matters here of its parts.
+
+use serde_json::json;
+
+use crate::error::{Error, Result};
+use crate::files::{Keys, Source};
+
+/// The file.
+pub(super) struct PipelineIndex {
+    /// diffusers' class of the pipeline.
+    class: String,
+    /// Whether the pipeline has a safety checker.
+    pub(super) has_checker: bool,
+    /// diffusers' class of the scheduler.
+    pub(super) scheduler: Option<String>,
+}
+
+/// A library and a class of it; null, or a pair of nulls, where the pipeline has no such part.
+type Part = [Option<String>; 2];
+
+impl PipelineIndex {
+    /// Reads the file. Rejects pipelines that are not Stable Diffusion 1.x or 2.x.
+    pub(super) fn read(source: &Source) -> Result<Self> {
+        let mut keys = Keys::read(source, "model_index.json")?;
+        let class = keys.text("_class_name").unwrap_or("StableDiffusionPipeline").to_owned();
+        // The networks of these pipelines are the same.
+        let classes = [
+            "StableDiffusionPipeline",
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionInpaintPipeline",
+            "LatentConsistencyModelPipeline",
+            "LatentConsistencyModelImg2ImgPipeline",
+        ];
+        keys.only("_class_name", &classes.map(|class| json!(class)))?;
+        let mut part = |name| keys.take::<Part>(name, [None, None]).map(|[_, class]| class);
+        let (checker, scheduler) = (part("safety_checker")?, part("scheduler")?);
+        let has_checker = match checker.as_deref() {
+            None => false,
+            Some("StableDiffusionSafetyChecker") => true,
+            Some(other) => {
+                let reason = format!("safety_checker: the class {other} is not supported");
+                return Err(Error::config("model_index.json", reason));
+            }
+        };
+        Ok(Self { class, has_checker, scheduler })
+    }
+
+    /// Whether the pipeline sets `steps_offset` to 1, whatever the scheduler's file says.
+    pub(super) fn sets_steps_offset(&self) -> bool {
+        self.class.starts_with("StableDiffusion")
+    }
+
+    /// Whether the pipeline sets `clip_sample` to false, whatever the scheduler's file says.
+    pub(super) fn clears_clip_sample(&self) -> bool {
+        self.sets_steps_offset() && !self.class.contains("Inpaint")
+    }
+}
+
+/// Rejects a `model_index.json` of a pipeline that is not Stable Diffusion 1.x or 2.x. Returns
+/// whether the pipeline has a safety checker.
+pub fn check_pipeline(source: &Source) -> Result<bool> {
+    Ok(PipelineIndex::read(source)?.has_checker)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_demo_model_has_no_safety_checker() {
+        let index = PipelineIndex::read(&Source::Demo).expect("a pipeline");
+        assert!(!index.has_checker && index.sets_steps_offset() && index.clears_clip_sample());
+        assert_eq!(index.scheduler.as_deref(), Some("PNDMScheduler"));
+    }
+}
