@@ -270,10 +270,17 @@ impl Weights {
         let Some(numbers) = numbers else {
             return refuse(format!("type {dtype:?}, {EXPECTED}"));
         };
-        if !numbers.are_finite() {
-            return refuse("holds NaN or infinite numbers: the file is damaged".into());
-        }
         Ok(StoredTensor { numbers, shape: &entry.shape, bytes: &file.bytes, range })
+    }
+
+    /// A weight of a network: a tensor of finite numbers.
+    pub(crate) fn weight(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'_>> {
+        let stored = self.stored(name, shape)?;
+        if stored.numbers.are_finite() {
+            return Ok(stored);
+        }
+        let reason = "holds NaN or infinite numbers: the file is damaged".into();
+        Err(Error::Tensor { file: self.file_names(), tensor: name.to_owned(), reason })
     }
 
     /// Notes the tensors that were not read, except those that `unused` accepts.

@@ -63,11 +63,12 @@ impl<'a> LayerBuilder<'a> {
 
     /// A tensor as f32 on the CPU.
     pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        self.weights.tensor(&self.pp(name).prefix, shape)
+        let stored = self.stored(name, shape)?;
+        Ok(Tensor::from_vec(stored.numbers.floats(), shape, &Device::Cpu)?)
     }
 
     fn stored(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'a>> {
-        self.weights.stored(&self.pp(name).prefix, shape)
+        self.weights.weight(&self.pp(name).prefix, shape)
     }
 
     /// A tensor on the device, in the type of the network.

@@ -138,7 +138,7 @@ impl UNetConfig {
 
 /// Whether a version of diffusers is older than 0.9.
 fn is_old(version: &str) -> bool {
-    let mut numbers = version.split('.').map(|part| part.parse::<u32>());
+    let mut numbers = version.split('.').map(str::parse::<u32>);
     matches!((numbers.next(), numbers.next()), (Some(Ok(0)), Some(Ok(..9))))
 }
 

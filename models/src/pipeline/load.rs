@@ -1,6 +1,5 @@
 //! The networks of a model and its settings, read from its files.
 
-use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
@@ -9,9 +8,11 @@ use candle_core::{DType, Device, DeviceLocation};
 use super::index::PipelineIndex;
 use super::info::{Defaults, MemoryEstimate, ModelInfo};
 use super::options::{AddOns, LoadOptions, SafetyMode};
+use super::read_files::{ReadFiles, open_again, reopen};
+use super::wide::WideDecoder;
 use crate::error::{Error, Result};
-use crate::files::{AssetCache, Fingerprint, SAFETY_CHECKER, Source, Weights};
-use crate::layers::{LoraCache, Network, Reopen, TargetIndex};
+use crate::files::{AssetCache, SAFETY_CHECKER, Source, Weights};
+use crate::layers::{LoraCache, TargetIndex};
 use crate::networks::{
     ClipTextConfig, ClipTextModel, Decoder, Encoder, SafetyChecker, UNet2DConditionModel,
     UNetConfig, VaeConfig,
@@ -31,6 +32,8 @@ pub(super) struct LoadedModel {
     /// wrong with it should show at load rather than at the first request that needs it.
     pub(super) encoder: Encoder,
     pub(super) decoder: Decoder,
+    /// Where the decoder is in f16.
+    pub(super) wide_decoder: Option<WideDecoder>,
     pub(super) safety_checker: Option<SafetyChecker>,
     pub(super) scheduler: SchedulerConfig,
     pub(super) loras: Arc<LoraCache>,
@@ -48,33 +51,21 @@ impl LoadedModel {
         let dtype = options.precision.resolve(&device)?;
         let index = PipelineIndex::read(source)?;
         let half = dtype == DType::F16;
-        let mut warnings = Vec::new();
-        let weights = source.weights("text_encoder", "model", half)?;
+        let mut files = ReadFiles::default();
         let AddOns { loras, max_lora_bytes, .. } = options.add_ons.clone();
+        let weights = source.weights("text_encoder", "model", half)?;
         let (tokenizer, text_encoder, embeddings) =
-            read_text(options, &weights, &device, dtype, &mut warnings)?;
-        warnings.extend(weights.warnings());
-        let text_targets = weights.lora_targets();
-        // Of the files as they are loaded, which may be replaced afterwards.
-        let mut fingerprint = Fingerprint::default();
-        weights.add_to(&mut fingerprint);
-        let text_print = fingerprint_of(&weights);
+            read_text(options, &weights, &device, dtype, &mut files)?;
+        let (text_targets, text_print) = (weights.lora_targets(), files.note(&weights));
         let weights = source.weights("unet", "diffusion_pytorch_model", half)?;
         let unet = UNetConfig::read(source)?;
         let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype)?;
         let unet_targets = (weights.lora_targets(), unet.config().layers_per_block);
-        warnings.extend(weights.warnings());
-        weights.add_to(&mut fingerprint);
-        let base = reopen(source.clone(), half, text_print, fingerprint_of(&weights));
+        let base = reopen(source.clone(), half, text_print, files.note(&weights));
         let targets = TargetIndex::new(unet_targets, text_targets, base, &device, dtype);
         let vae_source = options.vae.as_ref().unwrap_or(source);
-        let weights = vae_source.weights("vae", "diffusion_pytorch_model", half);
-        let weights = advise(weights, "--vae names another VAE")?;
-        let vae = advise(VaeConfig::read(vae_source), "--vae names another VAE")?;
-        let encoder = Encoder::load(vae.clone(), &weights, &device, dtype)?;
-        let decoder = Decoder::load(vae, &weights, &device, dtype)?;
-        weights.add_to(&mut fingerprint);
-        warnings.extend(weights.warnings());
+        let (encoder, decoder, wide_decoder) =
+            read_vae(vae_source, half, &device, dtype, &mut files)?;
         let length = tokenizer.max_length();
         let memory = MemoryEstimate::of(&unet, length, decoder.config(), &device, dtype);
         check_widths(&text_encoder, &unet, &decoder)?;
@@ -83,18 +74,14 @@ impl LoadedModel {
             checked.then(|| SafetyChecker::load(source, half, &device, dtype)).transpose();
         let safety_checker = advise(safety_checker, WITHOUT_CHECKER)?;
         if checked {
-            source.weights(SAFETY_CHECKER, "model", half)?.add_to(&mut fingerprint);
+            files.note(&source.weights(SAFETY_CHECKER, "model", half)?);
         }
-        let mut scheduler = read_scheduler(source, &index, &mut fingerprint)?;
-        warnings.extend(scheduler.replace_unknown_class()?);
-        // A single file is read once for each network.
-        let mut said = BTreeSet::new();
-        warnings.retain(|warning| said.insert(warning.clone()));
+        let scheduler = read_scheduler(source, &index, &mut files)?;
         let scale = decoder.config().scale();
         let defaults = defaults(unet.config(), scale, &scheduler)?;
         let info = ModelInfo {
             name: options.name.clone().unwrap_or_else(|| name(source)),
-            fingerprint: fingerprint.finish(),
+            fingerprint: files.fingerprint.finish(),
             device: device_name(&device),
             precision: dtype.as_str().into(),
             defaults,
@@ -105,7 +92,7 @@ impl LoadedModel {
             memory,
             add_ons: options.add_ons.clone(),
             embeddings,
-            warnings,
+            warnings: files.warnings,
         };
         let loras = LoraCache { cache: AssetCache::new(loras, max_lora_bytes), targets };
         Ok(Self {
@@ -116,36 +103,12 @@ impl LoadedModel {
             unet,
             encoder,
             decoder,
+            wide_decoder,
             safety_checker,
             scheduler,
             loras: Arc::new(loras),
         })
     }
-}
-
-fn fingerprint_of(weights: &Weights) -> String {
-    let mut fingerprint = Fingerprint::default();
-    weights.add_to(&mut fingerprint);
-    fingerprint.finish()
-}
-
-/// Opens the files of a network again, if they are still those with these fingerprints: the layers
-/// keep the weights only as they compute with them.
-fn reopen(source: Source, half: bool, text: String, unet: String) -> Reopen {
-    Box::new(move |network| {
-        let (folder, stem, known) = match network {
-            Network::TextEncoder => ("text_encoder", "model", &text),
-            Network::UNet => ("unet", "diffusion_pytorch_model", &unet),
-        };
-        let weights = source.weights(folder, stem, half)?;
-        match fingerprint_of(&weights) == *known {
-            true => Ok(weights),
-            false => Err(Error::config(
-                weights.file_names(),
-                "has changed since the model was loaded; load the model again",
-            )),
-        }
-    })
 }
 
 fn device_name(device: &Device) -> String {
@@ -183,12 +146,12 @@ fn advise<T>(read: Result<T>, advice: &str) -> Result<T> {
 fn read_scheduler(
     source: &Source,
     index: &PipelineIndex,
-    fingerprint: &mut Fingerprint,
+    files: &mut ReadFiles,
 ) -> Result<SchedulerConfig> {
     let name = "scheduler/scheduler_config.json";
     let file = source.require(name)?;
     // The same weights with another prediction type give another image.
-    fingerprint.add(name, &file);
+    files.fingerprint.add(name, &file);
     let mut scheduler = SchedulerConfig::from_json(&String::from_utf8_lossy(&file))?;
     if scheduler.class_name.is_none() {
         scheduler.class_name.clone_from(&index.scheduler);
@@ -199,7 +162,27 @@ fn read_scheduler(
     if index.clears_clip_sample() {
         scheduler.clip_sample = Some(false);
     }
+    files.warnings.extend(scheduler.replace_unknown_class()?);
     Ok(scheduler)
+}
+
+/// Encoder and decoder of the VAE, and where the decoder is in f16 the one in f32 beside it.
+fn read_vae(
+    source: &Source,
+    half: bool,
+    device: &Device,
+    dtype: DType,
+    files: &mut ReadFiles,
+) -> Result<(Encoder, Decoder, Option<WideDecoder>)> {
+    let advice = "--vae names another VAE";
+    let weights = advise(source.weights("vae", "diffusion_pytorch_model", half), advice)?;
+    let config = advise(VaeConfig::read(source), advice)?;
+    let encoder = Encoder::load(config.clone(), &weights, device, dtype)?;
+    let decoder = Decoder::load(config.clone(), &weights, device, dtype)?;
+    let (source, known) = (source.clone(), files.note(&weights));
+    let open = move || open_again(&source, ("vae", "diffusion_pytorch_model"), half, &known);
+    let wide = half.then(|| WideDecoder::new(config, device, Box::new(open)));
+    Ok((encoder, decoder, wide))
 }
 
 /// Tokenizer and text encoder, with the textual inversion embeddings added to both.
@@ -208,12 +191,12 @@ fn read_text(
     weights: &Weights,
     device: &Device,
     dtype: DType,
-    warnings: &mut Vec<String>,
+    files: &mut ReadFiles,
 ) -> Result<(ClipTokenizer, ClipTextModel, Embeddings)> {
     let config = ClipTextConfig::read(source)?;
     let (ids, width) = (config.vocab_size, config.transformer.hidden_size);
     let mut tokenizer = ClipTokenizer::load(source, config.max_position_embeddings)?;
-    warnings.extend(tokenizer.limit(ids)?);
+    files.warnings.extend(tokenizer.limit(ids)?);
     let mut encoder = ClipTextModel::load(config, weights, device, dtype)?;
     let (room, most) = (tokenizer.max_length() - 2, add_ons.max_embedding_bytes);
     let (embeddings, vectors) = Embeddings::read(&add_ons.embeddings, most, width, room)?;

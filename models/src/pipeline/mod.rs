@@ -13,13 +13,15 @@ mod load;
 mod options;
 mod preview;
 mod prompts;
+mod read_files;
 mod spec;
 mod trajectory;
 mod variation;
+mod wide;
 
 use std::sync::{Arc, OnceLock};
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 pub use self::device::{DeviceName, Precision};
 use self::hires::HiresPass;
@@ -244,7 +246,9 @@ impl Pipeline {
         let preview = match self.preview.get() {
             Some(preview) => preview,
             None => {
-                let fitted = Preview::fit(&self.model.decoder, &self.model.device)?;
+                let decode =
+                    |latents: &Tensor| self.decode_latents(&latents.to_device(&self.model.device)?);
+                let fitted = Preview::fit(self.model.decoder.config(), decode)?;
                 self.preview.get_or_init(|| fitted)
             }
         };
@@ -255,15 +259,17 @@ impl Pipeline {
     /// call is decoded, as AUTOMATIC1111 does when it is interrupted.
     pub fn decode(&self, trajectory: &Trajectory) -> Result<Rgb> {
         let latents = (trajectory.predicted_x0()? / self.model.decoder.config().scaling_factor)?;
-        let image = self.model.decoder.forward(&latents)?; // (1, H, W, 3)
+        let image = self.decode_latents(&latents)?; // (1, H, W, 3)
         let (_, height, width, _) = image.dims4()?;
-        let values = image.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
-        if values.iter().any(|v| v.is_nan()) {
-            return Err(Error::Compute(candle_core::Error::Msg("the image contains NaN".into())));
-        }
+        let values = image.flatten_all()?.to_vec1::<f32>()?;
         // Rounds half to even, as numpy.
         let byte = |v: f32| ((v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
         Ok(Rgb { width, height, data: values.into_iter().map(byte).collect() })
+    }
+
+    /// Latents (1, C, h, w), divided by the scaling factor -> the image (1, H, W, 3) on the CPU.
+    fn decode_latents(&self, latents: &Tensor) -> Result<Tensor> {
+        wide::decode(&self.model.decoder, self.model.wide_decoder.as_ref(), latents)
     }
 
     /// Whether the safety checker flags an image as NSFW; `None` without a safety checker.

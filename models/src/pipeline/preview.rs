@@ -5,7 +5,7 @@
 use candle_core::{Device, Tensor};
 
 use crate::error::{Error, Result};
-use crate::networks::Decoder;
+use crate::networks::VaeConfig;
 use crate::picture::Rgb;
 use crate::sampling::Noise;
 
@@ -30,12 +30,15 @@ pub(crate) struct Preview {
 }
 
 impl Preview {
-    /// Fits the map to the decoder's output for random latents.
-    pub(crate) fn fit(decoder: &Decoder, device: &Device) -> Result<Self> {
-        let config = decoder.config();
+    /// Fits the map to the output of the VAE's decoder for random latents. `decode` takes them divided
+    /// by the scaling factor, and returns the images on the CPU.
+    pub(crate) fn fit(
+        config: &VaeConfig,
+        decode: impl FnOnce(&Tensor) -> Result<Tensor>,
+    ) -> Result<Self> {
         let latents = octaves(config.latent_channels)?;
-        let scaled = (&latents / config.scaling_factor)?.to_device(device)?;
-        let pictures = decoder.forward(&scaled)?.to_device(&Device::Cpu)?.clamp(-1f32, 1f32)?;
+        let scaled = (&latents / config.scaling_factor)?;
+        let pictures = decode(&scaled)?.clamp(-1f32, 1f32)?;
         let pixels = pictures.permute((0, 3, 1, 2))?.avg_pool2d(config.scale())?;
         let pixels = pixels.squeeze(0)?.flatten_from(1)?.to_vec2::<f32>()?; // (3, h * w)
         let patches = Patches::of(&latents)?.all();

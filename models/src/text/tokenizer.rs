@@ -107,7 +107,7 @@ impl ClipTokenizer {
     pub(crate) fn limit(&mut self, vectors: usize) -> Result<Option<String>> {
         let mut words: Vec<_> = self.tokenizer.get_vocab(true).into_iter().collect();
         words.retain(|(_, id)| *id as usize >= vectors);
-        words.sort_by(|(_, a), (_, b)| a.cmp(b));
+        words.sort_by_key(|(_, id)| *id);
         let Some((first, _)) = words.first() else { return Ok(None) };
         let numbers = format!(
             "{} words of the tokenizer, {first:?} the first, have no vector in the text encoder, \

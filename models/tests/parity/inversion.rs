@@ -14,6 +14,7 @@ fn every_kind_of_file_holds_the_same_vectors() {
     let embeddings =
         AssetDir { directory: Some(path("inversion")), endings, ..AssetDir::default() };
     let model = Pipeline::load(&LoadOptions {
+        name: None,
         source: Source::Directory(path("v1")),
         vae: None,
         device: DeviceName::Cpu,

@@ -1,0 +1,59 @@
+//! The files of a model as they were read: their digest, by which they are known again, and what is
+//! odd about them.
+
+use crate::error::{Error, Result};
+use crate::files::{Fingerprint, Source, Weights};
+use crate::layers::{Network, Reopen};
+
+/// Of the files as they are loaded, which may be replaced afterwards.
+#[derive(Default)]
+pub(super) struct ReadFiles {
+    pub(super) fingerprint: Fingerprint,
+    pub(super) warnings: Vec<String>,
+}
+
+impl ReadFiles {
+    /// Adds the files of a network that was built. Returns their own fingerprint.
+    pub(super) fn note(&mut self, weights: &Weights) -> String {
+        weights.add_to(&mut self.fingerprint);
+        for warning in weights.warnings() {
+            // A single file is read once for each network.
+            if !self.warnings.contains(&warning) {
+                self.warnings.push(warning);
+            }
+        }
+        fingerprint_of(weights)
+    }
+}
+
+fn fingerprint_of(weights: &Weights) -> String {
+    let mut fingerprint = Fingerprint::default();
+    weights.add_to(&mut fingerprint);
+    fingerprint.finish()
+}
+
+/// Opens the files of the networks again: the layers keep the weights only as they compute with
+/// them.
+pub(super) fn reopen(source: Source, half: bool, text: String, unet: String) -> Reopen {
+    Box::new(move |network| match network {
+        Network::TextEncoder => open_again(&source, ("text_encoder", "model"), half, &text),
+        Network::UNet => open_again(&source, ("unet", "diffusion_pytorch_model"), half, &unet),
+    })
+}
+
+/// Opens the files of a network again, if they are still those with this fingerprint.
+pub(super) fn open_again(
+    source: &Source,
+    (folder, stem): (&str, &str),
+    half: bool,
+    known: &str,
+) -> Result<Weights> {
+    let weights = source.weights(folder, stem, half)?;
+    match fingerprint_of(&weights) == known {
+        true => Ok(weights),
+        false => Err(Error::config(
+            weights.file_names(),
+            "has changed since the model was loaded; load the model again",
+        )),
+    }
+}
