@@ -306,8 +306,16 @@ fn broken_http_is_survived() {
         (format!("{head}Transfer-Encoding: chunked\r\n\r\nff\r\n{{\"pro"), "400"),
         (format!("{head}Transfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n0\r\n\r\n"), "400"),
         (format!("{head}Content-Length: -1\r\n\r\n"), "400"),
-        (format!("{head}Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"), "400"),
-        (format!("{head}Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n"), "400"),
+        (
+            format!("{head}Connection: close\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"),
+            "400",
+        ),
+        (
+            format!(
+                "{head}Connection: close\r\nTransfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n"
+            ),
+            "400",
+        ),
         (format!("{head}Transfer-Encoding: gzip\r\n\r\nabc"), "400"),
         (format!("{head}Content-Length: 99999999999\r\n\r\nabc"), "413"),
         (format!("GET /invocations HTTP/1.1\r\n{close}\r\n"), "405"),

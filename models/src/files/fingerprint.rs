@@ -1,6 +1,11 @@
 //! A digest that tells a model from another of the same name without reading all of its files.
 
+use std::io;
+use std::ops::Range;
+
 use ring::digest::{Context, SHA256};
+
+use super::bytes::Bytes;
 
 /// Maximum number of samples of a file.
 const SAMPLES: usize = 256;
@@ -19,27 +24,41 @@ impl Default for Fingerprint {
 }
 
 impl Fingerprint {
-    /// Adds a file: up to 1 MiB whole, else samples at equal distances from its start to its end.
+    /// Adds a file.
+    pub(super) fn add_file(&mut self, name: &str, bytes: &Bytes) -> io::Result<()> {
+        self.begin(name, bytes.len());
+        samples(bytes.len()).try_for_each(|range| {
+            self.0.update(&bytes.read(range)?);
+            Ok(())
+        })
+    }
+
+    /// Adds a file that was read.
     pub(crate) fn add(&mut self, name: &str, bytes: &[u8]) {
-        let mut add = |part: &[u8]| self.0.update(part);
-        add(&(name.len() as u64).to_le_bytes());
-        add(name.as_bytes());
-        add(&(bytes.len() as u64).to_le_bytes());
-        match bytes.len().checked_sub(SAMPLE_BYTES) {
-            Some(last) if bytes.len() > SAMPLES * SAMPLE_BYTES => {
-                for start in (0..SAMPLES).map(|k| last / (SAMPLES - 1) * k) {
-                    add(&bytes[start..start + SAMPLE_BYTES]);
-                }
-                add(&bytes[last..]);
-            }
-            _ => add(bytes),
-        }
+        self.begin(name, bytes.len());
+        samples(bytes.len()).for_each(|range| self.0.update(&bytes[range]));
+    }
+
+    fn begin(&mut self, name: &str, length: usize) {
+        self.0.update(&(name.len() as u64).to_le_bytes());
+        self.0.update(name.as_bytes());
+        self.0.update(&(length as u64).to_le_bytes());
     }
 
     /// The digest in hexadecimal.
     pub(crate) fn finish(self) -> String {
         self.0.finish().as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
     }
+}
+
+/// The parts of a file that count: up to 1 MiB all of it, else samples at equal distances from its
+/// start to its end.
+fn samples(length: usize) -> impl Iterator<Item = Range<usize>> {
+    let (count, size) =
+        if length > SAMPLES * SAMPLE_BYTES { (SAMPLES, SAMPLE_BYTES) } else { (0, length) };
+    let last = length - size;
+    let starts = (0..count).map(move |k| last / (SAMPLES - 1) * k);
+    starts.chain([last]).map(move |start| start..start + size)
 }
 
 #[cfg(test)]

@@ -3,13 +3,13 @@
 
 mod alias;
 mod asset_dir;
+mod bytes;
 mod container;
 mod demo;
 mod family;
 mod fingerprint;
 mod json;
 mod ldm;
-mod mapped;
 pub(crate) mod names;
 mod original_config;
 mod pickle;

@@ -4,18 +4,19 @@
 //! trusts the length of their tuples.
 
 use std::borrow::Cow;
-use std::io::{Cursor, Read as _};
+use std::io::Read as _;
 
 use candle_core::DType;
 use candle_core::pickle::{Object, Stack};
 use zip::result::ZipError;
 use zip::{CompressionMethod, ZipArchive};
 
+use super::bytes::{Bytes, Reader};
 use super::container::Place;
 
 /// Name, shape, and the place of the numbers in the file.
 type TensorEntry = (String, Vec<usize>, Place);
-type Zip<'a> = ZipArchive<Cursor<&'a [u8]>>;
+type Zip<'a> = ZipArchive<Box<dyn Reader + 'a>>;
 
 /// Maximum size of the pickle; that of a Stable Diffusion checkpoint is some 100 KB.
 const MAX_PICKLE_BYTES: u64 = 8 << 20;
@@ -24,8 +25,8 @@ const MAX_DEPTH: usize = 100;
 /// Maximum number of objects copied from the memo.
 const MAX_COPIED: usize = 1 << 20;
 
-/// The tensors of a file with this content. The error reads on from the file's name.
-pub(super) fn tensors(file: &[u8]) -> Result<Vec<TensorEntry>, String> {
+/// The tensors of a file. The error reads on from the file's name.
+pub(super) fn tensors(file: &Bytes) -> Result<Vec<TensorEntry>, String> {
     let (content, folder, mut zip) = read(file)?;
     let Object::Dict(top) = &content else { return Err("holds no tensors by name".into()) };
     // Training writes the tensors under a key of its own, other tools at the top.
@@ -69,8 +70,8 @@ fn items(object: &Object) -> Option<&[(Object, Object)]> {
 }
 
 /// The object of the file's pickle, the folder of its storages, and the archive.
-fn read(file: &[u8]) -> Result<(Object, String, Zip<'_>), String> {
-    let mut zip = ZipArchive::new(Cursor::new(file)).map_err(|error| match error {
+fn read(file: &Bytes) -> Result<(Object, String, Zip<'_>), String> {
+    let mut zip = ZipArchive::new(file.reader()).map_err(|error| match error {
         // The directory of an archive is at its end.
         ZipError::InvalidArchive(_) => format!(
             "is cut short at {} bytes, or damaged: the download is incomplete, fetch the file again",
@@ -255,7 +256,7 @@ impl StorageView {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write as _;
+    use std::io::{Cursor, Write as _};
     use std::path::Path;
 
     use proptest::prelude::*;
@@ -325,7 +326,7 @@ mod tests {
     fn parts_of_one_storage_are_found_where_they_begin() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/single/views.ckpt");
         let file = std::fs::read(&path).unwrap();
-        let tensors = tensors(&file).unwrap();
+        let tensors = tensors(&Bytes::Copied(file.clone())).unwrap();
         let values = |wanted: &str| {
             let (_, _, place) = tensors.iter().find(|(name, ..)| name == wanted).unwrap();
             let (_, (start, end)) = place.as_ref().unwrap();

@@ -6,9 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::bytes::{Bytes, OpenFile};
 use super::demo;
 use super::ldm::LdmCheckpoint;
-use super::mapped::{Bytes, map};
 use super::original_config::OriginalConfig;
 use super::tensors::Weights;
 use crate::error::{Error, Result};
@@ -110,13 +110,13 @@ impl Source {
     }
 
     /// A large file; `None` if the model has no such file.
-    fn map(&self, name: &str) -> Result<Option<Bytes>> {
+    fn open(&self, name: &str) -> Result<Option<Bytes>> {
         if let Self::Demo = self {
             return Ok(demo::file(name).map(Bytes::Static));
         }
         let path = self.path(name);
-        match map(&path) {
-            Ok(map) => Ok(Some(Bytes::Mapped(map))),
+        match OpenFile::open(&path) {
+            Ok(file) => Ok(Some(Bytes::Opened(file))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(Error::File { path, source }),
         }
@@ -141,7 +141,7 @@ impl Source {
                 if let Some(index) = self.read(&name)? {
                     return self.load(shards(&name, &index, folder)?);
                 }
-            } else if self.map(&name)?.is_some() {
+            } else if self.open(&name)?.is_some() {
                 return self.load(vec![name]);
             }
         }
@@ -157,7 +157,7 @@ impl Source {
     fn load(&self, names: Vec<String>) -> Result<Weights> {
         let mut weights = Weights::default();
         for name in names {
-            let bytes = self.map(&name)?.ok_or_else(|| Error::File {
+            let bytes = self.open(&name)?.ok_or_else(|| Error::File {
                 path: self.path(&name),
                 source: io::Error::new(io::ErrorKind::NotFound, "no such file"),
             })?;

@@ -1,20 +1,20 @@
-//! The tensors of a network by name and shape. Those of models are memory-mapped. Each layer packs
-//! its own, one at a time, and their pages are released, so that a model is never in memory twice.
+//! The tensors of a network by name and shape. Each layer reads and packs its own, one at a time, so
+//! that a model is never in memory twice.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read as _;
-use std::ops::Range;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
+use safetensors::Dtype;
 use safetensors::tensor::Metadata;
-use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
+use super::bytes::{Bytes, OpenFile};
 use super::container::{Container, Place};
 use super::fingerprint::Fingerprint;
-use super::mapped::{Bytes, map};
 use super::pickle;
 use crate::error::{Error, Result};
 use crate::ops::{Geometry, TensorData, Weight};
@@ -79,6 +79,9 @@ fn is_network_type(dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
 }
 
+/// Number of bytes by which the kind of a file is told.
+const BEGIN_BYTES: usize = 4096;
+
 /// Maximum length of a file that is copied: more than the largest LoRAs of these models.
 const MAX_COPY_BYTES: u64 = 2 << 30;
 
@@ -86,7 +89,7 @@ impl Weights {
     /// All tensors of a single file, under their names in the file.
     pub(crate) fn whole(path: &Path) -> Result<Self> {
         let failed = |source| Error::File { path: path.to_owned(), source };
-        Self::of(path, Bytes::Mapped(map(path).map_err(failed)?))
+        Self::of(path, Bytes::Opened(OpenFile::open(path).map_err(failed)?))
     }
 
     /// All tensors of a single file that may be replaced while it is read.
@@ -127,40 +130,34 @@ impl Weights {
     /// Adds the tensors of a file, which is read for what it is, whatever its name ends in.
     pub(super) fn add(&mut self, name: String, bytes: Bytes) -> Result<()> {
         let named = |reason: String| Error::config(&name, reason);
-        let data = match Container::of(bytes.all()).map_err(named)? {
-            Container::Safetensors => self.add_safetensors(&name, bytes.all()).map_err(named)?,
+        let begin = bytes.read(0..bytes.len().min(BEGIN_BYTES));
+        let begin = begin.map_err(|error| named(error.to_string()))?;
+        let data = match Container::of(&begin).map_err(named)? {
+            Container::Safetensors => self.add_safetensors(&name, &bytes).map_err(named)?,
             Container::Archive => {
-                for (tensor, shape, numbers) in pickle::tensors(bytes.all()).map_err(named)? {
+                for (tensor, shape, numbers) in pickle::tensors(&bytes).map_err(named)? {
                     self.entries.insert(tensor, Entry { file: self.files.len(), shape, numbers });
                 }
                 0
             }
         };
+        drop(begin);
         self.files.push(TensorFile { name, bytes, data });
         Ok(())
     }
 
     /// Returns the offset of the data.
-    fn add_safetensors(&mut self, name: &str, bytes: &[u8]) -> std::result::Result<usize, String> {
+    fn add_safetensors(&mut self, name: &str, bytes: &Bytes) -> std::result::Result<usize, String> {
         let length = bytes.len();
-        let words = |error| format!("not a safetensors file: {error}");
-        let (header, metadata) = match SafeTensors::read_metadata(bytes) {
-            // The header is longer than the file, or does not say how long the file is.
-            Err(SafeTensorError::InvalidHeaderLength) => {
-                return Err(format!("is cut short within its header, at {length} bytes: {FETCH}"));
-            }
-            Err(SafeTensorError::MetadataIncompleteBuffer) => {
-                let whole = whole_length(bytes).map_err(words)?;
-                if whole > length {
-                    let found = format!("is cut short: {length} bytes of {whole}");
-                    return Err(format!("{found}: {FETCH}"));
-                }
-                let (behind, warnings) = (length - whole, self.warnings.get_mut());
-                warnings.push(format!("{name}: {behind} bytes behind its tensors are not used"));
-                SafeTensors::read_metadata(&bytes[..whole]).map_err(words)?
-            }
-            read => read.map_err(words)?,
-        };
+        let (data, metadata) = header(bytes)?;
+        let whole = data.saturating_add(metadata.data_len());
+        if whole > length {
+            return Err(format!("is cut short: {length} bytes of {whole}: {FETCH}"));
+        }
+        if let behind @ 1.. = length - whole {
+            let warning = format!("{name}: {behind} bytes behind its tensors are not used");
+            self.warnings.get_mut().push(warning);
+        }
         for (tensor, info) in metadata.tensors() {
             let numbers = match info.dtype {
                 Dtype::F32 => Ok(DType::F32),
@@ -179,8 +176,7 @@ impl Weights {
             self.entries.insert(tensor, Entry { file, shape, numbers });
         }
         self.notes.extend(metadata.metadata().clone().unwrap_or_default());
-        // read_metadata has checked that the header and all data lie inside the file.
-        Ok(header + size_of::<u64>())
+        Ok(data)
     }
 
     /// Number of parameters.
@@ -213,11 +209,13 @@ impl Weights {
         self.lora_targets.borrow().clone()
     }
 
-    /// Adds the files to the fingerprint of their model.
-    pub(crate) fn add_to(&self, fingerprint: &mut Fingerprint) {
-        for file in &self.files {
-            fingerprint.add(&file.name, file.bytes.all());
-        }
+    /// Adds the files to the fingerprint of their model. Fails if one was written to since it was
+    /// opened.
+    pub(crate) fn add_to(&self, fingerprint: &mut Fingerprint) -> Result<()> {
+        self.files.iter().try_for_each(|TensorFile { name, bytes, .. }| {
+            let added = fingerprint.add_file(name, bytes).and_then(|()| bytes.check_unchanged());
+            added.map_err(|error| Error::config(name, error.to_string()))
+        })
     }
 
     pub(crate) fn file_names(&self) -> String {
@@ -227,7 +225,7 @@ impl Weights {
     /// A tensor as f32 on the CPU.
     pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let stored = self.stored(name, shape)?;
-        Ok(Tensor::from_vec(stored.numbers.floats(), shape, &Device::Cpu)?)
+        Ok(Tensor::from_vec(stored.numbers().floats(), shape, &Device::Cpu)?)
     }
 
     /// A tensor of any type as f32 on the CPU, in the shape that it has.
@@ -240,9 +238,8 @@ impl Weights {
             return self.tensor(name, &shape);
         };
         self.read.borrow_mut().insert(name.to_owned());
-        let file = &self.files[entry.file];
-        let bytes = &file.bytes.all()[file.data + range.0..file.data + range.1];
-        let tensor = Tensor::from_raw_buffer(bytes, dtype, &shape, &Device::Cpu)?;
+        let bytes = self.bytes(name, entry.file, range)?;
+        let tensor = Tensor::from_raw_buffer(&bytes, dtype, &shape, &Device::Cpu)?;
         Ok(tensor.to_dtype(DType::F32)?)
     }
 
@@ -265,18 +262,27 @@ impl Weights {
             return refuse(format!("expected shape {shape:?}, found {:?}", entry.shape));
         }
         self.read.borrow_mut().insert(name.to_owned());
-        let range = file.data + range.0..file.data + range.1;
-        let numbers = TensorData::new(&file.bytes.all()[range.clone()], dtype);
-        let Some(numbers) = numbers else {
+        let Some(view) = TensorData::view(dtype) else {
             return refuse(format!("type {dtype:?}, {EXPECTED}"));
         };
-        Ok(StoredTensor { numbers, shape: &entry.shape, bytes: &file.bytes, range })
+        let bytes = self.bytes(name, entry.file, range)?;
+        Ok(StoredTensor { bytes, view, shape: &entry.shape })
+    }
+
+    /// The bytes of a tensor, by its range in the data of a file.
+    fn bytes(&self, name: &str, file: usize, range: (usize, usize)) -> Result<Cow<'_, [u8]>> {
+        let TensorFile { name: file, bytes, data } = &self.files[file];
+        bytes.read(data + range.0..data + range.1).map_err(|error| Error::Tensor {
+            file: file.clone(),
+            tensor: name.to_owned(),
+            reason: error.to_string(),
+        })
     }
 
     /// A weight of a network: a tensor of finite numbers.
     pub(crate) fn weight(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'_>> {
         let stored = self.stored(name, shape)?;
-        if stored.numbers.are_finite() {
+        if stored.numbers().are_finite() {
             return Ok(stored);
         }
         let reason = "holds NaN or infinite numbers: the file is damaged".into();
@@ -313,35 +319,38 @@ const FETCH: &str = "the download is incomplete, fetch the file again";
 /// The types whose numbers are read.
 const EXPECTED: &str = "expected F32, F16 or BF16";
 
-/// The length of a safetensors file in bytes, as its header has it.
-fn whole_length(bytes: &[u8]) -> std::result::Result<usize, SafeTensorError> {
-    let (length, rest) = bytes.split_first_chunk().ok_or(SafeTensorError::HeaderTooSmall)?;
-    let header = usize::try_from(u64::from_le_bytes(*length)).ok();
-    let text = header.and_then(|header| rest.get(..header));
-    let text = text.ok_or(SafeTensorError::InvalidHeaderLength)?;
-    let metadata: Metadata =
-        serde_json::from_slice(text).map_err(SafeTensorError::InvalidHeaderDeserialization)?;
-    let ends = metadata.tensors().into_values().map(|info| info.data_offsets.1);
-    Ok(size_of::<u64>() + text.len() + ends.max().unwrap_or_default())
+/// The header of a safetensors file, and the offset of the data behind it. The ranges of its tensors
+/// follow each other without gaps, and have the lengths of their shapes.
+fn header(bytes: &Bytes) -> std::result::Result<(usize, Metadata), String> {
+    const PREFIX: usize = size_of::<u64>();
+    let read = |range| bytes.read(range).map_err(|error| error.to_string());
+    let cut = || format!("is cut short within its header, at {} bytes: {FETCH}", bytes.len());
+    let prefix = read(0..PREFIX.min(bytes.len()))?;
+    let prefix = prefix.as_ref().try_into().map_err(|_| cut())?;
+    let length = usize::try_from(u64::from_le_bytes(prefix)).ok();
+    let data = length.and_then(|length| length.checked_add(PREFIX));
+    let data = data.filter(|data| *data <= bytes.len()).ok_or_else(cut)?;
+    let text = read(PREFIX..data)?;
+    let metadata = serde_json::from_slice(&text);
+    Ok((data, metadata.map_err(|error| format!("not a safetensors file: {error}"))?))
 }
 
-/// A tensor in its file, until it is packed or copied. Its pages are released when it is dropped.
+/// A tensor as it is in its file, until it is packed or copied.
 pub(crate) struct StoredTensor<'a> {
-    pub(crate) numbers: TensorData<'a>,
+    bytes: Cow<'a, [u8]>,
+    view: fn(&[u8]) -> TensorData<'_>,
     pub(crate) shape: &'a [usize],
-    bytes: &'a Bytes,
-    range: Range<usize>,
 }
 
-impl<'a> From<&StoredTensor<'a>> for Weight<'a> {
-    fn from(stored: &StoredTensor<'a>) -> Self {
-        Self::Data(stored.numbers, stored.shape)
+impl StoredTensor<'_> {
+    pub(crate) fn numbers(&self) -> TensorData<'_> {
+        (self.view)(&self.bytes)
     }
 }
 
-impl Drop for StoredTensor<'_> {
-    fn drop(&mut self) {
-        self.bytes.release(self.range.clone());
+impl<'a> From<&'a StoredTensor<'_>> for Weight<'a> {
+    fn from(stored: &'a StoredTensor<'_>) -> Self {
+        Self::Data(stored.numbers(), stored.shape)
     }
 }
 
@@ -392,6 +401,27 @@ mod tests {
             let _ = weights.tensor(name, shape);
         }
         Ok(read)
+    }
+
+    #[test]
+    fn a_file_that_is_changed_while_it_is_read_is_refused_by_name() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("a.safetensors");
+        let header = BTreeMap::from([("w".to_owned(), (0, vec![1 << 16]))]);
+        let open = || {
+            std::fs::write(&path, file(&header)).expect("it is written");
+            Weights::whole(&path).expect("a sound file")
+        };
+        let weights = open();
+        assert!(weights.tensor("w", &[1 << 16]).is_ok());
+        let changed = |error: Error, words: &str| {
+            let said = error.to_string();
+            assert!(said.contains(words) && said.contains("was changed"), "{said}");
+        };
+        std::fs::write(&path, "shorter").expect("it is written");
+        changed(weights.tensor("w", &[1 << 16]).expect_err("shorter"), "a.safetensors: tensor w");
+        let mut fingerprint = Fingerprint::default();
+        changed(weights.add_to(&mut fingerprint).expect_err("shorter"), "a.safetensors");
     }
 
     proptest! {

@@ -64,7 +64,7 @@ impl<'a> LayerBuilder<'a> {
     /// A tensor as f32 on the CPU.
     pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let stored = self.stored(name, shape)?;
-        Ok(Tensor::from_vec(stored.numbers.floats(), shape, &Device::Cpu)?)
+        Ok(Tensor::from_vec(stored.numbers().floats(), shape, &Device::Cpu)?)
     }
 
     fn stored(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'a>> {
@@ -109,7 +109,7 @@ impl<'a> LayerBuilder<'a> {
     /// Linear layers over one input as one product, with concatenated outputs. All have a bias, or
     /// none.
     pub(crate) fn stack(&self, parts: &[LinearPart<'_>]) -> candle_core::Result<Linear> {
-        let numbers: Vec<_> = parts.iter().map(|part| part.weight.numbers).collect();
+        let numbers: Vec<_> = parts.iter().map(|part| part.weight.numbers()).collect();
         let inputs = parts.first().map_or(0, |part| part.weight.shape[1]);
         let shape = [parts.iter().map(LinearPart::outputs).sum(), inputs];
         let biases: Option<Vec<_>> = parts.iter().map(|part| part.bias.as_ref()).collect();

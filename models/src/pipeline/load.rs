@@ -56,12 +56,12 @@ impl LoadedModel {
         let weights = source.weights("text_encoder", "model", half)?;
         let (tokenizer, text_encoder, embeddings) =
             read_text(options, &weights, &device, dtype, &mut files)?;
-        let (text_targets, text_print) = (weights.lora_targets(), files.note(&weights));
+        let (text_targets, text_print) = (weights.lora_targets(), files.note(&weights)?);
         let weights = source.weights("unet", "diffusion_pytorch_model", half)?;
         let unet = UNetConfig::read(source)?;
         let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype)?;
         let unet_targets = (weights.lora_targets(), unet.config().layers_per_block);
-        let base = reopen(source.clone(), half, text_print, files.note(&weights));
+        let base = reopen(source.clone(), half, text_print, files.note(&weights)?);
         let targets = TargetIndex::new(unet_targets, text_targets, base, &device, dtype);
         let vae_source = options.vae.as_ref().unwrap_or(source);
         let (encoder, decoder, wide_decoder) =
@@ -74,7 +74,7 @@ impl LoadedModel {
             checked.then(|| SafetyChecker::load(source, half, &device, dtype)).transpose();
         let safety_checker = advise(safety_checker, WITHOUT_CHECKER)?;
         if checked {
-            files.note(&source.weights(SAFETY_CHECKER, "model", half)?);
+            files.note(&source.weights(SAFETY_CHECKER, "model", half)?)?;
         }
         let scheduler = read_scheduler(source, &index, &mut files)?;
         let scale = decoder.config().scale();
@@ -179,7 +179,7 @@ fn read_vae(
     let config = advise(VaeConfig::read(source), advice)?;
     let encoder = Encoder::load(config.clone(), &weights, device, dtype)?;
     let decoder = Decoder::load(config.clone(), &weights, device, dtype)?;
-    let (source, known) = (source.clone(), files.note(&weights));
+    let (source, known) = (source.clone(), files.note(&weights)?);
     let open = move || open_again(&source, ("vae", "diffusion_pytorch_model"), half, &known);
     let wide = half.then(|| WideDecoder::new(config, device, Box::new(open)));
     Ok((encoder, decoder, wide))

@@ -14,8 +14,9 @@ pub(super) struct ReadFiles {
 
 impl ReadFiles {
     /// Adds the files of a network that was built. Returns their own fingerprint.
-    pub(super) fn note(&mut self, weights: &Weights) -> String {
-        weights.add_to(&mut self.fingerprint);
+    /// Fails if one was written to while it was read.
+    pub(super) fn note(&mut self, weights: &Weights) -> Result<String> {
+        weights.add_to(&mut self.fingerprint)?;
         for warning in weights.warnings() {
             // A single file is read once for each network.
             if !self.warnings.contains(&warning) {
@@ -26,10 +27,10 @@ impl ReadFiles {
     }
 }
 
-fn fingerprint_of(weights: &Weights) -> String {
+fn fingerprint_of(weights: &Weights) -> Result<String> {
     let mut fingerprint = Fingerprint::default();
-    weights.add_to(&mut fingerprint);
-    fingerprint.finish()
+    weights.add_to(&mut fingerprint)?;
+    Ok(fingerprint.finish())
 }
 
 /// Opens the files of the networks again: the layers keep the weights only as they compute with
@@ -49,7 +50,7 @@ pub(super) fn open_again(
     known: &str,
 ) -> Result<Weights> {
     let weights = source.weights(folder, stem, half)?;
-    match fingerprint_of(&weights) == known {
+    match fingerprint_of(&weights)? == known {
         true => Ok(weights),
         false => Err(Error::config(
             weights.file_names(),

@@ -238,7 +238,7 @@ mod tests {
         for (n, inputs, taps) in [(1, 1, 1), (33, 5, 9), (70, 300, 1), (32, 40, 9)] {
             let (k, values) = (inputs * taps, random(n * inputs * taps, 1));
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-            let data = TensorData::new(&bytes, DType::F32).unwrap();
+            let data = TensorData::view(DType::F32).unwrap()(&bytes);
             let shape = [n, inputs, taps];
             let weight = Weight::Data(data, &shape);
             let mut wide = Scratch::new(k * NR);
