@@ -4,6 +4,7 @@ A check passes when the share of the pixels in its box that lie within `toleranc
 `max_share`; a picture is right when all its checks pass.
 
     python evaluate.py models/demo
+    python evaluate.py models/demo --lcm models/demo/loras/lcm.safetensors --steps 4 --guidance 1
     python evaluate.py --url http://localhost:8080      # what a server draws
     python evaluate.py --pictures DIR      # 000.png, 001.png, ... in the order of rules.json
 """
@@ -30,12 +31,15 @@ def judge(picture, case):
     return not failed, failed
 
 
-def drawn(model, cases, steps, guidance, batch=8):
-    """Pictures by the model, with its own scheduler."""
+def drawn(model, cases, steps, guidance, batch=8, lcm=None):
+    """Pictures by the model, with its own scheduler; with an LCM-LoRA by the LCM sampler."""
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import LCMScheduler, StableDiffusionPipeline
     torch.set_num_threads(1)
     pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, torch_dtype=torch.float32)
+    if lcm:
+        pipeline.load_lora_weights(lcm.parent, weight_name=lcm.name)
+        pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     for i in range(0, len(cases), batch):
         part = cases[i:i + batch]
@@ -55,6 +59,7 @@ def served(url, cases, steps, guidance):
 def main():
     arg = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arg.add_argument("model", nargs="?", help="model directory")
+    arg.add_argument("--lcm", type=Path, help="with this LCM-LoRA and its sampler")
     arg.add_argument("--url", help="judge what a server draws instead")
     arg.add_argument("--pictures", type=Path, help="judge the PNGs in this directory instead")
     arg.add_argument("--rules", type=Path, default=Path(__file__).with_name("rules.json"))
@@ -70,7 +75,7 @@ def main():
     elif args.url:
         pictures = served(args.url, cases, args.steps, args.guidance)
     else:
-        pictures = drawn(args.model, cases, args.steps, args.guidance)
+        pictures = drawn(args.model, cases, args.steps, args.guidance, lcm=args.lcm)
     right, wrong = 0, Counter()
     for i, (case, picture) in enumerate(zip(cases, pictures)):
         if args.save:

@@ -79,7 +79,7 @@ pub(super) struct ServeArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Model")]
 pub(super) struct ModelArgs {
-    /// Model: `demo` (built in), a directory in Diffusers format, a single-file checkpoint
+    /// Model: `demo` or `demo-lcm` (built in; the second takes four steps), a directory in Diffusers format, a single-file checkpoint
     /// (.safetensors, .ckpt), or a Hugging Face model ID such as owner/name. Default: /opt/ml/model
     /// if it has files, else CompVis/stable-diffusion-v1-4
     #[arg(long, env = "SD_MODEL")]

@@ -251,8 +251,10 @@ fn location(typed: Option<String>, revision: String) -> Result<ModelLocation, cl
             ModelLocation::Hub { id: DEFAULT_MODEL.into(), revision }
         });
     };
-    if model == "demo" {
-        return Ok(ModelLocation::Demo);
+    match model.as_str() {
+        "demo" => return Ok(ModelLocation::Demo),
+        "demo-lcm" => return Ok(ModelLocation::DemoLcm),
+        _ => {}
     }
     if Path::new(&model).is_dir() {
         return Ok(ModelLocation::Directory(model.into()));
@@ -264,7 +266,7 @@ fn location(typed: Option<String>, revision: String) -> Result<ModelLocation, cl
         return Ok(ModelLocation::Hub { id: model, revision });
     }
     Err(usage(format!(
-        "--model {model}: neither `demo`, nor a directory, nor a .safetensors or .ckpt file, nor an id on the hub"
+        "--model {model}: neither `demo`, `demo-lcm`, nor a directory, nor a .safetensors or .ckpt file, nor an id on the hub"
     )))
 }
 

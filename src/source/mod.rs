@@ -52,6 +52,8 @@ impl ModelConfig {
 pub(crate) enum ModelLocation {
     /// The model built into this binary.
     Demo,
+    /// Its variant for four steps.
+    DemoLcm,
     /// A directory: in Diffusers format, there or one level below, or with a single-file
     /// checkpoint.
     Directory(PathBuf),
@@ -72,6 +74,7 @@ pub(crate) fn locate(model: ModelConfig) -> Result<LoadOptions> {
     let mut name = None;
     let source = match model.location {
         ModelLocation::Demo => Source::Demo,
+        ModelLocation::DemoLcm => Source::DemoLcm,
         ModelLocation::Directory(path) => within(path, &model.hub)?,
         ModelLocation::Checkpoint(file) => checkpoint::source(file, &model.hub)?,
         ModelLocation::Hub { id, revision } => {

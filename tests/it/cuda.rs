@@ -114,7 +114,7 @@ fn scenes_in_f16_show_what_those_of_the_cpu_show() {
     let mut command = sd_server(&["--model", "demo", "--device", "cuda", "--dtype", "f16"]);
     let (ours, cpu) = (patient(&mut command), Server::ready(&["--dtype", "f32"]));
     ours.wait_until_ready();
-    let judge = |server| judged(server, 6, "dpmpp_2m");
+    let judge = |server| judged(server, serde_json::json!({ "steps": 6, "scheduler": "dpmpp_2m" }));
     for (ours, reference) in judge(&ours).zip(judge(&cpu)).take(3) {
         println!("{}: f16 fails {:?}, the CPU {:?}", ours.0, ours.1, reference.1);
         assert_eq!(ours, reference);

@@ -7,7 +7,7 @@ use base64::prelude::BASE64_STANDARD;
 use candle_core::{Device, safetensors};
 use image::RgbImage;
 use sd_models::SamplerName;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::harness::{Server, sd_server};
 
@@ -93,7 +93,7 @@ const HIRES: [(&str, u32, u32, &str); 6] = [
 fn second_passes_are_those_of_diffusers() {
     let server = Server::ready(&["--dtype", "f32"]);
     for (scheduler, width, height, upscaler) in HIRES {
-        let body = serde_json::json!({
+        let body = json!({
             "prompt": REFERENCE[0], "seed": 7, "steps": 20, "scheduler": scheduler,
             "hires_width": width, "hires_height": height, "hires_steps": 15,
             "hires_strength": 0.6, "hires_upscaler": upscaler,
@@ -213,7 +213,7 @@ fn a_picture_of_learned_words_is_that_of_diffusers() {
 #[test]
 fn a_stream_shows_the_picture_in_the_making() {
     let server = Server::ready(&[]);
-    let body = serde_json::json!({
+    let body = json!({
         "prompt": "a red house by the sea", "seed": 3, "steps": 12, "width": 128, "height": 96,
         "stream": true, "preview": true, "output_format": "png",
     });
@@ -263,19 +263,17 @@ fn share(picture: &RgbImage, check: &Value) -> f64 {
 }
 
 /// A small part of `models/train/evaluate.py`, through HTTP: the held-out prompts marked `ci`, each
-/// with the kinds of check that its picture fails.
+/// with the kinds of check that its picture fails. `fields` are those of the request beside them.
 pub(crate) fn judged(
     server: &Server,
-    steps: usize,
-    scheduler: &str,
+    fields: Value,
 ) -> impl Iterator<Item = (String, Vec<String>)> {
     let rules = std::fs::read(repository("models/train/rules.json")).expect("the rules");
     let cases: Vec<Value> = serde_json::from_slice(&rules).expect("JSON");
     let judge = move |case: Value| {
-        let body = serde_json::json!({
-            "prompt": case["prompt"], "seed": case["seed"], "steps": steps, "scheduler": scheduler,
-            "output_format": "png",
-        });
+        let mut body = fields.clone();
+        body["prompt"] = case["prompt"].clone();
+        body["seed"] = case["seed"].clone();
         let reply = server.post(&["accept: image/png"], body.to_string());
         let picture = image::load_from_memory(&reply.body).expect("a picture").to_rgb8();
         let passes = |check: &Value| {
@@ -295,7 +293,7 @@ pub(crate) fn judged(
 fn pictures_show_what_their_prompts_say() {
     for dtype in ["f32", "bf16"] {
         let server = Server::ready(&["--dtype", dtype]);
-        let judged: Vec<_> = judged(&server, 20, "pndm").collect();
+        let judged: Vec<_> = judged(&server, json!({ "steps": 20, "scheduler": "pndm" })).collect();
         for (prompt, failed) in &judged {
             println!("{dtype}: {prompt}: wrong {failed:?}");
         }
@@ -306,4 +304,23 @@ fn pictures_show_what_their_prompts_say() {
         assert!(scenes >= 15, "{dtype}: sky and ground are right in {scenes} of 16");
         assert!(right >= 15, "{dtype}: everything is right in {right} of 16");
     }
+}
+
+#[test]
+fn four_steps_show_what_a_bare_prompt_says() {
+    let server = Server::spawn(&mut sd_server(&["--model", "demo-lcm", "--device", "cpu"]));
+    server.wait_until_ready();
+    let info: Value =
+        server.client.get(server.url("/info")).send().expect("a reply").json().expect("JSON");
+    let defaults = &info["model"]["defaults"];
+    assert_eq!(info["model"]["name"], "demo-lcm");
+    assert_eq!(
+        (&defaults["num_inference_steps"], &defaults["scheduler"]),
+        (&json!(4), &json!("lcm"))
+    );
+    assert_eq!(defaults["guidance_scale"], 1.0);
+    let judged: Vec<_> = judged(&server, json!({})).collect();
+    judged.iter().for_each(|(prompt, failed)| println!("{prompt}: wrong {failed:?}"));
+    let right = judged.iter().filter(|(_, failed)| failed.is_empty()).count();
+    assert!(judged.len() == 16 && right >= 13, "{right} of 16");
 }

@@ -21,6 +21,8 @@ pub(crate) const SAFETY_CHECKER: &str = "safety_checker";
 pub enum Source {
     /// The built-in model.
     Demo,
+    /// Its variant for four steps.
+    DemoLcm,
     /// A directory in the Diffusers format.
     Directory(PathBuf),
     /// A directory with the files of one network, as its folder in a directory of the Diffusers
@@ -87,6 +89,7 @@ impl Source {
     pub fn read(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
         match self {
             Self::Demo => Ok(demo::file(name).map(Cow::Borrowed)),
+            Self::DemoLcm => Ok(demo::lcm_file(name).map(Cow::Borrowed)),
             Self::Directory(_) | Self::Network(_) => read(self.path(name)),
             Self::Checkpoint(checkpoint) => checkpoint.read(name),
         }
@@ -103,6 +106,7 @@ impl Source {
     fn path(&self, name: &str) -> PathBuf {
         match self {
             Self::Demo => Path::new("demo").join(name),
+            Self::DemoLcm => Path::new("demo-lcm").join(name),
             Self::Directory(root) => root.join(name),
             Self::Network(root) => root.join(name.split_once('/').map_or(name, |(_, name)| name)),
             Self::Checkpoint(checkpoint) => checkpoint.beside(name),
@@ -111,7 +115,7 @@ impl Source {
 
     /// A large file; `None` if the model has no such file.
     fn open(&self, name: &str) -> Result<Option<Bytes>> {
-        if let Self::Demo = self {
+        if let Self::Demo | Self::DemoLcm = self {
             return Ok(demo::file(name).map(Bytes::Static));
         }
         let path = self.path(name);
@@ -133,6 +137,12 @@ impl Source {
             let whole = Weights::whole(&checkpoint.file)?;
             let rename = LdmCheckpoint::new(&whole, None).renamer(folder);
             return Ok(whole.renamed(rename));
+        }
+        if let (Self::DemoLcm, "unet") = (self, folder) {
+            let mut weights = Weights::default();
+            weights
+                .add(format!("{folder}/{stem}.safetensors"), Bytes::Copied(demo::lcm_unet()?))?;
+            return Ok(weights);
         }
         let names = weight_files(stem, half);
         for name in &names {

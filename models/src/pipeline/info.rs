@@ -3,36 +3,14 @@
 
 use candle_core::{DType, Device};
 
+use super::defaults::Defaults;
 use super::options::AddOns;
 use super::spec::{Hires, MAX_STEPS, PromptSyntax, Spec};
 use crate::error::{Error, Result};
 use crate::layers::activation_dtype;
 use crate::networks::{UNet2DConditionModel, VaeConfig};
 use crate::picture::{Rgb, Size};
-use crate::sampling::{Sampler, SamplerName, SigmaSchedule};
 use crate::text::{Embeddings, LoraUse, max_chunks};
-
-/// Defaults of a request.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Defaults {
-    /// The size that the UNet was trained on.
-    pub size: Size,
-    /// Sampler steps; diffusers' default.
-    pub steps: usize,
-    /// Guidance scale; diffusers' default.
-    pub guidance_scale: f64,
-    /// The sampler of the model's scheduler configuration.
-    pub sampler: Sampler,
-    /// The sigma schedule of that configuration.
-    pub schedule: SigmaSchedule,
-}
-
-impl Defaults {
-    /// Sampler and schedule under one name.
-    pub fn sampler_name(&self) -> SamplerName {
-        SamplerName { sampler: self.sampler, schedule: self.schedule }
-    }
-}
 
 /// Properties of a loaded model.
 #[derive(Debug, Clone, PartialEq)]

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, DeviceLocation};
 
+use super::defaults::Defaults;
 use super::index::PipelineIndex;
-use super::info::{Defaults, MemoryEstimate, ModelInfo};
+use super::info::{MemoryEstimate, ModelInfo};
 use super::options::{AddOns, LoadOptions, SafetyMode};
 use super::read_files::{ReadFiles, open_again, reopen};
 use super::wide::WideDecoder;
@@ -17,8 +18,7 @@ use crate::networks::{
     ClipTextConfig, ClipTextModel, Decoder, Encoder, SafetyChecker, UNet2DConditionModel,
     UNetConfig, VaeConfig,
 };
-use crate::picture::Size;
-use crate::sampling::{SamplerName, SchedulerConfig};
+use crate::sampling::SchedulerConfig;
 use crate::text::{ClipTokenizer, Embeddings};
 
 /// A model in memory.
@@ -78,9 +78,10 @@ impl LoadedModel {
         }
         let scheduler = read_scheduler(source, &index, &mut files)?;
         let scale = decoder.config().scale();
-        let defaults = defaults(unet.config(), scale, &scheduler)?;
+        let name = options.name.clone().unwrap_or_else(|| name(source));
+        let defaults = Defaults::read(source, &name, (unet.config(), scale), &scheduler)?;
         let info = ModelInfo {
-            name: options.name.clone().unwrap_or_else(|| name(source)),
+            name,
             fingerprint: files.fingerprint.finish(),
             device: device_name(&device),
             precision: dtype.as_str().into(),
@@ -116,16 +117,6 @@ fn device_name(device: &Device) -> String {
         DeviceLocation::Cuda { gpu_id } => format!("cuda:{gpu_id}"),
         _ => "cpu".into(),
     }
-}
-
-/// The defaults of a request. `scale` is pixels per latent pixel.
-fn defaults(unet: &UNetConfig, scale: usize, scheduler: &SchedulerConfig) -> Result<Defaults> {
-    let side = unet.sample_size * scale;
-    let size = Size::new(side, side).ok_or_else(|| {
-        Error::config("unet/config.json", format!("sample_size: {side} pixels a side"))
-    })?;
-    let SamplerName { sampler, schedule } = scheduler.default_sampler()?;
-    Ok(Defaults { size, steps: 50, guidance_scale: 7.5, sampler, schedule })
 }
 
 /// The option that goes without the safety checker.
@@ -232,6 +223,7 @@ fn check_widths(text: &ClipTextModel, unet: &UNet2DConditionModel, vae: &Decoder
 fn name(source: &Source) -> String {
     let (path, end) = match source {
         Source::Demo => return "demo".into(),
+        Source::DemoLcm => return "demo-lcm".into(),
         Source::Directory(path) | Source::Network(path) => (path, path.file_name()),
         Source::Checkpoint(checkpoint) => (&checkpoint.file, checkpoint.file.file_stem()),
     };

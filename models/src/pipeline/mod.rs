@@ -4,7 +4,9 @@
 //! trajectories, each at its own step of its own schedule, in a single UNet call. Batch rows: a
 //! trajectory with guidance takes two (unconditional, conditional), one without takes one.
 
+mod defaults;
 mod device;
+mod few_steps;
 mod hires;
 mod index;
 mod info;
@@ -23,10 +25,11 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::Tensor;
 
+pub use self::defaults::Defaults;
 pub use self::device::{DeviceName, Precision};
 use self::hires::HiresPass;
 pub use self::index::check_pipeline;
-pub use self::info::{Defaults, MemoryEstimate, ModelInfo};
+pub use self::info::{MemoryEstimate, ModelInfo};
 use self::init::{InitialLatents, LatentInit};
 use self::load::LoadedModel;
 pub use self::load::parameters;

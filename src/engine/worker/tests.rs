@@ -147,6 +147,8 @@ impl TestWorker {
             guidance_scale: 7.5,
             sampler: Sampler::Euler,
             schedule: SigmaSchedule::Model,
+            clip_skip: 0,
+            guidance_rescale: 0.0,
         };
         let info = ModelInfo {
             name: "recorder".into(),

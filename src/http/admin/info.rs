@@ -39,6 +39,8 @@ pub(crate) async fn info(State(state): State<AppState>) -> Json<Value> {
                 "num_inference_steps": defaults.steps,
                 "guidance_scale": defaults.guidance_scale,
                 "scheduler": defaults.sampler_name().to_string(),
+                "clip_skip": defaults.clip_skip,
+                "guidance_rescale": defaults.guidance_rescale,
             },
         })
     });
