@@ -10,7 +10,7 @@ pub enum RegistryError {
     #[error("the model {0:?} does not exist")]
     Unknown(String),
     /// There is no room until another model is unloaded.
-    #[error("not enough room for the model: {0}")]
+    #[error("not enough room for the model: {0}; unload another, or give it more room")]
     NoRoom(String),
     /// The models that could make room were busy until the request's deadline.
     #[error(

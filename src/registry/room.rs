@@ -159,8 +159,14 @@ impl RegistryShared {
         let models = (count + 1).saturating_sub(settings.max_models);
         let full = newcomer.full && count > 0;
         let reason = match (models, free) {
-            (1.., _) => format!("{} models are loaded, the maximum", settings.max_models),
-            (_, Some(free)) => format!("it needs {} bytes, and {free} are free", newcomer.bytes),
+            (1.., _) => format!("{count} models are loaded, the maximum of --max-models"),
+            (_, Some(free)) => {
+                let limit = match settings.memory_bytes {
+                    Some(_) => "within --models-memory-bytes",
+                    None => "in the host's memory",
+                };
+                format!("it needs {} bytes, and {free} are free {limit}", newcomer.bytes)
+            }
             (_, None) => "the device is out of memory".into(),
         };
         Ok(Shortage { models: models.max(usize::from(full)), bytes, full, reason })

@@ -48,6 +48,7 @@ async fn the_page_is_complete_and_contacts_no_other_host() -> Result<()> {
             assert!(!nowhere.iter().any(|nothing| text.contains(nothing)), "{path}: {text}");
         }
     }
+    assert!(document["paths"]["/models/{name}"]["post"]["requestBody"].is_object());
     let native = &document["paths"]["/v1/invocations"]["post"]["requestBody"]["content"];
     let fields = &native["application/json"]["schema"]["properties"];
     assert_eq!(fields["steps"]["maximum"], HTTP.limits.max_steps);

@@ -31,7 +31,9 @@ async fn models_are_loaded_while_there_is_room() {
     assert_eq!(models.default_engine().submit(vec![spec(1, 1)]).err(), Some(JobError::Absent));
     assert_eq!(models.load("a", "/60".into()).await, Ok(()));
     assert_eq!(models.load("a", "/1".into()).await, Err(RegistryError::Loaded("a".into())));
-    assert!(matches!(models.load("b", "/41".into()).await, Err(RegistryError::NoRoom(_))));
+    let full = models.load("b", "/41".into()).await.expect_err("no room");
+    assert!(matches!(full, RegistryError::NoRoom(_)));
+    assert!(full.to_string().contains("within --models-memory-bytes; unload another"), "{full}");
     assert_eq!(models.load("b", "/40".into()).await, Ok(()));
     assert!(matches!(models.load("c", "/broken".into()).await, Err(RegistryError::Broken(_))));
     assert_eq!(models.unload("a").await, Ok(()));
