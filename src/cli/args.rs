@@ -84,9 +84,10 @@ pub(super) struct ModelArgs {
     /// if it has files, else CompVis/stable-diffusion-v1-4
     #[arg(long, env = "SD_MODEL")]
     pub(super) model: Option<String>,
-    /// VAE that replaces the model's own: a single file, or a directory that has vae/
+    /// VAE that replaces the model's own: a single file, a directory of a VAE or one that has vae/,
+    /// or a Hugging Face model ID
     #[arg(long, env = "SD_VAE")]
-    pub(super) vae: Option<PathBuf>,
+    pub(super) vae: Option<String>,
     /// Directory of LoRAs (.safetensors, .pt, .ckpt, .bin in the formats of kohya, diffusers, PEFT
     /// and LyCORIS) that requests can select by file name. A file is read when it is first requested
     #[arg(long, env = "SD_LORAS_DIR")]

@@ -19,14 +19,23 @@ const DEFAULT_PORT: u16 = 8080;
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The clap command. An empty environment variable counts as not set, because templates and compose
-/// files can leave a variable empty but cannot omit it.
+/// files can leave a variable empty but cannot omit it. White space around a value is no part of it:
+/// files and secrets end in a line end.
 pub(super) fn command() -> clap::Command {
-    let empty = |arg: &clap::Arg| {
+    let trimmed = |arg: clap::Arg| {
         let value = arg.get_env().and_then(std::env::var_os);
-        // An empty key must not make protected routes public.
-        arg.get_id() != "api_keys" && value.is_some_and(|value| value.is_empty())
+        let Some(value) = value.and_then(|value| value.into_string().ok()) else { return arg };
+        match value.trim() {
+            // An empty key must not make protected routes public.
+            "" if arg.get_id() == "api_keys" => arg,
+            "" => arg.env(None::<&str>),
+            plain if plain == value => arg,
+            plain => {
+                let plain = plain.to_owned();
+                arg.env(None::<&str>).default_value(plain)
+            }
+        }
     };
-    let unset = move |arg: clap::Arg| if empty(&arg) { arg.env(None::<&str>) } else { arg };
     // An option names the unit of its value, else its last word is the kind of its value.
     let placeholder = |arg: clap::Arg| {
         let derived = arg.get_id().as_str().to_uppercase();
@@ -36,7 +45,7 @@ pub(super) fn command() -> clap::Command {
         let word = words.find(|word| *word == "bytes").unwrap_or(last).to_uppercase();
         if is_derived && !word.is_empty() { arg.value_name(word) } else { arg }
     };
-    Args::command().mut_subcommands(|subcommand| subcommand.mut_args(unset).mut_args(placeholder))
+    Args::command().mut_subcommands(|subcommand| subcommand.mut_args(trimmed).mut_args(placeholder))
 }
 
 /// Names the environment variable that an invalid value is from, if it is from one.
@@ -134,9 +143,10 @@ fn parsed<T>(
     value.map_err(|reason| usage(format!("the variable {name} {reason}")))
 }
 
-/// An environment variable, if not empty.
+/// An environment variable without the white space around it, if not empty.
 fn variable(name: &str) -> Option<String> {
-    std::env::var(name).ok().filter(|value| !value.is_empty())
+    let value = std::env::var(name).ok()?.trim().to_owned();
+    (!value.is_empty()).then_some(value)
 }
 
 /// The error of an invalid argument or variable.

@@ -192,7 +192,7 @@ impl ModelArgs {
         let model = ModelConfig {
             checking,
             location: location(self.model, self.revision)?,
-            vae: self.vae.map(existing).transpose()?,
+            vae: self.vae.map(|vae| vae_location(&vae)).transpose()?,
             device: self.device,
             precision: self.dtype,
             threads: self.threads,
@@ -270,13 +270,21 @@ fn location(typed: Option<String>, revision: String) -> Result<ModelLocation, cl
     )))
 }
 
-fn existing(vae: PathBuf) -> Result<PathBuf, clap::Error> {
-    if vae.join("vae/config.json").is_file() || is_checkpoint(&vae) {
-        return Ok(vae);
+fn vae_location(vae: &str) -> Result<ModelLocation, clap::Error> {
+    let path = Path::new(vae);
+    let has_config = |name: &str| path.join(name).is_file();
+    if is_checkpoint(path) {
+        return Ok(ModelLocation::Checkpoint(path.into()));
     }
-    let vae = vae.display();
+    if has_config("vae/config.json") || has_config("config.json") {
+        return Ok(ModelLocation::Directory(path.into()));
+    }
+    if is_hub_id(vae) && !path.exists() {
+        return Ok(ModelLocation::Hub { id: vae.into(), revision: "main".into() });
+    }
     Err(usage(format!(
-        "--vae {vae}: neither a .safetensors or .ckpt file nor a directory with vae/"
+        "--vae {vae}: neither a .safetensors or .ckpt file, nor a directory with config.json or vae/, \
+         nor an id on the hub"
     )))
 }
 

@@ -1,5 +1,5 @@
 //! The Hugging Face hub and its local cache. Only the files that the pipeline reads are downloaded,
-//! and never a pickle.
+//! and a pickle only of a network that has nothing else.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,11 +18,10 @@ use tracing::{info, warn};
 const MAX_RESUMES: usize = 3;
 
 /// The directories with weights, and the stem of the weight files.
-const NETWORKS: [(&str, &str); 3] = [
-    ("text_encoder", "model"),
-    ("unet", "diffusion_pytorch_model"),
-    ("vae", "diffusion_pytorch_model"),
-];
+const NETWORKS: [(&str, &str); 3] =
+    [("text_encoder", "model"), ("unet", "diffusion_pytorch_model"), VAE];
+
+const VAE: (&str, &str) = ("vae", "diffusion_pytorch_model");
 
 /// The safety checker, which only some models have.
 const CHECKER: (&str, &str) = ("safety_checker", "model");
@@ -31,12 +30,13 @@ const CHECKER: (&str, &str) = ("safety_checker", "model");
 const PREPROCESSOR: &str = "feature_extractor/preprocessor_config.json";
 
 /// Other files that the pipeline reads if they exist.
-const SMALL_FILES: [&str; 12] = [
+const SMALL_FILES: [&str; 13] = [
     PREPROCESSOR,
     "model_index.json",
     "safety_checker/config.json",
     "scheduler/scheduler_config.json",
     "text_encoder/config.json",
+    "tokenizer/added_tokens.json",
     "tokenizer/merges.txt",
     "tokenizer/special_tokens_map.json",
     "tokenizer/tokenizer.json",
@@ -77,8 +77,13 @@ pub(crate) struct Download {
 }
 
 impl Download {
-    /// Downloads the model and returns its directory.
+    /// Downloads the model and returns its directory. Without a network the cache is enough.
     pub(crate) fn run(&self) -> Result<PathBuf> {
+        if self.hub.offline
+            && let Some(path) = self.cached()
+        {
+            return Ok(path);
+        }
         self.fetch(|files| files_to_fetch(files, self.half, self.checking))
     }
 
@@ -88,10 +93,23 @@ impl Download {
 
     /// The model's directory in the cache, if it is complete. No network access.
     pub(super) fn cached(&self) -> Option<PathBuf> {
-        let cache = self.hub.cache.repo(self.repo());
-        let by_ref = cache.get("model_index.json").and_then(|path| Some(path.parent()?.into()));
-        let path: PathBuf = by_ref.unwrap_or_else(|| cache.pointer_path(&self.revision));
+        let path = self.snapshot("model_index.json");
         is_complete(&path, self.checking).then_some(path)
+    }
+
+    /// The directory of a VAE, alone or in a model, in the cache; else that of the repository, from
+    /// the hub.
+    pub(super) fn vae(&self) -> Result<PathBuf> {
+        let cached = ["vae/config.json", "config.json"].map(|file| self.snapshot(file));
+        let cached = cached.into_iter().find(|folder| is_network(folder));
+        cached.map_or_else(|| self.fetch(|files| vae_to_fetch(files, self.half)), Ok)
+    }
+
+    /// The directory of a file in the cache.
+    fn snapshot(&self, file: &str) -> PathBuf {
+        let cache = self.hub.cache.repo(self.repo());
+        let by_ref = cache.get(file).and_then(|path| Some(path.parent()?.into()));
+        by_ref.unwrap_or_else(|| cache.pointer_path(&self.revision))
     }
 
     /// Downloads files that the cache lacks, which are selected from those of the repository, and
@@ -261,15 +279,7 @@ impl hf_hub::api::tokio::Progress for DownloadBar {
 
 /// Whether the cached model is complete: a download may have been interrupted.
 fn is_complete(model: &Path, checking: SafetyMode) -> bool {
-    let weights = |folder: &str| -> Option<bool> {
-        let names = model.join(folder).read_dir().ok()?;
-        let names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let names: Vec<String> = names.filter(|name| name.ends_with(".safetensors")).collect();
-        Some(!names.is_empty() && names.iter().all(|name| has_all_shards(name, &names)))
-    };
-    let network = |folder: &str| {
-        model.join(folder).join("config.json").is_file() && weights(folder) == Some(true)
-    };
+    let network = |folder: &str| is_network(&model.join(folder));
     // An invalid index is reported when it is loaded.
     let named = || check_pipeline(&Source::Directory(model.into())).unwrap_or(false);
     let checked = checking != SafetyMode::Never && named();
@@ -279,9 +289,23 @@ fn is_complete(model: &Path, checking: SafetyMode) -> bool {
         && (!checked || network(CHECKER.0) && model.join(PREPROCESSOR).is_file())
 }
 
+/// Whether a directory has a network's configuration and all of its weights.
+fn is_network(folder: &Path) -> bool {
+    let names = folder.read_dir().into_iter().flatten();
+    let names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let names: Vec<String> = names.collect();
+    let complete = |ending: &str| {
+        let names = names.iter().filter(|name| name.ends_with(ending)).cloned();
+        let names: Vec<_> = names.collect();
+        !names.is_empty() && names.iter().all(|name| has_all_shards(name, &names))
+    };
+    folder.join("config.json").is_file() && [".safetensors", ".bin"].into_iter().any(complete)
+}
+
 /// Whether `names` has all shards of a file: three for `x-00001-of-00003.safetensors`.
 fn has_all_shards(name: &str, names: &[String]) -> bool {
-    let Some((head, count)) = name.trim_end_matches(".safetensors").rsplit_once("-of-") else {
+    let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
+    let Some((head, count)) = stem.rsplit_once("-of-") else {
         return true;
     };
     let Some((stem, _)) = head.rsplit_once('-') else { return true };
@@ -289,7 +313,43 @@ fn has_all_shards(name: &str, names: &[String]) -> bool {
     count.parse().is_ok_and(|count: usize| siblings >= count)
 }
 
-/// The files of a repository to download: safetensors only, one variant each.
+/// The weights of a network among the files of a repository: one variant, and pickles only if there
+/// is nothing else. `folder` is empty or ends in a slash.
+fn weights_to_fetch(files: &[String], folder: &str, stem: &str, half: bool) -> Option<Vec<String>> {
+    // Pickles of transformers' networks have another name.
+    let pickled = if stem == "model" { "pytorch_model" } else { stem };
+    let variants = if half { [".fp16", ""] } else { ["", ".fp16"] };
+    let forms = [(stem, "safetensors"), (pickled, "bin")]
+        .into_iter()
+        .flat_map(|form| variants.map(|infix| (form, infix)));
+    forms
+        .map(|((stem, ending), infix)| -> Vec<String> {
+            let wanted = |file: &&String| {
+                let rest = file.strip_prefix(folder).and_then(|name| name.strip_prefix(stem));
+                let rest = rest.unwrap_or_default();
+                rest == format!("{infix}.{ending}")
+                    || rest == format!(".{ending}.index{infix}.json")
+                    || rest.starts_with(&format!("{infix}-"))
+                        && rest.ends_with(&format!(".{ending}"))
+                        && !rest.contains('/')
+            };
+            files.iter().filter(wanted).cloned().collect()
+        })
+        .find(|found| found.iter().any(|file| !file.ends_with(".json")))
+}
+
+/// The files of a VAE to download: of the repository, or of the model that it holds.
+fn vae_to_fetch(files: &[String], half: bool) -> Result<Vec<String>> {
+    let folders = ["vae/", ""];
+    let folder = folders.into_iter().find(|folder| files.contains(&format!("{folder}config.json")));
+    let folder = folder.context("not a VAE in diffusers format: it has no config.json")?;
+    let mut chosen = vec![format!("{folder}config.json")];
+    let weights = weights_to_fetch(files, folder, VAE.1, half);
+    chosen.extend(weights.context("it has no weights of a VAE")?);
+    Ok(chosen)
+}
+
+/// The files of a repository to download: one variant of each network's weights.
 pub(crate) fn files_to_fetch(
     files: &[String],
     half: bool,
@@ -303,28 +363,12 @@ pub(crate) fn files_to_fetch(
         has(file) && (checked || !file.starts_with(CHECKER.0) && file != PREPROCESSOR)
     });
     for (folder, stem) in NETWORKS.into_iter().chain(checked.then_some(CHECKER)) {
-        let variant = |infix: &str| -> Vec<String> {
-            let wanted = |file: &&String| {
-                let name = file.strip_prefix(folder).and_then(|name| name.strip_prefix('/'));
-                let ending = name.and_then(|name| name.strip_prefix(stem)).unwrap_or_default();
-                ending == format!("{infix}.safetensors")
-                    || ending == format!(".safetensors.index{infix}.json")
-                    || ending.starts_with(&format!("{infix}-"))
-                        && ending.ends_with(".safetensors")
-                        && !ending.contains('/')
-            };
-            files.iter().filter(wanted).cloned().collect()
-        };
-        let variants = if half { [".fp16", ""] } else { ["", ".fp16"] };
-        let weights = variants
-            .map(variant)
-            .into_iter()
-            .find(|found| found.iter().any(|file| file.ends_with(".safetensors")));
+        let weights = weights_to_fetch(files, &format!("{folder}/"), stem, half);
         let advice = match (folder, stem) == CHECKER {
             true => "; --safety-checker off omits it",
             false => "",
         };
-        let none = || format!("{folder} has no safetensors weights{advice}");
+        let none = || format!("{folder} has no safetensors weights, nor any in .bin{advice}");
         chosen.extend(weights.with_context(none)?);
     }
     Ok(chosen)
@@ -378,6 +422,28 @@ mod tests {
         let error = files_to_fetch(&pickled, true, SafetyMode::IfPresent)
             .expect_err("a checker by name only");
         assert!(error.to_string().contains("--safety-checker off"), "{error}");
+    }
+
+    #[test]
+    fn pickles_are_fetched_where_there_is_nothing_else() {
+        let files = listing(
+            "model_index.json text_encoder/pytorch_model.bin vae/config.json
+             vae/diffusion_pytorch_model.bin unet/diffusion_pytorch_model.fp16.bin
+             unet/diffusion_pytorch_model-00001-of-00002.bin
+             unet/diffusion_pytorch_model-00002-of-00002.bin
+             unet/diffusion_pytorch_model.bin.index.json",
+        );
+        let full = files_to_fetch(&files, false, SafetyMode::IfPresent).expect("complete");
+        assert_eq!(full.iter().filter(|file| file.starts_with("unet/")).count(), 3, "{full:?}");
+        assert!(full.contains(&"text_encoder/pytorch_model.bin".into()));
+        let half = files_to_fetch(&files, true, SafetyMode::IfPresent).expect("complete");
+        assert!(half.contains(&"unet/diffusion_pytorch_model.fp16.bin".into()));
+        let vae = vae_to_fetch(&files, true).expect("complete");
+        assert_eq!(vae, ["vae/config.json", "vae/diffusion_pytorch_model.bin"]);
+        let alone = listing("config.json diffusion_pytorch_model.safetensors a.ckpt");
+        let vae = vae_to_fetch(&alone, true).expect("complete");
+        assert_eq!(vae, ["config.json", "diffusion_pytorch_model.safetensors"]);
+        assert!(vae_to_fetch(&listing("README.md"), false).is_err());
     }
 
     #[test]

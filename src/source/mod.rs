@@ -19,8 +19,8 @@ pub(crate) use hub::{Download, Hub, byte_bar, files_to_fetch, is_hub_id};
 pub(crate) struct ModelConfig {
     /// The location of the model.
     pub(crate) location: ModelLocation,
-    /// VAE that replaces the model's own: a single file, or a directory with `vae/`.
-    pub(crate) vae: Option<PathBuf>,
+    /// VAE that replaces the model's own: a file, a directory of it or with `vae/`, or a repository.
+    pub(crate) vae: Option<ModelLocation>,
     /// The device.
     pub(crate) device: DeviceName,
     /// Data type of the weights.
@@ -71,6 +71,7 @@ pub(crate) enum ModelLocation {
 /// Finds the files of the configured model and downloads them if necessary. Blocks.
 pub(crate) fn locate(model: ModelConfig) -> Result<LoadOptions> {
     let (half, checking) = (model.half(), model.checking);
+    let vae = model.vae.map(|vae| vae_source(vae, &model.hub, half)).transpose()?;
     let mut name = None;
     let source = match model.location {
         ModelLocation::Demo => Source::Demo,
@@ -83,12 +84,27 @@ pub(crate) fn locate(model: ModelConfig) -> Result<LoadOptions> {
             Source::Directory(download.cached().map_or_else(|| download.run(), Ok)?)
         }
     };
-    let vae = model.vae.map(|path| match path.is_dir() {
-        true => Source::Directory(path),
-        false => Source::Checkpoint(Checkpoint { file: path, vocabulary: None }),
-    });
     let ModelConfig { device, precision, threads, add_ons, .. } = model;
     Ok(LoadOptions { name, source, vae, device, precision, safety: checking, threads, add_ons })
+}
+
+/// Finds the files of a VAE and downloads them if necessary. Blocks.
+fn vae_source(location: ModelLocation, hub: &Hub, half: bool) -> Result<Source> {
+    let path = match location {
+        ModelLocation::Demo => return Ok(Source::Demo),
+        ModelLocation::Checkpoint(file) => {
+            return Ok(Source::Checkpoint(Checkpoint { file, vocabulary: None }));
+        }
+        ModelLocation::Directory(path) => path,
+        ModelLocation::Hub { id, revision } => {
+            let (hub, checking) = (hub.clone(), SafetyMode::Never);
+            Download { hub, id, revision, half, checking }.vae()?
+        }
+    };
+    match path.join("vae/config.json").is_file() {
+        true => Ok(Source::Directory(path)),
+        false => Ok(Source::Network(path)),
+    }
 }
 
 /// Loads the configured model. Blocks.

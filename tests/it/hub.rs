@@ -168,6 +168,54 @@ fn a_model_is_fetched_once_and_then_needs_no_network() {
 }
 
 #[test]
+fn a_model_of_the_hub_goes_by_its_id_and_needs_no_network() {
+    let home = tempfile::tempdir().expect("a directory");
+    let hub = FakeHub::start(Mood::Friendly);
+    assert!(hub.run(home.path(), &["download", "acme/demo"]).status.success());
+    hub.asked();
+    let path = |name: &str| home.path().join(name).to_str().expect("UTF-8").to_owned();
+    let (picture, package) = (path("x.png"), path("package"));
+    let small = ["--steps", "1", "-W", "64", "-H", "64"];
+    let generate =
+        [&["generate", "x", "--model", "demo", "--vae", "acme/demo"][..], &small].concat();
+    let commands: [&[&str]; 3] = [
+        &["download", "acme/demo"],
+        &["package", "acme/demo", "--layout", "directory", "--output", &package],
+        &[&generate[..], &["-o", &picture]].concat(),
+    ];
+    // As a file of variables has them: with the ends of their lines.
+    let offline = |command: &mut std::process::Command| {
+        command.env("HF_HUB_OFFLINE", "1\n").env("HF_HOME", format!("{}\n", home.path().display()));
+        command.env("HF_ENDPOINT", &hub.endpoint).env("SD_DEVICE", " cpu\n");
+    };
+    for arguments in commands {
+        let mut command = sd_server(arguments);
+        offline(&mut command);
+        let done = command.output().expect("it starts");
+        assert!(done.status.success(), "{arguments:?}: {}", text(&done.stderr));
+    }
+    let mut command = sd_server(&["--model", "acme/demo"]);
+    offline(&mut command);
+    let server = Server::spawn(&mut command);
+    server.wait_until_ready();
+    let get = |path: &str| -> serde_json::Value {
+        let reply = reqwest::blocking::get(server.url(path)).expect("an answer");
+        assert_eq!(reply.status(), 200, "{path}");
+        reply.json().expect("JSON")
+    };
+    assert_eq!(get("/v1/models")["data"][0]["id"], "acme/demo");
+    assert_eq!(get("/v1/models/acme/demo")["id"], "acme/demo");
+    assert_eq!(get("/sdapi/v1/sd-models")[0]["model_name"], "acme/demo");
+    let asked = serde_json::json!({
+        "prompt": "x", "model": "acme/demo", "steps": 1, "size": "64x64",
+    });
+    let client = reqwest::blocking::Client::new();
+    let reply = client.post(server.url("/v1/images/generations")).json(&asked).send();
+    assert_eq!(reply.expect("an answer").status(), 200);
+    assert!(hub.asked().is_empty(), "the cache is enough");
+}
+
+#[test]
 fn an_interrupted_download_goes_on() {
     let home = tempfile::tempdir().expect("a directory");
     let broken = FakeHub::start(Mood::Failing);
