@@ -19,7 +19,7 @@ use super::state::AppState;
 use crate::engine::{
     Client, Engine, GeneratedImage, Job, JobError, Preview, Priority, Ticket, Uncounted,
 };
-use crate::image::{self, Format, Hashes, JPEG_QUALITY};
+use crate::image::{self, Format, Hashes, JPEG_QUALITY, Overlay};
 use crate::registry::ModelLease;
 use crate::request::{DrawRequest, ValidationError};
 
@@ -54,6 +54,8 @@ pub(crate) struct Drawing {
     pub(crate) quality: u8,
     /// Whether the client can receive live previews.
     pub(crate) preview: bool,
+    /// What is laid over each image.
+    overlay: Option<Overlay>,
     /// What each image's warnings say of the request's fields.
     pub(crate) warnings: Vec<String>,
     /// The order among the client's own images.
@@ -108,6 +110,7 @@ impl Drawing {
             return Err(ValidationError::body("the request contains no prompt").into());
         };
         let warnings = std::mem::take(&mut request.warnings);
+        let overlay = request.overlay.take();
         let (mut specs, request) = match specs.iter().any(Spec::has_loras) {
             false => (specs, request),
             true => {
@@ -137,6 +140,7 @@ impl Drawing {
             reply,
             quality,
             preview,
+            overlay,
             warnings,
             priority,
             slot,
@@ -190,6 +194,9 @@ impl Drawing {
         }
         let work = move || {
             let _inside = span.enter();
+            if let Some(overlay) = &self.overlay {
+                images.iter_mut().for_each(|image| image.rgb = overlay.over(&image.rgb));
+            }
             let files = self.files(&images)?;
             Ok(render(&self, &images, files))
         };

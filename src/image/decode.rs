@@ -3,9 +3,10 @@
 use std::fmt;
 use std::io::Cursor;
 
-use image::imageops::FilterType;
 use image::{DynamicImage, ImageDecoder, ImageReader, Limits, Rgba};
 use sd_models::{Rgb, Size};
+
+use super::fit::{Fit, fitted};
 
 /// Decodes a PNG, JPEG, WebP, GIF (first frame) or BMP file and applies its EXIF orientation. The
 /// error message is the predicate of a sentence whose subject is the field.
@@ -72,20 +73,14 @@ pub fn on_white(image: DynamicImage) -> DynamicImage {
 
 /// The RGB pixels of an image, resized by a Lanczos filter if necessary. Transparency is ignored,
 /// as in diffusers.
-pub fn resize_to(image: &DynamicImage, size: Size) -> Rgb {
+pub fn resize_to(image: &DynamicImage, size: Size, fit: Fit) -> Rgb {
     let (width, height) = (size.width(), size.height());
-    Rgb { width, height, data: resized(image, size).into_rgb8().into_raw() }
+    let data = fitted(image, (width as u32, height as u32), fit).into_rgb8().into_raw();
+    Rgb { width, height, data }
 }
 
 /// The mask of a grayscale image: one byte per pixel.
-pub fn fit_mask(image: &DynamicImage, size: Size) -> Vec<u8> {
-    resized(&DynamicImage::ImageLuma8(image.to_luma8()), size).into_luma8().into_raw()
-}
-
-fn resized(image: &DynamicImage, size: Size) -> DynamicImage {
-    let (width, height) = (size.width() as u32, size.height() as u32);
-    if (image.width(), image.height()) == (width, height) {
-        return image.clone();
-    }
-    image.resize_exact(width, height, FilterType::Lanczos3)
+pub fn fit_mask(image: &DynamicImage, size: Size, fit: Fit) -> Vec<u8> {
+    let sides = (size.width() as u32, size.height() as u32);
+    fitted(&DynamicImage::ImageLuma8(image.to_luma8()), sides, fit).into_luma8().into_raw()
 }

@@ -5,14 +5,19 @@
 mod blur;
 mod decode;
 mod encode;
+mod fit;
+mod gaussian;
 mod hashes;
 mod infotext;
+mod inpaint;
 mod mask;
 
 pub use blur::blurred;
 pub use decode::{decode, decoded_bytes, fit_mask, is_transparent, on_white, resize_to};
 pub use encode::{Format, JPEG_QUALITY, encode};
+pub use fit::Fit;
 pub use hashes::Hashes;
 pub use infotext::infotext;
 pub(crate) use infotext::{LORA_HASHES, extra_parameters, find, parse};
-pub use mask::{inverted, transparency_mask};
+pub use inpaint::{InpaintOptions, Inpainting, Overlay};
+pub use mask::{inverted, opaque_mask, transparency_mask};

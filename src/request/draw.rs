@@ -9,7 +9,8 @@ use std::sync::Arc;
 use ::image::DynamicImage;
 use schemars::JsonSchema;
 use sd_models::{
-    Hires, Img2Img, LoraUse, ModelInfo, PromptSyntax, SamplerName, Size, Spec, Upscaler, Variation,
+    Hires, Img2Img, LoraUse, MaskedStart, ModelInfo, PromptSyntax, SamplerName, Size, Spec,
+    Upscaler, Variation,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -18,7 +19,7 @@ use super::error::ValidationError;
 use super::fields::{Fields, Names};
 use super::images::{ImageFile, MaskArea, Transparency};
 use super::limits::Limits;
-use crate::image::{self, Format};
+use crate::image::{self, Fit, Format, InpaintOptions, Inpainting, Overlay};
 
 /// Minimum side of an image, in pixels.
 pub(crate) const MIN_SIDE: usize = 8;
@@ -126,6 +127,18 @@ pub struct DrawRequest {
     /// The pixels of the mask that are inpainted.
     #[serde(skip)]
     pub(crate) mask_area: MaskArea,
+    /// How the input image fills a size of other proportions.
+    #[serde(skip)]
+    pub(crate) fit: Fit,
+    /// How a mask is used, where the result keeps what is not masked.
+    #[serde(skip)]
+    pub(crate) inpaint: Option<InpaintOptions>,
+    /// What the masked area begins as.
+    #[serde(skip)]
+    pub(crate) masked_start: MaskedStart,
+    /// What is laid over the images, known with their specs.
+    #[serde(skip)]
+    pub(crate) overlay: Option<Overlay>,
     /// What transparent pixels of the input image are.
     #[serde(skip)]
     pub(crate) transparency: Transparency,
@@ -240,7 +253,7 @@ impl DrawRequest {
             guidance_rescale: self.guidance_rescale.unwrap_or(defaults.guidance_rescale),
             variation: self.variation(random_seed)?,
             hires: self.hires(size, steps, limits, model)?,
-            img2img: input.map(|input| Arc::new(input.img2img(size))),
+            img2img: input.map(|input| Arc::new(self.img2img(input, size))),
         };
         model.check(&spec).map_err(|error| self.refused(error))?;
         let named = spec.text().map_or(0, |(_, named)| named.len());
@@ -326,6 +339,7 @@ impl DrawRequest {
         let image = image.decode(self.names.of("image"), max_pixels)?;
         let name = self.names.of("mask");
         let mask = self.mask.as_ref().map(|mask| mask.decode(name, max_pixels)).transpose()?;
+        let mask = if self.inpaint.is_some() { mask.map(image::opaque_mask) } else { mask };
         let mask = self.mask_area.mask(name, mask, &image)?;
         let is_mask = matches!(self.mask_area, MaskArea::Transparent);
         let image = match self.transparency {
@@ -346,6 +360,31 @@ impl DrawRequest {
             _ => DEFAULT_STRENGTH,
         };
         Ok(Some(Input { image, mask, strength: self.strength.unwrap_or(strength) }))
+    }
+
+    /// The input image and mask in the size of the images.
+    fn img2img(&mut self, Input { image, mask, strength }: Input, size: Size) -> Img2Img {
+        let (fit, masked_start) = (self.fit, self.masked_start);
+        let inpainting = mask
+            .as_ref()
+            .zip(self.inpaint)
+            .map(|(mask, options)| Inpainting::new(&image, &mask.to_luma8(), size, fit, options));
+        match inpainting {
+            Some(Some(Inpainting { picture, mask, overlay })) => {
+                self.overlay = Some(overlay);
+                Img2Img { picture, strength, mask: Some(mask), masked_start }
+            }
+            Some(None) => {
+                self.warnings.push("nothing is masked: the whole image was generated".into());
+                let picture = image::resize_to(&image, size, fit);
+                Img2Img { picture, strength, mask: None, masked_start: MaskedStart::Picture }
+            }
+            None => {
+                let picture = image::resize_to(&image, size, fit);
+                let mask = mask.map(|mask| image::fit_mask(&mask, size, fit));
+                Img2Img { picture, strength, mask, masked_start }
+            }
+        }
     }
 
     /// Without the field `missing`, rejects the fields that have no effect without it.
@@ -446,13 +485,5 @@ impl Input {
         let scale = (limits.max_pixels as f64 / (width * height)).sqrt().min(1.0);
         let side = |side: f64| ((side * scale) as usize / model.multiple).max(1) * model.multiple;
         Size::new(side(width), side(height)).unwrap_or(model.defaults.size)
-    }
-
-    fn img2img(&self, size: Size) -> Img2Img {
-        Img2Img {
-            picture: image::resize_to(&self.image, size),
-            strength: self.strength,
-            mask: self.mask.as_ref().map(|mask| image::fit_mask(mask, size)),
-        }
     }
 }

@@ -7,7 +7,7 @@
 
 use candle_core::{Device, Tensor};
 
-use super::spec::{Img2Img, Spec};
+use super::spec::{Img2Img, MaskedStart, Spec};
 use crate::error::Result;
 use crate::networks::Encoder;
 use crate::picture::Size;
@@ -78,6 +78,17 @@ impl LatentInit<'_> {
             _ => None,
         };
         let drawn = self.first_noise(spec, noise)?;
+        let masked = |pixel: usize| mask.is_none_or(|mask| mask[pixel] >= 128);
+        let picture = match (picture, input.map(|input| input.masked_start)) {
+            (Some(picture), Some(start @ (MaskedStart::Noise | MaskedStart::Zero))) => {
+                let is_noise = start == MaskedStart::Noise;
+                let start = if is_noise { drawn.clone() } else { drawn.zeros_like()? };
+                let mask = self.shrunk(masked, spec.size)?;
+                let blend = InpaintBlend { picture, noise: drawn.clone(), mask };
+                Some(blend.without_noise(&start)?)
+            }
+            (picture, _) => picture,
+        };
         let latents = match &picture {
             Some(picture) if !all_noise => sampler.noised(picture, &drawn)?,
             _ => (&drawn * sampler.init_noise_sigma())?,
@@ -85,7 +96,6 @@ impl LatentInit<'_> {
         if !painting {
             return Ok(InitialLatents { latents, blend: None, mask_condition: None });
         }
-        let masked = |pixel: usize| mask.is_none_or(|mask| mask[pixel] >= 128);
         let shrunk = self.shrunk(masked, spec.size)?;
         if !self.inpainting {
             // diffusers encodes the masked image here too, which draws noise from the stream.

@@ -37,7 +37,7 @@ pub use self::options::{AddOns, LoadOptions, SafetyMode};
 use self::preview::Preview;
 use self::prompts::PromptCache;
 pub use self::prompts::encode_chunks;
-pub use self::spec::{Hires, Img2Img, MAX_STEPS, PromptSyntax, Spec, Upscaler};
+pub use self::spec::{Hires, Img2Img, MAX_STEPS, MaskedStart, PromptSyntax, Spec, Upscaler};
 pub use self::trajectory::Trajectory;
 pub use self::variation::Variation;
 use crate::error::{Error, Result};

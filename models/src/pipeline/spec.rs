@@ -233,6 +233,20 @@ pub struct Img2Img {
     /// One byte per pixel, row by row: 128 and more is inpainted, less is preserved. Without a
     /// mask, the whole image is changed.
     pub mask: Option<Vec<u8>>,
+    /// What the masked area begins as.
+    pub masked_start: MaskedStart,
+}
+
+/// What the masked area begins as, at a strength below 1: AUTOMATIC1111's masked content.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MaskedStart {
+    /// The latents of the input image.
+    #[default]
+    Picture,
+    /// The image's own noise, as if it were a picture.
+    Noise,
+    /// Latents of zero.
+    Zero,
 }
 
 #[cfg(test)]

@@ -1,6 +1,8 @@
 //! Hires passes against torch's `interpolate` and diffusers' img2img of the latents that it returns.
 
-use sd_models::{Error, Hires, Img2Img, Pipeline, SamplerName, Size, Spec, Trajectory, Upscaler};
+use sd_models::{
+    Error, Hires, Img2Img, MaskedStart, Pipeline, SamplerName, Size, Spec, Trajectory, Upscaler,
+};
 
 use crate::img2img::{inpainting_model, load, spec};
 use crate::{fixture, path, relative_error};
@@ -113,7 +115,7 @@ fn a_second_pass_that_cannot_be_is_refused_by_name() {
         assert!(matches!(error, Error::Spec { field, .. } if field == wrong), "{error}");
     }
     let picture = sd_models::Rgb { width: 64, height: 64, data: vec![0; 64 * 64 * 3] };
-    let start = Img2Img { picture, strength: 0.5, mask: None };
+    let start = Img2Img { picture, strength: 0.5, mask: None, masked_start: MaskedStart::Picture };
     let both = Spec { hires: Some(good), ..spec(Some(start)) };
     assert!(matches!(model.check(&both), Err(Error::Spec { field: "hires_width", .. })));
     let inpainting = load(inpainting_model("hires"));

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use sd_models::{
-    AddOns, DeviceName, Error, Img2Img, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb,
-    SafetyMode, Sampler, SamplerName, SigmaSchedule, Size, Source, Spec, Trajectory,
+    AddOns, DeviceName, Error, Img2Img, LoadOptions, MaskedStart, Pipeline, Precision,
+    PromptSyntax, Rgb, SafetyMode, Sampler, SamplerName, SigmaSchedule, Size, Source, Spec,
+    Trajectory,
 };
 
 use crate::{fixture, path, relative_error};
@@ -97,7 +98,12 @@ fn check(kind: &str, model: &Pipeline) {
         .map(|case| {
             let parts: Vec<_> = case.splitn(3, '.').collect();
             let strength = parts[2].parse().unwrap();
-            let start = Img2Img { picture: picture(), strength, mask: mask() };
+            let start = Img2Img {
+                picture: picture(),
+                strength,
+                mask: mask(),
+                masked_start: MaskedStart::Picture,
+            };
             let SamplerName { sampler, schedule } = parts[1].parse().unwrap();
             Spec { sampler, schedule, ..spec(Some(start)) }
         })
@@ -134,7 +140,7 @@ fn a_unet_for_inpainting_is_told_what_to_paint() {
     // Without an input image everything is inpainted.
     let (white, all) = (vec![255; 64 * 64 * 3], Some(vec![255; 64 * 64]));
     let picture = Rgb { width: 64, height: 64, data: white };
-    let start = Img2Img { picture, strength: 1.0, mask: all };
+    let start = Img2Img { picture, strength: 1.0, mask: all, masked_start: MaskedStart::Picture };
     let all = finish(&model, vec![model.begin(&spec(Some(start))).unwrap()]);
     let none = finish(&model, vec![model.begin(&spec(None)).unwrap()]);
     assert_eq!(relative_error(&none[0], &all[0]), 0.0);
@@ -145,7 +151,12 @@ fn what_is_kept_stays_as_it_was() {
     let model = load(path("v1"));
     let picture = |value| Rgb { width: 64, height: 64, data: vec![value; 64 * 64 * 3] };
     let mask = (0..64 * 64).map(|i| if i % 64 < 32 { 255 } else { 0 }).collect();
-    let start = Img2Img { picture: picture(200), strength: 0.8, mask: Some(mask) };
+    let start = Img2Img {
+        picture: picture(200),
+        strength: 0.8,
+        mask: Some(mask),
+        masked_start: MaskedStart::Picture,
+    };
     let drawn = finish(&model, vec![model.begin(&spec(Some(start.clone()))).unwrap()]);
     let another = Spec { prompt: "a boat".into(), ..spec(Some(start)) };
     let another = finish(&model, vec![model.begin(&another).unwrap()]);
@@ -158,7 +169,12 @@ fn what_is_kept_stays_as_it_was() {
 fn a_start_that_does_not_fit_is_refused_by_name() {
     let model = load(path("v1"));
     let picture = |side| Rgb { width: side, height: side, data: vec![0; side * side * 3] };
-    let start = Img2Img { picture: picture(64), strength: 0.5, mask: None };
+    let start = Img2Img {
+        picture: picture(64),
+        strength: 0.5,
+        mask: None,
+        masked_start: MaskedStart::Picture,
+    };
     let refused = [
         ("image", Img2Img { picture: picture(32), ..start.clone() }),
         ("mask", Img2Img { mask: Some(vec![0; 3]), ..start.clone() }),

@@ -2,18 +2,18 @@
 //! Fields that would change the image and are not supported are rejected by name.
 
 use schemars::JsonSchema;
-use sd_models::{ModelInfo, SamplerName, SigmaSchedule};
+use sd_models::{MaskedStart, ModelInfo, SamplerName, SigmaSchedule};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use crate::image::{Fit, InpaintOptions};
 use crate::request::{
     DrawRequest, Fields, ImageFile, Limits, MAX_GUIDANCE, MAX_SIDE, MIN_SIDE, MaskArea, Names,
     Transparency, ValidationError,
 };
 
 /// Fields that would change the image. Clients send most of them with values that have no effect.
-const REJECTED: [&str; 10] = [
-    "resize_mode",
+const REJECTED: [&str; 9] = [
     "restore_faces",
     "tiling",
     "seed_resize_from_w",
@@ -38,6 +38,9 @@ const MUST_MATCH_BASE_PASS: [(&str, &str); 7] = [
 
 /// Default denoising strength.
 const DEFAULT_STRENGTH: f64 = 0.75;
+
+/// Default blur of a mask, in pixels.
+const DEFAULT_MASK_BLUR: f64 = 4.0;
 
 /// Denoising strength below which no step is taken.
 const MIN_STRENGTH: f64 = 1e-3;
@@ -154,12 +157,28 @@ pub(crate) struct InitImage {
     /// Denoising strength. Default: 0.75.
     #[schemars(extend("minimum" = 0, "maximum" = 1))]
     denoising_strength: Option<f64>,
-    /// Accepted and ignored, with a warning: the whole image is generated.
+    /// Whether only the masked area is generated, in the size of the request, and put back into the
+    /// input image. Default: true.
     inpaint_full_res: Option<Value>,
-    /// Accepted and ignored, with a warning: the edge of the mask is hard.
-    mask_blur: Option<Value>,
-    /// Accepted and ignored, with a warning: the masked area is initialized with the input image.
-    inpainting_fill: Option<Value>,
+    /// Pixels around the masked area that are generated with it. Default: 0.
+    #[schemars(extend("minimum" = 0, "maximum" = 256))]
+    inpaint_full_res_padding: Option<u32>,
+    /// Blur of the mask in pixels. Default: 4.
+    #[schemars(extend("minimum" = 0, "maximum" = 64))]
+    mask_blur: Option<f64>,
+    /// The same in one direction; both must be alike.
+    #[schemars(extend("minimum" = 0, "maximum" = 64))]
+    mask_blur_x: Option<f64>,
+    /// The same in the other direction.
+    #[schemars(extend("minimum" = 0, "maximum" = 64))]
+    mask_blur_y: Option<f64>,
+    /// What the masked area begins as: 0 the colours around it, 1 the input image, 2 noise, 3
+    /// nothing. Default: 0.
+    #[schemars(extend("minimum" = 0, "maximum" = 3))]
+    inpainting_fill: Option<u8>,
+    /// How the input image fills the size: 0 stretched, 1 cropped, 2 with continued edges.
+    #[schemars(extend("minimum" = 0, "maximum" = 2))]
+    resize_mode: Option<u8>,
 }
 
 /// The fields of txt2img.
@@ -338,8 +357,7 @@ impl InitImage {
         fields.read(limits)
     }
 
-    /// Adds the input image to a request, with warnings for fields that are ignored: clients send
-    /// their defaults for them whether they mean them or not.
+    /// Adds the input image and its mask to a request.
     pub(crate) fn add_to(self, draw: &mut DrawRequest) -> Result<(), ValidationError> {
         let image = self.init_images.and_then(|mut images| images.pop());
         let missing =
@@ -348,23 +366,30 @@ impl InitImage {
         draw.strength = Some(self.denoising_strength.unwrap_or(DEFAULT_STRENGTH));
         draw.transparency = Transparency::White;
         draw.mask = self.mask;
-        let is_set = |field: Option<Value>| field.is_some_and(|value| !is_off(&value));
-        if is_set(self.inpainting_mask_invert) {
+        if self.inpainting_mask_invert.is_some_and(|value| !is_off(&value)) {
             draw.mask_area = MaskArea::Black;
         }
-        let ignored = [
-            ("inpaint_full_res", is_set(self.inpaint_full_res), "the whole image was generated"),
-            ("mask_blur", is_set(self.mask_blur), "the mask was applied with hard edges"),
-            (
-                "inpainting_fill",
-                self.inpainting_fill.is_some_and(|fill| fill != 1),
-                "the masked area started from the input image",
-            ),
-        ];
-        let has_mask = draw.mask.is_some();
-        let ignored = ignored.into_iter().filter(|(_, is_set, _)| *is_set && has_mask);
-        draw.warnings
-            .extend(ignored.map(|(name, _, note)| format!("{name} is not supported: {note}")));
+        draw.fit = match self.resize_mode {
+            None | Some(0) => Fit::Stretch,
+            Some(1) => Fit::Crop,
+            Some(_) => Fit::Pad,
+        };
+        draw.masked_start = match self.inpainting_fill {
+            Some(2) => MaskedStart::Noise,
+            Some(3) => MaskedStart::Zero,
+            _ => MaskedStart::Picture,
+        };
+        let both = self.mask_blur.unwrap_or(DEFAULT_MASK_BLUR);
+        let [x, y] = [self.mask_blur_x, self.mask_blur_y].map(|blur| blur.unwrap_or(both));
+        if x != y {
+            return Err(ValidationError::range("mask_blur_x", "must be the same as mask_blur_y"));
+        }
+        let only_masked = self.inpaint_full_res.is_none_or(|value| !is_off(&value));
+        draw.inpaint = draw.mask.is_some().then_some(InpaintOptions {
+            blur: x,
+            only_masked: only_masked.then_some(self.inpaint_full_res_padding.unwrap_or(0)),
+            fill: self.inpainting_fill.unwrap_or(0) == 0,
+        });
         Ok(())
     }
 }

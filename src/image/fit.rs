@@ -1,0 +1,101 @@
+//! Resizes an image into other proportions, by AUTOMATIC1111's resize modes.
+
+use image::imageops::{FilterType, crop_imm, overlay, resize};
+use image::{DynamicImage, GenericImageView as _, RgbaImage};
+
+/// How an image fills a size of other proportions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Fit {
+    /// Its proportions change.
+    #[default]
+    Stretch,
+    /// It is cropped evenly.
+    Crop,
+    /// Its edges are continued.
+    Pad,
+}
+
+/// An image in this size, by a Lanczos filter.
+pub(super) fn fitted(image: &DynamicImage, (width, height): (u32, u32), fit: Fit) -> DynamicImage {
+    let (w, h) = image.dimensions();
+    if (w, h) == (width, height) {
+        return image.clone();
+    }
+    // Whether the image is wider than the size.
+    let wider = u64::from(w) * u64::from(height) > u64::from(h) * u64::from(width);
+    let scaled = |side: u32, by: u32, of: u32| {
+        u32::try_from(u64::from(side) * u64::from(by) / u64::from(of)).unwrap_or(u32::MAX).max(1)
+    };
+    let whole_width = (width, scaled(h, width, w));
+    let whole_height = (scaled(w, height, h), height);
+    let (inner_width, inner_height) = match (fit, wider) {
+        (Fit::Stretch, _) => return image.resize_exact(width, height, FilterType::Lanczos3),
+        (Fit::Crop, true) | (Fit::Pad, false) => whole_height,
+        (Fit::Crop, false) | (Fit::Pad, true) => whole_width,
+    };
+    let inner = image.resize_exact(inner_width, inner_height, FilterType::Lanczos3).into_rgba8();
+    let mut outer = RgbaImage::new(width, height);
+    let (left, top) = (half(width, inner_width), half(height, inner_height));
+    overlay(&mut outer, &inner, left, top);
+    if fit == Fit::Pad {
+        pad(&mut outer, &inner, (left, top));
+    }
+    match image.color().has_alpha() {
+        true => outer.into(),
+        false => DynamicImage::from(outer).into_rgb8().into(),
+    }
+}
+
+/// The place of something of a length in the middle of a side.
+fn half(side: u32, length: u32) -> i64 {
+    i64::from(side / 2) - i64::from(length / 2)
+}
+
+/// Continues the first and last line or column of `inner`, which is at (left, top).
+fn pad(outer: &mut RgbaImage, inner: &RgbaImage, (left, top): (i64, i64)) {
+    let (width, height) = outer.dimensions();
+    let (w, h) = inner.dimensions();
+    let mut fill = |line: (u32, u32, u32, u32), area: (u32, u32), at: (i64, i64)| {
+        if area.0 > 0 && area.1 > 0 {
+            let line = crop_imm(inner, line.0, line.1, line.2, line.3).to_image();
+            overlay(outer, &resize(&line, area.0, area.1, FilterType::Nearest), at.0, at.1);
+        }
+    };
+    let (left_space, top_space) = (left.max(0) as u32, top.max(0) as u32);
+    let bottom = height.saturating_sub(top_space + h);
+    let right = width.saturating_sub(left_space + w);
+    fill((0, 0, w, 1), (width, top_space), (0, 0));
+    fill((0, h - 1, w, 1), (width, bottom), (0, top + i64::from(h)));
+    fill((0, 0, 1, h), (left_space, height), (0, 0));
+    fill((w - 1, 0, 1, h), (right, height), (left + i64::from(w), 0));
+}
+
+#[cfg(test)]
+mod tests {
+    use image::Rgb;
+
+    use super::*;
+
+    #[test]
+    fn an_image_fills_other_proportions() {
+        // Four columns of eight pixels.
+        let column = |x: u32, _| Rgb([[10, 90, 170, 250][x as usize / 8], 0, 0]);
+        let image = DynamicImage::from(image::RgbImage::from_fn(32, 16, column));
+        let line = |size, fit, y| -> Vec<u8> {
+            let fitted = fitted(&image, size, fit).into_rgb8();
+            assert_eq!(fitted.dimensions(), size);
+            (0..4).map(|k| fitted.get_pixel(size.0 / 8 + k * size.0 / 4, y).0[0]).collect()
+        };
+        let alike = |found: Vec<u8>, expected: [u8; 4]| {
+            let near = found.iter().zip(expected).all(|(a, b)| a.abs_diff(b) < 4);
+            assert!(near, "{found:?}, not {expected:?}");
+        };
+        alike(line((16, 16), Fit::Stretch, 8), [10, 90, 170, 250]);
+        alike(line((16, 16), Fit::Crop, 8), [90, 90, 170, 170]);
+        // Above and below eight lines of the image its edges go on.
+        for y in [0, 3, 8, 15] {
+            alike(line((16, 16), Fit::Pad, y), [10, 90, 170, 250]);
+        }
+        alike(line((64, 16), Fit::Pad, 8), [10, 90, 250, 250]);
+    }
+}
