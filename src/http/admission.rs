@@ -160,22 +160,24 @@ async fn admit(request: Request, state: &AppState, limit: BodyLimit) -> Result<A
     let mut room = take(0, declared).map_err(crowded)?;
     let body = Receive { limit, declared, arrived, patience: settings.body_timeout, deadline };
     let mut body = body.read(request, &mut room, crowded).await?;
+    let held = Arc::new(slot);
     if !coding.is_plain(&body) {
         let (sent, retry_after_s) = (body.len(), state.engine.retry_after());
         let decode = move || {
             let grow = |length| {
                 limit.check(length)?;
-                let grown = room.grow_to(sent + length);
+                // The sent body is small beside what it becomes.
+                let grown = room.grow_to(length.max(sent));
                 grown.map_err(|limit| ApiError::Crowded { limit, retry_after_s })
             };
             let body = coding.decode(body, grow)?;
             Ok((body, room))
         };
-        (body, room) = state.reader.run(deadline, (), decode).await?;
+        (body, room) = state.reader.run(deadline, Arc::clone(&held), decode).await?;
         room.shrink_to(body.len());
     }
-    let (_slot, room) = (Arc::new(slot), Some(Arc::new(room)));
-    let slot = RequestSlot { deadline, _slot, body: room, accepted };
+    let room = Some(Arc::new(room));
+    let slot = RequestSlot { deadline, _slot: held, body: room, accepted };
     Ok(Admitted { headers, body, client, timeout, stream_deadline, slot })
 }
 

@@ -7,7 +7,7 @@ use std::io::{self, Read};
 use axum::http::HeaderMap;
 use axum::http::header::{CONTENT_ENCODING, CONTENT_TYPE};
 use encoding_rs::{Encoding, UTF_8};
-use flate2::read::{MultiGzDecoder, ZlibDecoder};
+use flate2::read::{DeflateDecoder, MultiGzDecoder, ZlibDecoder};
 
 use super::error::{ApiError, Result};
 use crate::request::{ValidationError, brief};
@@ -50,9 +50,17 @@ impl Coding {
         let body = match self.compression {
             None => body,
             Some(Compression::Gzip) => read(MultiGzDecoder::new(&body[..]), "gzip", &mut grow)?,
+            // Some clients leave out the header of zlib.
+            Some(Compression::Deflate) if !has_zlib_header(&body) => {
+                read(DeflateDecoder::new(&body[..]), "deflate", &mut grow)?
+            }
             Some(Compression::Deflate) => read(ZlibDecoder::new(&body[..]), "deflate", &mut grow)?,
         };
         let Some(charset) = self.charset(&body) else { return Ok(body) };
+        // Many clients declare a character set of one byte for what they send in UTF-8.
+        if charset.is_ascii_compatible() && std::str::from_utf8(&body).is_ok() {
+            return Ok(body);
+        }
         let (text, _, is_broken) = charset.decode(&body);
         if is_broken {
             let message = format!("the body is not {}", charset.name());
@@ -105,20 +113,27 @@ fn charset(headers: &HeaderMap) -> Result<Option<&'static Encoding>> {
     };
     let mut parameters = media_type.split(';');
     // The parts of a form have types of their own.
-    if parameters.next().is_some_and(|name| name.trim_start().starts_with("multipart/")) {
+    let name = parameters.next().unwrap_or_default().trim_start().to_ascii_lowercase();
+    if name.starts_with("multipart/") {
         return Ok(None);
     }
     let named = parameters.filter_map(|parameter| parameter.split_once('='));
     let mut named = named.filter(|(name, _)| name.trim().eq_ignore_ascii_case("charset"));
     let Some((_, label)) = named.next() else { return Ok(None) };
     let label = label.trim().trim_matches('"');
-    match Encoding::for_label(label.as_bytes()) {
+    match Encoding::for_label_no_replacement(label.as_bytes()) {
         Some(charset) => Ok(Some(charset)),
         None => {
             let reason = format!("the charset {:?} is not supported; send UTF-8", brief(label));
             Err(ApiError::MediaType(reason))
         }
     }
+}
+
+/// RFC 1950: the method deflate, and a checksum of the first two bytes.
+fn has_zlib_header(body: &[u8]) -> bool {
+    matches!(body, [first, second, ..]
+        if first & 0x0f == 8 && (u16::from(*first) << 8 | u16::from(*second)) % 31 == 0)
 }
 
 /// Decompresses a body.
@@ -144,7 +159,7 @@ mod tests {
 
     use axum::http::HeaderName;
     use flate2::Compression as Level;
-    use flate2::write::{GzEncoder, ZlibEncoder};
+    use flate2::write::{DeflateEncoder, GzEncoder, ZlibEncoder};
 
     use super::*;
 
@@ -187,7 +202,14 @@ mod tests {
             let text = decoded(headers, &body, 1 << 20).expect("text");
             assert_eq!(String::from_utf8_lossy(&text), "café", "{headers:?}");
         }
-        let parts = (media, "multipart/form-data; boundary=x; charset=nonsense");
+        let mut raw = DeflateEncoder::new(Vec::new(), Level::fast());
+        raw.write_all("café".as_bytes()).unwrap();
+        let raw = raw.finish().unwrap();
+        let text = decoded(&[(CONTENT_ENCODING, "deflate")], &raw, 1 << 20).expect("text");
+        assert_eq!(text, "café".as_bytes());
+        let mislabelled = (media.clone(), "application/json; charset=ISO-8859-1");
+        assert_eq!(decoded(&[mislabelled], "café".as_bytes(), 10).unwrap(), "café".as_bytes());
+        let parts = (media, "Multipart/Form-Data; boundary=x; charset=nonsense");
         assert_eq!(decoded(&[parts], b"caf\xe9", 100).expect("as it is"), b"caf\xe9");
     }
 
@@ -206,6 +228,7 @@ mod tests {
             (CONTENT_ENCODING, "deflate", b"\xff\xff", "not valid deflate"),
             (CONTENT_TYPE, "text/plain; charset=klingon", b"x", "charset \"klingon\""),
             (CONTENT_TYPE, "text/plain; charset=utf-16le", b"x", "not UTF-16LE"),
+            (CONTENT_TYPE, "text/plain; charset=iso-2022-kr", b"x", "charset \"iso-2022-kr\""),
         ] {
             let error = decoded(&[(name, value)], body, 1 << 20).unwrap_err().to_string();
             assert!(error.contains(reason), "{value}: {error}");

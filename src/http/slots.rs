@@ -111,7 +111,11 @@ impl Slots {
         if all.requests > self.most.requests {
             return Err(Limit::Requests(self.most.requests));
         }
-        if all.bytes > self.most.bytes {
+        // What a client holds beyond its own limit, in responses that it does not read, is not held
+        // against others.
+        let most_of_client = self.most_of_client.bytes;
+        let beyond = held.clients.values().map(|one| one.bytes.saturating_sub(most_of_client));
+        if all.bytes.saturating_sub(beyond.sum()) > self.most.bytes {
             return Err(Limit::Bytes(self.most.bytes));
         }
         if let Some(client) = client {
@@ -212,5 +216,17 @@ mod tests {
         drop((first, second, third, counted));
         assert_eq!(slots.held(), Amount::default());
         assert!(slots.lock().clients.is_empty());
+    }
+
+    #[test]
+    fn a_client_that_does_not_read_keeps_no_other_out() {
+        let amount = |requests, bytes| Amount { requests, bytes };
+        let slots = Slots::new(amount(9, 100), amount(9, 60), FreedMemory::default());
+        let (a, b) = (Client::named("a"), Client::named("b"));
+        let _unread = slots.count(Some(&a), 1000);
+        assert_eq!(slots.take(Some(&a), amount(1, 0)).err(), Some(Limit::ClientBytes(60)));
+        assert!(slots.take(Some(&b), amount(1, 40)).is_ok());
+        assert_eq!(slots.take(Some(&b), amount(1, 41)).err(), Some(Limit::Bytes(100)));
+        assert_eq!(slots.held().bytes, 1000);
     }
 }

@@ -14,6 +14,9 @@ pub(crate) const LORA_HASHES: &str = "Lora hashes";
 /// Maximum length of a text read from a file, in bytes: a small file can hold a large text.
 const MAX_TEXT_BYTES: usize = 1 << 20;
 
+/// Maximum number of lines read from a text.
+const MAX_LINES: usize = 1 << 12;
+
 /// Maximum number of parameters read from a text; each takes far more memory than its text.
 const MAX_PARAMETERS: usize = 256;
 
@@ -136,6 +139,7 @@ fn in_exif(exif: &Exif) -> Option<String> {
         return None;
     };
     let (encoding, text) = bytes.split_at_checked(8)?;
+    let text = &text[..text.len().min(MAX_TEXT_BYTES)];
     if encoding != b"UNICODE\0" {
         return Some(String::from_utf8_lossy(text).into_owned());
     }
@@ -149,7 +153,7 @@ fn in_exif(exif: &Exif) -> Option<String> {
 /// Parses an infotext as AUTOMATIC1111 does: `Prompt`, `Negative prompt`, and by name the parameters
 /// of the last line that has at least three, then those of the lines that extensions add below it.
 pub(crate) fn parse(text: &str) -> Vec<(String, String)> {
-    let lines: Vec<&str> = text.trim().lines().collect();
+    let lines: Vec<&str> = text.trim().lines().take(MAX_LINES).collect();
     let has_parameters = |line: &&str| pairs(line).len() >= 3;
     let at = lines.iter().rposition(has_parameters).filter(|at| are_added(&lines[at + 1..]));
     let (above, below) = lines.split_at(at.unwrap_or(lines.len()));
@@ -213,11 +217,14 @@ fn pairs(line: &str) -> Vec<(String, String)> {
     let mut pairs = Vec::new();
     let mut rest = line;
     while pairs.len() < MAX_PARAMETERS && !rest.is_empty() {
-        let Some((name, after)) = named(rest) else {
+        // A name ends before the next comma, and so the text is walked once.
+        let end = rest.find(',').unwrap_or(rest.len());
+        let Some((name, _)) = named(&rest[..end]) else {
             // As there, what is no parameter is passed over.
-            rest = rest.split_once(',').map_or("", |(_, next)| next);
+            rest = rest.get(end + 1..).unwrap_or_default();
             continue;
         };
+        let after = rest.split_once(':').map_or("", |(_, after)| after);
         let (value, next) = value(after.trim_start());
         pairs.push((name.to_owned(), value));
         rest = next;
@@ -363,5 +370,16 @@ mod tests {
             read("just a prompt: of, no: parameters", "Prompt").as_deref(),
             Some("just a prompt: of, no: parameters")
         );
+    }
+
+    #[test]
+    fn a_long_text_is_read_in_one_pass() {
+        for text in [
+            ",".repeat(MAX_TEXT_BYTES),
+            "a,".repeat(MAX_TEXT_BYTES / 2),
+            "\n".repeat(MAX_TEXT_BYTES),
+        ] {
+            assert!(parse(&text).len() < 3 + MAX_PARAMETERS);
+        }
     }
 }

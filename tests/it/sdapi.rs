@@ -233,6 +233,7 @@ async fn a_second_pass_is_what_automatic1111_makes_of_its_fields() -> Result<()>
         (json!({ "hr_resize_x": 128, "hr_resize_y": 100 }), "128x96", "Hires resize: 128x96, "),
         (json!({ "hr_scale": 1 }), "64x96", ""),
         (json!({ "enable_hr": "0", "tiling": "false" }), "64x96", ""),
+        (json!({ "hr_prompt": "x", "hr_scheduler": "automatic" }), "128x192", "upscale: 2, "),
     ];
     // Clients write yes and no as any JSON value.
     let mut no = vec![json!(false), json!(0), json!(null), json!([]), json!({})];

@@ -31,10 +31,13 @@ pub(crate) async fn png_info(
     let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
     let text = move || {
         let text = image::find(&image.bytes("image")?);
-        Ok(text.map_err(|reason| ValidationError::malformed("image", reason))?.unwrap_or_default())
+        let text = text.map_err(|reason| ValidationError::malformed("image", reason))?;
+        let text = text.unwrap_or_default();
+        let parameters = image::parse(&text);
+        Ok((text, parameters))
     };
-    let text = state.reader.run(admitted.slot.deadline, admitted.slot, text).await?;
+    let (text, parameters) = state.reader.run(admitted.slot.deadline, admitted.slot, text).await?;
     let parameters: Object =
-        image::parse(&text).into_iter().map(|(name, value)| (name, value.into())).collect();
+        parameters.into_iter().map(|(name, value)| (name, value.into())).collect();
     Ok(Json(json!({ "info": text, "items": { "parameters": text }, "parameters": parameters })))
 }

@@ -25,15 +25,16 @@ const REJECTED: [&str; 9] = [
     "s_churn",
 ];
 
-/// Fields of the hires pass that must be as in the base pass, and the value that means it.
-const MUST_MATCH_BASE_PASS: [(&str, &str); 7] = [
-    ("hr_prompt", ""),
-    ("hr_negative_prompt", ""),
-    ("hr_checkpoint_name", "Use same checkpoint"),
-    ("hr_sampler_name", "Use same sampler"),
-    ("hr_scheduler", "Use same scheduler"),
-    ("hr_cfg", ""),
-    ("hr_additional_modules", "Use same choices"),
+/// Fields of the hires pass that must be as in the base pass, the value that means it, and the
+/// field of the base pass.
+const MUST_MATCH_BASE_PASS: [(&str, &str, &str); 7] = [
+    ("hr_prompt", "", "prompt"),
+    ("hr_negative_prompt", "", "negative_prompt"),
+    ("hr_checkpoint_name", "Use same checkpoint", "sd_model_checkpoint"),
+    ("hr_sampler_name", "Use same sampler", "sampler_name"),
+    ("hr_scheduler", "Use same scheduler", "scheduler"),
+    ("hr_cfg", "", "cfg_scale"),
+    ("hr_additional_modules", "Use same choices", ""),
 ];
 
 /// Default denoising strength.
@@ -302,13 +303,18 @@ impl Common {
 }
 
 impl HiresPass {
-    /// Takes the fields of the hires pass out.
-    pub(crate) fn read(fields: &mut Fields, limits: &Limits) -> Result<Self, ValidationError> {
-        for (name, same) in MUST_MATCH_BASE_PASS {
+    /// Takes the fields of the hires pass out, given all fields of the request.
+    pub(crate) fn read(
+        fields: &mut Fields,
+        base: &Object,
+        limits: &Limits,
+    ) -> Result<Self, ValidationError> {
+        for (name, same, field) in MUST_MATCH_BASE_PASS {
             if let Some((name, value)) = fields.take(&[name])?
                 && !is_noop(&value)
                 && value != same
                 && value != json!([same])
+                && !is_same(&value, base.get(field))
             {
                 return Err(ValidationError::range(&name, "must be the same as in the base pass"));
             }
@@ -394,6 +400,20 @@ impl InitImage {
     }
 }
 
+/// Whether a value of the hires pass is that of the base pass, if it has one.
+fn is_same(value: &Value, base: Option<&Value>) -> bool {
+    let text = |value: &Value| match value {
+        Value::String(text) => text.trim().to_lowercase(),
+        value => value.to_string(),
+    };
+    let value = text(value);
+    let Some(base) = base.map(text).filter(|base| !base.is_empty()) else {
+        return value == "automatic";
+    };
+    let number = |text: &str| text.parse::<f64>().ok();
+    value == base || number(&value).is_some() && number(&value) == number(&base)
+}
+
 /// Whether the value of a switch, or of a field that is not supported, asks for nothing. Clients
 /// send numbers and booleans as text, too.
 pub(super) fn is_off(value: &Value) -> bool {
@@ -416,5 +436,42 @@ pub(crate) fn is_noop(value: &Value) -> bool {
         Value::String(text) => ["", "None"].contains(&text.as_str()),
         Value::Array(values) => values.is_empty(),
         Value::Object(values) => values.is_empty(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_base_pass_has_is_the_same_in_the_hires_pass() {
+        let read = |body: Value| {
+            let mut fields = Fields::json(&body.to_string()).expect("an object");
+            let base = fields.object();
+            let limits = Limits {
+                max_pixels: 1 << 20,
+                max_steps: 50,
+                max_images: 4,
+                max_prompt_bytes: 100,
+                max_input_pixels: 1 << 20,
+                max_loras: 2,
+            };
+            HiresPass::read(&mut fields, &base, &limits)
+                .map(|_| ())
+                .map_err(|error| error.to_string())
+        };
+        for body in [
+            json!({ "prompt": "a", "hr_prompt": "a", "hr_negative_prompt": "" }),
+            json!({ "sampler_name": "Euler a", "hr_sampler_name": "euler a", "hr_scheduler": "Automatic" }),
+            json!({ "cfg_scale": 7, "hr_cfg": "7.0", "scheduler": "Karras", "hr_scheduler": "karras" }),
+            json!({ "hr_sampler_name": "Use same sampler", "hr_additional_modules": ["Use same choices"] }),
+        ] {
+            assert_eq!(read(body.clone()), Ok(()), "{body}");
+        }
+        for (name, value) in [("hr_prompt", "b"), ("hr_sampler_name", "DDIM"), ("hr_cfg", "8")] {
+            let body = json!({ "prompt": "a", "cfg_scale": 7, name: value });
+            let reason = format!("{name} must be the same as in the base pass");
+            assert_eq!(read(body), Err(reason));
+        }
     }
 }

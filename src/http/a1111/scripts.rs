@@ -11,7 +11,8 @@ use crate::request::{Fields, ValidationError, brief};
 const ONLY_OF_THE_PAGE: [&str; 2] = ["seed", "sampler"];
 
 /// Members of a script's settings that switch it on.
-const SWITCHES: [&str; 3] = ["enabled", "is_enabled", "ad_model"];
+const SWITCHES: [&str; 6] =
+    ["enabled", "enable", "is_enabled", "active", "ad_tab_enable", "ad_model"];
 
 /// Takes the scripts out. An error names the first that is on.
 pub(super) fn check(fields: &mut Fields) -> Result<(), ValidationError> {
@@ -43,9 +44,12 @@ fn is_idle(settings: &Value) -> bool {
     match args {
         Value::Array(args) => {
             // The first argument of many scripts is the switch of all.
-            let is_switch = |value: &Value| value.is_boolean() || value.is_string();
-            let first = args.first().is_some_and(|first| is_switch(first) && is_off(first));
-            first || args.iter().all(|unit| is_off(unit) || is_off_unit(unit))
+            let is_false = |value: &Value| match value {
+                Value::String(text) => text.trim().eq_ignore_ascii_case("false"),
+                value => *value == false,
+            };
+            args.first().is_some_and(is_false)
+                || args.iter().all(|unit| is_off(unit) || is_off_unit(unit))
         }
         other => is_off(other) || is_off_unit(other),
     }
@@ -82,6 +86,7 @@ mod tests {
             json!({ "ADetailer": { "args": [false, false, { "ad_model": "face_yolov8n.pt" }] } }),
             json!({ "ADetailer": { "args": [{ "ad_model": "None", "ad_confidence": 0.3 }] } }),
             json!({ "ControlNet": [{ "enabled": "false" }, { "enabled": 0 }] }),
+            json!({ "AnimateDiff": { "args": [{ "enable": false, "model": "mm" }] } }),
         ] {
             assert_eq!(checked(&scripts), Ok(()), "{scripts}");
         }
@@ -94,6 +99,7 @@ mod tests {
             json!({ "Comments": {}, "Refiner": { "args": [{ "enabled": true }] } }),
             json!({ "Refiner": { "args": [{ "module": "canny" }] } }),
             json!({ "Refiner": { "args": [0.5, 2] } }),
+            json!({ "Refiner": { "args": ["", true, "0"] } }),
             json!({ "Refiner": "on" }),
         ] {
             let message =

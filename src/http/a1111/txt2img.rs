@@ -55,7 +55,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
         parameters.retain(|name, _| !["init_images", "mask"].contains(&name.as_str()));
     } else if has_hires {
         let model = state.engine.model()?;
-        HiresPass::read(&mut fields, limits)?.add_to(&mut draw, limits, &model);
+        HiresPass::read(&mut fields, &parameters, limits)?.add_to(&mut draw, limits, &model);
     }
     // What is unknown may be large.
     drop(fields);

@@ -53,6 +53,7 @@ impl Form {
                     return Err(ValidationError::range("image", "must be a single image").into());
                 }
                 "mask" if form.mask.is_none() => form.mask = Some(data),
+                "mask" => return Err(ValidationError::malformed("mask", "is given twice").into()),
                 _ if form.texts.len() == MAX_FIELDS => {
                     let message = format!("the form has more than {MAX_FIELDS} fields");
                     return Err(ValidationError::body(message).into());

@@ -136,6 +136,9 @@ pub(crate) fn read(
     }
     if options.partial_images > Some(0) {
         draw.preview = Some(true);
+        if draw.stream != Some(true) {
+            draw.warnings.push("partial_images has no effect without stream".into());
+        }
     }
     Ok((options, draw))
 }
