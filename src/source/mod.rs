@@ -91,7 +91,7 @@ pub(crate) fn locate(model: ModelConfig) -> Result<LoadOptions> {
 /// Finds the files of a VAE and downloads them if necessary. Blocks.
 fn vae_source(location: ModelLocation, hub: &Hub, half: bool) -> Result<Source> {
     let path = match location {
-        ModelLocation::Demo => return Ok(Source::Demo),
+        ModelLocation::Demo | ModelLocation::DemoLcm => return Ok(Source::Demo),
         ModelLocation::Checkpoint(file) => {
             return Ok(Source::Checkpoint(Checkpoint { file, vocabulary: None }));
         }
