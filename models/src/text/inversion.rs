@@ -23,7 +23,7 @@ const NAMELESS: [&str; 2] = ["emb_params", "*"];
 pub struct Embeddings {
     /// The placeholder tokens in the order of their vectors.
     pub words: Vec<PlaceholderToken>,
-    /// Skipped files, and why.
+    /// Files of which something is not used, and why: the whole file, or a word that it names.
     pub skipped: Vec<(String, String)>,
     /// Numbers of a vector: the text encoder's hidden size.
     pub width: usize,
@@ -58,7 +58,6 @@ impl Embeddings {
                 let rows = vectors.dims()[0];
                 let bytes = ((count + rows) * width * size_of::<f32>()) as u64;
                 match rows {
-                    0 => Err(format!("{stem}: holds no vector")),
                     rows if rows > room => {
                         Err(format!("{stem}: has {rows} vectors; a chunk has room for {room}"))
                     }
@@ -71,22 +70,41 @@ impl Embeddings {
             match read {
                 Err(reason) => embeddings.skipped.push((stem, reason)),
                 Ok((word, rows, tensor)) => {
-                    for word in [Some(stem), word].into_iter().flatten() {
-                        if embeddings.words.iter().all(|known| known.word != word) {
-                            embeddings.words.push(PlaceholderToken {
-                                word,
-                                first: count,
-                                count: rows,
-                            });
-                        }
+                    if embeddings.add(&stem, word, count, rows) {
+                        count += rows;
+                        vectors.push(tensor);
                     }
-                    count += rows;
-                    vectors.push(tensor);
                 }
             }
         }
         let vectors = (!vectors.is_empty()).then(|| Tensor::cat(&vectors, 0)).transpose()?;
         Ok((embeddings, vectors))
+    }
+
+    /// Adds the words of a file: its stem and the token that it names. Whether there are any.
+    fn add(&mut self, stem: &str, token: Option<String>, first: usize, count: usize) -> bool {
+        let own = self.words.len();
+        for (word, what) in [(Some(stem.to_owned()), "file name"), (token, "token")] {
+            let Some(word) = word.map(|word| word.trim().to_owned()) else { continue };
+            // Prompts are searched without regard to case.
+            let known = self.words.iter().position(|old| old.word.eq_ignore_ascii_case(&word));
+            let reason = match known {
+                _ if word.is_empty() => format!("{stem}: its {what} is blank, which no prompt has"),
+                None => {
+                    self.words.push(PlaceholderToken { word, first, count });
+                    continue;
+                }
+                Some(known) if known >= own => continue,
+                Some(known) => {
+                    format!(
+                        "{stem}: its {what} {:?} is a word of another file",
+                        self.words[known].word
+                    )
+                }
+            };
+            self.skipped.push((stem.to_owned(), reason));
+        }
+        self.words.len() > own
     }
 }
 
@@ -102,10 +120,13 @@ fn read(
         let Some(picture) = picture else { return Ok(None) };
         let word = picture.name.clone();
         let rows = picture.rows().map_err(|error| format!("{file}: {error}"))?;
-        let (count, wide) = (rows.len(), rows.first().map_or(0, Vec::len));
-        let tensor = Tensor::from_vec(rows.concat(), (count, wide), &Device::Cpu);
-        let tensor = tensor.map_err(|_| format!("{file}: its vectors have different lengths"))?;
-        return Ok(Some((word, fitting(&tensor, width, &file)?)));
+        let shape = [rows.len(), rows.first().map_or(0, Vec::len)];
+        if rows.iter().any(|row| row.len() != shape[1]) {
+            return Err(format!("{file}: its vectors have different lengths"));
+        }
+        let read = || Tensor::from_vec(rows.concat(), &shape, &Device::Cpu);
+        let tensor = fitting(&shape, || read().map_err(Error::from), width, &file)?;
+        return Ok(Some((word, tensor)));
     }
     let text = |error: Error| error.to_string();
     let weights = Weights::copied(path).map_err(text)?;
@@ -130,22 +151,28 @@ fn read(
             });
         }
     };
-    let tensor = weights.widened(name).map_err(text)?;
     let word = (!NAMELESS.contains(&name)).then(|| name.to_owned());
-    Ok(Some((word, fitting(&tensor, width, &file)?)))
+    let shape = weights.shape(name).unwrap_or_default();
+    Ok(Some((word, fitting(shape, || weights.widened(name), width, &file)?)))
 }
 
 /// The vectors (n, width) or the one vector (width) of a file as (n, width), if they are of this
-/// width and finite.
-fn fitting(vectors: &Tensor, width: usize, file: &str) -> std::result::Result<Tensor, String> {
+/// width and finite. Read only if the shape fits.
+fn fitting(
+    shape: &[usize],
+    read: impl FnOnce() -> Result<Tensor>,
+    width: usize,
+    file: &str,
+) -> std::result::Result<Tensor, String> {
     let refuse = |reason: String| Err(format!("{file}: {reason}"));
-    let (rows, wide) = match *vectors.dims() {
+    let (rows, wide) = match *shape {
         [wide] => (1, wide),
         [rows, wide] => (rows, wide),
-        ref shape => {
-            return refuse(format!("is no embedding: it holds a tensor of shape {shape:?}"));
-        }
+        _ => return refuse(format!("is no embedding: it holds a tensor of shape {shape:?}")),
     };
+    if rows == 0 {
+        return refuse("holds no vector".into());
+    }
     if wide != width {
         let known = [(768, "1.x"), (1024, "2.x"), (1280, "XL")];
         let of = known.iter().find(|(known, _)| *known == wide);
@@ -155,9 +182,130 @@ fn fitting(vectors: &Tensor, width: usize, file: &str) -> std::result::Result<Te
             "its vectors have {wide} numbers{of}; those of this model have {width}"
         ));
     }
+    let vectors = read().map_err(|error| error.to_string())?;
     let finite = vectors.flatten_all().and_then(|all| all.to_vec1::<f32>());
     if !finite.is_ok_and(|all| all.iter().all(|x| x.is_finite())) {
         return refuse("holds NaN or infinite numbers".into());
     }
     vectors.reshape((rows, width)).map_err(|error| format!("{file}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use candle_core::DType;
+
+    use super::*;
+
+    const WIDTH: usize = 4;
+
+    /// Two vectors under a name, in a file.
+    fn save(folder: &Path, file: &str, name: &str) {
+        let vectors = Tensor::ones((2, WIDTH), DType::F32, &Device::Cpu).unwrap();
+        let tensors = BTreeMap::from([(name, vectors)]);
+        safetensors::serialize_to_file(tensors, None, &folder.join(file)).unwrap();
+    }
+
+    fn read(folder: &Path) -> Embeddings {
+        let directory = Some(folder.to_owned());
+        let files = AssetDir { directory, endings: &["safetensors", "png"], ..AssetDir::default() };
+        let (embeddings, vectors) = Embeddings::read(&files, 1 << 20, WIDTH, 75).unwrap();
+        let count = embeddings.words.iter().map(|word| word.first + word.count).max();
+        assert_eq!(vectors.map(|all| all.dims()[0]), count);
+        embeddings
+    }
+
+    #[test]
+    fn a_word_is_of_one_file_and_never_blank() {
+        let folder = tempfile::tempdir().unwrap();
+        for (file, name) in [
+            ("a", ""),
+            ("b", " \n"),
+            ("c", " <cat> "),
+            ("d", "<CAT>"),
+            ("e", "E"),
+            ("f", "emb_params"),
+            ("g", "h"),
+            ("h", "A"),
+            (" ", "\t"),
+        ] {
+            save(folder.path(), &format!("{file}.safetensors"), name);
+        }
+        let embeddings = read(folder.path());
+        let words: Vec<_> = embeddings.words.iter().map(|word| &*word.word).collect();
+        assert_eq!(words, ["a", "b", "c", "<cat>", "d", "e", "f", "g", "h"]);
+        let skipped: Vec<_> = embeddings.skipped.iter().map(|(_, reason)| &**reason).collect();
+        assert_eq!(
+            skipped,
+            [
+                " : its file name is blank, which no prompt has",
+                " : its token is blank, which no prompt has",
+                "a: its token is blank, which no prompt has",
+                "b: its token is blank, which no prompt has",
+                "d: its token \"<cat>\" is a word of another file",
+                "h: its file name \"h\" is a word of another file",
+                "h: its token \"a\" is a word of another file",
+            ]
+        );
+    }
+
+    /// A picture with one text chunk.
+    fn picture(path: &Path, json: &str) {
+        let mut encoder = png::Encoder::new(std::fs::File::create(path).unwrap(), 1, 1);
+        let text = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, json);
+        encoder.add_ztxt_chunk("sd-ti-embedding".into(), text).unwrap();
+        encoder.write_header().unwrap().write_image_data(&[0]).unwrap();
+    }
+
+    #[test]
+    fn hostile_pictures_are_refused_in_a_sentence() {
+        let folder = tempfile::tempdir().unwrap();
+        let of = |name: &str, rows: &str| {
+            format!(r#"{{"name": {name}, "string_to_param": {{"*": {{"TORCHTENSOR": {rows}}}}}}}"#)
+        };
+        let sound = "[[1, 2, 3, 4]]";
+        for (file, json) in [
+            ("blank", of(r#""""#, sound)),
+            ("long", of("null", &format!("{sound}{}", " ".repeat(20 << 20)))),
+            ("none", r#"{"name": null, "string_to_param": {}}"#.into()),
+            ("ragged", of("null", "[[1, 2, 3, 4], [1, 2], [1, 2, 3, 4, 5, 6]]")),
+            ("empty", of("null", "[]")),
+        ] {
+            picture(&folder.path().join(file).with_extension("png"), &json);
+        }
+        let embeddings = read(folder.path());
+        let words: Vec<_> = embeddings.words.iter().map(|word| &*word.word).collect();
+        assert_eq!(words, ["blank"]);
+        let skipped: Vec<_> = embeddings.skipped.iter().map(|(_, reason)| &**reason).collect();
+        assert_eq!(
+            skipped,
+            [
+                "blank: its token is blank, which no prompt has",
+                "empty.png: holds no vector",
+                "long.png: sd-ti-embedding: its text is damaged, or longer than 16777216 bytes",
+                "none.png: holds no embedding",
+                "ragged.png: its vectors have different lengths",
+            ]
+        );
+    }
+
+    #[test]
+    fn the_shape_is_checked_before_the_numbers_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        for (file, shape) in [
+            ("a", "[0, 1099511627776, 1099511627776]"),
+            ("b", "[0, 4]"),
+            ("c", "[72057594037927936, 0]"),
+            ("d", "[0]"),
+        ] {
+            let header =
+                format!(r#"{{"x": {{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 0]}}}}"#);
+            let file = folder.path().join(file).with_extension("safetensors");
+            let length = (header.len() as u64).to_le_bytes();
+            std::fs::write(file, [&length[..], header.as_bytes()].concat()).unwrap();
+        }
+        let embeddings = read(folder.path());
+        assert!(embeddings.words.is_empty() && embeddings.skipped.len() == 4, "{embeddings:?}");
+    }
 }

@@ -17,8 +17,11 @@ use serde::Deserialize;
 /// The keyword of the text chunk.
 const KEYWORD: &str = "sd-ti-embedding";
 
-/// Maximum bytes of a decoded picture, and of the JSON in it.
-const MAX_BYTES: usize = 256 << 20;
+/// Maximum bytes of a decoded picture.
+const MAX_BYTES: usize = 64 << 20;
+
+/// Maximum bytes of the JSON in it: that of 75 vectors of 1024 numbers is 1.7 MB.
+const MAX_JSON_BYTES: usize = 16 << 20;
 
 /// The embedding in a picture.
 #[derive(Debug, Deserialize)]
@@ -40,7 +43,8 @@ impl PngEmbedding {
         let mut lists: Vec<_> = self.string_to_param.into_values().collect();
         match (lists.pop(), lists.is_empty()) {
             (Some(Vectors { rows }), true) => Ok(rows),
-            _ => Err("holds several embeddings".into()),
+            (Some(_), false) => Err("holds several embeddings".into()),
+            (None, _) => Err("holds no embedding".into()),
         }
     }
 }
@@ -57,7 +61,7 @@ pub(super) fn read(path: &Path) -> Result<Option<PngEmbedding>, String> {
     let mut data = vec![0; size.ok_or("the picture is too large")?];
     let frame = reader.next_frame(&mut data).map_err(text)?;
     reader.finish().map_err(text)?;
-    if let Some(found) = chunk(reader.info()) {
+    if let Some(found) = chunk(reader.info())? {
         let json = BASE64_STANDARD.decode(found.trim());
         let json = json.map_err(|error| format!("{KEYWORD}: not base64: {error}"))?;
         return parse(&json).map(Some);
@@ -75,7 +79,7 @@ pub(super) fn read(path: &Path) -> Result<Option<PngEmbedding>, String> {
     let Some(bytes) = hidden(&pixels) else { return Ok(None) };
     let mut json = Vec::new();
     // Whatever follows the compressed data fills the stripes up.
-    let read = ZlibDecoder::new(&bytes[..]).take(MAX_BYTES as u64).read_to_end(&mut json);
+    let read = ZlibDecoder::new(&bytes[..]).take(MAX_JSON_BYTES as u64).read_to_end(&mut json);
     // Any picture may have two black columns.
     if read.is_err() { Ok(None) } else { parse(&json).map(Some) }
 }
@@ -84,16 +88,26 @@ fn parse(json: &[u8]) -> Result<PngEmbedding, String> {
     serde_json::from_slice(json).map_err(|error| format!("{KEYWORD}: {error}"))
 }
 
-/// The text chunk of the keyword.
-fn chunk(info: &Info<'_>) -> Option<String> {
-    let plain = info.uncompressed_latin1_text.iter();
-    let plain = plain.filter(|chunk| chunk.keyword == KEYWORD).map(|chunk| chunk.text.clone());
-    let packed = info.compressed_latin1_text.iter().filter(|chunk| chunk.keyword == KEYWORD);
-    let utf8 = info.utf8_text.iter().filter(|chunk| chunk.keyword == KEYWORD);
-    plain
-        .chain(packed.filter_map(|chunk| chunk.get_text().ok()))
-        .chain(utf8.filter_map(|chunk| chunk.get_text().ok()))
-        .next()
+/// The text of the keyword's chunk.
+fn chunk(info: &Info<'_>) -> Result<Option<String>, String> {
+    let text = |text: Result<String, png::DecodingError>| {
+        let text = text.ok().filter(|text| text.len() <= MAX_JSON_BYTES);
+        let reason = "its text is damaged, or longer than";
+        text.map(Some).ok_or_else(|| format!("{KEYWORD}: {reason} {MAX_JSON_BYTES} bytes"))
+    };
+    let plain = info.uncompressed_latin1_text.iter().find(|chunk| chunk.keyword == KEYWORD);
+    if let Some(chunk) = plain {
+        return text(Ok(chunk.text.clone()));
+    }
+    let packed = info.compressed_latin1_text.iter().find(|chunk| chunk.keyword == KEYWORD);
+    if let Some(mut chunk) = packed.cloned() {
+        let read = chunk.decompress_text_with_limit(MAX_JSON_BYTES);
+        return text(read.and_then(|()| chunk.get_text()));
+    }
+    let utf8 = info.utf8_text.iter().find(|chunk| chunk.keyword == KEYWORD);
+    let Some(mut chunk) = utf8.cloned() else { return Ok(None) };
+    let read = chunk.decompress_text_with_limit(MAX_JSON_BYTES);
+    text(read.and_then(|()| chunk.get_text()))
 }
 
 /// The bytes hidden in a picture's stripes: left of the first and right of the last column whose

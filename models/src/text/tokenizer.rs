@@ -125,6 +125,8 @@ impl ClipTokenizer {
     /// Adds placeholder tokens, whose embeddings have the ids from `first` on.
     pub(crate) fn add_placeholders(&mut self, words: &[PlaceholderToken], first: usize) {
         self.placeholders = words.to_vec();
+        // An empty word would be found everywhere, and again behind itself.
+        self.placeholders.retain(|word| !word.word.is_empty());
         self.placeholders.sort_by_key(|word| std::cmp::Reverse(word.word.len()));
         self.first_embedding = first;
     }
@@ -331,7 +333,7 @@ mod tests {
         assert_ne!(end, comma, "signs are one token");
         let word = |word: &str, first, count| PlaceholderToken { word: word.into(), first, count };
         tokenizer.add_placeholders(
-            &[word("sky", 0, 1), word("<cat>", 1, 3), word("<cat>x", 4, 1)],
+            &[word("sky", 0, 1), word("", 9, 1), word("<cat>", 1, 3), word("<cat>x", 4, 1)],
             5000,
         );
         let table: [(&str, Vec<Vec<u32>>); 5] = [
