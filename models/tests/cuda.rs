@@ -19,7 +19,7 @@ fn load(device: DeviceName, precision: Precision) -> Pipeline {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/pictures/loras");
     let loras =
         AssetDir { directory: Some(directory), endings: &["safetensors"], ..AssetDir::default() };
-    let add_ons = AddOns { loras, max_lora_bytes: 1 << 24, ..AddOns::default() };
+    let add_ons = AddOns { loras, max_lora_bytes: 1 << 28, ..AddOns::default() };
     Pipeline::load(&LoadOptions {
         name: None,
         source,

@@ -26,6 +26,8 @@ mod lcm;
 mod lora;
 #[path = "parity/lora_methods.rs"]
 mod lora_methods;
+#[path = "parity/lora_refusals.rs"]
+mod lora_refusals;
 #[path = "parity/networks.rs"]
 mod networks;
 #[path = "parity/noise.rs"]

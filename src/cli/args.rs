@@ -92,9 +92,10 @@ pub(super) struct ModelArgs {
     /// and LyCORIS) that requests can select by file name. A file is read when it is first requested
     #[arg(long, env = "SD_LORAS_DIR")]
     pub(super) loras_dir: Option<PathBuf>,
-    /// Maximum size of the LoRA cache of each model, in bytes. At the limit, the least recently
-    /// used LoRA is evicted, and read again on its next use
-    #[arg(long, env = "SD_MAX_LORA_BYTES", default_value = "536870912", value_parser = size::<0>)]
+    /// Memory for the LoRAs of each model, in bytes. At the limit, the least recently used LoRA is
+    /// evicted, and read again on its next use. A file, or the LoRAs of one image, that would take
+    /// more are refused
+    #[arg(long, env = "SD_MAX_LORA_BYTES", default_value = "1073741824", value_parser = size::<0>)]
     pub(super) max_lora_bytes: usize,
     /// Directory of textual inversion embeddings (.safetensors, .pt, .bin in the AUTOMATIC1111 or
     /// diffusers format, .png pictures of AUTOMATIC1111), read with the model. The file name, or the placeholder token in the file,

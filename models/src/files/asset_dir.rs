@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use lru::LruCache;
 
@@ -108,16 +108,53 @@ pub(crate) struct AssetCache<T> {
     assets: AssetDir,
     /// Bytes of all contents; a single content that is larger is kept alone.
     max_bytes: u64,
-    /// Bytes and content.
-    contents: Mutex<LruCache<AssetFile, (u64, Arc<T>)>>,
+    contents: Mutex<Contents<T>>,
     /// Held while a file is read, so that each is read once; others do not wait.
     reading: Mutex<HashMap<PathBuf, Arc<Mutex<()>>>>,
 }
 
+/// Bytes and contents.
+struct Contents<T> {
+    kept: LruCache<AssetFile, (u64, Arc<T>)>,
+    /// Those that were evicted, as long as they are in use: they take memory too.
+    evicted: Vec<(AssetFile, u64, Weak<T>)>,
+}
+
+impl<T> Contents<T> {
+    /// The content of a file. An evicted one that is still there is kept again.
+    fn get(&mut self, file: &AssetFile) -> Option<Arc<T>> {
+        if let Some((_, content)) = self.kept.get(file) {
+            return Some(Arc::clone(content));
+        }
+        let place = self.evicted.iter().position(|(other, ..)| other == file)?;
+        let (file, bytes, content) = self.evicted.swap_remove(place);
+        let content = content.upgrade()?;
+        self.kept.put(file, (bytes, Arc::clone(&content)));
+        Some(content)
+    }
+
+    fn evict(&mut self, file: AssetFile, (bytes, content): (u64, Arc<T>)) {
+        self.evicted.push((file, bytes, Arc::downgrade(&content)));
+    }
+
+    /// Bytes of all that is there.
+    fn bytes(&mut self) -> u64 {
+        self.evicted.retain(|(.., content)| content.strong_count() > 0);
+        let kept = self.kept.iter().map(|(_, (bytes, _))| *bytes);
+        kept.chain(self.evicted.iter().map(|(_, bytes, _)| *bytes)).fold(0, u64::saturating_add)
+    }
+}
+
 impl<T> AssetCache<T> {
     pub(crate) fn new(assets: AssetDir, max_bytes: u64) -> Self {
-        let contents = Mutex::new(LruCache::unbounded());
+        let contents = Contents { kept: LruCache::unbounded(), evicted: Vec::new() };
+        let contents = Mutex::new(contents);
         Self { assets, max_bytes, contents, reading: Mutex::default() }
+    }
+
+    /// Bytes of all contents.
+    pub(crate) fn max_bytes(&self) -> u64 {
+        self.max_bytes
     }
 
     /// The content of a file as it is now, read if it is not cached; `read` returns its bytes with
@@ -144,8 +181,8 @@ impl<T> AssetCache<T> {
         let _reading = alone.lock().unwrap_or_else(PoisonError::into_inner);
         for _ in 0..MAX_READS {
             let file = AssetFile::new(&stem, path.clone()).map_err(of_request)?;
-            if let Some((_, content)) = lock(&self.contents).get(&file) {
-                return Ok(Arc::clone(content));
+            if let Some(content) = lock(&self.contents).get(&file) {
+                return Ok(content);
             }
             let content = read(&file);
             // What was read while the file changed is of neither version.
@@ -160,14 +197,16 @@ impl<T> AssetCache<T> {
     fn insert(&self, file: AssetFile, content: T, bytes: u64) -> Arc<T> {
         let content = Arc::new(content);
         let mut contents = lock(&self.contents);
-        let old = contents.iter().find(|(other, _)| other.path == file.path);
-        if let Some(old) = old.map(|(old, _)| old.clone()) {
-            contents.pop(&old);
+        let old = contents.kept.iter().find(|(other, _)| other.path == file.path);
+        if let Some(old) = old.map(|(old, _)| old.clone())
+            && let Some(entry) = contents.kept.pop(&old)
+        {
+            contents.evict(old, entry);
         }
-        contents.put(file, (bytes, Arc::clone(&content)));
-        let total = |contents: &LruCache<_, (u64, _)>| contents.iter().map(|(_, (n, _))| n).sum();
-        while contents.len() > 1 && self.max_bytes < total(&contents) {
-            contents.pop_lru();
+        contents.kept.put(file, (bytes, Arc::clone(&content)));
+        while contents.kept.len() > 1 && self.max_bytes < contents.bytes() {
+            let Some((file, entry)) = contents.kept.pop_lru() else { break };
+            contents.evict(file, entry);
         }
         content
     }
@@ -245,13 +284,41 @@ mod tests {
         assert_eq!(*reads.lock().expect("unpoisoned"), "abcb");
         std::fs::write(folder.path().join("b.x"), "new").expect("a file");
         assert_eq!(*get("b", 4), "new");
-        assert_eq!(cache.contents.lock().expect("unpoisoned").len(), 2, "one version of a file");
+        assert_eq!(
+            cache.contents.lock().expect("unpoisoned").kept.len(),
+            2,
+            "one version of a file"
+        );
         get("d", 11);
         assert_eq!(
-            cache.contents.lock().expect("unpoisoned").len(),
+            cache.contents.lock().expect("unpoisoned").kept.len(),
             1,
             "one that is too large stays"
         );
+    }
+
+    #[test]
+    fn what_is_in_use_counts_and_is_not_read_twice() {
+        let folder = tempfile::tempdir().expect("a directory");
+        for name in ["a", "b", "c"] {
+            std::fs::write(folder.path().join(name).with_extension("x"), name).expect("a file");
+        }
+        let directory = Some(folder.path().to_owned());
+        let cache =
+            AssetCache::new(AssetDir { directory, endings: &["x"], ..AssetDir::default() }, 10);
+        let get = |name: &str, bytes| {
+            cache.get("loras", name, |file| Ok((file.name.clone(), bytes))).expect("a file")
+        };
+        let a = get("a", 8);
+        drop(get("b", 8));
+        assert!(Arc::ptr_eq(&a, &get("a", 8)), "it was evicted and is still there");
+        drop(get("b", 8));
+        drop(get("c", 1));
+        let count = || lock(&cache.contents).kept.len();
+        assert_eq!(count(), 1, "b and c would fit but for a");
+        drop(a);
+        drop(get("b", 8));
+        assert_eq!(count(), 2);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::lora_delta::{Delta, Parts, WeightDelta, is_finite};
+use super::lora_delta::{Delta, Parts, TOO_LARGE, WeightDelta, is_finite};
 use super::lora_names::{Network, Role, TargetNames, family, refused, split};
 use super::lora_peft::Alphas;
 use super::placed_delta::PlacedDelta;
@@ -53,10 +53,23 @@ impl LoraCache {
     /// The LoRA of this name as its file is now, read if it is not cached. Blocks.
     pub(crate) fn get(&self, field: &'static str, name: &str) -> Result<Arc<Lora>> {
         self.cache.get(field, name, |file| {
-            let lora = Lora::read(file, &self.targets)?;
+            let lora = Lora::read(file, &self.targets, self.cache.max_bytes())?;
             let bytes = lora.bytes;
             Ok((lora, bytes))
         })
+    }
+
+    /// Refuses the LoRAs of a picture if together they take more bytes than the cache.
+    pub(crate) fn admit<'l>(
+        &self,
+        field: &'static str,
+        loras: impl Iterator<Item = &'l Lora>,
+    ) -> Result<()> {
+        let sizes: BTreeMap<_, _> = loras.map(|lora| (lora.id, lora.bytes)).collect();
+        if sizes.into_values().fold(0, u64::saturating_add) <= self.cache.max_bytes() {
+            return Ok(());
+        }
+        Err(Error::Spec { field, reason: format!("names LoRAs that together {TOO_LARGE}") })
     }
 }
 
@@ -80,15 +93,15 @@ impl TargetIndex {
 }
 
 impl Lora {
-    /// Reads a file for a model.
-    pub(crate) fn read(from: &AssetFile, index: &TargetIndex) -> Result<Self> {
+    /// Reads a file for a model; refuses one that would take more bytes.
+    fn read(from: &AssetFile, index: &TargetIndex, max_bytes: u64) -> Result<Self> {
         static IDS: AtomicU64 = AtomicU64::new(0);
         let weights = Weights::copied(&from.path)?;
         let (found, skipped) = sort(&weights, index)?;
         let mut warnings: Vec<_> = skipped.into_iter().collect();
         let alphas = Alphas::read(&weights, &from.path)?;
         let base = BaseWeights { open: &index.base, unet: OnceCell::new(), text: OnceCell::new() };
-        let (mut deltas, mut bytes) = (HashMap::new(), 0);
+        let (mut deltas, mut bytes) = (HashMap::new(), 0_u64);
         for ((network, name), tensors) in found {
             let (target, setting) = (index.targets[name], alphas.of(network, name));
             let first = tensors.values().next().cloned().unwrap_or_default();
@@ -97,12 +110,17 @@ impl Lora {
             if silent && first.starts_with("base_model.") && !warnings.contains(&NO_ALPHA.into()) {
                 warnings.push(NO_ALPHA.into());
             }
-            let parts = Parts { weights: &weights, target, tensors, setting };
+            let room = max_bytes.saturating_sub(bytes) / index.dtype.size_in_bytes() as u64;
+            let parts = Parts { weights: &weights, target, tensors, setting, room };
             let delta = parts.delta(|| base.read(network, name, target));
-            let delta = delta.map_err(|error| of_family(error, &weights))?;
-            check(&delta, &first, &weights)?;
+            let delta = delta.and_then(|delta| check(&delta, &first, &weights).map(|()| delta));
+            let delta = delta.map_err(|error| of_file(error, &first, &weights))?;
             let delta = PlacedDelta::new(&delta, target, &index.device, index.dtype)?;
-            bytes += delta.bytes();
+            bytes = bytes.saturating_add(delta.bytes());
+            // Kernels may keep a weight in a larger form.
+            if bytes > max_bytes {
+                return Err(Error::config(weights.file_names(), TOO_LARGE));
+            }
             deltas.insert(name.to_owned(), (network, delta));
         }
         let id = IDS.fetch_add(1, Ordering::Relaxed);
@@ -181,9 +199,14 @@ fn sort<'i>(weights: &Weights, index: &'i TargetIndex) -> Result<Sorted<'i>> {
     }
 }
 
-/// The error of a tensor that does not fit, with the models that the file seems to be for.
-fn of_family(error: Error, weights: &Weights) -> Error {
+/// The error of a weight's tensors, of which this is the first: names the file, and if the tensors
+/// do not fit the model, the models that the file seems to be for.
+fn of_file(error: Error, first: &str, weights: &Weights) -> Error {
     match (error, family(weights)) {
+        (Error::Compute(_), _) => {
+            let reason = "cannot be multiplied with those beside it".into();
+            Error::Tensor { file: weights.file_names(), tensor: first.to_owned(), reason }
+        }
         (Error::Tensor { file, tensor, reason }, Some(family))
             if reason.contains("expected shape") =>
         {
@@ -201,7 +224,7 @@ fn check(delta: &Delta, tensor: &str, weights: &Weights) -> Result<()> {
         Some(WeightDelta::Dense(delta)) => vec![delta],
         None => Vec::new(),
     };
-    for product in products {
+    for product in products.into_iter().chain(&delta.bias) {
         if !is_finite(product)? {
             let (file, reason) = (weights.file_names(), "overflows with its factors".into());
             return Err(Error::Tensor { file, tensor: tensor.to_owned(), reason });

@@ -2,8 +2,10 @@
 //! LoHa, LoKr, GLoRA, IA3, DoRA and full differences. Not where it is added
 //! ([`super::lora_layer`]).
 //!
-//! Reference: LyCORIS 4 `functional/` and `modules/`; PEFT 0.18 `tuners/lora/dora.py`. Shapes: `out`
+//! Reference: LyCORIS 4 `functional/` and `modules/`; PEFT 0.21 `tuners/lora/dora.py`. Shapes: `out`
 //! and `in` channels of the weight, k its kernel (1 if linear), r a rank.
+//!
+//! Shapes are those of any file: they are compared before anything is computed with the tensors.
 
 use std::collections::BTreeMap;
 
@@ -12,6 +14,9 @@ use candle_core::{Result as CandleResult, Tensor};
 use super::lora_names::Role;
 use crate::error::{Error, Result};
 use crate::files::{LoraTarget, Weights};
+
+/// Why a file is refused that would take too much memory.
+pub(super) const TOO_LARGE: &str = "would take more than the memory for LoRAs (--max-lora-bytes)";
 
 /// A change of a weight, (out, in, k, k) if it were added to it.
 pub(super) enum WeightDelta {
@@ -59,6 +64,8 @@ pub(super) struct Parts<'a> {
     pub(super) tensors: BTreeMap<Role, String>,
     /// Alpha and whether it is divided by the root of the rank, where no tensor says it.
     pub(super) setting: Option<(f64, bool)>,
+    /// Maximum numbers of the change.
+    pub(super) room: u64,
 }
 
 impl Parts<'_> {
@@ -71,7 +78,12 @@ impl Parts<'_> {
         if let Some((role, _)) = methods.find(|(_, other)| Some(*other) != first.map(|(_, m)| m)) {
             return Err(self.error(role, "is beside a tensor of another method".into()));
         }
-        let weight = match first.map(|(_, method)| method) {
+        let method = first.map(|(_, method)| method);
+        let is_dense = matches!(method, Some(Method::Glora | Method::Ia3 | Method::Full));
+        if is_dense || self.has(DoraScale) || self.has(Magnitude) {
+            self.admit(self.size())?;
+        }
+        let weight = match method {
             Some(Method::Lora) => Some(self.low_rank()?),
             Some(Method::Loha) => Some(self.hadamard()?),
             Some(Method::Lokr) => Some(self.kronecker()?),
@@ -90,10 +102,7 @@ impl Parts<'_> {
         let out = [self.target.outputs];
         let bias = match (self.has(DiffBias), self.has(UpBias)) {
             (true, _) => Some(self.tensor(DiffBias, &out)?),
-            (_, true) => {
-                let rank = self.dims(Down)?.first().copied().unwrap_or(1);
-                Some((self.tensor(UpBias, &out)? * self.scale(rank)?)?)
-            }
+            (_, true) => Some((self.tensor(UpBias, &out)? * self.scale(self.rows(Down)?)?)?),
             _ => None,
         };
         Ok(Delta { weight, bias })
@@ -102,7 +111,8 @@ impl Parts<'_> {
     /// LoRA and LoCon: alpha / r up down, or with a third factor (r, r, k, k) between them.
     fn low_rank(&self) -> Result<WeightDelta> {
         let [out, inputs, k, _] = self.shape();
-        let rank = self.dims(Role::Down)?.first().copied().unwrap_or_default().max(1);
+        let rank = self.rows(Role::Down)?;
+        self.admit(self.factors(rank))?;
         let up = self.tensor(Role::Up, &[out, rank])?;
         let down = if self.has(Role::Mid) {
             // mid over down is one convolution: their product over the rank.
@@ -123,19 +133,22 @@ impl Parts<'_> {
         use Role::*;
         let [out, inputs, k, _] = self.shape();
         let depth = inputs * k * k;
-        let rank = self.dims(HadaW1B)?.first().copied().unwrap_or_default().max(1);
+        let rank = self.rows(HadaW1B)?;
         let scale = self.scale(rank)?;
         if self.has(HadaT1) || self.has(HadaT2) {
+            self.admit(self.size())?;
             let half = |t, a, b| self.tucker((t, a, b), rank, (out, inputs));
             let product = (half(HadaT1, HadaW1A, HadaW1B)? * half(HadaT2, HadaW2A, HadaW2B)?)?;
             return Ok(WeightDelta::Dense((product * scale)?));
         }
-        let second = self.dims(HadaW2B)?.first().copied().unwrap_or_default().max(1);
+        let second = self.rows(HadaW2B)?;
+        let product = rank.saturating_mul(second);
+        let short = self.factors(product) < self.size();
+        self.admit(self.factors(product).min(self.size()))?;
         let (a1, a2) = (self.tensor(HadaW1A, &[out, rank])?, self.tensor(HadaW2A, &[out, second])?);
         let (b1, b2) =
             (self.tensor(HadaW1B, &[rank, depth])?, self.tensor(HadaW2B, &[second, depth])?);
-        let product = rank * second;
-        if self.is_short(product) {
+        if short {
             let up = a1.unsqueeze(2)?.broadcast_mul(&a2.unsqueeze(1)?)?.reshape((out, product))?;
             let down = b1.unsqueeze(1)?.broadcast_mul(&b2.unsqueeze(0)?)?;
             let down = down.reshape((product, inputs, k, k))?;
@@ -150,37 +163,49 @@ impl Parts<'_> {
     fn kronecker(&self) -> Result<WeightDelta> {
         use Role::*;
         let [out, inputs, k, _] = self.shape();
-        let mut rank = None;
-        let w1 = if self.has(LokrW1) {
-            let dims = self.dims(LokrW1)?.to_vec();
-            self.tensor(LokrW1, &dims)?
+        // The shape of w1, and its rank if it is stored as a product.
+        let (first, [a, b], rank) = if self.has(LokrW1) {
+            (LokrW1, self.matrix(LokrW1)?, None)
         } else {
-            let (a, b) = (self.dims(LokrW1A)?.to_vec(), self.dims(LokrW1B)?.to_vec());
-            rank = b.first().copied();
-            self.tensor(LokrW1A, &a)?.matmul(&self.tensor(LokrW1B, &b)?)?
+            let ([a, rank], [rows, b]) = (self.matrix(LokrW1A)?, self.matrix(LokrW1B)?);
+            if rows != rank {
+                let reason = format!("expected shape [{rank}, {b}], found [{rows}, {b}]");
+                return Err(self.error(LokrW1B, reason));
+            }
+            (LokrW1A, [a, b], Some(rank))
         };
-        let (a, b) = w1.dims2()?;
-        if a == 0 || b == 0 || out % a != 0 || inputs % b != 0 {
+        if out % a != 0 || inputs % b != 0 {
             let reason = format!("{a} x {b} does not divide a weight of {out} x {inputs}");
-            let first = if self.has(LokrW1) { LokrW1 } else { LokrW1A };
             return Err(self.error(first, reason));
         }
+        let w1 = || match rank {
+            None => self.tensor(LokrW1, &[a, b]),
+            Some(rank) => {
+                let (left, right) = (self.tensor(LokrW1A, &[a, rank])?, [rank, b]);
+                Ok(left.matmul(&self.tensor(LokrW1B, &right)?)?)
+            }
+        };
         let (c, d) = (out / a, inputs / b);
         if self.has(LokrW2) {
+            self.admit(self.size())?;
             let w2 = self.tensor(LokrW2, &[c, d, k, k])?;
             let scale = rank.map_or(Ok(1.0), |rank| self.scale(rank))?;
-            return Ok(WeightDelta::Dense((kron(&w1, &w2)? * scale)?));
+            return Ok(WeightDelta::Dense((kron(&w1()?, &w2)? * scale)?));
         }
-        let rank = self.dims(LokrW2B)?.first().copied().unwrap_or_default().max(1);
+        let rank = self.rows(LokrW2B)?;
         let scale = self.scale(rank)?;
         if self.has(LokrT2) {
+            self.admit(self.size())?;
             let w2 = self.tucker((LokrT2, LokrW2A, LokrW2B), rank, (c, d))?;
-            return Ok(WeightDelta::Dense((kron(&w1, &w2)? * scale)?));
+            return Ok(WeightDelta::Dense((kron(&w1()?, &w2)? * scale)?));
         }
+        let product = rank.saturating_mul(a.min(b));
+        let short = self.factors(product) < self.size();
+        self.admit(self.factors(product).min(self.size()))?;
+        let w1 = w1()?;
         let w2a = self.tensor(LokrW2A, &[c, rank])?;
         let w2b = self.tensor(LokrW2B, &[rank, d, k, k])?;
-        let product = rank * a.min(b);
-        if self.is_short(product) {
+        if short {
             let square = |n| Tensor::eye(n, w1.dtype(), w1.device());
             let w2a = w2a.reshape((c, rank, 1, 1))?;
             let (up, down) = if a < b {
@@ -204,8 +229,7 @@ impl Parts<'_> {
             true => (GloraA2, GloraA1, GloraB2, GloraB1),
             false => (GloraA1, GloraA2, GloraB1, GloraB2),
         };
-        let rank = self.dims(a2)?.first().copied().unwrap_or_default().max(1);
-        let second = self.dims(b2)?.first().copied().unwrap_or_default().max(1);
+        let (rank, second) = (self.rows(a2)?, self.rows(b2)?);
         let a = self.tensor(a1, &[inputs, rank])?.matmul(&self.tensor(a2, &[rank, inputs])?)?;
         let rows = base.permute((0, 2, 3, 1))?.reshape((out * k * k, inputs))?;
         let changed = rows.matmul(&a)?.reshape((out, k, k, inputs))?.permute((0, 3, 1, 2))?;
@@ -221,7 +245,7 @@ impl Parts<'_> {
         let (count, shape) =
             if on_input { (inputs, (1, inputs, 1, 1)) } else { (out, (out, 1, 1, 1)) };
         let dims = self.dims(Role::Ia3)?.to_vec();
-        if dims.iter().product::<usize>() != count {
+        if count_of(&dims) != Some(count as u64) {
             return Err(self.error(Role::Ia3, format!("expected {count} numbers, found {dims:?}")));
         }
         Ok(base.broadcast_mul(&self.tensor(Role::Ia3, &dims)?.reshape(shape)?)?)
@@ -232,12 +256,11 @@ impl Parts<'_> {
         let [out, inputs, ..] = self.shape();
         let role = if self.has(Role::DoraScale) { Role::DoraScale } else { Role::Magnitude };
         let dims = self.dims(role)?.to_vec();
-        let count = dims.iter().product::<usize>();
         // Only LyCORIS' older files have (1, in, ..).
         let by_output = role == Role::Magnitude || dims.first() == Some(&out);
         let (wanted, shape) =
             if by_output { (out, (out, 1, 1, 1)) } else { (inputs, (1, inputs, 1, 1)) };
-        if count != wanted {
+        if count_of(&dims) != Some(wanted as u64) {
             return Err(self.error(role, format!("expected {wanted} numbers, found {dims:?}")));
         }
         let magnitude = self.tensor(role, &dims)?.reshape(shape)?;
@@ -257,6 +280,7 @@ impl Parts<'_> {
         (rows, columns): (usize, usize),
     ) -> Result<Tensor> {
         let k = self.shape()[2];
+        self.admit(self.count(&[rank, k, k, columns]))?;
         let t = self.tensor(t, &[rank, rank, k, k])?;
         let t = t.permute((0, 2, 3, 1))?.reshape((rank * k * k, rank))?;
         let tb = t.matmul(&self.tensor(b, &[rank, columns])?)?;
@@ -272,10 +296,27 @@ impl Parts<'_> {
         [outputs, inputs, kernel, kernel]
     }
 
-    /// Whether two factors of this rank are fewer numbers than their product.
-    fn is_short(&self, rank: usize) -> bool {
+    /// Numbers of the weight.
+    fn size(&self) -> u64 {
+        self.count(&self.shape())
+    }
+
+    /// Numbers of two factors of this rank.
+    fn factors(&self, rank: usize) -> u64 {
         let [out, inputs, k, _] = self.shape();
-        rank * (out + inputs * k * k) < out * inputs * k * k
+        self.count(&[rank, out + inputs * k * k])
+    }
+
+    fn count(&self, shape: &[usize]) -> u64 {
+        count_of(shape).unwrap_or(u64::MAX)
+    }
+
+    /// Refuses a change of more numbers than there is room for.
+    fn admit(&self, numbers: u64) -> Result<()> {
+        if numbers <= self.room {
+            return Ok(());
+        }
+        Err(Error::config(self.weights.file_names(), TOO_LARGE))
     }
 
     /// Alpha over the rank.
@@ -297,25 +338,42 @@ impl Parts<'_> {
 
     fn dims(&self, role: Role) -> Result<&[usize]> {
         let shape = self.tensors.get(&role).and_then(|name| self.weights.shape(name));
-        shape.ok_or_else(|| self.missing(role))
+        let shape = shape.ok_or_else(|| self.missing(role))?;
+        // Of such a shape the other dimensions may be anything.
+        if shape.contains(&0) {
+            return Err(self.error(role, format!("holds no numbers: its shape is {shape:?}")));
+        }
+        Ok(shape)
+    }
+
+    /// The first dimension.
+    fn rows(&self, role: Role) -> Result<usize> {
+        Ok(self.dims(role)?.first().copied().unwrap_or(1))
+    }
+
+    /// Both dimensions of a matrix.
+    fn matrix(&self, role: Role) -> Result<[usize; 2]> {
+        let dims = self.dims(role)?;
+        let refuse = |_| self.error(role, format!("expected two dimensions, found {dims:?}"));
+        dims.try_into().map_err(refuse)
     }
 
     /// The only number of a tensor.
     fn number(&self, role: Role) -> Result<f64> {
-        let dims = self.dims(role)?.to_vec();
-        let values = self.tensor(role, &dims)?.flatten_all()?.to_vec1::<f32>()?;
-        match values[..] {
-            [value] => Ok(value.into()),
-            _ => Err(self.error(role, format!("expected one number, found {dims:?}"))),
+        let dims = self.dims(role)?;
+        if count_of(dims) != Some(1) {
+            return Err(self.error(role, format!("expected one number, found {dims:?}")));
         }
+        let value = self.tensor(role, dims)?.flatten_all()?.squeeze(0)?.to_scalar::<f32>()?;
+        Ok(value.into())
     }
 
     /// A tensor as f32 in this shape, in which it may lack or have dimensions of 1, or have several
     /// as one.
     fn tensor(&self, role: Role, shape: &[usize]) -> Result<Tensor> {
         let dims = self.dims(role)?;
-        let count = |dims: &[usize]| dims.iter().product::<usize>();
-        if count(dims) != count(shape) || dims.first() != shape.first() {
+        let count = count_of(dims);
+        if count.is_none() || count != count_of(shape) || dims.first() != shape.first() {
             let shape = shape.strip_suffix(&[1, 1]).unwrap_or(shape);
             return Err(self.error(role, format!("expected shape {shape:?}, found {dims:?}")));
         }
@@ -354,6 +412,11 @@ impl WeightDelta {
             }
         }
     }
+}
+
+/// The numbers of a shape, if they can be counted.
+fn count_of(shape: &[usize]) -> Option<u64> {
+    shape.iter().try_fold(1_u64, |count, side| count.checked_mul(*side as u64))
 }
 
 /// The Kronecker product of (a, b) and (c, d, k, k): (a c, b d, k, k).

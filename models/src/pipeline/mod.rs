@@ -304,6 +304,7 @@ fn lora_stack(cache: &LoraCache, asked: &[LoraUse], named: &[LoraUse]) -> Result
         for LoraUse { name, scale, text_encoder_scale } in used {
             let lora = cache.get(field, name)?;
             loras.push(ScaledLora { lora, unet: *scale, text: *text_encoder_scale });
+            cache.admit(field, loras.iter().map(|scaled| &*scaled.lora))?;
         }
     }
     Ok(LoraStack::new(loras))

@@ -31,7 +31,8 @@ pub struct LoadOptions {
 pub struct AddOns {
     /// LoRA files, read when a request names them.
     pub loras: AssetDir,
-    /// Maximum bytes of cached LoRAs; at the limit, the least recently used are evicted.
+    /// Maximum bytes of cached LoRAs; at the limit, the least recently used are evicted. A LoRA, or
+    /// those of one image, that would take more are refused.
     pub max_lora_bytes: u64,
     /// Textual inversion embeddings, read with the model.
     pub embeddings: AssetDir,

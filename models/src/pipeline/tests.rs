@@ -119,7 +119,7 @@ fn loras_are_read_before_a_picture_begins() {
     let file = Path::new(env!("CARGO_MANIFEST_DIR"));
     let file = file.join("../tests/pictures/loras/attention.safetensors");
     let loras = AssetDir { files: vec![file], ..AssetDir::default() };
-    let add_ons = AddOns { loras, max_lora_bytes: 1 << 20, ..AddOns::default() };
+    let add_ons = AddOns { loras, max_lora_bytes: 1 << 24, ..AddOns::default() };
     let pipeline = open(add_ons);
     let plain = spec(vec![]);
     let adapted = spec(vec![LoraUse::new("attention", 0.5)]);

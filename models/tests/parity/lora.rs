@@ -37,7 +37,7 @@ fn model(directory: PathBuf) -> Pipeline {
         precision: Precision::F32,
         safety: SafetyMode::Never,
         threads: Some(1),
-        add_ons: AddOns { loras, max_lora_bytes: 1 << 20, ..AddOns::default() },
+        add_ons: AddOns { loras, max_lora_bytes: 1 << 26, ..AddOns::default() },
     })
     .unwrap()
 }

@@ -21,6 +21,16 @@ fn model(directory: PathBuf, files: Vec<PathBuf>) -> Pipeline {
 }
 
 fn open(model: PathBuf, directory: PathBuf, files: Vec<PathBuf>) -> Pipeline {
+    limited(model, directory, files, 1 << 24)
+}
+
+/// As `open`, with so many bytes for LoRAs.
+pub(crate) fn limited(
+    model: PathBuf,
+    directory: PathBuf,
+    files: Vec<PathBuf>,
+    max_lora_bytes: u64,
+) -> Pipeline {
     let endings = &["safetensors"];
     let loras = AssetDir { directory: Some(directory), files, endings, ..AssetDir::default() };
     Pipeline::load(&LoadOptions {
@@ -31,7 +41,7 @@ fn open(model: PathBuf, directory: PathBuf, files: Vec<PathBuf>) -> Pipeline {
         precision: Precision::F32,
         safety: SafetyMode::Never,
         threads: Some(1),
-        add_ons: AddOns { loras, max_lora_bytes: 1 << 20, ..AddOns::default() },
+        add_ons: AddOns { loras, max_lora_bytes, ..AddOns::default() },
     })
     .unwrap()
 }

@@ -180,7 +180,7 @@ pub fn lora(data: &[u8]) {
     static MODEL: LazyLock<Pipeline> = LazyLock::new(|| {
         let directory = Some(LORAS.path().to_owned());
         let loras = AssetDir { directory, endings: &["safetensors"], ..AssetDir::default() };
-        load(AddOns { loras, ..AddOns::default() })
+        load(AddOns { loras, max_lora_bytes: 1 << 24, ..AddOns::default() })
     });
     static NEXT: AtomicU64 = AtomicU64::new(0);
     // A LoRA that is read is cached under its name.
