@@ -62,6 +62,7 @@ fn spec(sampler: Sampler, steps: usize, guidance_scale: f64) -> Spec {
         clip_skip: 0,
         guidance_rescale: 0.0,
         variation: None,
+        warnings: Vec::new(),
         hires: None,
         prompt_syntax: PromptSyntax::Plain,
     }

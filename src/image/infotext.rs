@@ -271,6 +271,7 @@ mod tests {
             clip_skip: 0,
             guidance_rescale: 0.0,
             variation: None,
+            warnings: Vec::new(),
             hires: None,
         }
     }

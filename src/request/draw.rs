@@ -9,8 +9,8 @@ use std::sync::Arc;
 use ::image::DynamicImage;
 use schemars::JsonSchema;
 use sd_models::{
-    Hires, Img2Img, LoraUse, MaskedStart, ModelInfo, PromptSyntax, SamplerName, Size, Spec,
-    Upscaler, Variation,
+    Defaults, Hires, Img2Img, LoraUse, MaskedStart, ModelInfo, PromptSyntax, SamplerName, Size,
+    Spec, Upscaler, Variation,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -211,7 +211,6 @@ impl DrawRequest {
         model: &ModelInfo,
         random_seed: u64,
     ) -> Result<Vec<Spec>, ValidationError> {
-        let defaults = &model.defaults;
         for (name, text) in [("prompt", &self.prompt), ("negative_prompt", &self.negative_prompt)] {
             let bytes = text.as_ref().map_or(0, String::len);
             if bytes > limits.max_prompt_bytes {
@@ -222,26 +221,34 @@ impl DrawRequest {
         }
         let required = || ValidationError::malformed(self.names.of("prompt"), "is required");
         let prompt = self.prompt.clone().ok_or_else(required)?;
-        let input = self.input(limits.max_input_pixels)?;
-        let size = input.as_ref().map_or(defaults.size, |input| input.size(limits, model));
-        let sides = [self.width.unwrap_or(size.width()), self.height.unwrap_or(size.height())];
-        let size = self.sides(["width", "height"], sides, limits)?;
-        let steps = self.num_inference_steps.unwrap_or(defaults.steps);
-        let count = self.num_images_per_prompt.unwrap_or(1);
-        self.within("num_images_per_prompt", count, 1..=limits.max_images)?;
-        let SamplerName { sampler, schedule } =
-            self.choice("scheduler", self.scheduler.as_ref())?.unwrap_or(defaults.sampler_name());
         let syntax = self.choice::<PromptSyntax>("prompt_syntax", self.prompt_syntax.as_ref())?;
+        let syntax = syntax.unwrap_or_default();
         let lora = |lora: &Lora| {
             let scale = lora.scale.unwrap_or(1.0);
             let text_encoder_scale = lora.text_encoder_scale.unwrap_or(scale);
             LoraUse { name: lora.name.clone(), scale, text_encoder_scale }
         };
+        let loras: Vec<_> = self.loras.iter().flatten().map(lora).collect();
+        // What is wrong with them is found below.
+        let named = syntax.text(&prompt).map_or_else(|_| Vec::new(), |(_, named)| named);
+        let (defaults, warnings) = self.defaults(model, loras.iter().chain(&named));
+        let input = self.input(limits.max_input_pixels)?;
+        let size = input.as_ref().map_or(defaults.size, |input| input.size(limits, model));
+        let sides = [self.width.unwrap_or(size.width()), self.height.unwrap_or(size.height())];
+        let size = self.sides(["width", "height"], sides, limits)?;
+        // So many that a strength leaves one.
+        let least = input.as_ref().map_or(1.0, |input| (1.0 / input.strength).ceil()) as usize;
+        let steps = self.num_inference_steps;
+        let steps = steps.unwrap_or_else(|| defaults.steps.max(least.min(limits.max_steps)));
+        let count = self.num_images_per_prompt.unwrap_or(1);
+        self.within("num_images_per_prompt", count, 1..=limits.max_images)?;
+        let SamplerName { sampler, schedule } =
+            self.choice("scheduler", self.scheduler.as_ref())?.unwrap_or(defaults.sampler_name());
         let spec = Spec {
             prompt,
-            prompt_syntax: syntax.unwrap_or_default(),
+            prompt_syntax: syntax,
             negative_prompt: self.negative_prompt.clone().unwrap_or_default(),
-            loras: self.loras.iter().flatten().map(lora).collect(),
+            loras,
             size,
             steps,
             guidance_scale: self.guidance_scale.unwrap_or(defaults.guidance_scale),
@@ -252,11 +259,12 @@ impl DrawRequest {
             clip_skip: self.clip_skip.unwrap_or(defaults.clip_skip),
             guidance_rescale: self.guidance_rescale.unwrap_or(defaults.guidance_rescale),
             variation: self.variation(random_seed)?,
+            warnings,
             hires: self.hires(size, steps, limits, model)?,
             img2img: input.map(|input| Arc::new(self.img2img(input, size))),
         };
         model.check(&spec).map_err(|error| self.refused(error))?;
-        let named = spec.text().map_or(0, |(_, named)| named.len());
+        let named = named.len();
         if spec.loras.len() + named > limits.max_loras {
             let reason = format!("names too many LoRAs; at most {} are allowed", limits.max_loras);
             return Err(self.range(if named == 0 { "loras" } else { "prompt" }, reason));
@@ -267,6 +275,39 @@ impl DrawRequest {
             image
         };
         Ok((0..count as u64).map(numbered).collect())
+    }
+
+    /// The defaults: those of a LoRA that was distilled to few steps before the model's. A warning
+    /// says what of them the image gets.
+    fn defaults<'a>(
+        &self,
+        model: &ModelInfo,
+        loras: impl Iterator<Item = &'a LoraUse>,
+    ) -> (Defaults, Vec<String>) {
+        let own = model.defaults;
+        let few = own.with_loras(loras.map(|lora| lora.name.as_str()));
+        let Some((few, why)) = few.filter(|_| !model.embeds_guidance) else {
+            return (own, Vec::new());
+        };
+        let (steps, scale, sampler) = (few.steps, few.guidance_scale, few.sampler_name());
+        let taken = [
+            (self.num_inference_steps.is_none(), steps != own.steps, format!("{steps} steps")),
+            (
+                self.guidance_scale.is_none(),
+                scale != own.guidance_scale,
+                format!("guidance scale {scale}"),
+            ),
+            (
+                self.scheduler.is_none(),
+                sampler != own.sampler_name(),
+                format!("the sampler {sampler}"),
+            ),
+        ];
+        let taken = taken.into_iter().filter(|(is_open, differs, _)| *is_open && *differs);
+        let taken: Vec<_> = taken.map(|(.., what)| what).collect();
+        let warning = (!taken.is_empty())
+            .then(|| format!("{why}: its defaults were taken, {}", taken.join(", ")));
+        (few, warning.into_iter().collect())
     }
 
     /// The variation, unless it would change nothing.

@@ -168,7 +168,7 @@ impl Trajectory for FakeTrajectory {
     }
 
     fn warnings(&self) -> &[String] {
-        &[]
+        &self.spec.warnings
     }
 }
 
@@ -190,6 +190,7 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
         clip_skip: 0,
         guidance_rescale: 0.0,
         variation: None,
+        warnings: Vec::new(),
         hires: None,
     }
 }

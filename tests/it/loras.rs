@@ -265,3 +265,43 @@ fn two_files_of_one_name_are_a_mistake() {
     assert_eq!(done.status.code(), Some(64));
     assert!(String::from_utf8_lossy(&done.stderr).contains("is also named attention"));
 }
+
+#[test]
+fn an_lcm_lora_brings_its_own_defaults() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo/loras/lcm.safetensors");
+    std::fs::copy(file, folder.path().join("my-lcm-lora.safetensors")).expect("a copy");
+    let server =
+        Server::ready(&["--loras-dir", &folder.path().display().to_string(), "--dtype", "f32"]);
+    let draw = |fields: Value| {
+        let mut body = json!({ "prompt": "a red house by the sea <lora:my-lcm-lora:1>", "seed": 7,
+                               "prompt_syntax": "a1111", "output_format": "png" });
+        body.as_object_mut()
+            .expect("an object")
+            .extend(fields.as_object().cloned().expect("an object"));
+        let reply: Value = server.json(&body).json();
+        let file = BASE64_STANDARD.decode(reply["data"].as_str().expect("an image"));
+        let file = file.expect("base64");
+        (infotext(&file), reply, image::load_from_memory(&file).expect("an image").to_rgb8())
+    };
+    let (text, reply, ours) = draw(json!({}));
+    assert!(text.contains("Steps: 4, Sampler: LCM, CFG scale: 1, "), "{text}");
+    let warning = reply["warnings"][0].as_str().expect("a warning");
+    assert_eq!(
+        warning,
+        "the LoRA \"my-lcm-lora\" is of the kind LCM: its defaults were taken, 4 steps, \
+         guidance scale 1, the sampler lcm"
+    );
+    let (text, reply, _) = draw(json!({ "steps": 2, "scheduler": "euler", "guidance_scale": 3 }));
+    assert!(text.contains("Steps: 2, Sampler: Euler, CFG scale: 3, "), "{text}");
+    assert!(reply.get("warnings").is_none(), "{reply}");
+    // The model that has it in its weights draws the same, but for their rounding to f16.
+    let path = folder.path().join("merged.png");
+    let mut command = sd_server(&["generate", "a red house by the sea", "--seed", "7"]);
+    command.args(["--model", "demo-lcm", "--device", "cpu", "--dtype", "f32", "-o"]).arg(&path);
+    assert!(command.output().expect("it starts").status.success());
+    let merged = image::open(&path).expect("an image").to_rgb8();
+    let distance: f64 =
+        ours.iter().zip(merged.iter()).map(|(a, b)| f64::from(a.abs_diff(*b))).sum();
+    assert!(distance / (ours.len() as f64) < 1.0, "{distance}");
+}

@@ -60,15 +60,32 @@ impl Defaults {
         };
         let embeds_guidance = unet.time_cond_proj_dim.is_some();
         if let Some(few) = FewSteps::of_model(name, embeds_guidance, scheduler) {
-            defaults.steps = few.steps;
-            defaults.guidance_scale = few.guidance_scale;
-            if let Some(SamplerName { sampler, schedule }) = few.sampler {
-                (defaults.sampler, defaults.schedule) = (sampler, schedule);
-            }
+            defaults.take(&few);
         }
         match source.read(FILE)? {
             Some(_) => defaults.overridden(Keys::read(source, FILE)?),
             None => Ok(defaults),
+        }
+    }
+
+    /// Those of an image with LoRAs of these names, and what the first of them was distilled to, if
+    /// one was.
+    pub fn with_loras<'a>(
+        &self,
+        names: impl IntoIterator<Item = &'a str>,
+    ) -> Option<(Self, String)> {
+        let (name, few) =
+            names.into_iter().find_map(|name| FewSteps::of_lora(name).map(|few| (name, few)))?;
+        let mut defaults = *self;
+        defaults.take(&few);
+        Some((defaults, format!("the LoRA {name:?} is of the kind {}", few.title)))
+    }
+
+    fn take(&mut self, few: &FewSteps) {
+        self.steps = few.steps;
+        self.guidance_scale = few.guidance_scale;
+        if let Some(SamplerName { sampler, schedule }) = few.sampler {
+            (self.sampler, self.schedule) = (sampler, schedule);
         }
     }
 
@@ -93,13 +110,60 @@ impl Defaults {
         self.size = Size::new(sides.0, sides.1)
             .filter(|_| fits(sides.0) && fits(sides.1))
             .ok_or_else(|| keys.invalid("width", "width and height must be multiples of 8"))?;
-        let name: Option<String> = keys.take("scheduler", None)?;
-        if let Some(name) = name {
+        let name = keys.take("scheduler", self.sampler.name().to_owned())?;
+        let schedule: Option<String> = keys.take("schedule", None)?;
+        if name != self.sampler.name() || schedule.is_some() {
+            let schedule = schedule.filter(|schedule| schedule != "model");
+            let name = schedule.map_or(name.clone(), |schedule| format!("{name}_{schedule}"));
             let parsed = name.parse::<SamplerName>();
             let parsed = parsed.map_err(|reason| keys.invalid("scheduler", reason))?;
             (self.sampler, self.schedule) = (parsed.sampler, parsed.schedule);
         }
         keys.finish()?;
         Ok(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The defaults of the built-in model with a file of its owner's.
+    fn with(file: &str) -> Result<Defaults> {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::write(folder.path().join(FILE), file).expect("written");
+        let unet = UNetConfig::read(&Source::Demo)?;
+        let json = r#"{"_class_name":"DDIMScheduler"}"#;
+        let scheduler = SchedulerConfig::from_json(json)?;
+        Defaults::read(&Source::Directory(folder.path().into()), "any", (&unet, 8), &scheduler)
+    }
+
+    #[test]
+    fn a_file_beside_the_model_overrides_what_it_names() {
+        let plain = with("{}").expect("defaults");
+        assert_eq!((plain.steps, plain.guidance_scale, plain.sampler), (50, 7.5, Sampler::Ddim));
+        let own = with(
+            r#"{"steps":6,"guidance_scale":2,"scheduler":"dpmpp_2m","schedule":"karras",
+                "width":192,"clip_skip":1,"guidance_rescale":0.7}"#,
+        );
+        let own = own.expect("defaults");
+        assert_eq!((own.steps, own.guidance_scale, own.clip_skip), (6, 2.0, 1));
+        assert_eq!(own.sampler_name().to_string(), "dpmpp_2m_karras");
+        assert_eq!((own.size.width(), own.size.height()), (192, plain.size.height()));
+        assert!((own.guidance_rescale - 0.7).abs() < 1e-9);
+        for (file, named) in [
+            (r#"{"stepz":6}"#, "stepz"),
+            (r#"{"steps":0}"#, "steps"),
+            (r#"{"steps":"six"}"#, "steps"),
+            (r#"{"guidance_scale":-1}"#, "guidance_scale"),
+            (r#"{"guidance_rescale":2}"#, "guidance_rescale"),
+            (r#"{"scheduler":"best"}"#, "scheduler"),
+            (r#"{"scheduler":"ddim","schedule":"karras"}"#, "scheduler"),
+            (r#"{"height":100}"#, "width"),
+            ("[]", FILE),
+        ] {
+            let error = with(file).expect_err("refused").to_string();
+            assert!(error.starts_with(FILE) && error.contains(named), "{file}: {error}");
+        }
     }
 }

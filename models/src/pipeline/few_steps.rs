@@ -1,38 +1,218 @@
 //! The kinds of models, and of LoRAs, that were distilled to few steps, and how their authors draw
 //! with them. They are told by the scheduler that they bring, else by the words of their names.
 
-use crate::sampling::{Sampler, SamplerName, SchedulerConfig, SigmaSchedule};
+use crate::sampling::{SamplerName, SchedulerConfig};
 
 /// How a distilled model draws.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct FewSteps {
+    /// What it is called.
+    pub(super) title: &'static str,
     pub(super) steps: usize,
     pub(super) guidance_scale: f64,
     /// The sampler; none where it is the model's own.
     pub(super) sampler: Option<SamplerName>,
 }
 
-impl FewSteps {
-    /// Latent consistency (Luo et al. 2023).
-    const LCM: Self = Self {
-        steps: 4,
-        guidance_scale: 1.0,
-        sampler: Some(SamplerName { sampler: Sampler::Lcm, schedule: SigmaSchedule::Model }),
-    };
+/// A kind, and what its authors draw with.
+struct Kind {
+    title: &'static str,
+    /// The words of its name, one after the other.
+    words: &'static [&'static str],
+    /// Whether the word is a usual one too: a LoRA is of the kind if its name also has the steps.
+    is_usual: bool,
+    /// Steps, unless the name has them.
+    steps: usize,
+    /// Sampler and schedule, as a request names them.
+    sampler: &'static str,
+}
 
+/// The guidance scale of a LoRA that keeps guidance.
+const WITH_GUIDANCE: f64 = 7.5;
+/// The guidance scale of diffusers' `LatentConsistencyModelPipeline`.
+const EMBEDDED_GUIDANCE: f64 = 8.5;
+/// Greater numbers of steps in a name are those of its training.
+const MOST_STEPS: usize = 32;
+
+/// Luo et al. 2023.
+const LCM: Kind = Kind { title: "LCM", words: &["lcm"], is_usual: false, steps: 4, sampler: "lcm" };
+/// Zheng et al. 2024, "Trajectory Consistency Distillation".
+const TCD: Kind = Kind { title: "TCD", words: &["tcd"], is_usual: false, steps: 4, sampler: "tcd" };
+/// Sauer et al. 2023; the published model is drawn in one step.
+const SD_TURBO: Kind = Kind {
+    title: "SD-Turbo",
+    words: &["sd", "turbo"],
+    is_usual: false,
+    steps: 1,
+    sampler: "euler_sgm_uniform",
+};
+
+/// The kinds that names tell, the longer names first.
+const KINDS: [Kind; 7] = [
+    LCM,
+    TCD,
+    // Ren et al. 2024.
+    Kind {
+        title: "Hyper-SD",
+        words: &["hyper", "sd"],
+        is_usual: false,
+        steps: 4,
+        sampler: "ddim_sgm_uniform",
+    },
+    Kind {
+        title: "Hyper-SD",
+        words: &["hypersd"],
+        is_usual: false,
+        steps: 4,
+        sampler: "ddim_sgm_uniform",
+    },
+    SD_TURBO,
+    // Lin et al. 2024, "SDXL-Lightning".
+    Kind {
+        title: "Lightning",
+        words: &["lightning"],
+        is_usual: true,
+        steps: 4,
+        sampler: "euler_sgm_uniform",
+    },
+    Kind {
+        title: "Turbo",
+        words: &["turbo"],
+        is_usual: true,
+        steps: 4,
+        sampler: "euler_sgm_uniform",
+    },
+];
+
+impl FewSteps {
     /// The kind of a model of this name, if it is one of these.
     pub(super) fn of_model(
-        _name: &str,
+        name: &str,
         embeds_guidance: bool,
         scheduler: &SchedulerConfig,
     ) -> Option<Self> {
-        if embeds_guidance {
-            // diffusers' default of LatentConsistencyModelPipeline.
-            return Some(Self { guidance_scale: 8.5, ..Self::LCM });
+        let class = scheduler.class_name.as_deref().unwrap_or_default();
+        let is = |value: &Option<String>, wanted| value.as_deref().is_none_or(|v| v == wanted);
+        let trailing = scheduler.timestep_spacing.as_deref() == Some("trailing");
+        match class {
+            _ if embeds_guidance => {
+                Some(Self { guidance_scale: EMBEDDED_GUIDANCE, ..Self::of(&LCM, LCM.steps) })
+            }
+            "LCMScheduler" => Some(Self::of(&LCM, LCM.steps)),
+            "TCDScheduler" => Some(Self::of(&TCD, TCD.steps)),
+            // The only published models whose scheduler is so; those of zero terminal SNR, which is
+            // the other reason for this spacing, predict the velocity.
+            "EulerDiscreteScheduler" | "EulerAncestralDiscreteScheduler"
+                if trailing && is(&scheduler.prediction_type, "epsilon") =>
+            {
+                Some(Self { sampler: None, ..Self::of(&SD_TURBO, SD_TURBO.steps) })
+            }
+            _ => Self::named(name, |_, _| true),
         }
-        match scheduler.class_name.as_deref() {
-            Some("LCMScheduler") => Some(Self::LCM),
-            _ => None,
+    }
+
+    /// The kind of a LoRA of this name, if it is one of these.
+    pub(super) fn of_lora(name: &str) -> Option<Self> {
+        Self::named(name, |kind, steps| !kind.is_usual || steps.is_some())
+    }
+
+    fn named(name: &str, accepts: impl Fn(&Kind, Option<usize>) -> bool) -> Option<Self> {
+        let words = words(name);
+        let steps = words.windows(2).find_map(|pair| {
+            let is_count = ["step", "steps"].contains(&pair[1].as_str());
+            let count = pair[0].parse().ok().filter(|n| (1..=MOST_STEPS).contains(n));
+            count.filter(|_| is_count)
+        });
+        let has = |kind: &&Kind| {
+            words.windows(kind.words.len()).any(|part| part == kind.words) && accepts(kind, steps)
+        };
+        let kind = KINDS.iter().find(has)?;
+        let mut few = Self::of(kind, steps.unwrap_or(kind.steps));
+        if words.iter().any(|word| word == "cfg") {
+            few.guidance_scale = WITH_GUIDANCE;
+        }
+        Some(few)
+    }
+
+    fn of(kind: &Kind, steps: usize) -> Self {
+        let Kind { title, sampler, .. } = *kind;
+        Self { title, steps, guidance_scale: 1.0, sampler: sampler.parse().ok() }
+    }
+}
+
+/// The words of a name in lower case: "HyperSD15-8steps" is hyper, sd, 15, 8, steps.
+fn words(name: &str) -> Vec<String> {
+    let letters: Vec<char> = name.chars().collect();
+    let mut words = vec![String::new()];
+    for (i, &letter) in letters.iter().enumerate() {
+        let before = i.checked_sub(1).map(|i| letters[i]);
+        let after_is_small = letters.get(i + 1).is_some_and(|next| next.is_lowercase());
+        let begins = before.is_some_and(|before| {
+            before.is_ascii_digit() != letter.is_ascii_digit()
+                || letter.is_uppercase() && (before.is_lowercase() || after_is_small)
+        });
+        if begins || !letter.is_alphanumeric() {
+            words.push(String::new());
+        }
+        if letter.is_alphanumeric()
+            && let Some(word) = words.last_mut()
+        {
+            word.extend(letter.to_lowercase());
+        }
+    }
+    words.retain(|word| !word.is_empty());
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_published_files_tell_the_kind() {
+        let table = [
+            ("LCM_Dreamshaper_v7", Some(("LCM", 4, 1.0))),
+            ("dreamshaper_8LCM", Some(("LCM", 4, 1.0))),
+            ("photonLCM_v10", Some(("LCM", 4, 1.0))),
+            ("SimianLuo/LCM_Dreamshaper_v7", Some(("LCM", 4, 1.0))),
+            ("lcm-lora-sdv1-5", Some(("LCM", 4, 1.0))),
+            ("TCD-SD15-LoRA", Some(("TCD", 4, 1.0))),
+            ("Hyper-SD15-8steps-lora", Some(("Hyper-SD", 8, 1.0))),
+            ("Hyper-SD15-12steps-CFG-lora", Some(("Hyper-SD", 12, 7.5))),
+            ("HyperSD15_1step", Some(("Hyper-SD", 1, 1.0))),
+            ("sd_turbo", Some(("SD-Turbo", 1, 1.0))),
+            ("sd15_lightning_4step_lora", Some(("Lightning", 4, 1.0))),
+            ("v1-5-pruned-emaonly", None),
+            ("film_calcmatte", None),
+            ("hyperrealism_v3", None),
+        ];
+        for (name, expected) in table {
+            let found =
+                FewSteps::of_lora(name).map(|few| (few.title, few.steps, few.guidance_scale));
+            assert_eq!(found, expected, "{name}");
+        }
+        for drawn in ["lightning_bolts", "porsche_911_turbo", "turbo_style_2000-steps"] {
+            assert_eq!(FewSteps::of_lora(drawn), None, "{drawn}");
+        }
+    }
+
+    #[test]
+    fn a_scheduler_tells_the_kind_before_the_name() {
+        let kind = |json: &str, embeds| {
+            let scheduler = SchedulerConfig::from_json(json).expect("a scheduler");
+            FewSteps::of_model("my-lightning", embeds, &scheduler)
+                .map(|few| (few.title, few.steps, few.guidance_scale))
+        };
+        let turbo = r#"{"_class_name":"EulerDiscreteScheduler","timestep_spacing":"trailing"#;
+        let table = [
+            (r#"{"_class_name":"LCMScheduler"}"#.to_owned(), ("LCM", 4, 1.0)),
+            (format!(r#"{turbo}"}}"#), ("SD-Turbo", 1, 1.0)),
+            (format!(r#"{turbo}","prediction_type":"v_prediction"}}"#), ("Lightning", 4, 1.0)),
+            (r#"{"_class_name":"DDIMScheduler"}"#.to_owned(), ("Lightning", 4, 1.0)),
+        ];
+        for (json, expected) in table {
+            assert_eq!(kind(&json, false), Some(expected), "{json}");
+            assert_eq!(kind(&json, true), Some(("LCM", 4, 8.5)), "{json}");
         }
     }
 }

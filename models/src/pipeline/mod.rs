@@ -126,7 +126,7 @@ impl Pipeline {
         let skipped = spec.skipped_steps();
         let sampler = self.sampler(spec, spec.steps, skipped)?;
         let (prompt, _) = spec.text()?;
-        let mut warnings: Vec<_> = loras.warnings().collect();
+        let mut warnings: Vec<_> = spec.warnings.iter().cloned().chain(loras.warnings()).collect();
         let mut encode = |field, prompt: &str, skip| -> Result<_> {
             let (conditioning, warning) =
                 self.prompts.encode(&self.model, prompt, (spec.prompt_syntax, skip), &loras)?;

@@ -208,6 +208,7 @@ mod tests {
                 clip_skip: 0,
                 guidance_rescale: 0.0,
                 variation: None,
+                warnings: Vec::new(),
                 hires: None,
             };
             let mut trajectory = pipeline.begin(&spec).expect("begun");

@@ -49,6 +49,8 @@ pub struct Spec {
     pub guidance_rescale: f64,
     /// Noise of a second seed that is mixed into the first noise; most images have none.
     pub variation: Option<Variation>,
+    /// What the reply warns of before the image is begun.
+    pub warnings: Vec<String>,
     /// Input image of image-to-image and inpainting; none for text-to-image.
     pub img2img: Option<Arc<Img2Img>>,
     /// Hires pass; most images have none.
@@ -84,11 +86,7 @@ impl Spec {
 
     /// The prompt without its `<lora:...>` tags, and the LoRAs of these.
     pub fn text(&self) -> Result<(Cow<'_, str>, Loras)> {
-        match self.prompt_syntax {
-            PromptSyntax::Plain => Ok((Cow::Borrowed(&self.prompt), Vec::new())),
-            PromptSyntax::A1111 => without_loras(&self.prompt)
-                .map_err(|reason| Error::Spec { field: "prompt", reason }),
-        }
+        self.prompt_syntax.text(&self.prompt)
     }
 
     /// Whether the spec may have a LoRA: true if it has any. Costs less than [`Self::text`].
@@ -209,6 +207,18 @@ pub enum PromptSyntax {
     /// As in AUTOMATIC1111 ([`crate::text::chunks`]): brackets are emphasis, long prompts fill
     /// several chunks, and `<lora:name:0.8>` adds a LoRA.
     A1111,
+}
+
+impl PromptSyntax {
+    /// A prompt without its `<lora:...>` tags, and the LoRAs of these.
+    pub fn text(self, prompt: &str) -> Result<(Cow<'_, str>, Loras)> {
+        match self {
+            Self::Plain => Ok((Cow::Borrowed(prompt), Vec::new())),
+            Self::A1111 => {
+                without_loras(prompt).map_err(|reason| Error::Spec { field: "prompt", reason })
+            }
+        }
+    }
 }
 
 impl FromStr for PromptSyntax {

@@ -53,6 +53,7 @@ fn spec(loras: Loras) -> Spec {
         clip_skip: 0,
         guidance_rescale: 0.0,
         variation: None,
+        warnings: Vec::new(),
         hires: None,
     }
 }

@@ -74,6 +74,7 @@ pub(crate) fn spec(start: Option<Img2Img>) -> Spec {
         clip_skip: 0,
         guidance_rescale: 0.0,
         variation: None,
+        warnings: Vec::new(),
         hires: None,
     }
 }

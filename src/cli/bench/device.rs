@@ -183,6 +183,7 @@ impl DeviceBench {
             clip_skip: 0,
             guidance_rescale: 0.0,
             variation: None,
+            warnings: Vec::new(),
             hires: None,
         }
     }

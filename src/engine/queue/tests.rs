@@ -24,6 +24,7 @@ fn job(client: u64, id: JobId, images: usize) -> (Ticket, Vec<ImageTask>) {
         clip_skip: 0,
         guidance_rescale: 0.0,
         variation: None,
+        warnings: Vec::new(),
         hires: None,
     };
     let client = Client::named(&client.to_string());

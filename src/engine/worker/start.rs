@@ -59,6 +59,7 @@ pub(super) fn warm_up_params(defaults: &Defaults, size: Size) -> Spec {
         clip_skip: 0,
         guidance_rescale: 0.0,
         variation: None,
+        warnings: Vec::new(),
         hires: None,
     }
 }

@@ -234,6 +234,7 @@ fn spec(seed: u64, steps: usize) -> Spec {
         clip_skip: 0,
         guidance_rescale: 0.0,
         variation: None,
+        warnings: Vec::new(),
         hires: None,
     }
 }
