@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use sd_models::{
     AddOns, AssetDir, DeviceName, LoadOptions, LoraUse, Pipeline, Precision, PromptSyntax, Rgb,
-    SafetyMode, Sampler, SigmaSchedule, Size, Source, Spec, Trajectory,
+    SafetyMode, Sampler, SamplerOptions, SigmaSchedule, Size, Source, Spec, Trajectory,
 };
 use serde_json::{Value, json};
 
@@ -56,6 +56,7 @@ fn spec(sampler: Sampler, steps: usize, guidance_scale: f64) -> Spec {
         guidance_scale,
         sampler,
         schedule: SigmaSchedule::Model,
+        sampler_options: SamplerOptions::default(),
         seed: 7,
         img2img: None,
         embeds_guidance: false,

@@ -1,7 +1,7 @@
 """Writes tests/fixtures/: what diffusers and transformers compute, for tests/parity.rs.
 
-    python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers tokenizer text unet vae
-        start emphasis hires single safety lora inversion knobs
+    python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers samplers_2 tokenizer text
+        unet vae start emphasis hires single safety lora inversion knobs
         lcm forms]
 
 The committed files were made with torch 2.15.0, diffusers 0.42.1 and transformers 5.23.0 on a
@@ -1133,10 +1133,17 @@ def inversion(_):
     in_stripes(data).save(target / "stripes.png")
 
 
+def samplers_2(_):
+    import sampler_fixtures
+
+    sampler_fixtures.samplers_2()
+
+
 def main():
     parts = {
         "noise": lambda _: noise(),
         "samplers": lambda _: samplers(),
+        "samplers_2": samplers_2,
         "tokenizer": tokenizer,
         "text": text,
         "unet": unet,

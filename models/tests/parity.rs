@@ -36,6 +36,8 @@ mod noise;
 mod safety;
 #[path = "parity/sampler.rs"]
 mod sampler;
+#[path = "parity/schedules.rs"]
+mod schedules;
 #[path = "parity/single.rs"]
 mod single;
 #[path = "parity/tokenizer.rs"]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
-use sd_models::{DeviceName, Precision, SamplerName};
+use sd_models::{DeviceName, Precision, SamplerName, SigmaSchedule};
 use serde::Serialize;
 
 use crate::engine::EngineConfig;
@@ -192,6 +192,19 @@ pub(super) struct GenerateArgs {
         help = format!("Sampler: {}. Default: the model's own", SamplerName::list()),
     )]
     pub(super) scheduler: Option<String>,
+    #[arg(
+        long,
+        value_parser = |name: &str| name.parse().map(|name: SigmaSchedule| name.to_string()),
+        help = format!(
+            "Schedule, the spacing of the noise levels: {}. Default: the model's own",
+            SigmaSchedule::list()
+        ),
+    )]
+    pub(super) schedule: Option<String>,
+    /// The share of its noise that the sampler draws anew at each step, 0 to 1; for samplers that
+    /// have one. Default: the sampler's own
+    #[arg(long, value_parser = finite)]
+    pub(super) eta: Option<f64>,
     /// Seed; the same seed gives the same image. Default: random
     #[arg(long)]
     pub(super) seed: Option<u64>,

@@ -6,7 +6,7 @@ use std::io::Cursor;
 use anyhow::{Context as _, Result, bail};
 use exif::{Exif, In, Tag, Value};
 use image::{ImageDecoder as _, ImageFormat, ImageReader};
-use sd_models::{Hires, LoraUse, Spec, Variation};
+use sd_models::{Hires, LoraUse, Sampler, SamplerOptions, Spec, Variation};
 
 /// AUTOMATIC1111's name of the list of LoRAs with their hashes.
 pub(crate) const LORA_HASHES: &str = "Lora hashes";
@@ -78,7 +78,22 @@ pub(crate) fn extra_parameters(spec: &Spec) -> Vec<(&'static str, String)> {
     let rescale = (spec.guidance_rescale > 0.0)
         .then(|| ("CFG Rescale phi", spec.guidance_rescale.to_string()));
     let hires = spec.hires.iter().flat_map(|hires| hires_parameters(spec, hires));
-    hires.chain(rescale).collect()
+    sampler_parameters(spec).into_iter().chain(hires).chain(rescale).collect()
+}
+
+/// AUTOMATIC1111's names and values of the sampler's parameters that the request gives.
+fn sampler_parameters(spec: &Spec) -> Vec<(&'static str, String)> {
+    let SamplerOptions { eta, s_noise, churn } = spec.sampler_options;
+    let eta_name = if spec.sampler == Sampler::Ddim { "Eta DDIM" } else { "Eta" };
+    let added = churn.amount > 0.0;
+    let given = [
+        (eta_name, eta),
+        ("Sigma churn", added.then_some(churn.amount)),
+        ("Sigma tmin", (added && churn.from > 0.0).then_some(churn.from)),
+        ("Sigma tmax", (added && churn.to.is_finite()).then_some(churn.to)),
+        ("Sigma noise", s_noise),
+    ];
+    given.into_iter().filter_map(|(name, value)| Some((name, value?.to_string()))).collect()
 }
 
 fn hires_parameters(spec: &Spec, hires: &Hires) -> Vec<(&'static str, String)> {
@@ -250,7 +265,7 @@ fn value(text: &str) -> (String, &str) {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use sd_models::{PromptSyntax, Sampler, SigmaSchedule, Size};
+    use sd_models::{PromptSyntax, SigmaSchedule, Size};
 
     use super::*;
 
@@ -266,6 +281,7 @@ mod tests {
             seed,
             sampler: Sampler::Euler,
             schedule: SigmaSchedule::Model,
+            sampler_options: SamplerOptions::default(),
             img2img: None,
             embeds_guidance: false,
             clip_skip: 0,

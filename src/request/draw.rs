@@ -9,8 +9,8 @@ use std::sync::Arc;
 use ::image::DynamicImage;
 use schemars::JsonSchema;
 use sd_models::{
-    Defaults, Hires, Img2Img, LoraUse, MaskedStart, ModelInfo, PromptSyntax, SamplerName, Size,
-    Spec, Upscaler, Variation,
+    Churn, Defaults, Hires, Img2Img, LoraUse, MaskedStart, ModelInfo, PromptSyntax, SamplerName,
+    SamplerOptions, SigmaSchedule, Size, Spec, Upscaler, Variation,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -82,6 +82,14 @@ pub struct DrawRequest {
     /// Sampler, by the name here, in diffusers or in AUTOMATIC1111.
     #[schemars(extend("x-aliases" = ["sampler"]))]
     pub(crate) scheduler: Option<String>,
+    /// Schedule: the spacing of the noise levels. `model` and `automatic`: the model's own.
+    pub(crate) schedule: Option<String>,
+    /// The share of its noise that the sampler draws anew at each step; for samplers that have one.
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    pub(crate) eta: Option<f64>,
+    /// Scale of the noise that the sampler draws. Default: 1.
+    #[schemars(extend("minimum" = 0, "maximum" = sd_models::MAX_NOISE_SCALE))]
+    pub(crate) s_noise: Option<f64>,
     /// Layers of the text encoder to skip at its end: 1 is AUTOMATIC1111's clip skip 2. Of the
     /// prompt only, as in diffusers; with the syntax a1111 of both prompts. Default: 0.
     #[schemars(extend("minimum" = 0))]
@@ -124,6 +132,9 @@ pub struct DrawRequest {
     pub(crate) stream: Option<bool>,
     /// Whether the events include live previews. Default: false.
     pub(crate) preview: Option<bool>,
+    /// Noise that is added before steps.
+    #[serde(skip)]
+    pub(crate) churn: Churn,
     /// The pixels of the mask that are inpainted.
     #[serde(skip)]
     pub(crate) mask_area: MaskArea,
@@ -242,8 +253,7 @@ impl DrawRequest {
         let steps = steps.unwrap_or_else(|| defaults.steps.max(least.min(limits.max_steps)));
         let count = self.num_images_per_prompt.unwrap_or(1);
         self.within("num_images_per_prompt", count, 1..=limits.max_images)?;
-        let SamplerName { sampler, schedule } =
-            self.choice("scheduler", self.scheduler.as_ref())?.unwrap_or(defaults.sampler_name());
+        let SamplerName { sampler, schedule } = self.sampler_name(&defaults)?;
         let spec = Spec {
             prompt,
             prompt_syntax: syntax,
@@ -255,6 +265,11 @@ impl DrawRequest {
             seed: self.seed.unwrap_or(random_seed),
             sampler,
             schedule,
+            sampler_options: SamplerOptions {
+                eta: self.eta,
+                s_noise: self.s_noise,
+                churn: self.churn,
+            },
             embeds_guidance: model.embeds_guidance,
             clip_skip: self.clip_skip.unwrap_or(defaults.clip_skip),
             guidance_rescale: self.guidance_rescale.unwrap_or(defaults.guidance_rescale),
@@ -369,6 +384,23 @@ impl DrawRequest {
     ) -> Result<Option<T>, ValidationError> {
         let parsed = name.map(|name| name.parse()).transpose();
         parsed.map_err(|reason| self.range(field, reason))
+    }
+
+    /// The sampler and its schedule. A name that has a schedule allows no other.
+    fn sampler_name(&self, defaults: &Defaults) -> Result<SamplerName, ValidationError> {
+        let named = self.choice::<SamplerName>("scheduler", self.scheduler.as_ref())?;
+        let asked = self.schedule.as_ref().filter(|name| !name.eq_ignore_ascii_case("automatic"));
+        let asked = self.choice::<SigmaSchedule>("schedule", asked)?;
+        let Some(named) = named else {
+            let own = defaults.sampler_name();
+            return Ok(SamplerName { schedule: asked.unwrap_or(own.schedule), ..own });
+        };
+        let schedule = asked.unwrap_or(named.schedule);
+        if ![schedule, SigmaSchedule::Model].contains(&named.schedule) {
+            let reason = format!("{schedule} is another than that of the sampler {named}");
+            return Err(self.range("schedule", reason));
+        }
+        Ok(SamplerName { schedule, ..named })
     }
 
     /// Decodes the input image and its mask.

@@ -196,7 +196,7 @@ fn stability_errors_name_the_field() {
     let weighed = json!([{ "text": "x", "weight": 0.5 }]);
     refused(&ask("text_prompts", weighed), 422, "text_prompts[0].weight");
     refused(&ask("samples", json!(0)), 422, "samples");
-    refused(&ask("sampler", json!("K_LMS")), 422, "sampler");
+    refused(&ask("sampler", json!("K_DPM_FAST")), 422, "sampler");
     refused(&ask("style_preset", json!("anime")), 400, "style_preset");
     refused(&ask("clip_guidance_preset", json!("FAST_BLUE")), 422, "clip_guidance_preset");
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use sd_models::{
     AddOns, Defaults, Embeddings, Error, MemoryEstimate, ModelInfo, PromptSyntax, Result, Rgb,
-    Sampler, SigmaSchedule, Size, Spec,
+    Sampler, SamplerOptions, SigmaSchedule, Size, Spec,
 };
 use sd_server::engine::{Model, Trajectory};
 use sd_server::request::Limits;
@@ -185,6 +185,7 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
         seed,
         sampler: Sampler::Euler,
         schedule: SigmaSchedule::Model,
+        sampler_options: SamplerOptions::default(),
         img2img: None,
         embeds_guidance: false,
         clip_skip: 0,

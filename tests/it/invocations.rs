@@ -227,6 +227,51 @@ fn prompts_are_read_in_the_syntax_that_is_asked_for() {
 }
 
 #[test]
+fn a_schedule_is_chosen_beside_the_sampler_or_with_it() {
+    let server = Server::ready(&[]);
+    let draw = |fields: serde_json::Value| {
+        let mut request = json!({
+            "prompt": "a cat", "width": 64, "height": 64, "steps": 2, "guidance_scale": 1,
+        });
+        request.as_object_mut().expect("an object").extend(fields.as_object().cloned().unwrap());
+        server.post(&[JSON, "accept: image/png"], request.to_string())
+    };
+    for (fields, written) in [
+        (json!({ "scheduler": "euler", "schedule": "karras" }), "Sampler: Euler Karras,"),
+        (json!({ "scheduler": "euler_karras", "schedule": "Karras" }), "Sampler: Euler Karras,"),
+        (json!({ "scheduler": "euler", "schedule": "Automatic" }), "Sampler: Euler,"),
+        (json!({ "scheduler": "ddim", "schedule": "trailing" }), "Sampler: DDIM SGM Uniform,"),
+        (
+            json!({ "scheduler": "KDPM2AncestralDiscreteScheduler", "schedule": "beta" }),
+            "Sampler: DPM2 a Beta,",
+        ),
+        (json!({ "scheduler": "tcd", "eta": 0.5 }), "Sampler: TCD, CFG scale: 1, "),
+        (json!({ "scheduler": "tcd", "eta": 0.5 }), ", Eta: 0.5, "),
+    ] {
+        let reply = draw(fields.clone());
+        assert_eq!(reply.status, 200, "{fields} {}", String::from_utf8_lossy(&reply.body));
+        let parameters = infotext(&reply.body);
+        assert!(parameters.contains(written), "{fields}: {parameters}");
+    }
+    for (fields, field, words) in [
+        (json!({ "scheduler": "ddim", "schedule": "karras" }), "schedule", ["ddim", "karras"]),
+        (json!({ "sampler": "lcm_beta" }), "schedule", ["lcm", "beta"]),
+        (
+            json!({ "scheduler": "dpmpp_2m_karras", "schedule": "exponential" }),
+            "schedule",
+            ["dpmpp_2m_karras", "exponential"],
+        ),
+        (json!({ "schedule": "turbo" }), "schedule", ["turbo", "align_your_steps"]),
+        (json!({ "scheduler": "euler_a", "eta": 2 }), "eta", ["0", "1"]),
+    ] {
+        let reply = draw(fields.clone());
+        let text = String::from_utf8_lossy(&reply.body).into_owned();
+        assert_eq!((reply.status, reply.error().1), (422, field.into()), "{fields}");
+        assert!(words.iter().all(|word| text.contains(word)), "{text}");
+    }
+}
+
+#[test]
 fn the_parameters_are_in_the_file() {
     let server = Server::ready(&[]);
     let request = json!({

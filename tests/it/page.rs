@@ -36,6 +36,8 @@ async fn the_page_is_complete_and_contacts_no_other_host() -> Result<()> {
     let info: serde_json::Value =
         reqwest::get(format!("{}/info", server.url)).await?.json().await?;
     assert_eq!(info["schedulers"][0]["name"], "pndm");
+    assert_eq!(info["schedulers"][0]["schedules"], serde_json::json!(["model", "sgm_uniform"]));
+    assert_eq!(info["schedules"][1]["title"], "Karras");
     let document = reqwest::get(format!("{}/openapi.json", server.url)).await?;
     let document: serde_json::Value = document.json().await?;
     let operations = document["paths"].as_object().expect("paths").iter();

@@ -94,7 +94,7 @@ async fn numbers_may_be_text() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn samplers_and_schedules_are_one_word_here() -> Result<()> {
+async fn samplers_and_schedules_go_by_their_names() -> Result<()> {
     let server = free().await;
     let table = [
         (json!({ "sampler_name": "DPM++ 2M" }), Some("DPM++ 2M Karras")),
@@ -105,7 +105,16 @@ async fn samplers_and_schedules_are_one_word_here() -> Result<()> {
         (json!({ "sampler_index": "Heun" }), Some("Heun")),
         (json!({ "sampler_name": "", "sampler_index": "DDIM" }), Some("DDIM")),
         (json!({}), Some("Euler")),
-        (json!({ "sampler_name": "Euler", "scheduler": "Karras" }), None),
+        (json!({ "sampler_name": "Euler", "scheduler": "Karras" }), Some("Euler Karras")),
+        (json!({ "scheduler": "SGMUniform" }), Some("Euler SGM Uniform")),
+        (json!({ "sampler_name": "k_euler_a", "scheduler": "ddim" }), Some("Euler a DDIM")),
+        (json!({ "sampler_name": "DPM++ 2M SDE" }), Some("DPM++ 2M SDE Exponential")),
+        (json!({ "sampler_name": "DPM++ SDE", "s_tmax": 0, "eta": 1 }), Some("DPM++ SDE Karras")),
+        (json!({ "sampler_name": "DDIM", "scheduler": "Karras" }), None),
+        (json!({ "sampler_name": "Euler", "scheduler": "Turbo" }), None),
+        (json!({ "sampler_name": "Euler", "eta": 1.5 }), None),
+        (json!({ "initial_noise_multiplier": 0.5 }), None),
+        (json!({ "initial_noise_multiplier": 1.0, "s_min_uncond": 0 }), Some("Euler")),
         (json!({ "sampler_name": "DPM++ 2M Karras", "scheduler": "Uniform" }), None),
         (json!({ "sampler_name": "DPM fast" }), None),
     ];
@@ -408,6 +417,9 @@ async fn clients_find_what_they_look_for_before_they_draw() -> Result<()> {
     assert!(names.contains(&&"Euler a".into()) && names.contains(&&"DPM++ 2M".into()));
     let schedulers = get(&server.url, "/sdapi/v1/schedulers").await?;
     assert_eq!(schedulers[2]["label"], "Karras");
+    let of =
+        |name: &str| samplers.as_array().and_then(|all| all.iter().find(|s| s["name"] == name));
+    assert_eq!(of("DPM++ 3M SDE").context("listed")?["options"]["scheduler"], "exponential");
     for path in ["sd-vae", "upscalers", "latent-upscale-modes", "loras"] {
         assert!(get(&server.url, &format!("/sdapi/v1/{path}")).await?.is_array(), "{path}");
     }

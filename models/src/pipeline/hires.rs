@@ -62,7 +62,7 @@ impl HiresPass {
             variation.mix(&mut drawn, (h, w));
         }
         let drawn = Tensor::from_vec(drawn, clean.shape(), clean.device())?;
-        let latents = self.sampler.noised(&clean, &drawn)?;
+        let latents = self.sampler.begin(Some(&clean), &drawn, &mut noise)?;
         Ok(UpscaledLatents { clean, latents, noise })
     }
 }

@@ -10,7 +10,11 @@ use crate::error::{Error, Result};
 use crate::layers::activation_dtype;
 use crate::networks::{UNet2DConditionModel, VaeConfig};
 use crate::picture::{Rgb, Size};
+use crate::sampling::SamplerOptions;
 use crate::text::{Embeddings, LoraUse, max_chunks};
+
+/// Maximum scale of the noise that a sampler draws. More only leaves noise.
+pub const MAX_NOISE_SCALE: f64 = 2.0;
 
 /// Properties of a loaded model.
 #[derive(Debug, Clone, PartialEq)]
@@ -115,8 +119,7 @@ impl ModelInfo {
         let chunks: u64 = [&spec.prompt].into_iter().chain(negative).map(|p| chunks(p)).sum();
         // Keys and values are kept per image, and stacked for the UNet call.
         let kept = 2 * chunks * memory.chunk_bytes;
-        // At most two evaluations per step.
-        let evaluations = 2 * spec.passes().map(|(_, steps)| steps as u64).sum::<u64>();
+        let evaluations = spec.passes().map(|(_, calls)| calls as u64 + 1).sum::<u64>();
         spec.rows() as u64 * row + kept + evaluations * memory.time_bytes
     }
 
@@ -153,6 +156,16 @@ impl ModelInfo {
             return refuse("variation_strength", "must be from 0 to 1".into());
         }
         spec.sampler.check(spec.schedule)?;
+        let SamplerOptions { eta, s_noise, churn } = spec.sampler_options;
+        if eta.is_some_and(|eta| !(0.0..=1.0).contains(&eta)) {
+            return refuse("eta", "must be from 0 to 1".into());
+        }
+        if s_noise.is_some_and(|scale| !(0.0..=MAX_NOISE_SCALE).contains(&scale)) {
+            return refuse("s_noise", format!("must be from 0 to {MAX_NOISE_SCALE}"));
+        }
+        if !(churn.amount.is_finite() && churn.amount >= 0.0) {
+            return refuse("s_churn", "must be a finite number of at least 0".into());
+        }
         let (_, named) = spec.text()?;
         for (field, loras) in [("loras", &spec.loras), ("prompt", &named)] {
             for LoraUse { name, scale, text_encoder_scale } in loras {

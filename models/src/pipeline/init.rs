@@ -89,10 +89,7 @@ impl LatentInit<'_> {
             }
             (picture, _) => picture,
         };
-        let latents = match &picture {
-            Some(picture) if !all_noise => sampler.noised(picture, &drawn)?,
-            _ => (&drawn * sampler.init_noise_sigma())?,
-        };
+        let latents = sampler.begin(picture.as_ref().filter(|_| !all_noise), &drawn, noise)?;
         if !painting {
             return Ok(InitialLatents { latents, blend: None, mask_condition: None });
         }

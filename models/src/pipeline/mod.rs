@@ -29,7 +29,7 @@ pub use self::defaults::Defaults;
 pub use self::device::{DeviceName, Precision};
 use self::hires::HiresPass;
 pub use self::index::check_pipeline;
-pub use self::info::{MemoryEstimate, ModelInfo};
+pub use self::info::{MAX_NOISE_SCALE, MemoryEstimate, ModelInfo};
 use self::init::{InitialLatents, LatentInit};
 use self::load::LoadedModel;
 pub use self::load::parameters;
@@ -47,7 +47,7 @@ use crate::ops::{
     KernelStats, device_kernels, device_name, device_stats, free_device_bytes, linear_combination,
 };
 use crate::picture::Rgb;
-use crate::sampling::{Noise, SamplerState};
+use crate::sampling::{Noise, Run, SamplerState};
 use crate::text::LoraUse;
 
 /// A loaded model.
@@ -127,6 +127,7 @@ impl Pipeline {
         let sampler = self.sampler(spec, spec.steps, skipped)?;
         let (prompt, _) = spec.text()?;
         let mut warnings: Vec<_> = spec.warnings.iter().cloned().chain(loras.warnings()).collect();
+        warnings.extend(spec.sampler.without_effect(&spec.sampler_options));
         let mut encode = |field, prompt: &str, skip| -> Result<_> {
             let (conditioning, warning) =
                 self.prompts.encode(&self.model, prompt, (spec.prompt_syntax, skip), &loras)?;
@@ -134,7 +135,8 @@ impl Pipeline {
             Ok(conditioning)
         };
         let mut conditioning = vec![encode("prompt", &prompt, spec.clip_skip)?];
-        let guided = spec.guidance_scale > 1.0 && !self.model.info.embeds_guidance;
+        let guided = spec.guidance_scale > 1.0 || spec.sampler.needs_unguided();
+        let guided = guided && !self.model.info.embeds_guidance;
         if guided {
             let skip = spec.negative_clip_skip();
             conditioning.insert(0, encode("negative_prompt", &spec.negative_prompt, skip)?);
@@ -183,7 +185,8 @@ impl Pipeline {
 
     /// The sampler of a run of `steps` steps of which the first `skipped` are left out.
     fn sampler(&self, spec: &Spec, steps: usize, skipped: usize) -> Result<SamplerState> {
-        SamplerState::new(spec.sampler, spec.schedule, &self.model.scheduler, steps, skipped)
+        let Spec { sampler, schedule, sampler_options: options, .. } = *spec;
+        SamplerState::new(&self.model.scheduler, Run { sampler, schedule, options, steps, skipped })
     }
 
     /// The time embeddings of a sampler's timesteps (evaluations, time_width).

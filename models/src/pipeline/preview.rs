@@ -163,7 +163,7 @@ mod tests {
     use crate::picture::Size;
     use crate::pipeline::spec::Spec;
     use crate::pipeline::tests::demo;
-    use crate::sampling::SamplerName;
+    use crate::sampling::{Sampler, SamplerOptions, SigmaSchedule};
 
     /// The correlation of a preview with an image whose squares of pixels are averaged.
     fn likeness(preview: &Rgb, picture: &Rgb) -> f64 {
@@ -191,7 +191,7 @@ mod tests {
         let pipeline = demo();
         let mut ends = Vec::new();
         let prompts = ["a red house by the sea at night", "a green tree in the snow"];
-        for (k, name) in SamplerName::all().enumerate() {
+        for (k, sampler) in Sampler::all().enumerate() {
             let spec = Spec {
                 prompt: prompts[k % 2].into(),
                 prompt_syntax: crate::PromptSyntax::Plain,
@@ -201,8 +201,9 @@ mod tests {
                 steps: 12,
                 guidance_scale: 5.0,
                 seed: k as u64,
-                sampler: name.sampler,
-                schedule: name.schedule,
+                sampler,
+                schedule: SigmaSchedule::Model,
+                sampler_options: SamplerOptions::default(),
                 img2img: None,
                 embeds_guidance: false,
                 clip_skip: 0,
@@ -224,11 +225,11 @@ mod tests {
             }
             let picture = pipeline.decode(&trajectory).expect("a picture");
             let interrupted = half_made.map_or(0.0, |half| likeness(&half, &picture));
-            assert!(interrupted > 0.75, "{name}: {interrupted:.2}");
+            assert!(interrupted > 0.75, "{sampler}: {interrupted:.2}");
             let likeness: Vec<f64> = previews.iter().map(|p| likeness(p, &picture)).collect();
             let (noise, half) = (likeness[0], likeness[likeness.len() / 2]);
-            println!("{name}: {likeness:.2?}");
-            assert!(half > 0.75 && half > noise + 0.4, "{name}: {noise:.2} to {half:.2}");
+            println!("{sampler}: {likeness:.2?}");
+            assert!(half > 0.75 && half > noise + 0.4, "{sampler}: {noise:.2} to {half:.2}");
             ends.push(likeness[likeness.len() - 1]);
         }
         let mean = ends.iter().sum::<f64>() / ends.len() as f64;

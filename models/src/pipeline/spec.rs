@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::variation::Variation;
 use crate::error::{Error, Result};
 use crate::picture::{Rgb, Size};
-use crate::sampling::{Sampler, SamplerName, SigmaSchedule};
+use crate::sampling::{Sampler, SamplerName, SamplerOptions, SigmaSchedule};
 use crate::text::{LORA_TAGS, Loras, without_loras};
 
 /// Maximum number of sampler steps: those of the training schedule.
@@ -30,7 +30,8 @@ pub struct Spec {
     pub size: Size,
     /// Sampler steps, 1 to [`MAX_STEPS`].
     pub steps: usize,
-    /// Classifier-free guidance scale; at 1 or below the unconditional row is not computed.
+    /// Classifier-free guidance scale; at 1 or below the unconditional row is not computed, but
+    /// for samplers of CFG++.
     pub guidance_scale: f64,
     /// Whether the guidance scale is an input of the model's UNet, which needs no second row for it.
     pub embeds_guidance: bool,
@@ -40,6 +41,8 @@ pub struct Spec {
     pub sampler: Sampler,
     /// Sigma schedule of the sampler.
     pub schedule: SigmaSchedule,
+    /// The random part of the sampler.
+    pub sampler_options: SamplerOptions,
     /// Layers of the text encoder that are skipped at its end, before the final layer norm. In
     /// plain syntax those of the prompt alone, as in diffusers; in AUTOMATIC1111's those of both
     /// prompts.
@@ -60,7 +63,8 @@ pub struct Spec {
 impl Spec {
     /// Batch rows of one UNet call: two with guidance (unconditional, conditional), else one.
     pub fn rows(&self) -> usize {
-        if self.guidance_scale > 1.0 && !self.embeds_guidance { 2 } else { 1 }
+        let is_guided = self.guidance_scale > 1.0 || self.sampler.needs_unguided();
+        if is_guided && !self.embeds_guidance { 2 } else { 1 }
     }
 
     /// Makes it image `k` of a request whose image 0 is `first`: the next seed, or as in
@@ -100,11 +104,12 @@ impl Spec {
         skipped(self.steps, self.img2img.as_ref().map_or(1.0, |init| init.strength))
     }
 
-    /// The size and the steps of each pass.
+    /// The size and the UNet calls of each pass; `pndm` takes one more.
     pub fn passes(&self) -> impl Iterator<Item = (Size, usize)> {
-        let first = (self.size, self.steps.saturating_sub(self.skipped_steps()));
-        let second = self.hires.map(|hires| (hires.size, hires.steps - hires.skipped_steps()));
-        std::iter::once(first).chain(second)
+        let calls = |steps| self.sampler.evaluations(self.schedule, steps);
+        let first = (self.size, calls(self.steps.saturating_sub(self.skipped_steps())));
+        let second = |hires: Hires| (hires.size, calls(hires.steps - hires.skipped_steps()));
+        std::iter::once(first).chain(self.hires.map(second))
     }
 
     /// Denoising strength of image-to-image or of the hires pass, if there is one.

@@ -48,6 +48,7 @@ fn spec(loras: Loras) -> Spec {
         seed: 0,
         sampler: crate::Sampler::Ddim,
         schedule: crate::SigmaSchedule::Model,
+        sampler_options: crate::SamplerOptions::default(),
         img2img: None,
         embeds_guidance: false,
         clip_skip: 0,
@@ -152,11 +153,45 @@ fn loras_are_read_before_a_picture_begins() {
         4 * pipeline.begin(&plain).expect("begun").time_embeddings.elem_count() as u64;
     assert_eq!(memory.time_bytes, bytes_of_times, "one step of DDIM");
     let longer = Spec { steps: 4, ..plain.clone() };
-    assert_eq!(bytes(&longer) - bytes(&plain), 2 * 3 * memory.time_bytes);
+    assert_eq!(bytes(&longer) - bytes(&plain), 3 * memory.time_bytes);
+    let heun = Spec { sampler: crate::Sampler::Heun, ..longer.clone() };
+    assert_eq!(bytes(&heun) - bytes(&plain), 7 * memory.time_bytes);
     let wordy = Spec { prompt: "a cat ".repeat(100), ..named.clone() };
     assert_eq!(bytes(&wordy) - bytes(&plain), 4 * memory.chunk_bytes);
     let kv = encoded(&pipeline, "a cat");
     assert_eq!(memory.chunk_bytes, 4 * kv.len() as u64);
+}
+
+#[test]
+fn options_of_the_sampler_are_used_or_named() {
+    let pipeline = demo();
+    let options = |eta, s_noise| crate::SamplerOptions { eta, s_noise, ..Default::default() };
+    let drawn = |sampler, sampler_options| {
+        let spec = Spec { sampler, sampler_options, steps: 2, ..spec(vec![]) };
+        let mut trajectory = pipeline.begin(&spec).expect("begun");
+        while !trajectory.done() {
+            pipeline.step(&mut [&mut trajectory]).expect("a step");
+        }
+        let latents = trajectory.latents().flatten_all().and_then(|x| x.to_vec1::<f32>());
+        (latents.expect("latents"), trajectory.warnings().to_vec())
+    };
+    let (plain, warnings) = drawn(crate::Sampler::Ddim, options(Some(0.0), Some(1.0)));
+    assert_eq!((&plain, &warnings), (&drawn(crate::Sampler::Ddim, options(None, None)).0, &vec![]));
+    let (noisy, warnings) = drawn(crate::Sampler::Ddim, options(Some(1.0), Some(0.5)));
+    assert_ne!(plain, noisy);
+    assert_eq!(warnings, ["s_noise has no effect on the sampler ddim"]);
+    let (_, warnings) = drawn(crate::Sampler::Lms, options(Some(1.0), None));
+    assert_eq!(warnings, ["eta has no effect on the sampler lms"]);
+    for (field, options) in
+        [("eta", options(Some(1.5), None)), ("s_noise", options(None, Some(f64::NAN)))]
+    {
+        let spec = Spec { sampler_options: options, ..spec(vec![]) };
+        let error = pipeline.check(&spec).expect_err("out of range").to_string();
+        assert!(error.starts_with(field), "{error}");
+    }
+    // CFG++ needs the unconditional row at every scale.
+    let spec = Spec { sampler: crate::Sampler::EulerCfgPp, guidance_scale: 0.6, ..spec(vec![]) };
+    assert_eq!((spec.rows(), pipeline.begin(&spec).expect("begun").rows()), (2, 2));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use crate::files::AssetFile;
 use crate::layers::LoraStack;
 use crate::networks::Conditioning;
 use crate::picture::Size;
-use crate::sampling::{Noise, SamplerState, guide, rescale};
+use crate::sampling::{Noise, Outputs, SamplerState, guide, rescale};
 
 /// One image in progress.
 pub struct Trajectory {
@@ -111,11 +111,12 @@ impl Trajectory {
     /// The result of a step, from the UNet's output for the rows (rows, C, h, w) f32; `scale` is
     /// pixels per latent pixel. The trajectory stays as it is, so that a step can be repeated.
     pub(super) fn step(&self, output: &Tensor, scale: usize) -> Result<StepResult> {
+        let unguided = output.narrow(0, 0, 1)?;
         let output = match self.rows() {
             1 => output.clone(),
             _ => {
-                let (plain, prompted) = (output.narrow(0, 0, 1)?, output.narrow(0, 1, 1)?);
-                let guided = guide(&plain, &prompted, self.guidance_scale)?;
+                let prompted = output.narrow(0, 1, 1)?;
+                let guided = guide(&unguided, &prompted, self.guidance_scale)?;
                 match self.guidance_rescale > 0.0 {
                     true => rescale(&guided, &prompted, self.guidance_rescale)?,
                     false => guided,
@@ -123,7 +124,8 @@ impl Trajectory {
             }
         };
         let (mut sampler, mut noise) = (self.sampler.clone(), self.noise.clone());
-        let mut latents = sampler.advance(&self.latents, &output, &mut noise)?;
+        let outputs = Outputs { guided: &output, unguided: &unguided };
+        let mut latents = sampler.advance(&self.latents, outputs, &mut noise)?;
         if let Some(blend) = &self.blend {
             latents = blend.apply(&latents, &sampler)?;
         }

@@ -3,18 +3,20 @@
 //! The reference is diffusers 0.42.1, `Class.from_config(config)`: a key that the file leaves out
 //! takes the default of the class that is asked for, not of the class that wrote the file, and a
 //! key that this class does not have is not read. What differs by class is in the rows of
-//! [`super::algorithm`].
+//! [`super::table`].
 
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::algorithm::{Algorithm, LevelGrid, SamplerName};
+use super::algorithm::{Algorithm, LevelGrid, Orders};
 use super::betas::{Betas, alphas_cumprod, rescale_zero_terminal_snr};
 use super::denoiser::{Denoiser, Prediction};
+use super::names::SamplerName;
 use super::sigmas::SigmaSchedule;
 use super::spacing::Spacing;
+use super::table::ALGORITHMS;
 use crate::error::{Error, Result};
 
 /// The file, key for key.
@@ -38,6 +40,8 @@ pub struct SchedulerConfig {
     pub clip_sample_range: Option<f64>,
     pub skip_prk_steps: Option<bool>,
     pub use_karras_sigmas: Option<bool>,
+    pub use_exponential_sigmas: Option<bool>,
+    pub use_beta_sigmas: Option<bool>,
     pub final_sigmas_type: Option<String>,
     pub lower_order_final: Option<bool>,
     pub euler_at_final: Option<bool>,
@@ -57,17 +61,21 @@ impl SchedulerConfig {
 
     /// The sampler of the class that the file names, on the schedule that it asks for.
     pub fn default_sampler(&self) -> Result<SamplerName> {
-        let name = self.class_name.as_deref().unwrap_or_default();
-        let own: SamplerName =
-            name.parse().map_err(|error| unsupported(format!("_class_name: {error}")))?;
-        let karras = SamplerName { schedule: SigmaSchedule::Karras, ..own };
-        let asks = self.use_karras_sigmas == Some(true);
-        Ok(if asks && SamplerName::all().any(|name| name == karras) { karras } else { own })
+        let class = self.class_name.as_deref().unwrap_or_default();
+        let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let value = |key: &str| match key {
+            "use_karras_sigmas" => self.use_karras_sigmas.map(|asks| asks.to_string()),
+            "use_exponential_sigmas" => self.use_exponential_sigmas.map(|asks| asks.to_string()),
+            "use_beta_sigmas" => self.use_beta_sigmas.map(|asks| asks.to_string()),
+            _ => self.rest.get(key).filter(|value| !value.is_null()).map(text),
+        };
+        let named = SamplerName::of_class(class, value);
+        named.map_err(|reason| unsupported(format!("_class_name: {reason}")))
     }
 
     /// Takes DPM++ 2M as the class where that of the file is not known, or none is named, and says
     /// so: most of what a file of another class tells are the betas, which all have. Keys that only
-    /// the unknown class has are dropped.
+    /// the unknown class has are dropped; of a known class those that no sampler of it has.
     ///
     /// # Errors
     /// [`Error::Config`] if the class is of models that are not trained on betas.
@@ -77,8 +85,15 @@ impl SchedulerConfig {
         if class.contains("FlowMatch") || class.contains("EDM") {
             return Err(error);
         }
+        if ALGORITHMS.iter().any(|row| row.class == Some(&class)) {
+            self.rest.retain(|key, _| !names_sampler(key));
+            return Ok(Some(format!(
+                "{error}; the default sampler is {}",
+                self.default_sampler()?
+            )));
+        }
         self.class_name = Some("DPMSolverMultistepScheduler".into());
-        self.rest.retain(|key, _| Algorithm::is_known(key));
+        self.rest.retain(|key, _| is_known(key) && !names_sampler(key));
         let named = match &*class {
             "" => "names no _class_name".to_owned(),
             class => format!("the class {class} is not known"),
@@ -97,7 +112,7 @@ impl SchedulerConfig {
             let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
             let accepted = match row.supported(key) {
                 Some(values) => values.contains(&text.as_str()),
-                None => Algorithm::is_known(key) || matches!(text.as_str(), "null" | "false"),
+                None => is_known(key) || matches!(text.as_str(), "null" | "false"),
             };
             if !accepted {
                 return Err(unsupported(format!("{key} {text} is not supported by {}", row.name)));
@@ -107,6 +122,9 @@ impl SchedulerConfig {
     }
 
     pub(super) fn spacing(&self, row: &Algorithm) -> Result<Spacing> {
+        if let Some(spacing) = row.fixed_spacing {
+            return Ok(spacing);
+        }
         let known = [
             ("leading", Spacing::Leading),
             ("trailing", Spacing::Trailing),
@@ -156,12 +174,11 @@ impl SchedulerConfig {
 
     /// The schedule of the sigmas, where a request asks for `asked`.
     pub(super) fn schedule(&self, row: &Algorithm, asked: SigmaSchedule) -> SigmaSchedule {
+        let asks = |key: Option<bool>| row.use_sigmas && key == Some(true);
         match asked {
-            SigmaSchedule::Model
-                if row.use_karras_sigmas && self.use_karras_sigmas == Some(true) =>
-            {
-                SigmaSchedule::Karras
-            }
+            SigmaSchedule::Model if asks(self.use_karras_sigmas) => SigmaSchedule::Karras,
+            SigmaSchedule::Model if asks(self.use_exponential_sigmas) => SigmaSchedule::Exponential,
+            SigmaSchedule::Model if asks(self.use_beta_sigmas) => SigmaSchedule::Beta,
             asked => asked,
         }
     }
@@ -169,13 +186,41 @@ impl SchedulerConfig {
     /// Whether the last sigma is 0, or else the least of the training.
     pub(super) fn ends_at_zero(&self, row: &Algorithm) -> Result<bool> {
         let value = self.final_sigmas_type.as_deref().filter(|_| row.final_sigmas_type);
-        choose("final_sigmas_type", value, true, &[("zero", true), ("sigma_min", false)])
+        let known = [("zero", true), ("sigma_min", false)];
+        choose("final_sigmas_type", value, !row.ends_at_least, &known)
     }
 
-    /// Whether a multistep solver takes the last of `steps` steps in first order.
-    pub(super) fn ends_in_first_order(&self, row: &Algorithm, steps: usize) -> Result<bool> {
-        let lower = self.lower_order_final.unwrap_or(true) && steps < row.lower_order_below;
-        Ok(lower || self.euler_at_final.unwrap_or(false) || self.ends_at_zero(row)?)
+    /// The highest order at step `i` of `steps`, in a run that ends at sigma 0 or does not, and
+    /// whose end is of lower order because it is short.
+    pub(super) fn order(
+        &self,
+        row: &Algorithm,
+        (i, steps): (usize, usize),
+        zero: bool,
+        short: bool,
+    ) -> usize {
+        let left = steps - i;
+        let lower = self.lower_order_final.unwrap_or(row.orders != Orders::Pairs);
+        // The class that reads this key is the one that can end at either sigma.
+        let euler_at_final = row.final_sigmas_type && self.euler_at_final == Some(true);
+        match row.orders {
+            Orders::Multistep(_) if left == 1 && (zero || euler_at_final) => 1,
+            Orders::Multistep(most) if lower && short => most.min(left),
+            Orders::Multistep(most) => most,
+            Orders::Falling(most) if lower => most.min(left),
+            Orders::Falling(most) => {
+                if left == 1 && zero {
+                    1
+                } else {
+                    most
+                }
+            }
+            // diffusers takes lower orders at the end where the steps are odd or the end is zero.
+            Orders::Pairs => {
+                let lower = lower || zero || !steps.is_multiple_of(2);
+                if i.is_multiple_of(2) || lower && left == 1 { 1 } else { 2 }
+            }
+        }
     }
 
     /// The denoiser of the sampler's class.
@@ -192,6 +237,26 @@ impl SchedulerConfig {
         let clip = clips.then(|| self.clip_sample_range.unwrap_or(1.0));
         Ok(Denoiser { prediction, clip })
     }
+}
+
+/// Keys that matter only where another key is set, which is not supported.
+const WITHOUT_EFFECT: [&str; 5] = [
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+    "flow_shift",
+    "time_shift_type",
+    "tensor_format",
+];
+
+/// Whether a key has no effect but in the classes of samplers that read it.
+fn is_known(key: &str) -> bool {
+    let reads = |row: &Algorithm| row.supported(key).is_some();
+    WITHOUT_EFFECT.contains(&key) || names_sampler(key) || ALGORITHMS.iter().any(reads)
+}
+
+/// Whether a key tells the samplers of one class apart.
+fn names_sampler(key: &str) -> bool {
+    ALGORITHMS.iter().any(|row| row.class_keys.iter().any(|known| known.0 == key))
 }
 
 /// The value of a key whose values have names.

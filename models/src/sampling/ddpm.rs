@@ -6,20 +6,22 @@ use candle_core::Tensor;
 use super::denoiser::linear_combination;
 use super::noise::Noise;
 use super::schedule::Step;
-use super::state::{SamplerState, draw};
+use super::state::{Outputs, SamplerState, draw};
 use crate::error::Result;
 
-/// Song et al. 2021, equation 12 with eta 0.
+/// Song et al. 2021, equation 12; and Zheng et al. 2024, "Trajectory Consistency Distillation",
+/// algorithm 2, which differs in how far below the next level a step goes.
 pub(super) fn ddim(
     state: &mut SamplerState,
     step: Step,
     x: &Tensor,
-    output: &Tensor,
-    _: &mut Noise,
+    outputs: Outputs<'_>,
+    noise: &mut Noise,
 ) -> Result<Tensor> {
-    let x0 = state.denoiser.predicted_x0(x, output, step.from)?;
-    let epsilon = state.denoiser.epsilon(x, output, step.from)?;
-    linear_combination(&[(step.to.alpha, &x0), (step.to.sigma, &epsilon)])
+    let x0 = state.denoiser.predicted_x0(x, outputs.guided, step.at)?;
+    let epsilon = state.denoiser.epsilon(x, outputs.guided, step.at)?;
+    let below = linear_combination(&[(step.below.alpha, &x0), (step.below.sigma, &epsilon)])?;
+    state.renoised(below, step, noise)
 }
 
 /// Ho et al. 2020, equations 6 and 7.
@@ -27,10 +29,10 @@ pub(super) fn ddpm(
     state: &mut SamplerState,
     step: Step,
     x: &Tensor,
-    output: &Tensor,
+    outputs: Outputs<'_>,
     noise: &mut Noise,
 ) -> Result<Tensor> {
-    let x0 = state.denoiser.predicted_x0(x, output, step.from)?;
+    let x0 = state.denoiser.predicted_x0(x, outputs.guided, step.at)?;
     let alpha = step.from.alpha / step.to.alpha;
     let beta = 1.0 - alpha * alpha;
     let (to, from) = (step.to.sigma.powi(2), step.from.sigma.powi(2));

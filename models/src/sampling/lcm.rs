@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use super::denoiser::linear_combination;
 use super::noise::Noise;
 use super::schedule::Step;
-use super::state::{SamplerState, draw};
+use super::state::{Outputs, SamplerState, draw};
 use crate::error::{Error, Result};
 
 /// Algorithm 3: the consistency function, then fresh noise up to the next level.
@@ -14,16 +14,16 @@ pub(super) fn lcm(
     state: &mut SamplerState,
     step: Step,
     x: &Tensor,
-    output: &Tensor,
+    outputs: Outputs<'_>,
     noise: &mut Noise,
 ) -> Result<Tensor> {
     const SIGMA_DATA: f64 = 0.5;
     let t = step.evaluation.timestep * state.timestep_scaling;
     let norm = t.hypot(SIGMA_DATA);
     let (c_skip, c_out) = ((SIGMA_DATA / norm).powi(2), t / norm);
-    let x0 = state.denoiser.predicted_x0(x, output, step.from)?;
+    let x0 = state.denoiser.predicted_x0(x, outputs.guided, step.at)?;
     let denoised = linear_combination(&[(c_out, &x0), (c_skip, x)])?;
-    if state.completed + 1 == state.evaluations() {
+    if state.completed() + 1 == state.evaluations() {
         return Ok(denoised);
     }
     linear_combination(&[(step.to.alpha, &denoised), (step.to.sigma, &draw(x, noise)?)])
@@ -34,7 +34,7 @@ pub(super) fn lcm(
 pub(super) fn timesteps(steps: usize, original: usize, train: usize) -> Result<Vec<f64>> {
     let original = original.min(train);
     if steps > original {
-        let reason = format!("must be 1 to {original} with lcm");
+        let reason = format!("must be 1 to {original} with the samplers of consistency models");
         return Err(Error::Spec { field: "steps", reason });
     }
     let index = |i: usize| original - (i as f64 * (original as f64 / steps as f64)) as usize;

@@ -1,34 +1,45 @@
 //! From noise to latents: the noise levels of a run, what a UNet's output means, the samplers, and
 //! torch's random numbers. Not the UNet, and not the loop over evaluations, which is the caller's.
 //!
-//! A sampler is a row in `algorithm.rs` and a function in a file of its family; a sigma schedule is
-//! a row and a function in `sigmas.rs`. `plan.rs` makes a run of them:
+//! A sampler is a row in `table.rs` and a function in a file of its family; a schedule is a row and
+//! a function in `sigmas.rs`. `plan.rs` makes a run of them:
 //!
 //! ```text
-//! plan > config > algorithm > pndm, ddpm, euler, dpmpp, unipc, lcm > state > denoiser > schedule
+//! plan > config > names > samplers > table > algorithm > pndm, ddpm, euler, dpmpp, deis, unipc, lcm > state > denoiser > schedule
 //! ```
 
 mod algorithm;
 mod betas;
+mod brownian;
 mod config;
 mod ddpm;
+mod deis;
 mod denoiser;
 mod dpmpp;
 mod euler;
 mod lcm;
+mod names;
 mod noise;
+mod options;
 mod plan;
 mod pndm;
+mod restart;
+mod samplers;
 mod schedule;
 mod sigmas;
 mod spacing;
+mod spelling;
 mod state;
+mod table;
 mod unipc;
 
-pub use self::algorithm::{Sampler, SamplerName};
+pub use self::algorithm::Sampler;
 pub use self::config::SchedulerConfig;
 pub use self::denoiser::{guide, rescale};
+pub use self::names::SamplerName;
 pub use self::noise::Noise;
+pub use self::options::{Churn, SamplerOptions};
+pub use self::plan::Run;
 pub use self::schedule::Evaluation;
 pub use self::sigmas::SigmaSchedule;
-pub use self::state::SamplerState;
+pub use self::state::{Outputs, SamplerState};

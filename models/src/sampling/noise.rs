@@ -17,6 +17,7 @@ const BLOCK: usize = 16;
 /// The stream of one image: `torch.Generator("cpu").manual_seed(seed)`.
 #[derive(Debug, Clone)]
 pub struct Noise {
+    seed: u64,
     state: [u32; N],
     /// Index of the next word; `N` when the state must be renewed first.
     next: usize,
@@ -33,7 +34,12 @@ impl Noise {
             let word: u32 = state[j - 1] ^ (state[j - 1] >> 30);
             state[j] = word.wrapping_mul(1_812_433_253).wrapping_add(j as u32);
         }
-        Self { state, next: N, spare: None }
+        Self { seed, state, next: N, spare: None }
+    }
+
+    /// The seed of the stream.
+    pub(super) fn seed(&self) -> u64 {
+        self.seed
     }
 
     /// The next `n` standard normal values: `torch.randn(n, generator=...)` in f32.

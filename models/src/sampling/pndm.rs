@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use super::denoiser::linear_combination;
 use super::noise::Noise;
 use super::schedule::Step;
-use super::state::SamplerState;
+use super::state::{Outputs, SamplerState};
 use crate::error::Result;
 
 /// Algorithm 2 without its Runge-Kutta start: a linear multistep method, whose second evaluation
@@ -14,13 +14,14 @@ pub(super) fn pndm(
     state: &mut SamplerState,
     step: Step,
     x: &Tensor,
-    output: &Tensor,
+    outputs: Outputs<'_>,
     _: &mut Noise,
 ) -> Result<Tensor> {
+    let output = outputs.guided;
     let (x, output) = match state.anchor.take() {
         Some(start) => (start, linear_combination(&[(0.5, output), (0.5, &state.history[0])])?),
         None => {
-            if state.completed == 0 {
+            if state.completed() == 0 {
                 state.anchor = Some(x.clone());
             }
             state.remember(output.clone(), 4);

@@ -46,20 +46,38 @@ pub struct Evaluation {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Step {
     pub(super) evaluation: Evaluation,
-    /// The level of the evaluation's timestep.
+    /// The level of the latents that are evaluated.
     pub(super) at: NoiseLevel,
-    /// The levels that the latents move between. `from` is `at`, but for PNDM's second evaluation,
-    /// which takes the first step again.
+    /// The levels that the latents move between. `from` is `at`, but where a second evaluation
+    /// takes the first's step again.
     pub(super) from: NoiseLevel,
     pub(super) to: NoiseLevel,
+    /// The level to which the latents move before noise takes them up to `to`; `to` itself for a
+    /// step without noise.
+    pub(super) below: NoiseLevel,
+    /// Standard deviation of the noise that has taken the latents up to `at` before the
+    /// evaluation. Noise of deviation 0 is drawn, too.
+    pub(super) raised_by: Option<f64>,
     /// The highest order that a multistep solver may use here.
     pub(super) order: usize,
+}
+
+/// The way from one sigma to the next.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Way {
+    /// The timesteps at the begin and at the end.
+    pub(super) times: [f64; 2],
+    pub(super) sigmas: [f64; 2],
+    /// Standard deviation of the noise that has taken the latents up to the first sigma.
+    pub(super) raised_by: Option<f64>,
 }
 
 /// The table of one run.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Schedule {
     pub(super) steps: Vec<Step>,
+    /// The number of steps that are left out at the begin.
+    pub(super) skipped: usize,
     /// Standard deviation of the initial latents.
     pub(super) init_noise_sigma: f64,
 }

@@ -16,9 +16,25 @@ use super::schedule::{Evaluation, NoiseLevel, Schedule, Step};
 use crate::error::Result;
 
 /// The step of an algorithm: the latents after an evaluation, from those before it and the UNet's
-/// output after guidance, all (B, C, H, W) in f32.
+/// outputs, all (B, C, H, W) in f32.
 pub(super) type Advance =
-    fn(&mut SamplerState, Step, x: &Tensor, output: &Tensor, &mut Noise) -> Result<Tensor>;
+    fn(&mut SamplerState, Step, x: &Tensor, Outputs<'_>, &mut Noise) -> Result<Tensor>;
+
+/// The outputs of an evaluation, (B, C, H, W) in f32.
+#[derive(Debug, Clone, Copy)]
+pub struct Outputs<'a> {
+    /// The output after guidance.
+    pub guided: &'a Tensor,
+    /// That of the unconditional row; without guidance the same.
+    pub unguided: &'a Tensor,
+}
+
+impl<'a> From<&'a Tensor> for Outputs<'a> {
+    /// The output of an evaluation without guidance.
+    fn from(output: &'a Tensor) -> Self {
+        Self { guided: output, unguided: output }
+    }
+}
 
 /// The state of one image's sampler between two evaluations. Cheap to clone: the table is shared.
 #[derive(Debug, Clone)]
@@ -28,7 +44,10 @@ pub struct SamplerState {
     pub(super) denoiser: Denoiser,
     /// Scales a timestep to the time of a consistency model.
     pub(super) timestep_scaling: f64,
-    pub(super) completed: usize,
+    /// Scales the noise that is drawn.
+    pub(super) s_noise: f64,
+    /// The index of the next step.
+    pub(super) position: usize,
     /// Results of earlier evaluations, the newest first: outputs, predicted x0 or slopes.
     pub(super) history: Vec<Tensor>,
     /// The latents from which the current step began, while it is not complete.
@@ -43,61 +62,119 @@ impl SamplerState {
 
     /// Number of evaluations of the whole run.
     pub fn evaluations(&self) -> usize {
-        self.schedule.steps.len()
+        self.schedule.steps.len() - self.schedule.skipped
     }
 
     /// Number of completed evaluations.
     pub fn completed(&self) -> usize {
-        self.completed
+        self.position - self.schedule.skipped
     }
 
     /// The timesteps of the whole run's evaluations.
     pub(crate) fn timesteps(&self) -> impl Iterator<Item = f64> {
-        self.schedule.steps.iter().map(|step| step.evaluation.timestep)
+        let steps = self.schedule.steps.iter().skip(self.schedule.skipped);
+        steps.map(|step| step.evaluation.timestep)
     }
 
     /// The next evaluation of the UNet; none when the latents are finished.
     pub fn next(&self) -> Option<Evaluation> {
-        self.schedule.steps.get(self.completed).map(|step| step.evaluation)
+        self.schedule.steps.get(self.position).map(|step| step.evaluation)
     }
 
     /// The predicted x0 of the last evaluation, from the latents `x` given to it and its output
     /// after guidance, all (B, C, H, W) in f32. Before the first evaluation it is `x` itself.
     pub fn predicted_x0(&self, x: &Tensor, output: &Tensor) -> Result<Tensor> {
-        let steps = &self.schedule.steps;
-        match self.completed {
+        match self.completed() {
             0 => Ok(x.clone()),
-            1 => self.denoiser.predicted_x0(x, output, steps[0].from),
-            // `from` of the last step is not the level of `x` where PNDM takes a step again.
-            k => self.denoiser.predicted_x0(x, output, steps[k - 2].to),
+            _ => {
+                let step = self.schedule.steps[self.position - 1];
+                self.denoiser.predicted_x0(x, output, step.at)
+            }
         }
     }
 
     /// x0 under as much noise as the latents of the next evaluation have; x0 itself when the
     /// latents are finished. Both (B, C, H, W).
     pub fn noised(&self, x0: &Tensor, noise: &Tensor) -> Result<Tensor> {
-        match self.schedule.steps.get(self.completed) {
+        match self.schedule.steps.get(self.position) {
             Some(Step { at, .. }) => linear_combination(&[(at.alpha, x0), (at.sigma, noise)]),
             None => Ok(x0.clone()),
         }
     }
 
-    /// The latents after an evaluation, from those before it and the UNet's output after
-    /// guidance, all (B, C, H, W) in f32.
+    /// The first latents of a run: `drawn` noise, or x0 under it, and what the sampler adds before
+    /// its first evaluation. All (B, C, H, W).
+    pub fn begin(&self, x0: Option<&Tensor>, drawn: &Tensor, noise: &mut Noise) -> Result<Tensor> {
+        let Some(&Step { at, raised_by, .. }) = self.schedule.steps.get(self.position) else {
+            return Ok(x0.unwrap_or(drawn).clone());
+        };
+        let sigma = raised_by.map_or(at.sigma, |by| (at.sigma.powi(2) - by * by).sqrt());
+        let x = match x0 {
+            Some(x0) => linear_combination(&[(at.alpha, x0), (sigma, drawn)])?,
+            None => (drawn * self.init_noise_sigma())?,
+        };
+        self.raised(x, noise)
+    }
+
+    /// The latents after an evaluation, from those before it and the UNet's outputs, all
+    /// (B, C, H, W) in f32.
     ///
     /// # Panics
     /// When there is nothing left to evaluate.
-    pub fn advance(&mut self, x: &Tensor, output: &Tensor, noise: &mut Noise) -> Result<Tensor> {
-        let step = self.schedule.steps[self.completed];
-        let next = (self.advance)(self, step, x, output, noise)?;
-        self.completed += 1;
-        Ok(next)
+    pub fn advance<'a>(
+        &mut self,
+        x: &Tensor,
+        outputs: impl Into<Outputs<'a>>,
+        noise: &mut Noise,
+    ) -> Result<Tensor> {
+        let step = self.schedule.steps[self.position];
+        let next = (self.advance)(self, step, x, outputs.into(), noise)?;
+        self.position += 1;
+        self.raised(next, noise)
+    }
+
+    /// x with the noise that is added before the next evaluation.
+    fn raised(&self, x: Tensor, noise: &mut Noise) -> Result<Tensor> {
+        match self.schedule.steps.get(self.position).and_then(|step| step.raised_by) {
+            Some(by) => linear_combination(&[(1.0, &x), (by * self.s_noise, &draw(&x, noise)?)]),
+            None => Ok(x),
+        }
     }
 
     /// Puts a result in front of the history, of which the first `most` are kept.
     pub(super) fn remember(&mut self, newest: Tensor, most: usize) {
         self.history.insert(0, newest);
         self.history.truncate(most);
+    }
+
+    /// The step before the next `back` ones: 1 is the last.
+    pub(super) fn earlier(&self, back: usize) -> Step {
+        self.schedule.steps[self.position - back]
+    }
+
+    /// The end of a step from `x` below it: noise takes x up to the step's level.
+    pub(super) fn renoised(&self, x: Tensor, step: Step, noise: &mut Noise) -> Result<Tensor> {
+        if step.noise() == 0.0 {
+            return Ok(x);
+        }
+        self.with_noise(&x, step, &draw(&x, noise)?)
+    }
+
+    /// The same with noise of unit variance that is drawn already.
+    pub(super) fn with_noise(&self, x: &Tensor, step: Step, drawn: &Tensor) -> Result<Tensor> {
+        let scale = step.to.alpha / step.below.alpha;
+        linear_combination(&[(scale, x), (step.noise() * self.s_noise, drawn)])
+    }
+}
+
+impl Step {
+    /// Standard deviation of the noise between `below` and `to`.
+    pub(super) fn noise(self) -> f64 {
+        if self.below == self.to {
+            return 0.0;
+        }
+        let kept = self.below.sigma * self.to.alpha / self.below.alpha;
+        (self.to.sigma.powi(2) - kept.powi(2)).max(0.0).sqrt()
     }
 }
 

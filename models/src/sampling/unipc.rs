@@ -4,51 +4,119 @@
 use candle_core::Tensor;
 
 use super::denoiser::linear_combination;
-use super::dpmpp::extrapolated_x0;
 use super::noise::Noise;
-use super::schedule::Step;
-use super::state::{SamplerState, first_order};
+use super::schedule::{NoiseLevel, Step};
+use super::state::{Outputs, SamplerState, first_order};
 use crate::error::Result;
 
-/// Algorithms 1 and 2 of second order on the predicted x0: the corrector UniC takes the step
-/// before again with the prediction at its end, then the predictor UniP takes the next step.
-pub(super) fn unipc(
+/// B(h) of section 3.1, of h that is negative on predicted x0.
+type BhKind = fn(f64) -> f64;
+
+/// B_1(h) = h.
+pub(super) fn unipc_bh1(
     state: &mut SamplerState,
     step: Step,
     x: &Tensor,
-    output: &Tensor,
+    outputs: Outputs<'_>,
     _: &mut Noise,
 ) -> Result<Tensor> {
-    let x0 = state.denoiser.predicted_x0(x, output, step.from)?;
+    unipc(state, step, x, outputs, |h| h)
+}
+
+/// B_2(h) = e^h - 1.
+pub(super) fn unipc_bh2(
+    state: &mut SamplerState,
+    step: Step,
+    x: &Tensor,
+    outputs: Outputs<'_>,
+    _: &mut Noise,
+) -> Result<Tensor> {
+    unipc(state, step, x, outputs, f64::exp_m1)
+}
+
+/// Algorithms 1 and 2 on the predicted x0, of up to third order: the corrector UniC takes the step
+/// before again with the prediction at its end, then the predictor UniP takes the next step.
+fn unipc(
+    state: &mut SamplerState,
+    step: Step,
+    x: &Tensor,
+    outputs: Outputs<'_>,
+    b: BhKind,
+) -> Result<Tensor> {
+    let x0 = state.denoiser.predicted_x0(x, outputs.guided, step.at)?;
     let x = match state.anchor.take() {
-        Some(start) => corrected(state, step, &start, &x0)?,
+        Some(start) => {
+            let before = state.earlier(1);
+            let mixed = mixed(state, before, 1, Some(&x0), b)?;
+            first_order(&start, &mixed, before.from, before.to)?
+        }
         None => x.clone(),
     };
-    state.remember(x0, 2);
-    let next = first_order(&x, &extrapolated_x0(state, step)?, step.from, step.to)?;
+    state.remember(x0, 3);
+    let next = first_order(&x, &mixed(state, step, 0, None, b)?, step.from, step.to)?;
     state.anchor = Some(x);
     Ok(next)
 }
 
-/// UniC with B(h) = e^h - 1: the step that led to `step` once more from `start`, where `x0` is
-/// the prediction at its end.
-fn corrected(state: &SamplerState, step: Step, start: &Tensor, x0: &Tensor) -> Result<Tensor> {
-    let before = state.schedule.steps[state.completed - 1];
-    let h = step.from.lambda() - before.from.lambda();
+/// The x0 with which a first-order step is the step of UniP or, with the prediction at its end, of
+/// UniC. The step is `back` steps before the next, and the history is that before it.
+fn mixed(
+    state: &SamplerState,
+    step: Step,
+    back: usize,
+    end: Option<&Tensor>,
+    b: BhKind,
+) -> Result<Tensor> {
+    let order = step.order.min(state.history.len());
     let m0 = &state.history[0];
-    let mixed = match state.history.get(1).filter(|_| before.order > 1) {
-        None => linear_combination(&[(0.5, m0), (0.5, x0)])?,
-        Some(m1) => {
-            let earlier = state.schedule.steps[state.completed - 2];
-            let r = (earlier.from.lambda() - before.from.lambda()) / h;
-            let phi_1 = (-h).exp_m1();
-            let phi_2 = phi_1 / -h - 1.0;
-            let phi_3 = phi_2 / -h - 0.5;
-            let (b_1, b_2) = (phi_2 / phi_1, 2.0 * phi_3 / phi_1);
-            let rho_1 = (b_1 - b_2) / (1.0 - r);
-            let rho_2 = b_1 - rho_1;
-            linear_combination(&[(1.0 - rho_1 / r - rho_2, m0), (rho_1 / r, m1), (rho_2, x0)])?
-        }
+    let h = step.to.lambda() - step.from.lambda();
+    let lambda = |level: NoiseLevel| (level.lambda() - step.from.lambda()) / h;
+    // The points of the predictions in units of the step, the newest at 0.
+    let mut r: Vec<f64> = (1..order).map(|k| lambda(state.earlier(back + k).from)).collect();
+    let mut outputs: Vec<&Tensor> = state.history[1..order].iter().collect();
+    if let Some(end) = end {
+        r.push(1.0);
+        outputs.push(end);
+    }
+    if r.is_empty() {
+        return Ok(m0.clone());
+    }
+    let weights = match r.len() {
+        // Of first order, and of second without the end, rho is 1/2 (appendix F).
+        1 => vec![0.5],
+        _ => solved(&r, -h, b),
     };
-    first_order(start, &mixed, before.from, step.from)
+    let scale = b(-h) / (-h).exp_m1();
+    let parts: Vec<f64> = weights.iter().zip(&r).map(|(rho, r)| scale * rho / r).collect();
+    let rest = 1.0 - parts.iter().sum::<f64>();
+    let terms = parts.into_iter().zip(outputs);
+    linear_combination(&std::iter::once((rest, m0)).chain(terms).collect::<Vec<_>>())
+}
+
+/// rho of equation 8: R(r) rho = the right side for h, by elimination.
+fn solved(r: &[f64], h: f64, b: BhKind) -> Vec<f64> {
+    let n = r.len();
+    let (mut phi, mut factorial) = (h.exp_m1() / h - 1.0, 1.0);
+    let mut rows: Vec<Vec<f64>> = (0..n)
+        .map(|k| {
+            let mut row: Vec<f64> = r.iter().map(|r| r.powi(k as i32)).collect();
+            row.push(phi * factorial / b(h));
+            factorial *= (k + 2) as f64;
+            phi = phi / h - 1.0 / factorial;
+            row
+        })
+        .collect();
+    for pivot in 0..n {
+        let top = rows[pivot].clone();
+        for row in rows.iter_mut().skip(pivot + 1) {
+            let factor = row[pivot] / top[pivot];
+            row.iter_mut().zip(&top).for_each(|(value, top)| *value -= factor * top);
+        }
+    }
+    let mut rho = vec![0.0; n];
+    for k in (0..n).rev() {
+        let known: f64 = (k + 1..n).map(|j| rows[k][j] * rho[j]).sum();
+        rho[k] = (rows[k][n] - known) / rows[k][k];
+    }
+    rho
 }

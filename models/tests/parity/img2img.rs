@@ -6,8 +6,8 @@ use std::sync::Arc;
 use candle_core::{DType, Tensor};
 use sd_models::{
     AddOns, DeviceName, Error, Img2Img, LoadOptions, MaskedStart, Pipeline, Precision,
-    PromptSyntax, Rgb, SafetyMode, Sampler, SamplerName, SigmaSchedule, Size, Source, Spec,
-    Trajectory,
+    PromptSyntax, Rgb, SafetyMode, Sampler, SamplerName, SamplerOptions, SigmaSchedule, Size,
+    Source, Spec, Trajectory,
 };
 
 use crate::{fixture, path, relative_error};
@@ -69,6 +69,7 @@ pub(crate) fn spec(start: Option<Img2Img>) -> Spec {
         seed: 11,
         sampler: Sampler::Ddim,
         schedule: SigmaSchedule::Model,
+        sampler_options: SamplerOptions::default(),
         img2img: start.map(Arc::new),
         embeds_guidance: false,
         clip_skip: 0,

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
-use sd_models::sampling::{Noise, SamplerState, SchedulerConfig};
-use sd_models::{Error, Result, Sampler, SamplerName, SigmaSchedule};
+use sd_models::sampling::{Noise, Run, SamplerState, SchedulerConfig};
+use sd_models::{Error, Result, Sampler, SamplerName, SamplerOptions, SigmaSchedule};
 use serde_json::{Value, json};
 
 use crate::{fixture, floats, read, relative_error};
@@ -34,7 +34,8 @@ fn fixtures() -> Fixtures {
 /// A run of all its steps, of a sampler by its name.
 fn begin(name: &str, config: &SchedulerConfig, steps: usize) -> Result<SamplerState> {
     let SamplerName { sampler, schedule } = name.parse().unwrap();
-    SamplerState::new(sampler, schedule, config, steps, 0)
+    let options = SamplerOptions::default();
+    SamplerState::new(config, Run { sampler, schedule, options, steps, skipped: 0 })
 }
 
 /// What the fixtures' program evaluates in place of a UNet.
@@ -118,10 +119,10 @@ fn what_is_not_supported_is_refused_by_name() {
         ("ddpm", json!({"variance_type": "learned_range"})),
         ("euler", json!({"interpolation_type": "log_linear"})),
         ("euler", json!({"final_sigmas_type": "one"})),
-        ("heun", json!({"use_exponential_sigmas": true})),
-        ("dpmpp_2m", json!({"algorithm_type": "sde-dpmsolver++"})),
+        ("heun", json!({"sigma_min": 0.1})),
         ("dpmpp_2m", json!({"solver_type": "heun"})),
-        ("dpmpp_2m", json!({"solver_order": 3})),
+        ("dpmpp_2s", json!({"use_flow_sigmas": true})),
+        ("deis", json!({"solver_order": 3})),
         ("dpmpp_2m", json!({"lambda_min_clipped": -5.1})),
         ("unipc", json!({"predict_x0": false})),
         ("unipc", json!({"disable_corrector": [0]})),
@@ -135,6 +136,9 @@ fn what_is_not_supported_is_refused_by_name() {
         assert!(text.starts_with("scheduler/scheduler_config.json: "), "{text}");
         assert!(text.contains(key), "{key} is not in: {text}");
     }
+    // The name of the sampler decides these.
+    let changes = json!({"solver_order": 3, "algorithm_type": "sde-dpmsolver++"});
+    begin("dpmpp_2m", &config(&changes), 4).unwrap();
     // A class does not read what only others have.
     let changes = json!({"thresholding": true, "solver_order": 3, "use_karras_sigmas": true});
     begin("euler_a", &config(&changes), 4).unwrap();
@@ -161,8 +165,35 @@ fn the_class_in_the_file_names_the_sampler() {
     );
     let dpm = r#"{"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -Infinity"#;
     assert_eq!(named(&format!("{dpm}}}")).unwrap(), on(Sampler::Dpmpp2m, SigmaSchedule::Model));
-    let karras = format!(r#"{dpm}, "use_karras_sigmas": true}}"#);
-    assert_eq!(named(&karras).unwrap(), on(Sampler::Dpmpp2m, SigmaSchedule::Karras));
+    for (keys, sampler, schedule) in [
+        (r#""use_karras_sigmas": true"#, Sampler::Dpmpp2m, SigmaSchedule::Karras),
+        (r#""use_beta_sigmas": true"#, Sampler::Dpmpp2m, SigmaSchedule::Beta),
+        (r#""algorithm_type": "sde-dpmsolver++""#, Sampler::Dpmpp2mSde, SigmaSchedule::Model),
+        (
+            r#""algorithm_type": "sde-dpmsolver++", "solver_order": 3"#,
+            Sampler::Dpmpp3mSde,
+            SigmaSchedule::Model,
+        ),
+    ] {
+        assert_eq!(named(&format!("{dpm}, {keys}}}")).unwrap(), on(sampler, schedule));
+    }
+    let text = format!(r#"{dpm}, "solver_order": 3}}"#);
+    let error = named(&text).unwrap_err().to_string();
+    assert!(error.contains("solver_order \"3\""), "{error}");
+    let mut replaced = SchedulerConfig::from_json(&text).unwrap();
+    let warning = replaced.replace_unknown_class().unwrap().unwrap();
+    assert_eq!(warning, format!("{error}; the default sampler is dpmpp_2m"));
+    for (class, sampler) in [
+        ("TCDScheduler", Sampler::Tcd),
+        ("DEISMultistepScheduler", Sampler::Deis),
+        ("LMSDiscreteScheduler", Sampler::Lms),
+        ("KDPM2AncestralDiscreteScheduler", Sampler::Dpm2Ancestral),
+        ("DPMSolverSinglestepScheduler", Sampler::Dpmpp2s),
+        ("DPMSolverSDEScheduler", Sampler::DpmppSde),
+    ] {
+        let file = format!(r#"{{"_class_name": "{class}"}}"#);
+        assert_eq!(named(&file).unwrap(), on(sampler, SigmaSchedule::Model));
+    }
     assert!(named("{}").unwrap_err().to_string().contains("_class_name"));
     assert!(named(r#"{"_class_name": "EDMScheduler"}"#).unwrap_err().to_string().contains("EDM"));
     assert!(SchedulerConfig::from_json(r#"{"beta_start": "x"}"#).is_err());

@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use sd_models::{
-    DeviceName, KernelStats, LoadOptions, Pipeline, Precision, Rgb, Sampler, SigmaSchedule, Size,
-    Spec, Trajectory,
+    DeviceName, KernelStats, LoadOptions, Pipeline, Precision, Rgb, Sampler, SamplerOptions,
+    SigmaSchedule, Size, Spec, Trajectory,
 };
 use serde::Serialize;
 use tracing::warn;
@@ -178,6 +178,7 @@ impl DeviceBench {
             seed,
             sampler: Sampler::Dpmpp2m,
             schedule: SigmaSchedule::Model,
+            sampler_options: SamplerOptions::default(),
             img2img: None,
             embeds_guidance: false,
             clip_skip: 0,

@@ -1,6 +1,6 @@
 //! The order of the queue, and who makes room in it.
 
-use sd_models::{PromptSyntax, Sampler, SigmaSchedule, Size, Spec};
+use sd_models::{PromptSyntax, Sampler, SamplerOptions, SigmaSchedule, Size, Spec};
 
 use super::*;
 use crate::engine::job::{self, Job, Ticket};
@@ -19,6 +19,7 @@ fn job(client: u64, id: JobId, images: usize) -> (Ticket, Vec<ImageTask>) {
         seed: client,
         sampler: Sampler::Euler,
         schedule: SigmaSchedule::Model,
+        sampler_options: SamplerOptions::default(),
         img2img: None,
         embeds_guidance: false,
         clip_skip: 0,

@@ -1,7 +1,7 @@
 //! Before the first image: the memory budget, and the image that warms the device up.
 
 use anyhow::Context as _;
-use sd_models::{Defaults, PromptSyntax, Size, Spec};
+use sd_models::{Defaults, PromptSyntax, SamplerOptions, Size, Spec};
 
 use crate::engine::model::{Model, Trajectory as _};
 use crate::engine::shared::EngineShared;
@@ -54,6 +54,7 @@ pub(super) fn warm_up_params(defaults: &Defaults, size: Size) -> Spec {
         seed: 0,
         sampler: defaults.sampler,
         schedule: defaults.schedule,
+        sampler_options: SamplerOptions::default(),
         img2img: None,
         embeds_guidance: false,
         clip_skip: 0,

@@ -9,7 +9,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use futures_util::FutureExt as _;
 use sd_models::{
     AddOns, Defaults, Embeddings, Error, Hires, LoraStack, LoraUse, MemoryEstimate, ModelInfo,
-    PromptSyntax, Rgb, Sampler, SigmaSchedule, Size, Spec, Upscaler,
+    PromptSyntax, Rgb, Sampler, SamplerOptions, SigmaSchedule, Size, Spec, Upscaler,
 };
 use tokio::time::{Instant as Clock, advance};
 
@@ -229,6 +229,7 @@ fn spec(seed: u64, steps: usize) -> Spec {
         seed,
         sampler: Sampler::Euler,
         schedule: SigmaSchedule::Model,
+        sampler_options: SamplerOptions::default(),
         img2img: None,
         embeds_guidance: false,
         clip_skip: 0,

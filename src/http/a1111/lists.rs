@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use sd_models::{ModelInfo, SamplerName, SigmaSchedule, Upscaler};
+use sd_models::{ModelInfo, Sampler, SigmaSchedule, Upscaler};
 use serde_json::{Map, Value, json};
 use tokio::time::Instant;
 
@@ -21,8 +21,17 @@ fn current_model(state: &AppState) -> Result<Option<Arc<ModelInfo>>> {
 
 /// `GET /sdapi/v1/samplers`.
 pub(crate) async fn samplers() -> Json<Vec<Value>> {
-    let sampler = |name: SamplerName| json!({ "name": name.title(), "aliases": [name.to_string()], "options": {} });
-    Json(SamplerName::all().map(sampler).collect())
+    let sampler = |sampler: Sampler| {
+        let aliases = std::iter::once(sampler.name()).chain(sampler.aliases().iter().copied());
+        let options = match sampler.automatic_schedule() {
+            SigmaSchedule::Model => json!({}),
+            schedule => json!({ "scheduler": schedule.a1111_name() }),
+        };
+        json!({
+            "name": sampler.title(), "aliases": aliases.collect::<Vec<_>>(), "options": options,
+        })
+    };
+    Json(Sampler::all().map(sampler).collect())
 }
 
 /// `GET /sdapi/v1/schedulers`.

@@ -2,7 +2,7 @@
 //! Fields that would change the image and are not supported are rejected by name.
 
 use schemars::JsonSchema;
-use sd_models::{MaskedStart, ModelInfo, SamplerName, SigmaSchedule};
+use sd_models::{Churn, MAX_NOISE_SCALE, MaskedStart, ModelInfo, SamplerName, SigmaSchedule};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -22,7 +22,7 @@ const REJECTED: [&str; 9] = [
     "script_name",
     "refiner_checkpoint",
     "infotext",
-    "s_churn",
+    "s_min_uncond",
 ];
 
 /// Fields of the hires pass that must be as in the base pass, the value that means it, and the
@@ -42,6 +42,9 @@ const DEFAULT_STRENGTH: f64 = 0.75;
 
 /// Default blur of a mask, in pixels.
 const DEFAULT_MASK_BLUR: f64 = 4.0;
+
+/// Maximum of the parameters of added noise; the sigmas of the training are smaller.
+const MAX_CHURN: u32 = 1000;
 
 /// Denoising strength below which no step is taken.
 const MIN_STRENGTH: f64 = 1e-3;
@@ -90,6 +93,21 @@ pub(crate) struct Common {
     /// Schedule. Default: automatic.
     #[schemars(extend("maxLength" = 64))]
     scheduler: Option<String>,
+    /// The share of its noise that the sampler draws anew at each step.
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    eta: Option<f64>,
+    /// Scale of the noise that the sampler draws.
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_NOISE_SCALE))]
+    s_noise: Option<f64>,
+    /// Noise that is added before the steps of Euler, Heun and DPM2.
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_CHURN))]
+    s_churn: Option<f64>,
+    /// The smallest sigma at which noise is added.
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_CHURN))]
+    s_tmin: Option<f64>,
+    /// The largest sigma at which noise is added. No limit at 0.
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_CHURN))]
+    s_tmax: Option<f64>,
     /// Number of images, multiplied by `n_iter`.
     #[schemars(extend("minimum" = 1, "maximum" = Limits::IMAGES))]
     batch_size: Option<usize>,
@@ -212,11 +230,14 @@ impl Common {
                 return Err(ValidationError::range(&name, "is not supported"));
             }
         }
-        // Any negative number means random.
-        let number = |seed: &Value| match seed {
+        let number = |value: &Value| match value {
             Value::String(text) => text.trim().parse().ok(),
             other => other.as_f64(),
         };
+        fields.drop_if("initial_noise_multiplier", |value| number(value) == Some(1.0));
+        if let Some((name, _)) = fields.take(&["initial_noise_multiplier"])? {
+            return Err(ValidationError::range(&name, "is not supported: it may be 1"));
+        }
         for name in ["seed", "subseed"] {
             let is_random = |seed: &Value| number(seed).is_some_and(|n| n < 0.0);
             fields.drop_if(name, is_random);
@@ -234,7 +255,7 @@ impl Common {
 
     /// The request in native fields.
     pub(crate) fn into_draw(self) -> Result<DrawRequest, ValidationError> {
-        let scheduler = self.sampler()?.map(|name| name.to_string());
+        let (scheduler, schedule) = self.sampler()?;
         let (name, clip_skip) = match self.override_settings.as_ref().and_then(|o| o.clip_skip) {
             Some(layers) => ("override_settings.CLIP_stop_at_last_layers", Some(layers)),
             None => ("clip_skip", self.clip_skip),
@@ -255,6 +276,14 @@ impl Common {
             variation_seed: self.subseed.filter(|_| self.subseed_strength.is_some()),
             variation_strength: self.subseed_strength,
             scheduler,
+            schedule,
+            eta: self.eta,
+            s_noise: self.s_noise,
+            churn: Churn {
+                amount: self.s_churn.unwrap_or(0.0),
+                from: self.s_tmin.unwrap_or(0.0),
+                to: self.s_tmax.filter(|to| *to > 0.0).unwrap_or(f64::INFINITY),
+            },
             output_format: self.override_settings.and_then(|options| options.samples_format),
             names: Names::from([
                 ("num_inference_steps", "steps"),
@@ -263,6 +292,7 @@ impl Common {
                 ("clip_skip", name),
                 ("variation_strength", "subseed_strength"),
                 ("scheduler", "sampler_name"),
+                ("schedule", "scheduler"),
                 ("output_format", "override_settings.samples_format"),
                 ("image", "init_images"),
                 ("strength", "denoising_strength"),
@@ -274,31 +304,26 @@ impl Common {
         })
     }
 
-    /// The sampler and its schedule. AUTOMATIC1111 has two fields for them, and in older versions
-    /// one.
-    fn sampler(&self) -> Result<Option<SamplerName>, ValidationError> {
+    /// The names of the sampler and its schedule. AUTOMATIC1111 has two fields for them, and in
+    /// older versions one. An automatic schedule is the one that the sampler prefers there.
+    fn sampler(&self) -> Result<(Option<String>, Option<String>), ValidationError> {
+        let asked = self.scheduler.as_ref().filter(|name| {
+            !name.trim().is_empty() && !name.trim().eq_ignore_ascii_case("automatic")
+        });
+        let asked = asked.map(|name| name.parse::<SigmaSchedule>()).transpose();
+        let asked = asked.map_err(|reason| ValidationError::range("scheduler", reason))?;
         let names = [&self.sampler_name, &self.sampler_index];
         let Some(name) = names.into_iter().flatten().find(|name| !name.is_empty()) else {
-            return Ok(None);
+            return Ok((None, asked.map(|schedule| schedule.to_string())));
         };
         let unknown = |reason: String| ValidationError::range("sampler_name", reason);
-        let SamplerName { sampler, schedule: named } = name.parse().map_err(unknown)?;
-        let schedule = self.scheduler.as_deref().unwrap_or_default().to_lowercase();
-        let requested = match (schedule.as_str(), named) {
-            ("" | "automatic", SigmaSchedule::Model) => Some(sampler.automatic_schedule()),
-            ("" | "automatic", named) => Some(named),
-            ("normal", _) => Some(SigmaSchedule::Model),
-            (other, _) => SigmaSchedule::all().find(|schedule| schedule.a1111_name() == other),
+        let named: SamplerName = name.parse().map_err(unknown)?;
+        let schedule = match (asked, named.schedule) {
+            (Some(asked), _) => asked,
+            (None, SigmaSchedule::Model) => named.sampler.automatic_schedule(),
+            (None, named) => named,
         };
-        // A label that names its schedule allows no other.
-        let agrees = |other| named == SigmaSchedule::Model || named == other;
-        match requested.filter(|other| agrees(*other) && sampler.check(*other).is_ok()) {
-            Some(schedule) => Ok(Some(SamplerName { sampler, schedule })),
-            None => {
-                let reason = format!("{schedule:?} is not available for the sampler {name:?}");
-                Err(ValidationError::range("scheduler", reason))
-            }
-        }
+        Ok((Some(named.to_string()), Some(schedule.to_string())))
     }
 }
 

@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use sd_models::SamplerName;
+use sd_models::{Sampler, SigmaSchedule};
 use serde_json::{Value, json};
 
 use crate::engine::EngineState;
@@ -38,14 +38,24 @@ pub(crate) async fn info(State(state): State<AppState>) -> Json<Value> {
                 "height": defaults.size.height(),
                 "num_inference_steps": defaults.steps,
                 "guidance_scale": defaults.guidance_scale,
-                "scheduler": defaults.sampler_name().to_string(),
+                "scheduler": defaults.sampler.name(),
+                "schedule": defaults.schedule.name(),
                 "clip_skip": defaults.clip_skip,
                 "guidance_rescale": defaults.guidance_rescale,
             },
         })
     });
-    let schedulers =
-        SamplerName::all().map(|name| json!({ "name": name.to_string(), "title": name.title() }));
+    let schedulers = Sampler::all().map(|sampler| {
+        let schedules: Vec<_> = sampler.schedules().map(SigmaSchedule::name).collect();
+        json!({ "name": sampler.name(), "title": sampler.title(), "schedules": schedules })
+    });
+    let schedules = SigmaSchedule::all().map(|schedule| {
+        let title = match schedule {
+            SigmaSchedule::Model => "Model's own",
+            schedule => schedule.title(),
+        };
+        json!({ "name": schedule.name(), "title": title })
+    });
     let settings = &state.settings;
     let limits = &settings.limits;
     Json(json!({
@@ -54,6 +64,7 @@ pub(crate) async fn info(State(state): State<AppState>) -> Json<Value> {
         "phase": phase,
         "model": model,
         "schedulers": schedulers.collect::<Value>(),
+        "schedules": schedules.collect::<Value>(),
         "limits": {
             "max_pixels": limits.max_pixels,
             "max_steps": limits.max_steps,

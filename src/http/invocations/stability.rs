@@ -15,16 +15,6 @@ use crate::request::{DrawRequest, Fields, Limits, ValidationError};
 /// The format of responses.
 pub(crate) const STABILITY: Dialect = Dialect { format: Format::Png, render };
 
-/// Their names of samplers, and ours.
-const SAMPLERS: [(&str, &str); 6] = [
-    ("DDIM", "ddim"),
-    ("DDPM", "ddpm"),
-    ("K_DPMPP_2M", "dpmpp_2m"),
-    ("K_EULER", "euler"),
-    ("K_EULER_ANCESTRAL", "euler_a"),
-    ("K_HEUN", "heun"),
-];
-
 /// The fields that only this format has.
 #[derive(Deserialize, JsonSchema)]
 struct StabilityOptions {
@@ -55,11 +45,6 @@ pub(crate) fn parse(mut fields: Fields, limits: &Limits) -> Result<DrawRequest, 
             return Err(ValidationError::malformed(name, "is given beside text_prompts"));
         }
         request.names.insert(name, "text_prompts");
-    }
-    if let Some(sampler) = &mut request.scheduler
-        && let Some((_, native)) = SAMPLERS.iter().find(|(theirs, _)| sampler == theirs)
-    {
-        (*native).clone_into(sampler);
     }
     // Zero means random.
     request.seed = request.seed.filter(|seed| *seed != 0);

@@ -6,7 +6,7 @@ const $ = id => document.getElementById(id);
 const form = $("form");
 /** Maximum number of images in the history; the oldest is deleted first. */
 const MAX_HISTORY = 300;
-const CHOICES = ["model", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler", "n"];
+const CHOICES = ["model", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler", "schedule", "n"];
 
 let limits = {};
 /** The model that the server was started with; null if all are selected by name. */
@@ -65,11 +65,13 @@ async function connect() {
 
 /** Fills the form with the model's defaults, then with the last choices. Blank fields take the
  * model's defaults on the server. */
-async function setUp({ model, schedulers }) {
+async function setUp({ model, schedulers, schedules }) {
   first = model?.name ?? null;
   $("model").textContent = model ? `${first} · ${model.device} · ${model.dtype}` : "select a model";
   const none = model ? [] : [new Option("model default", "")];
-  $("sampler").replaceChildren(...none, ...schedulers.map(({ name, title }) => new Option(title, name)));
+  const options = (list) => [...none.map((option) => option.cloneNode(true)), ...list.map(({ name, title }) => new Option(title, name))];
+  $("sampler").replaceChildren(...options(schedulers));
+  $("schedule").replaceChildren(...options(schedules));
   $("width").placeholder = $("height").placeholder = model ? "" : "default";
   $("steps").max = limits.max_steps;
   $("count").max = limits.max_images;
@@ -232,9 +234,9 @@ function show(record, others = [record]) {
     image.onclick = () => running || show(one);
     return image;
   }));
-  const { width, height, steps, guidance_scale, scheduler, seed, negative_prompt } = record;
+  const { width, height, steps, guidance_scale, scheduler, schedule, seed, negative_prompt } = record;
   const negative = negative_prompt ? ` — negative: ${negative_prompt}` : "";
-  const parts = [`${record.prompt}${negative}`, `${width}×${height}`, `${steps} steps`, `guidance ${guidance_scale}`, scheduler, `seed ${seed}`];
+  const parts = [`${record.prompt}${negative}`, `${width}×${height}`, `${steps} steps`, `guidance ${guidance_scale}`, scheduler, schedule === "model" ? "" : schedule, `seed ${seed}`];
   if (record.model && record.model !== first) parts.splice(1, 0, record.model);
   $("parameters").textContent = parts.filter(Boolean).join(" · ");
   $("download").href = objectUrl(record);
