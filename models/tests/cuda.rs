@@ -27,6 +27,7 @@ fn load(device: DeviceName, precision: Precision) -> Pipeline {
         precision,
         safety: SafetyMode::Never,
         threads: None,
+        unet: None,
         vae: None,
         add_ons,
     })
@@ -198,6 +199,7 @@ fn full_size_picture(steps: usize) {
         precision,
         safety: SafetyMode::Never,
         threads: None,
+        unet: None,
         vae: None,
         add_ons: AddOns::default(),
     };

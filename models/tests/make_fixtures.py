@@ -2,7 +2,7 @@
 
     python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers samplers_2 tokenizer text
         unet vae start emphasis hires single safety lora inversion knobs
-        lcm forms]
+        lcm forms quantized]
 
 The committed files were made with torch 2.15.0, diffusers 0.42.1 and transformers 5.23.0 on a
 CPU. Everything is seeded: the same versions write the same numbers.
@@ -21,6 +21,8 @@ import zlib
 from pathlib import Path
 
 import diffusers
+import gguf
+import numpy
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -1137,6 +1139,54 @@ def samplers_2(_):
     import sampler_fixtures
 
     sampler_fixtures.samplers_2()
+# Quantized files -----------------------------------------------------------------------------
+
+# Where a block of each type that gguf does not quantize has its f16 scales, and their number.
+SCALES = {"Q2_K": (80, 2), "Q3_K": (108, 1), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208, 1)}
+
+
+def quantized(_):
+    """A GGUF file with a tensor of each type, a safetensors file with fp8, and their values."""
+    target, expected, stream = HERE / "quantized", {}, numpy.random.default_rng(5)
+    target.mkdir(exist_ok=True)
+    writer = gguf.GGUFWriter(target / "blocks.gguf", "sd1")
+    # Tools store tensors whose rows are no whole blocks in another shape.
+    writer.add_array("comfy.gguf.orig_shape.q8_0", [4, 8, 4, 4])
+    for name in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", *SCALES):
+        kind = gguf.GGMLQuantizationType[name]
+        if name in SCALES:
+            size = gguf.GGML_QUANT_SIZES[kind][1]
+            data = stream.integers(0, 256, (2, size), dtype=numpy.uint8)
+            start, count = SCALES[name]
+            scales = stream.uniform(0.001, 0.02, (2, count)).astype(numpy.float16)
+            data[:, start : start + 2 * count] = scales.view(numpy.uint8)
+        else:
+            values = stream.standard_normal((2, 256)).astype(numpy.float32)
+            data = gguf.quants.quantize(values, kind)
+        writer.add_tensor(name.lower(), data, raw_dtype=kind)
+        expected[name.lower()] = torch.from_numpy(gguf.quants.dequantize(data, kind).copy())
+    expected["q8_0"] = expected["q8_0"].reshape(4, 8, 4, 4)
+    # A type that is not read.
+    ternary = gguf.GGMLQuantizationType.TQ1_0
+    data = gguf.quants.quantize(numpy.ones((1, 256), dtype=numpy.float32), ternary)
+    writer.add_tensor("tq1_0", data, raw_dtype=ternary)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    codes, fp8 = torch.arange(256, dtype=torch.uint8), {}
+    for name, kind in (("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)):
+        finite = codes.view(kind).float()
+        finite = codes[finite.isfinite()][:240].reshape(8, 30).view(kind)
+        fp8 |= {f"{name}.weight": finite, f"{name}-plain.weight": finite}
+        fp8[f"{name}.scale_input"] = torch.tensor(0.5)
+        expected[f"{name}-plain.weight"] = finite.float()
+    fp8["e4m3.scale_weight"] = torch.tensor(0.25)
+    fp8["e5m2.weight_scale"] = torch.arange(1.0, 9.0).reshape(8, 1)
+    expected["e4m3.weight"] = fp8["e4m3.weight"].float() * 0.25
+    expected["e5m2.weight"] = fp8["e5m2.weight"].float() * torch.arange(1.0, 9.0).reshape(8, 1)
+    save_file({name: x.clone() for name, x in fp8.items()}, target / "fp8.safetensors")
+    save(expected, target / "expected.safetensors")
 
 
 def main():
@@ -1158,6 +1208,7 @@ def main():
         "knobs": knobs,
         "lcm": lcm,
         "forms": forms,
+        "quantized": quantized,
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="a directory")

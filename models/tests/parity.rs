@@ -32,6 +32,8 @@ mod lora_refusals;
 mod networks;
 #[path = "parity/noise.rs"]
 mod noise;
+#[path = "parity/quantized.rs"]
+mod quantized;
 #[path = "parity/safety.rs"]
 mod safety;
 #[path = "parity/sampler.rs"]

@@ -79,11 +79,15 @@ pub(super) struct ServeArgs {
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Model")]
 pub(super) struct ModelArgs {
-    /// Model: `demo` or `demo-lcm` (built in; the second takes four steps), a directory in Diffusers format, a single-file checkpoint
-    /// (.safetensors, .ckpt), or a Hugging Face model ID such as owner/name. Default: /opt/ml/model
-    /// if it has files, else CompVis/stable-diffusion-v1-4
+    /// Model: `demo` or `demo-lcm` (built in; the second takes four steps), a directory in Diffusers
+    /// format, a single-file checkpoint (.safetensors, .gguf, .ckpt), or a Hugging Face model ID such
+    /// as owner/name. Default: /opt/ml/model if it has files, else CompVis/stable-diffusion-v1-4
     #[arg(long, env = "SD_MODEL")]
     pub(super) model: Option<String>,
+    /// UNet that replaces the model's own: a file (.safetensors, .gguf, .ckpt) of it or of a whole
+    /// checkpoint, its folder in Diffusers format, or a directory that has unet/
+    #[arg(long, env = "SD_UNET")]
+    pub(super) unet: Option<PathBuf>,
     /// VAE that replaces the model's own: a single file, a directory of a VAE or one that has vae/,
     /// or a Hugging Face model ID
     #[arg(long, env = "SD_VAE")]
@@ -98,8 +102,8 @@ pub(super) struct ModelArgs {
     #[arg(long, env = "SD_MAX_LORA_BYTES", default_value = "1073741824", value_parser = size::<0>)]
     pub(super) max_lora_bytes: usize,
     /// Directory of textual inversion embeddings (.safetensors, .pt, .bin in the AUTOMATIC1111 or
-    /// diffusers format, .png pictures of AUTOMATIC1111), read with the model. The file name, or the placeholder token in the file,
-    /// can be used in prompts
+    /// diffusers format, .png pictures of AUTOMATIC1111), read with the model. The file name, or the
+    /// placeholder token in the file, can be used in prompts
     #[arg(long, env = "SD_EMBEDDINGS_DIR")]
     pub(super) embeddings_dir: Option<PathBuf>,
     /// Maximum memory for the embeddings of each model, in bytes. Files beyond it are skipped with

@@ -77,6 +77,7 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
         Command::Package(args) => {
             let model = ModelConfig {
                 checking: safety(args.safety_checker).0,
+                unet: None,
                 vae: None,
                 location: location(Some(args.model), args.revision)?,
                 device: DeviceName::Cpu,
@@ -192,6 +193,7 @@ impl ModelArgs {
         let model = ModelConfig {
             checking,
             location: location(self.model, self.revision)?,
+            unet: self.unet.map(unet).transpose()?,
             vae: self.vae.map(|vae| vae_location(&vae)).transpose()?,
             device: self.device,
             precision: self.dtype,
@@ -266,7 +268,7 @@ fn location(typed: Option<String>, revision: String) -> Result<ModelLocation, cl
         return Ok(ModelLocation::Hub { id: model, revision });
     }
     Err(usage(format!(
-        "--model {model}: neither `demo`, `demo-lcm`, nor a directory, nor a .safetensors or .ckpt file, nor an id on the hub"
+        "--model {model}: neither `demo`, `demo-lcm`, nor a directory, nor a .safetensors, .gguf or .ckpt file, nor an id on the hub"
     )))
 }
 
@@ -285,6 +287,18 @@ fn vae_location(vae: &str) -> Result<ModelLocation, clap::Error> {
     Err(usage(format!(
         "--vae {vae}: neither a .safetensors or .ckpt file, nor a directory with config.json or vae/, \
          nor an id on the hub"
+    )))
+}
+
+/// The UNet of an option: a file, its folder in the Diffusers format, or a directory with that.
+fn unet(path: PathBuf) -> Result<PathBuf, clap::Error> {
+    let has_config = |name: &str| path.join(name).is_file();
+    if has_config("config.json") || has_config("unet/config.json") || is_checkpoint(&path) {
+        return Ok(path);
+    }
+    let path = path.display();
+    Err(usage(format!(
+        "--unet {path}: neither a .safetensors, .gguf or .ckpt file nor a directory with config.json"
     )))
 }
 

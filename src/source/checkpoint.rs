@@ -16,7 +16,7 @@ const VOCABULARY_FILES: [&str; 2] = ["vocab.json", "merges.txt"];
 /// Whether a file is a single-file checkpoint, by its extension.
 pub(crate) fn is_checkpoint(path: &Path) -> bool {
     let ending = path.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase();
-    path.is_file() && ["safetensors", "ckpt", "pt", "pth"].contains(&&*ending)
+    path.is_file() && ["safetensors", "gguf", "ckpt", "pt", "pth"].contains(&&*ending)
 }
 
 /// The model in a file, which is checked.

@@ -19,6 +19,8 @@ pub(crate) use hub::{Download, Hub, byte_bar, files_to_fetch, is_hub_id};
 pub(crate) struct ModelConfig {
     /// The location of the model.
     pub(crate) location: ModelLocation,
+    /// UNet that replaces the model's own: a file, its folder, or a directory with `unet/`.
+    pub(crate) unet: Option<PathBuf>,
     /// VAE that replaces the model's own: a file, a directory of it or with `vae/`, or a repository.
     pub(crate) vae: Option<ModelLocation>,
     /// The device.
@@ -84,8 +86,23 @@ pub(crate) fn locate(model: ModelConfig) -> Result<LoadOptions> {
             Source::Directory(download.cached().map_or_else(|| download.run(), Ok)?)
         }
     };
+    let unet = model.unet.map(|path| match path.is_dir() {
+        true if path.join("unet/config.json").is_file() => Source::Directory(path),
+        true => Source::Network(path),
+        false => Source::UNet(path),
+    });
     let ModelConfig { device, precision, threads, add_ons, .. } = model;
-    Ok(LoadOptions { name, source, vae, device, precision, safety: checking, threads, add_ons })
+    Ok(LoadOptions {
+        name,
+        source,
+        unet,
+        vae,
+        device,
+        precision,
+        safety: checking,
+        threads,
+        add_ons,
+    })
 }
 
 /// Finds the files of a VAE and downloads them if necessary. Blocks.
@@ -127,7 +144,7 @@ fn within(path: PathBuf, hub: &Hub) -> Result<Source> {
         ([inner], _) => Ok(Source::Directory((*inner).clone())),
         ([], [file]) => checkpoint::source((*file).clone(), hub),
         _ => bail!(
-            "{} holds no model: neither model_index.json nor exactly one .safetensors or .ckpt file",
+            "{} holds no model: neither model_index.json nor exactly one .safetensors, .gguf or .ckpt file",
             path.display()
         ),
     }

@@ -162,7 +162,7 @@ fn a_misspelt_variable_is_named_with_the_nearest() {
 fn start_up_errors_name_the_option_or_variable() {
     let file = tempfile::NamedTempFile::new().expect("a file");
     let file = file.path().to_str().expect("UTF-8");
-    let table: [(&[&str], &str, &[&str]); 21] = [
+    let table: [(&[&str], &str, &[&str]); 22] = [
         (&["--log", "warning"], "", &["--log", "\"warning\" is no level"]),
         (&["--log", "warn,sd_server"], "", &["--log", "\"sd_server\" is no level"]),
         (&[], "SD_LOG=verbose", &["SD_LOG", "\"verbose\" is no level"]),
@@ -179,6 +179,7 @@ fn start_up_errors_name_the_option_or_variable() {
         (&["--models-dir", "/nope"], "", &["--models-dir /nope", "No such file"]),
         (&["--models-dir", file], "", &["--models-dir", "Not a directory"]),
         (&["--loras-dir", "/nope"], "", &["--loras-dir /nope", "No such file"]),
+        (&["--unet", file], "", &["--unet", "nor a directory with config.json"]),
         (&["--models-dir", "/", "--multi-model"], "", &["--models-dir", "--multi-model"]),
         (&["--device", "cpu", "--dtype", "f16"], "", &["--dtype f16", "needs a CUDA device"]),
         (&["--device=cpu"], "SD_DTYPE=f16", &["SD_DTYPE", "needs a CUDA device"]),

@@ -1,11 +1,12 @@
-//! What a file is, by its first bytes: the two containers that are read, and what is found in their
+//! What a file is, by its first bytes: the containers that are read, and what is found in their
 //! place. Not what the container holds: that is [`super::family`].
 
-use candle_core::DType;
+use super::gguf;
+use super::numbers::NumberType;
 
 /// The type of a tensor's numbers and their bytes, relative to the file's data; or why they cannot
 /// be read, which matters only if they are asked for.
-pub(super) type Place = Result<(DType, (usize, usize)), String>;
+pub(super) type Place = Result<(NumberType, (usize, usize)), String>;
 
 /// A container of tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,6 +14,8 @@ pub(super) enum Container {
     Safetensors,
     /// The zip archive of PyTorch 1.6 and later.
     Archive,
+    /// ggml's, of stable-diffusion.cpp and of ComfyUI-GGUF.
+    Gguf,
 }
 
 /// Beginnings of files that are mistaken for models, and what they are.
@@ -50,6 +53,9 @@ impl Container {
         if bytes.starts_with(b"PK\x03\x04") {
             return Ok(Self::Archive);
         }
+        if bytes.starts_with(gguf::MAGIC) {
+            return Ok(Self::Gguf);
+        }
         if let [a, b, c, d, e, f, g, h, b'{', ..] = *bytes
             && u64::from_le_bytes([a, b, c, d, e, f, g, h]) <= MAX_HEADER_BYTES
         {
@@ -63,7 +69,8 @@ impl Container {
         if bytes.iter().take(4096).all(|byte| *byte == 0) {
             return Err("begins with zeros only: the download is unfinished".into());
         }
-        Err("is not a safetensors file, nor a checkpoint of PyTorch 1.6 or later".into())
+        Err("is not a safetensors file, a GGUF file, nor a checkpoint of PyTorch 1.6 or later"
+            .into())
     }
 }
 
@@ -83,7 +90,7 @@ mod tests {
             (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "PyTorch before 1.6"),
             (b"\x1f\x8b\x08\0", "gzip"),
             (&[0; 5000], "zeros"),
-            (b"this is no checkpoint", "not a safetensors file, nor"),
+            (b"this is no checkpoint", "not a safetensors file, a GGUF file, nor"),
         ];
         for (bytes, words) in cases {
             let refusal = Container::of(bytes).expect_err("no model");

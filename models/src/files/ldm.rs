@@ -335,7 +335,8 @@ impl<'a> LdmCheckpoint<'a> {
                     name.map_or_else(Vec::new, |name| names::open_clip(name, shape))
                 }
                 (_, Some(TextTower::Clip(tower))) => {
-                    whole(name.strip_prefix(tower).map(str::to_owned))
+                    let name = name.strip_prefix(tower);
+                    name.map_or_else(Vec::new, |name| names::clip(name, shape))
                 }
                 (_, None) => Vec::new(),
             }

@@ -100,6 +100,29 @@ pub(super) fn vae(name: &str, levels: usize) -> Option<String> {
     Some(format!("{half}.{}", rest.replace("nin_shortcut", "conv_shortcut")))
 }
 
+/// The names in the Diffusers format of a tensor of CLIP's text tower. stable-diffusion.cpp writes
+/// OpenCLIP's projections under its names, in one.
+pub(super) fn clip(name: &str, shape: &[usize]) -> Vec<Renamed> {
+    match name.split_once(".self_attn.in_proj.") {
+        Some((layer, kind)) => projections(layer, kind, shape),
+        None => vec![Renamed { name: name.to_owned(), shape: shape.to_vec(), part: (0, 1) }],
+    }
+}
+
+/// The three projections of a layer's attention that are stored as one, a weight or a bias.
+fn projections(layer: &str, kind: &str, shape: &[usize]) -> Vec<Renamed> {
+    let mut third = shape.to_vec();
+    if let Some(rows) = third.first_mut() {
+        *rows /= 3;
+    }
+    let part = |(k, name): (usize, &str)| Renamed {
+        name: format!("{layer}.self_attn.{name}.{kind}"),
+        shape: third.clone(),
+        part: (k, 3),
+    };
+    ["q_proj", "k_proj", "v_proj"].into_iter().enumerate().map(part).collect()
+}
+
 /// The names in the Diffusers format of a tensor of OpenCLIP's text tower; none of those that are
 /// not needed.
 pub(super) fn open_clip(name: &str, shape: &[usize]) -> Vec<Renamed> {
@@ -117,16 +140,7 @@ pub(super) fn open_clip(name: &str, shape: &[usize]) -> Vec<Renamed> {
     let (layer, rest) = cut(rest);
     let p = format!("encoder.layers.{layer}");
     if let Some(kind) = rest.strip_prefix("attn.in_proj_") {
-        let mut third = shape.to_vec();
-        if let Some(rows) = third.first_mut() {
-            *rows /= 3;
-        }
-        let part = |(k, name): (usize, &str)| Renamed {
-            name: format!("{p}.self_attn.{name}.{kind}"),
-            shape: third.clone(),
-            part: (k, 3),
-        };
-        return ["q_proj", "k_proj", "v_proj"].into_iter().enumerate().map(part).collect();
+        return projections(&p, kind, shape);
     }
     let rest = rest
         .replace("attn.out_proj", "self_attn.out_proj")

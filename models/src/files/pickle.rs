@@ -13,6 +13,7 @@ use zip::{CompressionMethod, ZipArchive};
 
 use super::bytes::{Bytes, Reader};
 use super::container::Place;
+use super::numbers::NumberType;
 
 /// Name, shape, and the place of the numbers in the file.
 type TensorEntry = (String, Vec<usize>, Place);
@@ -183,7 +184,7 @@ fn call(object: &Object) -> Option<&[Object]> {
 /// A view of a storage.
 struct StorageView {
     /// The class's name if it is of a type that is not read.
-    dtype: Result<DType, String>,
+    dtype: Result<NumberType, String>,
     storage: String,
     offset: usize,
     size: Vec<usize>,
@@ -207,12 +208,15 @@ impl StorageView {
             _ => None,
         };
         let dtype = match class_name.as_str() {
-            "FloatStorage" => Ok(DType::F32),
-            "DoubleStorage" => Ok(DType::F64),
-            "HalfStorage" => Ok(DType::F16),
-            "BFloat16Storage" => Ok(DType::BF16),
-            "ByteStorage" => Ok(DType::U8),
-            "LongStorage" => Ok(DType::I64),
+            "FloatStorage" => Ok(NumberType::Plain(DType::F32)),
+            "DoubleStorage" => Ok(NumberType::Plain(DType::F64)),
+            "HalfStorage" => Ok(NumberType::Plain(DType::F16)),
+            "BFloat16Storage" => Ok(NumberType::Plain(DType::BF16)),
+            "ByteStorage" => Ok(NumberType::Plain(DType::U8)),
+            "LongStorage" => Ok(NumberType::Plain(DType::I64)),
+            "IntStorage" => Ok(NumberType::Plain(DType::I32)),
+            "ShortStorage" => Ok(NumberType::Plain(DType::I16)),
+            "BoolStorage" => Ok(NumberType::Plain(DType::U8)),
             other => Err(other.to_owned()),
         };
         let (size, stride) = (numbers(size)?, numbers(stride)?);
@@ -242,7 +246,7 @@ impl StorageView {
         if entry.compression() != CompressionMethod::Stored {
             return Err("is compressed".into());
         }
-        let bytes = |count: usize| count.checked_mul(dtype.size_in_bytes());
+        let bytes = |count: usize| dtype.bytes(count);
         let range = || {
             let (skip, bytes) = (bytes(self.offset)? as u64, bytes(elements)? as u64);
             let end = skip.checked_add(bytes).filter(|end| *end <= entry.size())?;

@@ -11,6 +11,7 @@ use super::demo;
 use super::ldm::LdmCheckpoint;
 use super::original_config::OriginalConfig;
 use super::tensors::Weights;
+use super::unet_file;
 use crate::error::{Error, Result};
 
 /// Folder of the safety checker, which may be beside a single-file checkpoint.
@@ -31,6 +32,8 @@ pub enum Source {
     /// A single-file checkpoint in the original (LDM) format: `.safetensors`, or a pickle, which is
     /// parsed but never executed.
     Checkpoint(Checkpoint),
+    /// A file with a UNet, of which nothing else is used.
+    UNet(PathBuf),
 }
 
 /// A single-file checkpoint.
@@ -92,6 +95,14 @@ impl Source {
             Self::DemoLcm => Ok(demo::lcm_file(name).map(Cow::Borrowed)),
             Self::Directory(_) | Self::Network(_) => read(self.path(name)),
             Self::Checkpoint(checkpoint) => checkpoint.read(name),
+            Self::UNet(file) if name == "unet/config.json" => {
+                if let Some(bytes) = read(self.path(name))? {
+                    return Ok(Some(bytes));
+                }
+                let config = unet_file::config(file)?;
+                Ok(config.map(|value| Cow::Owned(value.to_string().into_bytes())))
+            }
+            Self::UNet(_) => Ok(None),
         }
     }
 
@@ -110,6 +121,8 @@ impl Source {
             Self::Directory(root) => root.join(name),
             Self::Network(root) => root.join(name.split_once('/').map_or(name, |(_, name)| name)),
             Self::Checkpoint(checkpoint) => checkpoint.beside(name),
+            // In diffusers' folder of the network.
+            Self::UNet(file) => file.with_file_name(name.rsplit('/').next().unwrap_or(name)),
         }
     }
 
@@ -130,6 +143,9 @@ impl Source {
     /// variant, or the shards of an index, else pickles in their place. The variant comes first if
     /// `half` says that f16 is enough.
     pub fn weights(&self, folder: &str, stem: &str, half: bool) -> Result<Weights> {
+        if let Self::UNet(file) = self {
+            return unet_file::weights(file);
+        }
         // No checkpoint contains a safety checker, but its folder may be beside one.
         if let Self::Checkpoint(checkpoint) = self
             && folder != SAFETY_CHECKER

@@ -15,9 +15,12 @@ use safetensors::tensor::Metadata;
 use super::bytes::{Bytes, OpenFile};
 use super::container::{Container, Place};
 use super::fingerprint::Fingerprint;
+use super::gguf::Gguf;
+use super::numbers::NumberType;
 use super::pickle;
+use super::stored::{Numbers, StoredTensor};
 use crate::error::{Error, Result};
-use crate::ops::{Geometry, TensorData, Weight};
+use crate::ops::{Geometry, TensorData};
 
 /// A weight to which a LoRA may add.
 #[derive(Debug, Clone, Copy)]
@@ -72,11 +75,6 @@ pub struct Weights {
     lora_targets: RefCell<LoraTargets>,
     /// Metadata of the files' headers.
     notes: BTreeMap<String, String>,
-}
-
-/// Whether the weights of networks are stored in this type.
-fn is_network_type(dtype: DType) -> bool {
-    matches!(dtype, DType::F32 | DType::F16 | DType::BF16)
 }
 
 /// Number of bytes by which the kind of a file is told.
@@ -140,6 +138,13 @@ impl Weights {
                 }
                 0
             }
+            Container::Gguf => {
+                let Gguf { tensors, data } = Gguf::read(&bytes).map_err(named)?;
+                for (tensor, shape, numbers) in tensors {
+                    self.entries.insert(tensor, Entry { file: self.files.len(), shape, numbers });
+                }
+                data
+            }
         };
         drop(begin);
         self.files.push(TensorFile { name, bytes, data });
@@ -160,18 +165,20 @@ impl Weights {
         }
         for (tensor, info) in metadata.tensors() {
             let numbers = match info.dtype {
-                Dtype::F32 => Ok(DType::F32),
-                Dtype::F16 => Ok(DType::F16),
-                Dtype::BF16 => Ok(DType::BF16),
-                Dtype::F64 => Ok(DType::F64),
-                Dtype::I64 => Ok(DType::I64),
-                Dtype::I32 => Ok(DType::I32),
-                Dtype::I16 => Ok(DType::I16),
-                Dtype::U32 => Ok(DType::U32),
-                Dtype::U8 | Dtype::BOOL => Ok(DType::U8),
+                Dtype::F32 => Ok(NumberType::Plain(DType::F32)),
+                Dtype::F16 => Ok(NumberType::Plain(DType::F16)),
+                Dtype::BF16 => Ok(NumberType::Plain(DType::BF16)),
+                Dtype::F64 => Ok(NumberType::Plain(DType::F64)),
+                Dtype::I64 => Ok(NumberType::Plain(DType::I64)),
+                Dtype::I32 => Ok(NumberType::Plain(DType::I32)),
+                Dtype::I16 => Ok(NumberType::Plain(DType::I16)),
+                Dtype::U32 => Ok(NumberType::Plain(DType::U32)),
+                Dtype::U8 | Dtype::BOOL => Ok(NumberType::Plain(DType::U8)),
+                Dtype::F8_E4M3 => Ok(NumberType::E4m3),
+                Dtype::F8_E5M2 => Ok(NumberType::E5m2),
                 other => Err(format!("type {other:?}, {EXPECTED}")),
             };
-            let numbers = numbers.map(|dtype| (dtype, info.data_offsets));
+            let numbers = numbers.map(|kind| (kind, info.data_offsets));
             let (file, shape) = (self.files.len(), info.shape.clone());
             self.entries.insert(tensor, Entry { file, shape, numbers });
         }
@@ -224,26 +231,22 @@ impl Weights {
 
     /// A tensor as f32 on the CPU.
     pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let stored = self.stored(name, shape)?;
-        Ok(Tensor::from_vec(stored.numbers().floats(), shape, &Device::Cpu)?)
+        Ok(Tensor::from_vec(self.stored(name, shape)?.floats(), shape, &Device::Cpu)?)
     }
 
     /// A tensor of any type as f32 on the CPU, in the shape that it has.
     pub(crate) fn widened(&self, name: &str) -> Result<Tensor> {
         let shape = self.shape(name).unwrap_or_default().to_vec();
-        let Some((entry, dtype, range)) = self.entries.get(name).and_then(|entry| {
-            let (dtype, range) = entry.numbers.as_ref().ok()?;
-            (!is_network_type(*dtype)).then_some((entry, *dtype, *range))
-        }) else {
-            return self.tensor(name, &shape);
-        };
-        self.read.borrow_mut().insert(name.to_owned());
-        let bytes = self.bytes(name, entry.file, range)?;
-        let tensor = Tensor::from_raw_buffer(&bytes, dtype, &shape, &Device::Cpu)?;
-        Ok(tensor.to_dtype(DType::F32)?)
+        let stored = self.read(name, &shape, true)?;
+        Ok(Tensor::from_vec(stored.floats(), shape, &Device::Cpu)?)
     }
 
+    /// A tensor that layers compute with.
     pub(crate) fn stored(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'_>> {
+        self.read(name, shape, false)
+    }
+
+    fn read(&self, name: &str, shape: &[usize], integers: bool) -> Result<StoredTensor<'_>> {
         let error = |file: &str, reason: String| Error::Tensor {
             file: file.to_owned(),
             tensor: name.to_owned(),
@@ -254,19 +257,51 @@ impl Weights {
         })?;
         let file = &self.files[entry.file];
         let refuse = |reason: String| Err(error(&file.name, reason));
-        let (dtype, range) = match &entry.numbers {
+        let (kind, range) = match &entry.numbers {
             Ok(place) => *place,
             Err(reason) => return refuse(reason.clone()),
         };
         if entry.shape != shape {
             return refuse(format!("expected shape {shape:?}, found {:?}", entry.shape));
         }
-        self.read.borrow_mut().insert(name.to_owned());
-        let Some(view) = TensorData::view(dtype) else {
+        if let NumberType::Plain(dtype) = kind
+            && dtype.is_int()
+            && !integers
+        {
             return refuse(format!("type {dtype:?}, {EXPECTED}"));
-        };
+        }
+        self.read.borrow_mut().insert(name.to_owned());
         let bytes = self.bytes(name, entry.file, range)?;
-        Ok(StoredTensor { bytes, view, shape: &entry.shape })
+        let numbers = match kind.of_network().and_then(TensorData::view) {
+            Some(view) => Numbers::Stored(bytes, view),
+            None => {
+                let values = kind.values(&bytes).map_err(|reason| error(&file.name, reason))?;
+                Numbers::Widened(self.scaled(values, name, kind)?)
+            }
+        };
+        Ok(StoredTensor { numbers, shape: &entry.shape })
+    }
+
+    /// The values of a weight times its scale, if it is of fp8 and a tensor beside it holds one: one
+    /// number, or one for each row.
+    fn scaled(&self, mut values: Vec<f32>, name: &str, kind: NumberType) -> Result<Vec<f32>> {
+        let stem = name.strip_suffix("weight").filter(|_| kind.is_fp8());
+        let names = stem.map(|stem| FP8_SCALES.map(|end| format!("{stem}{end}")));
+        let mut names = names.into_iter().flatten();
+        let Some(scale) = names.find(|name| self.entries.contains_key(name)) else {
+            return Ok(values);
+        };
+        let scales = self.widened(&scale)?.flatten_all()?.to_vec1::<f32>()?;
+        let rows = self.shape(name).and_then(|shape| shape.first().copied()).unwrap_or(1);
+        if ![1, rows].contains(&scales.len()) {
+            let reason = format!("expected one number or {rows}, found {}", scales.len());
+            return Err(Error::Tensor { file: self.file_names(), tensor: scale, reason });
+        }
+        let run = values.len().div_ceil(scales.len().max(1)).max(1);
+        for (values, scale) in values.chunks_mut(run).zip(scales) {
+            values.iter_mut().for_each(|value| *value *= scale);
+        }
+        Ok(values)
     }
 
     /// The bytes of a tensor, by its range in the data of a file.
@@ -292,8 +327,11 @@ impl Weights {
     /// Notes the tensors that were not read, except those that `unused` accepts.
     pub fn finish(&self, unused: impl Fn(&str) -> bool) {
         let read = self.read.borrow();
-        let mut others =
-            self.entries.iter().filter(|(name, _)| !read.contains(*name) && !unused(name));
+        let of_fp8 = |name: &str| FP8_INPUTS.iter().any(|end| name.ends_with(end));
+        let mut others = self
+            .entries
+            .iter()
+            .filter(|(name, _)| !read.contains(*name) && !unused(name) && !of_fp8(name));
         let Some((first, entry)) = others.next() else { return };
         let file = &self.files[entry.file].name;
         let (which, verb) = match others.count() {
@@ -317,7 +355,7 @@ impl Weights {
 const FETCH: &str = "the download is incomplete, fetch the file again";
 
 /// The types whose numbers are read.
-const EXPECTED: &str = "expected F32, F16 or BF16";
+const EXPECTED: &str = "expected F32, F16, BF16, F64 or fp8";
 
 /// The header of a safetensors file, and the offset of the data behind it. The ranges of its tensors
 /// follow each other without gaps, and have the lengths of their shapes.
@@ -335,24 +373,11 @@ fn header(bytes: &Bytes) -> std::result::Result<(usize, Metadata), String> {
     Ok((data, metadata.map_err(|error| format!("not a safetensors file: {error}"))?))
 }
 
-/// A tensor as it is in its file, until it is packed or copied.
-pub(crate) struct StoredTensor<'a> {
-    bytes: Cow<'a, [u8]>,
-    view: fn(&[u8]) -> TensorData<'_>,
-    pub(crate) shape: &'a [usize],
-}
+/// Names of the scales of fp8 weights, in place of `weight`.
+const FP8_SCALES: [&str; 2] = ["scale_weight", "weight_scale"];
 
-impl StoredTensor<'_> {
-    pub(crate) fn numbers(&self) -> TensorData<'_> {
-        (self.view)(&self.bytes)
-    }
-}
-
-impl<'a> From<&'a StoredTensor<'_>> for Weight<'a> {
-    fn from(stored: &'a StoredTensor<'_>) -> Self {
-        Self::Data(stored.numbers(), stored.shape)
-    }
-}
+/// Ends of names of what accompanies fp8 weights and only products in fp8 need.
+const FP8_INPUTS: [&str; 4] = ["scale_input", "input_scale", "scaled_fp8", "comfy_quant"];
 
 #[cfg(test)]
 mod tests {

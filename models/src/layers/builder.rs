@@ -63,8 +63,7 @@ impl<'a> LayerBuilder<'a> {
 
     /// A tensor as f32 on the CPU.
     pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
-        let stored = self.stored(name, shape)?;
-        Ok(Tensor::from_vec(stored.numbers().floats(), shape, &Device::Cpu)?)
+        Ok(Tensor::from_vec(self.stored(name, shape)?.floats(), shape, &Device::Cpu)?)
     }
 
     fn stored(&self, name: &str, shape: &[usize]) -> Result<StoredTensor<'a>> {

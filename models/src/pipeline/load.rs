@@ -57,11 +57,13 @@ impl LoadedModel {
         let (tokenizer, text_encoder, embeddings) =
             read_text(options, &weights, &device, dtype, &mut files)?;
         let (text_targets, text_print) = (weights.lora_targets(), files.note(&weights)?);
-        let weights = source.weights("unet", "diffusion_pytorch_model", half)?;
-        let unet = UNetConfig::read(source)?;
+        let unet_source = options.unet.as_ref().unwrap_or(source);
+        let weights = unet_source.weights("unet", "diffusion_pytorch_model", half)?;
+        let described = unet_source.read("unet/config.json")?.is_some();
+        let unet = UNetConfig::read(if described { unet_source } else { source })?;
         let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype)?;
         let unet_targets = (weights.lora_targets(), unet.config().layers_per_block);
-        let base = reopen(source.clone(), half, text_print, files.note(&weights)?);
+        let base = reopen([source, unet_source], half, [text_print, files.note(&weights)?]);
         let targets = TargetIndex::new(unet_targets, text_targets, base, &device, dtype);
         let vae_source = options.vae.as_ref().unwrap_or(source);
         let (encoder, decoder, wide_decoder) =
@@ -226,6 +228,7 @@ fn name(source: &Source) -> String {
         Source::DemoLcm => return "demo-lcm".into(),
         Source::Directory(path) | Source::Network(path) => (path, path.file_name()),
         Source::Checkpoint(checkpoint) => (&checkpoint.file, checkpoint.file.file_stem()),
+        Source::UNet(file) => (file, file.file_stem()),
     };
     end.map_or_else(|| path.display().to_string(), |end| end.to_string_lossy().into_owned())
 }

@@ -11,6 +11,8 @@ pub struct LoadOptions {
     pub name: Option<String>,
     /// Files of the model.
     pub source: Source,
+    /// Files of the UNet, if they are not the model's.
+    pub unet: Option<Source>,
     /// Files of the VAE, if they are not the model's.
     pub vae: Option<Source>,
     /// Device.

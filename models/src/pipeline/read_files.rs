@@ -33,12 +33,14 @@ fn fingerprint_of(weights: &Weights) -> Result<String> {
     Ok(fingerprint.finish())
 }
 
-/// Opens the files of the networks again: the layers keep the weights only as they compute with
-/// them.
-pub(super) fn reopen(source: Source, half: bool, text: String, unet: String) -> Reopen {
+/// Opens the files of text encoder and UNet again, which are in these sources and have these
+/// fingerprints: the layers keep the weights only as they compute with them.
+pub(super) fn reopen(sources: [&Source; 2], half: bool, prints: [String; 2]) -> Reopen {
+    let [text, unet] = sources.map(Clone::clone);
+    let [text_print, unet_print] = prints;
     Box::new(move |network| match network {
-        Network::TextEncoder => open_again(&source, ("text_encoder", "model"), half, &text),
-        Network::UNet => open_again(&source, ("unet", "diffusion_pytorch_model"), half, &unet),
+        Network::TextEncoder => open_again(&text, ("text_encoder", "model"), half, &text_print),
+        Network::UNet => open_again(&unet, ("unet", "diffusion_pytorch_model"), half, &unet_print),
     })
 }
 

@@ -21,6 +21,7 @@ fn load(source: Source, add_ons: AddOns) -> Pipeline {
     let options = LoadOptions {
         name: None,
         source,
+        unet: None,
         vae: None,
         device: DeviceName::Cpu,
         precision: Precision::F32,

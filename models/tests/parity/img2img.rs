@@ -23,6 +23,7 @@ pub(crate) fn open(source: Source, vae: Option<Source>) -> sd_models::Result<Pip
     Pipeline::load(&LoadOptions {
         name: None,
         source,
+        unet: None,
         vae,
         device,
         precision,

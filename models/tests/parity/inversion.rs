@@ -16,6 +16,7 @@ fn every_kind_of_file_holds_the_same_vectors() {
     let model = Pipeline::load(&LoadOptions {
         name: None,
         source: Source::Directory(path("v1")),
+        unet: None,
         vae: None,
         device: DeviceName::Cpu,
         precision: Precision::F32,

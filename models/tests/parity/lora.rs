@@ -32,6 +32,7 @@ fn model(directory: PathBuf) -> Pipeline {
     Pipeline::load(&LoadOptions {
         name: None,
         source: Source::Demo,
+        unet: None,
         vae: None,
         device: DeviceName::Cpu,
         precision: Precision::F32,

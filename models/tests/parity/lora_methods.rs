@@ -36,6 +36,7 @@ pub(crate) fn limited(
     Pipeline::load(&LoadOptions {
         name: None,
         source: Source::Directory(model),
+        unet: None,
         vae: None,
         device: DeviceName::Cpu,
         precision: Precision::F32,

@@ -164,6 +164,7 @@ fn load(add_ons: AddOns) -> Pipeline {
     let options = LoadOptions {
         name: None,
         source: Source::Directory(model),
+        unet: None,
         vae: None,
         device: DeviceName::Cpu,
         precision: Precision::F32,
