@@ -117,6 +117,8 @@ impl Defaults {
             let name = schedule.map_or(name.clone(), |schedule| format!("{name}_{schedule}"));
             let parsed = name.parse::<SamplerName>();
             let parsed = parsed.map_err(|reason| keys.invalid("scheduler", reason))?;
+            let runs = parsed.sampler.check(parsed.schedule);
+            runs.map_err(|error| keys.invalid("scheduler", error.to_string()))?;
             (self.sampler, self.schedule) = (parsed.sampler, parsed.schedule);
         }
         keys.finish()?;
