@@ -1139,6 +1139,8 @@ def samplers_2(_):
     import sampler_fixtures
 
     sampler_fixtures.samplers_2()
+
+
 # Quantized files -----------------------------------------------------------------------------
 
 # Where a block of each type that gguf does not quantize has its f16 scales, and their number.

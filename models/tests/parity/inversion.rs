@@ -39,6 +39,7 @@ fn every_kind_of_file_holds_the_same_vectors() {
             "second.safetensors: its vectors have 1024 numbers, as those of Stable Diffusion 2.x; \
              those of this model have 32",
             "spoilt.safetensors: holds NaN or infinite numbers",
+            "stripes: its token \"<seen>\" is a word of another file",
         ]
     );
     let drawn = |word: &str| {
