@@ -313,7 +313,7 @@ impl DrawRequest {
                 format!("guidance scale {scale}"),
             ),
             (
-                self.scheduler.is_none(),
+                self.scheduler.is_none() && self.schedule.is_none(),
                 sampler != own.sampler_name(),
                 format!("the sampler {sampler}"),
             ),
@@ -322,7 +322,11 @@ impl DrawRequest {
         let taken: Vec<_> = taken.map(|(.., what)| what).collect();
         let warning = (!taken.is_empty())
             .then(|| format!("{why}: its defaults were taken, {}", taken.join(", ")));
-        (few, warning.into_iter().collect())
+        // A schedule that is asked for is one of the model's own sampler.
+        let own_sampler = self.scheduler.is_none() && self.schedule.is_some();
+        let sampler = if own_sampler { own.sampler_name() } else { sampler };
+        let SamplerName { sampler, schedule } = sampler;
+        (Defaults { sampler, schedule, ..few }, warning.into_iter().collect())
     }
 
     /// The variation, unless it would change nothing.

@@ -30,11 +30,12 @@ const CHECKER: (&str, &str) = ("safety_checker", "model");
 const PREPROCESSOR: &str = "feature_extractor/preprocessor_config.json";
 
 /// Other files that the pipeline reads if they exist.
-const SMALL_FILES: [&str; 13] = [
+const SMALL_FILES: [&str; 14] = [
     PREPROCESSOR,
     "model_index.json",
     "safety_checker/config.json",
     "scheduler/scheduler_config.json",
+    "sd-server.json",
     "text_encoder/config.json",
     "tokenizer/added_tokens.json",
     "tokenizer/merges.txt",

@@ -110,17 +110,21 @@ impl Defaults {
         self.size = Size::new(sides.0, sides.1)
             .filter(|_| fits(sides.0) && fits(sides.1))
             .ok_or_else(|| keys.invalid("width", "width and height must be multiples of 8"))?;
-        let name = keys.take("scheduler", self.sampler.name().to_owned())?;
-        let schedule: Option<String> = keys.take("schedule", None)?;
-        if name != self.sampler.name() || schedule.is_some() {
-            let schedule = schedule.filter(|schedule| schedule != "model");
-            let name = schedule.map_or(name.clone(), |schedule| format!("{name}_{schedule}"));
-            let parsed = name.parse::<SamplerName>();
-            let parsed = parsed.map_err(|reason| keys.invalid("scheduler", reason))?;
-            let runs = parsed.sampler.check(parsed.schedule);
-            runs.map_err(|error| keys.invalid("scheduler", error.to_string()))?;
-            (self.sampler, self.schedule) = (parsed.sampler, parsed.schedule);
+        let name: Option<String> = keys.take("scheduler", None)?;
+        let name = name.map(|name| name.parse::<SamplerName>()).transpose();
+        let name = name.map_err(|reason| keys.invalid("scheduler", reason))?;
+        let asked: Option<String> = keys.take("schedule", None)?;
+        let asked = asked.map(|name| name.parse::<SigmaSchedule>()).transpose();
+        let asked = asked.map_err(|reason| keys.invalid("schedule", reason))?;
+        let own = name.unwrap_or(self.sampler_name());
+        (self.sampler, self.schedule) = (own.sampler, asked.unwrap_or(own.schedule));
+        if let Some(name) = name
+            && ![self.schedule, SigmaSchedule::Model].contains(&name.schedule)
+        {
+            return Err(keys.invalid("schedule", format!("is another than that of {name}")));
         }
+        let runs = self.sampler.check(self.schedule);
+        runs.map_err(|error| keys.invalid("scheduler", error))?;
         keys.finish()?;
         Ok(self)
     }
@@ -153,6 +157,8 @@ mod tests {
         assert_eq!(own.sampler_name().to_string(), "dpmpp_2m_karras");
         assert_eq!((own.size.width(), own.size.height()), (192, plain.size.height()));
         assert!((own.guidance_rescale - 0.7).abs() < 1e-9);
+        let named = with(r#"{"scheduler":"Euler a Karras"}"#).expect("defaults").sampler_name();
+        assert_eq!(named.to_string(), "euler_a_karras");
         for (file, named) in [
             (r#"{"stepz":6}"#, "stepz"),
             (r#"{"steps":0}"#, "steps"),
@@ -161,6 +167,8 @@ mod tests {
             (r#"{"guidance_rescale":2}"#, "guidance_rescale"),
             (r#"{"scheduler":"best"}"#, "scheduler"),
             (r#"{"scheduler":"ddim","schedule":"karras"}"#, "scheduler"),
+            (r#"{"schedule":"best"}"#, "schedule"),
+            (r#"{"scheduler":"dpmpp_2m_karras","schedule":"beta"}"#, "schedule"),
             (r#"{"height":100}"#, "width"),
             ("[]", FILE),
         ] {

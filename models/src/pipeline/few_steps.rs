@@ -197,6 +197,14 @@ mod tests {
     }
 
     #[test]
+    fn every_kind_has_a_sampler_that_runs_on_its_schedule() {
+        for Kind { sampler, .. } in KINDS {
+            let SamplerName { sampler, schedule } = sampler.parse().expect(sampler);
+            assert!(sampler.check(schedule).is_ok());
+        }
+    }
+
+    #[test]
     fn a_scheduler_tells_the_kind_before_the_name() {
         let kind = |json: &str, embeds| {
             let scheduler = SchedulerConfig::from_json(json).expect("a scheduler");
