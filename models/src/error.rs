@@ -49,7 +49,7 @@ pub enum Error {
     #[error("the device failed: {0}")]
     DeviceLost(String),
     /// A computation failed.
-    #[error("computation failed: {0}")]
+    #[error("computation failed: {}", first_line(&.0.to_string()))]
     Compute(candle_core::Error),
 }
 
@@ -77,6 +77,7 @@ impl From<candle_core::Error> for Error {
     }
 }
 
+/// Without the backtrace and its paths, which candle writes below the error.
 fn first_line(text: &str) -> String {
     text.lines().next().unwrap_or_default().to_owned()
 }
@@ -85,5 +86,17 @@ impl Error {
     /// A configuration error.
     pub fn config(file: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::Config { file: file.into(), reason: reason.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_backtrace_is_told() {
+        let error = candle_core::Error::Msg("no such shape\n   0: f\n at /home/a/src/b.rs".into());
+        let error = Error::from(error);
+        assert_eq!(error.to_string(), "computation failed: no such shape");
     }
 }

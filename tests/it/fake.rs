@@ -83,6 +83,7 @@ impl Fake {
         let info = ModelInfo {
             name: "fake".into(),
             fingerprint: String::new(),
+            unsuited: Vec::new(),
             device: "none".into(),
             precision: "none".into(),
             defaults,

@@ -6,6 +6,9 @@ use serde_json::{Map, Value};
 use super::source::Source;
 use crate::error::{Error, Result};
 
+/// Maximum of what a network counts: more than any has, and sums and products of it fit.
+const MAX_COUNT: usize = 1_000_000;
+
 /// A JSON object from which keys are taken one by one.
 pub struct Keys {
     file: String,
@@ -45,6 +48,15 @@ impl Keys {
             Some(value) => serde_json::from_value(value.clone())
                 .map_err(|e| Error::config(&self.file, format!("{key}: {value}: {e}"))),
         }
+    }
+
+    /// The count of a key, from `least` to a million; `default` if it is absent or null.
+    pub(crate) fn count(&mut self, key: &str, least: usize, default: usize) -> Result<usize> {
+        let count = self.take(key, default)?;
+        if (least..=MAX_COUNT).contains(&count) {
+            return Ok(count);
+        }
+        Err(self.invalid(key, format!("{count} must be {least} to {MAX_COUNT}")))
     }
 
     /// Whether a key is there and null.

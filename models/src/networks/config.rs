@@ -9,6 +9,30 @@ use crate::error::Result;
 use crate::files::{Keys, Source};
 use crate::ops::Activation;
 
+/// Maximum of the `sample_size` of a UNet, in latent pixels.
+const MAX_SAMPLE_SIZE: usize = 8192;
+
+/// Maximum number of levels of a UNet or a VAE, each of which halves the sides.
+const MAX_LEVELS: usize = 8;
+
+/// Maximum number of channels of a level.
+const MAX_CHANNELS: usize = 65_536;
+
+/// Maximum number of transformer blocks of a layer.
+const MAX_DEPTH: usize = 100;
+
+/// Checks the channels of the levels of a UNet or a VAE.
+fn check_levels(keys: &Keys, channels: &[usize]) -> Result<()> {
+    let key = "block_out_channels";
+    if !(1..=MAX_LEVELS).contains(&channels.len()) {
+        return Err(keys.invalid(key, format!("{} must be 1 to {MAX_LEVELS}", channels.len())));
+    }
+    match channels.iter().find(|channels| !(1..=MAX_CHANNELS).contains(*channels)) {
+        Some(found) => Err(keys.invalid(key, format!("{found} must be 1 to {MAX_CHANNELS}"))),
+        None => Ok(()),
+    }
+}
+
 /// One value for all blocks, or one for each.
 #[derive(serde::Deserialize)]
 #[serde(untagged)]
@@ -89,17 +113,22 @@ impl UNetConfig {
             depths.ok_or_else(|| keys.invalid("transformer_layers_per_block", "wrong length"))?;
         // As diffusers: files of its first releases have 32 here, and mean 64.
         let least = if keys.text("_diffusers_version").is_some_and(is_old) { 64 } else { 0 };
+        let sample_size = keys.count("sample_size", 1, 64)?;
+        if sample_size > MAX_SAMPLE_SIZE {
+            let reason = format!("{sample_size} must be 1 to {MAX_SAMPLE_SIZE}");
+            return Err(keys.invalid("sample_size", reason));
+        }
         let config = Self {
-            sample_size: keys.take("sample_size", 64)?.max(least),
+            sample_size: sample_size.max(least),
             mid_block: !keys.is_null("mid_block_type"),
-            in_channels: keys.take("in_channels", 4)?,
-            out_channels: keys.take("out_channels", 4)?,
+            in_channels: keys.count("in_channels", 1, 4)?,
+            out_channels: keys.count("out_channels", 1, 4)?,
             down_cross_attention: down,
             up_cross_attention: up,
-            layers_per_block: keys.take("layers_per_block", 2)?,
+            layers_per_block: keys.count("layers_per_block", 1, 2)?,
             transformer_layers_per_block: depths,
-            cross_attention_dim: keys.take("cross_attention_dim", 1280)?,
-            norm_num_groups: keys.take("norm_num_groups", 32)?,
+            cross_attention_dim: keys.count("cross_attention_dim", 1, 1280)?,
+            norm_num_groups: keys.count("norm_num_groups", 1, 32)?,
             norm_eps: keys.take("norm_eps", 1e-5)?,
             use_linear_projection: keys.take("use_linear_projection", false)?,
             flip_sin_to_cos: keys.take("flip_sin_to_cos", true)?,
@@ -116,8 +145,10 @@ impl UNetConfig {
 
     fn check(&self, keys: &Keys) -> Result<()> {
         let groups = self.norm_num_groups;
-        if self.block_out_channels.is_empty() || self.layers_per_block == 0 {
-            return Err(keys.invalid("block_out_channels", "a UNet needs at least one block"));
+        check_levels(keys, &self.block_out_channels)?;
+        if self.transformer_layers_per_block.iter().any(|depth| !(1..=MAX_DEPTH).contains(depth)) {
+            let reason = format!("each must be 1 to {MAX_DEPTH}");
+            return Err(keys.invalid("transformer_layers_per_block", reason));
         }
         if self.time_cond_proj_dim.is_some_and(|width| width < 4) {
             return Err(keys.invalid("time_cond_proj_dim", "must be at least 4"));
@@ -244,22 +275,26 @@ impl VaeConfig {
         keys.only("latents_mean", &[])?;
         keys.only("latents_std", &[])?;
         keys.only("shift_factor", &[json!(0), json!(0.0)])?;
+        let scaling_factor: f64 = keys.take("scaling_factor", 0.18215)?;
+        // In f32, in which latents are divided by it.
+        let in_f32 = scaling_factor as f32;
+        if in_f32 == 0.0 || !in_f32.is_finite() || !in_f32.recip().is_finite() {
+            return Err(keys.invalid("scaling_factor", format!("{scaling_factor} is no scale")));
+        }
         let config = Self {
-            in_channels: keys.take("in_channels", 3)?,
-            out_channels: keys.take("out_channels", 3)?,
-            latent_channels: keys.take("latent_channels", 4)?,
-            layers_per_block: keys.take("layers_per_block", 1)?,
-            norm_num_groups: keys.take("norm_num_groups", 32)?,
-            scaling_factor: keys.take("scaling_factor", 0.18215)?,
+            in_channels: keys.count("in_channels", 1, 3)?,
+            out_channels: keys.count("out_channels", 1, 3)?,
+            latent_channels: keys.count("latent_channels", 1, 4)?,
+            layers_per_block: keys.count("layers_per_block", 0, 1)?,
+            norm_num_groups: keys.count("norm_num_groups", 1, 32)?,
+            scaling_factor,
             mid_block_add_attention: keys.take("mid_block_add_attention", true)?,
             use_quant_conv: keys.take("use_quant_conv", true)?,
             use_post_quant_conv: keys.take("use_post_quant_conv", true)?,
             block_out_channels,
         };
         let groups = config.norm_num_groups;
-        if config.block_out_channels.is_empty() {
-            return Err(keys.invalid("block_out_channels", "a VAE needs at least one block"));
-        }
+        check_levels(&keys, &config.block_out_channels)?;
         if let Some(channels) =
             config.block_out_channels.iter().find(|c| groups == 0 || **c == 0 || **c % groups != 0)
         {
@@ -342,10 +377,10 @@ impl ClipConfig {
         (hidden, inner, heads): (usize, usize, usize),
     ) -> Result<Self> {
         let config = Self {
-            hidden_size: keys.take("hidden_size", hidden)?,
-            intermediate_size: keys.take("intermediate_size", inner)?,
-            num_hidden_layers: keys.take("num_hidden_layers", 12)?,
-            num_attention_heads: keys.take("num_attention_heads", heads)?,
+            hidden_size: keys.count("hidden_size", 1, hidden)?,
+            intermediate_size: keys.count("intermediate_size", 1, inner)?,
+            num_hidden_layers: keys.count("num_hidden_layers", 0, 12)?,
+            num_attention_heads: keys.count("num_attention_heads", 1, heads)?,
             hidden_act: match keys.take("hidden_act", "quick_gelu".to_owned())?.as_str() {
                 "quick_gelu" => Activation::QuickGelu,
                 "gelu" => Activation::Gelu,
@@ -383,8 +418,8 @@ impl ClipTextConfig {
         keys.only("model_type", &[json!("clip_text_model")])?;
         keys.only("use_attention_mask", &[json!(false)])?;
         let config = Self {
-            vocab_size: keys.take("vocab_size", 49408)?,
-            max_position_embeddings: keys.take("max_position_embeddings", 77)?,
+            vocab_size: keys.count("vocab_size", 1, 49408)?,
+            max_position_embeddings: keys.count("max_position_embeddings", 1, 77)?,
             transformer: ClipConfig::take(&mut keys, (512, 2048, 8))?,
         };
         keys.drop_idle(&IDLE_TEXT_KEYS);
@@ -433,5 +468,23 @@ mod tests {
         assert_eq!(depths(json!(1)), [1, 1, 1]);
         let error = parse(json!([1, 2])).unwrap_err().to_string();
         assert!(error.starts_with("unet/config.json: transformer_layers_per_block: "), "{error}");
+    }
+
+    #[test]
+    fn counts_out_of_range_are_refused_by_name() {
+        let cases = [
+            (json!({ "sample_size": u64::MAX / 4 }), "sample_size"),
+            (json!({ "sample_size": 0 }), "sample_size"),
+            (json!({ "transformer_layers_per_block": 0 }), "transformer_layers_per_block"),
+            (json!({ "cross_attention_dim": 0 }), "cross_attention_dim"),
+            (json!({ "in_channels": u64::MAX / 2 }), "in_channels"),
+            (json!({ "layers_per_block": 0 }), "layers_per_block"),
+            (json!({ "block_out_channels": [32, 32, 32, 1u64 << 60] }), "block_out_channels"),
+        ];
+        for (file, key) in cases {
+            let keys = Keys::new("unet/config.json", file).unwrap();
+            let error = UNetConfig::parse(keys).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("unet/config.json: {key}: ")), "{error}");
+        }
     }
 }

@@ -44,7 +44,7 @@ impl Defaults {
         (unet, scale): (&UNetConfig, usize),
         scheduler: &SchedulerConfig,
     ) -> Result<Self> {
-        let side = unet.sample_size * scale;
+        let side = unet.sample_size.saturating_mul(scale);
         let size = Size::new(side, side).ok_or_else(|| {
             Error::config("unet/config.json", format!("sample_size: {side} pixels a side"))
         })?;
@@ -62,10 +62,11 @@ impl Defaults {
         if let Some(few) = FewSteps::of_model(name, embeds_guidance, scheduler) {
             defaults.take(&few);
         }
-        match source.read(FILE)? {
-            Some(_) => defaults.overridden(Keys::read(source, FILE)?),
-            None => Ok(defaults),
+        if source.read(FILE)?.is_some() {
+            defaults = defaults.overridden(Keys::read(source, FILE)?)?;
         }
+        scheduler.check_sampler(defaults.sampler)?;
+        Ok(defaults)
     }
 
     /// Those of an image with LoRAs of these names, and what the first of them was distilled to, if

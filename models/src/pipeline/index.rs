@@ -54,6 +54,11 @@ impl PipelineIndex {
     pub(super) fn clears_clip_sample(&self) -> bool {
         self.sets_steps_offset() && !self.class.contains("Inpaint")
     }
+
+    /// Whether the pipeline sets `skip_prk_steps` to true, whatever the scheduler's file says.
+    pub(super) fn sets_skip_prk_steps(&self) -> bool {
+        self.class.contains("Inpaint")
+    }
 }
 
 /// Rejects a `model_index.json` of a pipeline that is not Stable Diffusion 1.x or 2.x. Returns

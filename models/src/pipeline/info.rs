@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::layers::activation_dtype;
 use crate::networks::{UNet2DConditionModel, VaeConfig};
 use crate::picture::{Rgb, Size};
-use crate::sampling::SamplerOptions;
+use crate::sampling::{Sampler, SamplerOptions};
 use crate::text::{Embeddings, LoraUse, max_chunks};
 
 /// Maximum scale of the noise that a sampler draws. More only leaves noise.
@@ -32,6 +32,8 @@ pub struct ModelInfo {
     pub defaults: Defaults,
     /// Image sides must be multiples of this many pixels.
     pub multiple: usize,
+    /// Samplers that cannot run with the model's scheduler configuration, and why.
+    pub unsuited: Vec<(Sampler, String)>,
     /// Whether the guidance scale is an input of the UNet.
     pub embeds_guidance: bool,
     /// Layers of the text encoder.
@@ -130,6 +132,12 @@ impl ModelInfo {
         spec.passes().map(peak).max().unwrap_or_default()
     }
 
+    /// Why a sampler cannot run with the model's scheduler configuration, if it cannot.
+    pub fn unsuited_to(&self, sampler: Sampler) -> Option<&str> {
+        let row = self.unsuited.iter().find(|row| row.0 == sampler);
+        row.map(|row| row.1.as_str())
+    }
+
     /// Checks a spec against the model's limits. The error names the field.
     pub fn check(&self, spec: &Spec) -> Result<()> {
         let refuse = |field, reason: String| Err(Error::Spec { field, reason });
@@ -154,6 +162,9 @@ impl ModelInfo {
         }
         if spec.variation.is_some_and(|v| !(0.0..=1.0).contains(&v.strength)) {
             return refuse("variation_strength", "must be from 0 to 1".into());
+        }
+        if let Some(reason) = self.unsuited_to(spec.sampler) {
+            return refuse("scheduler", format!("{}: {reason}", spec.sampler));
         }
         spec.sampler.check(spec.schedule)?;
         let SamplerOptions { eta, s_noise, churn } = spec.sampler_options;

@@ -89,6 +89,7 @@ impl LoadedModel {
             precision: dtype.as_str().into(),
             defaults,
             multiple: scale.max(8),
+            unsuited: scheduler.unsuited(),
             embeds_guidance: unet.config().time_cond_proj_dim.is_some(),
             text_layers: text_encoder.config().transformer.num_hidden_layers,
             checked,
@@ -154,6 +155,9 @@ fn read_scheduler(
     }
     if index.clears_clip_sample() {
         scheduler.clip_sample = Some(false);
+    }
+    if index.sets_skip_prk_steps() {
+        scheduler.skip_prk_steps = Some(true);
     }
     files.warnings.extend(scheduler.replace_unknown_class()?);
     Ok(scheduler)

@@ -8,9 +8,9 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::algorithm::{Algorithm, LevelGrid, Orders};
+use super::algorithm::{Algorithm, LevelGrid, Orders, Sampler};
 use super::betas::{Betas, alphas_cumprod, rescale_zero_terminal_snr};
 use super::denoiser::{Denoiser, Prediction};
 use super::names::SamplerName;
@@ -54,9 +54,59 @@ pub struct SchedulerConfig {
 
 impl SchedulerConfig {
     /// Reads the file. Python writes an infinity into it, the default of one key.
+    ///
+    /// # Errors
+    /// [`Error::Config`] names the key whose value no sampler could run with.
     pub fn from_json(text: &str) -> Result<Self> {
-        serde_json::from_str(&text.replace("-Infinity", "null"))
-            .map_err(|error| unsupported(error.to_string()))
+        let file: Map<String, Value> = serde_json::from_str(&text.replace("-Infinity", "null"))
+            .map_err(|error| unsupported(format!("is not an object in JSON: {error}")))?;
+        for (key, value) in &file {
+            let alone = Map::from_iter([(key.clone(), value.clone())]);
+            if serde_json::from_value::<Self>(Value::Object(alone)).is_err() {
+                return Err(unsupported(format!("{key} {value} is no value of this key")));
+            }
+        }
+        let config: Self = serde_json::from_value(Value::Object(file))
+            .map_err(|error| unsupported(error.to_string()))?;
+        config.check_numbers()?;
+        Ok(config)
+    }
+
+    /// Checks the numbers, whichever sampler reads them.
+    fn check_numbers(&self) -> Result<()> {
+        let train = self.num_train_timesteps.unwrap_or(DEFAULT_TRAIN_TIMESTEPS);
+        if !(1..=MAX_TRAIN_TIMESTEPS).contains(&train) {
+            let reason = format!("num_train_timesteps {train} must be 1 to {MAX_TRAIN_TIMESTEPS}");
+            return Err(unsupported(reason));
+        }
+        let is_beta = |beta: f64| beta > 0.0 && beta < 1.0;
+        for (key, beta) in [("beta_start", self.beta_start), ("beta_end", self.beta_end)] {
+            if let Some(beta) = beta.filter(|beta| !is_beta(*beta)) {
+                return Err(unsupported(format!("{key} {beta} must be between 0 and 1")));
+            }
+        }
+        let mut trained = self.trained_betas.iter().flatten();
+        if let Some(beta) = trained.find(|beta| !is_beta(f64::from(**beta))) {
+            return Err(unsupported(format!("trained_betas: {beta} must be between 0 and 1")));
+        }
+        if let Some(offset) = self.steps_offset.filter(|offset| *offset as usize >= train) {
+            let reason = format!("steps_offset {offset} must be less than {train} timesteps");
+            return Err(unsupported(reason));
+        }
+        if self.original_inference_steps == Some(0) {
+            return Err(unsupported("original_inference_steps must be at least 1".into()));
+        }
+        let positive = |value: f64| value > 0.0 && value.is_finite();
+        let scales = [
+            ("timestep_scaling", self.timestep_scaling),
+            ("clip_sample_range", self.clip_sample_range),
+        ];
+        for (key, value) in scales {
+            if let Some(value) = value.filter(|value| !positive(*value)) {
+                return Err(unsupported(format!("{key} {value} must be greater than 0")));
+            }
+        }
+        ALGORITHMS.iter().try_for_each(|row| self.alphas_cumprod(row).map(drop))
     }
 
     /// The sampler of the class that the file names, on the schedule that it asks for.
@@ -102,9 +152,28 @@ impl SchedulerConfig {
         Ok(Some(format!("{file}: {named}; the default sampler is {}", self.default_sampler()?)))
     }
 
+    /// Checks that a sampler can run with what the file asks of its class.
+    ///
+    /// # Errors
+    /// [`Error::Config`] names the key.
+    pub fn check_sampler(&self, sampler: Sampler) -> Result<()> {
+        self.check(sampler.algorithm())
+    }
+
+    /// Why samplers cannot run with what the file asks of their classes.
+    pub fn unsuited(&self) -> Vec<(Sampler, String)> {
+        let refused = |row: &Algorithm| Some((row.sampler, self.check(row).err()?.to_string()));
+        ALGORITHMS.iter().filter_map(refused).collect()
+    }
+
     /// Refuses what a sampler's class would do and we do not.
     pub(super) fn check(&self, row: &Algorithm) -> Result<()> {
-        if row.skip_prk_steps && self.skip_prk_steps != Some(true) {
+        self.spacing(row)?;
+        self.ends_at_zero(row)?;
+        self.denoiser(row)?;
+        // The key is of this class alone: that it is absent tells nothing in the file of another.
+        let is_own = self.class_name.as_deref() == row.class;
+        if row.skip_prk_steps && is_own && self.skip_prk_steps != Some(true) {
             let reason = "skip_prk_steps must be true: there is no Runge-Kutta start";
             return Err(unsupported(reason.into()));
         }
@@ -112,7 +181,7 @@ impl SchedulerConfig {
             let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
             let accepted = match row.supported(key) {
                 Some(values) => values.contains(&text.as_str()),
-                None => is_known(key) || matches!(text.as_str(), "null" | "false"),
+                None => !is_own || is_known(key) || matches!(text.as_str(), "null" | "false"),
             };
             if !accepted {
                 return Err(unsupported(format!("{key} {text} is not supported by {}", row.name)));
@@ -144,7 +213,7 @@ impl SchedulerConfig {
 
     /// The product of the alphas up to each timestep of the training.
     pub(super) fn alphas_cumprod(&self, row: &Algorithm) -> Result<Vec<f32>> {
-        let train = self.num_train_timesteps.unwrap_or(1000);
+        let train = self.num_train_timesteps.unwrap_or(DEFAULT_TRAIN_TIMESTEPS);
         let schedule = self.beta_schedule(row)?;
         let (start, end, _) = row.betas;
         let (start, end) = (self.beta_start.unwrap_or(start), self.beta_end.unwrap_or(end));
@@ -157,7 +226,15 @@ impl SchedulerConfig {
             return Err(unsupported(reason));
         }
         let mut products = alphas_cumprod(&betas);
+        if products.iter().any(|product| !(*product > 0.0 && *product < 1.0)) {
+            let reason = format!("the betas of {train} timesteps leave no image or no noise");
+            return Err(unsupported(format!("beta_start, beta_end or trained_betas: {reason}")));
+        }
         if row.rescale_betas_zero_snr && self.rescale_betas_zero_snr.unwrap_or(false) {
+            if products[0] <= products[train - 1] {
+                let reason = "rescale_betas_zero_snr: needs more than one timestep";
+                return Err(unsupported(reason.into()));
+            }
             rescale_zero_terminal_snr(&mut products);
             if row.grid != LevelGrid::Timesteps {
                 // Sigma must be finite.
@@ -239,6 +316,12 @@ impl SchedulerConfig {
     }
 }
 
+/// The timesteps of the training where the file does not tell them: diffusers' default.
+const DEFAULT_TRAIN_TIMESTEPS: usize = 1000;
+
+/// Maximum number of timesteps of a training: a table of them is made for each image.
+const MAX_TRAIN_TIMESTEPS: usize = 100_000;
+
 /// Keys that matter only where another key is set, which is not supported.
 const WITHOUT_EFFECT: [&str; 5] = [
     "dynamic_thresholding_ratio",
@@ -270,4 +353,53 @@ fn choose<T: Copy>(key: &str, value: Option<&str>, default: T, known: &[(&str, T
 
 fn unsupported(reason: String) -> Error {
     Error::config("scheduler/scheduler_config.json", reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_that_no_sampler_runs_with_are_refused_at_load_by_their_key() {
+        let cases = [
+            (r#"{"num_train_timesteps":1000000000000}"#, "num_train_timesteps"),
+            (r#"{"num_train_timesteps":0}"#, "num_train_timesteps"),
+            (r#"{"num_train_timesteps":-1}"#, "num_train_timesteps -1"),
+            (r#"{"beta_start":0}"#, "beta_start"),
+            (r#"{"beta_end":1}"#, "beta_end"),
+            (r#"{"beta_start":0.9,"beta_end":0.9}"#, "beta_start"),
+            (r#"{"beta_end":1e-12,"beta_start":1e-12}"#, "beta_start"),
+            (r#"{"beta_schedule":"sigmoid"}"#, "beta_schedule"),
+            (r#"{"num_train_timesteps":2,"trained_betas":[0.1,-0.1]}"#, "trained_betas"),
+            (r#"{"num_train_timesteps":3,"trained_betas":[0.1,0.1]}"#, "num_train_timesteps"),
+            (r#"{"num_train_timesteps":1,"rescale_betas_zero_snr":true}"#, "rescale_betas"),
+            (r#"{"steps_offset":1000}"#, "steps_offset"),
+            (r#"{"original_inference_steps":0}"#, "original_inference_steps"),
+            (r#"{"timestep_scaling":0}"#, "timestep_scaling"),
+            (r#"{"clip_sample_range":-1}"#, "clip_sample_range"),
+            (r#"{"clip_sample":"yes"}"#, "clip_sample \"yes\""),
+            ("[]", "object"),
+        ];
+        for (file, key) in cases {
+            let error = SchedulerConfig::from_json(file).expect_err(file).to_string();
+            assert!(error.starts_with("scheduler/scheduler_config.json: "), "{error}");
+            assert!(error.contains(key) && error.lines().count() == 1, "{file}: {error}");
+        }
+    }
+
+    #[test]
+    fn keys_hold_for_the_classes_that_have_them() {
+        let unsuited = |file: &str| {
+            let config = SchedulerConfig::from_json(file).expect("a file");
+            config.unsuited().into_iter().map(|row| row.0).collect::<Vec<_>>()
+        };
+        let euler = r#"{"_class_name":"EulerDiscreteScheduler","new_key":3}"#;
+        assert_eq!(unsuited(euler), [Sampler::Euler], "an unknown key of its own class");
+        let lcm = unsuited(r#"{"_class_name":"LCMScheduler"}"#);
+        assert!(lcm.is_empty(), "skip_prk_steps is not in its file: {lcm:?}");
+        assert_eq!(unsuited(r#"{"_class_name":"PNDMScheduler"}"#), [Sampler::Pndm]);
+        let sample = r#"{"_class_name":"DDIMScheduler","prediction_type":"sample"}"#;
+        let sample = unsuited(sample);
+        assert!(sample.contains(&Sampler::Pndm) && !sample.contains(&Sampler::Ddim));
+    }
 }

@@ -153,6 +153,7 @@ impl TestWorker {
         let info = ModelInfo {
             name: "recorder".into(),
             fingerprint: String::new(),
+            unsuited: Vec::new(),
             device: "none".into(),
             precision: "none".into(),
             defaults,

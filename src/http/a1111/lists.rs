@@ -20,7 +20,11 @@ fn current_model(state: &AppState) -> Result<Option<Arc<ModelInfo>>> {
 }
 
 /// `GET /sdapi/v1/samplers`.
-pub(crate) async fn samplers() -> Json<Vec<Value>> {
+pub(crate) async fn samplers(State(state): State<AppState>) -> Json<Vec<Value>> {
+    let model = current_model(&state).ok().flatten();
+    let runs = |sampler: &Sampler| {
+        model.as_ref().is_none_or(|model| model.unsuited_to(*sampler).is_none())
+    };
     let sampler = |sampler: Sampler| {
         let aliases = std::iter::once(sampler.name()).chain(sampler.aliases().iter().copied());
         let options = match sampler.automatic_schedule() {
@@ -31,7 +35,7 @@ pub(crate) async fn samplers() -> Json<Vec<Value>> {
             "name": sampler.title(), "aliases": aliases.collect::<Vec<_>>(), "options": options,
         })
     };
-    Json(Sampler::all().map(sampler).collect())
+    Json(Sampler::all().filter(runs).map(sampler).collect())
 }
 
 /// `GET /sdapi/v1/schedulers`.

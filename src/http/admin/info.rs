@@ -26,6 +26,12 @@ pub(crate) async fn info(State(state): State<AppState>) -> Json<Value> {
         EngineState::Draining | EngineState::Stopped => ("stopping", None),
         EngineState::DeviceLost | EngineState::Dead(_) => ("failed", None),
     };
+    let runs = {
+        let model = model.clone();
+        move |sampler: &Sampler| {
+            model.as_ref().is_none_or(|model| model.unsuited_to(*sampler).is_none())
+        }
+    };
     let model = model.map(|model| {
         let defaults = &model.defaults;
         json!({
@@ -45,7 +51,7 @@ pub(crate) async fn info(State(state): State<AppState>) -> Json<Value> {
             },
         })
     });
-    let schedulers = Sampler::all().map(|sampler| {
+    let schedulers = Sampler::all().filter(runs).map(|sampler| {
         let schedules: Vec<_> = sampler.schedules().map(SigmaSchedule::name).collect();
         json!({ "name": sampler.name(), "title": sampler.title(), "schedules": schedules })
     });
