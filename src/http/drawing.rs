@@ -110,8 +110,7 @@ impl Drawing {
             return Err(ValidationError::body("the request contains no prompt").into());
         };
         let warnings = std::mem::take(&mut request.warnings);
-        let overlay = request.overlay.take();
-        let (mut specs, request) = match specs.iter().any(Spec::has_loras) {
+        let (mut specs, mut request) = match specs.iter().any(Spec::has_loras) {
             false => (specs, request),
             true => {
                 let own = Arc::clone(&model);
@@ -128,6 +127,7 @@ impl Drawing {
         }
         let reply = choose(&request, count)?;
         specs.iter().try_for_each(|spec| request.check_format(spec, reply.format()))?;
+        let overlay = request.overlay.take();
         let preview = request.preview == Some(true) && matches!(reply, ReplyFormat::Events(_));
         if settings.log_prompts {
             info!(prompt = specs[0].prompt, "accepted");

@@ -8,6 +8,9 @@ use sd_models::{Rgb, Size};
 
 use super::fit::{Fit, fitted};
 
+/// Maximum side of an input image, in pixels: no filter is made for longer lines.
+const MAX_SIDE: u32 = 1 << 15;
+
 /// Decodes a PNG, JPEG, WebP, GIF (first frame) or BMP file and applies its EXIF orientation. The
 /// error message is the predicate of a sentence whose subject is the field.
 pub fn decode(file: &[u8], max_pixels: usize) -> Result<DynamicImage, String> {
@@ -39,6 +42,9 @@ fn open(file: &[u8], max_pixels: usize) -> Result<impl ImageDecoder, String> {
     reader.limits(limits);
     let decoder = reader.into_decoder().map_err(|error| unreadable(&error))?;
     let (width, height) = decoder.dimensions();
+    if width.max(height) > MAX_SIDE {
+        return Err(format!("is {width}x{height}; at most {MAX_SIDE} pixels a side are read"));
+    }
     if u64::from(width) * u64::from(height) > max_pixels as u64 {
         return Err(format!("is {width}x{height}; at most {max_pixels} pixels are read"));
     }

@@ -24,26 +24,42 @@ pub(super) fn fitted(image: &DynamicImage, (width, height): (u32, u32), fit: Fit
     // Whether the image is wider than the size.
     let wider = u64::from(w) * u64::from(height) > u64::from(h) * u64::from(width);
     let scaled = |side: u32, by: u32, of: u32| {
-        u32::try_from(u64::from(side) * u64::from(by) / u64::from(of)).unwrap_or(u32::MAX).max(1)
+        u32::try_from(u64::from(side) * u64::from(by) / u64::from(of)).unwrap_or(side).max(1)
     };
-    let whole_width = (width, scaled(h, width, w));
-    let whole_height = (scaled(w, height, h), height);
     let (inner_width, inner_height) = match (fit, wider) {
-        (Fit::Stretch, _) => return image.resize_exact(width, height, FilterType::Lanczos3),
-        (Fit::Crop, true) | (Fit::Pad, false) => whole_height,
-        (Fit::Crop, false) | (Fit::Pad, true) => whole_width,
+        (Fit::Stretch, _) => return resized(image, (width, height)),
+        (Fit::Crop, _) => {
+            // Cropped first: what is cut off takes no memory.
+            let part =
+                if wider { (scaled(h, width, height), h) } else { (w, scaled(w, height, width)) };
+            let part = (part.0.min(w), part.1.min(h));
+            let (left, top) = ((w - part.0) / 2, (h - part.1) / 2);
+            return resized(&image.crop_imm(left, top, part.0, part.1), (width, height));
+        }
+        (Fit::Pad, true) => (width, scaled(h, width, w)),
+        (Fit::Pad, false) => (scaled(w, height, h), height),
     };
-    let inner = image.resize_exact(inner_width, inner_height, FilterType::Lanczos3).into_rgba8();
+    let inner = resized(image, (inner_width, inner_height)).into_rgba8();
     let mut outer = RgbaImage::new(width, height);
     let (left, top) = (half(width, inner_width), half(height, inner_height));
     overlay(&mut outer, &inner, left, top);
-    if fit == Fit::Pad {
-        pad(&mut outer, &inner, (left, top));
-    }
+    pad(&mut outer, &inner, (left, top));
     match image.color().has_alpha() {
         true => outer.into(),
         false => DynamicImage::from(outer).into_rgb8().into(),
     }
+}
+
+/// An image in this size. The side that shrinks more is resized first, so that what is between the
+/// two takes no more memory than the image or the result.
+fn resized(image: &DynamicImage, (width, height): (u32, u32)) -> DynamicImage {
+    let (w, h) = image.dimensions();
+    let rows_first = u64::from(w) * u64::from(height) <= u64::from(width) * u64::from(h);
+    if rows_first || w == width {
+        return image.resize_exact(width, height, FilterType::Lanczos3);
+    }
+    let narrow = image.resize_exact(width, h, FilterType::Lanczos3);
+    narrow.resize_exact(width, height, FilterType::Lanczos3)
 }
 
 /// The place of something of a length in the middle of a side.
@@ -95,6 +111,15 @@ mod tests {
         // Above and below eight lines of the image its edges go on.
         for y in [0, 3, 8, 15] {
             alike(line((16, 16), Fit::Pad, y), [10, 90, 170, 250]);
+        }
+        // Each of these would take gigabytes in the other order.
+        for (sides, size) in
+            [((32768, 1), (8, 65536)), ((1, 32768), (65536, 8)), ((32768, 8), (512, 512))]
+        {
+            let thin = DynamicImage::new_rgb8(sides.0, sides.1);
+            for fit in [Fit::Stretch, Fit::Crop, Fit::Pad] {
+                assert_eq!(super::fitted(&thin, size, fit).dimensions(), size);
+            }
         }
         alike(line((64, 16), Fit::Pad, 8), [10, 90, 250, 250]);
     }

@@ -11,29 +11,38 @@ pub(super) fn blur_mask(mask: &GrayImage, sigma: f64) -> GrayImage {
     let reach = (2.5 * sigma + 0.5) as i64;
     let kernel = kernel(reach, sigma);
     let (width, height) = mask.dimensions();
-    let blur = |values: &[u8], length: usize, stride: usize, starts: &[usize]| {
-        let mut blurred = vec![0; values.len()];
-        for &start in starts {
-            for at in 0..length {
-                let value = |k: usize| {
-                    let at = reflected(at as i64 + k as i64 - reach, length as i64);
-                    i64::from(values[start + at * stride])
-                };
-                let sum: i64 = kernel.iter().enumerate().map(|(k, w)| w * value(k)).sum();
-                blurred[start + at * stride] = ((sum + 128) >> 8).clamp(0, 255) as u8;
-            }
-        }
-        blurred
-    };
     let (w, h) = (width as usize, height as usize);
-    let rows: Vec<usize> = (0..h).map(|y| y * w).collect();
-    let columns: Vec<usize> = (0..w).collect();
-    let blurred = blur(&blur(mask, w, 1, &rows), h, w, &columns);
-    GrayImage::from_raw(width, height, blurred).unwrap_or_default()
+    let across = blur_rows(mask, w, &kernel);
+    let down = blur_rows(&transposed(&across, w, h), h, &kernel);
+    GrayImage::from_raw(width, height, transposed(&down, h, w)).unwrap_or_default()
+}
+
+/// Blurs each row of so many pixels.
+fn blur_rows(pixels: &[u8], length: usize, kernel: &[u32]) -> Vec<u8> {
+    let reach = (kernel.len() / 2) as i64;
+    let mut blurred = Vec::with_capacity(pixels.len());
+    let (mut padded, mut sums) = (Vec::new(), Vec::new());
+    for row in pixels.chunks_exact(length.max(1)) {
+        padded.clear();
+        let places = -reach..length as i64 + reach;
+        padded.extend(places.map(|at| u32::from(row[reflected(at, length as i64)])));
+        sums.clear();
+        sums.resize(length, 128);
+        for (k, weight) in kernel.iter().enumerate() {
+            sums.iter_mut().zip(&padded[k..]).for_each(|(sum, value)| *sum += weight * value);
+        }
+        blurred.extend(sums.iter().map(|sum| (sum >> 8).min(255) as u8));
+    }
+    blurred
+}
+
+/// Columns as rows.
+fn transposed(pixels: &[u8], width: usize, height: usize) -> Vec<u8> {
+    (0..width).flat_map(|x| (0..height).map(move |y| pixels[y * width + x])).collect()
 }
 
 /// The weights of the kernel in 256ths, each rounded with what the ones farther out have lost.
-fn kernel(reach: i64, sigma: f64) -> Vec<i64> {
+fn kernel(reach: i64, sigma: f64) -> Vec<u32> {
     let weight = |k: i64| (-(k as f64).powi(2) / (2.0 * sigma * sigma)).exp();
     let all: f64 = (-reach..=reach).map(weight).sum();
     let mut lost = 0.0;
@@ -42,9 +51,9 @@ fn kernel(reach: i64, sigma: f64) -> Vec<i64> {
         let exact = weight(k) / all * 256.0 + lost;
         let rounded = exact.round_ties_even();
         lost = exact - rounded;
-        outer.push(rounded as i64);
+        outer.push(rounded as u32);
     }
-    let middle = 256 - 2 * outer.iter().sum::<i64>();
+    let middle = 256 - 2 * outer.iter().sum::<u32>();
     let inner = outer.iter().rev().copied();
     outer.iter().copied().chain([middle]).chain(inner).collect()
 }

@@ -57,7 +57,8 @@ impl Inpainting {
         options: InpaintOptions,
     ) -> Option<Self> {
         let sides = (size.width() as u32, size.height() as u32);
-        let mask = blur_mask(mask, options.blur);
+        let (mask, blur) = bounded(mask, options.blur);
+        let mask = blur_mask(&mask, blur);
         let (image, mask, area) = match options.only_masked {
             None => (fitted(image, sides, fit), resized_mask(&mask, sides, fit), None),
             Some(padding) => {
@@ -85,6 +86,11 @@ impl Inpainting {
 }
 
 impl Overlay {
+    /// Width and height of the result, in pixels.
+    pub fn sides(&self) -> [usize; 2] {
+        [self.image.width() as usize, self.image.height() as usize]
+    }
+
     /// The result: a generated image below the overlay.
     pub fn over(&self, generated: &Rgb) -> Rgb {
         let (width, height) = self.image.dimensions();
@@ -151,6 +157,18 @@ fn masked_area(mask: &GrayImage, padding: u32) -> Option<Area> {
     let right = right.saturating_add(padding).min(mask.width());
     let bottom = bottom.saturating_add(padding).min(mask.height());
     Some(Area { left, top, width: right - left, height: bottom - top })
+}
+
+/// A mask of not too many pixels for its blur, and the blur for it.
+fn bounded(mask: &GrayImage, blur: f64) -> (GrayImage, f64) {
+    const MAX_PIXELS: f64 = 4.0 * 1024.0 * 1024.0;
+    let (width, height) = mask.dimensions();
+    let scale = (MAX_PIXELS / (f64::from(width) * f64::from(height))).sqrt();
+    if scale >= 1.0 {
+        return (mask.clone(), blur);
+    }
+    let side = |side: u32| ((f64::from(side) * scale) as u32).max(1);
+    (resized_mask(mask, (side(width), side(height)), Fit::Stretch), blur * scale)
 }
 
 fn resized_mask(mask: &GrayImage, sides: (u32, u32), fit: Fit) -> GrayImage {

@@ -243,7 +243,7 @@ impl DrawRequest {
         // What is wrong with them is found below.
         let named = syntax.text(&prompt).map_or_else(|_| Vec::new(), |(_, named)| named);
         let (defaults, warnings) = self.defaults(model, loras.iter().chain(&named));
-        let input = self.input(limits.max_input_pixels)?;
+        let input = self.input(limits)?;
         let size = input.as_ref().map_or(defaults.size, |input| input.size(limits, model));
         let sides = [self.width.unwrap_or(size.width()), self.height.unwrap_or(size.height())];
         let size = self.sides(["width", "height"], sides, limits)?;
@@ -367,7 +367,9 @@ impl DrawRequest {
             None => ["width", "height"],
         };
         let (size, max) = (spec.final_size(), format.max_side());
-        let sides = names.into_iter().zip([size.width(), size.height()]);
+        let sides = [size.width(), size.height()];
+        let sides = self.overlay.as_ref().map_or(sides, Overlay::sides);
+        let sides = names.into_iter().zip(sides);
         match sides.into_iter().find(|(_, side)| *side > max) {
             Some((name, side)) => {
                 let format = format.name();
@@ -408,12 +410,23 @@ impl DrawRequest {
     }
 
     /// Decodes the input image and its mask.
-    fn input(&mut self, max_pixels: usize) -> Result<Option<Input>, ValidationError> {
+    fn input(&mut self, limits: &Limits) -> Result<Option<Input>, ValidationError> {
         let Some(image) = &self.image else {
             let dependent = [("mask", self.mask.is_some()), ("strength", self.strength.is_some())];
             return self.reject_without("image", dependent);
         };
+        let max_pixels = limits.max_input_pixels;
         let image = image.decode(self.names.of("image"), max_pixels)?;
+        if let Some(InpaintOptions { only_masked: Some(_), .. }) = self.inpaint
+            && image.width() as usize * image.height() as usize > limits.max_pixels
+        {
+            let (width, height, most) = (image.width(), image.height(), limits.max_pixels);
+            let reason = format!(
+                "is {width}x{height}, the size of the result with inpaint_full_res; at most {most} \
+                 pixels are generated"
+            );
+            return Err(self.range("image", reason));
+        }
         let name = self.names.of("mask");
         let mask = self.mask.as_ref().map(|mask| mask.decode(name, max_pixels)).transpose()?;
         let mask = if self.inpaint.is_some() { mask.map(image::opaque_mask) } else { mask };
@@ -459,7 +472,9 @@ impl DrawRequest {
             None => {
                 let picture = image::resize_to(&image, size, fit);
                 let mask = mask.map(|mask| image::fit_mask(&mask, size, fit));
-                Img2Img { picture, strength, mask, masked_start }
+                let has_mask = mask.is_some();
+                let start = if has_mask { masked_start } else { MaskedStart::Picture };
+                Img2Img { picture, strength, mask, masked_start: start }
             }
         }
     }

@@ -587,6 +587,10 @@ fn a_mask_is_used_as_its_options_say() {
         assert!(starts[..k].iter().all(|other| other != start), "{k}");
         assert_eq!(start.get_pixel(60, 30), found.get_pixel(60, 30));
     }
+    // Without a mask there is nothing that begins as something else.
+    let [noise, picture] =
+        [2, 1].map(|fill| with(json!({ "inpainting_fill": fill, "mask": null })));
+    assert_eq!(noise, picture);
     // Blurred, it keeps less of the edge of the unmasked part.
     let soft = with(json!({ "mask_blur": 4 }));
     assert_eq!(

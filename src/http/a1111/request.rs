@@ -419,7 +419,7 @@ impl InitImage {
         draw.inpaint = draw.mask.is_some().then_some(InpaintOptions {
             blur: x,
             only_masked: only_masked.then_some(self.inpaint_full_res_padding.unwrap_or(0)),
-            fill: self.inpainting_fill.unwrap_or(0) == 0,
+            fill: self.inpainting_fill != Some(1),
         });
         Ok(())
     }
