@@ -31,4 +31,4 @@ pub use pipeline::{
     Trajectory, Upscaler, Variation, check_pipeline, parameters,
 };
 pub use sampling::{Churn, Sampler, SamplerName, SamplerOptions, SigmaSchedule};
-pub use text::{Embeddings, LoraUse, Loras, PlaceholderToken};
+pub use text::{Embeddings, LoraUse, Loras, PlaceholderToken, unread};

@@ -10,7 +10,7 @@ use ::image::DynamicImage;
 use schemars::JsonSchema;
 use sd_models::{
     Churn, Defaults, Hires, Img2Img, LoraUse, MaskedStart, ModelInfo, PromptSyntax, SamplerName,
-    SamplerOptions, SigmaSchedule, Size, Spec, Upscaler, Variation,
+    SamplerOptions, SigmaSchedule, Size, Spec, Upscaler, Variation, unread,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -243,6 +243,13 @@ impl DrawRequest {
         // What is wrong with them is found below.
         let named = syntax.text(&prompt).map_or_else(|_| Vec::new(), |(_, named)| named);
         let (defaults, warnings) = self.defaults(model, loras.iter().chain(&named));
+        let is_a1111 = syntax == PromptSyntax::A1111;
+        let texts = [("prompt", Some(&prompt)), ("negative_prompt", self.negative_prompt.as_ref())];
+        for (name, text) in texts {
+            let unread = text.and_then(|text| unread(text, is_a1111));
+            let name = self.names.of(name);
+            self.warnings.extend(unread.map(|what| format!("{name} {what}")));
+        }
         let input = self.input(limits)?;
         let size = input.as_ref().map_or(defaults.size, |input| input.size(limits, model));
         let sides = [self.width.unwrap_or(size.width()), self.height.unwrap_or(size.height())];
@@ -429,6 +436,14 @@ impl DrawRequest {
         }
         let name = self.names.of("mask");
         let mask = self.mask.as_ref().map(|mask| mask.decode(name, max_pixels)).transpose()?;
+        if self.inpaint.is_none()
+            && matches!(self.mask_area, MaskArea::White)
+            && mask.as_ref().is_some_and(image::is_transparent)
+        {
+            let warning =
+                format!("{name} is transparent in places: their hidden colours were used");
+            self.warnings.push(warning);
+        }
         let mask = if self.inpaint.is_some() { mask.map(image::opaque_mask) } else { mask };
         let mask = self.mask_area.mask(name, mask, &image)?;
         let is_mask = matches!(self.mask_area, MaskArea::Transparent);

@@ -45,8 +45,8 @@ def test_img2img(client):
 
     kept, painted = change((0, 0, 128, 12)), change((40, 72, 88, 104))
     assert kept < 10 and painted > 40
-    # What the client asks for by default and is done otherwise.
-    assert any("inpaint_full_res" in note for note in reply.info["warnings"])
+    # What the client asks for by default is done as it asks.
+    assert not any("inpaint" in note or "mask" in note for note in reply.info["warnings"])
 
 
 def test_a_seed_of_minus_one_is_chance(client):

@@ -132,7 +132,7 @@ fn a_picture_that_cannot_be_used_is_refused_by_name() {
         (422, "image", json!({ "image": png(101) })),
         (422, "mask", json!({ "image": png(64), "mask": BASE64_STANDARD.encode("text") })),
         (422, "strength", json!({ "image": png(64), "strength": 1.1 })),
-        (422, "strength", json!({ "image": png(64), "strength": 0.01 })),
+        (422, "strength", json!({ "image": png(64), "strength": 0.01, "steps": 20 })),
         (400, "mask", json!({ "mask": png(64) })),
         (400, "strength", json!({ "strength": 0.5 })),
         (400, "image", json!({ "image": png(64), "init_image": png(64) })),
@@ -146,4 +146,20 @@ fn a_picture_that_cannot_be_used_is_refused_by_name() {
         assert!(named == param || named == "init_image", "{param}: {error}");
     }
     assert_eq!(drawn(&server, &body(&png(64))).dimensions(), (64, 64));
+}
+
+#[test]
+fn warnings_of_an_image_file_are_in_a_header() {
+    let server = Server::ready(&[]);
+    let post = |prompt: &str| {
+        let request = server.client.post(server.url("/invocations")).header("accept", "image/png");
+        let body = json!({ "prompt": prompt, "steps": 1, "width": 64, "height": 64 });
+        let request = request.header("content-type", "application/json").body(body.to_string());
+        let reply = request.send().expect("an answer");
+        assert_eq!(reply.status(), 200);
+        reply.headers().get("x-sd-warnings").map(|text| text.to_str().expect("ASCII").to_owned())
+    };
+    assert_eq!(post("a house"), None);
+    let warnings = post("a höuse <lora:sepiä:1>").expect("a warning");
+    assert!(warnings.contains("<lora:sepi?:1>") && warnings.contains("a1111"), "{warnings}");
 }

@@ -84,6 +84,11 @@ pub(crate) async fn empty_list() -> Json<Vec<Value>> {
     Json(Vec::new())
 }
 
+/// What needs no refresh, since it is looked for at each request.
+pub(crate) async fn refresh() -> Json<Value> {
+    Json(Value::Null)
+}
+
 /// `GET /sdapi/v1/latent-upscale-modes`.
 pub(crate) async fn upscalers() -> Json<Vec<Value>> {
     Json(Upscaler::all().map(|upscaler| json!({ "name": upscaler.title() })).collect())

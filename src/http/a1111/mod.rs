@@ -48,6 +48,22 @@ pub(crate) fn routes() -> ApiRouter<AppState> {
         .api_route("/sdapi/v1/schedulers", get_with(lists::schedulers, list("Schedules")))
         .api_route("/sdapi/v1/sd-models", get_with(lists::models, list("Models")))
         .api_route("/sdapi/v1/sd-vae", get_with(lists::empty_list, list("VAEs")))
+        .api_route("/sdapi/v1/hypernetworks", get_with(lists::empty_list, list("Hypernetworks")))
+        .api_route("/sdapi/v1/face-restorers", get_with(lists::empty_list, list("Face restorers")))
+        .api_route(
+            "/sdapi/v1/realesrgan-models",
+            get_with(lists::empty_list, list("RealESRGAN models")),
+        )
+        .api_route("/sdapi/v1/prompt-styles", get_with(lists::empty_list, list("Styles")))
+        .api_route("/sdapi/v1/script-info", get_with(lists::empty_list, list("Scripts in detail")))
+        .api_route(
+            "/sdapi/v1/refresh-checkpoints",
+            post_with(lists::refresh, list("Nothing: models are looked for at each request")),
+        )
+        .api_route(
+            "/sdapi/v1/refresh-loras",
+            post_with(lists::refresh, list("Nothing: LoRAs are looked for at each request")),
+        )
         .api_route("/sdapi/v1/upscalers", get_with(lists::empty_list, list("Upscalers")))
         .api_route(
             "/sdapi/v1/latent-upscale-modes",

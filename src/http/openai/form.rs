@@ -46,6 +46,10 @@ impl Form {
         while let Some(part) = parts.next_field().await.map_err(broken)? {
             let name = part.name().unwrap_or_default().to_owned();
             let data = part.bytes().await.map_err(broken)?;
+            // Browsers send a part for a file that was not chosen.
+            if data.is_empty() && ["image", "image[]", "mask"].contains(&name.as_str()) {
+                continue;
+            }
             match name.as_str() {
                 // OpenAI's clients use the second name for a list.
                 "image" | "image[]" if form.image.is_none() => form.image = Some(data),
