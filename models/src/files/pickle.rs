@@ -40,7 +40,16 @@ pub(super) fn tensors(file: &Bytes) -> Result<Vec<TensorEntry>, String> {
     });
     let mut tensors = Vec::new();
     for (name, value) in inner.as_ref().unwrap_or(top) {
-        let (Object::Unicode(name), Some(args)) = (name, call(value)) else { continue };
+        let Object::Unicode(name) = name else { continue };
+        let Some(args) = call(value) else {
+            // Scripts leave alphas of LoRAs as they were given; other numbers are of the training.
+            let is_number = matches!(value, Object::Int(_) | Object::Long(_) | Object::Float(_));
+            if is_number && name.ends_with("alpha") {
+                let reason = "is a number of Python, not a tensor: save it as a tensor";
+                tensors.push((name.clone(), Vec::new(), Err(reason.into())));
+            }
+            continue;
+        };
         let (shape, place) = match StorageView::read(args) {
             Some(view) => {
                 let place = view.place(&folder, &mut zip, file.len() as u64);
@@ -323,6 +332,20 @@ mod tests {
             let start = &pickle[..pickle.len().min(90)];
             assert!(refusal.starts_with("hostile.ckpt: "), "{:?}: {refusal}", start.escape_ascii());
             assert!(refusal.contains(words) && refusal.lines().count() == 1, "{refusal}");
+        }
+    }
+
+    #[test]
+    fn an_alpha_that_is_no_tensor_is_told_of() {
+        let pickle = |value: &[u8]| [b"\x80\x02}X\x07\0\0\0x.alpha", value, b"s."].concat();
+        for value in [&b"K\x08"[..], b"G\x40\x20\0\0\0\0\0\0", b"\x8a\x01\x08"] {
+            let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
+            zip.start_file("m/data.pkl", SimpleFileOptions::default()).unwrap();
+            zip.write_all(&pickle(value)).unwrap();
+            let file = Bytes::Copied(zip.finish().unwrap().into_inner());
+            let tensors = tensors(&file).unwrap();
+            let [(name, _, Err(reason))] = &tensors[..] else { panic!("{tensors:?}") };
+            assert!(name == "x.alpha" && reason.contains("a number of Python"), "{reason}");
         }
     }
 
