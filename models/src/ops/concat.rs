@@ -46,6 +46,11 @@ impl ChannelConcat {
         }
     }
 
+    /// Samples of the batch.
+    pub(crate) fn count(&self) -> Result<usize> {
+        self.first.dim(0)
+    }
+
     /// Height and width.
     pub(crate) fn size(&self) -> Result<(usize, usize)> {
         let (_, h, w, _) = self.first.dims4()?;

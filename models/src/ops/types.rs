@@ -70,7 +70,7 @@ impl Geometry {
     }
 
     /// Height or width of the output for that of the input.
-    pub(super) fn output(&self, side: usize) -> usize {
+    pub(crate) fn output(&self, side: usize) -> usize {
         (side + self.before + self.after - self.kernel) / self.stride + 1
     }
 }
