@@ -26,7 +26,7 @@ import numpy
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import (
@@ -1019,6 +1019,35 @@ def lora(_):
         (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         tensors[name] = drawn(pipeline)
     save(tensors, target / "expected.safetensors")
+
+
+@torch.no_grad()
+def peft(_):
+    """PEFT's LoHa and its LoKr of two whole factors, with alphas that are no ranks."""
+    target, tensors = HERE / "peft", {}
+    some = {"alpha_pattern": {r"down_blocks\..*": 1}, "target_modules": ADAPTED["unet"]}
+    for name, config in (
+        ("loha", LoHaConfig(r=2, alpha=3, init_weights=False, **some)),
+        ("lokr", LoKrConfig(r=64, alpha=40, init_weights=False, **some)),
+    ):
+        pipeline = tiny(diffusers.StableDiffusionPipeline, HERE / "v1/unet",
+                        scheduler_of("ddim", V1_4))
+        pipeline.set_progress_bar_config(disable=True)
+        torch.manual_seed(9)
+        adapted = get_peft_model(pipeline.unet, config)
+        for part, p in adapted.named_parameters():
+            if "hada" in part or "lokr" in part:
+                p.copy_(0.2 * torch.randn(p.shape, generator=generator(9)))
+        folder = target / name
+        adapted.save_pretrained(folder)
+        (folder / "README.md").unlink()
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        settings = {key: settings[key] for key in ("alpha", "alpha_pattern", "r", "peft_type")}
+        (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        tensors[name] = drawn(pipeline)
+    save(tensors, target / "expected.safetensors")
+
+
 # Clip skip, guidance rescale, variations -------------------------------------------------------
 
 
@@ -1206,6 +1235,7 @@ def main():
         "single": single,
         "safety": safety,
         "lora": lora,
+        "peft": peft,
         "inversion": inversion,
         "knobs": knobs,
         "lcm": lcm,

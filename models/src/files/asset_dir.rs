@@ -83,15 +83,29 @@ pub struct AssetFile {
     /// Its path.
     pub path: PathBuf,
     version: FileVersion,
+    /// The version of PEFT's settings beside it.
+    settings: Option<FileVersion>,
+}
+
+/// The name of PEFT's settings of the file beside it.
+pub(crate) const PEFT_SETTINGS: &str = "adapter_config.json";
+
+/// Where the settings of a file are, if it has the name that PEFT gives it.
+pub(crate) fn peft_settings(path: &Path) -> Option<PathBuf> {
+    path.file_stem().filter(|stem| *stem == "adapter_model")?;
+    Some(path.with_file_name(PEFT_SETTINGS))
 }
 
 impl AssetFile {
     /// The present version of a file.
     pub fn new(name: &str, path: PathBuf) -> Result<Self> {
-        match path.metadata() {
-            Ok(data) => Ok(Self { name: name.to_owned(), path, version: FileVersion::of(&data) }),
-            Err(source) => Err(Error::File { path, source }),
-        }
+        let version = match path.metadata() {
+            Ok(data) => FileVersion::of(&data),
+            Err(source) => return Err(Error::File { path, source }),
+        };
+        let settings = peft_settings(&path).and_then(|path| path.metadata().ok());
+        let settings = settings.map(|data| FileVersion::of(&data));
+        Ok(Self { name: name.to_owned(), path, version, settings })
     }
 
     /// Whether the file still is in this version.

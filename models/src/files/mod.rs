@@ -21,7 +21,7 @@ mod tensors;
 mod unet_file;
 mod version;
 
-pub(crate) use self::asset_dir::AssetCache;
+pub(crate) use self::asset_dir::{AssetCache, PEFT_SETTINGS, peft_settings};
 pub use self::asset_dir::{AssetDir, AssetFile};
 pub(crate) use self::fingerprint::Fingerprint;
 pub use self::json::Keys;

@@ -4,7 +4,7 @@
 //!
 //! A tensor that matches no weight is skipped with a warning; a file of which none does is refused.
 
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,7 +13,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::lora_delta::{Delta, Parts, TOO_LARGE, WeightDelta, is_finite};
 use super::lora_names::{Network, Role, TargetNames, family, refused, split};
-use super::lora_peft::Alphas;
+use super::lora_peft::Settings;
 use super::placed_delta::PlacedDelta;
 use crate::error::{Error, Result};
 use crate::files::{AssetCache, AssetFile, LoraTarget, LoraTargets, Weights};
@@ -99,11 +99,11 @@ impl Lora {
         let weights = Weights::copied(&from.path)?;
         let (found, skipped) = sort(&weights, index)?;
         let mut warnings: Vec<_> = skipped.into_iter().collect();
-        let alphas = Alphas::read(&weights, &from.path)?;
+        let settings = Settings::read(&weights, &from.path)?;
         let base = BaseWeights { open: &index.base, unet: OnceCell::new(), text: OnceCell::new() };
-        let (mut deltas, mut bytes) = (HashMap::new(), 0_u64);
+        let (mut deltas, mut bytes, mut unused) = (HashMap::new(), 0_u64, Vec::new());
         for ((network, name), tensors) in found {
-            let (target, setting) = (index.targets[name], alphas.of(network, name));
+            let (target, setting) = (index.targets[name], settings.of(network, name)?);
             let first = tensors.values().next().cloned().unwrap_or_default();
             // PEFT's default is not the rank.
             let silent = setting.is_none() && !tensors.contains_key(&Role::Alpha);
@@ -111,10 +111,18 @@ impl Lora {
                 warnings.push(NO_ALPHA.into());
             }
             let room = max_bytes.saturating_sub(bytes) / index.dtype.size_in_bytes() as u64;
-            let parts = Parts { weights: &weights, target, tensors, setting, room };
+            let parts = Parts {
+                weights: &weights,
+                target,
+                tensors,
+                setting,
+                room,
+                asked: RefCell::default(),
+            };
             let delta = parts.delta(|| base.read(network, name, target));
             let delta = delta.and_then(|delta| check(&delta, &first, &weights).map(|()| delta));
             let delta = delta.map_err(|error| of_file(error, &first, &weights))?;
+            unused.extend(delta.unused.iter().cloned());
             let delta = PlacedDelta::new(&delta, target, &index.device, index.dtype)?;
             bytes = bytes.saturating_add(delta.bytes());
             // Kernels may keep a weight in a larger form.
@@ -123,6 +131,8 @@ impl Lora {
             }
             deltas.insert(name.to_owned(), (network, delta));
         }
+        let method = ["that its method does not use", "that their methods do not use"];
+        warnings.extend(left_out(&unused, method));
         let id = IDS.fetch_add(1, Ordering::Relaxed);
         Ok(Self { id, file: from.clone(), deltas, bytes, warnings })
     }
@@ -187,14 +197,22 @@ fn sort<'i>(weights: &Weights, index: &'i TargetIndex) -> Result<Sorted<'i>> {
                 format!("none of its {count} tensors matches a weight of this model{seems}");
             Err(Error::config(file, format!("{reason}; the first is {first:?}")))
         }
-        (false, first) => {
-            let what = match count {
-                1 => "1 tensor that matches".to_owned(),
-                count => format!("{count} tensors that match"),
-            };
-            let warn = |first| format!("has {what} no weight of this model, left out: {first:?}");
-            let and = if count > 1 { " and others" } else { "" };
-            Ok((found, first.map(|first| warn(first) + and)))
+        (false, _) => {
+            let matching =
+                ["that matches no weight of this model", "that match no weight of this model"];
+            Ok((found, left_out(&skipped, matching)))
+        }
+    }
+}
+
+/// A warning for tensors that are not used, if there are any: what they are, one or several.
+fn left_out<T: std::fmt::Debug>(tensors: &[T], [one, several]: [&str; 2]) -> Option<String> {
+    match tensors {
+        [] => None,
+        [only] => Some(format!("has 1 tensor {one}, left out: {only:?}")),
+        [first, ..] => {
+            let count = tensors.len();
+            Some(format!("has {count} tensors {several}, left out: {first:?} and others"))
         }
     }
 }

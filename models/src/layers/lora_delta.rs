@@ -7,11 +7,13 @@
 //!
 //! Shapes are those of any file: they are compared before anything is computed with the tensors.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{Result as CandleResult, Tensor};
 
 use super::lora_names::Role;
+use super::lora_peft::Setting;
 use crate::error::{Error, Result};
 use crate::files::{LoraTarget, Weights};
 
@@ -30,6 +32,8 @@ pub(super) enum WeightDelta {
 pub(super) struct Delta {
     pub(super) weight: Option<WeightDelta>,
     pub(super) bias: Option<Tensor>,
+    /// Tensors that have no part in it.
+    pub(super) unused: Vec<String>,
 }
 
 /// How a change of a weight is made up.
@@ -62,10 +66,12 @@ pub(super) struct Parts<'a> {
     pub(super) weights: &'a Weights,
     pub(super) target: LoraTarget,
     pub(super) tensors: BTreeMap<Role, String>,
-    /// Alpha and whether it is divided by the root of the rank, where no tensor says it.
-    pub(super) setting: Option<(f64, bool)>,
+    /// Alpha, where no tensor says it.
+    pub(super) setting: Option<Setting>,
     /// Maximum numbers of the change.
     pub(super) room: u64,
+    /// The tensors that were asked for.
+    pub(super) asked: RefCell<BTreeSet<Role>>,
 }
 
 impl Parts<'_> {
@@ -105,7 +111,13 @@ impl Parts<'_> {
             (_, true) => Some((self.tensor(UpBias, &out)? * self.scale(self.rows(Down)?)?)?),
             _ => None,
         };
-        Ok(Delta { weight, bias })
+        // LyCORIS writes an alpha of LoKr also where it is not applied.
+        let asked = |role| {
+            self.asked.borrow().contains(role) || (*role == Alpha && method == Some(Method::Lokr))
+        };
+        let unused = self.tensors.iter().filter(|(role, _)| !asked(*role));
+        let unused = unused.map(|(_, tensor)| tensor.clone()).collect();
+        Ok(Delta { weight, bias, unused })
     }
 
     /// LoRA and LoCon: alpha / r up down, or with a third factor (r, r, k, k) between them.
@@ -189,7 +201,12 @@ impl Parts<'_> {
         if self.has(LokrW2) {
             self.admit(self.size())?;
             let w2 = self.tensor(LokrW2, &[c, d, k, k])?;
-            let scale = rank.map_or(Ok(1.0), |rank| self.scale(rank))?;
+            // Only PEFT scales two whole factors.
+            let whole = || match self.setting.filter(|_| !self.has(Alpha)) {
+                Some(setting) => setting.scale(setting.rank),
+                None => 1.0,
+            };
+            let scale = rank.map_or_else(|| Ok(whole()), |rank| self.scale(rank))?;
             return Ok(WeightDelta::Dense((kron(&w1()?, &w2)? * scale)?));
         }
         let rank = self.rows(LokrW2B)?;
@@ -325,11 +342,7 @@ impl Parts<'_> {
         if self.has(Role::Alpha) {
             return Ok(self.number(Role::Alpha)? / rank);
         }
-        Ok(match self.setting {
-            Some((alpha, true)) => alpha / rank.sqrt(),
-            Some((alpha, false)) => alpha / rank,
-            None => 1.0,
-        })
+        Ok(self.setting.map_or(1.0, |setting| setting.scale(rank)))
     }
 
     fn has(&self, role: Role) -> bool {
@@ -339,6 +352,7 @@ impl Parts<'_> {
     fn dims(&self, role: Role) -> Result<&[usize]> {
         let shape = self.tensors.get(&role).and_then(|name| self.weights.shape(name));
         let shape = shape.ok_or_else(|| self.missing(role))?;
+        self.asked.borrow_mut().insert(role);
         // Of such a shape the other dimensions may be anything.
         if shape.contains(&0) {
             return Err(self.error(role, format!("holds no numbers: its shape is {shape:?}")));

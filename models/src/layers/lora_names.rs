@@ -109,7 +109,8 @@ const PEFT_ROLES: [(&str, &str, Role); 4] = [
 ];
 
 /// Marks in names of what is rejected, and what it is called.
-const REFUSED: [(&str, &str); 12] = [
+const REFUSED: [(&str, &str); 13] = [
+    (".lora_E", "AdaLoRA"),
     (".oft_", "OFT"),
     (".boft_", "BOFT"),
     (".vera_lambda", "VeRA"),

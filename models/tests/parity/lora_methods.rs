@@ -93,6 +93,75 @@ fn every_method_draws_what_its_library_does() {
     assert!(wrong.is_empty(), "{wrong:?}");
 }
 
+/// A regular expression chooses other alphas for some weights.
+#[test]
+fn settings_of_peft_are_followed() {
+    let expected = fixture("peft/expected.safetensors");
+    let plain = drawn(&model(path("lora"), Vec::new()), &spec(&[]));
+    for method in ["loha", "lokr"] {
+        let file = path(&format!("peft/{method}/adapter_model.safetensors"));
+        let begun = model(path("lora"), vec![file.clone()]).begin(&spec(&[("adapter_model", 1.0)]));
+        assert_eq!(begun.unwrap().warnings(), [""; 0], "{method}");
+        let ours = drawn(&model(path("lora"), vec![file]), &spec(&[("adapter_model", 1.0)]));
+        let error = relative_error(&ours, &expected[method]);
+        let change = relative_error(&expected[method], &plain);
+        assert!(error < 1e-4 && change > 0.05, "{method}: {error:.1e} of {change:.1e}");
+    }
+}
+
+#[test]
+fn settings_of_peft_are_read_anew_and_refused_if_they_cannot_be() {
+    let folder = tempfile::tempdir().unwrap();
+    copy_files(&path("peft/loha"), folder.path());
+    let model = model(folder.path().to_owned(), Vec::new());
+    let settings = folder.path().join("adapter_config.json");
+    let spec = spec(&[("adapter_model", 1.0)]);
+    let whole = drawn(&model, &spec);
+    std::fs::write(&settings, r#"{"peft_type": "LOHA", "alpha": 0.5, "r": 2}"#).unwrap();
+    assert!(relative_error(&drawn(&model, &spec), &whole) > 0.01, "it is part of the version");
+    for (text, words) in [
+        (r#"{"peft_type": "VERA"}"#.to_owned(), "peft_type: \"VERA\" is not supported"),
+        (format!("{{}}{}", " ".repeat(5 << 20)), "is larger than"),
+        ("[]".into(), "is not a JSON object"),
+    ] {
+        std::fs::write(&settings, text).unwrap();
+        let error = model.begin(&spec).map(drop).unwrap_err().to_string();
+        assert!(error.contains("adapter_config.json: ") && error.contains(words), "{error}");
+    }
+    std::fs::remove_file(&settings).unwrap();
+    std::fs::create_dir(&settings).unwrap();
+    let error = model.begin(&spec).map(drop).unwrap_err().to_string();
+    assert!(error.contains("adapter_config.json: "), "{error}");
+    std::fs::remove_dir(&settings).unwrap();
+    let begun = model.begin(&spec).unwrap();
+    assert!(begun.warnings()[0].contains("without PEFT's adapter_config.json"));
+}
+
+#[test]
+fn a_bias_alone_is_added_without_a_weight() {
+    let folder = tempfile::tempdir().unwrap();
+    let unet = fixture("v1/unet/diffusion_pytorch_model.safetensors");
+    let (mut alone, mut beside) = (HashMap::new(), HashMap::new());
+    for name in ["conv_in", "down_blocks.0.downsamplers.0.conv", "time_embedding.linear_2"] {
+        let weight = &unet[&format!("{name}.weight")];
+        let bias = Tensor::full(0.3_f32, weight.dims()[0], &Device::Cpu).unwrap();
+        let key = format!("lora_unet_{}", name.replace('.', "_"));
+        alone.insert(format!("{key}.diff_b"), bias.clone());
+        beside.insert(format!("{key}.diff_b"), bias);
+        beside.insert(format!("{key}.diff"), weight.zeros_like().unwrap());
+    }
+    safetensors::save(&alone, folder.path().join("alone.safetensors")).unwrap();
+    safetensors::save(&beside, folder.path().join("beside.safetensors")).unwrap();
+    // Some hundred numbers each: the weights would not fit.
+    let tight = limited(path("v1"), folder.path().to_owned(), Vec::new(), 2048);
+    let ours = drawn(&tight, &spec(&[("alone", SCALE)]));
+    let roomy = model(folder.path().to_owned(), Vec::new());
+    assert!(relative_error(&ours, &drawn(&roomy, &spec(&[("beside", SCALE)]))) < 1e-5);
+    assert!(relative_error(&ours, &drawn(&roomy, &spec(&[]))) > 0.01);
+    let both = drawn(&roomy, &spec(&[("beside", 0.5), ("alone", 0.3)]));
+    assert!(relative_error(&both, &ours) < 1e-5);
+}
+
 #[test]
 fn rows_with_different_methods_share_a_batch() {
     let model = model(path("lora"), Vec::new());

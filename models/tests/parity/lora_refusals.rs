@@ -1,5 +1,5 @@
 //! LoRA files whose tensors do not fit each other, whatever their shapes: refused by name, before
-//! anything is computed with them.
+//! anything is computed with them; or warned of, if the others make a whole.
 
 use std::path::{Path, PathBuf};
 
@@ -115,4 +115,33 @@ fn loras_that_take_too_much_memory_are_refused_while_they_are_read() {
     let refusal = refusal(&model, &["small", "other"]);
     assert!(refusal.contains("names LoRAs that together would take more"), "{refusal}");
     assert!(model.begin(&with(&["other"])).is_ok(), "each alone");
+}
+
+#[test]
+fn tensors_that_a_method_does_not_use_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let (down, up): (Part<'_>, Part<'_>) =
+        (("lora_A.weight", &[2, 32]), ("lora_B.weight", &[64, 2]));
+    let lokr: [Part<'_>; 2] = [("lokr_w1", &[2, 2]), ("lokr_w2", &[32, 16])];
+    let cases: [(&[Part<'_>], &str); 6] = [
+        (&[lokr[0], lokr[1], ("lokr_w1_a", &[2, 1])], "1 tensor that its method"),
+        (&[lokr[0], lokr[1], ("lokr_t2", &[1]), ("lokr_w2_b", &[1])], "2 tensors that their"),
+        (&[down, up, ("dora_scale", &[64]), ("lora_magnitude_vector", &[64])], "1 tensor"),
+        (&[down, up, ("diff_b", &[64]), ("lora_B.bias", &[64])], "1 tensor"),
+        (&[("diff_b", &[64]), ("dora_scale", &[64])], "1 tensor"),
+        (&[lokr[0], lokr[1], ("alpha", &[])], ""),
+    ];
+    for (k, (tensors, _)) in cases.iter().enumerate() {
+        save(folder.path(), &format!("case{k}"), tensors);
+    }
+    let model = limited(path("v1"), folder.path().to_owned(), Vec::new(), 1 << 20);
+    for (k, (tensors, words)) in cases.iter().enumerate() {
+        let begun = model.begin(&with(&[&format!("case{k}")])).unwrap();
+        let of_file = begun.warnings().iter().filter(|text| text.starts_with("the LoRA"));
+        let of_file: Vec<_> = of_file.collect();
+        assert_eq!(of_file.len(), usize::from(!words.is_empty()), "{tensors:?}: {of_file:?}");
+        assert!(of_file.iter().all(|text| text.contains(words)), "{of_file:?}");
+    }
+    save(folder.path(), "ada", &[down, up, ("lora_E", &[2, 1])]);
+    assert!(refusal(&model, &["ada"]).contains("is of AdaLoRA, which is not supported"));
 }
