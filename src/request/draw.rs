@@ -243,13 +243,7 @@ impl DrawRequest {
         // What is wrong with them is found below.
         let named = syntax.text(&prompt).map_or_else(|_| Vec::new(), |(_, named)| named);
         let (defaults, warnings) = self.defaults(model, loras.iter().chain(&named));
-        let is_a1111 = syntax == PromptSyntax::A1111;
-        let texts = [("prompt", Some(&prompt)), ("negative_prompt", self.negative_prompt.as_ref())];
-        for (name, text) in texts {
-            let unread = text.and_then(|text| unread(text, is_a1111));
-            let name = self.names.of(name);
-            self.warnings.extend(unread.map(|what| format!("{name} {what}")));
-        }
+        self.warn_of_unread(&prompt, syntax);
         let input = self.input(limits)?;
         let size = input.as_ref().map_or(defaults.size, |input| input.size(limits, model));
         let sides = [self.width.unwrap_or(size.width()), self.height.unwrap_or(size.height())];
@@ -297,6 +291,17 @@ impl DrawRequest {
             image
         };
         Ok((0..count as u64).map(numbered).collect())
+    }
+
+    /// Warns of syntax in the prompts that is drawn as words.
+    fn warn_of_unread(&mut self, prompt: &str, syntax: PromptSyntax) {
+        let negative = self.negative_prompt.as_deref().unwrap_or_default();
+        let texts = [("prompt", prompt), ("negative_prompt", negative)];
+        let warnings = texts.map(|(name, text)| {
+            let unread = unread(text, syntax == PromptSyntax::A1111);
+            unread.map(|what| format!("{} {what}", self.names.of(name)))
+        });
+        self.warnings.extend(warnings.into_iter().flatten());
     }
 
     /// The defaults: those of a LoRA that was distilled to few steps before the model's. A warning

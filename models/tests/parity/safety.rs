@@ -102,7 +102,7 @@ fn a_model_is_checked_when_its_index_says_so() {
 }
 
 #[test]
-fn a_tensor_that_does_not_belong_is_refused() {
+fn a_tensor_that_does_not_belong_is_left_out() {
     let source = model("stray", &index(Some("StableDiffusionSafetyChecker")));
     let Source::Directory(root) = &source else { unreachable!() };
     let file = root.join("safety_checker/model.safetensors");
@@ -115,6 +115,5 @@ fn a_tensor_that_does_not_belong_is_refused() {
     assert!(load(&source).is_ok());
     tensors.insert("stray".into(), Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap());
     candle_core::safetensors::save(&tensors, &file).unwrap();
-    let error = load(&source).err().unwrap().to_string();
-    assert!(error.contains("stray"), "{error}");
+    assert!(load(&source).is_ok());
 }
