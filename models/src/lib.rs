@@ -26,7 +26,7 @@ pub use layers::LoraStack;
 pub use ops::{KernelStats, cpu_isa, keep_freed_memory, return_freed_memory};
 pub use picture::{Rgb, Size};
 pub use pipeline::{
-    AddOns, Defaults, DeviceName, Hires, Img2Img, LoadOptions, MAX_NOISE_SCALE, MAX_STEPS,
+    AddOns, Chosen, Defaults, DeviceName, Hires, Img2Img, LoadOptions, MAX_NOISE_SCALE, MAX_STEPS,
     MaskedStart, MemoryEstimate, ModelInfo, Pipeline, Precision, PromptSyntax, SafetyMode, Spec,
     Trajectory, Upscaler, Variation, check_pipeline, parameters,
 };

@@ -156,6 +156,10 @@ pub struct DrawRequest {
     /// What the reply says of fields that are not followed.
     #[serde(skip)]
     pub(crate) warnings: Vec<String>,
+    /// Whether `hires_steps` are the steps that the hires pass takes, as in AUTOMATIC1111, and not
+    /// those of which the strength is the share that is taken.
+    #[serde(skip)]
+    pub(crate) hires_counts_taken: bool,
     /// The client's names of the fields.
     #[serde(skip)]
     pub(crate) names: Names,
@@ -242,19 +246,25 @@ impl DrawRequest {
         let loras: Vec<_> = self.loras.iter().flatten().map(lora).collect();
         // What is wrong with them is found below.
         let named = syntax.text(&prompt).map_or_else(|_| Vec::new(), |(_, named)| named);
-        let (defaults, warnings) = self.defaults(model, loras.iter().chain(&named));
+        let (defaults, mut warnings) = self.defaults(model, loras.iter().chain(&named));
         self.warn_of_unread(&prompt, syntax);
         let input = self.input(limits)?;
         let size = input.as_ref().map_or(defaults.size, |input| input.size(limits, model));
         let sides = [self.width.unwrap_or(size.width()), self.height.unwrap_or(size.height())];
         let size = self.sides(["width", "height"], sides, limits)?;
-        // So many that a strength leaves one.
-        let least = input.as_ref().map_or(1.0, |input| (1.0 / input.strength).ceil()) as usize;
-        let steps = self.num_inference_steps;
-        let steps = steps.unwrap_or_else(|| defaults.steps.max(least.min(limits.max_steps)));
+        let SamplerName { sampler, schedule } = self.sampler_name(&defaults)?;
+        let most = limits.max_steps.min(model.most_steps(sampler));
+        let strength = ("strength", input.as_ref().map_or(1.0, |input| input.strength));
+        let steps = match self.num_inference_steps {
+            Some(steps) => steps,
+            None => self.raised(defaults.steps, strength, most, &mut warnings)?,
+        };
         let count = self.num_images_per_prompt.unwrap_or(1);
         self.within("num_images_per_prompt", count, 1..=limits.max_images)?;
-        let SamplerName { sampler, schedule } = self.sampler_name(&defaults)?;
+        let guidance_scale = self.guidance_scale.unwrap_or(defaults.guidance_scale);
+        let guided = guidance_scale > 1.0 && !model.embeds_guidance;
+        let own_eta = defaults.eta.filter(|_| sampler == defaults.sampler);
+        let hires = self.hires((size, steps), limits, model, most, &mut warnings)?;
         let spec = Spec {
             prompt,
             prompt_syntax: syntax,
@@ -262,29 +272,25 @@ impl DrawRequest {
             loras,
             size,
             steps,
-            guidance_scale: self.guidance_scale.unwrap_or(defaults.guidance_scale),
+            guidance_scale,
             seed: self.seed.unwrap_or(random_seed),
             sampler,
             schedule,
             sampler_options: SamplerOptions {
-                eta: self.eta,
+                eta: self.eta.or(own_eta),
                 s_noise: self.s_noise,
                 churn: self.churn,
             },
             embeds_guidance: model.embeds_guidance,
             clip_skip: self.clip_skip.unwrap_or(defaults.clip_skip),
-            guidance_rescale: self.guidance_rescale.unwrap_or(defaults.guidance_rescale),
+            guidance_rescale: self.rescale(&defaults, guided),
             variation: self.variation(random_seed)?,
             warnings,
-            hires: self.hires(size, steps, limits, model)?,
+            hires,
             img2img: input.map(|input| Arc::new(self.img2img(input, size))),
         };
         model.check(&spec).map_err(|error| self.refused(error))?;
-        let named = named.len();
-        if spec.loras.len() + named > limits.max_loras {
-            let reason = format!("names too many LoRAs; at most {} are allowed", limits.max_loras);
-            return Err(self.range(if named == 0 { "loras" } else { "prompt" }, reason));
-        }
+        self.check_loras((spec.loras.len(), named.len()), limits)?;
         let numbered = |k: u64| {
             let mut image = spec.clone();
             image.set_number(&spec, k);
@@ -312,7 +318,8 @@ impl DrawRequest {
         loras: impl Iterator<Item = &'a LoraUse>,
     ) -> (Defaults, Vec<String>) {
         let own = model.defaults;
-        let few = own.with_loras(loras.map(|lora| lora.name.as_str()));
+        let used = loras.filter(|lora| lora.scale > 0.0);
+        let few = own.with_loras(used.map(|lora| lora.name.as_str()));
         let Some((few, why)) = few.filter(|_| !model.embeds_guidance) else {
             return (own, Vec::new());
         };
@@ -336,9 +343,8 @@ impl DrawRequest {
             .then(|| format!("{why}: its defaults were taken, {}", taken.join(", ")));
         // A schedule that is asked for is one of the model's own sampler.
         let own_sampler = self.scheduler.is_none() && self.schedule.is_some();
-        let sampler = if own_sampler { own.sampler_name() } else { sampler };
-        let SamplerName { sampler, schedule } = sampler;
-        (Defaults { sampler, schedule, ..few }, warning.into_iter().collect())
+        let Defaults { sampler, schedule, eta, .. } = if own_sampler { own } else { few };
+        (Defaults { sampler, schedule, eta, ..few }, warning.into_iter().collect())
     }
 
     /// The variation, unless it would change nothing.
@@ -531,13 +537,83 @@ impl DrawRequest {
         ValidationError::range(self.names.of(name), reason)
     }
 
-    /// The hires pass, in the proportions of the base pass if only one of its sides is given.
+    /// The guidance rescale. Without guidance there is nothing that the default could scale back.
+    fn rescale(&self, defaults: &Defaults, guided: bool) -> f64 {
+        let default = if guided { defaults.guidance_rescale } else { 0.0 };
+        self.guidance_rescale.unwrap_or(default)
+    }
+
+    /// Checks the number of LoRAs: of the field, and of the prompt.
+    fn check_loras(
+        &self,
+        (listed, named): (usize, usize),
+        limits: &Limits,
+    ) -> Result<(), ValidationError> {
+        if listed + named <= limits.max_loras {
+            return Ok(());
+        }
+        let reason = format!("names too many LoRAs; at most {} are allowed", limits.max_loras);
+        Err(self.range(if named == 0 { "loras" } else { "prompt" }, reason))
+    }
+
+    /// So many steps that a strength leaves one, with a warning where these are more.
+    fn raised(
+        &self,
+        steps: usize,
+        (field, strength): (&str, f64),
+        most: usize,
+        warnings: &mut Vec<String>,
+    ) -> Result<usize, ValidationError> {
+        let least = (1.0 / strength).ceil() as usize;
+        if least > most {
+            let reason =
+                format!("of {strength} takes less than one of {most} steps, the most there can be");
+            return Err(self.range(field, reason));
+        }
+        if least > steps {
+            let field = self.names.of(field);
+            warnings.push(format!(
+                "{field} {strength} takes less than one of {steps} steps: there are {least}"
+            ));
+        }
+        Ok(steps.max(least))
+    }
+
+    /// The steps of a hires pass of which the strength leaves those that are asked for, or as many
+    /// as a schedule of at most `most` steps has, with a warning.
+    fn hires_schedule(
+        &self,
+        taken: usize,
+        strength: f64,
+        most: usize,
+        warnings: &mut Vec<String>,
+    ) -> Result<usize, ValidationError> {
+        let steps = (taken as f64 / strength).ceil() as usize;
+        let left = (most as f64 * strength) as usize;
+        if left == 0 {
+            let reason =
+                format!("of {strength} takes less than one of {most} steps, the most there can be");
+            return Err(self.range("hires_strength", reason));
+        }
+        if steps > most {
+            let field = self.names.of("hires_strength");
+            warnings.push(format!(
+                "the hires pass takes {left} of {taken} steps: at a {field} of {strength} a schedule \
+                 of {most} steps, the most there can be, has no more"
+            ));
+        }
+        Ok(steps.clamp(1, most))
+    }
+
+    /// The hires pass, in the proportions of the base pass if only one of its sides is given. A
+    /// schedule has at most `most` steps.
     fn hires(
         &self,
-        base: Size,
-        steps: usize,
+        (base, steps): (Size, usize),
         limits: &Limits,
         model: &ModelInfo,
+        most: usize,
+        warnings: &mut Vec<String>,
     ) -> Result<Option<Hires>, ValidationError> {
         let scaled = |side: usize, by: usize, of: usize| {
             (side * by / of / model.multiple).max(1) * model.multiple
@@ -557,10 +633,17 @@ impl DrawRequest {
             }
         };
         let upscaler = self.choice::<Upscaler>("hires_upscaler", self.hires_upscaler.as_ref())?;
+        let strength = self.hires_strength.unwrap_or(DEFAULT_HIRES_STRENGTH);
         Ok(Some(Hires {
             size: self.sides(["hires_width", "hires_height"], sides, limits)?,
-            steps: self.hires_steps.unwrap_or(steps),
-            strength: self.hires_strength.unwrap_or(DEFAULT_HIRES_STRENGTH),
+            steps: match self.hires_steps {
+                taken if self.hires_counts_taken => {
+                    self.hires_schedule(taken.unwrap_or(steps), strength, most, warnings)?
+                }
+                Some(steps) => steps,
+                None => self.raised(steps, ("hires_strength", strength), most, warnings)?,
+            },
+            strength,
             upscaler: upscaler.unwrap_or_default(),
         }))
     }

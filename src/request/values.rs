@@ -144,7 +144,10 @@ impl FieldSchema<'_> {
                 if fits && (high.is_null() || value <= high.as_f64()) {
                     return Ok(());
                 }
-                Err(format!("must be from {low} to {high}, not {number}"))
+                Err(match high {
+                    Value::Null => format!("must be at least {low}, not {number}"),
+                    high => format!("must be from {low} to {high}, not {number}"),
+                })
             }
             Value::String(text) => at_most("maxLength", "characters", &|| text.chars().count()),
             Value::Array(list) => at_most("maxItems", "entries", &|| list.len()),

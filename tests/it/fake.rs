@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sd_models::{
-    AddOns, Defaults, Embeddings, Error, MemoryEstimate, ModelInfo, PromptSyntax, Result, Rgb,
-    Sampler, SamplerOptions, SigmaSchedule, Size, Spec,
+    AddOns, Chosen, Defaults, Embeddings, Error, MemoryEstimate, ModelInfo, PromptSyntax, Result,
+    Rgb, Sampler, SamplerOptions, SigmaSchedule, Size, Spec,
 };
 use sd_server::engine::{Model, Trajectory};
 use sd_server::request::Limits;
@@ -79,6 +79,8 @@ impl Fake {
             schedule: SigmaSchedule::Model,
             clip_skip: 0,
             guidance_rescale: 0.0,
+            eta: None,
+            chosen: Chosen::default(),
         };
         let info = ModelInfo {
             name: "fake".into(),
@@ -90,6 +92,8 @@ impl Fake {
             multiple: 8,
             embeds_guidance: false,
             text_layers: 12,
+            text_width: 768,
+            most_steps: (1000, 50),
             checked: false,
             memory: MemoryEstimate { scale: 8, ..MemoryEstimate::default() },
             add_ons: AddOns::default(),

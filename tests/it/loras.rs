@@ -295,6 +295,9 @@ fn an_lcm_lora_brings_its_own_defaults() {
     let (text, reply, _) = draw(json!({ "steps": 2, "scheduler": "euler", "guidance_scale": 3 }));
     assert!(text.contains("Steps: 2, Sampler: Euler, CFG scale: 3, "), "{text}");
     assert!(reply.get("warnings").is_none(), "{reply}");
+    let unused = json!({ "prompt": "a house <lora:my-lcm-lora:0>", "steps": 2 });
+    let (text, ..) = draw(unused);
+    assert!(text.contains("Steps: 2, ") && text.contains("CFG scale: 7.5, "), "{text}");
     // The model that has it in its weights draws the same, but for their rounding to f16.
     let path = folder.path().join("merged.png");
     let mut command = sd_server(&["generate", "a red house by the sea", "--seed", "7"]);

@@ -4,11 +4,13 @@ use anyhow::{Context as _, Result};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use image::ImageFormat;
+use sd_models::ModelInfo;
+use sd_server::engine::Engine;
 use sd_server::http;
 use serde_json::{Value, json};
 
 use crate::engine::{LONG, Server, ready};
-use crate::fake::{HTTP, Strings, keyed, wait_until};
+use crate::fake::{ENGINE, Fake, HTTP, Strings, keyed, wait_until};
 use crate::harness;
 use crate::inputs::{file as png, gradient};
 use crate::invocations::infotext;
@@ -31,6 +33,15 @@ async fn start(settings: http::HttpConfig) -> (Server, Strings) {
 /// A server whose steps are free.
 async fn free() -> Server {
     start(HTTP).await.0
+}
+
+/// A server of a model with other properties, whose steps are free.
+async fn of_model(change: impl FnOnce(&mut ModelInfo)) -> Result<Server> {
+    let (mut fake, _) = Fake::new();
+    change(&mut fake.info);
+    let engine = Engine::start(ENGINE, || Ok(fake))?;
+    engine.ready().await?;
+    Ok(Server::start(engine, HTTP, LONG).await)
 }
 
 fn file(image: &Value) -> Result<Vec<u8>> {
@@ -176,6 +187,57 @@ async fn clip_skip_is_counted_from_the_last_layer() -> Result<()> {
     let (status, error) =
         post(&server.url, "/sdapi/v1/options", &json!({ "CLIP_stop_at_last_layers": 2 })).await?;
     assert_eq!(status, 422, "{error}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_clip_skip_of_openclip_is_dropped_and_bounds_are_the_clients() -> Result<()> {
+    let server = free().await;
+    let body = json!({ "override_settings": { "CLIP_stop_at_last_layers": 99 } });
+    let (status, error) = post(&server.url, "/sdapi/v1/txt2img", &body).await?;
+    let rule = "override_settings.CLIP_stop_at_last_layers must be from 1 to 13, not 99";
+    assert_eq!((status, &error["detail"]), (422, &rule.into()));
+    let (status, error) =
+        post(&server.url, "/invocations", &json!({ "prompt": "x", "clip_skip": -1 })).await?;
+    let rule = "clip_skip must be at least 0, not -1";
+    assert_eq!((status, &error["error"]["message"]), (422, &rule.into()), "{error}");
+    let server = of_model(|info| info.text_width = 1024).await?;
+    let info = info_of(&server, json!({ "steps": 1, "clip_skip": 2 })).await?;
+    assert_eq!(info["clip_skip"], 1);
+    assert!(info["warnings"][0].as_str().is_some_and(|text| text.contains("OpenCLIP")), "{info}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_steps_that_a_strength_needs_are_told_and_bounded_by_the_sampler() -> Result<()> {
+    let server = of_model(|info| info.defaults.steps = 1).await?;
+    let drawn = async |body: Value| post(&server.url, "/invocations", &body).await;
+    let (status, reply) = drawn(json!({ "prompt": "x", "hires_width": 128 })).await?;
+    let warning = "hires_strength 0.75 takes less than one of 1 steps: there are 2";
+    assert_eq!((status, &reply["warnings"]), (200, &json!([warning])), "{reply}");
+    for (fields, rule) in [
+        (json!({ "steps": 51 }), "steps must be 1 to 50 with lcm, not 51"),
+        (
+            json!({ "hires_width": 128, "hires_steps": 51 }),
+            "hires_steps must be 1 to 50 with lcm, not 51",
+        ),
+        (
+            json!({ "hires_width": 128, "hires_strength": 0.01 }),
+            "hires_strength of 0.01 takes less than one of 50 steps, the most there can be",
+        ),
+    ] {
+        let mut body = json!({ "prompt": "x", "scheduler": "lcm" });
+        body.as_object_mut().context("one")?.extend(fields.as_object().context("one")?.clone());
+        let (status, error) = drawn(body).await?;
+        assert_eq!((status, &error["error"]["message"]), (422, &rule.into()), "{error}");
+        let param = rule.split(' ').next();
+        assert_eq!(error["error"]["param"].as_str(), param);
+    }
+    let hires = json!({ "steps": 10, "sampler_name": "LCM", "enable_hr": true,
+                        "denoising_strength": 0.1 });
+    let info = info_of(&server, hires).await?;
+    let warning = info["warnings"][0].as_str().context("a warning")?;
+    assert!(warning.starts_with("the hires pass takes 5 of 10 steps"), "{warning}");
     Ok(())
 }
 

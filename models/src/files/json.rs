@@ -1,6 +1,10 @@
 //! JSON files of which every key must be read, ignored by name, or rejected.
 
-use serde::de::DeserializeOwned;
+use std::collections::HashSet;
+use std::fmt;
+
+use serde::de::{DeserializeOwned, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value};
 
 use super::source::Source;
@@ -18,8 +22,12 @@ pub struct Keys {
 impl Keys {
     /// Reads a file of the model.
     pub fn read(source: &Source, file: &str) -> Result<Self> {
-        let value = serde_json::from_slice(&source.require(file)?)
+        let text = source.require(file)?;
+        let value = serde_json::from_slice(&text)
             .map_err(|error| Error::config(file, format!("not JSON: {error}")))?;
+        if let Ok(Pairs(Some(key))) = serde_json::from_slice(&text) {
+            return Err(Error::config(file, format!("{key}: is given twice")));
+        }
         Self::new(file, value)
     }
 
@@ -57,6 +65,11 @@ impl Keys {
             return Ok(count);
         }
         Err(self.invalid(key, format!("{count} must be {least} to {MAX_COUNT}")))
+    }
+
+    /// Whether a key is there and not null.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.map.get(key).is_some_and(|value| !value.is_null())
     }
 
     /// Whether a key is there and null.
@@ -103,6 +116,40 @@ impl Keys {
 
     pub(crate) fn invalid(&self, key: &str, reason: impl std::fmt::Display) -> Error {
         Error::config(&self.file, format!("{key}: {reason}"))
+    }
+}
+
+/// The first key of an object that is given twice.
+struct Pairs(Option<String>);
+
+impl<'de> Deserialize<'de> for Pairs {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        struct Object;
+
+        impl<'de> Visitor<'de> for Object {
+            type Value = Pairs;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(
+                self,
+                mut map: A,
+            ) -> std::result::Result<Pairs, A::Error> {
+                let (mut keys, mut twice) = (HashSet::new(), None);
+                while let Some((key, IgnoredAny)) = map.next_entry::<String, _>()? {
+                    if keys.contains(&key) {
+                        twice = twice.or(Some(key));
+                    } else {
+                        keys.insert(key);
+                    }
+                }
+                Ok(Pairs(twice))
+            }
+        }
+
+        deserializer.deserialize_map(Object)
     }
 }
 

@@ -106,6 +106,17 @@ impl Source {
         }
     }
 
+    /// The name of a file of the model's owner: beside a single-file checkpoint `STEM.NAME` if
+    /// there is one, since other checkpoints may lie there too.
+    pub fn own_name(&self, name: &str) -> String {
+        let own = match self {
+            Self::Checkpoint(checkpoint) => checkpoint.file.with_extension(name),
+            _ => return name.into(),
+        };
+        let found = own.file_name().filter(|_| own.is_file());
+        found.map_or_else(|| name.into(), |own| own.to_string_lossy().into_owned())
+    }
+
     /// Reads a small file that every model must have.
     pub fn require(&self, name: &str) -> Result<Cow<'static, [u8]>> {
         self.read(name)?.ok_or_else(|| Error::File {

@@ -7,7 +7,9 @@ use crate::error::{Error, Result};
 use crate::files::{Keys, Source};
 use crate::networks::UNetConfig;
 use crate::picture::Size;
-use crate::sampling::{Sampler, SamplerName, SchedulerConfig, SigmaSchedule};
+use crate::sampling::{
+    Run, Sampler, SamplerName, SamplerOptions, SamplerState, SchedulerConfig, SigmaSchedule,
+};
 
 /// The file of the defaults that the owner of a model has chosen.
 const FILE: &str = "sd-server.json";
@@ -29,6 +31,21 @@ pub struct Defaults {
     pub clip_skip: usize,
     /// Share of the rescaled guidance.
     pub guidance_rescale: f64,
+    /// What the sampler draws anew at each step, where it is not the sampler's own default.
+    pub eta: Option<f64>,
+    /// What of it the owner of the model has chosen.
+    pub chosen: Chosen,
+}
+
+/// Which defaults the owner of the model has chosen: a LoRA replaces none of them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Chosen {
+    /// The steps.
+    pub steps: bool,
+    /// The guidance scale.
+    pub guidance_scale: bool,
+    /// The sampler or its schedule.
+    pub sampler: bool,
 }
 
 impl Defaults {
@@ -37,13 +54,14 @@ impl Defaults {
         SamplerName { sampler: self.sampler, schedule: self.schedule }
     }
 
-    /// The defaults of a model. `scale` is pixels per latent pixel.
+    /// The defaults of a model, and what of them is only told by its name. `scale` is pixels per
+    /// latent pixel, `layers` those of the text encoder.
     pub(super) fn read(
         source: &Source,
         name: &str,
-        (unet, scale): (&UNetConfig, usize),
+        (unet, scale, layers): (&UNetConfig, usize, usize),
         scheduler: &SchedulerConfig,
-    ) -> Result<Self> {
+    ) -> Result<(Self, Option<String>)> {
         let side = unet.sample_size.saturating_mul(scale);
         let size = Size::new(side, side).ok_or_else(|| {
             Error::config("unet/config.json", format!("sample_size: {side} pixels a side"))
@@ -57,16 +75,35 @@ impl Defaults {
             schedule,
             clip_skip: 0,
             guidance_rescale: 0.0,
+            eta: None,
+            chosen: Chosen::default(),
         };
-        let embeds_guidance = unet.time_cond_proj_dim.is_some();
-        if let Some(few) = FewSteps::of_model(name, embeds_guidance, scheduler) {
-            defaults.take(&few);
+        let told = FewSteps::of_model(unet, scheduler);
+        let named = if told.is_none() { FewSteps::named(name) } else { None };
+        if let Some(few) = told.as_ref().or(named.as_ref()) {
+            defaults.take(few);
         }
-        if source.read(FILE)?.is_some() {
-            defaults = defaults.overridden(Keys::read(source, FILE)?)?;
+        let warning = named.map(|few| {
+            let FewSteps { title, steps, guidance_scale, .. } = few;
+            format!(
+                "the name {name:?} is of the kind {title}: its defaults are {steps} steps, guidance \
+                 scale {guidance_scale}, the sampler {}; {FILE} overrides them",
+                defaults.sampler_name()
+            )
+        });
+        let file = source.own_name(FILE);
+        if source.read(&file)?.is_some() {
+            let keys = Keys::read(source, &file)?;
+            defaults = defaults.overridden(keys, scale.max(8), layers)?;
+            let SamplerName { sampler, schedule } = defaults.sampler_name();
+            let (options, steps) = (SamplerOptions::default(), defaults.steps);
+            let run = Run { sampler, schedule, options, steps, skipped: 0 };
+            if let Err(Error::Spec { reason, .. }) = SamplerState::new(scheduler, run) {
+                return Err(Error::config(file, format!("steps: {reason}")));
+            }
         }
         scheduler.check_sampler(defaults.sampler)?;
-        Ok(defaults)
+        Ok((defaults, warning))
     }
 
     /// Those of an image with LoRAs of these names, and what the first of them was distilled to, if
@@ -76,22 +113,36 @@ impl Defaults {
         names: impl IntoIterator<Item = &'a str>,
     ) -> Option<(Self, String)> {
         let (name, few) =
-            names.into_iter().find_map(|name| FewSteps::of_lora(name).map(|few| (name, few)))?;
+            names.into_iter().find_map(|name| FewSteps::named(name).map(|few| (name, few)))?;
         let mut defaults = *self;
         defaults.take(&few);
         Some((defaults, format!("the LoRA {name:?} is of the kind {}", few.title)))
     }
 
     fn take(&mut self, few: &FewSteps) {
-        self.steps = few.steps;
-        self.guidance_scale = few.guidance_scale;
-        if let Some(SamplerName { sampler, schedule }) = few.sampler {
-            (self.sampler, self.schedule) = (sampler, schedule);
+        if !self.chosen.steps {
+            self.steps = few.steps;
+        }
+        if !self.chosen.guidance_scale {
+            self.guidance_scale = few.guidance_scale;
+        }
+        if let Some(SamplerName { sampler, schedule }) = few.sampler
+            && !self.chosen.sampler
+        {
+            (self.sampler, self.schedule, self.eta) = (sampler, schedule, few.eta);
         }
     }
 
     /// With the values of the file in their places.
-    fn overridden(mut self, mut keys: Keys) -> Result<Self> {
+    fn overridden(mut self, mut keys: Keys, multiple: usize, layers: usize) -> Result<Self> {
+        self.chosen = Chosen {
+            steps: keys.has("steps"),
+            guidance_scale: keys.has("guidance_scale"),
+            sampler: keys.has("scheduler") || keys.has("schedule"),
+        };
+        if self.chosen.sampler {
+            self.eta = None;
+        }
         self.steps = keys.take("steps", self.steps)?;
         if !(1..=MAX_STEPS).contains(&self.steps) {
             return Err(keys.invalid("steps", format!("must be from 1 to {MAX_STEPS}")));
@@ -105,12 +156,18 @@ impl Defaults {
             return Err(keys.invalid("guidance_rescale", "must be from 0 to 1"));
         }
         self.clip_skip = keys.take("clip_skip", self.clip_skip)?;
+        if self.clip_skip > layers {
+            return Err(keys.invalid("clip_skip", format!("must be from 0 to {layers}")));
+        }
         let (width, height) = (self.size.width(), self.size.height());
         let sides = (keys.take("width", width)?, keys.take("height", height)?);
-        let fits = |side: usize| side > 0 && side.is_multiple_of(8);
+        for (key, side) in [("width", sides.0), ("height", sides.1)] {
+            if side == 0 || !side.is_multiple_of(multiple) {
+                return Err(keys.invalid(key, format!("must be a multiple of {multiple}")));
+            }
+        }
         self.size = Size::new(sides.0, sides.1)
-            .filter(|_| fits(sides.0) && fits(sides.1))
-            .ok_or_else(|| keys.invalid("width", "width and height must be multiples of 8"))?;
+            .ok_or_else(|| keys.invalid("width", "and height have too many pixels"))?;
         let name: Option<String> = keys.take("scheduler", None)?;
         let name = name.map(|name| name.parse::<SamplerName>()).transpose();
         let name = name.map_err(|reason| keys.invalid("scheduler", reason))?;
@@ -142,7 +199,8 @@ mod tests {
         let unet = UNetConfig::read(&Source::Demo)?;
         let json = r#"{"_class_name":"DDIMScheduler"}"#;
         let scheduler = SchedulerConfig::from_json(json)?;
-        Defaults::read(&Source::Directory(folder.path().into()), "any", (&unet, 8), &scheduler)
+        let source = Source::Directory(folder.path().into());
+        Defaults::read(&source, "any", (&unet, 8, 2), &scheduler).map(|(defaults, _)| defaults)
     }
 
     #[test]
@@ -170,11 +228,21 @@ mod tests {
             (r#"{"scheduler":"ddim","schedule":"karras"}"#, "scheduler"),
             (r#"{"schedule":"best"}"#, "schedule"),
             (r#"{"scheduler":"dpmpp_2m_karras","schedule":"beta"}"#, "schedule"),
-            (r#"{"height":100}"#, "width"),
+            (r#"{"height":100}"#, "height"),
+            (r#"{"clip_skip":3}"#, "clip_skip"),
+            (r#"{"scheduler":"lcm","steps":51}"#, "steps"),
+            (r#"{"steps":4,"steps":5}"#, "steps"),
             ("[]", FILE),
         ] {
             let error = with(file).expect_err("refused").to_string();
             assert!(error.starts_with(FILE) && error.contains(named), "{file}: {error}");
         }
+    }
+    #[test]
+    fn a_lora_replaces_nothing_that_the_owner_has_chosen() {
+        let own = with(r#"{"steps":6,"scheduler":"dpmpp_2m"}"#).expect("defaults");
+        let (with_lora, _) = own.with_loras(["art", "my-lcm"]).expect("a kind");
+        assert_eq!((with_lora.steps, with_lora.guidance_scale), (6, 1.0));
+        assert_eq!(with_lora.sampler_name().to_string(), "dpmpp_2m");
     }
 }

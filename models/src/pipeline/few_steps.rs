@@ -1,6 +1,7 @@
 //! The kinds of models, and of LoRAs, that were distilled to few steps, and how their authors draw
 //! with them. They are told by the scheduler that they bring, else by the words of their names.
 
+use crate::networks::UNetConfig;
 use crate::sampling::{SamplerName, SchedulerConfig};
 
 /// How a distilled model draws.
@@ -12,6 +13,8 @@ pub(super) struct FewSteps {
     pub(super) guidance_scale: f64,
     /// The sampler; none where it is the model's own.
     pub(super) sampler: Option<SamplerName>,
+    /// What the sampler draws anew at each step; none where it is the sampler's own default.
+    pub(super) eta: Option<f64>,
 }
 
 /// A kind, and what its authors draw with.
@@ -19,7 +22,7 @@ struct Kind {
     title: &'static str,
     /// The words of its name, one after the other.
     words: &'static [&'static str],
-    /// Whether the word is a usual one too: a LoRA is of the kind if its name also has the steps.
+    /// Whether the word is a usual one too: it tells the kind only beside a number of steps.
     is_usual: bool,
     /// Steps, unless the name has them.
     steps: usize,
@@ -31,9 +34,12 @@ struct Kind {
 const WITH_GUIDANCE: f64 = 7.5;
 /// The guidance scale of diffusers' `LatentConsistencyModelPipeline`.
 const EMBEDDED_GUIDANCE: f64 = 8.5;
+/// Width of the prompts' embeddings in the models that SD-Turbo was distilled from.
+const SD_2_WIDTH: usize = 1024;
 /// Greater numbers of steps in a name are those of its training.
 const MOST_STEPS: usize = 32;
 
+const HYPER_SD: &str = "Hyper-SD";
 /// Luo et al. 2023.
 const LCM: Kind = Kind { title: "LCM", words: &["lcm"], is_usual: false, steps: 4, sampler: "lcm" };
 /// Zheng et al. 2024, "Trajectory Consistency Distillation".
@@ -53,14 +59,14 @@ const KINDS: [Kind; 7] = [
     TCD,
     // Ren et al. 2024.
     Kind {
-        title: "Hyper-SD",
+        title: HYPER_SD,
         words: &["hyper", "sd"],
         is_usual: false,
         steps: 4,
         sampler: "ddim_sgm_uniform",
     },
     Kind {
-        title: "Hyper-SD",
+        title: HYPER_SD,
         words: &["hypersd"],
         is_usual: false,
         steps: 4,
@@ -85,49 +91,45 @@ const KINDS: [Kind; 7] = [
 ];
 
 impl FewSteps {
-    /// The kind of a model of this name, if it is one of these.
-    pub(super) fn of_model(
-        name: &str,
-        embeds_guidance: bool,
-        scheduler: &SchedulerConfig,
-    ) -> Option<Self> {
-        let class = scheduler.class_name.as_deref().unwrap_or_default();
-        let is = |value: &Option<String>, wanted| value.as_deref().is_none_or(|v| v == wanted);
-        let trailing = scheduler.timestep_spacing.as_deref() == Some("trailing");
-        match class {
-            _ if embeds_guidance => {
-                Some(Self { guidance_scale: EMBEDDED_GUIDANCE, ..Self::of(&LCM, LCM.steps) })
-            }
+    /// The kind of a model with this UNet and scheduler, if they tell one.
+    pub(super) fn of_model(unet: &UNetConfig, scheduler: &SchedulerConfig) -> Option<Self> {
+        if unet.time_cond_proj_dim.is_some() {
+            return Some(Self { guidance_scale: EMBEDDED_GUIDANCE, ..Self::of(&LCM, LCM.steps) });
+        }
+        let is_turbo = unet.cross_attention_dim == SD_2_WIDTH
+            && scheduler.timestep_spacing.as_deref() == Some("trailing")
+            && scheduler.prediction_type.as_deref().is_none_or(|value| value == "epsilon");
+        match scheduler.class_name.as_deref().unwrap_or_default() {
             "LCMScheduler" => Some(Self::of(&LCM, LCM.steps)),
             "TCDScheduler" => Some(Self::of(&TCD, TCD.steps)),
-            // The only published models whose scheduler is so; those of zero terminal SNR, which is
-            // the other reason for this spacing, predict the velocity.
-            "EulerDiscreteScheduler" | "EulerAncestralDiscreteScheduler"
-                if trailing && is(&scheduler.prediction_type, "epsilon") =>
-            {
+            // The only published models of this width whose scheduler is so; those of zero terminal
+            // SNR, which is the other reason for this spacing, predict the velocity.
+            "EulerDiscreteScheduler" if is_turbo => {
                 Some(Self { sampler: None, ..Self::of(&SD_TURBO, SD_TURBO.steps) })
             }
-            _ => Self::named(name, |_, _| true),
+            _ => None,
         }
     }
 
-    /// The kind of a LoRA of this name, if it is one of these.
-    pub(super) fn of_lora(name: &str) -> Option<Self> {
-        Self::named(name, |kind, steps| !kind.is_usual || steps.is_some())
-    }
-
-    fn named(name: &str, accepts: impl Fn(&Kind, Option<usize>) -> bool) -> Option<Self> {
-        let words = words(name);
+    /// The kind of a model or LoRA of this name, if the name tells one. Of an id on the hub, the
+    /// owner is no part of it.
+    pub(super) fn named(name: &str) -> Option<Self> {
+        let words = words(name.rsplit('/').next().unwrap_or(name));
         let steps = words.windows(2).find_map(|pair| {
             let is_count = ["step", "steps"].contains(&pair[1].as_str());
             let count = pair[0].parse().ok().filter(|n| (1..=MOST_STEPS).contains(n));
             count.filter(|_| is_count)
         });
         let has = |kind: &&Kind| {
-            words.windows(kind.words.len()).any(|part| part == kind.words) && accepts(kind, steps)
+            words.windows(kind.words.len()).any(|part| part == kind.words)
+                && (!kind.is_usual || steps.is_some())
         };
         let kind = KINDS.iter().find(has)?;
         let mut few = Self::of(kind, steps.unwrap_or(kind.steps));
+        if kind.title == HYPER_SD && few.steps == 1 {
+            // What its authors draw the one-step model with, in several steps too.
+            (few.sampler, few.eta) = (TCD.sampler.parse().ok(), Some(1.0));
+        }
         if words.iter().any(|word| word == "cfg") {
             few.guidance_scale = WITH_GUIDANCE;
         }
@@ -136,7 +138,7 @@ impl FewSteps {
 
     fn of(kind: &Kind, steps: usize) -> Self {
         let Kind { title, sampler, .. } = *kind;
-        Self { title, steps, guidance_scale: 1.0, sampler: sampler.parse().ok() }
+        Self { title, steps, guidance_scale: 1.0, sampler: sampler.parse().ok(), eta: None }
     }
 }
 
@@ -167,6 +169,7 @@ fn words(name: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::files::Source;
 
     #[test]
     fn names_of_published_files_tell_the_kind() {
@@ -183,16 +186,17 @@ mod tests {
             ("sd_turbo", Some(("SD-Turbo", 1, 1.0))),
             ("sd15_lightning_4step_lora", Some(("Lightning", 4, 1.0))),
             ("v1-5-pruned-emaonly", None),
+            ("lcm-labs/lightning-art", None),
+            ("dreamshaper_turbo", None),
             ("film_calcmatte", None),
             ("hyperrealism_v3", None),
         ];
         for (name, expected) in table {
-            let found =
-                FewSteps::of_lora(name).map(|few| (few.title, few.steps, few.guidance_scale));
+            let found = FewSteps::named(name).map(|few| (few.title, few.steps, few.guidance_scale));
             assert_eq!(found, expected, "{name}");
         }
         for drawn in ["lightning_bolts", "porsche_911_turbo", "turbo_style_2000-steps"] {
-            assert_eq!(FewSteps::of_lora(drawn), None, "{drawn}");
+            assert_eq!(FewSteps::named(drawn), None, "{drawn}");
         }
     }
 
@@ -205,22 +209,40 @@ mod tests {
     }
 
     #[test]
-    fn a_scheduler_tells_the_kind_before_the_name() {
-        let kind = |json: &str, embeds| {
+    fn the_hyper_sd_of_one_step_is_drawn_by_tcd() {
+        let drawn = |name| {
+            let few = FewSteps::named(name).expect("a kind");
+            (few.sampler.expect("a sampler").to_string(), few.eta)
+        };
+        assert_eq!(drawn("Hyper-SD15-1step-lora"), ("tcd".into(), Some(1.0)));
+        assert_eq!(drawn("Hyper-SD15-2steps-lora"), ("ddim_sgm_uniform".into(), None));
+    }
+
+    #[test]
+    fn a_scheduler_tells_the_kind() {
+        let kind = |json: &str, embeds: Option<usize>, width| {
             let scheduler = SchedulerConfig::from_json(json).expect("a scheduler");
-            FewSteps::of_model("my-lightning", embeds, &scheduler)
+            let mut unet = UNetConfig::read(&Source::Demo).expect("a configuration");
+            (unet.time_cond_proj_dim, unet.cross_attention_dim) = (embeds, width);
+            FewSteps::of_model(&unet, &scheduler)
                 .map(|few| (few.title, few.steps, few.guidance_scale))
         };
-        let turbo = r#"{"_class_name":"EulerDiscreteScheduler","timestep_spacing":"trailing"#;
+        let spaced = |class: &str, more: &str| {
+            format!(r#"{{"_class_name":"{class}","timestep_spacing":"trailing"{more}}}"#)
+        };
+        let velocity = r#","prediction_type":"v_prediction""#;
+        let (euler, turbo) = ("EulerDiscreteScheduler", Some(("SD-Turbo", 1, 1.0)));
         let table = [
-            (r#"{"_class_name":"LCMScheduler"}"#.to_owned(), ("LCM", 4, 1.0)),
-            (format!(r#"{turbo}"}}"#), ("SD-Turbo", 1, 1.0)),
-            (format!(r#"{turbo}","prediction_type":"v_prediction"}}"#), ("Lightning", 4, 1.0)),
-            (r#"{"_class_name":"DDIMScheduler"}"#.to_owned(), ("Lightning", 4, 1.0)),
+            (r#"{"_class_name":"LCMScheduler"}"#.to_owned(), 768, Some(("LCM", 4, 1.0))),
+            (spaced(euler, ""), 1024, turbo),
+            (spaced(euler, ""), 768, None),
+            (spaced("EulerAncestralDiscreteScheduler", ""), 1024, None),
+            (spaced(euler, velocity), 1024, None),
+            (r#"{"_class_name":"DDIMScheduler"}"#.to_owned(), 1024, None),
         ];
-        for (json, expected) in table {
-            assert_eq!(kind(&json, false), Some(expected), "{json}");
-            assert_eq!(kind(&json, true), Some(("LCM", 4, 8.5)), "{json}");
+        for (json, width, expected) in table {
+            assert_eq!(kind(&json, None, width), expected, "{json}");
+            assert_eq!(kind(&json, Some(256), width), Some(("LCM", 4, 8.5)), "{json}");
         }
     }
 }

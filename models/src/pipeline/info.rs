@@ -38,6 +38,10 @@ pub struct ModelInfo {
     pub embeds_guidance: bool,
     /// Layers of the text encoder.
     pub text_layers: usize,
+    /// Width of the text encoder: 1024 of OpenCLIP, with which Stable Diffusion 2 is trained.
+    pub text_width: usize,
+    /// The most sampler steps: of the training, and with the samplers of distilled models.
+    pub most_steps: (usize, usize),
     /// Whether the safety checker is loaded.
     pub checked: bool,
     /// Memory of an image in progress.
@@ -147,9 +151,7 @@ impl ModelInfo {
             let reason = format!("{size} must have sides that are multiples of {}", self.multiple);
             return refuse("width", reason);
         }
-        if spec.steps == 0 || spec.steps > MAX_STEPS {
-            return refuse("num_inference_steps", format!("must be 1 to {MAX_STEPS}"));
-        }
+        self.check_steps("num_inference_steps", spec.steps, spec.sampler)?;
         if !spec.guidance_scale.is_finite() {
             return refuse("guidance_scale", "must be a finite number".into());
         }
@@ -186,7 +188,7 @@ impl ModelInfo {
             }
         }
         if let Some(hires) = &spec.hires {
-            self.check_hires(hires, spec.img2img.is_some())?;
+            self.check_hires(hires, spec.sampler, spec.img2img.is_some())?;
         }
         let Some(init) = &spec.img2img else { return Ok(()) };
         let Rgb { width, height, ref data } = init.picture;
@@ -220,8 +222,23 @@ impl ModelInfo {
         Ok(())
     }
 
+    /// The most steps of a sampler.
+    pub fn most_steps(&self, sampler: Sampler) -> usize {
+        let (trained, distilled) = self.most_steps;
+        if sampler.is_distilled() { distilled } else { trained }.min(MAX_STEPS)
+    }
+
+    fn check_steps(&self, field: &'static str, steps: usize, sampler: Sampler) -> Result<()> {
+        let most = self.most_steps(sampler);
+        if (1..=most).contains(&steps) {
+            return Ok(());
+        }
+        let reason = format!("must be 1 to {most} with {}, not {steps}", sampler.name());
+        Err(Error::Spec { field, reason })
+    }
+
     /// Checks a hires pass against the model's limits.
-    fn check_hires(&self, hires: &Hires, from_image: bool) -> Result<()> {
+    fn check_hires(&self, hires: &Hires, sampler: Sampler, from_image: bool) -> Result<()> {
         let refuse = |field, reason: String| Err(Error::Spec { field, reason });
         let Hires { size, steps, strength, .. } = *hires;
         if from_image {
@@ -232,9 +249,7 @@ impl ModelInfo {
             let reason = format!("{size} must have sides that are multiples of {}", self.multiple);
             return refuse("hires_width", reason);
         }
-        if steps == 0 || steps > MAX_STEPS {
-            return refuse("hires_steps", format!("must be 1 to {MAX_STEPS}"));
-        }
+        self.check_steps("hires_steps", steps, sampler)?;
         if !(0.0..=1.0).contains(&strength) {
             return refuse("hires_strength", format!("must be from 0 to 1, not {strength}"));
         }

@@ -72,16 +72,15 @@ impl LoadedModel {
         let memory = MemoryEstimate::of(&unet, length, decoder.config(), &device, dtype);
         check_widths(&text_encoder, &unet, &decoder)?;
         let checked = options.safety.loads_checker(index.has_checker)?;
-        let safety_checker =
-            checked.then(|| SafetyChecker::load(source, half, &device, dtype)).transpose();
-        let safety_checker = advise(safety_checker, WITHOUT_CHECKER)?;
-        if checked {
-            files.note(&source.weights(SAFETY_CHECKER, "model", half)?)?;
-        }
+        let checker = || read_checker(source, half, &device, dtype, &mut files);
+        let safety_checker = checked.then(checker).transpose()?;
         let scheduler = read_scheduler(source, &index, &mut files)?;
         let scale = decoder.config().scale();
         let name = options.name.clone().unwrap_or_else(|| name(source));
-        let defaults = Defaults::read(source, &name, (unet.config(), scale), &scheduler)?;
+        let text = &text_encoder.config().transformer;
+        let sizes = (unet.config(), scale, text.num_hidden_layers);
+        let (defaults, named) = Defaults::read(source, &name, sizes, &scheduler)?;
+        files.warnings.extend(named);
         let info = ModelInfo {
             name,
             fingerprint: files.fingerprint.finish(),
@@ -91,7 +90,9 @@ impl LoadedModel {
             multiple: scale.max(8),
             unsuited: scheduler.unsuited(),
             embeds_guidance: unet.config().time_cond_proj_dim.is_some(),
-            text_layers: text_encoder.config().transformer.num_hidden_layers,
+            text_layers: text.num_hidden_layers,
+            text_width: text.hidden_size,
+            most_steps: scheduler.most_steps(),
             checked,
             memory,
             add_ons: options.add_ons.clone(),
@@ -161,6 +162,19 @@ fn read_scheduler(
     }
     files.warnings.extend(scheduler.replace_unknown_class()?);
     Ok(scheduler)
+}
+
+/// The safety checker.
+fn read_checker(
+    source: &Source,
+    half: bool,
+    device: &Device,
+    dtype: DType,
+    files: &mut ReadFiles,
+) -> Result<SafetyChecker> {
+    let checker = advise(SafetyChecker::load(source, half, device, dtype), WITHOUT_CHECKER)?;
+    files.note(&source.weights(SAFETY_CHECKER, "model", half)?)?;
+    Ok(checker)
 }
 
 /// Encoder and decoder of the VAE, and where the decoder is in f16 the one in f32 beside it.

@@ -25,7 +25,7 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::Tensor;
 
-pub use self::defaults::Defaults;
+pub use self::defaults::{Chosen, Defaults};
 pub use self::device::{DeviceName, Precision};
 use self::hires::HiresPass;
 pub use self::index::check_pipeline;

@@ -166,6 +166,12 @@ impl SchedulerConfig {
         ALGORITHMS.iter().filter_map(refused).collect()
     }
 
+    /// The most steps: of the training, and out of a distillation.
+    pub fn most_steps(&self) -> (usize, usize) {
+        let train = self.num_train_timesteps.unwrap_or(1000);
+        (train, self.original_inference_steps.unwrap_or(50).min(train))
+    }
+
     /// Refuses what a sampler's class would do and we do not.
     pub(super) fn check(&self, row: &Algorithm) -> Result<()> {
         self.spacing(row)?;

@@ -66,6 +66,11 @@ impl Sampler {
         Err(Error::Spec { field: "schedule", reason })
     }
 
+    /// Whether it is of distilled models, whose timesteps are those of the distillation.
+    pub fn is_distilled(self) -> bool {
+        self.algorithm().timesteps.is_some()
+    }
+
     /// Whether the unconditional row is computed at every guidance scale.
     pub fn needs_unguided(self) -> bool {
         self.algorithm().needs_unguided

@@ -8,8 +8,8 @@ use std::sync::mpsc::{self, Receiver, Sender};
 
 use futures_util::FutureExt as _;
 use sd_models::{
-    AddOns, Defaults, Embeddings, Error, Hires, LoraStack, LoraUse, MemoryEstimate, ModelInfo,
-    PromptSyntax, Rgb, Sampler, SamplerOptions, SigmaSchedule, Size, Spec, Upscaler,
+    AddOns, Chosen, Defaults, Embeddings, Error, Hires, LoraStack, LoraUse, MemoryEstimate,
+    ModelInfo, PromptSyntax, Rgb, Sampler, SamplerOptions, SigmaSchedule, Size, Spec, Upscaler,
 };
 use tokio::time::{Instant as Clock, advance};
 
@@ -149,6 +149,8 @@ impl TestWorker {
             schedule: SigmaSchedule::Model,
             clip_skip: 0,
             guidance_rescale: 0.0,
+            eta: None,
+            chosen: Chosen::default(),
         };
         let info = ModelInfo {
             name: "recorder".into(),
@@ -160,6 +162,8 @@ impl TestWorker {
             multiple: 8,
             embeds_guidance: false,
             text_layers: 12,
+            text_width: 768,
+            most_steps: (1000, 50),
             checked: false,
             memory: MemoryEstimate { scale: 8, ..MemoryEstimate::default() },
             add_ons: AddOns::default(),

@@ -46,9 +46,6 @@ const DEFAULT_MASK_BLUR: f64 = 4.0;
 /// Maximum of the parameters of added noise; the sigmas of the training are smaller.
 const MAX_CHURN: u32 = 1000;
 
-/// Denoising strength below which no step is taken.
-const MIN_STRENGTH: f64 = 1e-3;
-
 /// A JSON object.
 pub(crate) type Object = Map<String, Value>;
 
@@ -327,6 +324,31 @@ impl Common {
     }
 }
 
+/// Checks the skipped layers of the text encoder against the model's. As there, OpenCLIP's skips
+/// none.
+pub(crate) fn check_clip_skip(
+    draw: &mut DrawRequest,
+    model: &ModelInfo,
+) -> Result<(), ValidationError> {
+    /// Width of OpenCLIP's text encoder.
+    const OPEN_CLIP: usize = 1024;
+    let name = draw.names.of("clip_skip");
+    match draw.clip_skip {
+        // There 1 is the last layer.
+        Some(skipped) if skipped > model.text_layers => {
+            let (most, given) = (model.text_layers + 1, skipped + 1);
+            Err(ValidationError::range(name, format!("must be from 1 to {most}, not {given}")))
+        }
+        Some(skipped) if skipped > 0 && model.text_width == OPEN_CLIP => {
+            let why = "has no effect, as in AUTOMATIC1111: the model's text encoder is OpenCLIP";
+            draw.warnings.push(format!("{name} {why}"));
+            draw.clip_skip = None;
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
 impl HiresPass {
     /// Takes the fields of the hires pass out, given all fields of the request.
     pub(crate) fn read(
@@ -348,7 +370,7 @@ impl HiresPass {
     }
 
     /// Adds the hires pass to a request. As there, it is omitted where nothing would be upscaled.
-    pub(crate) fn add_to(self, draw: &mut DrawRequest, limits: &Limits, model: &ModelInfo) {
+    pub(crate) fn add_to(self, draw: &mut DrawRequest, model: &ModelInfo) {
         let base = model.defaults.size;
         let width = draw.width.unwrap_or(base.width());
         let height = draw.height.unwrap_or(base.height());
@@ -370,13 +392,9 @@ impl HiresPass {
         draw.names.insert("hires_width", name);
         draw.names.insert("hires_height", name);
         (draw.hires_width, draw.hires_height) = (Some(wide), Some(high));
-        let strength = self.denoising_strength.unwrap_or(DEFAULT_STRENGTH);
-        draw.hires_strength = Some(strength);
-        let steps = self.hr_second_pass_steps.filter(|steps| *steps > 0);
-        let steps = steps.or(draw.num_inference_steps).unwrap_or(model.defaults.steps);
-        // AUTOMATIC1111 counts the steps taken; our strength is the share of the steps that is taken.
-        let whole = (steps as f64 / strength.max(MIN_STRENGTH)).ceil() as usize;
-        draw.hires_steps = Some(whole.clamp(1, limits.max_steps));
+        draw.hires_strength = Some(self.denoising_strength.unwrap_or(DEFAULT_STRENGTH));
+        draw.hires_steps = self.hr_second_pass_steps.filter(|steps| *steps > 0);
+        draw.hires_counts_taken = true;
         draw.hires_upscaler = self.hr_upscaler.filter(|name| !name.is_empty());
     }
 }

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::info::info;
 use super::options::check;
-use super::request::{Common, HiresPass, InitImage};
+use super::request::{Common, HiresPass, InitImage, check_clip_skip};
 use super::scripts;
 use crate::http::admission::Admitted;
 use crate::http::drawing::{Drawing, ReplyFormat, base64};
@@ -55,7 +55,10 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
         parameters.retain(|name, _| !["init_images", "mask"].contains(&name.as_str()));
     } else if has_hires {
         let model = state.engine.model()?;
-        HiresPass::read(&mut fields, &parameters, limits)?.add_to(&mut draw, limits, &model);
+        HiresPass::read(&mut fields, &parameters, limits)?.add_to(&mut draw, &model);
+    }
+    if draw.clip_skip.is_some() {
+        check_clip_skip(&mut draw, &*state.engine.model()?)?;
     }
     // What is unknown may be large.
     drop(fields);
