@@ -18,9 +18,43 @@ const DEFAULT_PORT: u16 = 8080;
 /// Time without a byte from the hub after which a download is resumed.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// The arguments with those options behind them whose variables have white space around their
+/// value: files and secrets end in a line end, which is no part of it. Typed options come first.
+pub(super) fn with_trimmed_variables(mut args: Vec<OsString>) -> Vec<OsString> {
+    let command = Args::command();
+    let named = |known: &&clap::Command| args.get(1).is_some_and(|name| name == known.get_name());
+    let Some(subcommand) = command.get_subcommands().find(named) else { return args };
+    let trimmed = |option: &clap::Arg| {
+        let value = std::env::var(option.get_env()?).ok()?;
+        let plain = value.trim();
+        let long = format!("--{}", option.get_long()?);
+        let is_typed = args.iter().any(|arg| is_option(arg, &long));
+        let is_other = plain != value && !plain.is_empty() && !is_typed;
+        if !is_other || is_switched_off(option, plain) {
+            return None;
+        }
+        let takes_value = option.get_action().takes_values();
+        Some(OsString::from(if takes_value { format!("{long}={plain}") } else { long }))
+    };
+    let trimmed: Vec<_> = subcommand.get_arguments().filter_map(trimmed).collect();
+    // Behind `--` there are no options.
+    let end = args.iter().position(|arg| arg == "--").unwrap_or(args.len());
+    args.splice(end..end, trimmed);
+    args
+}
+
+/// Whether a variable says that an option without a value is off.
+fn is_switched_off(option: &clap::Arg, value: &str) -> bool {
+    !option.get_action().takes_values() && switch(value) == Ok(false)
+}
+
+/// Whether an argument is the option of this name, with its value or without.
+fn is_option(arg: &OsString, long: &str) -> bool {
+    arg.to_string_lossy().split('=').next() == Some(long)
+}
+
 /// The clap command. An empty environment variable counts as not set, because templates and compose
-/// files can leave a variable empty but cannot omit it. White space around a value is no part of it:
-/// files and secrets end in a line end.
+/// files can leave a variable empty but cannot omit it.
 pub(super) fn command() -> clap::Command {
     let trimmed = |arg: clap::Arg| {
         let value = arg.get_env().and_then(std::env::var_os);
@@ -29,11 +63,8 @@ pub(super) fn command() -> clap::Command {
             // An empty key must not make protected routes public.
             "" if arg.get_id() == "api_keys" => arg,
             "" => arg.env(None::<&str>),
-            plain if plain == value => arg,
-            plain => {
-                let plain = plain.to_owned();
-                arg.env(None::<&str>).default_value(plain)
-            }
+            plain if plain != value && is_switched_off(&arg, plain) => arg.env(None::<&str>),
+            _ => arg,
         }
     };
     // An option names the unit of its value, else its last word is the kind of its value.
@@ -54,7 +85,7 @@ pub(super) fn name_variable(mut error: clap::Error, args: &[OsString]) -> clap::
         return error;
     };
     let option = option.split(' ').next().unwrap_or_default().to_owned();
-    let is_typed = |arg: &OsString| arg.to_string_lossy().split('=').next() == Some(&*option);
+    let is_typed = |arg: &OsString| is_option(arg, &option);
     let command = Args::command();
     let mut known = command.get_subcommands().flat_map(clap::Command::get_arguments);
     let known = known.find(|arg| arg.get_long() == option.strip_prefix("--"));

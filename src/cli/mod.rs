@@ -24,7 +24,9 @@ use crate::source::{Download, ModelConfig, ModelLocation, is_checkpoint, is_hub_
 use crate::telemetry::LogFormat;
 use args::{Args, Command, GenerateArgs, ModelArgs, SafetyChecker, ServeArgs};
 pub use environment::library_path;
-use environment::{command, hub, name_variable, port, unknown_variables, usage};
+use environment::{
+    command, hub, name_variable, port, unknown_variables, usage, with_trimmed_variables,
+};
 use generate::Generate;
 
 /// The default model.
@@ -51,7 +53,7 @@ pub(crate) type Action = Box<dyn FnOnce() -> anyhow::Result<()>>;
 /// Reads the command line and the environment.
 pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Error> {
     let args = with_command(args.into_iter().collect());
-    let read = command().try_get_matches_from(&args);
+    let read = command().try_get_matches_from(with_trimmed_variables(args.clone()));
     let mut matches = read.map_err(|error| name_variable(error, &args))?;
     let args = Args::from_arg_matches_mut(&mut matches)?;
     let mut log_format = LogFormat::Text;

@@ -148,6 +148,20 @@ fn usage_errors_exit_with_64() {
 }
 
 #[test]
+fn a_line_end_behind_a_variable_is_no_part_of_it() {
+    let variables = [("SD_WEBHOOK_SECRET", "k3y\n"), ("SD_WEBHOOK_HOSTS", "a.example\n")];
+    let run = |args: &[&str]| {
+        let mut command = sd_server(args);
+        command.envs(variables).env("SAGEMAKER_MULTI_MODEL", " true\n").output().expect("it starts")
+    };
+    let help = text(&run(&["serve", "--help"]).stdout);
+    assert!(help.contains("SD_WEBHOOK_SECRET") && !help.contains("k3y"), "{help}");
+    // All of them are read before what does not go together is refused.
+    let said = text(&run(&["--models-dir", "x"]).stderr);
+    assert!(said.contains("--models-dir cannot be used with --multi-model"), "{said}");
+}
+
+#[test]
 fn a_misspelt_variable_is_named_with_the_nearest() {
     let mut command = sd_server(&["healthcheck", "--port", "1"]);
     command.envs([("SD_MAX_STPES", "9"), ("SD_PORT", "2"), ("SD_MAX_STEPS", "7")]);

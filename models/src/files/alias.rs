@@ -2,7 +2,6 @@
 //! prompts may name it after the file has been renamed.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::{self, Read as _};
 use std::num::NonZeroUsize;
 use std::path::Path;
@@ -11,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use lru::LruCache;
 use serde::Deserialize;
 
+use super::bytes::open;
 use super::version::FileVersion;
 
 /// Maximum length of the header of a safetensors file, as in the safetensors library.
@@ -70,7 +70,7 @@ fn read(path: &Path) -> io::Result<Option<String>> {
     if path.extension().is_none_or(|ending| !ending.eq_ignore_ascii_case("safetensors")) {
         return Ok(None);
     }
-    let (mut file, mut length) = (File::open(path)?, [0; 8]);
+    let (mut file, mut length) = (open(path)?, [0; 8]);
     file.read_exact(&mut length)?;
     let mut header = Vec::new();
     let length = u64::from_le_bytes(length).min(MAX_HEADER_BYTES);

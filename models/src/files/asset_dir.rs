@@ -101,7 +101,7 @@ impl AssetFile {
     pub fn new(name: &str, path: PathBuf) -> Result<Self> {
         let version = match path.metadata() {
             Ok(data) => FileVersion::of(&data),
-            Err(source) => return Err(Error::File { path, source }),
+            Err(reason) => return Err(Error::File { path, reason }),
         };
         let settings = peft_settings(&path).and_then(|path| path.metadata().ok());
         let settings = settings.map(|data| FileVersion::of(&data));

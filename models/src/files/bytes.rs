@@ -29,12 +29,8 @@ pub(super) struct OpenFile {
 
 impl OpenFile {
     pub(super) fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
-        let data = file.metadata()?;
-        if data.is_dir() {
-            return Err(ErrorKind::IsADirectory.into());
-        }
-        let (length, modified) = state(&data)?;
+        let file = open(path)?;
+        let (length, modified) = state(&file.metadata()?)?;
         Ok(Self { file, length, modified })
     }
 
@@ -44,6 +40,16 @@ impl OpenFile {
         let mut bytes = Vec::with_capacity(range.len());
         file.take(range.len() as u64).read_to_end(&mut bytes)?;
         if bytes.len() < range.len() { Err(changed()) } else { Ok(bytes) }
+    }
+}
+
+/// Opens a regular file. To open another, such as a pipe, can wait for ever.
+pub(crate) fn open(path: &Path) -> io::Result<File> {
+    let data = path.metadata()?;
+    match () {
+        () if data.is_file() => File::open(path),
+        () if data.is_dir() => Err(ErrorKind::IsADirectory.into()),
+        () => Err(io::Error::new(ErrorKind::InvalidInput, "is no regular file")),
     }
 }
 
@@ -130,5 +136,6 @@ mod tests {
         fs::write(&path, "9876543210").expect("written");
         assert!(bytes.check_unchanged().is_err());
         assert!(OpenFile::open(folder.path()).is_err());
+        assert!(OpenFile::open(Path::new("/dev/zero")).is_err(), "no regular file");
     }
 }

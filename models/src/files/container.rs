@@ -18,18 +18,24 @@ pub(super) enum Container {
     Gguf,
 }
 
+/// What a pickle alone is, of any protocol.
+const OLD_PICKLE: &str =
+    "a pickle of PyTorch before 1.6, or of no tensors: save it again with a newer PyTorch";
+
 /// Beginnings of files that are mistaken for models, and what they are.
-const OTHERS: [(&[u8], &str); 13] = [
+const OTHERS: [(&[u8], &str); 18] = [
     (
         b"version https://git-lfs",
         "a git-LFS pointer, not the file that it stands for: `git lfs pull` fetches it",
     ),
     (b"<", "a web page, not a model: the download was answered by an error or a login page"),
     (b"{", "JSON, not a model: a settings file, or the error that answered the download"),
-    (
-        b"\x80\x02",
-        "a pickle of PyTorch before 1.6, or of no tensors: save it again with a newer PyTorch",
-    ),
+    (b"\x80\x02", OLD_PICKLE),
+    (b"\x80\x03", OLD_PICKLE),
+    (b"\x80\x04", OLD_PICKLE),
+    (b"\x80\x05", OLD_PICKLE),
+    (b"(dp", OLD_PICKLE),
+    (b"}q", OLD_PICKLE),
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
     (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
     (b"Rar!", "a RAR archive: unpack it first"),

@@ -20,8 +20,8 @@ const MARKS: [(&str, &str); 37] = [
     ("controlnet_cond_embedding.", "a ControlNet"),
     ("input_hint_block.", "a ControlNet"),
     ("motion_modules.", "a motion module of AnimateDiff"),
-    ("conditioner.embedders.1.", "Stable Diffusion XL"),
-    ("add_embedding.", "Stable Diffusion XL"),
+    ("conditioner.embedders.1.", XL),
+    ("add_embedding.", XL),
     ("joint_blocks.", "Stable Diffusion 3"),
     ("distilled_guidance_layer.", "Chroma"),
     ("individual_token_refiner.", "HunyuanVideo"),
@@ -47,6 +47,9 @@ const MARKS: [(&str, &str); 37] = [
     ("SelfAttention.", "the text encoder T5"),
     ("RDB1.", "an upscaler"),
 ];
+
+/// What a checkpoint of Stable Diffusion XL is called.
+pub(super) const XL: &str = "Stable Diffusion XL";
 
 const LORA: &str = "a LoRA, which adds to a model: --loras-dir takes it";
 const EMBEDDING: &str =
@@ -102,7 +105,7 @@ pub(super) fn other(weights: &Weights) -> Option<String> {
         (8, ..) => "InstructPix2Pix, whose UNet of 8 input channels takes the image to edit".into(),
         (5, ..) => "the depth model, whose UNet of 5 input channels takes a depth map".into(),
         (7, ..) => "the upscaler, whose UNet of 7 input channels takes the image to enlarge".into(),
-        (_, Some(2048), _) | (.., Some(2816)) => "Stable Diffusion XL".into(),
+        (_, Some(2048), _) | (.., Some(2816)) => XL.into(),
         (_, Some(1280), _) | (.., Some(2560)) => "the refiner of Stable Diffusion XL".into(),
         (.., Some(_)) => "an unCLIP model, which takes images as prompts".into(),
         _ if weights.shape(&format!("{UNET}label_emb.weight")).is_some() => {

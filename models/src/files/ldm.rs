@@ -191,10 +191,24 @@ impl<'a> LdmCheckpoint<'a> {
     fn vae(&self) -> Result<Value> {
         let prefix = self.vae_prefix();
         let has = |name: &str| self.has(&format!("{prefix}{name}"));
-        let latent = self.find(&format!("{prefix}decoder.conv_in.weight")).ok_or_else(|| {
-            let reason = "has no VAE (decoder.conv_in.weight is missing): name one with --vae";
-            Error::config(&self.file, reason)
-        })?;
+        let latent =
+            self.find(&format!("{prefix}decoder.conv_in.weight")).ok_or_else(
+                || match family::other(self.weights) {
+                    Some(what) => {
+                        Error::config(&self.file, format!("this is {what}; it has no VAE"))
+                    }
+                    None => {
+                        let reason =
+                            "has no VAE (decoder.conv_in.weight is missing): name one with --vae";
+                        Error::config(&self.file, reason)
+                    }
+                },
+            )?;
+        // Of other latents, in the same shape.
+        if let Some(what) = family::other(self.weights).filter(|what| what.contains(family::XL)) {
+            let reason = format!("this is {what}, whose VAE has latents of another scale");
+            return Err(Error::config(&self.file, reason));
+        }
         let attention = match self.vae_is_renamed() {
             true => "encoder.mid_block.attentions.0.group_norm.weight",
             false => "encoder.mid.attn_1.norm.weight",
@@ -244,7 +258,12 @@ impl<'a> LdmCheckpoint<'a> {
                 let whole = self.has(&format!("{tower}text_projection"));
                 let last = usize::from(second && whole && layers < OPEN_CLIP_LAYERS);
                 let token = format!("{tower}token_embedding.weight");
-                (token, format!("{tower}positional_embedding"), inner(0), layers - last)
+                (
+                    token,
+                    format!("{tower}positional_embedding"),
+                    inner(0),
+                    layers.saturating_sub(last),
+                )
             }
             Some(TextTower::Clip(tower)) => {
                 let inner = |i| format!("{tower}encoder.layers.{i}.mlp.fc1.weight");
@@ -295,7 +314,7 @@ impl<'a> LdmCheckpoint<'a> {
             "_class_name": if self.is_second() { "DDIMScheduler" } else { "PNDMScheduler" },
             "prediction_type": self.prediction()?,
             "num_train_timesteps": config.timesteps.unwrap_or(1000),
-            "beta_schedule": "scaled_linear",
+            "beta_schedule": config.betas().map_err(|reason| Error::config(&self.file, reason))?,
             "beta_start": config.linear_start.unwrap_or(0.00085),
             "beta_end": config.linear_end.unwrap_or(0.012),
             "set_alpha_to_one": false, "skip_prk_steps": true, "steps_offset": 1,
@@ -324,7 +343,7 @@ impl<'a> LdmCheckpoint<'a> {
                     let mut renamed = whole(name);
                     for tensor in &mut renamed {
                         // Linear layers are 1x1 convolutions there.
-                        if tensor.name.contains(".attentions.") {
+                        if tensor.name.contains(".attentions.") && tensor.shape.ends_with(&[1, 1]) {
                             tensor.shape.truncate(2);
                         }
                     }

@@ -23,6 +23,7 @@ mod version;
 
 pub(crate) use self::asset_dir::{AssetCache, PEFT_SETTINGS, peft_settings};
 pub use self::asset_dir::{AssetDir, AssetFile};
+pub(crate) use self::bytes::open;
 pub(crate) use self::fingerprint::Fingerprint;
 pub use self::json::Keys;
 pub(crate) use self::source::SAFETY_CHECKER;

@@ -112,8 +112,10 @@ pub(super) fn clip(name: &str, shape: &[usize]) -> Vec<Renamed> {
 /// The three projections of a layer's attention that are stored as one, a weight or a bias.
 fn projections(layer: &str, kind: &str, shape: &[usize]) -> Vec<Renamed> {
     let mut third = shape.to_vec();
-    if let Some(rows) = third.first_mut() {
-        *rows /= 3;
+    match third.first_mut() {
+        Some(rows) if rows.is_multiple_of(3) => *rows /= 3,
+        // No three projections: their tensors are missing then.
+        _ => return Vec::new(),
     }
     let part = |(k, name): (usize, &str)| Renamed {
         name: format!("{layer}.self_attn.{name}.{kind}"),

@@ -92,6 +92,14 @@ fn read(file: &Bytes) -> Result<(Object, String, Zip<'_>), String> {
     let names: Vec<_> = zip.file_names().filter_map(Result::ok).map(Cow::into_owned).collect();
     let name = names.iter().find(|name| *name == "data.pkl" || name.ends_with("/data.pkl"));
     let name = name.ok_or("is an archive without data.pkl, and no checkpoint of PyTorch")?;
+    let folder = name.trim_end_matches("data.pkl");
+    if let Ok(order) = zip.by_name(&format!("{folder}byteorder")) {
+        let mut text = Vec::new();
+        order.take(8).read_to_end(&mut text).map_err(|error| format!("byteorder: {error}"))?;
+        if text.trim_ascii() != b"little" {
+            return Err("holds big-endian numbers: save it again on a little-endian machine".into());
+        }
+    }
     let entry = zip.by_name(name).map_err(|error| error.to_string())?;
     let mut bytes = Vec::new();
     let all = entry.take(MAX_PICKLE_BYTES + 1).read_to_end(&mut bytes);
@@ -105,6 +113,12 @@ fn read(file: &Bytes) -> Result<(Object, String, Zip<'_>), String> {
 
 /// The object that a pickle describes.
 fn unpickled(mut rest: &[u8]) -> Result<Object, String> {
+    if let [0x80, protocol @ 4..=255, ..] = rest {
+        return Err(format!("is of the pickle protocol {protocol}: save it with protocol 2"));
+    }
+    if let [b'(', b'd' | b'l', ..] = rest {
+        return Err("is of the pickle protocol 0 or 1: save it with protocol 2".into());
+    }
     let mut machine = Stack::empty();
     let (mut depths, mut copied): (Vec<usize>, _) = (Vec::new(), 0);
     loop {
@@ -312,7 +326,9 @@ mod tests {
         let written = "tensor w: is not written as PyTorch does";
         let (outside, often) = ("tensor w: does not lie within the file", "nests or repeats");
         let huge = b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f";
-        let cases: [(Vec<u8>, &str); 13] = [
+        let cases: [(Vec<u8>, &str); 15] = [
+            (b"\x80\x04\x95\0\0\0\0\0\0\0\0}.".to_vec(), "protocol 4"),
+            (b"(dp0\n.".to_vec(), "protocol 0 or 1"),
             (tensor(b")"), written),
             (tensor(b"K\x01\x85"), written),
             (tensor(b"(K\x01QK\0))t"), written),

@@ -3,10 +3,10 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
-use super::bytes::{Bytes, OpenFile};
+use super::bytes::{Bytes, OpenFile, open};
 use super::demo;
 use super::ldm::LdmCheckpoint;
 use super::original_config::OriginalConfig;
@@ -80,10 +80,11 @@ impl Checkpoint {
 
 /// A file; `None` if there is no such file.
 fn read(path: PathBuf) -> Result<Option<Cow<'static, [u8]>>> {
-    match std::fs::read(&path) {
-        Ok(bytes) => Ok(Some(Cow::Owned(bytes))),
+    let mut bytes = Vec::new();
+    match open(&path).and_then(|mut file| file.read_to_end(&mut bytes)) {
+        Ok(_) => Ok(Some(Cow::Owned(bytes))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(Error::File { path, source }),
+        Err(reason) => Err(Error::File { path, reason }),
     }
 }
 
@@ -121,7 +122,7 @@ impl Source {
     pub fn require(&self, name: &str) -> Result<Cow<'static, [u8]>> {
         self.read(name)?.ok_or_else(|| Error::File {
             path: self.path(name),
-            source: io::Error::new(io::ErrorKind::NotFound, "no such file"),
+            reason: io::Error::new(io::ErrorKind::NotFound, "no such file"),
         })
     }
 
@@ -146,7 +147,7 @@ impl Source {
         match OpenFile::open(&path) {
             Ok(file) => Ok(Some(Bytes::Opened(file))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(source) => Err(Error::File { path, source }),
+            Err(reason) => Err(Error::File { path, reason }),
         }
     }
 
@@ -184,7 +185,7 @@ impl Source {
         }
         Err(Error::File {
             path: self.path(&format!("{folder}/{}", names[0])),
-            source: io::Error::new(
+            reason: io::Error::new(
                 io::ErrorKind::NotFound,
                 format!("no such file, nor any of {}", names[1..].join(", ")),
             ),
@@ -196,7 +197,7 @@ impl Source {
         for name in names {
             let bytes = self.open(&name)?.ok_or_else(|| Error::File {
                 path: self.path(&name),
-                source: io::Error::new(io::ErrorKind::NotFound, "no such file"),
+                reason: io::Error::new(io::ErrorKind::NotFound, "no such file"),
             })?;
             weights.add(name, bytes)?;
         }
@@ -223,8 +224,11 @@ fn shards(name: &str, index: &[u8], folder: &str) -> Result<Vec<String>> {
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let index: Index =
-        serde_json::from_slice(index).map_err(|e| Error::config(name, e.to_string()))?;
+    let index: Index = serde_json::from_slice(index)
+        .map_err(|e| Error::config(name, format!("weight_map: {e}")))?;
+    if index.weight_map.is_empty() {
+        return Err(Error::config(name, "weight_map: names no file"));
+    }
     let files: BTreeSet<String> = index.weight_map.into_values().collect();
     if let Some(file) = files.iter().find(|f| f.contains('/') || f.contains("..")) {
         return Err(Error::config(name, format!("weight_map: {file:?} is not a file name")));

@@ -4,7 +4,6 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::io::Read as _;
 use std::path::Path;
 
@@ -12,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
-use super::bytes::{Bytes, OpenFile};
+use super::bytes::{Bytes, OpenFile, open};
 use super::container::{Container, Place};
 use super::fingerprint::Fingerprint;
 use super::gguf::Gguf;
@@ -86,15 +85,15 @@ const MAX_COPY_BYTES: u64 = 2 << 30;
 impl Weights {
     /// All tensors of a single file, under their names in the file.
     pub(crate) fn whole(path: &Path) -> Result<Self> {
-        let failed = |source| Error::File { path: path.to_owned(), source };
+        let failed = |reason| Error::File { path: path.to_owned(), reason };
         Self::of(path, Bytes::Opened(OpenFile::open(path).map_err(failed)?))
     }
 
     /// All tensors of a single file that may be replaced while it is read.
     pub(crate) fn copied(path: &Path) -> Result<Self> {
-        let failed = |source| Error::File { path: path.to_owned(), source };
+        let failed = |reason| Error::File { path: path.to_owned(), reason };
         let mut bytes = Vec::new();
-        let file = File::open(path).map_err(failed)?;
+        let file = open(path).map_err(failed)?;
         file.take(MAX_COPY_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
         if bytes.len() as u64 > MAX_COPY_BYTES {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -188,7 +187,7 @@ impl Weights {
 
     /// Number of parameters.
     pub(crate) fn parameters(&self) -> u64 {
-        self.entries.values().map(|e| e.shape.iter().product::<usize>() as u64).sum()
+        self.entries.values().map(|e| product(&e.shape)).fold(0, u64::saturating_add)
     }
 
     /// The names of all tensors.
@@ -349,6 +348,11 @@ impl Weights {
     pub fn warnings(&self) -> Vec<String> {
         self.warnings.borrow().clone()
     }
+}
+
+/// The number of elements of a shape, which may be one that no file can hold.
+fn product(shape: &[usize]) -> u64 {
+    shape.iter().fold(1, |product, side| product.saturating_mul(*side as u64))
 }
 
 /// The advice for files that are cut short.

@@ -109,7 +109,7 @@ impl Settings {
 /// The text of the settings beside a file, if it is one of PEFT and has any.
 fn beside(path: &Path) -> Result<Option<String>> {
     let Some(path) = peft_settings(path) else { return Ok(None) };
-    let failed = |source| Error::File { path: path.clone(), source };
+    let failed = |reason| Error::File { path: path.clone(), reason };
     let file = match File::open(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         file => file.map_err(failed)?,

@@ -129,9 +129,9 @@ const WITHOUT_CHECKER: &str = "--safety-checker off goes without it";
 /// Adds to the error of a missing file what helps.
 fn advise<T>(read: Result<T>, advice: &str) -> Result<T> {
     read.map_err(|error| match error {
-        Error::File { path, source } if source.kind() == io::ErrorKind::NotFound => {
-            let source = io::Error::new(source.kind(), format!("{source}; {advice}"));
-            Error::File { path, source }
+        Error::File { path, reason } if reason.kind() == io::ErrorKind::NotFound => {
+            let reason = io::Error::new(reason.kind(), format!("{reason}; {advice}"));
+            Error::File { path, reason }
         }
         other => other,
     })

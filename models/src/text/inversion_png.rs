@@ -4,7 +4,6 @@
 //! Reference: stable-diffusion-webui 1.10 `modules/textual_inversion/image_embedding.py`.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io::{BufReader, Read as _};
 use std::path::Path;
 
@@ -52,7 +51,7 @@ impl PngEmbedding {
 /// Reads the embedding of a picture; none if the picture is only one.
 pub(super) fn read(path: &Path) -> Result<Option<PngEmbedding>, String> {
     let text = |error: png::DecodingError| format!("not a PNG that can be read: {error}");
-    let file = File::open(path).map_err(|error| error.to_string())?;
+    let file = crate::files::open(path).map_err(|error| error.to_string())?;
     let limits = Limits { bytes: MAX_BYTES };
     let mut decoder = Decoder::new_with_limits(BufReader::new(file), limits);
     decoder.set_transformations(Transformations::normalize_to_color8());
