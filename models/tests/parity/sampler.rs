@@ -126,7 +126,7 @@ fn what_is_not_supported_is_refused_by_name() {
         ("dpmpp_2m", json!({"lambda_min_clipped": -5.1})),
         ("unipc", json!({"predict_x0": false})),
         ("unipc", json!({"disable_corrector": [0]})),
-        ("lcm", json!({"some_new_key": 1})),
+        ("pndm", json!({"some_new_key": 1})),
     ];
     for (scheduler, changes) in refused {
         let error = begin(scheduler, &config(&changes), 4).unwrap_err();
