@@ -38,6 +38,7 @@ mod registry; // which models are in memory: room, eviction, deadlines, one devi
 mod safety; // the safety checker, in every dialect
 mod scheduling; // fairness, starvation, conservation, with a fake model and real threads
 mod sdapi; // AUTOMATIC1111's API
+mod sdapi_images; // the same with images
 mod shelf; // a loader of fake models
 mod soak; // many mixed requests: nothing is lost, miscounted or leaked
 mod supply; // the bill of materials of the image

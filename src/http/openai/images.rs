@@ -1,6 +1,7 @@
 //! Generations and edits.
 
 use axum::Json;
+use axum::body::Bytes;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 
@@ -36,16 +37,10 @@ pub(crate) async fn edits(
     links: Links,
     mut admitted: Admitted,
 ) -> Result<Response> {
-    let Form { texts, image, mask } = Form::read(&state, &mut admitted).await?;
-    let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
-    let (options, mut draw) = request::read(Fields::form(texts)?, &state.settings.limits)?;
-    let twice = draw.image.as_ref().map(|_| "image");
-    let twice = twice.or(draw.mask.as_ref().filter(|_| mask.is_some()).map(|_| "mask"));
-    if let Some(name) = twice {
-        let name = draw.names.of(name);
-        return Err(ValidationError::malformed(name, "is given twice").into());
+    let (options, mut draw, mask) = read_form(&state, &mut admitted).await?;
+    if mask.is_some() && draw.mask.is_some() {
+        return Err(ValidationError::malformed(draw.names.of("mask"), "is given twice").into());
     }
-    draw.image = Some(ImageFile::Bytes(image));
     // The native `mask_image` keeps its meaning: white areas are inpainted.
     if draw.mask.is_none() {
         draw.mask = mask.map(ImageFile::Bytes);
@@ -61,18 +56,27 @@ pub(crate) async fn variations(
     links: Links,
     mut admitted: Admitted,
 ) -> Result<Response> {
-    let Form { texts, image, mask } = Form::read(&state, &mut admitted).await?;
-    let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
+    let (options, mut draw, mask) = read_form(&state, &mut admitted).await?;
     if mask.is_some() {
         return Err(ValidationError::malformed("mask", "is for edits only").into());
     }
+    draw.prompt.get_or_insert_default();
+    generate(state, links, admitted, options, draw, "image_variation").await
+}
+
+/// Reads a form with an image: its fields, which hold the image, and the file of a mask.
+async fn read_form(
+    state: &AppState,
+    admitted: &mut Admitted,
+) -> Result<(OpenAiOptions, DrawRequest, Option<Bytes>)> {
+    let Form { texts, image, mask } = Form::read(state, admitted).await?;
+    let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
     let (options, mut draw) = request::read(Fields::form(texts)?, &state.settings.limits)?;
     if draw.image.is_some() {
         return Err(ValidationError::malformed(draw.names.of("image"), "is given twice").into());
     }
     draw.image = Some(ImageFile::Bytes(image));
-    draw.prompt.get_or_insert_default();
-    generate(state, links, admitted, options, draw, "image_variation").await
+    Ok((options, draw, mask))
 }
 
 /// Generates the images and responds.
