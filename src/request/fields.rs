@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use super::error::ValidationError;
-use super::json::{self, MAX_FIELDS};
+use super::json::{self, MAX_FIELDS, Object};
 use super::limits::Limits;
 use super::schema;
 use super::values::FieldSchema;
@@ -89,7 +89,7 @@ impl Fields {
 
     /// The fields as a JSON object, for a response that repeats them, without those for which
     /// `MAX_REPEATED_BYTES` leave no room: they are held until the response, when the body is not.
-    pub(crate) fn object(&self) -> Map<String, Value> {
+    pub(crate) fn object(&self) -> Object {
         let mut left = MAX_REPEATED_BYTES;
         let has_room = |field: &&Field| {
             let rest = left.checked_sub(field.name.len() + size(&field.value));

@@ -15,6 +15,9 @@ const MAX_VALUES: usize = 1 << 16;
 /// Maximum number of fields of a request, known or not.
 pub(crate) const MAX_FIELDS: usize = 256;
 
+/// A JSON object.
+pub(crate) type Object = Map<String, Value>;
+
 /// Reads a value; none if the text is not JSON or has too many values.
 pub(super) fn value(text: &str) -> Option<Value> {
     let left = Cell::new(MAX_VALUES + 1);
@@ -24,7 +27,7 @@ pub(super) fn value(text: &str) -> Option<Value> {
 }
 
 /// Reads an object of any number of members, the last of each name.
-pub(crate) fn object(text: &str) -> Result<Map<String, Value>, ValidationError> {
+pub(crate) fn object(text: &str) -> Result<Object, ValidationError> {
     Ok(read(text, usize::MAX)?.into_iter().collect())
 }
 

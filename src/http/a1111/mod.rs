@@ -2,8 +2,11 @@
 //! Fields that would change the image and are not supported are rejected by name. AUTOMATIC1111 has
 //! one progress and one interrupt for all; here each client has its own.
 
+mod hires;
 mod info;
+mod init_image;
 mod lists;
+mod nothing;
 mod options;
 mod png_info;
 mod progress;
@@ -22,6 +25,7 @@ use serde_json::json;
 use super::docs::{self, Docs};
 use super::error::{ErrorDetail, map_error_body};
 use super::state::AppState;
+use crate::request::Object;
 
 /// The routes of AUTOMATIC1111's API.
 pub(crate) fn routes() -> ApiRouter<AppState> {
@@ -32,7 +36,7 @@ pub(crate) fn routes() -> ApiRouter<AppState> {
     let progress = progress.gives(200, &["progress", "state"], &[]).describe();
     let task = Docs::of("Progress of a request").takes::<progress::TaskQuery>();
     let task = task.gives(200, &["active"], &[]).describe();
-    let set_options = Docs::of("Select the model").takes::<request::Object>().describe();
+    let set_options = Docs::of("Select the model").takes::<Object>().describe();
     let options = get_with(options::get_options, Docs::of("Options").describe());
     let png_info = Docs::of("Generation parameters of an image file").takes::<png_info::PngInfo>();
     let png_info = png_info.gives(200, &["info"], &[]).describe();

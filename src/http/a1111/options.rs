@@ -4,11 +4,11 @@ use axum::Json;
 use axum::extract::State;
 use serde_json::{Value, json};
 
-use super::request::{Object, is_noop};
+use super::nothing::is_noop;
 use crate::http::admission::{Admitted, AdmittedSmall, text};
 use crate::http::error::Result;
 use crate::http::state::{AppState, model_of};
-use crate::request::{self, ValidationError, brief};
+use crate::request::{self, Object, ValidationError, brief};
 
 /// The options and their values.
 fn options(state: &AppState) -> Result<Object> {

@@ -6,12 +6,11 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::request::Object;
 use crate::http::admission::Admitted;
 use crate::http::error::Result;
 use crate::http::state::AppState;
 use crate::image;
-use crate::request::{ImageFile, ValidationError};
+use crate::request::{ImageFile, Object, ValidationError};
 
 /// A request for the parameters of an image.
 #[derive(Debug, Deserialize, JsonSchema)]

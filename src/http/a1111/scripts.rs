@@ -4,7 +4,7 @@
 
 use serde_json::Value;
 
-use super::request::is_off;
+use super::nothing::is_off;
 use crate::request::{Fields, ValidationError, brief};
 
 /// Scripts that AUTOMATIC1111 itself runs for its page only: their values are fields of the API.

@@ -5,9 +5,11 @@ use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use serde_json::json;
 
+use super::hires::HiresPass;
 use super::info::info;
+use super::init_image::InitImage;
 use super::options::check;
-use super::request::{Common, HiresPass, InitImage, check_clip_skip};
+use super::request::{Common, check_clip_skip};
 use super::scripts;
 use crate::http::admission::Admitted;
 use crate::http::drawing::{Drawing, ReplyFormat, base64};

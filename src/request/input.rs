@@ -1,0 +1,115 @@
+//! The input image of a request and its mask: decoded, and in the size of the images.
+
+use ::image::DynamicImage;
+use sd_models::{Img2Img, MaskedStart, ModelInfo, Size};
+
+use super::draw::DrawRequest;
+use super::error::ValidationError;
+use super::images::{MaskArea, Transparency};
+use super::limits::Limits;
+use crate::image::{self, InpaintOptions, Inpainting};
+
+/// Denoising strength of image-to-image, as in diffusers.
+const DEFAULT_STRENGTH: f64 = 0.8;
+
+/// The input image and mask of a request.
+pub(super) struct Input {
+    image: DynamicImage,
+    mask: Option<DynamicImage>,
+    pub(super) strength: f64,
+}
+
+impl DrawRequest {
+    /// Decodes the input image and its mask.
+    pub(super) fn input(&mut self, limits: &Limits) -> Result<Option<Input>, ValidationError> {
+        let Some(image) = &self.image else {
+            let dependent = [("mask", self.mask.is_some()), ("strength", self.strength.is_some())];
+            return self.reject_without("image", dependent);
+        };
+        let max_pixels = limits.max_input_pixels;
+        let image = image.decode(self.names.of("image"), max_pixels)?;
+        if let Some(InpaintOptions { only_masked: Some(_), .. }) = self.inpaint
+            && image.width() as usize * image.height() as usize > limits.max_pixels
+        {
+            let (width, height, most) = (image.width(), image.height(), limits.max_pixels);
+            let reason = format!(
+                "is {width}x{height}, the size of the result with inpaint_full_res; at most {most} \
+                 pixels are generated"
+            );
+            return Err(self.range("image", reason));
+        }
+        let name = self.names.of("mask");
+        let mask = self.mask.as_ref().map(|mask| mask.decode(name, max_pixels)).transpose()?;
+        if self.inpaint.is_none()
+            && matches!(self.mask_area, MaskArea::White)
+            && mask.as_ref().is_some_and(image::is_transparent)
+        {
+            let warning =
+                format!("{name} is transparent in places: their hidden colours were used");
+            self.warnings.push(warning);
+        }
+        let mask = if self.inpaint.is_some() { mask.map(image::opaque_mask) } else { mask };
+        let mask = self.mask_area.mask(name, mask, &image)?;
+        let is_mask = matches!(self.mask_area, MaskArea::Transparent);
+        let image = match self.transparency {
+            Transparency::White => image::on_white(image),
+            Transparency::Ignored => {
+                if !is_mask && image::is_transparent(&image) {
+                    let name = self.names.of("image");
+                    let warning =
+                        format!("{name} is transparent in places: their hidden colours were used");
+                    self.warnings.push(warning);
+                }
+                image
+            }
+        };
+        let strength = match (self.mask_area, &mask) {
+            // The pixels below transparency are no part of the image.
+            (MaskArea::Transparent, Some(_)) => 1.0,
+            _ => DEFAULT_STRENGTH,
+        };
+        Ok(Some(Input { image, mask, strength: self.strength.unwrap_or(strength) }))
+    }
+
+    /// The input image and mask in the size of the images.
+    pub(super) fn img2img(
+        &mut self,
+        Input { image, mask, strength }: Input,
+        size: Size,
+    ) -> Img2Img {
+        let (fit, masked_start) = (self.fit, self.masked_start);
+        let inpainting = mask
+            .as_ref()
+            .zip(self.inpaint)
+            .map(|(mask, options)| Inpainting::new(&image, &mask.to_luma8(), size, fit, options));
+        match inpainting {
+            Some(Some(Inpainting { picture, mask, overlay })) => {
+                self.overlay = Some(overlay);
+                Img2Img { picture, strength, mask: Some(mask), masked_start }
+            }
+            Some(None) => {
+                self.warnings.push("nothing is masked: the whole image was generated".into());
+                let picture = image::resize_to(&image, size, fit);
+                Img2Img { picture, strength, mask: None, masked_start: MaskedStart::Picture }
+            }
+            None => {
+                let picture = image::resize_to(&image, size, fit);
+                let mask = mask.map(|mask| image::fit_mask(&mask, size, fit));
+                let has_mask = mask.is_some();
+                let start = if has_mask { masked_start } else { MaskedStart::Picture };
+                Img2Img { picture, strength, mask, masked_start: start }
+            }
+        }
+    }
+}
+
+impl Input {
+    /// The image's own size in whole multiples of what the model can generate, downscaled in its
+    /// proportions if it is too large.
+    pub(super) fn size(&self, limits: &Limits, model: &ModelInfo) -> Size {
+        let (width, height) = (f64::from(self.image.width()), f64::from(self.image.height()));
+        let scale = (limits.max_pixels as f64 / (width * height)).sqrt().min(1.0);
+        let side = |side: f64| ((side * scale) as usize / model.multiple).max(1) * model.multiple;
+        Size::new(side(width), side(height)).unwrap_or(model.defaults.size)
+    }
+}

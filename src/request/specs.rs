@@ -1,0 +1,228 @@
+//! The validation of a request: past it, everything is a [`Spec`].
+
+use std::sync::Arc;
+
+use sd_models::{
+    Defaults, LoraUse, ModelInfo, PromptSyntax, SamplerName, SamplerOptions, SigmaSchedule, Spec,
+    Variation, unread,
+};
+
+use super::draw::{DrawRequest, Lora};
+use super::error::ValidationError;
+use super::limits::Limits;
+use crate::image::{Format, Overlay};
+
+impl DrawRequest {
+    /// One spec for each image. Omitted values come from the model, an omitted seed from
+    /// `random_seed`. Not for async threads: the input images are decoded and resized.
+    pub fn specs(
+        &mut self,
+        limits: &Limits,
+        model: &ModelInfo,
+        random_seed: u64,
+    ) -> Result<Vec<Spec>, ValidationError> {
+        for (name, text) in [("prompt", &self.prompt), ("negative_prompt", &self.negative_prompt)] {
+            let bytes = text.as_ref().map_or(0, String::len);
+            if bytes > limits.max_prompt_bytes {
+                let max = limits.max_prompt_bytes;
+                let reason = format!("has {bytes} bytes; at most {max} are allowed");
+                return Err(self.range(name, reason));
+            }
+        }
+        let required = || ValidationError::malformed(self.names.of("prompt"), "is required");
+        let prompt = self.prompt.clone().ok_or_else(required)?;
+        let syntax = self.choice::<PromptSyntax>("prompt_syntax", self.prompt_syntax.as_ref())?;
+        let syntax = syntax.unwrap_or_default();
+        let lora = |lora: &Lora| {
+            let scale = lora.scale.unwrap_or(1.0);
+            let text_encoder_scale = lora.text_encoder_scale.unwrap_or(scale);
+            LoraUse { name: lora.name.clone(), scale, text_encoder_scale }
+        };
+        let loras: Vec<_> = self.loras.iter().flatten().map(lora).collect();
+        // What is wrong with them is found below.
+        let named = syntax.text(&prompt).map_or_else(|_| Vec::new(), |(_, named)| named);
+        let (defaults, mut warnings) = self.defaults(model, loras.iter().chain(&named));
+        self.warn_of_unread(&prompt, syntax);
+        let input = self.input(limits)?;
+        let size = input.as_ref().map_or(defaults.size, |input| input.size(limits, model));
+        let sides = [self.width.unwrap_or(size.width()), self.height.unwrap_or(size.height())];
+        let size = self.sides(["width", "height"], sides, limits)?;
+        let SamplerName { sampler, schedule } = self.sampler_name(&defaults)?;
+        let most = limits.max_steps.min(model.most_steps(sampler));
+        let strength = ("strength", input.as_ref().map_or(1.0, |input| input.strength));
+        let steps = match self.num_inference_steps {
+            Some(steps) => steps,
+            None => self.raised(defaults.steps, strength, most, &mut warnings)?,
+        };
+        let count = self.num_images_per_prompt.unwrap_or(1);
+        self.within("num_images_per_prompt", count, 1..=limits.max_images)?;
+        let guidance_scale = self.guidance_scale.unwrap_or(defaults.guidance_scale);
+        let guided = guidance_scale > 1.0 && !model.embeds_guidance;
+        let own_eta = defaults.eta.filter(|_| sampler == defaults.sampler);
+        let hires = self.hires((size, steps), limits, model, most, &mut warnings)?;
+        let spec = Spec {
+            prompt,
+            prompt_syntax: syntax,
+            negative_prompt: self.negative_prompt.clone().unwrap_or_default(),
+            loras,
+            size,
+            steps,
+            guidance_scale,
+            seed: self.seed.unwrap_or(random_seed),
+            sampler,
+            schedule,
+            sampler_options: SamplerOptions {
+                eta: self.eta.or(own_eta),
+                s_noise: self.s_noise,
+                churn: self.churn,
+            },
+            embeds_guidance: model.embeds_guidance,
+            clip_skip: self.clip_skip.unwrap_or(defaults.clip_skip),
+            guidance_rescale: self.rescale(&defaults, guided),
+            variation: self.variation(random_seed)?,
+            warnings,
+            hires,
+            img2img: input.map(|input| Arc::new(self.img2img(input, size))),
+        };
+        model.check(&spec).map_err(|error| self.refused(error))?;
+        self.check_loras((spec.loras.len(), named.len()), limits)?;
+        let numbered = |k: u64| {
+            let mut image = spec.clone();
+            image.set_number(&spec, k);
+            image
+        };
+        Ok((0..count as u64).map(numbered).collect())
+    }
+
+    /// Checks that the files which the request's specs name exist. Blocks, on a network folder for as
+    /// long as that does.
+    pub fn check_files(&self, specs: &[Spec], model: &ModelInfo) -> Result<(), ValidationError> {
+        let check = |spec| model.check_files(spec).map_err(|error| self.refused(error));
+        specs.iter().try_for_each(check)
+    }
+
+    /// Rejects an image that a file of this format cannot hold.
+    pub fn check_format(&self, spec: &Spec, format: Format) -> Result<(), ValidationError> {
+        let names = match spec.hires {
+            Some(_) => ["hires_width", "hires_height"],
+            None => ["width", "height"],
+        };
+        let (size, max) = (spec.final_size(), format.max_side());
+        let sides = [size.width(), size.height()];
+        let sides = self.overlay.as_ref().map_or(sides, Overlay::sides);
+        let sides = names.into_iter().zip(sides);
+        match sides.into_iter().find(|(_, side)| *side > max) {
+            Some((name, side)) => {
+                let format = format.name();
+                let reason = format!(
+                    "gives a side of {side} pixels; a {format} file has at most {max}, request png"
+                );
+                Err(self.range(name, reason))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Warns of syntax in the prompts that is drawn as words.
+    fn warn_of_unread(&mut self, prompt: &str, syntax: PromptSyntax) {
+        let negative = self.negative_prompt.as_deref().unwrap_or_default();
+        let texts = [("prompt", prompt), ("negative_prompt", negative)];
+        let warnings = texts.map(|(name, text)| {
+            let unread = unread(text, syntax == PromptSyntax::A1111);
+            unread.map(|what| format!("{} {what}", self.names.of(name)))
+        });
+        self.warnings.extend(warnings.into_iter().flatten());
+    }
+
+    /// The defaults: those of a LoRA that was distilled to few steps before the model's. A warning
+    /// says what of them the image gets.
+    fn defaults<'a>(
+        &self,
+        model: &ModelInfo,
+        loras: impl Iterator<Item = &'a LoraUse>,
+    ) -> (Defaults, Vec<String>) {
+        let own = model.defaults;
+        let used = loras.filter(|lora| lora.scale > 0.0);
+        let few = own.with_loras(used.map(|lora| lora.name.as_str()));
+        let Some((few, why)) = few.filter(|_| !model.embeds_guidance) else {
+            return (own, Vec::new());
+        };
+        let (steps, scale, sampler) = (few.steps, few.guidance_scale, few.sampler_name());
+        let taken = [
+            (self.num_inference_steps.is_none(), steps != own.steps, format!("{steps} steps")),
+            (
+                self.guidance_scale.is_none(),
+                scale != own.guidance_scale,
+                format!("guidance scale {scale}"),
+            ),
+            (
+                self.scheduler.is_none() && self.schedule.is_none(),
+                sampler != own.sampler_name(),
+                format!("the sampler {sampler}"),
+            ),
+        ];
+        let taken = taken.into_iter().filter(|(is_open, differs, _)| *is_open && *differs);
+        let taken: Vec<_> = taken.map(|(.., what)| what).collect();
+        let warning = (!taken.is_empty())
+            .then(|| format!("{why}: its defaults were taken, {}", taken.join(", ")));
+        // A schedule that is asked for is one of the model's own sampler.
+        let own_sampler = self.scheduler.is_none() && self.schedule.is_some();
+        let Defaults { sampler, schedule, eta, .. } = if own_sampler { own } else { few };
+        (Defaults { sampler, schedule, eta, ..few }, warning.into_iter().collect())
+    }
+
+    /// The variation, unless it would change nothing.
+    fn variation(&self, random_seed: u64) -> Result<Option<Variation>, ValidationError> {
+        let Some(strength) = self.variation_strength else {
+            let dependent = [("variation_seed", self.variation_seed.is_some())];
+            return self.reject_without("variation_strength", dependent);
+        };
+        // Other than the seed, which may be random too; of 32 bits as well.
+        let seed = self.variation_seed.unwrap_or(random_seed ^ u64::from(u32::MAX));
+        Ok((strength > 0.0).then_some(Variation { seed, strength }))
+    }
+
+    /// The error of a spec that the model refuses.
+    fn refused(&self, error: sd_models::Error) -> ValidationError {
+        match error {
+            sd_models::Error::Spec { field, reason } => self.range(field, reason),
+            other => ValidationError::body(other.to_string()),
+        }
+    }
+
+    /// The sampler and its schedule. A name that has a schedule allows no other.
+    fn sampler_name(&self, defaults: &Defaults) -> Result<SamplerName, ValidationError> {
+        let named = self.choice::<SamplerName>("scheduler", self.scheduler.as_ref())?;
+        let asked = self.schedule.as_ref().filter(|name| !name.eq_ignore_ascii_case("automatic"));
+        let asked = self.choice::<SigmaSchedule>("schedule", asked)?;
+        let Some(named) = named else {
+            let own = defaults.sampler_name();
+            return Ok(SamplerName { schedule: asked.unwrap_or(own.schedule), ..own });
+        };
+        let schedule = asked.unwrap_or(named.schedule);
+        if ![schedule, SigmaSchedule::Model].contains(&named.schedule) {
+            let reason = format!("{schedule} is another than that of the sampler {named}");
+            return Err(self.range("schedule", reason));
+        }
+        Ok(SamplerName { schedule, ..named })
+    }
+
+    /// The guidance rescale. Without guidance there is nothing that the default could scale back.
+    fn rescale(&self, defaults: &Defaults, guided: bool) -> f64 {
+        let default = if guided { defaults.guidance_rescale } else { 0.0 };
+        self.guidance_rescale.unwrap_or(default)
+    }
+
+    /// Checks the number of LoRAs: of the field, and of the prompt.
+    fn check_loras(
+        &self,
+        (listed, named): (usize, usize),
+        limits: &Limits,
+    ) -> Result<(), ValidationError> {
+        if listed + named <= limits.max_loras {
+            return Ok(());
+        }
+        let reason = format!("names too many LoRAs; at most {} are allowed", limits.max_loras);
+        Err(self.range(if named == 0 { "loras" } else { "prompt" }, reason))
+    }
+}
