@@ -1,37 +1,16 @@
-//! The networks' configuration files, field for field under the same names.
-//!
-//! Unknown keys and unsupported values are errors that name file and key: nothing that could change
-//! the image is ignored. Keys that only record how a file was made or trained are listed as such.
+//! `unet/config.json`.
 
 use serde_json::json;
 
+use super::levels::check_levels;
 use crate::error::Result;
 use crate::files::{Keys, Source};
-use crate::ops::Activation;
 
 /// Maximum of the `sample_size` of a UNet, in latent pixels.
 const MAX_SAMPLE_SIZE: usize = 8192;
 
-/// Maximum number of levels of a UNet or a VAE, each of which halves the sides.
-const MAX_LEVELS: usize = 8;
-
-/// Maximum number of channels of a level.
-const MAX_CHANNELS: usize = 65_536;
-
 /// Maximum number of transformer blocks of a layer.
 const MAX_DEPTH: usize = 100;
-
-/// Checks the channels of the levels of a UNet or a VAE.
-fn check_levels(keys: &Keys, channels: &[usize]) -> Result<()> {
-    let key = "block_out_channels";
-    if !(1..=MAX_LEVELS).contains(&channels.len()) {
-        return Err(keys.invalid(key, format!("{} must be 1 to {MAX_LEVELS}", channels.len())));
-    }
-    match channels.iter().find(|channels| !(1..=MAX_CHANNELS).contains(*channels)) {
-        Some(found) => Err(keys.invalid(key, format!("{found} must be 1 to {MAX_CHANNELS}"))),
-        None => Ok(()),
-    }
-}
 
 /// One value for all blocks, or one for each.
 #[derive(serde::Deserialize)]
@@ -231,216 +210,9 @@ fn refuse_other_unets(keys: &mut Keys) -> Result<()> {
     Ok(())
 }
 
-/// `vae/config.json` of an `AutoencoderKL`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct VaeConfig {
-    /// Channels of an input image.
-    pub in_channels: usize,
-    /// Channels of a decoded image.
-    pub out_channels: usize,
-    /// Channels of the latents.
-    pub latent_channels: usize,
-    /// Channels of each level, outermost first; every level but the last halves the sides.
-    pub block_out_channels: Vec<usize>,
-    /// Residual blocks of an encoder level; a decoder level has one more.
-    pub layers_per_block: usize,
-    /// Groups of every group norm.
-    pub norm_num_groups: usize,
-    /// Factor of the latents after encoding.
-    pub scaling_factor: f64,
-    /// Whether the mid block has attention.
-    pub mid_block_add_attention: bool,
-    /// Whether a 1x1 convolution follows the encoder.
-    pub use_quant_conv: bool,
-    /// Whether a 1x1 convolution precedes the decoder.
-    pub use_post_quant_conv: bool,
-}
-
-impl VaeConfig {
-    /// Reads `vae/config.json`.
-    pub fn read(source: &Source) -> Result<Self> {
-        let mut keys = Keys::read(source, "vae/config.json")?;
-        keys.only("_class_name", &[json!("AutoencoderKL")])?;
-        let block_out_channels: Vec<usize> = keys.take("block_out_channels", vec![64])?;
-        for (key, name) in
-            [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")]
-        {
-            let types: Vec<String> = keys.take(key, vec![name.into()])?;
-            if types.len() != block_out_channels.len() || types.iter().any(|t| t != name) {
-                let count = block_out_channels.len();
-                return Err(keys.invalid(key, format!("{types:?} must be {count} times {name:?}")));
-            }
-        }
-        keys.only("act_fn", &[json!("silu"), json!("swish")])?;
-        keys.only("latents_mean", &[])?;
-        keys.only("latents_std", &[])?;
-        keys.only("shift_factor", &[json!(0), json!(0.0)])?;
-        let scaling_factor: f64 = keys.take("scaling_factor", 0.18215)?;
-        // In f32, in which latents are divided by it.
-        let in_f32 = scaling_factor as f32;
-        if in_f32 == 0.0 || !in_f32.is_finite() || !in_f32.recip().is_finite() {
-            return Err(keys.invalid("scaling_factor", format!("{scaling_factor} is no scale")));
-        }
-        let config = Self {
-            in_channels: keys.count("in_channels", 1, 3)?,
-            out_channels: keys.count("out_channels", 1, 3)?,
-            latent_channels: keys.count("latent_channels", 1, 4)?,
-            layers_per_block: keys.count("layers_per_block", 0, 1)?,
-            norm_num_groups: keys.count("norm_num_groups", 1, 32)?,
-            scaling_factor,
-            mid_block_add_attention: keys.take("mid_block_add_attention", true)?,
-            use_quant_conv: keys.take("use_quant_conv", true)?,
-            use_post_quant_conv: keys.take("use_post_quant_conv", true)?,
-            block_out_channels,
-        };
-        let groups = config.norm_num_groups;
-        check_levels(&keys, &config.block_out_channels)?;
-        if let Some(channels) =
-            config.block_out_channels.iter().find(|c| groups == 0 || **c == 0 || **c % groups != 0)
-        {
-            let reason = format!("{groups} does not divide {channels} channels");
-            return Err(keys.invalid("norm_num_groups", reason));
-        }
-        if config.out_channels != 3 || config.in_channels != 3 {
-            return Err(keys.invalid("out_channels", "must be 3, the channels of an image"));
-        }
-        keys.drop_idle(&["force_upcast", "sample_size"]);
-        keys.finish()?;
-        Ok(config)
-    }
-
-    /// Pixels per latent pixel, along one side.
-    pub fn scale(&self) -> usize {
-        1 << (self.block_out_channels.len() - 1)
-    }
-}
-
-/// Keys about training, and settings of text generation in old files.
-pub(crate) const IDLE_TEXT_KEYS: [&str; 34] = [
-    "architectures",
-    "attention_dropout",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "diversity_penalty",
-    "dropout",
-    "dtype",
-    "encoder_no_repeat_ngram_size",
-    "eos_token_id",
-    "id2label",
-    "initializer_factor",
-    "initializer_range",
-    "label2id",
-    "length_penalty",
-    "max_length",
-    "min_length",
-    "no_repeat_ngram_size",
-    "num_beam_groups",
-    "num_beams",
-    "num_return_sequences",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "problem_type",
-    "projection_dim",
-    "repetition_penalty",
-    "return_dict",
-    "temperature",
-    "tie_word_embeddings",
-    "top_k",
-    "top_p",
-    "torch_dtype",
-    "transformers_version",
-    "typical_p",
-];
-
-/// The transformer of a CLIP tower.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ClipConfig {
-    /// Channels of the hidden states.
-    pub hidden_size: usize,
-    /// Channels inside the MLP.
-    pub intermediate_size: usize,
-    /// Layers.
-    pub num_hidden_layers: usize,
-    /// Attention heads of a layer.
-    pub num_attention_heads: usize,
-    /// The MLP's activation.
-    pub(crate) hidden_act: Activation,
-    /// Epsilon of the layer norms.
-    pub layer_norm_eps: f64,
-}
-
-impl ClipConfig {
-    /// Takes its keys; `hidden`, `inner` and `heads` are the defaults of the tower's class.
-    pub(crate) fn take(
-        keys: &mut Keys,
-        (hidden, inner, heads): (usize, usize, usize),
-    ) -> Result<Self> {
-        let config = Self {
-            hidden_size: keys.count("hidden_size", 1, hidden)?,
-            intermediate_size: keys.count("intermediate_size", 1, inner)?,
-            num_hidden_layers: keys.count("num_hidden_layers", 0, 12)?,
-            num_attention_heads: keys.count("num_attention_heads", 1, heads)?,
-            hidden_act: match keys.take("hidden_act", "quick_gelu".to_owned())?.as_str() {
-                "quick_gelu" => Activation::QuickGelu,
-                "gelu" => Activation::Gelu,
-                other => {
-                    let reason = format!("{other:?} is not quick_gelu or gelu");
-                    return Err(keys.invalid("hidden_act", reason));
-                }
-            },
-            layer_norm_eps: keys.take("layer_norm_eps", 1e-5)?,
-        };
-        let heads = config.num_attention_heads;
-        if heads == 0 || !config.hidden_size.is_multiple_of(heads) {
-            let reason = format!("{heads} heads do not divide {} channels", config.hidden_size);
-            return Err(keys.invalid("num_attention_heads", reason));
-        }
-        Ok(config)
-    }
-}
-
-/// `text_encoder/config.json` of a `CLIPTextModel`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct ClipTextConfig {
-    /// Tokens of the vocabulary.
-    pub vocab_size: usize,
-    /// Maximum number of tokens of a sequence.
-    pub max_position_embeddings: usize,
-    /// The layers between embeddings and final norm.
-    pub transformer: ClipConfig,
-}
-
-impl ClipTextConfig {
-    /// Reads `text_encoder/config.json`.
-    pub fn read(source: &Source) -> Result<Self> {
-        let mut keys = Keys::read(source, "text_encoder/config.json")?;
-        keys.only("model_type", &[json!("clip_text_model")])?;
-        keys.only("use_attention_mask", &[json!(false)])?;
-        let config = Self {
-            vocab_size: keys.count("vocab_size", 1, 49408)?,
-            max_position_embeddings: keys.count("max_position_embeddings", 1, 77)?,
-            transformer: ClipConfig::take(&mut keys, (512, 2048, 8))?,
-        };
-        keys.drop_idle(&IDLE_TEXT_KEYS);
-        keys.finish()?;
-        Ok(config)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_demo_model_is_understood() {
-        let unet = UNetConfig::read(&Source::Demo).unwrap();
-        assert_eq!(unet.block_out_channels, [64, 128, 192]);
-        assert_eq!(unet.down_cross_attention, [true, true, false]);
-        assert_eq!(unet.heads, [4, 4, 4]);
-        assert_eq!(VaeConfig::read(&Source::Demo).unwrap().scale(), 8);
-        assert_eq!(ClipTextConfig::read(&Source::Demo).unwrap().transformer.hidden_size, 128);
-    }
 
     #[test]
     fn old_files_mean_64_latent_pixels() {

@@ -1,0 +1,91 @@
+//! `vae/config.json`.
+
+use serde_json::json;
+
+use super::levels::check_levels;
+use crate::error::Result;
+use crate::files::{Keys, Source};
+
+/// `vae/config.json` of an `AutoencoderKL`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VaeConfig {
+    /// Channels of an input image.
+    pub in_channels: usize,
+    /// Channels of a decoded image.
+    pub out_channels: usize,
+    /// Channels of the latents.
+    pub latent_channels: usize,
+    /// Channels of each level, outermost first; every level but the last halves the sides.
+    pub block_out_channels: Vec<usize>,
+    /// Residual blocks of an encoder level; a decoder level has one more.
+    pub layers_per_block: usize,
+    /// Groups of every group norm.
+    pub norm_num_groups: usize,
+    /// Factor of the latents after encoding.
+    pub scaling_factor: f64,
+    /// Whether the mid block has attention.
+    pub mid_block_add_attention: bool,
+    /// Whether a 1x1 convolution follows the encoder.
+    pub use_quant_conv: bool,
+    /// Whether a 1x1 convolution precedes the decoder.
+    pub use_post_quant_conv: bool,
+}
+
+impl VaeConfig {
+    /// Reads `vae/config.json`.
+    pub fn read(source: &Source) -> Result<Self> {
+        let mut keys = Keys::read(source, "vae/config.json")?;
+        keys.only("_class_name", &[json!("AutoencoderKL")])?;
+        let block_out_channels: Vec<usize> = keys.take("block_out_channels", vec![64])?;
+        for (key, name) in
+            [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")]
+        {
+            let types: Vec<String> = keys.take(key, vec![name.into()])?;
+            if types.len() != block_out_channels.len() || types.iter().any(|t| t != name) {
+                let count = block_out_channels.len();
+                return Err(keys.invalid(key, format!("{types:?} must be {count} times {name:?}")));
+            }
+        }
+        keys.only("act_fn", &[json!("silu"), json!("swish")])?;
+        keys.only("latents_mean", &[])?;
+        keys.only("latents_std", &[])?;
+        keys.only("shift_factor", &[json!(0), json!(0.0)])?;
+        let scaling_factor: f64 = keys.take("scaling_factor", 0.18215)?;
+        // In f32, in which latents are divided by it.
+        let in_f32 = scaling_factor as f32;
+        if in_f32 == 0.0 || !in_f32.is_finite() || !in_f32.recip().is_finite() {
+            return Err(keys.invalid("scaling_factor", format!("{scaling_factor} is no scale")));
+        }
+        let config = Self {
+            in_channels: keys.count("in_channels", 1, 3)?,
+            out_channels: keys.count("out_channels", 1, 3)?,
+            latent_channels: keys.count("latent_channels", 1, 4)?,
+            layers_per_block: keys.count("layers_per_block", 0, 1)?,
+            norm_num_groups: keys.count("norm_num_groups", 1, 32)?,
+            scaling_factor,
+            mid_block_add_attention: keys.take("mid_block_add_attention", true)?,
+            use_quant_conv: keys.take("use_quant_conv", true)?,
+            use_post_quant_conv: keys.take("use_post_quant_conv", true)?,
+            block_out_channels,
+        };
+        let groups = config.norm_num_groups;
+        check_levels(&keys, &config.block_out_channels)?;
+        if let Some(channels) =
+            config.block_out_channels.iter().find(|c| groups == 0 || **c == 0 || **c % groups != 0)
+        {
+            let reason = format!("{groups} does not divide {channels} channels");
+            return Err(keys.invalid("norm_num_groups", reason));
+        }
+        if config.out_channels != 3 || config.in_channels != 3 {
+            return Err(keys.invalid("out_channels", "must be 3, the channels of an image"));
+        }
+        keys.drop_idle(&["force_upcast", "sample_size"]);
+        keys.finish()?;
+        Ok(config)
+    }
+
+    /// Pixels per latent pixel, along one side.
+    pub fn scale(&self) -> usize {
+        1 << (self.block_out_channels.len() - 1)
+    }
+}

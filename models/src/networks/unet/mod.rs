@@ -1,0 +1,216 @@
+//! UNet2DConditionModel of Stable Diffusion 1.x and 2.x, but for the residual block, which is in
+//! [`super::resnet`].
+//!
+//! Reference: diffusers 0.42 `models/unets/unet_2d_condition.py`, `unet_2d_blocks.py`,
+//! `transformers/transformer_2d.py` and `attention.py`, as far as [`UNetConfig`] can express it.
+//!
+//! Shapes: B batch rows, H and W latent pixels of a level, C its channels, L = H W tokens, M tokens
+//! of a prompt. Activations are channels-last. Each row has its own timestep and conditioning, and
+//! `loras` holds the LoRAs of each row, or nothing if no row has any.
+
+mod blocks;
+mod conditioning;
+mod time;
+mod transformer;
+
+use candle_core::{DType, Device, Tensor};
+
+use self::blocks::{BlockBuilder, DownBlock, UpBlock};
+pub use self::conditioning::Conditioning;
+use self::time::TimeEmbedding;
+use self::transformer::Transformer;
+use crate::error::Result;
+use crate::files::Weights;
+use crate::layers::{LayerBuilder, LoraLayer, LoraStack, activation_dtype};
+use crate::networks::config::UNetConfig;
+use crate::networks::resnet::{Resnet, Stack};
+use crate::ops::{
+    ChannelConcat, Conv2d, Epilogue, Geometry, GroupNorm, Linear, channels_first, channels_last,
+    in_pool,
+};
+
+/// The denoising network.
+pub struct UNet2DConditionModel {
+    config: UNetConfig,
+    device: Device,
+    dtype: DType,
+    time: TimeEmbedding,
+    /// The time projections of all residual blocks: (.., 4 first) -> (.., time_width)
+    time_proj: LoraLayer<Linear>,
+    /// The key and value projections of all cross attentions: (.., D) -> (.., kv_width)
+    to_kv: LoraLayer<Linear>,
+    conv_in: LoraLayer<Conv2d>,
+    down: Vec<DownBlock>,
+    /// Distilled models have none.
+    mid: Option<(Resnet, Transformer, Resnet)>,
+    up: Vec<UpBlock>,
+    norm_out: GroupNorm,
+    conv_out: LoraLayer<Conv2d>,
+}
+
+impl UNet2DConditionModel {
+    /// Builds the network from its weights; every tensor must have the shape that `config` says.
+    pub fn load(
+        config: UNetConfig,
+        weights: &Weights,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
+        let p = LayerBuilder::new(weights, device, dtype);
+        let activation = activation_dtype(device, dtype);
+        let channels = &config.block_out_channels;
+        let (first, last) = (channels[0], channels[channels.len() - 1]);
+        let temb = 4 * first;
+        let builder = BlockBuilder {
+            config: &config,
+            time_proj: Stack::new(temb),
+            to_kv: Stack::new(config.cross_attention_dim),
+        };
+        let middle = p.pp("mid_block");
+        let down = builder.down_blocks(&p.pp("down_blocks"))?;
+        let resnet = |i| builder.resnet(&middle.pp("resnets").pp(i), last, last);
+        let mid = match config.mid_block {
+            true => {
+                let p = middle.pp("attentions").pp(0);
+                let first = resnet(0)?;
+                let transformer = builder.transformer(&p, channels.len() - 1)?;
+                Some((first, transformer, resnet(1)?))
+            }
+            false => None,
+        };
+        let up = builder.up_blocks(&p.pp("up_blocks"))?;
+        let model = Self {
+            time_proj: builder.time_proj.build(&p)?,
+            to_kv: builder.to_kv.build(&p)?,
+            time: TimeEmbedding::load(&p.pp("time_embedding"), &config, device, activation)?,
+            conv_in: LoraLayer::conv(&p.pp("conv_in"), config.in_channels, first, Geometry::SAME)?,
+            down,
+            mid,
+            up,
+            norm_out: p.pp("conv_norm_out").group_norm(
+                first,
+                config.norm_num_groups,
+                config.norm_eps,
+            )?,
+            conv_out: LoraLayer::conv(
+                &p.pp("conv_out"),
+                first,
+                config.out_channels,
+                Geometry::SAME,
+            )?,
+            device: device.clone(),
+            dtype: activation,
+            config,
+        };
+        weights.finish(|_| false);
+        Ok(model)
+    }
+
+    /// Its configuration.
+    pub fn config(&self) -> &UNetConfig {
+        &self.config
+    }
+
+    /// Width of the keys and values of all cross attentions together, the last dimension of
+    /// [`Conditioning`].
+    pub(crate) fn kv_width(&self) -> usize {
+        self.to_kv.outputs()
+    }
+
+    /// Width of the time embeddings of all residual blocks together, the last dimension of
+    /// [`Self::time_embeddings`].
+    pub(crate) fn time_width(&self) -> usize {
+        self.time_proj.outputs()
+    }
+
+    /// The conditioning for [`Self::forward`], which is the same at every step, from the text
+    /// encoder's hidden states (B, M, D) f32.
+    pub fn condition(&self, context: &Tensor, loras: &[LoraStack]) -> Result<Conditioning> {
+        let context = context.to_dtype(self.dtype)?.contiguous()?;
+        let kv = in_pool(&self.device, || self.to_kv.forward(&context, Epilogue::NONE, loras))?;
+        Ok(Conditioning { kv })
+    }
+
+    /// T timesteps -> the time embeddings of all residual blocks (T, time_width) for
+    /// [`Self::forward`]. Those of a schedule are known before its first step. A UNet that takes
+    /// the guidance scale as an input gets 1.
+    pub fn time_embeddings(&self, timesteps: &[f64], loras: &[LoraStack]) -> Result<Tensor> {
+        self.guided_time_embeddings(timesteps, 1.0, loras)
+    }
+
+    /// The same with a guidance scale, which only a UNet that takes it as an input reads.
+    pub fn guided_time_embeddings(
+        &self,
+        timesteps: &[f64],
+        guidance_scale: f64,
+        loras: &[LoraStack],
+    ) -> Result<Tensor> {
+        in_pool(&self.device, || {
+            let embedded = self.time.forward(timesteps, guidance_scale, loras)?;
+            Ok(self.time_proj.forward(&embedded, Epilogue::NONE, loras)?)
+        })
+    }
+
+    /// Latents (B, C, H, W) f32, time embeddings (B, time_width) and the conditioning of the rows
+    /// in their order, whose entries may differ in M -> the prediction (B, C, H, W) f32.
+    pub fn forward(
+        &self,
+        latents: &Tensor,
+        time_embeddings: &Tensor,
+        conditioning: &[Conditioning],
+        loras: &[LoraStack],
+    ) -> Result<Tensor> {
+        in_pool(&self.device, || self.predict(latents, time_embeddings, conditioning, loras))
+    }
+
+    fn predict(
+        &self,
+        latents: &Tensor,
+        time_embeddings: &Tensor,
+        conditioning: &[Conditioning],
+        loras: &[LoraStack],
+    ) -> Result<Tensor> {
+        // 1. In
+        let x = channels_last(latents, self.dtype)?;
+        let mut x = self.conv_in.forward(&x, Epilogue::NONE, loras)?; // (B, H, W, first)
+        // 2. Down
+        let mut skips = vec![x.clone()];
+        for block in &self.down {
+            for (resnet, transformer) in &block.layers {
+                x = resnet.forward(&(&x).into(), time_embeddings, loras)?;
+                if let Some(transformer) = transformer {
+                    x = transformer.forward(&x, conditioning, loras)?;
+                }
+                skips.push(x.clone());
+            }
+            if let Some(downsample) = &block.downsample {
+                x = downsample.forward(&x, Epilogue::NONE, loras)?;
+                skips.push(x.clone());
+            }
+        }
+        // 3. Middle
+        if let Some((first, transformer, second)) = &self.mid {
+            x = first.forward(&(&x).into(), time_embeddings, loras)?;
+            x = transformer.forward(&x, conditioning, loras)?;
+            x = second.forward(&(&x).into(), time_embeddings, loras)?;
+        }
+        // 4. Up
+        for block in &self.up {
+            for (resnet, transformer) in &block.layers {
+                // load() built as many skips as layers.
+                let skip = skips.pop().ok_or_else(|| candle_core::Error::msg("no skip left"))?;
+                x = resnet.forward(&ChannelConcat::new(&x, &skip)?, time_embeddings, loras)?;
+                if let Some(transformer) = transformer {
+                    x = transformer.forward(&x, conditioning, loras)?;
+                }
+            }
+            if let (Some(upsample), Some(next)) = (&block.upsample, skips.last()) {
+                let (_, h, w, _) = next.dims4()?;
+                x = upsample.forward_resized(&x, (h, w), Epilogue::NONE, loras)?;
+            }
+        }
+        // 5. Out
+        let x = self.conv_out.forward(&self.norm_out.forward_silu(&x)?, Epilogue::NONE, loras)?;
+        Ok(channels_first(&x)?)
+    }
+}
