@@ -238,6 +238,20 @@ pub(super) struct GenerateArgs {
     #[arg(long, requires = "image")]
     #[serde(skip)]
     pub(super) mask: Option<PathBuf>,
+    /// Blur of --mask in pixels. Default: 0
+    #[arg(long, requires = "mask", value_parser = finite)]
+    pub(super) mask_blur: Option<f64>,
+    /// Generate the masked area alone, in the output size, with so many pixels around it, and put it
+    /// back into --image
+    #[arg(long, requires = "mask")]
+    pub(super) mask_padding: Option<u64>,
+    /// What the masked area begins as: original, fill (the colours around it), noise or nothing.
+    /// Default: original
+    #[arg(long, requires = "mask")]
+    pub(super) mask_fill: Option<String>,
+    /// Inpaint the black areas of --mask and preserve the white ones
+    #[arg(long, requires = "mask")]
+    pub(super) mask_invert: bool,
     /// Denoising strength for --image, 0 to 1; higher values change more. Default: 0.8
     #[arg(long, requires = "image", value_parser = finite)]
     pub(super) strength: Option<f64>,

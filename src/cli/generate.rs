@@ -82,7 +82,11 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
         let path = numbered(&config.output, k, specs.len());
         let loras = hashes.of(&generated.loras);
         let infotext = image::infotext(spec, &model.name, &loras);
-        let file = image::encode(&generated.rgb, config.format, image::JPEG_QUALITY, &infotext)?;
+        let rgb = match &request.overlay {
+            Some(overlay) => &overlay.over(&generated.rgb),
+            None => &generated.rgb,
+        };
+        let file = image::encode(rgb, config.format, image::JPEG_QUALITY, &infotext)?;
         std::fs::write(&path, file).with_context(|| format!("cannot write {}", path.display()))?;
         for warning in request.warnings.iter().chain(&generated.warnings) {
             tracing::warn!("{warning}");

@@ -25,6 +25,12 @@ pub(crate) const MAX_SIDE: usize = 65_536;
 /// Maximum guidance scale. More only burns the image.
 pub(crate) const MAX_GUIDANCE: u32 = 100;
 
+/// Maximum blur of a mask, in pixels.
+const MAX_MASK_BLUR: u32 = 64;
+
+/// Maximum number of pixels around the masked area that are generated with it.
+const MAX_MASK_PADDING: u32 = 256;
+
 /// Maximum scale of a LoRA. More only burns the image.
 const MAX_LORA_SCALE: i32 = 100;
 
@@ -47,6 +53,18 @@ pub struct DrawRequest {
     /// Mask of inpainting: white areas are inpainted, black areas are preserved.
     #[schemars(extend("x-aliases" = ["mask_image"]))]
     pub(crate) mask: Option<ImageFile>,
+    /// Blur of the mask in pixels. Default: 0.
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_MASK_BLUR))]
+    pub(crate) mask_blur: Option<f64>,
+    /// Generates the masked area alone, in the size of the request, with so many pixels around it,
+    /// and puts it back into the input image.
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_MASK_PADDING))]
+    pub(crate) mask_padding: Option<u32>,
+    /// What the masked area begins as: original, fill (the colours around it), noise or nothing.
+    /// Default: original.
+    pub(crate) mask_fill: Option<String>,
+    /// Whether black areas are inpainted and white areas are preserved. Default: false.
+    pub(crate) mask_invert: Option<bool>,
     /// Denoising strength of image-to-image. Higher values change more. Default: 0.8.
     #[schemars(extend("minimum" = 0, "maximum" = 1))]
     pub(crate) strength: Option<f64>,

@@ -22,6 +22,7 @@ pub(super) struct Input {
 impl DrawRequest {
     /// Decodes the input image and its mask.
     pub(super) fn input(&mut self, limits: &Limits) -> Result<Option<Input>, ValidationError> {
+        self.read_mask_options()?;
         let Some(image) = &self.image else {
             let dependent = [("mask", self.mask.is_some()), ("strength", self.strength.is_some())];
             return self.reject_without("image", dependent);
@@ -32,8 +33,9 @@ impl DrawRequest {
             && image.width() as usize * image.height() as usize > limits.max_pixels
         {
             let (width, height, most) = (image.width(), image.height(), limits.max_pixels);
+            let only_masked = self.names.of("mask_padding");
             let reason = format!(
-                "is {width}x{height}, the size of the result with inpaint_full_res; at most {most} \
+                "is {width}x{height}, the size of the result with {only_masked}; at most {most} \
                  pixels are generated"
             );
             return Err(self.range("image", reason));

@@ -7,6 +7,7 @@ mod images;
 mod input;
 mod json;
 mod limits;
+mod mask;
 mod passes;
 mod schema;
 mod specs;

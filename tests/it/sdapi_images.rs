@@ -130,6 +130,59 @@ fn a_mask_is_used_as_its_options_say() {
     }
 }
 
+/// What the options of a mask change in a native request and in AUTOMATIC1111's.
+#[test]
+fn native_options_of_a_mask_are_those_of_a1111() {
+    let server = harness::Server::ready(&[]);
+    let picture = BASE64_STANDARD.encode(png(&gradient(64, 72), ImageFormat::Png));
+    let with = |body: &Value, changes: &Value| {
+        let mut body = body.clone();
+        for (name, value) in changes.as_object().expect("an object") {
+            body[name] = value.clone();
+        }
+        body
+    };
+    let theirs = json!({ "prompt": "a red house", "steps": 4, "seed": 3, "sampler_name": "Euler",
+        "denoising_strength": 0.5, "init_images": [picture], "mask": half(255, 0), "mask_blur": 0,
+        "inpainting_fill": 1, "inpaint_full_res": false });
+    let ours = json!({ "prompt": "a red house", "steps": 4, "seed": 3, "scheduler": "euler",
+        "strength": 0.5, "image": picture, "mask": half(255, 0), "output_format": "png" });
+    let pairs = [
+        (json!({ "mask_blur": 4 }), json!({ "mask_blur": "4.0" })),
+        (
+            json!({ "inpaint_full_res": true, "inpaint_full_res_padding": 8, "width": 128,
+                "height": 128 }),
+            json!({ "mask_padding": 8, "width": 128, "height": 128 }),
+        ),
+        (json!({ "inpainting_fill": 0 }), json!({ "mask_fill": "fill" })),
+        (json!({ "inpainting_fill": 2 }), json!({ "mask_fill": "Noise" })),
+        (json!({ "inpainting_fill": 3 }), json!({ "mask_fill": "nothing" })),
+        (
+            json!({ "inpainting_mask_invert": 1, "mask_blur": 2 }),
+            json!({ "mask_invert": true, "mask_blur": 2 }),
+        ),
+    ];
+    for (a1111, native) in pairs {
+        let body = with(&theirs, &a1111).to_string();
+        let reply = server.client.post(server.url("/sdapi/v1/img2img")).body(body).send();
+        let reply: Value = reply.expect("an answer").json().expect("JSON");
+        let found = server.json(&with(&ours, &native)).json()["data"].clone();
+        assert_eq!(pixels(&found), pixels(&reply["images"][0]), "{native}");
+    }
+    let refused = [
+        (json!({ "mask_blur": 4, "mask": null }), "mask_blur requires mask"),
+        (json!({ "mask_fill": "red" }), "mask_fill \"red\" is unknown; known are original, fill"),
+        (json!({ "mask_padding": 257 }), "mask_padding must be from 0 to 256, not 257"),
+    ];
+    for (options, reason) in refused {
+        let error = server.json(&with(&ours, &options)).json()["error"]["message"].clone();
+        assert!(error.as_str().is_some_and(|message| message.contains(reason)), "{error}");
+    }
+    let nothing = json!({ "prompt": "a", "steps": 1, "seed": 1, "mask_blur": 0, "mask_invert": "off",
+        "mask_fill": "original" });
+    assert_eq!(server.json(&nothing).status, 200);
+}
+
 #[test]
 fn img2img_begins_with_a_picture() {
     let server = harness::Server::ready(&[]);

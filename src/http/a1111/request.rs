@@ -213,6 +213,7 @@ impl Common {
                 ("schedule", "scheduler"),
                 ("output_format", "override_settings.samples_format"),
                 ("image", "init_images"),
+                ("mask_padding", "inpaint_full_res"),
                 ("strength", "denoising_strength"),
                 ("hires_strength", "denoising_strength"),
                 ("hires_steps", "hr_second_pass_steps"),
