@@ -6,7 +6,7 @@ use std::io::Cursor;
 use anyhow::{Context as _, Result, bail};
 use exif::{Exif, In, Tag, Value};
 use image::{ImageDecoder as _, ImageFormat, ImageReader};
-use sd_models::{Hires, LoraUse, Sampler, SamplerOptions, Spec, Variation};
+use sd_models::{Hires, LoraUse, PromptSyntax, Sampler, SamplerOptions, Spec, Variation};
 
 /// AUTOMATIC1111's name of the list of LoRAs with their hashes.
 pub(crate) const LORA_HASHES: &str = "Lora hashes";
@@ -78,7 +78,11 @@ pub(crate) fn extra_parameters(spec: &Spec) -> Vec<(&'static str, String)> {
     let rescale = (spec.guidance_rescale > 0.0)
         .then(|| ("CFG Rescale phi", spec.guidance_rescale.to_string()));
     let hires = spec.hires.iter().flat_map(|hires| hires_parameters(spec, hires));
-    sampler_parameters(spec).into_iter().chain(hires).chain(rescale).collect()
+    // Theirs is the other, which needs no name.
+    let syntax =
+        (spec.prompt_syntax == PromptSyntax::Plain).then(|| ("Prompt syntax", "plain".to_owned()));
+    let others = rescale.into_iter().chain(syntax);
+    sampler_parameters(spec).into_iter().chain(hires).chain(others).collect()
 }
 
 /// AUTOMATIC1111's names and values of the sampler's parameters that the request gives.
@@ -265,7 +269,7 @@ fn value(text: &str) -> (String, &str) {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use sd_models::{PromptSyntax, SigmaSchedule, Size};
+    use sd_models::{SigmaSchedule, Size};
 
     use super::*;
 
@@ -324,6 +328,7 @@ mod tests {
             prop_assert_eq!(value("Sampler"), "Euler");
             prop_assert_eq!(value("Model"), "model");
             prop_assert_eq!(value(LORA_HASHES), "style: 0123456789ab");
+            prop_assert_eq!(value("Prompt syntax"), "plain");
         }
 
         #[test]
