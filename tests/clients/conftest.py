@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import sync_playwright
 
+from browser import FLAGS
 from server import serving
 
 
@@ -23,6 +25,25 @@ def server(binary, tmp_path_factory):
     """A server that asks for no key."""
     with serving(binary, tmp_path_factory.mktemp("log") / "open.log") as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def furnished(binary, tmp_path_factory):
+    """A server that has LoRAs."""
+    loras = Path(__file__).parents[2] / "models" / "demo" / "loras"
+    log = tmp_path_factory.mktemp("log") / "furnished.log"
+    with serving(binary, log, "--loras-dir", str(loras)) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """One browser for all tests; each test has its own profile."""
+    with sync_playwright() as playwright:
+        path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")

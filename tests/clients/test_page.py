@@ -1,74 +1,12 @@
-"""Chromium on the web page."""
+"""The web page: generating, the history, seeds, keys, models, phones."""
 
-import base64
-import io
-import os
 import re
-from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-from PIL import Image
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
+from browser import DESKTOP, PHONE, generate, generated, is_as_wide_as_its_window, opened, sent, shoot
 from server import serving
-
-# The last four keep Chromium from contacting Google's hosts, which a closed network rejects.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-DESKTOP = {"viewport": {"width": 1200, "height": 860}}
-PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "color_scheme": "dark"}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """One browser for all tests; each test has its own profile."""
-    with sync_playwright() as playwright:
-        path = os.environ.get("CHROMIUM", "/usr/bin/chromium")
-        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
-@contextmanager
-def opened(browser, url, status="demo", **device):
-    """The page, ready to generate. It may contact no other host and raise no script error."""
-    context = browser.new_context(**(device or DESKTOP))
-    page = context.new_page()
-    page.set_default_timeout(60_000)
-    expect.set_options(timeout=60_000)
-    errors, foreign = [], []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda message: message.type == "error" and errors.append(message.text))
-    page.on("request", lambda sent: sent.url.startswith((url, "blob:", "data:")) or foreign.append(sent.url))
-    page.goto(url)
-    expect(page.locator("#model")).to_contain_text(status)
-    yield page
-    context.close()
-    assert not foreign
-    # The browser itself logs every error response.
-    assert not [error for error in errors if "Failed to load resource" not in error]
-
-
-def shoot(page, name):
-    """Saves a screenshot if SCREENSHOTS is set."""
-    if folder := os.environ.get("SCREENSHOTS"):
-        page.screenshot(path=Path(folder) / f"{name}.png")
-
-
-def generate(page, prompt, steps=2, **fields):
-    """Fills in the form and presses Generate."""
-    page.fill("#prompt", prompt)
-    page.locator("#steps").fill(str(steps))
-    for field, value in fields.items():
-        page.fill(f"#{field}", str(value))
-    page.click("#draw")
-
-
-def generated(page, count):
-    """Waits for this number of images in the history."""
-    expect(page.locator("#history li")).to_have_count(count)
-    expect(page.locator("#cancel")).to_be_hidden()
 
 
 def test_an_image_is_previewed_stored_and_repeated(browser, server):
@@ -76,16 +14,19 @@ def test_an_image_is_previewed_stored_and_repeated(browser, server):
         shoot(page, "empty")
         generate(page, "a red house by the sea at night", steps=60)
         page.wait_for_selector("img.forming")
-        expect(page.locator("#told")).to_contain_text(re.compile(r"step \d+ of \d+, .+ left"))
+        expect(page.locator("#queue .told")).to_contain_text(re.compile(r"step \d+ of \d+, .+ left"))
         shoot(page, "forming")
         generated(page, 1)
         shoot(page, "generated")
+        assert page.inner_text("#said") == "a red house by the sea at night"
         parameters = page.inner_text("#parameters")
-        assert parameters.startswith("a red house by the sea at night · 128×128 · 60 steps")
+        assert parameters.startswith("128×128 · 60 steps · PLMS · guidance 7.5 · seed ")
         seed = parameters.rsplit(" ", 1)[1]
         generate(page, "a blue car", steps=2, count=2)
         generated(page, 3)
         assert page.locator("#views img").count() == 2
+        page.locator("#views img").last.click()
+        expect(page.locator("#views img")).to_have_count(1)
         page.reload()
         expect(page.locator("#history li")).to_have_count(3)
         expect(page.locator("#prompt")).to_have_value("a blue car")
@@ -94,11 +35,33 @@ def test_an_image_is_previewed_stored_and_repeated(browser, server):
         page.click("#reuse")
         assert page.input_value("#prompt") == "a red house by the sea at night"
         assert (page.input_value("#seed"), page.input_value("#steps")) == (seed, "60")
+        assert page.input_value("#sampler") == "pndm", "the default of then may not be that of now"
         page.click("#delete")
         expect(page.locator("#history li")).to_have_count(2)
 
 
-def test_the_keyboard_generates_and_cancels(browser, server):
+def test_blank_fields_leave_the_defaults_to_the_server(browser, furnished):
+    with opened(browser, furnished) as page:
+        page.fill("#prompt", "a cat")
+        page.fill("#seed", "7")
+        body = sent(page, lambda: page.click("#draw"))
+        assert body == {
+            "prompt": "a cat", "seed": "7", "prompt_syntax": "plain",
+            "stream": True, "preview": True, "output_format": "png",
+        }
+        placeholders = {name: page.get_attribute(f"#{name}", "placeholder") for name in ["width", "steps", "guidance"]}
+        assert placeholders == {"width": "128", "steps": "50", "guidance": "7.5"}
+        generated(page, 1)
+        # A LoRA that was distilled to few steps brings its own.
+        page.fill("#lora", "lcm")
+        page.press("#lora", "Enter")
+        page.click("#draw")
+        generated(page, 2)
+        assert page.inner_text("#parameters").startswith("128×128 · 4 steps · LCM")
+        expect(page.locator("#warnings")).to_contain_text("its defaults were taken")
+
+
+def test_the_keyboard(browser, server):
     with opened(browser, server) as page:
         page.fill("#prompt", "a boat")
         page.locator("#steps").fill("150")
@@ -107,7 +70,41 @@ def test_the_keyboard_generates_and_cancels(browser, server):
         page.keyboard.press("Escape")
         expect(page.locator("#cancel")).to_be_hidden()
         expect(page.locator("#error")).to_be_hidden()
-        assert page.locator("#history li").count() == 0
+        assert page.locator("#history li").count() == page.locator("#queue li").count() == 0
+        # A question mark is text where text is typed.
+        page.press("#prompt", "?")
+        expect(page.locator("#help-dialog")).to_be_hidden()
+        page.focus("#open-help")
+        page.keyboard.press("?")
+        expect(page.locator("#help-dialog")).to_contain_text("cancel the generation")
+        shoot(page, "help")
+        page.keyboard.press("Escape")
+        expect(page.locator("#help-dialog")).to_be_hidden()
+        for seed in ["1", "2"]:
+            generate(page, "a boat", seed=seed)
+            generated(page, int(seed))
+        page.focus("#reuse")
+        for key, seed in [("ArrowRight", "1"), ("ArrowRight", "1"), ("ArrowLeft", "2")]:
+            page.keyboard.press(key)
+            assert page.inner_text("#parameters").endswith(f"seed {seed}")
+
+
+def test_every_control_has_a_name_and_none_is_in_another_order_than_it_looks(browser, server):
+    with opened(browser, server) as page:
+        page.click("#more summary")
+        page.check("#hires")
+        nameless = page.evaluate(
+            """[...document.querySelectorAll("input, select, textarea, button, canvas")]
+            .filter(e => e.offsetParent && e.getAttribute("aria-hidden") !== "true")
+            .filter(e => !(e.labels?.length || e.getAttribute("aria-label") || e.textContent.trim()))
+            .map(e => e.outerHTML)"""
+        )
+        assert nameless == []
+        orders = "[...document.querySelectorAll('[tabindex]')].filter(e => e.tabIndex > 0).length"
+        assert page.evaluate(orders) == 0
+        for size in [PHONE["viewport"], {"width": 360, "height": 740}]:
+            page.set_viewport_size(size)
+            assert is_as_wide_as_its_window(page)
 
 
 def test_seeds(browser, server):
@@ -127,69 +124,92 @@ def test_seeds(browser, server):
         generate(page, "a cat")
         generated(page, 4)
         assert page.input_value("#seed") != locked
+        page.click("#reuse-seed")
+        assert page.inner_text("#parameters").endswith(f"seed {page.input_value('#seed')}")
+        assert page.get_attribute("#lock", "aria-pressed") == "true"
 
 
-def test_an_input_image_and_a_mask(browser, server, tmp_path):
-    Image.new("RGB", (96, 64), "orange").save(tmp_path / "orange.png")
+def test_errors_are_beside_the_pictures_and_at_their_field(browser, server):
     with opened(browser, server) as page:
-        page.set_input_files("#file", tmp_path / "orange.png")
-        expect(page.locator("#chosen")).to_be_visible()
-        # The current area in the aspect ratio of the image.
-        assert (page.input_value("#width"), page.input_value("#height")) == ("152", "104")
-        page.click("#paint")
-        box = page.locator("#mask").bounding_box()
-        page.mouse.move(box["x"] + box["width"] / 4, box["y"])
-        page.mouse.down()
-        page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"], steps=5)
-        page.mouse.up()
-        page.mouse.click(box["x"] + box["width"] * 88 / 96, box["y"] + box["height"] / 8)
-        shoot(page, "mask")
-        page.click("#done")
-        expect(page.locator("#paint")).to_have_text("Edit mask")
-        page.locator("#strength").fill("0.9")
-        with page.expect_request("**/v1/invocations") as sent:
-            generate(page, "a blue lake", steps=6)
-        body = sent.value.post_data_json
-        mask = Image.open(io.BytesIO(base64.b64decode(body["mask"]))).convert("L")
-        assert mask.size == (96, 64) and body["strength"] == 0.9
-        assert mask.getpixel((24, 32)) == 255 and mask.getpixel((72, 32)) == 0
-        assert mask.getpixel((88, 8)) == 255, "a tap draws a dot"
-        generated(page, 1)
-        shoot(page, "masked")
-        page.click("#remove")
-        page.click("#begin")
-        expect(page.locator("#chosen")).to_be_visible()
-
-
-def test_errors_are_clear(browser, server):
-    with opened(browser, server) as page:
-        page.fill("#width", "100")
         page.evaluate("document.getElementById('form').noValidate = true")
-        generate(page, "a cat")
-        expect(page.locator("#error")).to_have_text("Width must be a multiple of 8, not 100")
+        generate(page, "a cat", width=100)
+        failed = page.locator("#queue .failed")
+        expect(failed.locator("[role=alert]")).to_have_text("Width must be a multiple of 8, not 100")
+        assert page.get_attribute("#width", "aria-invalid") == "true"
         shoot(page, "error")
+        page.fill("#width", "104")
+        assert page.get_attribute("#width", "aria-invalid") is None
+        failed.get_by_text("Try again").click()
+        expect(failed).to_have_count(1)
+        failed.get_by_text("Dismiss").click()
+        expect(failed).to_have_count(0)
+        page.click("#draw")
+        generated(page, 1)
+
+
+def test_a_field_that_is_out_of_sight_is_shown_where_it_is_wrong(browser, server):
+    with opened(browser, server) as page:
+        page.click("#more summary")
+        page.fill("#eta", "5")
+        page.click("#more summary")
+        expect(page.locator("#more-told")).to_have_text("eta 5")
+        page.click("#draw")
+        expect(page.locator("#eta")).to_be_focused()
+
+
+def test_warnings_are_beside_their_picture(browser, server):
+    with opened(browser, server) as page:
+        page.click("#more summary")
+        generate(page, "a (red:1.3) house", eta="0.5")
+        generated(page, 1)
+        warnings = page.locator("#warnings li")
+        expect(warnings).to_have_count(2)
+        expect(warnings.first).to_contain_text("(red:1.3)")
+        shoot(page, "warnings")
+        generate(page, "a house", eta="")
+        generated(page, 2)
+        expect(warnings).to_have_count(0)
+        page.reload()
+        page.locator("#history button").last.click()
+        expect(warnings).to_have_count(2)
 
 
 def test_a_phone_in_the_dark(browser, server):
     with opened(browser, server, **PHONE) as page:
         shoot(page, "phone")
-        wide = page.evaluate("document.documentElement.scrollWidth")
-        assert wide <= PHONE["viewport"]["width"], "the page is no wider than the phone"
-        generate(page, "a red house by the sea", steps=10)
+        assert is_as_wide_as_its_window(page)
+        generate(page, "a red house by the sea", steps=40)
+        expect(page.locator("#queue")).to_be_in_viewport()
+        page.wait_for_selector("img.forming")
+        assert is_as_wide_as_its_window(page)
+        shoot(page, "phone-forming")
         generated(page, 1)
         page.locator("#stage").scroll_into_view_if_needed()
         shoot(page, "phone-generated")
+        generate(page, "a cat", count=8)
+        generated(page, 9)
+        assert is_as_wide_as_its_window(page)
 
 
 def test_a_key_is_asked_for_once(browser, locked):
     with opened(browser, locked) as page:
+        expect(page.locator("#open-key")).to_be_visible()
         generate(page, "a cat")
         expect(page.locator("#key-dialog")).to_be_visible()
         page.fill("#key", "sesame")
         shoot(page, "key")
         page.click("#key-dialog button[value=save]")
-        page.click("#draw")
+        page.locator("#queue").get_by_text("Try again").click()
         generated(page, 1)
+        page.reload()
+        expect(page.locator("#model")).to_contain_text("demo")
+        generate(page, "a cat")
+        generated(page, 2)
+
+
+def test_no_key_is_offered_where_none_is_wanted(browser, server):
+    with opened(browser, server) as page:
+        expect(page.locator("#open-key")).to_be_hidden()
 
 
 def test_the_documentation(browser, server):
@@ -216,24 +236,28 @@ def test_a_model_is_selected(browser, binary, tmp_path):
             expect(page.locator("#which option")).to_have_text(["blue", "red"])
             page.select_option("#which", "red")
             shoot(page, "models")
-            with page.expect_request("**/models/red") as sent:
-                generate(page, "a boat")
+            body = sent(page, lambda: generate(page, "a boat"), "models/red")
             # Blank fields are omitted: the model's defaults apply.
-            assert not {"width", "height", "scheduler", "model"} & set(sent.value.post_data_json)
+            assert not {"width", "height", "scheduler", "model"} & set(body)
             generated(page, 1)
-            assert page.inner_text("#parameters").startswith("a boat · red · 128×128 · 2 steps · guidance 7.5 · seed ")
+            assert page.inner_text("#parameters").startswith("red · 128×128 · 2 steps · PLMS · guidance 7.5 · seed ")
+            # The page does not know the size of a model that is not loaded.
+            page.check("#hires")
+            page.click("#draw")
+            expect(page.locator("#width")).to_be_focused()
+            page.fill("#width", "128")
+            page.fill("#height", "128")
+            expect(page.locator("#hires-size")).to_have_text("256×256")
             page.reload()
             expect(page.locator("#which")).to_have_value("red")
             page.click("text=API")
             page.wait_for_selector("text=POST /v1/images/generations")
     both = ("--model", "demo", *folder)
-    with serving(binary, tmp_path / "log", model=both) as url, opened(browser, url) as page:
+    with serving(binary, tmp_path / "log", model=both) as url, opened(browser, url, **DESKTOP) as page:
         expect(page.locator("#which option")).to_have_text(["demo", "blue", "red"])
         page.select_option("#which", "blue")
-        with page.expect_request("**/models/blue"):
-            generate(page, "a boat")
+        sent(page, lambda: generate(page, "a boat"), "models/blue")
         generated(page, 1)
         page.select_option("#which", "demo")
-        with page.expect_request("**/v1/invocations"):
-            generate(page, "a boat")
+        sent(page, lambda: generate(page, "a boat"))
         generated(page, 2)

@@ -14,6 +14,7 @@ async fn the_page_is_complete_and_contacts_no_other_host() -> Result<()> {
         ("/docs", "text/html"),
         ("/page.css", "text/css"),
         ("/page.js", "text/javascript"),
+        ("/page/queue.js", "text/javascript"),
         ("/docs.js", "text/javascript"),
     ];
     let mut page = String::new();

@@ -13,13 +13,27 @@ const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; \
                       img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; \
                       form-action 'none'; frame-ancestors 'none'";
 
+const HTML: &str = "text/html; charset=utf-8";
+const CSS: &str = "text/css; charset=utf-8";
+const SCRIPT: &str = "text/javascript; charset=utf-8";
+
 /// The files: path, media type and text.
-const FILES: [(&str, &str, &str); 5] = [
-    ("/", "text/html; charset=utf-8", include_str!("index.html")),
-    ("/page.css", "text/css; charset=utf-8", include_str!("page.css")),
-    ("/page.js", "text/javascript; charset=utf-8", include_str!("page.js")),
-    ("/docs", "text/html; charset=utf-8", include_str!("docs.html")),
-    ("/docs.js", "text/javascript; charset=utf-8", include_str!("docs.js")),
+const FILES: [(&str, &str, &str); 15] = [
+    ("/", HTML, include_str!("index.html")),
+    ("/page.css", CSS, include_str!("page.css")),
+    ("/page.js", SCRIPT, include_str!("page.js")),
+    ("/page/elements.js", SCRIPT, include_str!("elements.js")),
+    ("/page/form.js", SCRIPT, include_str!("form.js")),
+    ("/page/history.js", SCRIPT, include_str!("history.js")),
+    ("/page/infotext.js", SCRIPT, include_str!("infotext.js")),
+    ("/page/input.js", SCRIPT, include_str!("input.js")),
+    ("/page/loras.js", SCRIPT, include_str!("loras.js")),
+    ("/page/mask.js", SCRIPT, include_str!("mask.js")),
+    ("/page/queue.js", SCRIPT, include_str!("queue.js")),
+    ("/page/server.js", SCRIPT, include_str!("server.js")),
+    ("/page/stage.js", SCRIPT, include_str!("stage.js")),
+    ("/docs", HTML, include_str!("docs.html")),
+    ("/docs.js", SCRIPT, include_str!("docs.js")),
 ];
 
 /// The page and the API reference.

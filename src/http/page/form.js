@@ -1,0 +1,149 @@
+// The form: its fields, by their names in the native API, and the request that they make. A blank
+// field takes the model's default on the server, which its placeholder tells.
+
+import { $, make } from "./elements.js";
+
+export const form = $("form");
+/** What is wrong where the model's own size is not known. */
+const UNKNOWN_SIZE = "Hires fix needs a width and a height";
+
+const fields = () => [...form.elements].filter(field => field.name);
+
+function valueOf({ type, value, checked }) {
+  if (type === "checkbox") return checked;
+  return type === "number" && value !== "" ? Number(value) : value;
+}
+
+/** The values of the form. */
+export const values = () => Object.fromEntries(fields().map(field => [field.name, valueOf(field)]));
+
+/** Sets the fields of these names. Returns the choices that are not offered, which are left as they
+ * are, in words. */
+export function put(given) {
+  const missing = [];
+  for (const field of fields()) {
+    const value = given[field.name];
+    if (value === undefined) continue;
+    if (field.type === "checkbox") field.checked = value === true;
+    else if (!field.options || [...field.options].some(option => option.value === String(value))) field.value = value;
+    else missing.push(`${field.labels[0].textContent} ${value}`);
+  }
+  refresh();
+  return missing;
+}
+
+/** Sets every field that is not given as at first, but for the model and the prompts. Returns what
+ * `put` does. */
+export function replace(given) {
+  const kept = ["model", "prompt", "negative_prompt"];
+  const first = fields().filter(({ name }) => !kept.includes(name)).map(field => {
+    const own = field.options ? field.options[0].value : field.defaultValue;
+    return [field.name, field.type === "checkbox" ? field.defaultChecked : own];
+  });
+  const known = Object.entries(given).filter(([, value]) => value !== undefined);
+  return put({ ...Object.fromEntries(first), ...Object.fromEntries(known) });
+}
+
+const shared = ["prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler", "schedule", "n", "seed",
+  "prompt_syntax", "clip_skip", "eta", "s_noise", "guidance_rescale"];
+const ofInput = ["strength"];
+const ofMask = ["mask_blur", "mask_fill", "mask_invert"];
+const ofHires = ["hires_upscaler", "hires_strength", "hires_steps"];
+const ofVariation = ["variation_strength", "variation_seed"];
+
+/** The body of a request for these values, LoRAs, and input image and mask in base64. */
+export function bodyOf(given, loras, { image, mask } = {}) {
+  const names = [...shared];
+  if (image) names.push(...ofInput);
+  if (mask) names.push(...ofMask, ...given.only_masked ? ["mask_padding"] : []);
+  if (given.hires) names.push(...ofHires);
+  if (given.variation_strength) names.push(...ofVariation);
+  const asked = ([name, value]) => names.includes(name) && (name === "prompt" || (value !== "" && value !== false));
+  const body = Object.fromEntries(Object.entries(given).filter(asked));
+  if (given.hires) [body.hires_width, body.hires_height] = hiresSize(given);
+  if (given.tiling) body.tiling = true;
+  if (loras.length) body.loras = loras;
+  return { ...body, ...image && { image }, ...mask && { mask }, stream: true, preview: true, output_format: "png" };
+}
+
+/** Width and height: of the fields, else the model's own; NaN if the page does not know those. */
+export const size = () => ["width", "height"].map(id => Number($(id).value || $(id).placeholder || NaN));
+
+/** The size of the hires pass, in multiples of 8. */
+function hiresSize({ width, height, hires_scale: scale }) {
+  const [ownWidth, ownHeight] = size();
+  return [width || ownWidth, height || ownHeight].map(side => Math.max(8, Math.round(side * scale / 8) * 8));
+}
+
+// ---- what the fields show of each other
+
+/** The sliders beside number fields, which say what they do to nobody but the eye and the pointer. */
+for (const field of form.querySelectorAll(".dial input")) {
+  const { min, max, step } = field;
+  const slider = make("input", { type: "range", min, max, step, tabIndex: -1 });
+  slider.setAttribute("aria-hidden", true);
+  slider.oninput = () => { field.value = slider.value; };
+  field.slider = slider;
+  field.after(slider);
+}
+
+/** The bounds and the default of a number field. */
+export function bound(id, { max, fallback }) {
+  const field = $(id);
+  if (max !== undefined) field.max = max;
+  if (field.slider && max !== undefined) field.slider.max = Math.min(max, Number(field.dataset.far ?? max));
+  field.placeholder = fallback ?? "default";
+  refresh();
+}
+
+/** Shows what depends on the values: sliders, the size of the hires pass, the schedules that the
+ * sampler runs on, and which sections have something in them. */
+export function refresh() {
+  for (const field of form.querySelectorAll(".dial input")) {
+    if (field.slider) field.slider.value = field.value || Number(field.placeholder) || field.min;
+  }
+  const given = values();
+  $("hires-fields").hidden = !given.hires;
+  $("padding").disabled = !given.only_masked;
+  const sides = given.hires ? hiresSize(given) : [];
+  const unknown = sides.some(Number.isNaN);
+  $("hires-size").value = unknown || !sides.length ? "" : sides.join("×");
+  $("width").setCustomValidity(unknown ? UNKNOWN_SIZE : "");
+  const runs = $("sampler").selectedOptions[0]?.schedules;
+  for (const option of $("schedule").options) option.disabled = Boolean(option.value && runs && !runs.includes(option.value));
+  if ($("schedule").selectedOptions[0]?.disabled) $("schedule").value = "";
+  $("more-told").textContent = [...$("more").querySelectorAll("[name]")].filter(isChanged).map(told).join(", ");
+}
+
+function isChanged(field) {
+  if (field.type === "checkbox") return field.checked;
+  return field.options ? field.selectedIndex > 0 : field.value !== "" && field.value !== field.defaultValue;
+}
+
+const told = field => field.type === "checkbox" ? field.labels[0].textContent.trim().toLowerCase() : `${field.dataset.told} ${field.value}`;
+
+/** Marks the field that a reply found wrong, until it changes. */
+export function mark(name) {
+  const aliases = { num_inference_steps: "steps", num_images_per_prompt: "n", hires_width: "hires_scale", hires_height: "hires_scale" };
+  const field = form.elements[aliases[name] ?? name];
+  if (!field?.setAttribute) return;
+  field.setAttribute("aria-invalid", true);
+  field.closest("details")?.setAttribute("open", "");
+}
+
+// ---- seeds
+
+export const randomSeed = () => String(crypto.getRandomValues(new Uint32Array(1))[0]);
+export const isLocked = () => $("lock").getAttribute("aria-pressed") === "true";
+export const setLock = on => $("lock").setAttribute("aria-pressed", on);
+
+$("dice").onclick = () => { $("seed").value = randomSeed(); setLock(true); };
+$("lock").onclick = () => setLock(!isLocked());
+$("seed").oninput = () => setLock($("seed").value !== "");
+$("swap").onclick = () => put({ width: $("height").value, height: $("width").value });
+form.addEventListener("input", event => {
+  event.target.removeAttribute("aria-invalid");
+  refresh();
+});
+// The browser points at a field only where it can be seen.
+form.addEventListener("invalid", event => event.target.closest("details")?.setAttribute("open", ""), true);

@@ -1,0 +1,56 @@
+// The parameters in an image file, by AUTOMATIC1111's names, as values of the form.
+
+/** `<lora:NAME:SCALE>` and `<lora:NAME:TEXT ENCODER:SCALE>`; other tags stay in the prompt. */
+const TAG = /\s*<(?:lora|lyco):([^:<>]+):(?:(-?[\d.]+):)?(-?[\d.]+)>/g;
+
+/** Parameters that are fields under another name. */
+const FIELDS = {
+  "Negative prompt": "negative_prompt", Steps: "steps", "CFG scale": "guidance_scale", Seed: "seed",
+  "Size-1": "width", "Size-2": "height", Model: "model", "Variation seed": "variation_seed",
+  "Variation seed strength": "variation_strength", "CFG Rescale phi": "guidance_rescale", Eta: "eta",
+  "Eta DDIM": "eta", "Sigma noise": "s_noise", "Hires upscaler": "hires_upscaler", "Mask blur": "mask_blur",
+  "Masked area padding": "mask_padding",
+};
+
+/** Parameters that are read below, or say nothing that the form could take. */
+const READ = ["Prompt", "Sampler", "Schedule type", "Size", "Clip skip", "Denoising strength", "Hires upscale", "Hires resize",
+  "Hires steps", "Lora hashes", "Version", "Model hash", "VAE", "VAE hash", "Prompt syntax", "Tiling", "RNG"];
+
+/** The sampler and schedule of a label such as `DPM++ 2M Karras`, by their names here. */
+function samplerOf(label = "", type = "", { schedulers, schedules }) {
+  const same = (a, b) => a.toLowerCase() === b.toLowerCase();
+  const fits = ({ title }) => label.toLowerCase().startsWith(title.toLowerCase());
+  const [sampler] = schedulers.filter(fits).sort((a, b) => b.title.length - a.title.length);
+  const rest = type || label.slice(sampler?.title.length ?? 0).trim();
+  const schedule = schedules.find(({ title, name }) => same(title, rest) || same(name, rest));
+  return { scheduler: sampler?.name ?? label, schedule: schedule?.name ?? rest };
+}
+
+function hiresOf(parameters, values) {
+  const scale = Number(parameters["Hires upscale"]) || parseInt(parameters["Hires resize"], 10) / Number(values.width);
+  if (!(scale > 0)) return { hires: false, strength: parameters["Denoising strength"] };
+  const strength = Number(parameters["Denoising strength"]) || 0.75;
+  // There it is the steps that are taken, here those of which the strength is the share.
+  const steps = Number(parameters["Hires steps"]);
+  return { hires: true, hires_scale: scale, hires_strength: strength, hires_steps: steps ? Math.ceil(steps / strength) : "" };
+}
+
+/** The values of the form, its LoRAs, and the names of the parameters that it does not have. */
+export function valuesOf(parameters, info) {
+  const values = {};
+  for (const [name, field] of Object.entries(FIELDS)) {
+    if (parameters[name] !== undefined) values[field] = parameters[name];
+  }
+  const prompt = parameters.Prompt ?? "";
+  const loras = [...prompt.matchAll(TAG)].map(([, name, text, scale]) => (
+    { name, scale: Number(scale), ...text && { text_encoder_scale: Number(text) } }
+  ));
+  values.prompt = prompt.replace(TAG, "").trim();
+  values.negative_prompt ??= "";
+  Object.assign(values, samplerOf(parameters.Sampler, parameters["Schedule type"], info), hiresOf(parameters, values));
+  if (parameters["Clip skip"]) values.clip_skip = Math.max(0, Number(parameters["Clip skip"]) - 1);
+  values.prompt_syntax = parameters["Prompt syntax"] ?? "a1111";
+  values.tiling = parameters.Tiling === "True";
+  const left = Object.keys(parameters).filter(name => !(name in FIELDS) && !READ.includes(name));
+  return { values, loras, left };
+}

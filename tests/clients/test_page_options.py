@@ -1,0 +1,270 @@
+"""The options of the web page: what the body of the request is, and what shows."""
+
+import base64
+import io
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from playwright.sync_api import expect
+
+from browser import generate, generated, opened, sent, shoot
+
+
+def paint(page):
+    """Marks a quarter of the input image, and a dot."""
+    page.click("#paint")
+    box = page.locator("#mask").bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 4, box["y"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"], steps=5)
+    page.mouse.up()
+    page.mouse.click(box["x"] + box["width"] * 88 / 96, box["y"] + box["height"] / 8)
+
+
+def test_an_input_image_and_a_mask(browser, server, tmp_path):
+    Image.new("RGB", (96, 64), "orange").save(tmp_path / "orange.png")
+    with opened(browser, server) as page:
+        page.set_input_files("#file", tmp_path / "orange.png")
+        expect(page.locator("#chosen")).to_be_visible()
+        # The current area in the aspect ratio of the image.
+        assert (page.input_value("#width"), page.input_value("#height")) == ("152", "104")
+        expect(page.locator("#mask-fields")).to_be_hidden()
+        paint(page)
+        shoot(page, "mask")
+        page.click("#done")
+        expect(page.locator("#paint")).to_have_text("Edit mask")
+        page.locator("#strength").fill("0.9")
+        body = sent(page, lambda: generate(page, "a blue lake", steps=6))
+        mask = Image.open(io.BytesIO(base64.b64decode(body["mask"]))).convert("L")
+        assert mask.size == (96, 64) and body["strength"] == 0.9
+        assert mask.getpixel((24, 32)) == 255 and mask.getpixel((72, 32)) == 0
+        assert mask.getpixel((88, 8)) == 255, "a tap draws a dot"
+        assert not [name for name in body if name.startswith("mask_")], "the options are as diffusers'"
+        generated(page, 1)
+        shoot(page, "masked")
+        page.click("#remove")
+        expect(page.locator("#mask-fields")).to_be_hidden()
+        page.click("#begin")
+        expect(page.locator("#chosen")).to_be_visible()
+
+
+def test_a_mask_lies_on_an_image_of_any_proportions(browser, server, tmp_path):
+    Image.new("RGB", (60, 240), "orange").save(tmp_path / "tall.png")
+    with opened(browser, server) as page:
+        page.set_input_files("#file", tmp_path / "tall.png")
+        page.click("#paint")
+        expect(page.locator("#under")).to_have_js_property("complete", True)
+        under, mask = (page.locator(name).bounding_box() for name in ["#under", "#mask"])
+        assert under == mask and abs(under["height"] / under["width"] - 4) < 0.05
+        assert under["height"] < page.viewport_size["height"]
+
+
+def test_options_of_a_mask(browser, server, tmp_path):
+    Image.new("RGB", (96, 64), "orange").save(tmp_path / "orange.png")
+    with opened(browser, server) as page:
+        page.set_input_files("#file", tmp_path / "orange.png")
+        paint(page)
+        page.click("#done")
+        page.fill("#blur", "2")
+        page.select_option("#fill", "noise")
+        expect(page.locator("#padding")).to_be_disabled()
+        page.check("#only-masked")
+        page.fill("#padding", "8")
+        page.check("#invert")
+        body = sent(page, lambda: generate(page, "a blue lake", steps=6))
+        options = {name: value for name, value in body.items() if name.startswith("mask_")}
+        assert options == {"mask_blur": 2, "mask_fill": "noise", "mask_padding": 8, "mask_invert": True}
+        generated(page, 1)
+        # The result of the masked area alone is put back into the image.
+        assert page.inner_text("#parameters").startswith("96×64 · ")
+
+
+def test_loras(browser, furnished):
+    with opened(browser, furnished) as page:
+        names = page.locator("#lora-names option")
+        assert names.evaluate_all("list => list.map(option => option.value)") == ["lcm", "sepia"]
+        page.fill("#lora", "nothing")
+        page.click("#add-lora")
+        expect(page.locator("#error")).to_have_text("There is no LoRA nothing")
+        page.fill("#lora", "sepia")
+        page.press("#lora", "Enter")
+        expect(page.locator("#error")).to_be_hidden()
+        assert page.locator("#queue li").count() == 0, "Enter adds and does not generate"
+        page.get_by_label("Weight of sepia").fill("0.8")
+        body = sent(page, lambda: generate(page, "a house"))
+        assert body["loras"] == [{"name": "sepia", "scale": 0.8}]
+        generated(page, 1)
+        expect(page.locator("#parameters")).to_contain_text("sepia 0.8")
+        shoot(page, "loras")
+        page.get_by_label("Remove sepia").click()
+        assert "loras" not in sent(page, lambda: generate(page, "a house"))
+        generated(page, 2)
+        page.locator("#history button").last.click()
+        page.click("#reuse")
+        expect(page.get_by_label("Weight of sepia")).to_have_value("0.8")
+        page.reload()
+        expect(page.get_by_label("Weight of sepia")).to_have_count(0)
+
+
+def test_hires_fix_with_an_upscaler(browser, server):
+    with opened(browser, server) as page:
+        page.check("#hires")
+        expect(page.locator("#hires-size")).to_have_text("256×256")
+        page.fill("#hires-scale", "1.5")
+        expect(page.locator("#hires-size")).to_have_text("192×192")
+        options = page.locator("#hires-upscaler option")
+        assert options.first.inner_text() == "Default: Latent"
+        page.select_option("#hires-upscaler", "Latent (nearest)")
+        page.fill("#hires-strength", "0.6")
+        page.fill("#hires-steps", "5")
+        body = sent(page, lambda: generate(page, "a house", steps=4))
+        hires = {name: value for name, value in body.items() if name.startswith("hires")}
+        assert hires == {
+            "hires_width": 192, "hires_height": 192, "hires_upscaler": "Latent (nearest)",
+            "hires_strength": 0.6, "hires_steps": 5,
+        }
+        generated(page, 1)
+        assert page.inner_text("#parameters").startswith("192×192 · 4 steps")
+        assert "hires Latent (nearest)" in page.inner_text("#parameters")
+        shoot(page, "hires")
+        page.uncheck("#hires")
+        body = sent(page, lambda: generate(page, "a house"))
+        assert not [name for name in body if name.startswith("hires")]
+
+
+def test_everything_of_the_section_more(browser, server):
+    with opened(browser, server) as page:
+        page.click("#more summary")
+        page.select_option("#syntax", "a1111")
+        fields = {"variation": "0.3", "variation-seed": "9", "rescale": "0.7", "clip-skip": "1", "eta": "0.5", "s-noise": "1.1"}
+        for field, value in fields.items():
+            page.fill(f"#{field}", value)
+        shoot(page, "more")
+        page.select_option("#sampler", "euler_a")
+        page.select_option("#schedule", "karras")
+        body = sent(page, lambda: generate(page, "a (red:1.3) house", steps=3, seed="5", negative="[grey]", guidance="6", count="2"))
+        assert body == {
+            "prompt": "a (red:1.3) house", "negative_prompt": "[grey]", "steps": 3, "seed": "5", "guidance_scale": 6, "n": 2,
+            "scheduler": "euler_a", "schedule": "karras", "prompt_syntax": "a1111", "variation_strength": 0.3,
+            "variation_seed": "9", "guidance_rescale": 0.7, "clip_skip": 1, "eta": 0.5, "s_noise": 1.1,
+            "stream": True, "preview": True, "output_format": "png",
+        }
+        generated(page, 2)
+        parameters = page.inner_text("#parameters")
+        for told in ["3 steps", "Euler a Karras", "guidance 6", "clip skip 1", "variation 0.3 of 9", "seed 5", "without [grey]"]:
+            assert told in parameters, told
+        assert page.locator("#warnings li").count() == 0
+        # The second image is that of the next variation, and of the same seed.
+        page.locator("#history button").first.click()
+        expect(page.locator("#parameters")).to_contain_text("variation 0.3 of 10 · seed 5")
+        expect(page.locator("#more-told")).to_have_text(
+            "syntax a1111, variation 0.3, of seed 9, rescale 0.7, clip skip 1, eta 0.5, noise 1.1"
+        )
+
+
+def test_only_schedules_that_the_sampler_runs_on_can_be_chosen(browser, server):
+    with opened(browser, server) as page:
+        page.select_option("#sampler", "euler")
+        page.select_option("#schedule", "karras")
+        page.select_option("#sampler", "ddim")
+        expect(page.locator("#schedule")).to_have_value("")
+        assert page.locator("#schedule option[value=karras]").is_disabled()
+        assert page.locator("#schedule option[value=sgm_uniform]").is_enabled()
+
+
+def test_settings_are_read_from_an_image(browser, furnished, tmp_path):
+    with opened(browser, furnished) as page:
+        page.click("#more summary")
+        page.select_option("#sampler", "dpmpp_2m")
+        page.select_option("#schedule", "karras")
+        page.check("#hires")
+        page.fill("#hires-scale", "1.5")
+        page.fill("#lora", "sepia")
+        page.click("#add-lora")
+        page.fill("#clip-skip", "1")
+        page.fill("#rescale", "0.5")
+        page.fill("#variation", "0.2")
+        page.fill("#variation-seed", "77")
+        generate(page, "a house, by the sea", steps=4, seed="12345678901234567890", negative="grey", guidance="5.5")
+        generated(page, 1)
+        with page.expect_download() as download:
+            page.click("#download")
+        download.value.save_as(tmp_path / "house.png")
+    with opened(browser, furnished) as page:
+        page.set_input_files("#read-file", tmp_path / "house.png")
+        expect(page.locator("#notice")).to_have_text("Settings of house.png")
+        expected = {
+            "prompt": "a house, by the sea", "negative": "grey", "steps": "4", "guidance": "5.5", "seed": "12345678901234567890",
+            "sampler": "dpmpp_2m", "schedule": "karras", "width": "128", "height": "128", "hires-scale": "1.5", "clip-skip": "1",
+            "rescale": "0.5", "variation": "0.2", "variation-seed": "77",
+        }
+        assert {name: page.input_value(f"#{name}") for name in expected} == expected
+        expect(page.get_by_label("Weight of sepia")).to_have_value("1")
+        assert page.is_checked("#hires") and page.get_attribute("#lock", "aria-pressed") == "true"
+        page.click("#draw")
+        generated(page, 1)
+        with page.expect_download() as download:
+            page.click("#download")
+        download.value.save_as(tmp_path / "again.png")
+    images = [Image.open(tmp_path / name).tobytes() for name in ["house.png", "again.png"]]
+    assert images[0] == images[1], "the same settings give the same picture"
+
+
+def test_an_image_that_is_dropped(browser, server, tmp_path):
+    def drop(page, target, path):
+        data = base64.b64encode(path.read_bytes()).decode()
+        transfer = page.evaluate_handle(
+            """([data, name]) => {
+                const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+                const transfer = new DataTransfer();
+                transfer.items.add(new File([bytes], name, { type: "image/png" }));
+                return transfer;
+            }""",
+            [data, path.name],
+        )
+        page.dispatch_event("body", "dragenter", {"dataTransfer": transfer})
+        expect(page.locator("#zones")).to_be_visible()
+        shoot(page, "zones")
+        page.dispatch_event(target, "drop", {"dataTransfer": transfer})
+        expect(page.locator("#zones")).to_be_hidden()
+
+    plain = tmp_path / "plain.png"
+    Image.new("RGB", (64, 64), "orange").save(plain)
+    with opened(browser, server) as page:
+        generate(page, "a boat", steps=3, seed="8")
+        generated(page, 1)
+        with page.expect_download() as download:
+            page.click("#download")
+        download.value.save_as(tmp_path / "boat.png")
+        page.fill("#prompt", "")
+        page.fill("#steps", "")
+        drop(page, "#zone-settings", tmp_path / "boat.png")
+        expect(page.locator("#notice")).to_have_text("Settings of boat.png")
+        assert (page.input_value("#prompt"), page.input_value("#steps")) == ("a boat", "3")
+        drop(page, "#zone-settings", plain)
+        expect(page.locator("#error")).to_have_text("Plain.png holds no generation parameters")
+        drop(page, "#zone-input", plain)
+        expect(page.locator("#chosen")).to_be_visible()
+        expect(page.locator("#error")).to_be_hidden()
+
+
+def test_settings_of_another_program_say_what_was_not_taken(browser, server, tmp_path):
+    text = PngInfo()
+    text.add_text(
+        "parameters",
+        "a cat <lora:style:0.5:0.7>\nNegative prompt: dog\nSteps: 20, Sampler: DPM++ 2M SDE, Schedule type: Karras, CFG scale: 7, "
+        "Seed: 1, Size: 64x128, Model: other, Denoising strength: 0.4, Clip skip: 2, Hires upscale: 2, Hires steps: 10, "
+        "Hires upscaler: Latent, ADetailer model: face, Version: v1.10.1",
+    )
+    Image.new("RGB", (64, 128)).save(tmp_path / "a.png", pnginfo=text)
+    with opened(browser, server) as page:
+        page.set_input_files("#read-file", tmp_path / "a.png")
+        expect(page.locator("#notice")).to_have_text("Settings of a.png. Not taken: Model other, ADetailer model")
+        expected = {
+            "prompt": "a cat", "sampler": "dpmpp_2m_sde", "schedule": "karras", "clip-skip": "1", "syntax": "a1111",
+            "hires-scale": "2", "hires-strength": "0.4", "hires-steps": "25", "hires-upscaler": "Latent", "width": "64", "height": "128",
+        }
+        assert {name: page.input_value(f"#{name}") for name in expected} == expected
+        body = sent(page, lambda: page.click("#draw"))
+        assert body["loras"] == [{"name": "style", "text_encoder_scale": 0.5, "scale": 0.7}]
+        expect(page.locator("#queue .failed .told")).to_contain_text("style")
