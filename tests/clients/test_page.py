@@ -255,7 +255,11 @@ def test_a_model_is_selected(browser, binary, tmp_path):
     both = ("--model", "demo", *folder)
     with serving(binary, tmp_path / "log", model=both) as url, opened(browser, url, **DESKTOP) as page:
         expect(page.locator("#which option")).to_have_text(["demo", "blue", "red"])
+        expect(page.locator("#steps")).to_have_attribute("placeholder", "50")
         page.select_option("#which", "blue")
+        # Nothing is known of a model that is not loaded.
+        expect(page.locator("#steps")).to_have_attribute("placeholder", "default")
+        expect(page.locator("#sampler option").first).to_have_text("Default")
         sent(page, lambda: generate(page, "a boat"), "models/blue")
         generated(page, 1)
         page.select_option("#which", "demo")

@@ -162,6 +162,18 @@ def test_everything_of_the_section_more(browser, server):
         )
 
 
+def test_numbers_are_typed_or_stepped(browser, server):
+    with opened(browser, server) as page:
+        page.fill("#guidance", "7.25")
+        page.fill("#prompt", "a cat")
+        assert sent(page, lambda: page.click("#draw"))["guidance_scale"] == 7.25
+        page.press("#guidance", "ArrowUp")
+        assert page.input_value("#guidance") == "8", "a step of the slider"
+        page.fill("#guidance", "")
+        page.press("#guidance", "ArrowDown")
+        assert page.input_value("#guidance") == "7"
+
+
 def test_only_schedules_that_the_sampler_runs_on_can_be_chosen(browser, server):
     with opened(browser, server) as page:
         page.select_option("#sampler", "euler")

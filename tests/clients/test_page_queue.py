@@ -13,7 +13,8 @@ def test_generations_queue_and_each_can_be_cancelled(browser, server):
             generate(page, prompt, steps=120)
         cards = page.locator("#queue li")
         expect(cards).to_have_count(5)
-        # The server has three of them; the others know how many are ahead.
+        # The server has two of them; the others know how many are ahead.
+        expect(cards.nth(2).locator(".told")).to_have_text("waiting, 2 generations ahead")
         expect(cards.nth(3).locator(".told")).to_have_text("waiting, 3 generations ahead")
         expect(cards.nth(4).locator(".told")).to_have_text("waiting, 4 generations ahead")
         expect(cards.first.locator(".look img")).to_be_visible()

@@ -79,19 +79,28 @@ function hiresSize({ width, height, hires_scale: scale }) {
 
 /** The sliders beside number fields, which say what they do to nobody but the eye and the pointer. */
 for (const field of form.querySelectorAll(".dial input")) {
-  const { min, max, step } = field;
-  const slider = make("input", { type: "range", min, max, step, tabIndex: -1 });
+  const { min, max, dataset: { far = max, by = 1 } } = field;
+  const slider = make("input", { type: "range", min, max: far, step: by, tabIndex: -1 });
   slider.setAttribute("aria-hidden", true);
   slider.oninput = () => { field.value = slider.value; };
   field.slider = slider;
   field.after(slider);
+  // Any number can be typed; the arrows take the steps of the slider.
+  field.onkeydown = event => {
+    const way = { ArrowUp: 1, ArrowDown: -1 }[event.key];
+    if (!way) return;
+    event.preventDefault();
+    slider.value = Number(field.value || slider.value) + way * by;
+    field.value = slider.value;
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+  };
 }
 
 /** The bounds and the default of a number field. */
 export function bound(id, { max, fallback }) {
   const field = $(id);
   if (max !== undefined) field.max = max;
-  if (field.slider && max !== undefined) field.slider.max = Math.min(max, Number(field.dataset.far ?? max));
+  if (field.slider && max !== undefined) field.slider.max = Math.min(max, field.dataset.far ?? max);
   field.placeholder = fallback ?? "default";
   refresh();
 }

@@ -13,8 +13,8 @@ const FIELDS = {
 };
 
 /** Parameters that are read below, or say nothing that the form could take. */
-const READ = ["Prompt", "Sampler", "Schedule type", "Size", "Clip skip", "Denoising strength", "Hires upscale", "Hires resize",
-  "Hires steps", "Lora hashes", "Version", "Model hash", "VAE", "VAE hash", "Prompt syntax", "Tiling", "RNG"];
+const READ = ["Prompt", "Sampler", "Schedule type", "Size", "Clip skip", "Denoising strength", "Hires upscale", "Hires steps",
+  "Mask mode", "Masked content", "Inpaint area", "Lora hashes", "Version", "Model hash", "VAE", "VAE hash", "Prompt syntax", "Tiling", "RNG"];
 
 /** The sampler and schedule of a label such as `DPM++ 2M Karras`, by their names here. */
 function samplerOf(label = "", type = "", { schedulers, schedules }) {
@@ -26,8 +26,24 @@ function samplerOf(label = "", type = "", { schedulers, schedules }) {
   return { scheduler: sampler?.name ?? label, schedule: schedule?.name ?? rest };
 }
 
+/** The options of a mask. */
+function maskOf(parameters) {
+  const starts = { fill: "fill", "latent noise": "noise", "latent nothing": "nothing" };
+  return {
+    mask_fill: starts[parameters["Masked content"]] ?? "", mask_invert: parameters["Mask mode"] === "Inpaint not masked",
+    only_masked: parameters["Inpaint area"] === "Only masked",
+  };
+}
+
+/** The scale of a hires pass, unless its size has other proportions. */
+function scaleOf(parameters, { width, height }) {
+  const [wide, high] = (parameters["Hires resize"] ?? "").split("x").map(Number);
+  if (parameters["Hires upscale"] || !(wide > 0)) return Number(parameters["Hires upscale"]);
+  return wide * height === high * width ? wide / width : NaN;
+}
+
 function hiresOf(parameters, values) {
-  const scale = Number(parameters["Hires upscale"]) || parseInt(parameters["Hires resize"], 10) / Number(values.width);
+  const scale = scaleOf(parameters, values);
   if (!(scale > 0)) return { hires: false, strength: parameters["Denoising strength"] };
   const strength = Number(parameters["Denoising strength"]) || 0.75;
   // There it is the steps that are taken, here those of which the strength is the share.
@@ -47,10 +63,11 @@ export function valuesOf(parameters, info) {
   ));
   values.prompt = prompt.replace(TAG, "").trim();
   values.negative_prompt ??= "";
-  Object.assign(values, samplerOf(parameters.Sampler, parameters["Schedule type"], info), hiresOf(parameters, values));
+  Object.assign(values, samplerOf(parameters.Sampler, parameters["Schedule type"], info), hiresOf(parameters, values), maskOf(parameters));
   if (parameters["Clip skip"]) values.clip_skip = Math.max(0, Number(parameters["Clip skip"]) - 1);
   values.prompt_syntax = parameters["Prompt syntax"] ?? "a1111";
   values.tiling = parameters.Tiling === "True";
-  const left = Object.keys(parameters).filter(name => !(name in FIELDS) && !READ.includes(name));
+  const isLeft = name => !(name in FIELDS) && !READ.includes(name) && !(name === "Hires resize" && values.hires);
+  const left = Object.keys(parameters).filter(isLeft);
   return { values, loras, left };
 }

@@ -1,6 +1,6 @@
 // The input image of image-to-image, and its mask.
 
-import { $, warn } from "./elements.js";
+import { $, announce, warn } from "./elements.js";
 import { form, put, size } from "./form.js";
 import { base64 } from "./server.js";
 import { edit } from "./mask.js";
@@ -29,6 +29,8 @@ export async function setInput(blob) {
   URL.revokeObjectURL($("start-picture").src);
   $("start-picture").src = URL.createObjectURL(blob);
   show();
+  $("start").scrollIntoView({ block: "nearest" });
+  announce("Input image set");
 }
 
 function show() {

@@ -29,7 +29,7 @@ function show() {
 function row(lora) {
   const { name, scale = 1 } = lora;
   const item = make("li", { lora });
-  item.weight = make("input", { type: "number", step: 0.05, min: -100, max: 100, value: scale });
+  item.weight = make("input", { type: "number", step: "any", min: -100, max: 100, value: scale });
   item.weight.setAttribute("aria-label", `Weight of ${name}`);
   const remove = button("×", () => { item.remove(); show(); $("lora").focus(); }, { className: "quiet" });
   remove.setAttribute("aria-label", `Remove ${name}`);

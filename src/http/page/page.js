@@ -30,12 +30,25 @@ async function connect() {
   setTimeout(connect, 1500);
 }
 
-/** Offers what the server has, tells the model's defaults, and fills in the last choices. */
+/** Offers what the server has, and fills in the last choices. */
 async function setUp() {
-  const { model, limits, schedulers, schedules } = info;
+  const { model, limits } = info;
   first = model?.name ?? null;
   input.allow(limits.max_pixels);
-  const own = model?.defaults ?? {};
+  await list();
+  const last = JSON.parse(localStorage.getItem("choices") ?? "null");
+  if (last && [...$("which").options].some(({ value }) => value === last.model)) {
+    put(last);
+    loras.choose(last.loras ?? []);
+  }
+  tellDefaults();
+  $("model").textContent = model ? `${first} · ${model.device} · ${model.dtype}` : "select a model";
+}
+
+/** Tells the defaults of the chosen model, which are known of the first. */
+function tellDefaults() {
+  const { model, limits, schedulers, schedules } = info;
+  const own = model && $("which").value === first ? model.defaults : {};
   for (const [id, max, fallback] of [
     ["width", undefined, own.width], ["height", undefined, own.height],
     ["steps", limits.max_steps, own.num_inference_steps], ["count", limits.max_images, 1], ["guidance", undefined, own.guidance_scale],
@@ -43,20 +56,15 @@ async function setUp() {
   ]) bound(id, { max, fallback });
   offer("sampler", schedulers, own.scheduler);
   offer("schedule", schedules, own.schedule === "model" ? null : own.schedule);
-  await list();
-  const last = JSON.parse(localStorage.getItem("choices") ?? "null");
-  if (last && [...$("which").options].some(({ value }) => value === last.model)) {
-    put(last);
-    loras.choose(last.loras ?? []);
-  }
-  $("model").textContent = model ? `${first} · ${model.device} · ${model.dtype}` : "select a model";
 }
 
-/** Fills a list; its first line is the model's own choice, blank in a request. */
+/** Fills a list and keeps what was chosen; its first line is the model's own choice, blank in a request. */
 function offer(id, entries, own) {
   const default_ = entries.find(({ name }) => name === own)?.title;
   const options = entries.map(({ name, title, schedules }) => Object.assign(new Option(title, name), { schedules }));
+  const chosen = $(id).value;
   $(id).replaceChildren(new Option(default_ ? `Default: ${default_}` : "Default", ""), ...options);
+  $(id).value = entries.some(({ name }) => name === chosen) ? chosen : "";
   refresh();
 }
 
@@ -73,6 +81,7 @@ async function list() {
   $("which").replaceChildren(...offered.models.map(name => new Option(name)));
   $("models").hidden = offered.models.length < 2 && first !== null;
   put({ model: chosen });
+  tellDefaults();
   offer("hires-upscaler", offered.upscalers.map(name => ({ name, title: name })), offered.upscalers[0]);
   loras.offer(offered.loras);
 }
@@ -177,9 +186,10 @@ $("read-file").onchange = () => { readSettings($("read-file").files[0]); $("read
 // ---- buttons, dialogs and keys
 
 form.onsubmit = event => { event.preventDefault(); generate(); };
+$("which").onchange = tellDefaults;
 $("cancel").onclick = () => queue.cancel(queue.oldest(stage.watching()));
 $("reuse").onclick = () => reuse(stage.current());
-$("reuse-seed").onclick = () => { put({ seed: stage.current().seed }); setLock(true); };
+$("reuse-seed").onclick = () => { put({ seed: stage.current().seed }); setLock(true); announce("Seed locked"); };
 $("begin").onclick = () => input.setInput(stage.current().blob);
 $("delete").onclick = async () => stage.deleted(await history.remove(stage.current()));
 $("open-help").onclick = () => $("help-dialog").showModal();

@@ -5,8 +5,8 @@ import { mark } from "./form.js";
 import { events } from "./server.js";
 
 /** Generations that the server has at once. The others wait here, since a browser opens no more than
- * six connections to a server. */
-const MAX_AT_ONCE = 3;
+ * six connections to a server, for all its tabs. */
+const MAX_AT_ONCE = 2;
 
 /** In the order of submission: those that wait, run, are to be asked for again, or have failed. */
 let jobs = [];
