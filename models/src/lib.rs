@@ -27,8 +27,8 @@ pub use ops::{KernelStats, cpu_isa, keep_freed_memory, return_freed_memory};
 pub use picture::{Rgb, Size};
 pub use pipeline::{
     AddOns, Chosen, Defaults, DeviceName, Hires, Img2Img, LoadOptions, MAX_NOISE_SCALE, MAX_STEPS,
-    MaskedStart, MemoryEstimate, ModelInfo, Pipeline, Precision, PromptSyntax, SafetyMode, Spec,
-    Trajectory, Upscaler, Variation, check_pipeline, parameters,
+    MaskedStart, MemoryEstimate, ModelInfo, Pass, PassLoras, Pipeline, Precision, PromptSyntax,
+    SafetyMode, Spec, Trajectory, Upscaler, Variation, check_pipeline, parameters,
 };
 pub use sampling::{Churn, Sampler, SamplerName, SamplerOptions, SigmaSchedule};
-pub use text::{Embeddings, LoraUse, Loras, PlaceholderToken, unread};
+pub use text::{Embeddings, LoraUse, Loras, PlaceholderToken, PromptRole, unread};

@@ -8,6 +8,8 @@ use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
 
+#[path = "parity/editing.rs"]
+mod editing;
 #[path = "parity/emphasis.rs"]
 mod emphasis;
 #[path = "parity/forms.rs"]

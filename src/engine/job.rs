@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use sd_models::{AssetFile, Rgb, Spec};
+use sd_models::{AssetFile, Pass, Rgb, Spec};
 use tokio::sync::{mpsc, watch};
 
 use super::client::{Client, Priority};
@@ -289,8 +289,7 @@ impl ImageTask {
 
     /// The work of the image: pixels times rows times steps.
     pub(super) fn work(&self) -> u64 {
-        let passes = self.spec.passes().map(|(size, steps)| size.pixels() * steps);
-        (passes.sum::<usize>() * self.spec.rows()) as u64
+        self.spec.passes().map(Pass::work).sum::<usize>() as u64
     }
 
     /// Whether the ticket still exists.

@@ -1,11 +1,11 @@
 //! The interface between the worker and a model.
 
-use sd_models::{AssetFile, LoraStack, ModelInfo, Rgb, Size, Spec};
+use sd_models::{AssetFile, ModelInfo, PassLoras, Rgb, Size, Spec};
 
 use crate::host::memory;
 
 /// Reads LoRAs. Blocks, for as long as the file system does.
-pub type ReadLoras = Box<dyn FnOnce() -> sd_models::Result<LoraStack> + Send>;
+pub type ReadLoras = Box<dyn FnOnce() -> sd_models::Result<PassLoras> + Send>;
 
 /// A model: `sd_models::Pipeline`, or a fake in tests.
 pub trait Model: 'static {
@@ -20,7 +20,7 @@ pub trait Model: 'static {
     /// Encodes the prompts and draws the initial noise of an image without LoRAs.
     fn begin(&self, spec: &Spec) -> sd_models::Result<Self::Trajectory>;
     /// [`Self::begin`] with what [`Self::read_loras`] has read. Reads no file.
-    fn begin_with(&self, spec: &Spec, _loras: LoraStack) -> sd_models::Result<Self::Trajectory> {
+    fn begin_with(&self, spec: &Spec, _loras: PassLoras) -> sd_models::Result<Self::Trajectory> {
         self.begin(spec)
     }
     /// One UNet call for the batch; all members have the same size.
@@ -47,14 +47,15 @@ pub trait Trajectory {
     fn done(&self) -> bool;
     /// UNet calls completed, and in total.
     fn progress(&self) -> (usize, usize);
-    /// Number of rows in a batch: two with guidance, else one.
+    /// Number of rows in a batch, in the current pass: two with guidance, else one; more if the
+    /// prompt joins several.
     fn rows(&self) -> usize;
     /// The size in the current pass. Images of one size can share a UNet call.
     fn size(&self) -> Size;
-    /// Pixels times remaining UNet calls, over all passes.
+    /// Pixels times rows times remaining UNet calls, over all passes.
     fn work_left(&self) -> usize {
         let (made, all) = self.progress();
-        self.size().pixels() * all.saturating_sub(made)
+        self.size().pixels() * self.rows() * all.saturating_sub(made)
     }
     /// Warnings for the client, such as a truncated prompt.
     fn warnings(&self) -> &[String];
@@ -88,7 +89,7 @@ impl Model for sd_models::Pipeline {
         self.read_loras(spec).map(|read| Box::new(read) as ReadLoras)
     }
 
-    fn begin_with(&self, spec: &Spec, loras: LoraStack) -> sd_models::Result<Self::Trajectory> {
+    fn begin_with(&self, spec: &Spec, loras: PassLoras) -> sd_models::Result<Self::Trajectory> {
         self.begin_with(spec, loras)
     }
 

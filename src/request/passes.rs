@@ -50,6 +50,10 @@ impl DrawRequest {
             },
             strength,
             upscaler: upscaler.unwrap_or_default(),
+            prompt: None,
+            negative_prompt: None,
+            guidance_scale: None,
+            sampler: None,
         }))
     }
 

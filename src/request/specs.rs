@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use sd_models::{
-    Defaults, LoraUse, ModelInfo, PromptSyntax, SamplerName, SamplerOptions, SigmaSchedule, Spec,
-    Variation, unread,
+    Defaults, LoraUse, ModelInfo, PromptRole, PromptSyntax, SamplerName, SamplerOptions,
+    SigmaSchedule, Spec, Variation, unread,
 };
 
 use super::draw::{DrawRequest, Lora};
@@ -128,7 +128,12 @@ impl DrawRequest {
         let negative = self.negative_prompt.as_deref().unwrap_or_default();
         let texts = [("prompt", prompt), ("negative_prompt", negative)];
         let warnings = texts.map(|(name, text)| {
-            let unread = unread(text, syntax == PromptSyntax::A1111);
+            let role = match syntax {
+                PromptSyntax::Plain => PromptRole::Plain,
+                PromptSyntax::A1111 if name == "prompt" => PromptRole::A1111,
+                PromptSyntax::A1111 => PromptRole::A1111Negative,
+            };
+            let unread = unread(text, role);
             unread.map(|what| format!("{} {what}", self.names.of(name)))
         });
         self.warnings.extend(warnings.into_iter().flatten());

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sd_models::{
-    AddOns, Chosen, Defaults, Embeddings, Error, MemoryEstimate, ModelInfo, PromptSyntax, Result,
-    Rgb, Sampler, SamplerOptions, SigmaSchedule, Size, Spec,
+    AddOns, Chosen, Defaults, Embeddings, Error, MemoryEstimate, ModelInfo, Pass, PromptSyntax,
+    Result, Rgb, Sampler, SamplerOptions, SigmaSchedule, Size, Spec,
 };
 use sd_server::engine::{Model, Trajectory};
 use sd_server::request::Limits;
@@ -160,7 +160,7 @@ impl Trajectory for FakeTrajectory {
     }
 
     fn progress(&self) -> (usize, usize) {
-        (self.made, self.spec.passes().map(|(_, steps)| steps).sum())
+        (self.made, self.spec.passes().map(Pass::calls).sum())
     }
 
     fn rows(&self) -> usize {
@@ -168,7 +168,7 @@ impl Trajectory for FakeTrajectory {
     }
 
     fn size(&self) -> Size {
-        let first = self.spec.passes().next().is_some_and(|(_, steps)| self.made < steps);
+        let first = self.spec.passes().next().is_some_and(|pass| self.made < pass.calls());
         if first { self.spec.size } else { self.spec.final_size() }
     }
 

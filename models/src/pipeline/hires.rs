@@ -8,9 +8,11 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 
-use super::spec::{Hires, Spec, Upscaler};
+use super::rows::Rows;
+use super::spec::Upscaler;
 use super::variation::Variation;
 use crate::error::Result;
+use crate::layers::LoraStack;
 use crate::picture::{CUBIC, Size, TRIANGLE, Taps, antialiased, cubic, interpolated};
 use crate::sampling::{Noise, SamplerState};
 
@@ -20,9 +22,11 @@ pub(crate) struct HiresPass {
     pub(crate) sampler: SamplerState,
     /// Time embeddings of the sampler's timesteps (evaluations, time_width).
     pub(crate) time_embeddings: Tensor,
-    upscaler: Upscaler,
-    seed: u64,
-    variation: Option<Variation>,
+    pub(crate) rows: Rows,
+    pub(crate) loras: LoraStack,
+    pub(crate) upscaler: Upscaler,
+    pub(crate) seed: u64,
+    pub(crate) variation: Option<Variation>,
 }
 
 /// The latents with which the hires pass begins: upscaled (1, C, h, w) f32, the same under noise,
@@ -34,18 +38,6 @@ pub(crate) struct UpscaledLatents {
 }
 
 impl HiresPass {
-    /// A pass whose sampler skips the steps that its strength leaves out.
-    pub(crate) fn new(
-        hires: &Hires,
-        sampler: SamplerState,
-        time_embeddings: Tensor,
-        spec: &Spec,
-    ) -> Self {
-        let Hires { size, upscaler, .. } = *hires;
-        let (seed, variation) = (spec.seed, spec.variation);
-        Self { size, sampler, time_embeddings, upscaler, seed, variation }
-    }
-
     /// Upscales the latents of the base pass; `scale` is pixels per latent pixel. As in
     /// AUTOMATIC1111, the noise is a new stream of the same seed, with the same variation.
     pub(crate) fn begin(

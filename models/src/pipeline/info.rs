@@ -5,13 +5,14 @@ use candle_core::{DType, Device};
 
 use super::defaults::Defaults;
 use super::options::AddOns;
-use super::spec::{Hires, MAX_STEPS, PromptSyntax, Spec};
+use super::pass::Pass;
+use super::spec::{Hires, MAX_STEPS, Spec};
 use crate::error::{Error, Result};
 use crate::layers::activation_dtype;
 use crate::networks::{UNet2DConditionModel, VaeConfig};
 use crate::picture::{Rgb, Size};
-use crate::sampling::{Sampler, SamplerOptions};
-use crate::text::{Embeddings, LoraUse, max_chunks};
+use crate::sampling::{Sampler, SamplerName, SamplerOptions};
+use crate::text::{Embeddings, LoraUse};
 
 /// Maximum scale of the noise that a sampler draws. More only leaves noise.
 pub const MAX_NOISE_SCALE: f64 = 2.0;
@@ -117,23 +118,21 @@ impl ModelInfo {
         let latent = size.pixels() as u64 / memory.scale.max(1).pow(2);
         let lora = if spec.has_loras() { memory.lora_bytes } else { 0 };
         let row = latent * (memory.row_bytes + lora + latent * memory.score_bytes);
-        let chunks = |prompt| match spec.prompt_syntax {
-            PromptSyntax::Plain => 1,
-            PromptSyntax::A1111 => max_chunks(prompt) as u64,
-        };
-        let negative = (spec.rows() == 2).then_some(&spec.negative_prompt);
-        let chunks: u64 = [&spec.prompt].into_iter().chain(negative).map(|p| chunks(p)).sum();
-        // Keys and values are kept per image, and stacked for the UNet call.
-        let kept = 2 * chunks * memory.chunk_bytes;
-        let evaluations = spec.passes().map(|(_, calls)| calls as u64 + 1).sum::<u64>();
-        spec.rows() as u64 * row + kept + evaluations * memory.time_bytes
+        // Keys and values are kept per image, and those of an evaluation stacked for it.
+        let chunks: Vec<_> = spec.passes().map(Pass::chunks).collect();
+        let kept: u64 = chunks.iter().map(|chunks| chunks.kept as u64).sum();
+        let stacked = chunks.iter().map(|chunks| chunks.stacked as u64).max().unwrap_or_default();
+        let evaluations = spec.passes().map(|pass| pass.calls() as u64 + 1).sum::<u64>();
+        spec.rows() as u64 * row
+            + (kept + stacked) * memory.chunk_bytes
+            + evaluations * memory.time_bytes
     }
 
     /// An estimate of the peak memory of an image while it is stepped or decoded, in bytes.
     pub fn peak_bytes(&self, spec: &Spec) -> u64 {
         let decode = |size: Size| size.pixels() as u64 * self.memory.decode_bytes;
-        let peak = |(size, _)| self.step_bytes(spec, size).max(decode(size));
-        spec.passes().map(peak).max().unwrap_or_default()
+        let peak = |size| self.step_bytes(spec, size).max(decode(size));
+        spec.passes().map(Pass::size).map(peak).max().unwrap_or_default()
     }
 
     /// Why a sampler cannot run with the model's scheduler configuration, if it cannot.
@@ -179,16 +178,20 @@ impl ModelInfo {
         if !(churn.amount.is_finite() && churn.amount >= 0.0) {
             return refuse("s_churn", "must be a finite number of at least 0".into());
         }
-        let (_, named) = spec.text()?;
-        for (field, loras) in [("loras", &spec.loras), ("prompt", &named)] {
-            for LoraUse { name, scale, text_encoder_scale } in loras {
-                if !scale.is_finite() || !text_encoder_scale.is_finite() {
-                    return refuse(field, format!("of {name:?} must have a finite scale"));
+        for pass in spec.passes() {
+            for (field, loras) in [("loras", &spec.loras), (pass.field("prompt"), &pass.text()?.1)]
+            {
+                for LoraUse { name, scale, text_encoder_scale } in loras {
+                    if !scale.is_finite() || !text_encoder_scale.is_finite() {
+                        return refuse(field, format!("of {name:?} must have a finite scale"));
+                    }
                 }
             }
+            pass.directions()?;
+            pass.negative_directions()?;
         }
         if let Some(hires) = &spec.hires {
-            self.check_hires(hires, spec.sampler, spec.img2img.is_some())?;
+            self.check_hires(hires, spec)?;
         }
         let Some(init) = &spec.img2img else { return Ok(()) };
         let Rgb { width, height, ref data } = init.picture;
@@ -210,13 +213,15 @@ impl ModelInfo {
 
     /// Checks that the files which a spec names exist. Blocks: reads a directory.
     pub fn check_files(&self, spec: &Spec) -> Result<()> {
-        let (_, named) = spec.text()?;
-        for (field, loras) in [("loras", &spec.loras), ("prompt", &named)] {
-            for LoraUse { name, .. } in loras {
-                self.add_ons.loras.find(name).map_err(|reason| Error::Spec {
-                    field,
-                    reason: format!("names the LoRA {reason}"),
-                })?;
+        for pass in spec.passes() {
+            for (field, loras) in [("loras", &spec.loras), (pass.field("prompt"), &pass.text()?.1)]
+            {
+                for LoraUse { name, .. } in loras {
+                    self.add_ons.loras.find(name).map_err(|reason| Error::Spec {
+                        field,
+                        reason: format!("names the LoRA {reason}"),
+                    })?;
+                }
             }
         }
         Ok(())
@@ -238,10 +243,22 @@ impl ModelInfo {
     }
 
     /// Checks a hires pass against the model's limits.
-    fn check_hires(&self, hires: &Hires, sampler: Sampler, from_image: bool) -> Result<()> {
+    fn check_hires(&self, hires: &Hires, spec: &Spec) -> Result<()> {
         let refuse = |field, reason: String| Err(Error::Spec { field, reason });
         let Hires { size, steps, strength, .. } = *hires;
-        if from_image {
+        if let Some(SamplerName { sampler, schedule }) = hires.sampler {
+            if let Some(reason) = self.unsuited_to(sampler) {
+                return refuse("hires_scheduler", format!("{sampler}: {reason}"));
+            }
+            sampler.check(schedule).map_err(|error| match error {
+                Error::Spec { reason, .. } => Error::Spec { field: "hires_schedule", reason },
+                other => other,
+            })?;
+        }
+        if hires.guidance_scale.is_some_and(|scale| !scale.is_finite()) {
+            return refuse("hires_guidance_scale", "must be a finite number".into());
+        }
+        if spec.img2img.is_some() {
             return refuse("hires_width", "is for text-to-image only".into());
         }
         let fits = |side: usize| side.is_multiple_of(self.multiple);
@@ -249,6 +266,7 @@ impl ModelInfo {
             let reason = format!("{size} must have sides that are multiples of {}", self.multiple);
             return refuse("hires_width", reason);
         }
+        let sampler = hires.sampler.map_or(spec.sampler, |own| own.sampler);
         self.check_steps("hires_steps", steps, sampler)?;
         if !(0.0..=1.0).contains(&strength) {
             return refuse("hires_strength", format!("must be from 0 to 1, not {strength}"));

@@ -2,7 +2,8 @@
 //!
 //! The sampler's loop is the caller's: [`Pipeline::step`] takes one evaluation of any number of
 //! trajectories, each at its own step of its own schedule, in a single UNet call. Batch rows: a
-//! trajectory with guidance takes two (unconditional, conditional), one without takes one.
+//! trajectory with guidance takes two (unconditional, conditional) and more if its prompt joins
+//! several, one without takes one.
 
 mod defaults;
 mod device;
@@ -13,9 +14,12 @@ mod info;
 mod init;
 mod load;
 mod options;
+mod pass;
+mod pass_loras;
 mod preview;
 mod prompts;
 mod read_files;
+mod rows;
 mod spec;
 mod trajectory;
 mod variation;
@@ -34,21 +38,23 @@ use self::init::{InitialLatents, LatentInit};
 use self::load::LoadedModel;
 pub use self::load::parameters;
 pub use self::options::{AddOns, LoadOptions, SafetyMode};
+pub use self::pass::Pass;
+pub use self::pass_loras::PassLoras;
 use self::preview::Preview;
-use self::prompts::PromptCache;
 pub use self::prompts::encode_chunks;
+use self::prompts::{Encoding, PromptCache};
+use self::rows::Rows;
 pub use self::spec::{Hires, Img2Img, MAX_STEPS, MaskedStart, PromptSyntax, Spec, Upscaler};
 pub use self::trajectory::Trajectory;
 pub use self::variation::Variation;
 use crate::error::{Error, Result};
-use crate::layers::{LoraCache, LoraStack, ScaledLora};
+use crate::layers::LoraStack;
 use crate::networks::Conditioning;
 use crate::ops::{
     KernelStats, device_kernels, device_name, device_stats, free_device_bytes, linear_combination,
 };
 use crate::picture::Rgb;
-use crate::sampling::{Noise, Run, SamplerState};
-use crate::text::LoraUse;
+use crate::sampling::{Noise, Run, SamplerName, SamplerState};
 
 /// A loaded model.
 pub struct Pipeline {
@@ -106,42 +112,26 @@ impl Pipeline {
     pub fn read_loras(
         &self,
         spec: &Spec,
-    ) -> Option<impl FnOnce() -> Result<LoraStack> + Send + use<>> {
-        // An error of the prompt is reported by `begin_with`.
-        let (_, named) = spec.text().ok()?;
-        let (cache, named_apart) = (Arc::clone(&self.model.loras), spec.loras.clone());
-        let some = !named.is_empty() || !named_apart.is_empty();
-        some.then_some(move || lora_stack(&cache, &named_apart, &named))
+    ) -> Option<impl FnOnce() -> Result<PassLoras> + Send + use<>> {
+        PassLoras::reader(&self.model.loras, spec)
     }
 
     /// [`Self::begin_with`] the LoRAs of the spec, whose files are read if necessary.
     pub fn begin(&self, spec: &Spec) -> Result<Trajectory> {
-        let loras = self.read_loras(spec).map_or_else(|| Ok(LoraStack::default()), |read| read());
+        let loras = self.read_loras(spec).map_or_else(|| Ok(PassLoras::default()), |read| read());
         self.begin_with(spec, loras?)
     }
 
     /// Encodes the prompts and the input image, and draws the noise. Reads no file.
-    pub fn begin_with(&self, spec: &Spec, loras: LoraStack) -> Result<Trajectory> {
+    pub fn begin_with(&self, spec: &Spec, loras: PassLoras) -> Result<Trajectory> {
         self.check(spec)?;
-        let skipped = spec.skipped_steps();
-        let sampler = self.sampler(spec, spec.steps, skipped)?;
-        let (prompt, _) = spec.text()?;
+        let lora_files = loras.files();
+        let PassLoras { base: loras, hires: of_hires } = loras;
         let mut warnings: Vec<_> = spec.warnings.iter().cloned().chain(loras.warnings()).collect();
         warnings.extend(spec.sampler.without_effect(&spec.sampler_options));
-        let mut encode = |field, prompt: &str, skip| -> Result<_> {
-            let (conditioning, warning) =
-                self.prompts.encode(&self.model, prompt, (spec.prompt_syntax, skip), &loras)?;
-            warnings.extend(warning.map(|warning| format!("{field} {warning}")));
-            Ok(conditioning)
-        };
-        let mut conditioning = vec![encode("prompt", &prompt, spec.clip_skip)?];
-        let guided = spec.guidance_scale > 1.0 || spec.sampler.needs_unguided();
-        let guided = guided && !self.model.info.embeds_guidance;
-        if guided {
-            let skip = spec.negative_clip_skip();
-            conditioning.insert(0, encode("negative_prompt", &spec.negative_prompt, skip)?);
-        }
-        warnings.extend((!guided).then(|| without_guidance(spec)).into_iter().flatten());
+        let base = Pass::base(spec);
+        let sampler = self.sampler(base)?;
+        let rows = self.rows(base, &loras, &mut warnings)?;
         let mut noise = Noise::new(spec.seed);
         let inpainting =
             self.model.unet.config().in_channels > self.model.unet.config().out_channels;
@@ -149,43 +139,96 @@ impl Pipeline {
             LatentInit { encoder: &self.model.encoder, device: &self.model.device, inpainting };
         let InitialLatents { latents, blend, mask_condition } =
             init.begin(spec, &sampler, &mut noise)?;
-        let time_embeddings = self.time_embeddings(&sampler, spec, &loras)?;
-        let hires = spec.hires.as_ref().map(|hires| self.hires_pass(hires, spec, &loras));
+        let time_embeddings = self.time_embeddings(&sampler, base, &loras)?;
+        let hires = self.hires_pass(spec, of_hires, &mut warnings)?;
         Ok(Trajectory {
             size: spec.size,
-            guidance_scale: spec.guidance_scale,
-            guidance_rescale: spec.guidance_rescale,
             latents,
-            conditioning,
+            rows,
             loras,
+            lora_files,
             blend,
             mask_condition,
             sampler,
             time_embeddings,
             noise,
             last_call: None,
-            hires: hires.transpose()?,
+            hires,
             base_evaluations: 0,
             warnings,
         })
     }
 
-    /// The hires pass of an image.
-    fn hires_pass(&self, hires: &Hires, spec: &Spec, loras: &LoraStack) -> Result<HiresPass> {
+    /// The batch rows of a pass; adds to the warnings.
+    fn rows(&self, pass: Pass<'_>, loras: &LoraStack, warnings: &mut Vec<String>) -> Result<Rows> {
+        let spec = pass.spec;
+        let encoding = |skip| Encoding {
+            cache: &self.prompts,
+            model: &self.model,
+            syntax: spec.prompt_syntax,
+            skip,
+            loras,
+            warnings: Vec::new(),
+        };
+        let mut warn = |field: &'static str, encoding: Encoding<'_>| {
+            // Of several texts the first.
+            let first = encoding.warnings.into_iter().next();
+            warnings.extend(first.map(|warning| format!("{} {warning}", pass.field(field))));
+        };
+        let mut prompt = encoding(spec.clip_skip);
+        let conditional = prompt.rows(&pass.directions()?)?;
+        warn("prompt", prompt);
+        let unconditional = match pass.is_guided() {
+            true => {
+                let mut negative = encoding(spec.negative_clip_skip());
+                let row = negative.row(&pass.negative_directions()?)?;
+                warn("negative_prompt", negative);
+                Some(row)
+            }
+            false => {
+                warnings.extend(without_guidance(pass));
+                None
+            }
+        };
+        let (guidance_scale, guidance_rescale) = (pass.scale_of_rows(), spec.guidance_rescale);
+        Ok(Rows { unconditional, conditional, guidance_scale, guidance_rescale })
+    }
+
+    /// The hires pass of an image, if it has one; adds to the warnings.
+    fn hires_pass(
+        &self,
+        spec: &Spec,
+        loras: LoraStack,
+        warnings: &mut Vec<String>,
+    ) -> Result<Option<HiresPass>> {
+        let (Some(pass), Some(hires)) = (Pass::hires(spec), &spec.hires) else { return Ok(None) };
         let unet = self.model.unet.config();
         if unet.in_channels > unet.out_channels {
             let reason = "is not supported by an inpainting UNet".into();
             return Err(Error::Spec { field: "hires_width", reason });
         }
-        let (skipped, steps) = (hires.skipped_steps(), hires.steps);
-        let sampler = self.sampler(spec, steps, skipped)?;
-        let time_embeddings = self.time_embeddings(&sampler, spec, loras)?;
-        Ok(HiresPass::new(hires, sampler, time_embeddings, spec))
+        let sampler = self.sampler(pass)?;
+        let mut found: Vec<_> = loras.warnings().collect();
+        let rows = self.rows(pass, &loras, &mut found)?;
+        found.retain(|warning| !warnings.contains(warning));
+        warnings.extend(found);
+        Ok(Some(HiresPass {
+            size: hires.size,
+            time_embeddings: self.time_embeddings(&sampler, pass, &loras)?,
+            sampler,
+            rows,
+            loras,
+            upscaler: hires.upscaler,
+            seed: spec.seed,
+            variation: spec.variation,
+        }))
     }
 
-    /// The sampler of a run of `steps` steps of which the first `skipped` are left out.
-    fn sampler(&self, spec: &Spec, steps: usize, skipped: usize) -> Result<SamplerState> {
-        let Spec { sampler, schedule, sampler_options: options, .. } = *spec;
+    /// The sampler of a pass.
+    fn sampler(&self, pass: Pass<'_>) -> Result<SamplerState> {
+        let SamplerName { sampler, schedule } = pass.sampler();
+        let (steps, skipped) = (pass.steps(), pass.skipped_steps());
+        let options = pass.spec.sampler_options;
         SamplerState::new(&self.model.scheduler, Run { sampler, schedule, options, steps, skipped })
     }
 
@@ -193,12 +236,12 @@ impl Pipeline {
     fn time_embeddings(
         &self,
         sampler: &SamplerState,
-        spec: &Spec,
+        pass: Pass<'_>,
         loras: &LoraStack,
     ) -> Result<Tensor> {
         let timesteps: Vec<_> = sampler.timesteps().collect();
         let loras = vec![loras.clone(); timesteps.len()];
-        self.model.unet.guided_time_embeddings(&timesteps, spec.guidance_scale, &loras)
+        self.model.unet.guided_time_embeddings(&timesteps, pass.guidance_scale(), &loras)
     }
 
     /// One UNet call for all trajectories that are not done; all must have one size. After an error
@@ -214,7 +257,7 @@ impl Pipeline {
                 input = Tensor::cat(&[&input, condition], 1)?;
             }
             let time = trajectory.time_embeddings.narrow(0, trajectory.sampler.completed(), 1)?;
-            for row in &trajectory.conditioning {
+            for row in trajectory.rows.at(trajectory.sampler.completed()) {
                 latents.push(input.clone());
                 conditioning.push(Arc::clone(row));
                 times.push(time.clone());
@@ -285,32 +328,19 @@ impl Pipeline {
     }
 }
 
-/// Warnings for what has no effect on an image without an unconditional row.
-fn without_guidance(spec: &Spec) -> impl Iterator<Item = String> {
+/// Warnings for what has no effect in a pass without an unconditional row.
+fn without_guidance(pass: Pass<'_>) -> impl Iterator<Item = String> {
     let idle = [
-        ("negative_prompt", !spec.negative_prompt.trim().is_empty()),
-        ("guidance_rescale", spec.guidance_rescale > 0.0),
+        (pass.field("negative_prompt"), !pass.negative_prompt().trim().is_empty()),
+        ("guidance_rescale", pass.spec.guidance_rescale > 0.0),
     ];
-    let why = match spec.embeds_guidance {
+    let why = match pass.spec.embeds_guidance {
         true => "the model takes the guidance scale as an input",
         false => "there is no guidance at a guidance scale of 1 or less",
     };
     idle.into_iter()
         .filter(|(_, is_set)| *is_set)
         .map(move |(field, _)| format!("{field} has no effect: {why}"))
-}
-
-/// The LoRAs of the request and those that its prompt names. Blocks.
-fn lora_stack(cache: &LoraCache, asked: &[LoraUse], named: &[LoraUse]) -> Result<LoraStack> {
-    let mut loras = Vec::new();
-    for (field, used) in [("loras", asked), ("prompt", named)] {
-        for LoraUse { name, scale, text_encoder_scale } in used {
-            let lora = cache.get(field, name)?;
-            loras.push(ScaledLora { lora, unet: *scale, text: *text_encoder_scale });
-            cache.admit(field, loras.iter().map(|scaled| &*scaled.lora))?;
-        }
-    }
-    Ok(LoraStack::new(loras))
 }
 
 #[cfg(test)]

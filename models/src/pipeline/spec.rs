@@ -10,7 +10,7 @@ use super::variation::Variation;
 use crate::error::{Error, Result};
 use crate::picture::{Rgb, Size};
 use crate::sampling::{Sampler, SamplerName, SamplerOptions, SigmaSchedule};
-use crate::text::{LORA_TAGS, Loras, without_loras};
+use crate::text::{Loras, without_loras};
 
 /// Maximum number of sampler steps: those of the training schedule.
 pub const MAX_STEPS: usize = 1000;
@@ -31,7 +31,7 @@ pub struct Spec {
     /// Sampler steps, 1 to [`MAX_STEPS`].
     pub steps: usize,
     /// Classifier-free guidance scale; at 1 or below the unconditional row is not computed, but
-    /// for samplers of CFG++.
+    /// for samplers of CFG++ and prompts that are joined.
     pub guidance_scale: f64,
     /// Whether the guidance scale is an input of the model's UNet, which needs no second row for it.
     pub embeds_guidance: bool,
@@ -61,12 +61,6 @@ pub struct Spec {
 }
 
 impl Spec {
-    /// Batch rows of one UNet call: two with guidance (unconditional, conditional), else one.
-    pub fn rows(&self) -> usize {
-        let is_guided = self.guidance_scale > 1.0 || self.sampler.needs_unguided();
-        if is_guided && !self.embeds_guidance { 2 } else { 1 }
-    }
-
     /// Makes it image `k` of a request whose image 0 is `first`: the next seed, or as in
     /// AUTOMATIC1111 the next variation of the same seed.
     pub fn set_number(&mut self, first: &Self, k: u64) {
@@ -88,39 +82,20 @@ impl Spec {
         SamplerName { sampler: self.sampler, schedule: self.schedule }
     }
 
-    /// The prompt without its `<lora:...>` tags, and the LoRAs of these.
-    pub fn text(&self) -> Result<(Cow<'_, str>, Loras)> {
-        self.prompt_syntax.text(&self.prompt)
-    }
-
-    /// Whether the spec may have a LoRA: true if it has any. Costs less than [`Self::text`].
-    pub fn has_loras(&self) -> bool {
-        let has_tag = || LORA_TAGS.iter().any(|tag| self.prompt.contains(tag));
-        !self.loras.is_empty() || self.prompt_syntax == PromptSyntax::A1111 && has_tag()
-    }
-
     /// Steps skipped because the latents begin as an input image.
     pub fn skipped_steps(&self) -> usize {
         skipped(self.steps, self.img2img.as_ref().map_or(1.0, |init| init.strength))
     }
 
-    /// The size and the UNet calls of each pass; `pndm` takes one more.
-    pub fn passes(&self) -> impl Iterator<Item = (Size, usize)> {
-        let calls = |steps| self.sampler.evaluations(self.schedule, steps);
-        let first = (self.size, calls(self.steps.saturating_sub(self.skipped_steps())));
-        let second = |hires: Hires| (hires.size, calls(hires.steps - hires.skipped_steps()));
-        std::iter::once(first).chain(self.hires.map(second))
-    }
-
     /// Denoising strength of image-to-image or of the hires pass, if there is one.
     pub fn strength(&self) -> Option<f64> {
         let strength = self.img2img.as_ref().map(|init| init.strength);
-        strength.or(self.hires.map(|hires| hires.strength))
+        strength.or(self.hires.as_ref().map(|hires| hires.strength))
     }
 
     /// The size of the final image.
     pub fn final_size(&self) -> Size {
-        self.hires.map_or(self.size, |hires| hires.size)
+        self.hires.as_ref().map_or(self.size, |hires| hires.size)
     }
 }
 
@@ -131,7 +106,7 @@ fn skipped(steps: usize, strength: f64) -> usize {
 
 /// A pass over the upscaled latents of the base pass (AUTOMATIC1111's "hires fix"), for images
 /// larger than those that the model was trained on.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Hires {
     /// Width and height of the final image; upscaled latents beyond it are cropped evenly.
     pub size: Size,
@@ -141,6 +116,14 @@ pub struct Hires {
     pub strength: f64,
     /// How latents are upscaled.
     pub upscaler: Upscaler,
+    /// Prompt of the pass, if it is another.
+    pub prompt: Option<String>,
+    /// Negative prompt of the pass, if it is another.
+    pub negative_prompt: Option<String>,
+    /// Guidance scale of the pass, if it is another.
+    pub guidance_scale: Option<f64>,
+    /// Sampler and schedule of the pass, if they are others.
+    pub sampler: Option<SamplerName>,
 }
 
 impl Hires {
@@ -209,8 +192,10 @@ pub enum PromptSyntax {
     /// As in diffusers: every character is text, truncated to one chunk of tokens.
     #[default]
     Plain,
-    /// As in AUTOMATIC1111 ([`crate::text::chunks`]): brackets are emphasis, long prompts fill
-    /// several chunks, and `<lora:name:0.8>` adds a LoRA.
+    /// As in AUTOMATIC1111: brackets are emphasis and long prompts fill several chunks
+    /// ([`crate::text::chunks`]), `[a:b:0.5]` and `[a|b]` change the prompt on the way
+    /// ([`crate::text::Schedule`]), `AND` joins prompts ([`crate::text::parts`]), and
+    /// `<lora:name:0.8>` adds a LoRA.
     A1111,
 }
 

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use super::prompts::CACHED_PROMPTS;
+use super::prompts::CACHED_CHUNKS;
 use super::*;
 use crate::files::{AssetDir, Source};
 use crate::picture::Size;
-use crate::text::Loras;
+use crate::text::{LoraUse, Loras};
 
 /// The built-in model in f32 on the CPU.
 pub(crate) fn demo() -> Pipeline {
@@ -33,8 +33,9 @@ fn load(source: Source, add_ons: AddOns) -> Pipeline {
 }
 
 fn encoded(pipeline: &Pipeline, prompt: &str) -> Arc<Conditioning> {
-    let (syntax, loras) = ((PromptSyntax::Plain, 0), LoraStack::default());
-    pipeline.prompts.encode(&pipeline.model, prompt, syntax, &loras).expect("encoded").0
+    let spec = Spec { prompt: prompt.into(), guidance_scale: 1.0, ..spec(vec![]) };
+    let begun = pipeline.begin(&spec).expect("begun");
+    Arc::clone(begun.rows.at(0).next().expect("a row"))
 }
 
 fn spec(loras: Loras) -> Spec {
@@ -106,7 +107,7 @@ fn a_prompt_is_encoded_once_and_not_kept_for_ever() {
     let of = |prompt: &str| contexts().into_iter().find(|(text, _)| text == prompt);
     drop((encode(""), encode("a cat")));
     let (empty, cat) = (of(""), of("a cat"));
-    for k in 0..CACHED_PROMPTS.get() - 1 {
+    for k in 0..CACHED_CHUNKS - 1 {
         encode(&format!("picture {k}"));
         encode("");
         assert_eq!(of(""), empty, "what is used again stays");
@@ -114,7 +115,7 @@ fn a_prompt_is_encoded_once_and_not_kept_for_ever() {
     assert_eq!(of("a cat"), None, "what is not makes room");
     encode("a cat");
     assert_ne!(of("a cat"), cat);
-    assert_eq!(contexts().len(), CACHED_PROMPTS.get());
+    assert_eq!(contexts().len(), CACHED_CHUNKS);
 }
 
 #[test]

@@ -1,29 +1,25 @@
 //! One image in progress, between two UNet calls.
 
-use std::sync::Arc;
-
 use candle_core::Tensor;
 
 use super::hires::{HiresPass, UpscaledLatents};
 use super::init::InpaintBlend;
+use super::rows::{Combined, Rows};
 use crate::error::Result;
 use crate::files::AssetFile;
 use crate::layers::LoraStack;
-use crate::networks::Conditioning;
 use crate::picture::Size;
-use crate::sampling::{Noise, Outputs, SamplerState, guide, rescale};
+use crate::sampling::{Noise, Outputs, SamplerState};
 
 /// One image in progress.
 pub struct Trajectory {
     pub(super) size: Size,
-    pub(super) guidance_scale: f64,
-    pub(super) guidance_rescale: f64,
     /// (1, C, h, w) f32
     pub(super) latents: Tensor,
-    /// One per batch row, in diffusers' order: with guidance first the unconditional row (the
-    /// negative prompt's), then the conditional row.
-    pub(super) conditioning: Vec<Arc<Conditioning>>,
+    pub(super) rows: Rows,
     pub(super) loras: LoraStack,
+    /// The files of the LoRAs of all passes.
+    pub(super) lora_files: Vec<AssetFile>,
     pub(super) blend: Option<InpaintBlend>,
     /// Mask and masked image (1, 1 + C, h, w), concatenated to the latents of an inpainting UNet.
     pub(super) mask_condition: Option<Tensor>,
@@ -58,7 +54,7 @@ impl Trajectory {
 
     /// The files of its LoRAs, in the versions that it uses.
     pub fn lora_files(&self) -> Vec<AssetFile> {
-        self.loras.files()
+        self.lora_files.clone()
     }
 
     /// Completed UNet evaluations, and their total. Heun takes two a step, PNDM one more than
@@ -69,16 +65,18 @@ impl Trajectory {
         (self.base_evaluations + self.sampler.completed(), total)
     }
 
-    /// Pixels times evaluations that are left.
+    /// Pixels times rows times evaluations that are left.
     pub fn work_left(&self) -> usize {
         let left = self.sampler.evaluations() - self.sampler.completed();
-        let work = |hires: &HiresPass| hires.size.pixels() * hires.sampler.evaluations();
-        self.size.pixels() * left + self.hires.as_ref().map_or(0, work)
+        let work = |hires: &HiresPass| {
+            hires.size.pixels() * hires.rows.len() * hires.sampler.evaluations()
+        };
+        self.size.pixels() * self.rows() * left + self.hires.as_ref().map_or(0, work)
     }
 
-    /// Batch rows of a UNet call: two with guidance (unconditional, conditional), else one.
+    /// Batch rows of a UNet call in the current pass ([`super::Pass::rows`]).
     pub fn rows(&self) -> usize {
-        self.conditioning.len()
+        self.rows.len()
     }
 
     /// The size of the image in the current pass.
@@ -111,18 +109,7 @@ impl Trajectory {
     /// The result of a step, from the UNet's output for the rows (rows, C, h, w) f32; `scale` is
     /// pixels per latent pixel. The trajectory stays as it is, so that a step can be repeated.
     pub(super) fn step(&self, output: &Tensor, scale: usize) -> Result<StepResult> {
-        let unguided = output.narrow(0, 0, 1)?;
-        let output = match self.rows() {
-            1 => output.clone(),
-            _ => {
-                let prompted = output.narrow(0, 1, 1)?;
-                let guided = guide(&unguided, &prompted, self.guidance_scale)?;
-                match self.guidance_rescale > 0.0 {
-                    true => rescale(&guided, &prompted, self.guidance_rescale)?,
-                    false => guided,
-                }
-            }
-        };
+        let Combined { guided: output, unguided } = self.rows.combine(output)?;
         let (mut sampler, mut noise) = (self.sampler.clone(), self.noise.clone());
         let outputs = Outputs { guided: &output, unguided: &unguided };
         let mut latents = sampler.advance(&self.latents, outputs, &mut noise)?;
@@ -151,6 +138,8 @@ impl Trajectory {
             self.base_evaluations = self.sampler.evaluations();
             self.size = hires.size;
             self.time_embeddings = hires.time_embeddings;
+            self.rows = hires.rows;
+            self.loras = hires.loras;
         }
         self.latents = latents;
         self.last_call = Some(last_call);

@@ -78,8 +78,12 @@ impl Sampler {
 
     /// The number of UNet calls of a run of so many steps; it may have one more.
     pub fn evaluations(self, schedule: SigmaSchedule, steps: usize) -> usize {
-        let stages = if self.algorithm().stages == Stages::One { 1 } else { 2 };
-        stages * schedule.steps(steps)
+        self.evaluations_of_a_step() * schedule.steps(steps)
+    }
+
+    /// The number of UNet calls of a step, but for the last to no noise, which takes one.
+    pub fn evaluations_of_a_step(self) -> usize {
+        if self.algorithm().stages == Stages::One { 1 } else { 2 }
     }
 
     /// Which options have no effect on the sampler, as sentences for the user. A value that holds

@@ -4,9 +4,10 @@
 //!
 //! Reference: stable-diffusion-webui 1.10 `modules/prompt_parser.py` `parse_prompt_attention`,
 //! `modules/sd_hijack_clip.py` and `modules/sd_emphasis.py`, with their defaults. Prompt editing
-//! (`[a:b:0.5]`, `[a|b]`, `AND`) is not supported: it is read as text.
+//! and `AND` are read before, in [`super::editing`] and [`super::parts`].
 
 use super::tokenizer::ClipTokenizer;
+use super::words::whole_words;
 use crate::error::Result;
 
 /// The factor of a pair of round brackets, and the divisor of a pair of square ones.
@@ -155,14 +156,10 @@ fn merged(parts: Vec<Span>) -> Vec<Span> {
 
 /// The text between the words `BREAK`, without the white space around them.
 fn split_breaks(text: &str) -> Vec<&str> {
-    let word = |c: char| c.is_alphanumeric() || c == '_';
     let mut pieces = Vec::new();
     let mut begun = 0;
-    for (at, found) in text.match_indices(BREAK) {
-        let end = at + found.len();
-        if text[..at].ends_with(word) || text[end..].starts_with(word) {
-            continue;
-        }
+    for at in whole_words(text, BREAK) {
+        let end = at + BREAK.len();
         let before = text.get(begun..at).unwrap_or_default();
         pieces.push(if begun == 0 { before.trim_end() } else { before.trim() });
         begun = end;

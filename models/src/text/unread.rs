@@ -1,16 +1,44 @@
-//! Syntax of AUTOMATIC1111 in a prompt that is drawn as words: what nothing here reads, and in a
-//! plain prompt what only its own syntax would. Only for warnings: a false alarm changes no image.
+//! Syntax of AUTOMATIC1111 in a prompt that is drawn as words: in its own syntax what does not fit
+//! the grammar, and in a plain prompt all of it. Only for warnings: a false alarm changes no image.
 
-/// What a prompt has that is drawn as words; the sentence reads on from the field's name.
-pub fn unread(prompt: &str, is_a1111: bool) -> Option<String> {
-    let found = if is_a1111 { edited(prompt).or_else(|| joined(prompt)) } else { tagged(prompt) };
-    found.map(|(what, hint)| format!("has {what:?}, which was drawn as words: {hint}"))
+use super::editing::first_text;
+use super::parts::{AND, parts};
+use super::words::whole_words;
+
+/// How a prompt is read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PromptRole {
+    /// As text.
+    Plain,
+    /// In AUTOMATIC1111's syntax.
+    A1111,
+    /// In AUTOMATIC1111's syntax, as a negative prompt, which `AND` does not join.
+    A1111Negative,
 }
 
-type Found<'a> = (&'a str, &'static str);
+/// What a prompt has that is drawn as words; the sentence reads on from the field's name.
+pub fn unread(prompt: &str, role: PromptRole) -> Option<String> {
+    let says = |what: &str, hint| format!("has {what:?}, which was drawn as words: {hint}");
+    let loose = |part: &str| edited(&first_text(part)).map(|what| says(what, LOOSE));
+    match role {
+        PromptRole::Plain => {
+            let found = tagged(prompt).or_else(|| edited(prompt)).or_else(|| joined(prompt));
+            found.map(|what| says(what, HINT))
+        }
+        PromptRole::A1111 => parts(prompt).iter().find_map(|part| loose(&part.text)),
+        PromptRole::A1111Negative => {
+            let joined = || whole_words(prompt, AND).next().map(|_| says(AND, JOINED));
+            loose(prompt).or_else(joined)
+        }
+    }
+}
 
-/// Prompt editing (`[a:b:0.5]`) and alternation (`[a|b]`).
-fn edited(prompt: &str) -> Option<Found<'_>> {
+const HINT: &str = "that is AUTOMATIC1111's syntax, request prompt_syntax a1111";
+const LOOSE: &str = "the brackets, colons and bars around it do not fit AUTOMATIC1111's grammar";
+const JOINED: &str = "as in AUTOMATIC1111, negative prompts are not joined";
+
+/// Prompt editing (`[a:b:0.5]`) or alternation (`[a|b]`).
+fn edited(prompt: &str) -> Option<&str> {
     let mut rest = prompt;
     while let Some((before, after)) = rest.split_once('[') {
         rest = after;
@@ -18,30 +46,26 @@ fn edited(prompt: &str) -> Option<Found<'_>> {
             continue;
         };
         let is_step = |text: &str| text.trim().parse::<f64>().is_ok();
-        let whole = &prompt[prompt.len() - after.len() - 1..][..inside.len() + 2];
-        if inside.contains('|') {
-            return Some((whole, "alternation is not supported"));
-        }
-        if inside.rsplit_once(':').is_some_and(|(_, step)| is_step(step)) {
-            return Some((whole, "prompt editing is not supported"));
+        let is_edit = inside.rsplit_once(':').is_some_and(|(_, step)| is_step(step));
+        if is_edit || inside.contains('|') {
+            return Some(&prompt[prompt.len() - after.len() - 1..][..inside.len() + 2]);
         }
     }
     None
 }
 
-/// Prompts joined by `AND`.
-fn joined(prompt: &str) -> Option<Found<'_>> {
-    let mut words = prompt.split_whitespace();
-    words.any(|word| word == "AND").then_some(("AND", "composed prompts are not supported"))
+/// `AND` in a prompt that is not written in capitals as a whole.
+fn joined(prompt: &str) -> Option<&str> {
+    let at = whole_words(prompt, AND).next().filter(|_| prompt.contains(char::is_lowercase))?;
+    Some(&prompt[at..at + AND.len()])
 }
 
 /// Tags and weights in a plain prompt.
-fn tagged(prompt: &str) -> Option<Found<'_>> {
-    const HINT: &str = "that is AUTOMATIC1111's syntax, request prompt_syntax a1111";
+fn tagged(prompt: &str) -> Option<&str> {
     for tag in ["<lora:", "<lyco:", "<hypernet:"] {
         if let Some(at) = prompt.find(tag) {
             let length = prompt[at..].find('>').map_or(tag.len(), |end| end + 1);
-            return Some((&prompt[at..at + length], HINT));
+            return Some(&prompt[at..at + length]);
         }
     }
     let mut rest = prompt;
@@ -51,7 +75,7 @@ fn tagged(prompt: &str) -> Option<Found<'_>> {
         let weight = inside.rsplit_once(':').map(|(_, weight)| weight.trim().parse::<f64>());
         if matches!(weight, Some(Ok(_))) {
             let begin = prompt.len() - after.len() - 1;
-            return Some((&prompt[begin..][..inside.len() + 2], HINT));
+            return Some(&prompt[begin..][..inside.len() + 2]);
         }
     }
     None
@@ -63,24 +87,41 @@ mod tests {
 
     #[test]
     fn what_is_drawn_as_words_is_quoted() {
-        for (prompt, is_a1111, quoted) in [
-            ("a [red:blue:0.5] house", true, "[red:blue:0.5]"),
-            ("[cat:5]", true, "[cat:5]"),
-            ("a [cat|dog]", true, "[cat|dog]"),
-            ("a cat AND a dog :1.2", true, "AND"),
-            ("a house <lora:sepia:1> at night", false, "<lora:sepia:1>"),
-            ("<hypernet:x:1>", false, "<hypernet:x:1>"),
-            ("a (red:1.3) house", false, "(red:1.3)"),
-            ("<lora:é", false, "<lora:"),
+        use PromptRole::{A1111, A1111Negative, Plain};
+        for (prompt, role, quoted) in [
+            ("a | [red:blue:0.5] house", A1111, "[red:blue:0.5]"),
+            ("[cat:dog:5] [a:b:c:5]", A1111, "[a:b:c:5]"),
+            ("a AND [a|(b|c)]", A1111, "[a|(b|c)]"),
+            ("a cat AND a dog :1.2", A1111Negative, "AND"),
+            ("[a:b|c:5]", A1111Negative, "[a:b|c:5]"),
+            ("a house <lora:sepia:1> at night", Plain, "<lora:sepia:1>"),
+            ("<hypernet:x:1>", Plain, "<hypernet:x:1>"),
+            ("a (red:1.3) house", Plain, "(red:1.3)"),
+            ("a [red:blue:0.5] house", Plain, "[red:blue:0.5]"),
+            ("a [red|blue] house", Plain, "[red|blue]"),
+            ("a red AND blue house", Plain, "AND"),
+            ("<lora:é", Plain, "<lora:"),
         ] {
-            let reason = unread(prompt, is_a1111).expect("a reason");
+            let reason = unread(prompt, role).expect("a reason");
             assert!(reason.starts_with(&format!("has {quoted:?}, which")), "{reason}");
         }
-        for prompt in ["a [red] house", "(a:1.2) and [b", "\\[a:b:1]", "SAND", "[a: b]", "é[ü"] {
-            assert_eq!(unread(prompt, true), None, "{prompt}");
+        for prompt in [
+            "a [red] house",
+            "(a:1.2) and [b",
+            "\\[a:b:1]",
+            "SAND",
+            "[a: b]",
+            "é[ü",
+            "a [red:blue:0.5] house",
+            "[cat:5]",
+            "a [cat|dog]",
+        ] {
+            assert_eq!(unread(prompt, A1111), None, "{prompt}");
+            assert_eq!(unread(prompt, A1111Negative), None, "{prompt}");
         }
-        for prompt in ["a (red) house", "[a:b:0.5] AND c", "(a: b)", "a < b", "((é"] {
-            assert_eq!(unread(prompt, false), None, "{prompt}");
+        assert_eq!(unread("a cat AND a [dog|fox] :1.2", A1111), None);
+        for prompt in ["a (red) house", "[A:B] AND C", "(a: b)", "a < b", "((é"] {
+            assert_eq!(unread(prompt, Plain), None, "{prompt}");
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::{fixture, path, relative_error};
 const TOLERANCE: f32 = 1e-4;
 
 /// Takes trajectories to their ends, in one step all those of one size.
-fn finish(model: &Pipeline, mut batch: Vec<Trajectory>) -> Vec<candle_core::Tensor> {
+pub(crate) fn finish(model: &Pipeline, mut batch: Vec<Trajectory>) -> Vec<candle_core::Tensor> {
     while let Some(size) = batch.iter().find(|t| !t.done()).map(Trajectory::size) {
         let mut members: Vec<_> = batch.iter_mut().filter(|t| t.size() == size).collect();
         let left: usize = members.iter().map(|t| t.work_left()).sum();
@@ -22,7 +22,16 @@ fn finish(model: &Pipeline, mut batch: Vec<Trajectory>) -> Vec<candle_core::Tens
 }
 
 fn hires(upscaler: Upscaler) -> Hires {
-    Hires { size: Size::new(96, 80).unwrap(), steps: 10, strength: 0.5, upscaler }
+    Hires {
+        size: Size::new(96, 80).unwrap(),
+        steps: 10,
+        strength: 0.5,
+        upscaler,
+        prompt: None,
+        negative_prompt: None,
+        guidance_scale: None,
+        sampler: None,
+    }
 }
 
 #[test]
@@ -106,9 +115,9 @@ fn a_second_pass_that_cannot_be_is_refused_by_name() {
     let model = load(path("v1"));
     let good = hires(Upscaler::Bilinear);
     let refused = [
-        ("hires_steps", Hires { steps: 0, ..good }),
-        ("hires_strength", Hires { strength: 0.05, ..good }),
-        ("hires_strength", Hires { strength: f64::NAN, ..good }),
+        ("hires_steps", Hires { steps: 0, ..good.clone() }),
+        ("hires_strength", Hires { strength: 0.05, ..good.clone() }),
+        ("hires_strength", Hires { strength: f64::NAN, ..good.clone() }),
     ];
     for (wrong, hires) in refused {
         let error = model.check(&Spec { hires: Some(hires), ..spec(None) }).unwrap_err();
@@ -116,7 +125,7 @@ fn a_second_pass_that_cannot_be_is_refused_by_name() {
     }
     let picture = sd_models::Rgb { width: 64, height: 64, data: vec![0; 64 * 64 * 3] };
     let start = Img2Img { picture, strength: 0.5, mask: None, masked_start: MaskedStart::Picture };
-    let both = Spec { hires: Some(good), ..spec(Some(start)) };
+    let both = Spec { hires: Some(good.clone()), ..spec(Some(start)) };
     assert!(matches!(model.check(&both), Err(Error::Spec { field: "hires_width", .. })));
     let inpainting = load(inpainting_model("hires"));
     let begun = inpainting.begin(&Spec { hires: Some(good), ..spec(None) });

@@ -54,7 +54,7 @@ pub(crate) fn inpainting_model(test: &str) -> PathBuf {
     root
 }
 
-fn bytes(x: &Tensor) -> Vec<u8> {
+pub(crate) fn bytes(x: &Tensor) -> Vec<u8> {
     x.to_dtype(DType::U8).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 

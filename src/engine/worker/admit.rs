@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use sd_models::{LoraStack, Size};
+use sd_models::{PassLoras, Size};
 use tracing::error;
 
 use super::files::{PendingFiles, Reader};
@@ -54,7 +54,7 @@ impl<M: Model> Worker<M> {
     }
 
     /// The first image whose LoRAs have been read, or that has none.
-    fn next_ready(&mut self) -> Option<(ImageTask, LoraStack)> {
+    fn next_ready(&mut self) -> Option<(ImageTask, PassLoras)> {
         while let Some(place) = self.reading.iter().position(PendingFiles::done) {
             let PendingFiles { task, reader } = self.reading.remove(place);
             match reader.take() {
@@ -70,7 +70,7 @@ impl<M: Model> Worker<M> {
         loop {
             let task = self.next_task()?;
             let Some(read) = self.model.read_loras(&task.spec) else {
-                return Some((task, LoraStack::default()));
+                return Some((task, PassLoras::default()));
             };
             match Reader::start(&self.engine.0, read) {
                 Ok(reader) => {
@@ -113,7 +113,8 @@ impl<M: Model> Worker<M> {
                 let bytes = load.bytes + info.step_bytes(&task.spec, size);
                 load.rows + rows <= self.max_rows(size) && bytes <= engine.budget()
             };
-            let fits = rows <= free && load.is_none_or(joins);
+            // An image alone may have more rows than a batch.
+            let fits = (rows <= free || taken == 0) && load.is_none_or(joins);
             if held_back.contains(&size) || at_most.contains(&task.client) {
                 return false;
             }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use sd_models::LoraStack;
+use sd_models::PassLoras;
 
 use crate::engine::job::ImageTask;
 use crate::engine::model::ReadLoras;
@@ -16,7 +16,7 @@ use crate::engine::shared::EngineShared;
 pub(super) struct Reader {
     ended: AtomicBool,
     /// What it has read; nothing if it has panicked.
-    loras: Mutex<Option<sd_models::Result<LoraStack>>>,
+    loras: Mutex<Option<sd_models::Result<PassLoras>>>,
 }
 
 impl Reader {
@@ -37,11 +37,11 @@ impl Reader {
     }
 
     /// What it has read; nothing if it has panicked.
-    pub(super) fn take(&self) -> Option<sd_models::Result<LoraStack>> {
+    pub(super) fn take(&self) -> Option<sd_models::Result<PassLoras>> {
         self.loras().take()
     }
 
-    fn loras(&self) -> MutexGuard<'_, Option<sd_models::Result<LoraStack>>> {
+    fn loras(&self) -> MutexGuard<'_, Option<sd_models::Result<PassLoras>>> {
         self.loras.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -128,9 +128,7 @@ impl<M: Model> Worker<M> {
 
     /// Updates the throughput and the remaining work, for estimates.
     fn report(&self, elapsed: Duration, work: u64) {
-        let left = |slot: &Slot<M::Trajectory>| {
-            (slot.trajectory.work_left() * slot.trajectory.rows()) as u64
-        };
+        let left = |slot: &Slot<M::Trajectory>| slot.trajectory.work_left() as u64;
         let mut pace = self.engine.pace.lock().unwrap_or_else(PoisonError::into_inner);
         pace.measure(elapsed, work);
         let stepping = self.slots.iter().filter(|slot| !slot.done()).map(left);

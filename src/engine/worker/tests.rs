@@ -8,8 +8,8 @@ use std::sync::mpsc::{self, Receiver, Sender};
 
 use futures_util::FutureExt as _;
 use sd_models::{
-    AddOns, Chosen, Defaults, Embeddings, Error, Hires, LoraStack, LoraUse, MemoryEstimate,
-    ModelInfo, PromptSyntax, Rgb, Sampler, SamplerOptions, SigmaSchedule, Size, Spec, Upscaler,
+    AddOns, Chosen, Defaults, Embeddings, Error, Hires, LoraUse, MemoryEstimate, ModelInfo, Pass,
+    PassLoras, PromptSyntax, Rgb, Sampler, SamplerOptions, SigmaSchedule, Size, Spec, Upscaler,
 };
 use tokio::time::{Instant as Clock, advance};
 
@@ -53,7 +53,7 @@ impl Trajectory for FakeTrajectory {
     }
 
     fn progress(&self) -> (usize, usize) {
-        (self.made, self.spec.passes().map(|(_, steps)| steps).sum())
+        (self.made, self.spec.passes().map(Pass::calls).sum())
     }
 
     fn rows(&self) -> usize {
@@ -86,7 +86,7 @@ impl Model for RecordingModel {
         Some(Box::new(move || {
             gate.recv().unwrap_or_default();
             assert!(!panics, "as the prompt asks");
-            Ok(LoraStack::default())
+            Ok(PassLoras::default())
         }))
     }
 
@@ -247,7 +247,16 @@ fn spec(seed: u64, steps: usize) -> Spec {
 
 /// A hires pass.
 fn hires(side: usize, steps: usize) -> Hires {
-    Hires { size: square(side), steps, strength: 1.0, upscaler: Upscaler::Bilinear }
+    Hires {
+        size: square(side),
+        steps,
+        strength: 1.0,
+        upscaler: Upscaler::Bilinear,
+        prompt: None,
+        negative_prompt: None,
+        guidance_scale: None,
+        sampler: None,
+    }
 }
 
 /// The seeds that shared the step of a turn.

@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use sd_models::Spec;
+use sd_models::{Pass, Spec};
 
 use crate::engine::{Client, Engine, JobMonitor, Progress, Ticket};
 
@@ -51,7 +51,7 @@ impl InFlightRequest {
         task: Option<String>,
         specs: &[Spec],
     ) -> Self {
-        let steps = specs.iter().map(|spec| spec.passes().map(|(_, steps)| steps).sum()).max();
+        let steps = specs.iter().map(|spec| spec.passes().map(Pass::calls).sum()).max();
         let (images, monitor) = (specs.len(), engine.monitor(ticket));
         Self { client, task, steps: steps.unwrap_or_default(), images, monitor }
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use sd_models::networks::{ClipTextConfig, UNetConfig, VaeConfig};
 use sd_models::sampling::SchedulerConfig;
-use sd_models::text::{ClipTokenizer, chunks};
+use sd_models::text::{ClipTokenizer, Counted, Part, Schedule, chunks, parts};
 use sd_models::{
     AddOns, AssetDir, Checkpoint, DeviceName, LoadOptions, LoraUse, Pipeline, Precision,
     PromptSyntax, SafetyMode, Source, Spec,
@@ -147,8 +147,15 @@ pub fn prompt(data: &[u8]) {
     let prompt = String::from_utf8_lossy(data);
     let plain = short(TOKENIZER.encode(&prompt)).expect("any text has tokens");
     assert_eq!(plain.ids.len(), 77);
-    let spec = Spec { prompt: prompt.into(), prompt_syntax: PromptSyntax::A1111, ..spec(1, 1) };
-    let Some((text, loras)) = short(spec.text()) else { return };
+    let Some((text, loras)) = short(PromptSyntax::A1111.text(&prompt)) else { return };
+    for Part { text, .. } in parts(&text) {
+        for before in [None, Some(5)] {
+            let Ok(schedule) = Schedule::new(&text, Counted { evaluations: 10, before }) else {
+                continue;
+            };
+            assert!((0..20).all(|k| schedule.at(k) < schedule.texts.len()), "{schedule:?}");
+        }
+    }
     assert!(loras.iter().all(|lora| lora.scale.is_finite() && lora.text_encoder_scale.is_finite()));
     let (chunks, _) = short(chunks(&text, &TOKENIZER)).expect("any text has tokens");
     assert!((1..=8).contains(&chunks.len()));

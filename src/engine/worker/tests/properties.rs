@@ -129,7 +129,7 @@ impl Trace {
 
 /// UNet calls of an image; one that does not fit is tried again with fewer rows.
 fn turns(spec: &Spec) -> usize {
-    2 * spec.passes().map(|(_, steps)| steps).sum::<usize>()
+    2 * spec.passes().map(sd_models::Pass::calls).sum::<usize>()
 }
 
 fn run(actions: &[Action], capacity: usize) {

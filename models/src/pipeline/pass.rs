@@ -1,0 +1,260 @@
+//! The passes of an image over its latents: the base pass, and the hires pass, which may have
+//! prompts, a sampler and a guidance scale of its own.
+
+use std::borrow::Cow;
+
+use super::spec::{Hires, PromptSyntax, Spec};
+use crate::error::{Error, Result};
+use crate::picture::Size;
+use crate::sampling::SamplerName;
+use crate::text::{
+    Counted, LORA_TAGS, Loras, MAX_PARTS, MAX_TEXTS, Part, Schedule, max_chunks, most_texts, parts,
+};
+
+/// A pass of an image.
+#[derive(Debug, Clone, Copy)]
+pub struct Pass<'a> {
+    pub(super) spec: &'a Spec,
+    /// None in the base pass.
+    hires: Option<&'a Hires>,
+}
+
+/// Names of fields, by pass.
+const HIRES_FIELDS: [(&str, &str); 2] =
+    [("prompt", "hires_prompt"), ("negative_prompt", "hires_negative_prompt")];
+
+/// A prompt of an image as the batch rows have it: the texts of each part, and its weight.
+pub(super) type Directions = Vec<(Schedule, f64)>;
+
+impl Spec {
+    /// The base pass, and the hires pass if there is one.
+    pub fn passes(&self) -> impl Iterator<Item = Pass<'_>> {
+        std::iter::once(Pass::base(self)).chain(Pass::hires(self))
+    }
+
+    /// Batch rows of one UNet call, in the pass that has the most.
+    pub fn rows(&self) -> usize {
+        self.passes().map(Pass::rows).max().unwrap_or(1)
+    }
+
+    /// Whether the spec may have a LoRA: true if it has any. Costs less than [`Pass::text`].
+    pub fn has_loras(&self) -> bool {
+        let has_tag = |pass: Pass<'_>| LORA_TAGS.iter().any(|tag| pass.prompt().contains(tag));
+        !self.loras.is_empty()
+            || self.prompt_syntax == PromptSyntax::A1111 && self.passes().any(has_tag)
+    }
+}
+
+impl<'a> Pass<'a> {
+    /// The base pass.
+    pub(super) fn base(spec: &'a Spec) -> Self {
+        Self { spec, hires: None }
+    }
+
+    /// The hires pass, if there is one.
+    pub(super) fn hires(spec: &'a Spec) -> Option<Self> {
+        spec.hires.as_ref().map(|hires| Self { spec, hires: Some(hires) })
+    }
+
+    /// Width and height.
+    pub fn size(self) -> Size {
+        self.hires.map_or(self.spec.size, |hires| hires.size)
+    }
+
+    /// The UNet calls; `pndm` takes one more.
+    pub fn calls(self) -> usize {
+        let SamplerName { sampler, schedule } = self.sampler();
+        sampler.evaluations(schedule, self.steps().saturating_sub(self.skipped_steps()))
+    }
+
+    /// Batch rows of one UNet call: with guidance an unconditional row, and one for each prompt
+    /// that is joined by `AND`.
+    pub fn rows(self) -> usize {
+        let parts = self.parts().map_or(1, |parts| parts.len().min(MAX_PARTS));
+        parts + usize::from(self.is_guided())
+    }
+
+    /// Pixels times rows times UNet calls.
+    pub fn work(self) -> usize {
+        self.size().pixels() * self.rows() * self.calls()
+    }
+
+    /// Steps of the sampler as if from noise alone.
+    pub(super) fn steps(self) -> usize {
+        self.hires.map_or(self.spec.steps, |hires| hires.steps)
+    }
+
+    /// Steps that are skipped, because the latents begin as an image.
+    pub(super) fn skipped_steps(self) -> usize {
+        self.hires.map_or(self.spec.skipped_steps(), Hires::skipped_steps)
+    }
+
+    /// Sampler and schedule.
+    pub(super) fn sampler(self) -> SamplerName {
+        let own = self.hires.and_then(|hires| hires.sampler);
+        own.unwrap_or(self.spec.sampler_name())
+    }
+
+    /// The guidance scale.
+    pub(super) fn guidance_scale(self) -> f64 {
+        let own = self.hires.and_then(|hires| hires.guidance_scale);
+        own.unwrap_or(self.spec.guidance_scale)
+    }
+
+    /// The scale by which the outputs of the rows are guided.
+    pub(super) fn scale_of_rows(self) -> f64 {
+        if self.spec.embeds_guidance { 1.0 } else { self.guidance_scale() }
+    }
+
+    /// Whether there is an unconditional row. Prompts that are joined or weighed need one at every
+    /// scale, as in AUTOMATIC1111.
+    pub(super) fn is_guided(self) -> bool {
+        let by_scale = self.guidance_scale() > 1.0 || self.sampler().sampler.needs_unguided();
+        by_scale && !self.spec.embeds_guidance
+            || self.parts().is_ok_and(|parts| is_composed(&parts))
+    }
+
+    /// The negative prompt.
+    pub(super) fn negative_prompt(self) -> &'a str {
+        let own = self.hires.and_then(|hires| hires.negative_prompt.as_deref());
+        own.unwrap_or(&self.spec.negative_prompt)
+    }
+
+    /// The prompt with its tags.
+    pub(super) fn prompt(self) -> &'a str {
+        let own = self.hires.and_then(|hires| hires.prompt.as_deref());
+        own.unwrap_or(&self.spec.prompt)
+    }
+
+    /// The field of the request in which a prompt stands.
+    pub(super) fn field(self, field: &'static str) -> &'static str {
+        let is_own = self.hires.is_some_and(|hires| match field {
+            "prompt" => hires.prompt.is_some(),
+            _ => hires.negative_prompt.is_some(),
+        });
+        let own = HIRES_FIELDS.iter().find(|(base, _)| is_own && *base == field);
+        own.map_or(field, |(_, own)| own)
+    }
+
+    /// The prompt without its `<lora:...>` tags, and the LoRAs of these.
+    pub fn text(self) -> Result<(Cow<'a, str>, Loras)> {
+        self.spec.prompt_syntax.text(self.prompt()).map_err(|error| match error {
+            Error::Spec { reason, .. } => Error::Spec { field: self.field("prompt"), reason },
+            other => other,
+        })
+    }
+
+    /// The prompts that `AND` joins, and their weights.
+    fn parts(self) -> Result<Vec<Part>> {
+        let (text, _) = self.text()?;
+        Ok(match self.spec.prompt_syntax {
+            PromptSyntax::Plain => vec![Part { text: text.into_owned(), weight: 1.0 }],
+            PromptSyntax::A1111 => parts(&text),
+        })
+    }
+
+    /// What the prompt stands for in the pass.
+    ///
+    /// # Errors
+    /// [`Error::Spec`] for too many texts or parts, and weights that are not finite.
+    pub(super) fn directions(self) -> Result<Directions> {
+        let field = self.field("prompt");
+        let refuse = |reason: String| Error::Spec { field, reason };
+        let parts = self.parts()?;
+        if parts.len() > MAX_PARTS {
+            let count = parts.len();
+            return Err(refuse(format!(
+                "joins {count} prompts by AND; at most {MAX_PARTS} can be"
+            )));
+        }
+        let scheduled = |Part { text, weight }: Part| {
+            // Beyond, the weighed outputs are no numbers in f32.
+            const MOST: f64 = 1e4;
+            if weight.abs() > MOST {
+                let reason = format!("weighs a prompt by {weight:e}; at most {MOST} is possible");
+                return Err(refuse(reason));
+            }
+            Ok((self.schedule(field, &text)?, weight))
+        };
+        parts.into_iter().map(scheduled).collect()
+    }
+
+    /// What the negative prompt stands for in the pass.
+    ///
+    /// # Errors
+    /// [`Error::Spec`] for too many texts.
+    pub(super) fn negative_directions(self) -> Result<Schedule> {
+        self.schedule(self.field("negative_prompt"), self.negative_prompt())
+    }
+
+    fn schedule(self, field: &'static str, text: &str) -> Result<Schedule> {
+        let schedule = match self.spec.prompt_syntax {
+            PromptSyntax::Plain => return Ok(Schedule::plain(text)),
+            PromptSyntax::A1111 => Schedule::new(text, self.counted()),
+        };
+        schedule.map_err(|_| Error::Spec {
+            field,
+            reason: format!(
+                "stands for more than {MAX_TEXTS} different texts, the most there can be"
+            ),
+        })
+    }
+
+    /// An estimate of the chunks of tokens whose keys and values the pass needs.
+    pub(super) fn chunks(self) -> Chunks {
+        let PromptSyntax::A1111 = self.spec.prompt_syntax else {
+            let rows = self.rows();
+            return self.new_chunks(rows, rows);
+        };
+        let evaluations = self.counted().evaluations;
+        let parts = self.parts().unwrap_or_default();
+        // At an evaluation the parts are as long as the longest of them.
+        let longest = parts.iter().map(|part| max_chunks(&part.text)).max().unwrap_or(1);
+        let texts: usize = parts.iter().map(|part| most_texts(&part.text, evaluations)).sum();
+        let negative = self.is_guided().then(|| self.negative_prompt());
+        let of_negative = negative.map_or(0, max_chunks);
+        let texts_of_negative = negative.map_or(0, |text| most_texts(text, evaluations));
+        self.new_chunks(
+            texts * longest + texts_of_negative * of_negative,
+            parts.len() * longest + of_negative,
+        )
+    }
+
+    /// The texts of a hires pass are the same as the base pass's unless something makes them others.
+    fn new_chunks(self, kept: usize, stacked: usize) -> Chunks {
+        let is_as_base = self.hires.is_some_and(|hires| {
+            let own = hires.prompt.is_some() || hires.negative_prompt.is_some();
+            let own = own || hires.guidance_scale.is_some() || hires.sampler.is_some();
+            !own && kept == stacked
+        });
+        Chunks { kept: if is_as_base { 0 } else { kept }, stacked }
+    }
+
+    /// The evaluations that a prompt's numbers count: as in AUTOMATIC1111, all those of the base
+    /// pass, even if it skips some, and those that the hires pass takes.
+    pub(super) fn counted(self) -> Counted {
+        let calls = |pass: Self, steps| steps * pass.sampler().sampler.evaluations_of_a_step();
+        let base = Self::base(self.spec);
+        let of_base = calls(base, base.steps());
+        match self.hires {
+            None => Counted { evaluations: of_base, before: None },
+            Some(hires) => Counted {
+                evaluations: calls(self, hires.steps.saturating_sub(hires.skipped_steps())).max(1),
+                before: Some(of_base),
+            },
+        }
+    }
+}
+
+/// Chunks of tokens of a pass.
+pub(super) struct Chunks {
+    /// Those of all its texts, but for those that the base pass has.
+    pub(super) kept: usize,
+    /// Those of an evaluation.
+    pub(super) stacked: usize,
+}
+
+/// Whether parts are more than a prompt of weight 1.
+fn is_composed(parts: &[Part]) -> bool {
+    parts.len() != 1 || parts.iter().any(|part| part.weight != 1.0)
+}
