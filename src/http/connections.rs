@@ -13,7 +13,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::{ConnectInfo, Request};
 use axum::http::HeaderValue;
-use axum::http::header::CONNECTION;
+use axum::http::header::{CONNECTION, TRANSFER_ENCODING};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse as _, Response};
 use futures_util::FutureExt as _;
@@ -188,8 +188,13 @@ async fn only_probes(request: Request, next: Next) -> Response {
     } else {
         ApiError::Connections.into_response()
     };
-    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    close(&mut response);
     response
+}
+
+/// Lets a response be the last of its connection.
+fn close(response: &mut Response) {
+    response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
 }
 
 /// One connection, which ends when it has been closed, was idle for too long or takes nothing.
@@ -209,6 +214,9 @@ fn serve(
     let work = AcceptedWork::default();
     let accepted = work.clone();
     let respond = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+        // A request may have had a length beside it, which hyper has dropped: what a proxy that went
+        // by the length takes for the body's end would be the next request here (RFC 9112, 6.3).
+        let is_last = request.headers().contains_key(TRANSFER_ENCODING);
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(ConnectInfo(peer));
         request.extensions_mut().insert(accepted.clone());
@@ -217,10 +225,14 @@ fn serve(
         // the response, and a request that was never polled is not counted.
         let first = (&mut response).now_or_never();
         async move {
-            match first {
+            let mut response = match first {
                 Some(response) => response,
                 None => response.await,
+            };
+            if let (Ok(response), true) = (&mut response, is_last) {
+                close(response);
             }
+            response
         }
     });
     let idle_timeout = settings.idle_timeout;

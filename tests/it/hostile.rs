@@ -340,6 +340,23 @@ fn broken_http_is_survived() {
 }
 
 #[test]
+fn what_follows_a_chunked_body_is_no_request() {
+    let server = Server::ready(&[]);
+    // A proxy that goes by the length passes all of it on as one request.
+    let second = "GET /ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+    let body = format!("3\r\na c\r\n2\r\nat\r\n0\r\n\r\n{second}");
+    let (chunked, length) =
+        ("Transfer-Encoding: chunked\r\n", format!("Content-Length: {}\r\n", body.len()));
+    for framing in [chunked.into(), format!("{length}{chunked}"), format!("{chunked}{length}")] {
+        let head = format!("POST /invocations HTTP/1.1\r\nHost: x\r\n{framing}\r\n");
+        let reply = server.raw(format!("{head}{body}").as_bytes());
+        assert!(reply.starts_with("HTTP/1.1 200"), "{framing:?}: {reply:?}");
+        assert!(reply.contains("connection: close\r\n"), "{framing:?}: {reply:?}");
+        assert_eq!(reply.matches("HTTP/1.1 ").count(), 1, "{framing:?}: {reply:?}");
+    }
+}
+
+#[test]
 fn a_body_that_does_not_come_is_408() {
     for limit in ["--request-timeout-ms", "--body-timeout-ms"] {
         let server = Server::ready(&[limit, "300"]);
