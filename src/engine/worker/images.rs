@@ -103,6 +103,8 @@ pub(super) struct Worker<M: Model> {
     pub(super) time_used: Duration,
     /// Duration of the last step, which limits the duration of one admission round.
     pub(super) last_step: Duration,
+    /// Whether steps may have freed memory that the allocator keeps.
+    pub(super) keeps_memory: bool,
     /// Whether the device is lost.
     pub(super) lost: bool,
 }
@@ -120,6 +122,8 @@ impl<M: Model> Worker<M> {
             caps: HashMap::new(),
             time_used: Duration::ZERO,
             last_step: Duration::ZERO,
+            // The warm-up has, too.
+            keeps_memory: true,
             lost: false,
         }
     }

@@ -24,6 +24,10 @@ use files::PendingFiles;
 use images::{PanicGuard, Slot, Worker};
 use start::{budget, warm_up, warm_up_params};
 
+/// Time without work after which the memory that steps have freed goes back to the system. The next
+/// image takes it again, in less time than one of its steps.
+const IDLE: Duration = Duration::from_secs(2);
+
 /// The main function of the model thread.
 pub(super) fn main<M: Model>(shared: Arc<EngineShared>, load: impl FnOnce() -> anyhow::Result<M>) {
     let engine = PanicGuard(shared);
@@ -82,7 +86,7 @@ impl<M: Model> Worker<M> {
     }
 
     /// Waits until there is work; false if the engine is stopped, or drained and done.
-    fn wait(&self) -> bool {
+    fn wait(&mut self) -> bool {
         let mut queue = self.engine.queue();
         loop {
             if matches!(*self.engine.state.borrow(), EngineState::Stopped) {
@@ -101,13 +105,27 @@ impl<M: Model> Worker<M> {
             if !queue.is_empty() && !searched {
                 return true;
             }
-            queue = self.engine.arrived.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            let arrived = &self.engine.arrived;
+            if !self.keeps_memory {
+                queue = arrived.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let waited = arrived.wait_timeout(queue, IDLE);
+            let (waiting, time) = waited.unwrap_or_else(PoisonError::into_inner);
+            queue = waiting;
+            if time.timed_out() {
+                drop(queue);
+                sd_models::return_freed_memory();
+                self.keeps_memory = false;
+                queue = self.engine.queue();
+            }
         }
     }
 
     /// One round of the loop.
     fn turn(&mut self) {
         let began = Instant::now();
+        self.keeps_memory = true;
         let (device, mut time_used) = (self.engine.device.clone(), self.time_used);
         let turn = device.acquire(&mut time_used);
         if device.budget_bytes().is_none() {
