@@ -57,9 +57,11 @@ pub(crate) struct AdmittedSmall(pub(crate) Admitted);
 pub(crate) struct RequestSlot {
     /// When the request is answered at the latest, unless the response is a stream.
     pub(crate) deadline: Deadline,
-    _slot: Arc<Share>,
+    share: Arc<Share>,
     /// The room for the body, until what was in it has been freed.
     body: Option<Arc<Share>>,
+    /// Whether it waits for room until its deadline: a record of many, or a stored job.
+    pub(crate) is_patient: bool,
     accepted: AcceptedWork,
 }
 
@@ -177,7 +179,7 @@ async fn admit(request: Request, state: &AppState, limit: BodyLimit) -> Result<A
         room.shrink_to(body.len());
     }
     let room = Some(Arc::new(room));
-    let slot = RequestSlot { deadline, _slot: held, body: room, accepted };
+    let slot = RequestSlot { deadline, share: held, body: room, is_patient: false, accepted };
     Ok(Admitted { headers, body, client, timeout, stream_deadline, slot })
 }
 
@@ -275,13 +277,29 @@ impl RequestSlot {
             if let Ok(slot) = state.slots.take(None, amount) {
                 return Self {
                     deadline,
-                    _slot: Arc::new(slot),
+                    share: Arc::new(slot),
                     body: None,
+                    is_patient: true,
                     accepted: AcceptedWork::default(),
                 };
             }
             tokio::time::sleep(RETRY_INTERVAL).await;
         }
+    }
+
+    /// Takes room for the input images that the request holds until they are generated from.
+    pub(crate) async fn hold_inputs(&self, state: &AppState, bytes: usize) -> Result<Share> {
+        let take = async || {
+            loop {
+                match state.inputs.take_for(&self.share, bytes) {
+                    Err(_) if self.is_patient => tokio::time::sleep(RETRY_INTERVAL).await,
+                    taken => break taken,
+                }
+            }
+        };
+        let retry_after_s = state.engine.retry_after();
+        let taken = self.deadline.wait(take()).await?;
+        taken.map_err(|limit| ApiError::Crowded { limit, retry_after_s })
     }
 
     /// Gives back the room of the body: nothing of it is left, except in work that holds a clone.

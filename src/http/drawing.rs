@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use sd_models::{ModelInfo, Rgb, Spec};
+use sd_models::{Img2Img, ModelInfo, Rgb, Spec};
 use tokio::sync::watch;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{error, info, info_span};
@@ -15,13 +15,14 @@ use super::admission::RequestSlot;
 use super::deadline::Deadline;
 use super::error::{ApiError, Result};
 use super::ids;
+use super::slots::Share;
 use super::state::AppState;
 use crate::engine::{
     Client, Engine, GeneratedImage, Job, JobError, Preview, Priority, Ticket, Uncounted,
 };
 use crate::image::{self, Format, Hashes, JPEG_QUALITY, Overlay};
 use crate::registry::ModelLease;
-use crate::request::{DrawRequest, ValidationError};
+use crate::request::{DrawRequest, Limits, ValidationError};
 
 /// Interval at which a job or JSON Lines record retries a full queue.
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
@@ -56,6 +57,8 @@ pub(crate) struct Drawing {
     pub(crate) preview: bool,
     /// What is laid over each image.
     overlay: Option<Overlay>,
+    /// The room for it and for the input images.
+    _room: Share,
     /// What each image's warnings say of the request's fields.
     pub(crate) warnings: Vec<String>,
     /// The order among the client's own images.
@@ -75,7 +78,27 @@ pub(crate) struct Drawing {
     uncounted: OnceLock<Arc<Uncounted>>,
 }
 
+/// Memory that the input images of requests take at most, until they are specs.
+fn most_input_bytes(requests: &[DrawRequest], limits: &Limits) -> usize {
+    let each = requests.iter().map(|request| request.input_bytes(limits));
+    each.fold(0, usize::saturating_add)
+}
+
+/// Memory of the input images of specs, of which several may have one.
+fn input_bytes(specs: &[Spec]) -> usize {
+    let mut inputs: Vec<_> = specs.iter().filter_map(|spec| spec.img2img.as_ref()).collect();
+    inputs.dedup_by(|a, b| Arc::ptr_eq(a, b));
+    let bytes =
+        |input: &Img2Img| input.picture.data.len() + input.mask.as_ref().map_or(0, Vec::len);
+    inputs.into_iter().map(|input| bytes(input)).sum()
+}
+
 impl Drawing {
+    /// Whether it holds input images.
+    pub(crate) fn has_inputs(&self) -> bool {
+        self.specs.iter().any(|spec| spec.img2img.is_some())
+    }
+
     /// Validates requests, one for each prompt, on a blocking thread that decodes their images.
     /// `choose` selects the response format, given the number of images. Then nothing is left of
     /// the body.
@@ -89,6 +112,7 @@ impl Drawing {
         let (model, seed) = (engine.model()?, ids::seed()?);
         let (limits, own, reader) = (settings.limits, Arc::clone(&model), state.reader.clone());
         let deadline = slot.deadline;
+        let room = slot.hold_inputs(state, most_input_bytes(&requests, &limits)).await?;
         let read = move || {
             let (mut specs, mut first) = (Vec::new(), None::<DrawRequest>);
             // One at a time: each has a copy of the input image of all.
@@ -128,6 +152,7 @@ impl Drawing {
         let reply = choose(&request, count)?;
         specs.iter().try_for_each(|spec| request.check_format(spec, reply.format()))?;
         let overlay = request.overlay.take();
+        room.shrink_to(input_bytes(&specs) + overlay.as_ref().map_or(0, Overlay::bytes));
         let preview = request.preview == Some(true) && matches!(reply, ReplyFormat::Events(_));
         if settings.log_prompts {
             info!(prompt = specs[0].prompt, "accepted");
@@ -141,6 +166,7 @@ impl Drawing {
             quality,
             preview,
             overlay,
+            _room: room,
             warnings,
             priority,
             slot,

@@ -1,5 +1,6 @@
 //! What the requests in flight hold: slots, and bytes of bodies and of responses that their clients
-//! have not taken; in all and of each client.
+//! have not taken; and the input images of those that wait to be generated. In all and of each
+//! client.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,6 +21,8 @@ pub(crate) struct Amount {
 pub(crate) struct Slots {
     most: Amount,
     most_of_client: Amount,
+    /// What is told of too many bytes, in all and of a client.
+    of_bytes: [fn(usize) -> Limit; 2],
     held: Mutex<Held>,
     freed: FreedMemory,
 }
@@ -54,6 +57,18 @@ pub(crate) enum Limit {
              is {0}, half of --max-body-bytes-in-flight"
     )]
     ClientBytes(usize),
+    /// Input images, of all clients together.
+    #[error(
+        "too many bytes of input images are held until they are generated from; the maximum is {0}, \
+             --max-decoded-bytes"
+    )]
+    Inputs(usize),
+    /// Input images of one client.
+    #[error(
+        "too many bytes of this client's input images are held until they are generated from; the \
+             maximum is {0}, half of --max-decoded-bytes"
+    )]
+    ClientInputs(usize),
 }
 
 /// What one request holds. Given back on drop.
@@ -67,7 +82,22 @@ pub(crate) struct Share {
 
 impl Slots {
     pub(crate) fn new(most: Amount, most_of_client: Amount, freed: FreedMemory) -> Arc<Self> {
-        Arc::new(Self { most, most_of_client, held: Mutex::default(), freed })
+        let of_bytes: [fn(usize) -> Limit; 2] = [Limit::Bytes, Limit::ClientBytes];
+        Arc::new(Self { most, most_of_client, of_bytes, held: Mutex::default(), freed })
+    }
+
+    /// For the input images of requests, of so many bytes together, and of half of that of a client.
+    pub(crate) fn of_inputs(bytes: usize, freed: FreedMemory) -> Arc<Self> {
+        let most = |bytes| Amount { requests: 0, bytes };
+        let of_bytes: [fn(usize) -> Limit; 2] = [Limit::Inputs, Limit::ClientInputs];
+        let (most, most_of_client, held) = (most(bytes), most(bytes.div_ceil(2)), Mutex::default());
+        Arc::new(Self { most, most_of_client, of_bytes, held, freed })
+    }
+
+    /// Takes bytes of the client of a share, of those that one client may have at most.
+    pub(crate) fn take_for(self: &Arc<Self>, share: &Share, bytes: usize) -> Result<Share, Limit> {
+        let bytes = bytes.min(self.most_of_client.bytes);
+        self.take(share.client.as_ref(), Amount { requests: 0, bytes })
     }
 
     /// Takes a share. Without a client, only the limits of all clients together hold.
@@ -116,7 +146,7 @@ impl Slots {
         let most_of_client = self.most_of_client.bytes;
         let beyond = held.clients.values().map(|one| one.bytes.saturating_sub(most_of_client));
         if all.bytes.saturating_sub(beyond.sum()) > self.most.bytes {
-            return Err(Limit::Bytes(self.most.bytes));
+            return Err(self.of_bytes[0](self.most.bytes));
         }
         if let Some(client) = client {
             let (one, most) = (held.clients.get(client), self.most_of_client);
@@ -125,7 +155,7 @@ impl Slots {
                 return Err(Limit::ClientRequests(most.requests));
             }
             if one.bytes > most.bytes {
-                return Err(Limit::ClientBytes(most.bytes));
+                return Err(self.of_bytes[1](most.bytes));
             }
             held.clients.insert(client.clone(), one);
         }
@@ -216,6 +246,25 @@ mod tests {
         drop((first, second, third, counted));
         assert_eq!(slots.held(), Amount::default());
         assert!(slots.lock().clients.is_empty());
+    }
+
+    #[test]
+    fn input_images_are_limited_by_client_and_one_is_always_let_in() {
+        let inputs = Slots::of_inputs(100, FreedMemory::default());
+        let slots = Slots::new(inputs.most, inputs.most, FreedMemory::default());
+        let [a, b] = ["a", "b"].map(|name| {
+            let none = Amount::default();
+            slots.take(Some(&Client::named(name)), none).expect("room")
+        });
+        let large = inputs.take_for(&a, 1000).expect("it is alone");
+        assert_eq!(inputs.take_for(&a, 1).err(), Some(Limit::ClientInputs(50)));
+        let other = inputs.take_for(&b, 50).expect("room");
+        let nobody = slots.take(None, Amount::default()).expect("room");
+        assert_eq!(inputs.take_for(&nobody, 1).err(), Some(Limit::Inputs(100)));
+        large.shrink_to(10);
+        assert!(inputs.take_for(&a, 40).is_ok());
+        drop((large, other));
+        assert_eq!(inputs.held(), Amount::default());
     }
 
     #[test]

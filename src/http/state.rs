@@ -35,7 +35,8 @@ pub struct HttpConfig {
     #[arg(long, env = "SD_MAX_BODY_BYTES", default_value = "26214400", value_parser = size::<1>)]
     pub max_body_bytes: usize,
     /// Memory for input images while they are decoded, in bytes. Requests wait for that of others;
-    /// an image that alone takes more is decoded alone
+    /// an image that alone takes more is decoded alone. As much again is for the input images of
+    /// requests that wait to be generated, half of it for one client, then 429
     #[arg(long, env = "SD_MAX_DECODED_BYTES", default_value = "536870912")]
     #[arg(value_parser = size::<1>)]
     pub max_decoded_bytes: usize,
@@ -202,6 +203,8 @@ pub(crate) struct AppShared {
     pub(crate) settings: HttpConfig,
     /// What the requests in flight hold: bodies and images take memory.
     pub(crate) slots: Arc<Slots>,
+    /// What their input images hold until they are generated from.
+    pub(crate) inputs: Arc<Slots>,
     pub(crate) reader: Reader,
     pub(crate) jobs: Arc<JobStore>,
     pub(crate) urls: UrlStore,
@@ -225,6 +228,7 @@ impl AppState {
         let (in_flight, checkpoint, hashes, calls) = Default::default();
         let shared = AppShared {
             slots: settings.slots(freed.clone()),
+            inputs: Slots::of_inputs(settings.max_decoded_bytes, freed.clone()),
             reader: Reader::new(settings.max_decoded_bytes, freed),
             jobs: Arc::new(jobs),
             urls: UrlStore::new(settings.url_retention, settings.max_url_bytes),

@@ -91,6 +91,11 @@ impl Overlay {
         [self.image.width() as usize, self.image.height() as usize]
     }
 
+    /// Memory that it takes, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.image.len()
+    }
+
     /// The result: a generated image below the overlay.
     pub fn over(&self, generated: &Rgb) -> Rgb {
         let (width, height) = self.image.dimensions();

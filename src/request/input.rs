@@ -20,6 +20,19 @@ pub(super) struct Input {
 }
 
 impl DrawRequest {
+    /// Memory that the input image and mask take at most in the size of the images, and what is laid
+    /// over these, in bytes.
+    pub fn input_bytes(&self, limits: &Limits) -> usize {
+        const COLORS: usize = 3;
+        const MASK: usize = 1;
+        const OVERLAY: usize = 4;
+        let sides = self.width.zip(self.height).map(|(width, height)| width.saturating_mul(height));
+        let pixels = sides.map_or(limits.max_pixels, |pixels| pixels.min(limits.max_pixels));
+        let overlay = self.inpaint.map_or(0, |_| OVERLAY.saturating_mul(limits.max_pixels));
+        let input = self.image.as_ref().map_or(0, |_| pixels.saturating_mul(COLORS + MASK));
+        input.saturating_add(overlay)
+    }
+
     /// Decodes the input image and its mask.
     pub(super) fn input(&mut self, limits: &Limits) -> Result<Option<Input>, ValidationError> {
         self.read_mask_options()?;

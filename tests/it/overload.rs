@@ -5,6 +5,8 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use sd_models::{MemoryEstimate, Size, Spec};
 use sd_server::engine::{Client, Engine, EngineConfig, Job, JobError};
 use sd_server::http;
@@ -61,6 +63,48 @@ async fn one_client_cannot_keep_others_out() -> Result<()> {
     drop(strings.permits);
     assert_eq!(newcomer.await?.0, 200);
     assert_eq!((drawing.wait().await?.len(), greedy.wait().await?.len()), (2, 1));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn input_images_are_weighed_until_they_are_generated_from() -> Result<()> {
+    const BYTES: usize = 64 * 64 * 4;
+    let (engine, strings) = ready().await;
+    let settings = http::HttpConfig { max_decoded_bytes: 3 * BYTES, ..HTTP };
+    let server = Server::start(engine.clone(), settings, LONG).await;
+    let mut file = std::io::Cursor::new(Vec::new());
+    image::RgbImage::new(8, 8).write_to(&mut file, image::ImageFormat::Png)?;
+    let file = BASE64_STANDARD.encode(file.into_inner());
+    let rest = format!(r#","width":64,"height":64,"image":"{file}""#);
+    let held: Vec<_> = (0..3).map(|_| server.draw("a cat", &rest)).collect();
+    // In the queue, or begun since.
+    wait_until(|| {
+        engine.gauge();
+        let metrics = engine.metrics().to_string();
+        let count = |name: &str| -> Option<u64> {
+            metrics.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
+        };
+        count("sd_images_waiting ")
+            .zip(count("sd_queue_duration_seconds_count "))
+            .is_some_and(|(waiting, begun)| waiting + begun == 3)
+    });
+    let body = format!(r#"{{"prompt":"a cat"{rest}}}"#);
+    let post = |body: &str, media: &str| {
+        let post = reqwest::Client::new().post(format!("{}/invocations", server.url));
+        post.header("content-type", media).body(body.to_owned()).send()
+    };
+    let refused = post(&body, "application/json").await?;
+    assert_eq!(refused.status(), 429);
+    assert!(refused.text().await?.contains("--max-decoded-bytes"));
+    // Records wait for room.
+    let records = tokio::spawn(post(&[&*body; 6].join("\n"), "application/jsonlines"));
+    drop(strings.permits);
+    for reply in held {
+        assert_eq!(reply.await?, (200, String::new()));
+    }
+    let records = records.await??.text().await?;
+    assert_eq!(records.matches("\"data\":").count(), 6, "{records}");
+    assert_eq!(post(&body, "application/json").await?.status(), 200, "it is given back");
     Ok(())
 }
 

@@ -78,7 +78,9 @@ pub(crate) async fn create(
         // Until here the job was not counted among the jobs, and its body was in memory.
         drop((slot, room));
         let id = job.id.clone();
-        job_runner::spawn(&state, job, Some(invocation));
+        // What is stored need not be held as pixels until its turn.
+        let stored = state.jobs.is_durable() && invocation.drawing.has_inputs();
+        job_runner::spawn(&state, job, (!stored).then_some(invocation));
         let description = describe(&state, &record);
         let location = [(LOCATION, format!("{}/v1/jobs/{id}", links.prefix()))];
         Ok((StatusCode::ACCEPTED, location, Json(description)).into_response())

@@ -157,7 +157,7 @@ async fn generate(
     let deadline = timeout.after(Instant::now());
     // A line has no headers: no `Accept` means JSON for JSON.
     let headers = HeaderMap::new();
-    slot.deadline = deadline;
+    (slot.deadline, slot.is_patient) = (deadline, true);
     let slot = &mut slot;
     let mut invocation = detect::read(state, slot, &headers, line, |_, line| object(line)).await?;
     // A line has no events either, even if it requests them.
