@@ -157,6 +157,33 @@ async fn jobs_beyond_the_queue_wait_for_room_by_priority() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_job_that_is_evicted_for_another_client_has_no_place_until_it_is_back() -> Result<()> {
+    let (engine, strings) = ready().await;
+    let settings = HttpConfig { max_jobs: 20, ..keyed(&["one", "two"]) };
+    let server = Server::start(engine, settings, LONG).await;
+    let body = |count: usize| json!({ "prompt": "a cat", "n": count, "steps": 1 });
+    let state = async |key: &'static str, path: &str| -> Result<Value> {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        Ok(call(&server, "GET", path, key, &Value::Null).await?.1)
+    };
+    let running = submit(&server, "one", &body(2)).await?;
+    while state("one", &running).await?["state"] != "running" {}
+    // All that the queue holds.
+    let evicted = submit(&server, "one", &body(4)).await?;
+    while state("one", &evicted).await?["position"].is_null() {}
+    let newcomer = submit(&server, "two", &body(1)).await?;
+    while state("two", &newcomer).await?["position"].is_null() {}
+    let seen = state("one", &evicted).await?;
+    let place = (&seen["state"], &seen["position"], &seen["seconds_left"]);
+    assert_eq!(place, (&"queued".into(), &Value::Null, &Value::Null), "{seen}");
+    drop(strings.permits);
+    for (key, path) in [("one", &running), ("two", &newcomer), ("one", &evicted)] {
+        while state(key, path).await?["state"] != "completed" {}
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn deleting_goes_on_without_who_asked_for_it() -> Result<()> {
     let (engine, strings) = ready().await;
     let app = http::router(engine.clone().into(), HTTP)?;

@@ -206,3 +206,56 @@ pub(super) fn note_end(state: &AppState, outcome: &str, code: Option<&str>, age:
         Some(code) => warn!(outcome, code, duration_ms, "job ended"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use clap::Parser as _;
+    use tokio::task::JoinSet;
+
+    use super::*;
+    use crate::engine::{DeviceScheduler, Engine, EngineConfig};
+    use crate::http::HttpConfig;
+    use crate::http::store::{JobEnd, JobStore};
+
+    #[derive(clap::Parser)]
+    struct Options {
+        #[command(flatten)]
+        engine: EngineConfig,
+        #[command(flatten)]
+        http: HttpConfig,
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn while_nothing_can_be_stored_one_job_tries_for_all() -> Result<()> {
+        const JOBS: usize = 20;
+        let dir = tempfile::tempdir().expect("a directory");
+        let asked = Arc::new(AtomicUsize::new(0));
+        let (store, jobs) = JobStore::with_jobs(dir.path(), JOBS, Arc::clone(&asked)).await?;
+        let Options { engine, http } = Options::parse_from(["serve"]);
+        let engine = Engine::absent(&DeviceScheduler::default(), engine);
+        let state = AppState::new(engine.into(), http, store);
+        state.jobs.set_read_only(true).await;
+        let before = asked.load(Ordering::Relaxed);
+        let mut ends = JoinSet::new();
+        for job in jobs.clone() {
+            let state = state.clone();
+            ends.spawn(async move { finish(&state, &job, Err(ApiError::Abandoned(5))).await });
+        }
+        sleep(Duration::from_secs(600)).await;
+        assert_eq!(ends.len(), JOBS, "none has ended");
+        // Each tries once. Then one does: 1, 3, 7, 15, 31, 63 s later, and every minute.
+        let attempts = (asked.load(Ordering::Relaxed) - before) / 2;
+        assert!((JOBS + 10..JOBS + 20).contains(&attempts), "{attempts} attempts");
+        state.jobs.set_read_only(false).await;
+        sleep(MAX_STORE_INTERVAL + STORE_INTERVAL).await;
+        while ends.join_next().await.is_some() {}
+        for job in jobs {
+            let end = state.jobs.get(&job.id).await?.end;
+            assert!(matches!(end, Some(JobEnd::Failed(_))), "{end:?}");
+        }
+        Ok(())
+    }
+}

@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail};
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, Transaction, TransactionBehavior};
 use rustix::fs::{FallocateFlags, fallocate};
 use tokio::sync::{mpsc, oneshot};
@@ -182,6 +183,8 @@ fn connect(dir: &Path) -> anyhow::Result<Connection> {
     OpenOptions::new().create(true).append(true).mode(0o600).open(&path)?;
     let mut connection = Connection::open(&path)?;
     connection.busy_timeout(BUSY_TIMEOUT)?;
+    // A log that is deleted at the end leaves its space to others, and the next start without any.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
     // Exclusive: the file is locked as long as the process lives, and by no other process. The log
     // is small: it takes room that deletions need on a full disk. Free pages can be given back.
     let settings = format!(
@@ -277,7 +280,60 @@ fn migrate(connection: &mut Connection) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
+
+    impl Database {
+        /// Whether every transaction fails.
+        pub(in super::super) async fn set_read_only(&self, is_read_only: bool) {
+            let (sender, done) = oneshot::channel();
+            let set = move |connection: &mut Connection, _: Option<&Disk>| {
+                connection.pragma_update(None, "query_only", is_read_only).expect("a setting");
+                let _ = sender.send(());
+            };
+            self.work.send(Box::new(set)).await.expect("the thread lives");
+            done.await.expect("it is set");
+        }
+    }
+
+    /// Counts the lines of a log.
+    #[derive(Clone, Default)]
+    struct Lines(Arc<AtomicUsize>);
+
+    impl io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let lines = bytes.iter().filter(|byte| **byte == b'\n').count();
+            self.0.fetch_add(lines, Ordering::Relaxed);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn an_error_that_stays_is_one_line_a_minute() {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
+        let (logged, error) = (Mutex::new(None), rusqlite::Error::InvalidQuery);
+        tracing::subscriber::with_default(subscriber, || {
+            for _ in 0..100 {
+                log(&logged, &error);
+            }
+            assert_eq!(lines.0.load(Ordering::Relaxed), 1);
+            let moment = |at: Option<Instant>| at?.checked_sub(LOG_INTERVAL);
+            let mut at = logged.lock().expect("unpoisoned");
+            *at = moment(*at);
+            drop(at);
+            log(&logged, &error);
+            log(&logged, &error);
+            assert_eq!(lines.0.load(Ordering::Relaxed), 2);
+        });
+    }
 
     fn refusal(dir: &Path) -> String {
         format!("{:#}", Database::open(Some(dir)).expect_err("refused"))
@@ -340,6 +396,7 @@ mod tests {
             connection.execute_batch("CREATE TABLE a (b); DROP TABLE a").expect("written");
             let checkpoint = "PRAGMA wal_checkpoint(RESTART)";
             connection.query_row(checkpoint, [], |_| Ok(())).expect("moved");
+            drop(connection);
             assert_eq!(length(), LOG_BYTES);
         }
     }

@@ -1,5 +1,7 @@
 //! The bounds and the durability of the store.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::http::{HeaderValue, StatusCode};
@@ -30,6 +32,36 @@ fn done(bytes: usize) -> Response<Bytes> {
     let mut response = Response::new(vec![9; bytes].into());
     response.headers_mut().insert("x-text", HeaderValue::from_bytes(b"caf\xe9: a").expect("ok"));
     response
+}
+
+impl JobStore {
+    /// A store with so many jobs of a client, for tests of their ends. What its thread is asked for
+    /// is counted.
+    pub(crate) async fn with_jobs(
+        dir: &Path,
+        jobs: usize,
+        asked: Arc<AtomicUsize>,
+    ) -> Result<(Self, Vec<UnfinishedJob>)> {
+        let space = move || {
+            asked.fetch_add(1, Ordering::Relaxed);
+            None
+        };
+        let database = Database::on(dir, Disk::new(space)).expect("a database");
+        let limits = JobLimits { jobs, jobs_per_client: jobs, ..LIMITS };
+        let store = Self { database, ..Self::open(None, limits).expect("a store") };
+        for number in 0..jobs {
+            let long = Duration::from_secs(3600);
+            let job = NewJob { timeout: long, ..job(&number.to_string(), "x", 0) };
+            store.insert(job, 1).await?;
+        }
+        let unfinished = store.unfinished().await?;
+        Ok((store, unfinished))
+    }
+
+    /// Whether everything that is asked for fails, as on a disk that was taken away.
+    pub(crate) async fn set_read_only(&self, is_read_only: bool) {
+        self.database.set_read_only(is_read_only).await;
+    }
 }
 
 async fn finished(store: &JobStore, id: &str, client: &str, bytes: usize) -> Result<()> {
