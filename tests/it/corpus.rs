@@ -16,12 +16,13 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// Its name and its function.
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 17] = [
+const TARGETS: [Target; 20] = [
     ("a1111", http::a1111),
     ("archive", files::archive),
     ("data_url", http::data_url),
     ("embedding", files::embedding),
     ("form", http::form),
+    ("gguf", files::gguf),
     ("infotext", http::infotext),
     ("json", http::json),
     ("lines", http::lines),
@@ -29,11 +30,13 @@ const TARGETS: [Target; 17] = [
     ("model_files", files::model_files),
     ("multipart", http::multipart),
     ("openai", http::openai),
+    ("peft", files::peft),
     ("pickle", files::pickle),
     ("picture", http::picture),
     ("prompt", files::prompt),
     ("request", http::request),
     ("safetensors", files::safetensors),
+    ("unet_file", files::unet_file),
 ];
 
 /// The names in a folder, sorted.

@@ -79,6 +79,9 @@ pub struct Weights {
 /// Number of bytes by which the kind of a file is told.
 const BEGIN_BYTES: usize = 4096;
 
+/// Maximum length of a tensor's name. Messages repeat names.
+const MAX_NAME_BYTES: usize = 1024;
+
 /// Maximum length of a file that is copied: more than the largest LoRAs of these models.
 const MAX_COPY_BYTES: u64 = 2 << 30;
 
@@ -133,20 +136,40 @@ impl Weights {
             Container::Safetensors => self.add_safetensors(&name, &bytes).map_err(named)?,
             Container::Archive => {
                 for (tensor, shape, numbers) in pickle::tensors(&bytes).map_err(named)? {
-                    self.entries.insert(tensor, Entry { file: self.files.len(), shape, numbers });
+                    self.insert(tensor, shape, numbers).map_err(named)?;
                 }
                 0
             }
             Container::Gguf => {
                 let Gguf { tensors, data } = Gguf::read(&bytes).map_err(named)?;
                 for (tensor, shape, numbers) in tensors {
-                    self.entries.insert(tensor, Entry { file: self.files.len(), shape, numbers });
+                    self.insert(tensor, shape, numbers).map_err(named)?;
                 }
                 data
             }
         };
         drop(begin);
         self.files.push(TensorFile { name, bytes, data });
+        Ok(())
+    }
+
+    /// Adds a tensor of the file that is being added. The error reads on from the file's name.
+    fn insert(
+        &mut self,
+        name: String,
+        shape: Vec<usize>,
+        numbers: Place,
+    ) -> std::result::Result<(), String> {
+        if name.len() > MAX_NAME_BYTES {
+            let length = name.len();
+            return Err(format!(
+                "holds a tensor with a name of {length} bytes; at most {MAX_NAME_BYTES} are read"
+            ));
+        }
+        if name.contains(char::is_control) {
+            return Err(format!("holds a tensor with control characters in its name, {name:?}"));
+        }
+        self.entries.insert(name, Entry { file: self.files.len(), shape, numbers });
         Ok(())
     }
 
@@ -178,8 +201,7 @@ impl Weights {
                 other => Err(format!("type {other:?}, {EXPECTED}")),
             };
             let numbers = numbers.map(|kind| (kind, info.data_offsets));
-            let (file, shape) = (self.files.len(), info.shape.clone());
-            self.entries.insert(tensor, Entry { file, shape, numbers });
+            self.insert(tensor, info.shape.clone(), numbers)?;
         }
         self.notes.extend(metadata.metadata().clone().unwrap_or_default());
         Ok(data)

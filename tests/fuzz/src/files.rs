@@ -3,6 +3,7 @@
 //! with an error of one line.
 
 use std::io::{Cursor, Write as _};
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -64,30 +65,63 @@ fn pickled(path: &Path) {
     tensors(&Source::Checkpoint(Checkpoint { file, vocabulary: None }), "unet");
 }
 
-/// A safetensors file: the bytes are its header, with the right length before it and zeros behind
-/// it; after a zero byte they are the whole file.
-fn safetensors_file(data: &[u8]) -> Vec<u8> {
+/// A file with tensors, and its ending: the bytes are the header of a safetensors file, with the
+/// right length before it and zeros behind it. A first byte tells of other forms: 0 a whole
+/// safetensors file, 1 the pickle of a PyTorch file, 2 a PNG file, 3 a GGUF file up to its data.
+fn tensor_file(data: &[u8]) -> (&'static str, Vec<u8>) {
+    let length = (data.len() as u64).to_le_bytes();
     match data {
-        [0, file @ ..] => file.to_vec(),
-        header => [&(header.len() as u64).to_le_bytes(), header, &vec![0; DATA]].concat(),
+        [0, file @ ..] => ("safetensors", file.to_vec()),
+        [1, pickle @ ..] => ("pt", pytorch_file(pickle)),
+        [2, file @ ..] => ("png", file.to_vec()),
+        [3, file @ ..] => ("gguf", [file, &vec![0; DATA]].concat()),
+        header => ("safetensors", [&length, header, &vec![0; DATA]].concat()),
     }
 }
 
-/// A single-file checkpoint in safetensors.
+/// A PyTorch file with this pickle and two storages.
+fn pytorch_file(pickle: &[u8]) -> Vec<u8> {
+    let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
+    let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
+    for (name, bytes) in [("m/data.pkl", pickle), ("m/data/0", &[0; 4096]), ("m/data/1", &[0; 8])] {
+        zip.start_file(name, stored).expect("an entry");
+        zip.write_all(bytes).expect("it is written");
+    }
+    zip.finish().expect("an archive").into_inner()
+}
+
+/// Hands over the path of such a file.
+fn with_tensor_file(data: &[u8], read: impl FnOnce(&Path)) {
+    let (ending, bytes) = tensor_file(data);
+    with_file(&format!("fuzzed-word.{ending}"), &bytes, read);
+}
+
+/// A single-file checkpoint.
 pub fn safetensors(data: &[u8]) {
-    with_file("fuzzed.safetensors", &safetensors_file(data), checkpoint);
+    with_tensor_file(data, checkpoint);
+}
+
+/// A UNet alone.
+pub fn unet_file(data: &[u8]) {
+    with_tensor_file(data, |path| {
+        let source = Source::UNet(path.to_owned());
+        short(UNetConfig::read(&source));
+        tensors(&source, "unet");
+    });
+}
+
+/// A GGUF file, up to its data, as a whole model and as a UNet.
+pub fn gguf(data: &[u8]) {
+    let file = [data, &vec![0; DATA]].concat();
+    with_file("fuzzed.gguf", &file, |path| {
+        checkpoint(path);
+        tensors(&Source::UNet(path.to_owned()), "unet");
+    });
 }
 
 /// The pickle in a PyTorch file that has two storages.
 pub fn pickle(data: &[u8]) {
-    let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
-    let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
-    for (name, bytes) in [("m/data.pkl", data), ("m/data/0", &[0; 4096]), ("m/data/1", &[0; 8])] {
-        zip.start_file(name, stored).expect("an entry");
-        zip.write_all(bytes).expect("it is written");
-    }
-    let file = zip.finish().expect("an archive").into_inner();
-    with_file("fuzzed.ckpt", &file, pickled);
+    with_file("fuzzed.ckpt", &pytorch_file(data), pickled);
 }
 
 /// A PyTorch file as a whole.
@@ -95,10 +129,10 @@ pub fn archive(data: &[u8]) {
     with_file("fuzzed.pt", data, pickled);
 }
 
-/// The configurations and the vocabulary of a model in the Diffusers format; the first byte tells
-/// which one the bytes are.
+/// The configurations and the vocabulary of a model in the Diffusers format, the yaml file beside a
+/// single file and the owner's defaults; the first byte tells which one the bytes are.
 pub fn model_files(data: &[u8]) {
-    const FILES: [&str; 9] = [
+    const FILES: [&str; 12] = [
         "tokenizer/tokenizer.json",
         "tokenizer/vocab.json",
         "tokenizer/merges.txt",
@@ -108,6 +142,9 @@ pub fn model_files(data: &[u8]) {
         "vae/config.json",
         "text_encoder/config.json",
         "model_index.json",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "v1.yaml",
+        "sd-server.json",
     ];
     let [kind, file @ ..] = data else { return };
     let name = FILES[usize::from(*kind) % FILES.len()];
@@ -115,6 +152,9 @@ pub fn model_files(data: &[u8]) {
         let root = path.ancestors().nth(name.split('/').count()).expect("a folder");
         let source = Source::Directory(root.to_owned());
         match name.split_once('/') {
+            None if name == "v1.yaml" => beside_checkpoint(root),
+            None if name == "sd-server.json" => defaults(root),
+            Some((folder, name)) if name.ends_with(".index.json") => tensors(&source, folder),
             Some(("tokenizer", _)) => tokenizer(&source, root),
             Some(("scheduler", _)) => {
                 let _ = SchedulerConfig::from_json(&String::from_utf8_lossy(file));
@@ -138,6 +178,25 @@ fn tokenizer(source: &Source, root: &Path) {
     if let Some(tokenizer) = short(ClipTokenizer::load(source, 77)) {
         let _ = short(tokenizer.encode("a red house, (by) the sea"));
     }
+}
+
+/// A folder that has the configuration of a checkpoint gets the checkpoint.
+fn beside_checkpoint(root: &Path) {
+    let file = root.join("v1.safetensors");
+    symlink(Path::new(ROOT).join("models/tests/fixtures/single/v1.safetensors"), &file)
+        .expect("a link");
+    let source = Source::Checkpoint(Checkpoint { file, vocabulary: None });
+    let _ = short(source.read("scheduler/scheduler_config.json"));
+    let _ = short(VaeConfig::read(&source));
+}
+
+/// A folder that has the owner's defaults gets the model.
+fn defaults(root: &Path) {
+    let model = Path::new(ROOT).join("models/tests/fixtures/v1");
+    for entry in model.read_dir().expect("a model").flatten() {
+        symlink(entry.path(), root.join(entry.file_name())).expect("a link");
+    }
+    drop(short(Pipeline::load(&small(root, AddOns::default()))));
 }
 
 /// A prompt in both syntaxes, before a tokenizer.
@@ -165,12 +224,11 @@ pub fn prompt(data: &[u8]) {
     }
 }
 
-/// A small model, with what stands beside it.
-fn load(add_ons: AddOns) -> Pipeline {
-    let model = Path::new(ROOT).join("models/tests/fixtures/v1");
-    let options = LoadOptions {
+/// How to load a small model, with what stands beside it.
+fn small(model: &Path, add_ons: AddOns) -> LoadOptions {
+    LoadOptions {
         name: None,
-        source: Source::Directory(model),
+        source: Source::Directory(model.to_owned()),
         unet: None,
         vae: None,
         device: DeviceName::Cpu,
@@ -178,31 +236,68 @@ fn load(add_ons: AddOns) -> Pipeline {
         safety: SafetyMode::Never,
         threads: Some(1),
         add_ons,
-    };
-    Pipeline::load(&options).expect("a model")
+    }
+}
+
+/// A small model, with what stands beside it.
+fn load(add_ons: AddOns) -> Pipeline {
+    let model = Path::new(ROOT).join("models/tests/fixtures/v1");
+    Pipeline::load(&small(&model, add_ons)).expect("a model")
+}
+
+/// A small model and the folder of its LoRAs.
+struct WithLoras {
+    folder: TempDir,
+    model: Pipeline,
+}
+
+static WITH_LORAS: LazyLock<WithLoras> = LazyLock::new(|| {
+    let folder = tempfile::tempdir().expect("a folder");
+    let directory = Some(folder.path().to_owned());
+    let endings = &["safetensors", "pt", "png", "gguf"];
+    let loras = AssetDir { directory, endings, ..AssetDir::default() };
+    let model = load(AddOns { loras, max_lora_bytes: 1 << 24, ..AddOns::default() });
+    WithLoras { folder, model }
+});
+
+impl WithLoras {
+    /// A name that was not used: a LoRA that is read is cached under its name.
+    fn name() -> String {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        format!("lora{}", NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+
+    fn draw(&self, name: &str) {
+        let size = self.model.info().defaults.size;
+        let loras = vec![LoraUse::new(name, 0.5)];
+        short(self.model.begin(&Spec { size, loras, ..spec(1, 1) }));
+    }
 }
 
 /// A LoRA for a small model.
 pub fn lora(data: &[u8]) {
-    static LORAS: LazyLock<TempDir> = LazyLock::new(|| tempfile::tempdir().expect("a folder"));
-    static MODEL: LazyLock<Pipeline> = LazyLock::new(|| {
-        let directory = Some(LORAS.path().to_owned());
-        let loras = AssetDir { directory, endings: &["safetensors"], ..AssetDir::default() };
-        load(AddOns { loras, max_lora_bytes: 1 << 24, ..AddOns::default() })
-    });
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    // A LoRA that is read is cached under its name.
-    let name = format!("lora{}", NEXT.fetch_add(1, Ordering::Relaxed));
-    let path = LORAS.path().join(format!("{name}.safetensors"));
-    std::fs::write(&path, safetensors_file(data)).expect("it is written");
-    let size = MODEL.info().defaults.size;
-    short(MODEL.begin(&Spec { size, loras: vec![LoraUse::new(name, 0.5)], ..spec(1, 1) }));
+    let (name, (ending, bytes)) = (WithLoras::name(), tensor_file(data));
+    let path = WITH_LORAS.folder.path().join(format!("{name}.{ending}"));
+    std::fs::write(&path, bytes).expect("it is written");
+    WITH_LORAS.draw(&name);
     std::fs::remove_file(path).expect("it is removed");
 }
 
-/// A textual inversion embedding in either form of file.
+/// PEFT's settings of a LoRA.
+pub fn peft(data: &[u8]) {
+    let lora = Path::new(ROOT).join("models/tests/fixtures/lora/peft/adapter_model.safetensors");
+    let name = WithLoras::name();
+    let folder = WITH_LORAS.folder.path().join(&name);
+    std::fs::create_dir(&folder).expect("a folder");
+    symlink(lora, folder.join("adapter_model.safetensors")).expect("a link");
+    std::fs::write(folder.join("adapter_config.json"), data).expect("it is written");
+    WITH_LORAS.draw(&format!("{name}/adapter_model"));
+    std::fs::remove_dir_all(folder).expect("it is removed");
+}
+
+/// A textual inversion embedding in any form of file.
 pub fn embedding(data: &[u8]) {
-    with_file("fuzzed-word.safetensors", &safetensors_file(data), |path| {
+    with_tensor_file(data, |path| {
         let embeddings = AssetDir { files: vec![path.to_owned()], ..AssetDir::default() };
         let add_ons = AddOns { embeddings, max_embedding_bytes: 1 << 20, ..AddOns::default() };
         let model = load(add_ons);

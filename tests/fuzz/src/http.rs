@@ -136,9 +136,13 @@ pub fn lines(data: &[u8]) {
     post("/invocations", "application/jsonlines", data.to_vec());
 }
 
-/// A multipart form of OpenAI's API.
+/// A multipart form of OpenAI's API; after a `v` one of variations.
 pub fn multipart(data: &[u8]) {
-    post("/v1/images/edits", "multipart/form-data; boundary=B", data.to_vec());
+    let (route, body) = match data {
+        [b'v', body @ ..] => ("variations", body),
+        body => ("edits", body),
+    };
+    post(&format!("/v1/images/{route}"), "multipart/form-data; boundary=B", body.to_vec());
 }
 
 /// The fields of OpenAI's API.

@@ -7,7 +7,9 @@ mod fake;
 mod files;
 mod http;
 
-pub use files::{archive, embedding, lora, model_files, pickle, prompt, safetensors};
+pub use files::{
+    archive, embedding, gguf, lora, model_files, peft, pickle, prompt, safetensors, unet_file,
+};
 pub use http::{a1111, data_url, form, infotext, json, lines, multipart, openai, picture, request};
 
 /// The top of the repository.
