@@ -9,13 +9,15 @@ use reqwest::blocking::{Client, RequestBuilder};
 use serde_json::{Value, json};
 
 use crate::Dice;
-use crate::ledger::{self, Ledger};
+use crate::hooks::Receiver;
+use crate::ledger::{self, Job, Ledger, PRIORITIES};
 use crate::wire::{self, Answer, Fault};
 
 /// What all clients share.
 pub(crate) struct Scene {
     pub(crate) address: String,
     pub(crate) ledger: Ledger,
+    pub(crate) receiver: Receiver,
     /// Grows before the server is ended and after it is back.
     pub(crate) endings: AtomicU64,
     pub(crate) over: AtomicBool,
@@ -100,7 +102,7 @@ impl<'a> Visitor<'a> {
                 let request = self.post(&format!("/models/{name}"), &body);
                 self.ask("POST /models/{name}", request);
             }
-            9..=11 => self.submits(&body, seed),
+            9..=11 => self.submits(body, seed),
             12 | 13 => self.looks_at_a_job(),
             14 => {
                 let request = self.client.get(self.url("/v1/jobs")).bearer_auth(self.key);
@@ -207,11 +209,19 @@ impl<'a> Visitor<'a> {
         }
     }
 
-    fn submits(&self, body: &Value, seed: u64) {
-        let Some(answer) = self.ask("POST /v1/jobs", self.post("/v1/jobs", body)) else { return };
+    /// A job of any priority, every other one with a webhook.
+    fn submits(&mut self, mut body: Value, seed: u64) {
+        let priority = PRIORITIES[self.dice.random_range(0..PRIORITIES.len())];
+        let has_webhook = self.dice.random_range(0..2) == 0;
+        body["priority"] = priority.into();
+        if has_webhook {
+            body["webhook"] = self.scene.receiver.url().into();
+        }
+        let Some(answer) = self.ask("POST /v1/jobs", self.post("/v1/jobs", &body)) else { return };
         if answer.status == 202 {
+            let job = Job::new(self.key, seed, priority, has_webhook);
             match answer.json()["id"].as_str() {
-                Some(id) => self.scene.ledger.accepted(id, self.key, seed),
+                Some(id) => self.scene.ledger.accepted(id, job),
                 None => self.scene.ledger.wrong("202 without the ID of the job"),
             }
         }
@@ -223,7 +233,7 @@ impl<'a> Visitor<'a> {
         if self.dice.random_range(0..8) == 0 {
             ledger.delete(&id);
             let request = self.client.delete(self.url(&format!("/v1/jobs/{id}")));
-            self.ask("DELETE /v1/jobs/{id}", request.bearer_auth(&job.key));
+            self.ask("DELETE /v1/jobs/{id}", request.bearer_auth(job.key));
             return;
         }
         ledger.look(&self.client, &self.url(""), &id, &job);

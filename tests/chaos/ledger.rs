@@ -12,20 +12,38 @@ use serde_json::Value;
 use crate::Dice;
 use crate::wire::{self, Answer};
 
+/// The priorities of jobs.
+pub(crate) const PRIORITIES: [&str; 3] = ["low", "normal", "high"];
+
 /// An accepted job.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Job {
-    pub(crate) key: String,
+    pub(crate) key: &'static str,
     seed: u64,
+    priority: &'static str,
+    has_webhook: bool,
     /// It was cancelled by its client.
     deleted: bool,
     /// Its end, once seen: it must stay the same.
     end: Option<String>,
 }
 
+impl Job {
+    pub(crate) fn new(
+        key: &'static str,
+        seed: u64,
+        priority: &'static str,
+        has_webhook: bool,
+    ) -> Self {
+        Self { key, seed, priority, has_webhook, deleted: false, end: None }
+    }
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Book {
     pub(crate) jobs: BTreeMap<String, Job>,
+    /// What webhooks told: how often, and which end. One may come before the 202 of its job.
+    told: HashMap<String, (u64, String)>,
     pub(crate) answers: BTreeMap<u16, u64>,
     /// Requests without an answer, while the server was being ended or the client had misbehaved.
     pub(crate) unanswered: u64,
@@ -78,8 +96,7 @@ impl Ledger {
         }
     }
 
-    pub(crate) fn accepted(&self, id: &str, key: &str, seed: u64) {
-        let job = Job { key: key.to_owned(), seed, ..Job::default() };
+    pub(crate) fn accepted(&self, id: &str, job: Job) {
         if self.book().jobs.insert(id.to_owned(), job).is_some() {
             self.wrong(format!("the job ID {id} was given twice"));
         }
@@ -107,7 +124,7 @@ impl Ledger {
     /// Looks at a job; whether it has ended. An end that was seen must be seen again.
     pub(crate) fn look(&self, client: &Client, url: &str, id: &str, job: &Job) -> Option<bool> {
         let get = |path: &str| {
-            let request = client.get(format!("{url}/v1/jobs/{id}{path}")).bearer_auth(&job.key);
+            let request = client.get(format!("{url}/v1/jobs/{id}{path}")).bearer_auth(job.key);
             wire::send(request).filter(|answer| ![429, 503].contains(&answer.status))
         };
         let answer = get("")?;
@@ -133,11 +150,11 @@ impl Ledger {
             }
             Some("failed") => {
                 let reason = get("/result")?;
-                let reason = reason.json()["error"]["code"].as_str().unwrap_or("").to_owned();
-                if reason.is_empty() && !self.is_deleted(id) {
+                let reason = end_of(&reason.json(), "failed");
+                if reason.is_none() && !self.is_deleted(id) {
                     self.wrong("a job failed without a reason");
                 }
-                format!("failed: {reason}")
+                reason.unwrap_or_else(|| "failed".into())
             }
             _ => {
                 self.wrong(format!("an accepted job is answered with {}", answer.status));
@@ -145,13 +162,82 @@ impl Ledger {
             }
         };
         let mut book = self.book();
-        let known = book.jobs.get_mut(id)?;
-        let before = known.end.replace(end.clone());
+        if book.jobs.get(id)?.priority != state["priority"] {
+            *book.wrong.entry("a job has another priority".into()).or_default() += 1;
+        }
+        let before = book.jobs.get_mut(id)?.end.replace(end.clone());
         drop(book);
         if before.is_some_and(|before| before != end) {
             self.wrong("a job ended in two ways");
         }
         Some(true)
+    }
+
+    /// A webhook: it tells an end, which is the one that was seen and that all others tell.
+    pub(crate) fn told(&self, state: &Value) {
+        let end = state["state"].as_str().and_then(|name| end_of(state, name));
+        let (Some(id), Some(end)) = (state["id"].as_str(), end) else {
+            return self.wrong(format!("a webhook that tells no end: {state}"));
+        };
+        let mut book = self.book();
+        let (count, told) = book.told.entry(id.to_owned()).or_insert_with(|| (0, end.clone()));
+        *count += 1;
+        let agrees = *told == end;
+        drop(book);
+        if !agrees {
+            self.wrong("two webhooks tell two ends of one job");
+        }
+    }
+
+    /// The number of jobs that have ended and whose webhook has not come.
+    pub(crate) fn untold(&self) -> usize {
+        let book = self.book();
+        let waits = |(id, job): &(&String, &Job)| {
+            job.has_webhook && !job.deleted && job.end.is_some() && !book.told.contains_key(*id)
+        };
+        book.jobs.iter().filter(waits).count()
+    }
+
+    /// Compares what webhooks told with the ends that were seen, and says how many came.
+    pub(crate) fn webhooks(&self) -> String {
+        let book = self.book();
+        let mut wrong = Vec::new();
+        for (id, (_, told)) in &book.told {
+            let job = book.jobs.get(id);
+            // A job whose 202 was cut off is not in the book.
+            let end = job.and_then(|job| job.end.as_ref());
+            if end.is_some_and(|end| end != told) {
+                wrong.push("a webhook tells another end than the job");
+            }
+            if job.is_some_and(|job| !job.has_webhook) {
+                wrong.push("a webhook of a job that has none");
+            }
+        }
+        let asked = book.jobs.values().filter(|job| job.has_webhook).count();
+        let counts = || book.told.values().map(|(count, _)| *count);
+        let (told, again) = (counts().count(), counts().filter(|count| *count > 1).count());
+        let figures = format!(
+            "{asked} jobs with a webhook; {told} told of, {again} of them more than once, by {} calls",
+            counts().sum::<u64>()
+        );
+        drop(book);
+        for sentence in wrong {
+            self.wrong(sentence);
+        }
+        figures
+    }
+
+    /// The number of completed jobs by priority: some of each.
+    pub(crate) fn priorities(&self) -> BTreeMap<&'static str, u64> {
+        let mut completed = BTreeMap::from(PRIORITIES.map(|priority| (priority, 0)));
+        let is_completed = |job: &&Job| !job.deleted && job.end.as_deref() == Some("completed");
+        for job in self.book().jobs.values().filter(is_completed) {
+            *completed.entry(job.priority).or_default() += 1;
+        }
+        for (priority, _) in completed.iter().filter(|(_, count)| **count == 0) {
+            self.wrong(format!("no job of the priority {priority} was completed"));
+        }
+        completed
     }
 
     /// The result of a job.
@@ -202,6 +288,15 @@ impl Ledger {
             }
         }
         (ends, open)
+    }
+}
+
+/// The end that a state or an error tells: `completed`, or `failed` with its reason.
+fn end_of(told: &Value, state: &str) -> Option<String> {
+    match (state, told["error"]["code"].as_str()) {
+        ("completed", None) => Some("completed".into()),
+        ("failed", Some(reason)) => Some(format!("failed: {reason}")),
+        _ => None,
     }
 }
 

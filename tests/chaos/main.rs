@@ -16,6 +16,7 @@
 mod attack;
 mod clients;
 mod files;
+mod hooks;
 mod ledger;
 mod load;
 mod process;

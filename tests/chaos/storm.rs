@@ -12,6 +12,7 @@ use rand::{Rng as _, SeedableRng as _};
 
 use crate::clients::{KEYS, Scene, Visitor, request};
 use crate::files::Files;
+use crate::hooks::{Receiver, SECRET};
 use crate::ledger::Ledger;
 use crate::process::{Plan, Process};
 use crate::{Dice, wire};
@@ -20,6 +21,8 @@ const CLIENTS: u64 = 16;
 /// `--drain-timeout-ms`, and what the server may take beyond it.
 const DRAIN: Duration = Duration::from_secs(4);
 const AFTER_DRAIN: Duration = Duration::from_secs(2);
+/// Time for all accepted jobs and their webhooks after the storm.
+const PATIENCE: Duration = Duration::from_secs(120);
 /// Bytes of the disk for jobs.
 const DISK: &str = "64m";
 
@@ -54,10 +57,12 @@ pub(crate) fn run(options: &Options) -> Vec<String> {
     folder.disable_cleanup(options.keep);
     let files = Files::new(folder.path()).expect("the models' files");
     let disk = Disk::mount(folder.path());
-    let plan = plan(options, folder.path(), &files, &disk);
+    let receiver = Receiver::new();
+    let plan = plan(options, folder.path(), &files, &disk, &receiver);
     let scene = Scene {
         address: plan.address(),
         ledger: Ledger::default(),
+        receiver,
         endings: AtomicU64::new(0),
         over: AtomicBool::new(false),
         short: AtomicBool::new(false),
@@ -71,8 +76,9 @@ pub(crate) fn run(options: &Options) -> Vec<String> {
         disk: &disk,
         scratch: folder.path().join("beside"),
     };
-    let server = thread::scope(|scope| {
+    thread::scope(|scope| {
         let server = plan.start(None).expect("the server starts");
+        scope.spawn(|| scene.receiver.run(&scene.ledger, options.seed));
         for number in 0..CLIENTS {
             let visitor = Visitor::new(&scene, number, options.seed);
             scope.spawn(|| visitor.run());
@@ -84,9 +90,9 @@ pub(crate) fn run(options: &Options) -> Vec<String> {
         sleep(Duration::from_secs(calm / 4));
         director.calm(&server, calm - calm / 4, &mut dice);
         scene.over.store(true, Ordering::SeqCst);
-        server
+        director.reckon(server);
+        scene.receiver.over.store(true, Ordering::SeqCst);
     });
-    director.reckon(server);
     let book = scene.ledger.book();
     println!("{:.0} s; answers by status: {:?}", began.elapsed().as_secs_f64(), book.answers);
     println!(
@@ -101,10 +107,10 @@ pub(crate) fn run(options: &Options) -> Vec<String> {
 }
 
 /// The options of the server; those for durable jobs where the build has them.
-fn plan(options: &Options, folder: &Path, files: &Files, disk: &Disk) -> Plan {
+fn plan(options: &Options, folder: &Path, files: &Files, disk: &Disk, receiver: &Receiver) -> Plan {
     let (models, loras) = (files.models.to_string_lossy(), files.loras.to_string_lossy());
     let drain = DRAIN.as_millis().to_string();
-    let keys = KEYS.join(",");
+    let (keys, hosts) = (KEYS.join(","), receiver.address.to_string());
     let arguments = [
         "--threads",
         "1",
@@ -126,6 +132,10 @@ fn plan(options: &Options, folder: &Path, files: &Files, disk: &Disk) -> Plan {
         "100000",
         "--max-queue",
         "32",
+        "--webhook-hosts",
+        &hosts,
+        "--webhook-secret",
+        SECRET,
     ];
     let mut plan = Plan::new(&options.binary, folder, &arguments);
     plan.add("--max-jobs-per-client", "100000");
@@ -244,21 +254,26 @@ impl Director<'_> {
         }
     }
 
-    /// After the storm: every job has one end, memory and threads are back, no panic is in the log.
+    /// After the storm: every job has one end, which its webhook has told, memory and threads are
+    /// back, no panic is in the log.
     fn reckon(&self, mut server: Process) {
         let ledger = &self.scene.ledger;
         let client = wire::client();
         let url = format!("http://{}", self.plan.address());
+        self.scene.receiver.stays.store(true, Ordering::SeqCst);
         let began = Instant::now();
         loop {
             let (_, open) = ledger.ends();
             for (id, job) in &open {
                 ledger.look(&client, &url, id, job);
             }
-            let left = ledger.ends().1.len();
-            if left == 0 || began.elapsed() > Duration::from_secs(120) {
+            let (left, untold) = (ledger.ends().1.len(), ledger.untold());
+            if left + untold == 0 || began.elapsed() > PATIENCE {
                 if left > 0 {
-                    ledger.wrong(format!("{left} accepted jobs had no end after 120 s"));
+                    ledger.wrong(format!("{left} accepted jobs had no end after {PATIENCE:?}"));
+                }
+                if untold > 0 {
+                    ledger.wrong(format!("{untold} webhooks had not come after {PATIENCE:?}"));
                 }
                 break;
             }
@@ -270,6 +285,8 @@ impl Director<'_> {
         let jobs = ledger.book().jobs.len();
         let (ends, _) = ledger.ends();
         println!("{jobs} jobs accepted; their ends: {ends:?}");
+        println!("completed by priority: {:?}", ledger.priorities());
+        println!("{}; {}", ledger.webhooks(), self.scene.receiver.figures());
         let drawn = wire::send(client.post(format!("{url}/invocations")).json(&request(1)));
         if drawn.is_none_or(|answer| answer.status != 200) {
             ledger.wrong("no picture after the storm");
