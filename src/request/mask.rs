@@ -67,6 +67,10 @@ impl DrawRequest {
             MaskedContent::Original | MaskedContent::Fill => MaskedStart::Picture,
         };
         if blur > 0.0 || padding.is_some() || fill {
+            // What is not masked has the size of the base pass.
+            if self.hires_width.or(self.hires_height).is_some() {
+                return Err(self.range(first, "is not supported with a hires pass"));
+            }
             self.inpaint = Some(InpaintOptions { blur, only_masked: padding, fill });
         }
         Ok(())

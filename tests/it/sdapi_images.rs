@@ -172,6 +172,10 @@ fn native_options_of_a_mask_are_those_of_a1111() {
     let refused = [
         (json!({ "mask_blur": 4, "mask": null }), "mask_blur requires mask"),
         (json!({ "mask_fill": "red" }), "mask_fill \"red\" is unknown; known are original, fill"),
+        (
+            json!({ "mask_blur": 4, "hires_width": 128 }),
+            "mask_blur is not supported with a hires pass",
+        ),
         (json!({ "mask_padding": 257 }), "mask_padding must be from 0 to 256, not 257"),
     ];
     for (options, reason) in refused {
