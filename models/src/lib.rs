@@ -24,11 +24,13 @@ pub use error::{Error, Result};
 pub use files::{AssetDir, AssetFile, Checkpoint, FileVersion, Source};
 pub use layers::LoraStack;
 pub use ops::{KernelStats, cpu_isa, keep_freed_memory, return_freed_memory};
-pub use picture::{Rgb, Size};
+pub use picture::{CANNY, Preprocessor, Rgb, Size, THRESHOLD};
 pub use pipeline::{
-    AddOns, Chosen, Defaults, DeviceName, Hires, Img2Img, LoadOptions, MAX_NOISE_SCALE, MAX_STEPS,
-    MaskedStart, MemoryEstimate, ModelInfo, Pass, PassLoras, Pipeline, Precision, PromptSyntax,
-    SafetyMode, Spec, Trajectory, Upscaler, Variation, check_pipeline, parameters,
+    AddOns, Chosen, Control, ControlMode, ControlNets, ControlPasses, ControlRule, Defaults,
+    DeviceName, Extension, Hires, Img2Img, LoadOptions, MAX_CONTROL_SCALE, MAX_NOISE_SCALE,
+    MAX_STEPS, MaskedStart, MemoryEstimate, ModelInfo, NamedFiles, Pass, PassLoras, Pipeline,
+    Precision, PromptSyntax, SafetyMode, Spec, Trajectory, Upscaler, Variation, check_pipeline,
+    parameters,
 };
 pub use sampling::{Churn, Sampler, SamplerName, SamplerOptions, SigmaSchedule};
 pub use text::{Embeddings, LoraUse, Loras, PlaceholderToken, PromptRole, unread};

@@ -66,6 +66,7 @@ fn spec(sampler: Sampler, steps: usize, guidance_scale: f64) -> Spec {
         variation: None,
         warnings: Vec::new(),
         hires: None,
+        controls: Vec::new(),
         prompt_syntax: PromptSyntax::Plain,
     }
 }

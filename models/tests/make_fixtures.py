@@ -2,7 +2,7 @@
 
     python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers samplers_2 tokenizer text
         unet vae start emphasis hires single safety lora inversion knobs
-        lcm forms quantized]
+        lcm forms quantized control canny]
 
 The committed files were made with torch 2.15.0, diffusers 0.42.1 and transformers 5.23.0 on a
 CPU. Everything is seeded: the same versions write the same numbers.
@@ -1164,6 +1164,12 @@ def inversion(_):
     in_stripes(data).save(target / "stripes.png")
 
 
+def controls(part):
+    import control_fixtures
+
+    getattr(control_fixtures, part)()
+
+
 def samplers_2(_):
     import sampler_fixtures
 
@@ -1241,6 +1247,8 @@ def main():
         "lcm": lcm,
         "forms": forms,
         "quantized": quantized,
+        "control": lambda _: controls("control"),
+        "canny": lambda _: controls("canny"),
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="a directory")

@@ -8,6 +8,8 @@ use std::path::PathBuf;
 
 use candle_core::{DType, Device, Tensor};
 
+#[path = "parity/controlnet.rs"]
+mod controlnet;
 #[path = "parity/editing.rs"]
 mod editing;
 #[path = "parity/emphasis.rs"]
@@ -34,6 +36,8 @@ mod lora_refusals;
 mod networks;
 #[path = "parity/noise.rs"]
 mod noise;
+#[path = "parity/preprocess.rs"]
+mod preprocess;
 #[path = "parity/quantized.rs"]
 mod quantized;
 #[path = "parity/safety.rs"]

@@ -101,6 +101,16 @@ pub(super) struct ModelArgs {
     /// more are refused
     #[arg(long, env = "SD_MAX_LORA_BYTES", default_value = "1073741824", value_parser = size::<0>)]
     pub(super) max_lora_bytes: usize,
+    /// Directory of ControlNets that requests can select by name: files (.safetensors, .pth, .pt, .ckpt,
+    /// .bin) and directories in Diffusers format. A net is read when it is first requested
+    #[arg(long, env = "SD_CONTROLNETS_DIR")]
+    pub(super) controlnets_dir: Option<PathBuf>,
+    /// Memory for the ControlNets of each model, in bytes. At the limit, the least recently used net
+    /// is evicted, and read again on its next use. A net, or those of one image, that would take
+    /// more are refused
+    #[arg(long, env = "SD_MAX_CONTROLNET_BYTES", default_value = "4294967296")]
+    #[arg(value_parser = size::<0>)]
+    pub(super) max_controlnet_bytes: usize,
     /// Directory of textual inversion embeddings (.safetensors, .pt, .bin in the AUTOMATIC1111 or
     /// diffusers format, .png pictures of AUTOMATIC1111), read with the model. The file name, or the
     /// placeholder token in the file, can be used in prompts
@@ -175,10 +185,41 @@ pub(super) struct GenerateArgs {
     #[arg(long)]
     #[serde(skip)]
     pub(super) lora: Vec<String>,
-    /// Width in pixels, a multiple of 8. Default: the model's own, or the width of --image
+    /// ControlNet: a file, a directory in Diffusers format, or a name in --controlnets-dir. Can be
+    /// repeated; the k-th value of each of the following options is the k-th net's
+    #[arg(long, value_name = "DIR_OR_FILE", requires = "control_image")]
+    #[serde(skip)]
+    pub(super) controlnet: Vec<PathBuf>,
+    /// The picture by which a ControlNet steers, resized to the image; each net has one
+    #[arg(long, value_name = "FILE", requires = "controlnet")]
+    #[serde(skip)]
+    pub(super) control_image: Vec<PathBuf>,
+    /// Factor of what a ControlNet adds. Default: 1
+    #[arg(long, requires = "controlnet", value_parser = finite, allow_negative_numbers = true)]
+    #[serde(skip)]
+    pub(super) control_scale: Vec<f64>,
+    /// Share of the steps before which a ControlNet adds nothing, 0 to 1. Default: 0
+    #[arg(long, requires = "controlnet", value_parser = finite)]
+    #[serde(skip)]
+    pub(super) control_start: Vec<f64>,
+    /// Share of the steps after which a ControlNet adds nothing, 0 to 1. Default: 1
+    #[arg(long, requires = "controlnet", value_parser = finite)]
+    #[serde(skip)]
+    pub(super) control_end: Vec<f64>,
+    /// What is made of a control picture first: none, canny, invert or threshold. Default: none
+    #[arg(long, value_name = "NAME", requires = "controlnet")]
+    #[serde(skip)]
+    pub(super) control_preprocessor: Vec<String>,
+    /// Follow the ControlNets more than the prompt, as diffusers' guess mode; holds for all nets
+    #[arg(long, requires = "controlnet", action = clap::ArgAction::Count)]
+    #[serde(skip)]
+    pub(super) guess_mode: u8,
+    /// Width in pixels, a multiple of 8. Default: the model's own, or the width of --image or of the
+    /// first --control-image
     #[arg(short = 'W', long)]
     pub(super) width: Option<u64>,
-    /// Height in pixels, a multiple of 8. Default: the model's own, or the height of --image
+    /// Height in pixels, a multiple of 8. Default: the model's own, or the height of --image or of the
+    /// first --control-image
     #[arg(short = 'H', long)]
     pub(super) height: Option<u64>,
     /// Number of sampler steps; more are slower and, up to a point, better. Default: the model's

@@ -184,3 +184,7 @@ fn variable(name: &str) -> Option<String> {
 pub(super) fn usage(message: impl fmt::Display) -> clap::Error {
     Args::command().error(ErrorKind::ValueValidation, message)
 }
+/// A file as a request carries it.
+pub(super) fn read_file(path: &Path) -> Result<Vec<u8>, clap::Error> {
+    std::fs::read(path).map_err(|error| usage(format!("cannot read {}: {error}", path.display())))
+}

@@ -25,6 +25,7 @@ const LIMITS: Limits = Limits {
     max_prompt_bytes: usize::MAX,
     max_input_pixels: 1 << 30,
     max_loras: usize::MAX,
+    max_controlnets: usize::MAX,
 };
 
 /// Rows per UNet call: four guided images.
@@ -43,6 +44,8 @@ pub(crate) struct Generate {
     pub(crate) image: Option<Vec<u8>>,
     /// The file of the mask.
     pub(crate) mask: Option<Vec<u8>>,
+    /// The files of the control pictures.
+    pub(crate) controls: Vec<Vec<u8>>,
     /// The output file.
     pub(crate) output: PathBuf,
     /// The format, from the extension of the file.
@@ -66,10 +69,13 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     let mut request = request(config.fields)?;
     request.image = config.image.map(|file| ImageFile::Bytes(file.into()));
     request.mask = config.mask.map(|file| ImageFile::Bytes(file.into()));
+    for (net, file) in request.controlnets.iter_mut().flatten().zip(config.controls) {
+        net.image = Some(ImageFile::Bytes(file.into()));
+    }
     let seed = getrandom::u32().map_err(|error| anyhow!("no random numbers: {error}"))?;
-    let specs = request.specs(&LIMITS, &model, seed.into())?;
+    let mut specs = request.specs(&LIMITS, &model, seed.into())?;
     specs.iter().try_for_each(|spec| request.check_format(spec, config.format))?;
-    request.check_files(&specs, &model)?;
+    request.check_files(&mut specs, &model)?;
     let began = Instant::now();
     let ticket = engine.submit(specs.clone())?;
     let bar = tokio::spawn(show(ticket.progress()));
@@ -118,6 +124,7 @@ fn option(field: &str) -> String {
         "num_inference_steps" => "--steps".into(),
         "num_images_per_prompt" => "--num-images".into(),
         "loras" => "--lora".into(),
+        "controlnets" => "--controlnet".into(),
         other => format!("--{}", other.replace('_', "-")),
     }
 }

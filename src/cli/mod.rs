@@ -3,6 +3,7 @@
 
 mod args;
 mod bench;
+mod controlnets;
 mod environment;
 mod generate;
 mod healthcheck;
@@ -25,7 +26,7 @@ use crate::telemetry::LogFormat;
 use args::{Args, Command, GenerateArgs, ModelArgs, SafetyChecker, ServeArgs};
 pub use environment::library_path;
 use environment::{
-    command, hub, name_variable, port, unknown_variables, usage, with_trimmed_variables,
+    command, hub, name_variable, port, read_file, unknown_variables, usage, with_trimmed_variables,
 };
 use generate::Generate;
 
@@ -178,13 +179,17 @@ impl GenerateArgs {
             files.extend(file);
             loras.push(json!({ "name": name, "scale": scale }));
         }
+        let nets = self.nets()?;
         let mut fields = json!(self);
         fields["loras"] = loras.into();
+        fields["controlnets"] = nets.fields.into();
         let (mut model, safety) = self.model.resolve()?;
         model.add_ons.loras.files = files;
+        model.add_ons.controlnets.files = nets.files;
         let image = self.image.as_deref().map(read_file).transpose()?;
         let mask = self.mask.as_deref().map(read_file).transpose()?;
-        Ok(Generate { model, safety, fields, image, mask, output: self.output, format })
+        let controls = nets.pictures;
+        Ok(Generate { model, safety, fields, image, mask, controls, output: self.output, format })
     }
 }
 
@@ -207,6 +212,15 @@ impl ModelArgs {
                     &["safetensors", "pt", "ckpt", "bin"],
                 )?,
                 max_lora_bytes: self.max_lora_bytes as u64,
+                controlnets: AssetDir {
+                    folders: true,
+                    ..assets(
+                        "--controlnets-dir",
+                        self.controlnets_dir,
+                        &["safetensors", "pth", "pt", "ckpt", "bin"],
+                    )?
+                },
+                max_controlnet_bytes: self.max_controlnet_bytes as u64,
                 embeddings: assets(
                     "--embeddings-dir",
                     self.embeddings_dir,
@@ -332,11 +346,6 @@ fn lora(typed: &str) -> (Option<PathBuf>, String, f64) {
         Some(stem) => (Some(path.into()), stem.to_string_lossy().into_owned(), scale),
         None => (None, name.into(), scale),
     }
-}
-
-/// A file as a request carries it.
-fn read_file(path: &Path) -> Result<Vec<u8>, clap::Error> {
-    std::fs::read(path).map_err(|error| usage(format!("cannot read {}: {error}", path.display())))
 }
 
 #[cfg(test)]

@@ -30,7 +30,7 @@ use crate::telemetry::{self, Metrics};
 pub use client::{Client, Priority};
 pub use device::DeviceScheduler;
 pub use job::{GeneratedImage, Job, JobError, Preview, Progress, Ticket, Uncounted};
-pub use model::{Model, ReadLoras, Trajectory};
+pub use model::{Model, ReadFiles, Trajectory};
 pub use monitor::{Estimate, JobMonitor};
 use queue::{PushError, Queue};
 use shared::EngineShared;

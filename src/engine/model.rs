@@ -1,11 +1,11 @@
 //! The interface between the worker and a model.
 
-use sd_models::{AssetFile, ModelInfo, PassLoras, Rgb, Size, Spec};
+use sd_models::{AssetFile, ModelInfo, NamedFiles, Rgb, Size, Spec};
 
 use crate::host::memory;
 
-/// Reads LoRAs. Blocks, for as long as the file system does.
-pub type ReadLoras = Box<dyn FnOnce() -> sd_models::Result<PassLoras> + Send>;
+/// Reads files. Blocks, for as long as the file system does.
+pub type ReadFiles = Box<dyn FnOnce() -> sd_models::Result<NamedFiles> + Send>;
 
 /// A model: `sd_models::Pipeline`, or a fake in tests.
 pub trait Model: 'static {
@@ -13,14 +13,14 @@ pub trait Model: 'static {
     type Trajectory: Trajectory;
     /// Name, device, defaults and limits.
     fn info(&self) -> &ModelInfo;
-    /// Reads the LoRAs of an image, for another thread to run; `None` if it has none.
-    fn read_loras(&self, _spec: &Spec) -> Option<ReadLoras> {
+    /// Reads the files that an image names, for another thread to run; `None` if it names none.
+    fn read_files(&self, _spec: &Spec) -> Option<ReadFiles> {
         None
     }
-    /// Encodes the prompts and draws the initial noise of an image without LoRAs.
+    /// Encodes the prompts and draws the initial noise of an image that names no files.
     fn begin(&self, spec: &Spec) -> sd_models::Result<Self::Trajectory>;
-    /// [`Self::begin`] with what [`Self::read_loras`] has read. Reads no file.
-    fn begin_with(&self, spec: &Spec, _loras: PassLoras) -> sd_models::Result<Self::Trajectory> {
+    /// [`Self::begin`] with what [`Self::read_files`] has read. Reads no file.
+    fn begin_with(&self, spec: &Spec, _files: NamedFiles) -> sd_models::Result<Self::Trajectory> {
         self.begin(spec)
     }
     /// One UNet call for the batch; all members have the same size.
@@ -85,12 +85,12 @@ impl Model for sd_models::Pipeline {
         fn check_safety(&self, image: &Rgb) -> sd_models::Result<Option<bool>>;
     }
 
-    fn read_loras(&self, spec: &Spec) -> Option<ReadLoras> {
-        self.read_loras(spec).map(|read| Box::new(read) as ReadLoras)
+    fn read_files(&self, spec: &Spec) -> Option<ReadFiles> {
+        self.read_files(spec).map(|read| Box::new(read) as ReadFiles)
     }
 
-    fn begin_with(&self, spec: &Spec, loras: PassLoras) -> sd_models::Result<Self::Trajectory> {
-        self.begin_with(spec, loras)
+    fn begin_with(&self, spec: &Spec, files: NamedFiles) -> sd_models::Result<Self::Trajectory> {
+        self.begin_with(spec, files)
     }
 
     fn preview(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Option<Rgb>> {

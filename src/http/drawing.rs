@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use sd_models::{Img2Img, ModelInfo, Rgb, Spec};
+use sd_models::{Control, Img2Img, ModelInfo, Rgb, Spec};
 use tokio::sync::watch;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{error, info, info_span};
@@ -22,7 +22,7 @@ use crate::engine::{
 };
 use crate::image::{self, Format, Hashes, JPEG_QUALITY, Overlay};
 use crate::registry::ModelLease;
-use crate::request::{DrawRequest, Limits, ValidationError};
+use crate::request::{ControlMaps, DrawRequest, Limits, ValidationError};
 
 /// Interval at which a job or JSON Lines record retries a full queue.
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
@@ -59,6 +59,8 @@ pub(crate) struct Drawing {
     overlay: Option<Overlay>,
     /// The room for it and for the input images.
     _room: Share,
+    /// The control pictures that the reply has.
+    pub(crate) control_maps: ControlMaps,
     /// What each image's warnings say of the request's fields.
     pub(crate) warnings: Vec<String>,
     /// The order among the client's own images.
@@ -90,13 +92,20 @@ fn input_bytes(specs: &[Spec]) -> usize {
     inputs.dedup_by(|a, b| Arc::ptr_eq(a, b));
     let bytes =
         |input: &Img2Img| input.picture.data.len() + input.mask.as_ref().map_or(0, Vec::len);
-    inputs.into_iter().map(|input| bytes(input)).sum()
+    let mut controls: Vec<_> = specs.iter().flat_map(|spec| &spec.controls).collect();
+    controls.dedup_by(|a, b| Arc::ptr_eq(&a.picture, &b.picture));
+    let of_control = |control: &Control| {
+        let hires = control.hires_picture.as_ref().map_or(0, |picture| picture.data.len());
+        control.picture.data.len() + hires
+    };
+    let controls: usize = controls.into_iter().map(of_control).sum();
+    inputs.into_iter().map(|input| bytes(input)).sum::<usize>() + controls
 }
 
 impl Drawing {
     /// Whether it holds input images.
     pub(crate) fn has_inputs(&self) -> bool {
-        self.specs.iter().any(|spec| spec.img2img.is_some())
+        self.specs.iter().any(|spec| spec.img2img.is_some() || !spec.controls.is_empty())
     }
 
     /// Validates requests, one for each prompt, on a blocking thread that decodes their images.
@@ -123,7 +132,7 @@ impl Drawing {
             }
             Ok((specs, first))
         };
-        let (specs, request) = state.reader.run(deadline, slot.clone(), read).await?;
+        let (mut specs, request) = state.reader.run(deadline, slot.clone(), read).await?;
         slot.release_body();
         let (count, most) = (specs.len(), settings.limits.max_images);
         if count > most {
@@ -134,12 +143,12 @@ impl Drawing {
             return Err(ValidationError::body("the request contains no prompt").into());
         };
         let warnings = std::mem::take(&mut request.warnings);
-        let (mut specs, mut request) = match specs.iter().any(Spec::has_loras) {
+        let (mut specs, mut request) = match specs.iter().any(Spec::has_files) {
             false => (specs, request),
             true => {
                 let own = Arc::clone(&model);
                 let check = move || {
-                    request.check_files(&specs, &own)?;
+                    request.check_files(&mut specs, &own)?;
                     Ok((specs, request))
                 };
                 state.reader.look_up(deadline, slot.clone(), check).await?
@@ -151,7 +160,7 @@ impl Drawing {
         }
         let reply = choose(&request, count)?;
         specs.iter().try_for_each(|spec| request.check_format(spec, reply.format()))?;
-        let overlay = request.overlay.take();
+        let (overlay, maps) = (request.overlay.take(), std::mem::take(&mut request.control_maps));
         room.shrink_to(input_bytes(&specs) + overlay.as_ref().map_or(0, Overlay::bytes));
         let preview = request.preview == Some(true) && matches!(reply, ReplyFormat::Events(_));
         if settings.log_prompts {
@@ -167,6 +176,7 @@ impl Drawing {
             preview,
             overlay,
             _room: room,
+            control_maps: maps,
             warnings,
             priority,
             slot,
@@ -232,6 +242,12 @@ impl Drawing {
     /// The LoRAs of an image by their hashes. Blocks: reads files.
     pub(crate) fn loras(&self, image: &GeneratedImage) -> String {
         self.hashes.of(&image.loras)
+    }
+
+    /// The files of the control pictures. Blocks.
+    pub(crate) fn map_files(&self) -> Vec<Vec<u8>> {
+        let file = |map: &Arc<Rgb>| image::encode(map, self.reply.format(), self.quality, "").ok();
+        self.control_maps.iter().filter_map(file).collect()
     }
 
     fn files(&self, images: &[GeneratedImage]) -> Result<Vec<Vec<u8>>> {

@@ -93,7 +93,8 @@ async fn in_time(State(most): State<Duration>, request: Request, next: Next) -> 
 async fn in_format_of_api(request: Request, next: Next) -> Response {
     let path = request.uri().path();
     let is_below = |folder| path.strip_prefix(folder).is_some_and(|rest| rest.starts_with('/'));
-    let errors: fn(Response) -> Response = if is_below("/sdapi") || is_below("/internal") {
+    let is_a1111 = ["/sdapi", "/controlnet", "/internal"].into_iter().any(is_below);
+    let errors: fn(Response) -> Response = if is_a1111 {
         a1111::errors
     } else if is_below("/v1") && !invocations::ROUTES.iter().any(|route| path.starts_with(route)) {
         openai::errors

@@ -6,7 +6,10 @@ use std::io::Cursor;
 use anyhow::{Context as _, Result, bail};
 use exif::{Exif, In, Tag, Value};
 use image::{ImageDecoder as _, ImageFormat, ImageReader};
-use sd_models::{Hires, LoraUse, PromptSyntax, Sampler, SamplerOptions, Spec, Variation};
+use sd_models::{
+    Control, ControlRule, Hires, LoraUse, Preprocessor, PromptSyntax, Sampler, SamplerOptions,
+    Spec, Variation,
+};
 
 /// AUTOMATIC1111's name of the list of LoRAs with their hashes.
 pub(crate) const LORA_HASHES: &str = "Lora hashes";
@@ -45,12 +48,14 @@ pub fn infotext(spec: &Spec, model: &str, loras: &str) -> String {
     let strength = spec.strength().map(|strength| format!("Denoising strength: {strength}, "));
     let others = variation_parameters(spec).into_iter().chain(extra_parameters(spec));
     let others: String = others.map(|(name, value)| format!("{name}: {value}, ")).collect();
+    let controls = control_parameters(spec).into_iter();
+    let controls: String = controls.map(|(name, value)| format!("{name}: \"{value}\", ")).collect();
     let loras = match loras {
         "" => String::new(),
         loras => format!("{LORA_HASHES}: \"{loras}\", "),
     };
     text += &format!(
-        "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}, Model: {model}, {}{others}{loras}\
+        "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}, Model: {model}, {}{others}{controls}{loras}\
          Version: sd-server {}",
         spec.steps,
         spec.sampler_name().title(),
@@ -83,6 +88,34 @@ pub(crate) fn extra_parameters(spec: &Spec) -> Vec<(&'static str, String)> {
         (spec.prompt_syntax == PromptSyntax::Plain).then(|| ("Prompt syntax", "plain".to_owned()));
     let others = rescale.into_iter().chain(syntax);
     sampler_parameters(spec).into_iter().chain(hires).chain(others).collect()
+}
+
+/// The ControlNets, as AUTOMATIC1111's extension names and writes them.
+pub(crate) fn control_parameters(spec: &Spec) -> Vec<(String, String)> {
+    let unit = |(k, control): (usize, &Control)| {
+        let mode = match &control.rule {
+            ControlRule::Extension(extension) => extension.mode.title(),
+            // diffusers' mode of the same idea has no name there.
+            ControlRule::Diffusers { guess: true } => "Guess",
+            ControlRule::Diffusers { guess: false } => "Balanced",
+        };
+        let model = control.model.replace([',', ':', '"'], "");
+        let Control { preprocessor, scale, start, end, .. } = control;
+        let thresholds = match *preprocessor {
+            Preprocessor::Canny { low, high } => {
+                format!("Threshold A: {low}, Threshold B: {high}, ")
+            }
+            Preprocessor::Threshold { above } => format!("Threshold A: {above}, "),
+            Preprocessor::None | Preprocessor::Invert => String::new(),
+        };
+        let value = format!(
+            "Module: {}, Model: {model}, Weight: {scale}, {thresholds}Guidance Start: {start}, \
+             Guidance End: {end}, Control Mode: {mode}",
+            preprocessor.name(),
+        );
+        (format!("ControlNet {k}"), value)
+    };
+    spec.controls.iter().enumerate().map(unit).collect()
 }
 
 /// AUTOMATIC1111's names and values of the sampler's parameters that the request gives.
@@ -293,6 +326,7 @@ mod tests {
             variation: None,
             warnings: Vec::new(),
             hires: None,
+            controls: Vec::new(),
         }
     }
 

@@ -96,6 +96,15 @@ impl Overlay {
         self.image.len()
     }
 
+    /// A control picture of the whole image where only an area is generated: that area of it, in the
+    /// size in which it is generated. None where all is.
+    pub fn cropped(&self, control: &DynamicImage, size: Size, fit: Fit) -> Option<DynamicImage> {
+        let area = self.area?;
+        let whole = fitted(control, self.image.dimensions(), fit);
+        let sides = (size.width() as u32, size.height() as u32);
+        Some(fitted(&area.of(&whole), sides, Fit::Pad))
+    }
+
     /// The result: a generated image below the overlay.
     pub fn over(&self, generated: &Rgb) -> Rgb {
         let (width, height) = self.image.dimensions();

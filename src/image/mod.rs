@@ -3,6 +3,7 @@
 //! thread.
 
 mod blur;
+mod control_map;
 mod decode;
 mod encode;
 mod fit;
@@ -13,11 +14,12 @@ mod inpaint;
 mod mask;
 
 pub use blur::blurred;
+pub use control_map::{ControlMap, of_rgb, pixel_perfect, rgb};
 pub use decode::{decode, decoded_bytes, fit_mask, is_transparent, on_white, resize_to};
 pub use encode::{Format, JPEG_QUALITY, encode};
 pub use fit::Fit;
 pub use hashes::Hashes;
 pub use infotext::infotext;
-pub(crate) use infotext::{LORA_HASHES, extra_parameters, find, parse};
+pub(crate) use infotext::{LORA_HASHES, control_parameters, extra_parameters, find, parse};
 pub use inpaint::{InpaintOptions, Inpainting, Overlay};
 pub use mask::{inverted, opaque_mask, transparency_mask};

@@ -10,6 +10,7 @@ use sd_models::{Churn, MaskedStart};
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::controlnet::{ControlMaps, ControlNet};
 use super::error::ValidationError;
 use super::fields::{Fields, Names};
 use super::images::{ImageFile, MaskArea, Transparency};
@@ -47,6 +48,9 @@ pub struct DrawRequest {
     /// LoRAs of the server's directory.
     #[schemars(extend("maxItems" = Limits::LORAS))]
     pub(crate) loras: Option<Vec<Lora>>,
+    /// ControlNets of the server's directory, each with the picture by which it steers.
+    #[schemars(extend("maxItems" = Limits::CONTROLNETS))]
+    pub(crate) controlnets: Option<Vec<ControlNet>>,
     /// Input image of image-to-image, in base64 or as a data URL. Its size is the default size.
     #[schemars(extend("x-aliases" = ["init_image"]))]
     pub(crate) image: Option<ImageFile>,
@@ -157,6 +161,9 @@ pub struct DrawRequest {
     /// What is laid over the images, known with their specs.
     #[serde(skip)]
     pub(crate) overlay: Option<Overlay>,
+    /// The control pictures that the reply has, known with the specs.
+    #[serde(skip)]
+    pub(crate) control_maps: ControlMaps,
     /// What transparent pixels of the input image are.
     #[serde(skip)]
     pub(crate) transparency: Transparency,
@@ -215,7 +222,9 @@ impl DrawRequest {
     /// Memory that [`Self::specs`] takes for decoded input images, in bytes.
     pub fn weigh(&mut self, limits: &Limits) -> usize {
         let images = [&mut self.image, &mut self.mask].into_iter().flatten();
-        images.map(|image| image.weigh(limits.max_input_pixels)).sum()
+        let images = images.map(|image| image.weigh(limits.max_input_pixels));
+        let nets = self.controlnets.iter_mut().flatten().map(|net| net.weigh(limits));
+        images.chain(nets).sum()
     }
 
     /// The format of the image files, if the request names one.

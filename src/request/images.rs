@@ -12,6 +12,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::Deserialize;
 
 use super::error::ValidationError;
+use super::limits::Limits;
 use crate::image;
 
 /// Base64 with or without padding: clients differ.
@@ -72,6 +73,23 @@ impl ImageFile {
         let bytes = image::decoded_bytes(&file, max_pixels).unwrap_or(0);
         *self = Self::Bytes(file);
         bytes
+    }
+
+    /// Memory that a preprocessor takes for the image at a resolution, in bytes.
+    pub(crate) fn weighed(&mut self, limits: &Limits, shorter: usize) -> usize {
+        /// Bytes of a pixel: copies, gradients and marks.
+        const PIXEL_BYTES: usize = 16;
+        let pixels = (2 * shorter * shorter).min(limits.most_of_a_map());
+        self.weigh(limits.max_input_pixels) + PIXEL_BYTES * pixels
+    }
+
+    /// The image in the field `name`.
+    pub(crate) fn decoded(
+        &self,
+        name: &str,
+        limits: &Limits,
+    ) -> Result<DynamicImage, ValidationError> {
+        self.decode(name, limits.max_input_pixels)
     }
 
     /// The image in the field `name`, of at most so many pixels.

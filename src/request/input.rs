@@ -20,8 +20,8 @@ pub(super) struct Input {
 }
 
 impl DrawRequest {
-    /// Memory that the input image and mask take at most in the size of the images, and what is laid
-    /// over these, in bytes.
+    /// Memory that the input image, mask and control pictures take at most in the size of the images,
+    /// and what is laid over these, in bytes.
     pub fn input_bytes(&self, limits: &Limits) -> usize {
         const COLORS: usize = 3;
         const MASK: usize = 1;
@@ -30,7 +30,11 @@ impl DrawRequest {
         let pixels = sides.map_or(limits.max_pixels, |pixels| pixels.min(limits.max_pixels));
         let overlay = self.inpaint.map_or(0, |_| OVERLAY.saturating_mul(limits.max_pixels));
         let input = self.image.as_ref().map_or(0, |_| pixels.saturating_mul(COLORS + MASK));
-        input.saturating_add(overlay)
+        let nets = self.controlnets.as_ref().map_or(0, Vec::len);
+        let has_hires = self.hires_width.is_some() || self.hires_height.is_some();
+        let of_net = pixels.saturating_add(if has_hires { limits.max_pixels } else { 0 });
+        let controls = nets.saturating_mul(COLORS).saturating_mul(of_net);
+        input.saturating_add(overlay).saturating_add(controls)
     }
 
     /// Decodes the input image and its mask.
@@ -119,12 +123,17 @@ impl DrawRequest {
 }
 
 impl Input {
-    /// The image's own size in whole multiples of what the model can generate, downscaled in its
-    /// proportions if it is too large.
+    /// The size of the images, if the request gives none.
     pub(super) fn size(&self, limits: &Limits, model: &ModelInfo) -> Size {
-        let (width, height) = (f64::from(self.image.width()), f64::from(self.image.height()));
-        let scale = (limits.max_pixels as f64 / (width * height)).sqrt().min(1.0);
-        let side = |side: f64| ((side * scale) as usize / model.multiple).max(1) * model.multiple;
-        Size::new(side(width), side(height)).unwrap_or(model.defaults.size)
+        size_of(&self.image, limits, model)
     }
+}
+
+/// An image's own size in whole multiples of what the model can generate, downscaled in its
+/// proportions if it is too large.
+pub(super) fn size_of(image: &DynamicImage, limits: &Limits, model: &ModelInfo) -> Size {
+    let (width, height) = (f64::from(image.width()), f64::from(image.height()));
+    let scale = (limits.max_pixels as f64 / (width * height)).sqrt().min(1.0);
+    let side = |side: f64| ((side * scale) as usize / model.multiple).max(1) * model.multiple;
+    Size::new(side(width), side(height)).unwrap_or(model.defaults.size)
 }

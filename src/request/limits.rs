@@ -28,6 +28,9 @@ pub struct Limits {
     /// Maximum number of LoRAs per image; each costs time
     #[arg(long, env = "SD_MAX_LORAS", default_value = "8", value_parser = min::<0>)]
     pub max_loras: usize,
+    /// Maximum number of ControlNets per image; each costs half as much time as a step
+    #[arg(long, env = "SD_MAX_CONTROLNETS", default_value = "3", value_parser = min::<0>)]
+    pub max_controlnets: usize,
 }
 
 /// No sampler takes more than [`MAX_STEPS`].
@@ -42,6 +45,14 @@ impl Limits {
     pub(crate) const IMAGES: &str = "max_images";
     /// Maximum number of LoRAs, as a bound in a schema.
     pub(crate) const LORAS: &str = "max_loras";
+    /// Maximum number of ControlNets, as a bound in a schema.
+    pub(crate) const CONTROLNETS: &str = "max_controlnets";
+
+    /// Maximum number of pixels of a picture while a preprocessor of AUTOMATIC1111's extension works:
+    /// it has a resolution of its own.
+    pub(crate) fn most_of_a_map(&self) -> usize {
+        self.max_pixels.saturating_mul(8)
+    }
 
     /// The number that a bound of a schema stands for.
     pub(super) fn bound(&self, bound: &Value) -> Value {
@@ -49,6 +60,7 @@ impl Limits {
             Some(Self::STEPS) => self.max_steps.into(),
             Some(Self::IMAGES) => self.max_images.into(),
             Some(Self::LORAS) => self.max_loras.into(),
+            Some(Self::CONTROLNETS) => self.max_controlnets.into(),
             _ => bound.clone(),
         }
     }

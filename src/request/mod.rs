@@ -1,5 +1,7 @@
 //! Typed requests: their fields, schemas and validation.
 
+mod controlnet;
+mod controls;
 mod draw;
 mod error;
 mod fields;
@@ -13,6 +15,7 @@ mod schema;
 mod specs;
 mod values;
 
+pub(crate) use controlnet::{ControlMaps, ControlNet, Resolution, Unit};
 pub use draw::DrawRequest;
 pub(crate) use draw::{MAX_GUIDANCE, MAX_SIDE, MIN_SIDE};
 pub use error::ValidationError;

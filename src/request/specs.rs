@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use sd_models::{
-    Defaults, LoraUse, ModelInfo, PromptRole, PromptSyntax, SamplerName, SamplerOptions,
-    SigmaSchedule, Spec, Variation, unread,
+    ControlRule, Defaults, LoraUse, ModelInfo, PromptRole, PromptSyntax, SamplerName,
+    SamplerOptions, SigmaSchedule, Spec, Variation, unread,
 };
 
+use super::controls::own_size;
 use super::draw::{DrawRequest, Lora};
 use super::error::ValidationError;
 use super::limits::Limits;
@@ -21,14 +22,7 @@ impl DrawRequest {
         model: &ModelInfo,
         random_seed: u64,
     ) -> Result<Vec<Spec>, ValidationError> {
-        for (name, text) in [("prompt", &self.prompt), ("negative_prompt", &self.negative_prompt)] {
-            let bytes = text.as_ref().map_or(0, String::len);
-            if bytes > limits.max_prompt_bytes {
-                let max = limits.max_prompt_bytes;
-                let reason = format!("has {bytes} bytes; at most {max} are allowed");
-                return Err(self.range(name, reason));
-            }
-        }
+        self.check_lengths(limits)?;
         let required = || ValidationError::malformed(self.names.of("prompt"), "is required");
         let prompt = self.prompt.clone().ok_or_else(required)?;
         let syntax = self.choice::<PromptSyntax>("prompt_syntax", self.prompt_syntax.as_ref())?;
@@ -44,7 +38,8 @@ impl DrawRequest {
         let (defaults, mut warnings) = self.defaults(model, loras.iter().chain(&named));
         self.warn_of_unread(&prompt, syntax);
         let input = self.input(limits)?;
-        let size = input.as_ref().map_or(defaults.size, |input| input.size(limits, model));
+        let decoded = self.controls(limits)?;
+        let size = own_size(input.as_ref(), &decoded, limits, model).unwrap_or(defaults.size);
         let sides = [self.width.unwrap_or(size.width()), self.height.unwrap_or(size.height())];
         let size = self.sides(["width", "height"], sides, limits)?;
         let SamplerName { sampler, schedule } = self.sampler_name(&defaults)?;
@@ -60,7 +55,11 @@ impl DrawRequest {
         let guided = guidance_scale > 1.0 && !model.embeds_guidance;
         let own_eta = defaults.eta.filter(|_| sampler == defaults.sampler);
         let hires = self.hires((size, steps), limits, model, most, &mut warnings)?;
+        let img2img = input.map(|input| Arc::new(self.img2img(input, size)));
+        let hires_size = hires.as_ref().map(|hires| hires.size);
+        let controls = self.sized(decoded, size, hires_size, limits)?;
         let spec = Spec {
+            controls,
             prompt,
             prompt_syntax: syntax,
             negative_prompt: self.negative_prompt.clone().unwrap_or_default(),
@@ -82,7 +81,7 @@ impl DrawRequest {
             variation: self.variation(random_seed)?,
             warnings,
             hires,
-            img2img: input.map(|input| Arc::new(self.img2img(input, size))),
+            img2img,
         };
         model.check(&spec).map_err(|error| self.refused(error))?;
         self.check_loras((spec.loras.len(), named.len()), limits)?;
@@ -94,10 +93,22 @@ impl DrawRequest {
         Ok((0..count as u64).map(numbered).collect())
     }
 
-    /// Checks that the files which the request's specs name exist. Blocks, on a network folder for as
-    /// long as that does.
-    pub fn check_files(&self, specs: &[Spec], model: &ModelInfo) -> Result<(), ValidationError> {
-        let check = |spec| model.check_files(spec).map_err(|error| self.refused(error));
+    /// Checks that the files which the request's specs name exist, and gives the ControlNets of
+    /// AUTOMATIC1111's extension, whose names may end in a hash or be a part of one, the names that
+    /// files have. Blocks, on a network folder for as long as that does.
+    pub fn check_files(
+        &self,
+        specs: &mut [Spec],
+        model: &ModelInfo,
+    ) -> Result<(), ValidationError> {
+        for control in specs.iter_mut().flat_map(|spec| &mut spec.controls) {
+            if let ControlRule::Extension(_) = control.rule
+                && let Some(name) = model.add_ons.controlnets.closest(&control.model)
+            {
+                control.model = name;
+            }
+        }
+        let check = |spec: &Spec| model.check_files(spec).map_err(|error| self.refused(error));
         specs.iter().try_for_each(check)
     }
 
@@ -121,6 +132,19 @@ impl DrawRequest {
             }
             None => Ok(()),
         }
+    }
+
+    /// Checks the lengths of the prompts.
+    fn check_lengths(&self, limits: &Limits) -> Result<(), ValidationError> {
+        for (name, text) in [("prompt", &self.prompt), ("negative_prompt", &self.negative_prompt)] {
+            let bytes = text.as_ref().map_or(0, String::len);
+            if bytes > limits.max_prompt_bytes {
+                let max = limits.max_prompt_bytes;
+                let reason = format!("has {bytes} bytes; at most {max} are allowed");
+                return Err(self.range(name, reason));
+            }
+        }
+        Ok(())
     }
 
     /// Warns of syntax in the prompts that is drawn as words.

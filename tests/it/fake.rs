@@ -198,6 +198,7 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
         variation: None,
         warnings: Vec::new(),
         hires: None,
+        controls: Vec::new(),
     }
 }
 
@@ -216,6 +217,7 @@ pub(crate) const HTTP: http::HttpConfig = http::HttpConfig {
         max_prompt_bytes: 1000,
         max_input_pixels: 1 << 20,
         max_loras: 2,
+        max_controlnets: 2,
     },
     max_body_bytes: 100_000,
     max_decoded_bytes: 64 << 20,

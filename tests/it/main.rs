@@ -4,6 +4,7 @@
 mod access; // keys and CORS
 mod batching; // a picture does not depend on its neighbours
 mod cli; // generate, healthcheck, exit codes
+mod controlnet; // ControlNets by name
 mod corpus; // the fuzz targets on what the fuzzer has found
 #[cfg(feature = "cuda")]
 mod cuda; // the same on a GPU, or on an emulator of one

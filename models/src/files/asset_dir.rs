@@ -21,8 +21,19 @@ pub struct AssetDir {
     pub files: Vec<PathBuf>,
     /// The extensions, without their dot: of several files of one name, that of the first counts.
     pub endings: &'static [&'static str],
+    /// Whether its subdirectories in the Diffusers format are files, too, by the directory's name.
+    pub folders: bool,
     /// The names in the headers of the files.
     pub aliases: Aliases,
+}
+
+/// What a directory of one network in the Diffusers format has.
+const CONFIG: &str = "config.json";
+
+/// The name by which requests select a file: its stem, of a directory the whole name.
+fn name_of(path: &Path) -> Option<&str> {
+    let name = if path.is_dir() { path.file_name() } else { path.file_stem() };
+    name?.to_str()
 }
 
 impl AssetDir {
@@ -36,8 +47,11 @@ impl AssetDir {
             let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
             self.endings.iter().position(|known| known.eq_ignore_ascii_case(ending))
         };
-        let known = |path: PathBuf| Some((rank(&path).filter(|_| path.is_file())?, path));
-        let named = |path: PathBuf| Some((path.file_stem()?.to_str()?.to_owned(), path));
+        let known = |path: PathBuf| match self.folders && path.join(CONFIG).is_file() {
+            true => Some((self.endings.len(), path)),
+            false => Some((rank(&path).filter(|_| path.is_file())?, path)),
+        };
+        let named = |path: PathBuf| Some((name_of(&path)?.to_owned(), path));
         let mut entries: Vec<_> = entries.filter_map(known).collect();
         entries.sort();
         let files = self.files.iter().cloned().chain(entries.into_iter().map(|(_, path)| path));
@@ -45,6 +59,18 @@ impl AssetDir {
         files.sort_by(|(a, _), (b, _)| a.cmp(b));
         files.dedup_by(|later, first| later.0 == first.0);
         files
+    }
+
+    /// The name that AUTOMATIC1111's extension for ControlNets takes for another: the same without
+    /// a hash in brackets, in other letters, or the shortest that has it as a part. Blocks: reads
+    /// the directory.
+    pub fn closest(&self, name: &str) -> Option<String> {
+        let bare = name.rsplit_once(" [").filter(|(_, hash)| hash.ends_with(']'));
+        let bare = bare.map_or(name, |(bare, _)| bare).trim().to_lowercase();
+        let known = || self.list().into_iter().map(|(known, _)| known);
+        let same = known().find(|known| known.to_lowercase() == bare);
+        let parts = || known().filter(|known| known.to_lowercase().contains(&bare));
+        same.or_else(|| parts().min_by_key(String::len).filter(|_| !bare.is_empty()))
     }
 
     /// The name that a file's header gives it, if it does. Blocks: reads the header, once.
@@ -83,8 +109,8 @@ pub struct AssetFile {
     /// Its path.
     pub path: PathBuf,
     version: FileVersion,
-    /// The version of PEFT's settings beside it.
-    settings: Option<FileVersion>,
+    /// The versions of PEFT's settings beside it; of a directory those of its files.
+    others: Vec<FileVersion>,
 }
 
 /// The name of PEFT's settings of the file beside it.
@@ -103,9 +129,14 @@ impl AssetFile {
             Ok(data) => FileVersion::of(&data),
             Err(reason) => return Err(Error::File { path, reason }),
         };
-        let settings = peft_settings(&path).and_then(|path| path.metadata().ok());
-        let settings = settings.map(|data| FileVersion::of(&data));
-        Ok(Self { name: name.to_owned(), path, version, settings })
+        let mut others: Vec<_> = peft_settings(&path).into_iter().collect();
+        if let Ok(entries) = path.read_dir() {
+            others.extend(entries.filter_map(|entry| Some(entry.ok()?.path())));
+            others.sort();
+        }
+        let versions = others.iter().filter_map(|path| path.metadata().ok());
+        let others = versions.map(|data| FileVersion::of(&data)).collect();
+        Ok(Self { name: name.to_owned(), path, version, others })
     }
 
     /// Whether the file still is in this version.
@@ -183,7 +214,7 @@ impl<T> AssetCache<T> {
         let refuse = |reason| Error::Spec { field, reason };
         let unknown = |reason| refuse(format!("names {reason}"));
         let path = self.assets.find(name).map_err(unknown)?;
-        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        let stem = name_of(&path).unwrap_or_default().to_owned();
         // A file that cannot be used is an error of the request that names it.
         let of_request = |error| match error {
             Error::File { .. } | Error::Config { .. } | Error::Tensor { .. } => {
@@ -273,6 +304,27 @@ mod tests {
         let files = assets.list().into_iter().map(|(_, path)| path);
         let wanted = ["a.safetensors", "b.pt"].map(|name| folder.path().join(name));
         assert_eq!(files.collect::<Vec<_>>(), wanted);
+    }
+
+    #[test]
+    fn a_directory_of_a_network_is_a_file_of_its_whole_name() {
+        let folder = tempfile::tempdir().expect("a directory");
+        let net = folder.path().join("canny-1.0");
+        std::fs::create_dir(&net).expect("a directory");
+        std::fs::create_dir(folder.path().join("other")).expect("a directory");
+        std::fs::write(net.join("config.json"), "{}").expect("a file");
+        let directory = Some(folder.path().to_owned());
+        let assets = AssetDir { directory, endings: &["x"], folders: true, ..AssetDir::default() };
+        assert_eq!(assets.list(), [("canny-1.0".to_owned(), net.clone())]);
+        for typed in ["canny-1.0", "Canny-1.0 [0123abcd]", "CANNY", "nny"] {
+            assert_eq!(assets.closest(typed).as_deref(), Some("canny-1.0"), "{typed}");
+        }
+        assert_eq!(assets.closest("depth"), None);
+        let none = AssetDir { folders: false, ..assets };
+        assert!(none.list().is_empty());
+        let version = AssetFile::new("canny-1.0", net.clone()).expect("a directory");
+        std::fs::write(net.join("config.json"), "{ }").expect("a file");
+        assert!(!version.is_current(), "one of its files is another");
     }
 
     #[test]

@@ -77,6 +77,11 @@ impl Keys {
         self.map.get(key).is_some_and(Value::is_null)
     }
 
+    /// The length of the list of a key, which stays.
+    pub(crate) fn length(&self, key: &str) -> Option<usize> {
+        self.map.get(key).and_then(Value::as_array).map(Vec::len)
+    }
+
     /// The text of a key, which stays.
     pub(crate) fn text(&self, key: &str) -> Option<&str> {
         self.map.get(key).and_then(Value::as_str)

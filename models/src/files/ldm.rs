@@ -134,6 +134,11 @@ impl<'a> LdmCheckpoint<'a> {
         }))
     }
 
+    /// Residual blocks of a level of the UNet's way down.
+    pub(super) fn layers(&self) -> usize {
+        self.levels().layers
+    }
+
     fn levels(&self) -> Levels {
         let block = |i: usize, rest: &str| format!("{UNET}input_blocks.{i}.{rest}");
         let (mut channels, mut down_attention, mut counts) = (Vec::new(), Vec::new(), vec![0]);

@@ -3,14 +3,16 @@
 
 mod clip;
 mod config;
+mod controlnet;
 mod resnet;
 mod safety;
 mod text_encoder;
 mod unet;
 mod vae;
 
-pub use self::config::{ClipConfig, ClipTextConfig, UNetConfig, VaeConfig};
+pub use self::config::{ClipConfig, ClipTextConfig, ControlNetConfig, UNetConfig, VaeConfig};
+pub use self::controlnet::{ControlBatch, ControlNetModel};
 pub use self::safety::{SafetyChecker, SafetyResult};
 pub use self::text_encoder::ClipTextModel;
-pub use self::unet::{Conditioning, UNet2DConditionModel};
+pub use self::unet::{Conditioning, Residuals, UNet2DConditionModel};
 pub use self::vae::{Decoder, Encoder};

@@ -1,9 +1,11 @@
 //! Images as bytes, and resampling.
 
 mod pillow;
+mod preprocess;
 mod resample;
 mod rgb;
 
 pub(crate) use self::pillow::resized_part;
+pub use self::preprocess::{CANNY, Preprocessor, THRESHOLD};
 pub(crate) use self::resample::{CUBIC, TRIANGLE, Taps, antialiased, cubic, interpolated};
 pub use self::rgb::{Rgb, Size};

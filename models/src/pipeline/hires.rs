@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 
+use super::control::ActiveControl;
 use super::rows::Rows;
 use super::spec::Upscaler;
 use super::variation::Variation;
@@ -24,6 +25,7 @@ pub(crate) struct HiresPass {
     pub(crate) time_embeddings: Tensor,
     pub(crate) rows: Rows,
     pub(crate) loras: LoraStack,
+    pub(crate) controls: Vec<ActiveControl>,
     pub(crate) upscaler: Upscaler,
     pub(crate) seed: u64,
     pub(crate) variation: Option<Variation>,

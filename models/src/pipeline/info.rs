@@ -3,6 +3,8 @@
 
 use candle_core::{DType, Device};
 
+use super::control;
+use super::control_spec::Control;
 use super::defaults::Defaults;
 use super::options::AddOns;
 use super::pass::Pass;
@@ -12,7 +14,7 @@ use crate::layers::activation_dtype;
 use crate::networks::{UNet2DConditionModel, VaeConfig};
 use crate::picture::{Rgb, Size};
 use crate::sampling::{Sampler, SamplerName, SamplerOptions};
-use crate::text::{Embeddings, LoraUse};
+use crate::text::{ClipTokenizer, Embeddings, LoraUse};
 
 /// Maximum scale of the noise that a sampler draws. More only leaves noise.
 pub const MAX_NOISE_SCALE: f64 = 2.0;
@@ -66,6 +68,8 @@ pub struct MemoryEstimate {
     pub chunk_bytes: u64,
     /// Bytes of the time embeddings of one timestep.
     pub time_bytes: u64,
+    /// Additional bytes per latent pixel of a batch row for each ControlNet.
+    pub control_bytes: u64,
     /// Bytes per pair of latent pixels of one batch row: attention scores, where they are stored.
     pub score_bytes: u64,
     /// Bytes per image pixel of the VAE's decoder.
@@ -81,7 +85,7 @@ impl MemoryEstimate {
     /// outputs. The delta of a LoRA on the feed forward is as wide as its output.
     pub(crate) fn of(
         unet: &UNet2DConditionModel,
-        max_length: usize,
+        tokenizer: &ClipTokenizer,
         vae: &VaeConfig,
         device: &Device,
         dtype: DType,
@@ -101,7 +105,9 @@ impl MemoryEstimate {
         Self {
             row_bytes: ((skips + 16 * first) * bytes) as u64,
             lora_bytes: (8 * first * bytes) as u64,
-            chunk_bytes: (unet.kv_width() * max_length * bytes) as u64,
+            // What a net adds to each skip, and once more where it is summed; and the hint.
+            control_bytes: ((2 * skips + first) * bytes) as u64,
+            chunk_bytes: (unet.kv_width() * tokenizer.max_length() * bytes) as u64,
             time_bytes: (unet.time_width() * bytes) as u64,
             score_bytes: scores as u64,
             decode_bytes: (decode * bytes) as u64,
@@ -117,14 +123,17 @@ impl ModelInfo {
         let memory = self.memory;
         let latent = size.pixels() as u64 / memory.scale.max(1).pow(2);
         let lora = if spec.has_loras() { memory.lora_bytes } else { 0 };
-        let row = latent * (memory.row_bytes + lora + latent * memory.score_bytes);
+        let nets = spec.controls.len() as u64;
+        let controls = nets * memory.control_bytes;
+        let row = latent * (memory.row_bytes + lora + controls + latent * memory.score_bytes);
         // Keys and values are kept per image, and those of an evaluation stacked for it.
         let chunks: Vec<_> = spec.passes().map(Pass::chunks).collect();
         let kept: u64 = chunks.iter().map(|chunks| chunks.kept as u64).sum();
         let stacked = chunks.iter().map(|chunks| chunks.stacked as u64).max().unwrap_or_default();
         let evaluations = spec.passes().map(|pass| pass.calls() as u64 + 1).sum::<u64>();
         spec.rows() as u64 * row
-            + (kept + stacked) * memory.chunk_bytes
+            // A net's keys and values are those of half a UNet.
+            + (1 + nets) * (kept + stacked) * memory.chunk_bytes
             + evaluations * memory.time_bytes
     }
 
@@ -193,6 +202,7 @@ impl ModelInfo {
         if let Some(hires) = &spec.hires {
             self.check_hires(hires, spec)?;
         }
+        control::check(&spec.controls, size, spec.hires.as_ref().map(|hires| hires.size))?;
         let Some(init) = &spec.img2img else { return Ok(()) };
         let Rgb { width, height, ref data } = init.picture;
         if (width, height) != (size.width(), size.height()) || data.len() != 3 * size.pixels() {
@@ -223,6 +233,12 @@ impl ModelInfo {
                     })?;
                 }
             }
+        }
+        for Control { model, .. } in &spec.controls {
+            self.add_ons.controlnets.find(model).map_err(|reason| Error::Spec {
+                field: "controlnets",
+                reason: format!("names the ControlNet {reason}"),
+            })?;
         }
         Ok(())
     }

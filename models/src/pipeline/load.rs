@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, DeviceLocation};
 
+use super::control::ControlNetCache;
 use super::defaults::Defaults;
 use super::index::PipelineIndex;
 use super::info::{MemoryEstimate, ModelInfo};
@@ -37,15 +38,13 @@ pub(super) struct LoadedModel {
     pub(super) safety_checker: Option<SafetyChecker>,
     pub(super) scheduler: SchedulerConfig,
     pub(super) loras: Arc<LoraCache>,
+    pub(super) controlnets: Arc<ControlNetCache>,
 }
 
 impl LoadedModel {
     /// Reads a model from its files. Takes seconds.
     pub(super) fn load(options: &LoadOptions) -> Result<Self> {
-        if let Some(threads) = options.threads {
-            // An error means that the pool exists: the first model has set its size.
-            let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-        }
+        set_threads(options.threads);
         let source = &options.source;
         let device = options.device.open()?;
         let dtype = options.precision.resolve(&device)?;
@@ -68,12 +67,11 @@ impl LoadedModel {
         let vae_source = options.vae.as_ref().unwrap_or(source);
         let (encoder, decoder, wide_decoder) =
             read_vae(vae_source, half, &device, dtype, &mut files)?;
-        let length = tokenizer.max_length();
-        let memory = MemoryEstimate::of(&unet, length, decoder.config(), &device, dtype);
+        let memory = MemoryEstimate::of(&unet, &tokenizer, decoder.config(), &device, dtype);
         check_widths(&text_encoder, &unet, &decoder)?;
         let checked = options.safety.loads_checker(index.has_checker)?;
-        let checker = || read_checker(source, half, &device, dtype, &mut files);
-        let safety_checker = checked.then(checker).transpose()?;
+        let checker = checked.then(|| read_checker(source, half, &device, dtype, &mut files));
+        let safety_checker = checker.transpose()?;
         let scheduler = read_scheduler(source, &index, &mut files)?;
         let scale = decoder.config().scale();
         let name = options.name.clone().unwrap_or_else(|| name(source));
@@ -100,6 +98,8 @@ impl LoadedModel {
             warnings: files.warnings,
         };
         let loras = LoraCache { cache: AssetCache::new(loras, max_lora_bytes), targets };
+        let controlnets =
+            ControlNetCache::new(&options.add_ons, (unet.config(), scale), (&device, dtype));
         Ok(Self {
             info,
             device,
@@ -112,7 +112,16 @@ impl LoadedModel {
             safety_checker,
             scheduler,
             loras: Arc::new(loras),
+            controlnets: Arc::new(controlnets),
         })
+    }
+}
+
+/// Sets the number of threads of the CPU kernels.
+fn set_threads(threads: Option<usize>) {
+    if let Some(threads) = threads {
+        // An error means that the pool exists: the first model has set its size.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     }
 }
 

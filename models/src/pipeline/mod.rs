@@ -5,6 +5,8 @@
 //! trajectory with guidance takes two (unconditional, conditional) and more if its prompt joins
 //! several, one without takes one.
 
+mod control;
+mod control_spec;
 mod defaults;
 mod device;
 mod few_steps;
@@ -29,6 +31,11 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::Tensor;
 
+pub use self::control::ControlNets;
+use self::control::{ActiveControl, ControlledRows, residuals};
+pub use self::control_spec::{
+    Control, ControlMode, ControlPasses, ControlRule, Extension, MAX_CONTROL_SCALE,
+};
 pub use self::defaults::{Chosen, Defaults};
 pub use self::device::{DeviceName, Precision};
 use self::hires::HiresPass;
@@ -107,28 +114,36 @@ impl Pipeline {
         self.model.info.check(spec)
     }
 
-    /// Reads the LoRAs of an image, for another thread to run; `None` if it has none. They are what
-    /// [`Self::begin_with`] takes.
-    pub fn read_loras(
+    /// Reads what an image names, for another thread to run; `None` if it names nothing. It is
+    /// what [`Self::begin_with`] takes.
+    pub fn read_files(
         &self,
         spec: &Spec,
-    ) -> Option<impl FnOnce() -> Result<PassLoras> + Send + use<>> {
-        PassLoras::reader(&self.model.loras, spec)
+    ) -> Option<impl FnOnce() -> Result<NamedFiles> + Send + use<>> {
+        let loras = PassLoras::reader(&self.model.loras, spec);
+        let nets: Vec<_> = spec.controls.iter().map(|control| control.model.clone()).collect();
+        let controlnets = Arc::clone(&self.model.controlnets);
+        (loras.is_some() || !nets.is_empty()).then_some(move || {
+            let loras = loras.map_or_else(|| Ok(PassLoras::default()), |read| read())?;
+            Ok(NamedFiles { loras, controlnets: controlnets.get(&nets)? })
+        })
     }
 
-    /// [`Self::begin_with`] the LoRAs of the spec, whose files are read if necessary.
+    /// [`Self::begin_with`] what the spec names, whose files are read if necessary.
     pub fn begin(&self, spec: &Spec) -> Result<Trajectory> {
-        let loras = self.read_loras(spec).map_or_else(|| Ok(PassLoras::default()), |read| read());
-        self.begin_with(spec, loras?)
+        let files = self.read_files(spec).map_or_else(|| Ok(NamedFiles::default()), |read| read());
+        self.begin_with(spec, files?)
     }
 
     /// Encodes the prompts and the input image, and draws the noise. Reads no file.
-    pub fn begin_with(&self, spec: &Spec, loras: PassLoras) -> Result<Trajectory> {
+    pub fn begin_with(&self, spec: &Spec, files: NamedFiles) -> Result<Trajectory> {
         self.check(spec)?;
+        let NamedFiles { loras, controlnets: nets } = files;
         let lora_files = loras.files();
         let PassLoras { base: loras, hires: of_hires } = loras;
         let mut warnings: Vec<_> = spec.warnings.iter().cloned().chain(loras.warnings()).collect();
         warnings.extend(spec.sampler.without_effect(&spec.sampler_options));
+        warnings.extend(nets.warnings());
         let base = Pass::base(spec);
         let sampler = self.sampler(base)?;
         let rows = self.rows(base, &loras, &mut warnings)?;
@@ -140,13 +155,15 @@ impl Pipeline {
         let InitialLatents { latents, blend, mask_condition } =
             init.begin(spec, &sampler, &mut noise)?;
         let time_embeddings = self.time_embeddings(&sampler, base, &loras)?;
-        let hires = self.hires_pass(spec, of_hires, &mut warnings)?;
+        let controls = controls(base, &nets, &sampler)?;
+        let hires = self.hires_pass(spec, (of_hires, &nets), &mut warnings)?;
         Ok(Trajectory {
             size: spec.size,
             latents,
             rows,
             loras,
             lora_files,
+            controls,
             blend,
             mask_condition,
             sampler,
@@ -198,7 +215,7 @@ impl Pipeline {
     fn hires_pass(
         &self,
         spec: &Spec,
-        loras: LoraStack,
+        (loras, nets): (LoraStack, &ControlNets),
         warnings: &mut Vec<String>,
     ) -> Result<Option<HiresPass>> {
         let (Some(pass), Some(hires)) = (Pass::hires(spec), &spec.hires) else { return Ok(None) };
@@ -215,6 +232,7 @@ impl Pipeline {
         Ok(Some(HiresPass {
             size: hires.size,
             time_embeddings: self.time_embeddings(&sampler, pass, &loras)?,
+            controls: controls(pass, nets, &sampler)?,
             sampler,
             rows,
             loras,
@@ -250,12 +268,21 @@ impl Pipeline {
         let (mut latents, mut times) = (Vec::new(), Vec::new());
         let (mut conditioning, mut loras) = (Vec::new(), Vec::new());
         let mut active: Vec<&mut Trajectory> = Vec::new();
+        let mut controlled = Vec::new();
         for trajectory in batch.iter_mut() {
             let Some(evaluation) = trajectory.sampler.next() else { continue };
-            let mut input = linear_combination(&[(evaluation.input_scale, &trajectory.latents)])?;
-            if let Some(condition) = &trajectory.mask_condition {
-                input = Tensor::cat(&[&input, condition], 1)?;
-            }
+            let input = linear_combination(&[(evaluation.input_scale, &trajectory.latents)])?;
+            let evaluation = trajectory.sampler.completed();
+            controlled.push(ControlledRows {
+                evaluation,
+                latents: input.clone(),
+                conditioning: trajectory.rows.at(evaluation).cloned().collect(),
+                is_guided: trajectory.rows.unconditional.is_some(),
+            });
+            let input = match &trajectory.mask_condition {
+                Some(condition) => Tensor::cat(&[&input, condition], 1)?,
+                None => input,
+            };
             let time = trajectory.time_embeddings.narrow(0, trajectory.sampler.completed(), 1)?;
             for row in trajectory.rows.at(trajectory.sampler.completed()) {
                 latents.push(input.clone());
@@ -271,7 +298,11 @@ impl Pipeline {
         let (latents, times) = (Tensor::cat(&latents, 0)?, Tensor::cat(&times, 0)?);
         let rows: Vec<_> = conditioning.iter().map(Arc::as_ref).collect();
         let conditioning = Conditioning::stack(&rows)?;
-        let output = self.model.unet.forward(&latents, &times, &conditioning, &loras)?;
+        let mut nets: Vec<_> = active.iter_mut().map(|image| &mut image.controls).collect();
+        let residuals = residuals(&mut nets, &controlled)?;
+        let unet = &self.model.unet;
+        let output =
+            unet.forward_controlled(&latents, &times, &conditioning, &loras, &residuals)?;
         let scale = self.model.decoder.config().scale();
         let mut row = 0;
         let mut results = Vec::new();
@@ -326,6 +357,25 @@ impl Pipeline {
         let checker = self.model.safety_checker.as_ref();
         checker.map(|checker| Ok(checker.check(image)?.nsfw())).transpose()
     }
+}
+
+/// The files that an image names, as they were read.
+#[derive(Clone, Default)]
+pub struct NamedFiles {
+    /// The LoRAs of its passes.
+    pub loras: PassLoras,
+    /// Its ControlNets.
+    pub controlnets: ControlNets,
+}
+
+/// The ControlNets of a pass, which begins with the sampler.
+fn controls(
+    pass: Pass<'_>,
+    nets: &ControlNets,
+    sampler: &SamplerState,
+) -> Result<Vec<ActiveControl>> {
+    let stages = pass.sampler().sampler.evaluations_of_a_step();
+    ActiveControl::begin(nets, &pass.spec.controls, pass.is_hires(), (sampler, stages))
 }
 
 /// Warnings for what has no effect in a pass without an unconditional row.

@@ -36,6 +36,11 @@ pub struct AddOns {
     /// Maximum bytes of cached LoRAs; at the limit, the least recently used are evicted. A LoRA, or
     /// those of one image, that would take more are refused.
     pub max_lora_bytes: u64,
+    /// ControlNets: files and directories in the Diffusers format, read when a request names them.
+    pub controlnets: AssetDir,
+    /// Maximum bytes of cached ControlNets; at the limit, the least recently used are evicted. A
+    /// net, or those of one image, that would take more are refused.
+    pub max_controlnet_bytes: u64,
     /// Textual inversion embeddings, read with the model.
     pub embeddings: AssetDir,
     /// Maximum bytes of embeddings; files beyond it are skipped.

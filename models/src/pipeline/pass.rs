@@ -56,6 +56,11 @@ impl<'a> Pass<'a> {
         spec.hires.as_ref().map(|hires| Self { spec, hires: Some(hires) })
     }
 
+    /// Whether it is the hires pass.
+    pub(super) fn is_hires(self) -> bool {
+        self.hires.is_some()
+    }
+
     /// Width and height.
     pub fn size(self) -> Size {
         self.hires.map_or(self.spec.size, |hires| hires.size)

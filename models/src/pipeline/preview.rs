@@ -211,6 +211,7 @@ mod tests {
                 variation: None,
                 warnings: Vec::new(),
                 hires: None,
+                controls: Vec::new(),
             };
             let mut trajectory = pipeline.begin(&spec).expect("begun");
             let mut previews = vec![pipeline.preview(&trajectory).expect("of noise")];

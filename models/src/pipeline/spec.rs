@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use super::control_spec::Control;
 use super::variation::Variation;
 use crate::error::{Error, Result};
 use crate::picture::{Rgb, Size};
@@ -58,6 +59,8 @@ pub struct Spec {
     pub img2img: Option<Arc<Img2Img>>,
     /// Hires pass; most images have none.
     pub hires: Option<Hires>,
+    /// ControlNets, in the order in which what they add is summed.
+    pub controls: Vec<Control>,
 }
 
 impl Spec {
@@ -80,6 +83,11 @@ impl Spec {
     /// Sampler and schedule under one name.
     pub fn sampler_name(&self) -> SamplerName {
         SamplerName { sampler: self.sampler, schedule: self.schedule }
+    }
+
+    /// Whether files of requests may have to be read for it.
+    pub fn has_files(&self) -> bool {
+        !self.controls.is_empty() || self.has_loras()
     }
 
     /// Steps skipped because the latents begin as an input image.

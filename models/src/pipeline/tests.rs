@@ -58,6 +58,7 @@ fn spec(loras: Loras) -> Spec {
         variation: None,
         warnings: Vec::new(),
         hires: None,
+        controls: Vec::new(),
     }
 }
 
@@ -132,15 +133,17 @@ fn loras_are_read_before_a_picture_begins() {
         prompt_syntax: PromptSyntax::A1111,
         ..spec(vec![])
     };
-    assert!(pipeline.read_loras(&plain).is_none());
+    assert!(pipeline.read_files(&plain).is_none());
     let read = |spec| {
-        let read = pipeline.read_loras(spec).expect("a file");
-        std::thread::spawn(read).join().expect("no panic").expect("read")
+        let read = pipeline.read_files(spec).expect("a file");
+        std::thread::spawn(read).join().expect("no panic").expect("read").loras
     };
     assert!(read(&adapted) == read(&named), "read once");
     let lyco = Spec { prompt: "a cat <lyco:attention:0.5>".into(), ..named.clone() };
     assert!(read(&lyco) == read(&named), "another spelling");
-    let begun = pipeline.begin_with(&named, read(&named)).expect("begun");
+    let begun = pipeline
+        .begin_with(&named, NamedFiles { loras: read(&named), ..NamedFiles::default() })
+        .expect("begun");
     assert_eq!(
         begun.lora_files().iter().map(|file| &*file.name).collect::<Vec<_>>(),
         ["attention"]

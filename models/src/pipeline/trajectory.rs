@@ -2,6 +2,7 @@
 
 use candle_core::Tensor;
 
+use super::control::ActiveControl;
 use super::hires::{HiresPass, UpscaledLatents};
 use super::init::InpaintBlend;
 use super::rows::{Combined, Rows};
@@ -20,6 +21,7 @@ pub struct Trajectory {
     pub(super) loras: LoraStack,
     /// The files of the LoRAs of all passes.
     pub(super) lora_files: Vec<AssetFile>,
+    pub(super) controls: Vec<ActiveControl>,
     pub(super) blend: Option<InpaintBlend>,
     /// Mask and masked image (1, 1 + C, h, w), concatenated to the latents of an inpainting UNet.
     pub(super) mask_condition: Option<Tensor>,
@@ -140,6 +142,7 @@ impl Trajectory {
             self.time_embeddings = hires.time_embeddings;
             self.rows = hires.rows;
             self.loras = hires.loras;
+            self.controls = hires.controls;
         }
         self.latents = latents;
         self.last_call = Some(last_call);

@@ -78,6 +78,7 @@ pub(crate) fn spec(start: Option<Img2Img>) -> Spec {
         variation: None,
         warnings: Vec::new(),
         hires: None,
+        controls: Vec::new(),
     }
 }
 

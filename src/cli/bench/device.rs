@@ -186,6 +186,7 @@ impl DeviceBench {
             variation: None,
             warnings: Vec::new(),
             hires: None,
+            controls: Vec::new(),
         }
     }
 

@@ -27,6 +27,7 @@ fn job(client: u64, id: JobId, images: usize) -> (Ticket, Vec<ImageTask>) {
         variation: None,
         warnings: Vec::new(),
         hires: None,
+        controls: Vec::new(),
     };
     let client = Client::named(&client.to_string());
     let job = Job { client, ..Job::from(vec![spec; images]) };

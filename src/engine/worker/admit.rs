@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use sd_models::{PassLoras, Size};
+use sd_models::{NamedFiles, Size};
 use tracing::error;
 
 use super::files::{PendingFiles, Reader};
@@ -13,8 +13,8 @@ use crate::engine::client::Client;
 use crate::engine::job::{ImageTask, JobError};
 use crate::engine::model::{Model, Trajectory as _};
 
-/// Maximum number of threads that read LoRAs. On a file system that does not answer they end late,
-/// whether or not their images are still wanted; further images with LoRAs wait in the queue.
+/// Maximum number of threads that read files. On a file system that does not answer they end late,
+/// whether or not their images are still wanted; further images with files wait in the queue.
 pub(super) const MAX_READERS: usize = 4;
 
 /// Maximum number of image sizes that run at the same time, each with full batches. One client has at
@@ -28,7 +28,7 @@ impl<M: Model> Worker<M> {
         let round = Instant::now();
         let busy = !self.slots.is_empty();
         while !self.lost {
-            let Some((task, loras)) = self.next_ready() else { return };
+            let Some((task, files)) = self.next_ready() else { return };
             let begun = Instant::now();
             let queued = begun.saturating_duration_since(task.submitted);
             self.engine.metrics.queue_duration.time([], queued);
@@ -37,7 +37,7 @@ impl<M: Model> Worker<M> {
                 task.complete(Err(JobError::OutOfMemory));
                 continue;
             }
-            let trajectory = self.model.begin_with(&task.spec, loras);
+            let trajectory = self.model.begin_with(&task.spec, files);
             self.engine.metrics.stage_duration.time(["text_encode"], begun.elapsed());
             match trajectory {
                 Ok(trajectory) => {
@@ -53,15 +53,15 @@ impl<M: Model> Worker<M> {
         }
     }
 
-    /// The first image whose LoRAs have been read, or that has none.
-    fn next_ready(&mut self) -> Option<(ImageTask, PassLoras)> {
+    /// The first image whose files have been read, or that has none.
+    fn next_ready(&mut self) -> Option<(ImageTask, NamedFiles)> {
         while let Some(place) = self.reading.iter().position(PendingFiles::done) {
             let PendingFiles { task, reader } = self.reading.remove(place);
             match reader.take() {
-                Some(Ok(loras)) => return Some((task, loras)),
-                Some(Err(error)) => task.complete(Err(self.failure(&error, "lora"))),
+                Some(Ok(files)) => return Some((task, files)),
+                Some(Err(error)) => task.complete(Err(self.failure(&error, "files"))),
                 None => {
-                    error!("the thread that read LoRAs panicked");
+                    error!("the thread that read files panicked");
                     task.complete(Err(JobError::Model));
                 }
             }
@@ -69,8 +69,8 @@ impl<M: Model> Worker<M> {
         self.readers.retain(|reader| !reader.ended());
         loop {
             let task = self.next_task()?;
-            let Some(read) = self.model.read_loras(&task.spec) else {
-                return Some((task, PassLoras::default()));
+            let Some(read) = self.model.read_files(&task.spec) else {
+                return Some((task, NamedFiles::default()));
             };
             match Reader::start(&self.engine.0, read) {
                 Ok(reader) => {
@@ -118,7 +118,7 @@ impl<M: Model> Worker<M> {
             if held_back.contains(&size) || at_most.contains(&task.client) {
                 return false;
             }
-            if self.readers.len() >= MAX_READERS && task.spec.has_loras() {
+            if self.readers.len() >= MAX_READERS && task.spec.has_files() {
                 return false;
             }
             if of_clients.get(&task.client).is_some_and(|taken| taken + rows > most) {

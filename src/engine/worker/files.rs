@@ -1,22 +1,22 @@
-//! Threads that read LoRAs for the images that wait for them.
+//! Threads that read LoRAs and ControlNets for the images that wait for them.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use sd_models::PassLoras;
+use sd_models::NamedFiles;
 
 use crate::engine::job::ImageTask;
-use crate::engine::model::ReadLoras;
+use crate::engine::model::ReadFiles;
 use crate::engine::shared::EngineShared;
 
-/// A thread that reads LoRAs.
+/// A thread that reads the files of an image.
 #[derive(Default)]
 pub(super) struct Reader {
     ended: AtomicBool,
     /// What it has read; nothing if it has panicked.
-    loras: Mutex<Option<sd_models::Result<PassLoras>>>,
+    files: Mutex<Option<sd_models::Result<NamedFiles>>>,
 }
 
 impl Reader {
@@ -25,28 +25,28 @@ impl Reader {
     }
 
     /// Starts a thread, which notifies the worker when it ends.
-    pub(super) fn start(engine: &Arc<EngineShared>, read: ReadLoras) -> io::Result<Arc<Self>> {
+    pub(super) fn start(engine: &Arc<EngineShared>, read: ReadFiles) -> io::Result<Arc<Self>> {
         let reader = Arc::<Self>::default();
         let notify = NotifyOnDrop { engine: Arc::clone(engine), reader: Arc::clone(&reader) };
         let work = move || {
             let read = read();
-            *notify.reader.loras() = Some(read);
+            *notify.reader.files() = Some(read);
         };
         thread::Builder::new().name("files".into()).spawn(work)?;
         Ok(reader)
     }
 
     /// What it has read; nothing if it has panicked.
-    pub(super) fn take(&self) -> Option<sd_models::Result<PassLoras>> {
-        self.loras().take()
+    pub(super) fn take(&self) -> Option<sd_models::Result<NamedFiles>> {
+        self.files().take()
     }
 
-    fn loras(&self) -> MutexGuard<'_, Option<sd_models::Result<PassLoras>>> {
-        self.loras.lock().unwrap_or_else(PoisonError::into_inner)
+    fn files(&self) -> MutexGuard<'_, Option<sd_models::Result<NamedFiles>>> {
+        self.files.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// An image that has its rows reserved and waits for its LoRAs.
+/// An image that has its rows reserved and waits for its files.
 pub(super) struct PendingFiles {
     pub(super) task: ImageTask,
     pub(super) reader: Arc<Reader>,
@@ -58,7 +58,7 @@ impl PendingFiles {
     }
 }
 
-/// Notifies the worker when a thread that reads LoRAs ends, also by panic.
+/// Notifies the worker when a thread that reads files ends, also by panic.
 struct NotifyOnDrop {
     engine: Arc<EngineShared>,
     reader: Arc<Reader>,

@@ -17,8 +17,15 @@ const WARM_UP_SIDE: usize = 128;
 pub(super) fn budget<M: Model>(model: &M, engine: &EngineShared) -> u64 {
     // Memory retained by the allocator is free, too.
     sd_models::return_freed_memory();
-    let share = |free: u64| free / 100 * BUDGET_PERCENT;
+    let share = |free: u64| (free - reserved(model, free)) / 100 * BUDGET_PERCENT;
     engine.settings.memory_budget_bytes.or(model.free_bytes().map(share)).unwrap_or(u64::MAX)
+}
+
+/// What of the free memory is kept for the ControlNets that requests may name: at most half.
+fn reserved<M: Model>(model: &M, free: u64) -> u64 {
+    let add_ons = &model.info().add_ons;
+    let nets = add_ons.controlnets.directory.as_ref().map_or(0, |_| add_ons.max_controlnet_bytes);
+    nets.min(free / 2)
 }
 
 /// Generates a small image and drops it: the first image pays for lazy initialization of the
@@ -62,5 +69,6 @@ pub(super) fn warm_up_params(defaults: &Defaults, size: Size) -> Spec {
         variation: None,
         warnings: Vec::new(),
         hires: None,
+        controls: Vec::new(),
     }
 }

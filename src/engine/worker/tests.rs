@@ -8,15 +8,16 @@ use std::sync::mpsc::{self, Receiver, Sender};
 
 use futures_util::FutureExt as _;
 use sd_models::{
-    AddOns, Chosen, Defaults, Embeddings, Error, Hires, LoraUse, MemoryEstimate, ModelInfo, Pass,
-    PassLoras, PromptSyntax, Rgb, Sampler, SamplerOptions, SigmaSchedule, Size, Spec, Upscaler,
+    AddOns, Chosen, Defaults, Embeddings, Error, Hires, LoraUse, MemoryEstimate, ModelInfo,
+    NamedFiles, Pass, PromptSyntax, Rgb, Sampler, SamplerOptions, SigmaSchedule, Size, Spec,
+    Upscaler,
 };
 use tokio::time::{Instant as Clock, advance};
 
 use super::admit::{MAX_BUCKETS, MAX_READERS};
 use super::*;
 use crate::engine::{
-    Client, DeviceScheduler, Engine, EngineConfig, GeneratedImage, Job, ReadLoras, Safety, Ticket,
+    Client, DeviceScheduler, Engine, EngineConfig, GeneratedImage, Job, ReadFiles, Safety, Ticket,
     Trajectory,
 };
 
@@ -77,7 +78,7 @@ impl Model for RecordingModel {
         &self.info
     }
 
-    fn read_loras(&self, spec: &Spec) -> Option<ReadLoras> {
+    fn read_files(&self, spec: &Spec) -> Option<ReadFiles> {
         if spec.loras.is_empty() {
             return None;
         }
@@ -86,7 +87,7 @@ impl Model for RecordingModel {
         Some(Box::new(move || {
             gate.recv().unwrap_or_default();
             assert!(!panics, "as the prompt asks");
-            Ok(PassLoras::default())
+            Ok(NamedFiles::default())
         }))
     }
 
@@ -242,6 +243,7 @@ fn spec(seed: u64, steps: usize) -> Spec {
         variation: None,
         warnings: Vec::new(),
         hires: None,
+        controls: Vec::new(),
     }
 }
 

@@ -125,6 +125,7 @@ mod tests {
                 max_prompt_bytes: 100,
                 max_input_pixels: 1 << 20,
                 max_loras: 2,
+                max_controlnets: 2,
             };
             HiresPass::read(&mut fields, &base, &limits)
                 .map(|_| ())

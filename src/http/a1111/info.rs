@@ -25,7 +25,9 @@ pub(crate) fn info(drawing: &Drawing, images: &[GeneratedImage]) -> Value {
     let parameters: Map<String, Value> = parameters
         .into_iter()
         .chain(hashes)
-        .map(|(name, value)| (name.to_owned(), value.into()))
+        .map(|(name, value)| (name.to_owned(), value))
+        .chain(image::control_parameters(first))
+        .map(|(name, value)| (name, value.into()))
         .collect();
     json!({
         "prompt": first.prompt,

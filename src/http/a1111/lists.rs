@@ -14,7 +14,7 @@ use crate::http::error::Result;
 use crate::http::state::{AppState, model_of};
 
 /// The selected model or the default one, if it is loaded.
-fn current_model(state: &AppState) -> Result<Option<Arc<ModelInfo>>> {
+pub(super) fn current_model(state: &AppState) -> Result<Option<Arc<ModelInfo>>> {
     let chosen = state.checkpoint.get().and_then(|name| state.models.get(&name).ok());
     model_of(chosen.as_ref().map_or(&state.engine, |chosen| &chosen.engine))
 }

@@ -2,6 +2,7 @@
 //! Fields that would change the image and are not supported are rejected by name. AUTOMATIC1111 has
 //! one progress and one interrupt for all; here each client has its own.
 
+mod controlnet;
 mod hires;
 mod info;
 mod init_image;
@@ -13,6 +14,7 @@ mod progress;
 mod request;
 mod scripts;
 mod txt2img;
+mod units;
 
 use aide::axum::ApiRouter;
 use aide::axum::routing::{get_with, post_with};
@@ -40,6 +42,8 @@ pub(crate) fn routes() -> ApiRouter<AppState> {
     let options = get_with(options::get_options, Docs::of("Options").describe());
     let png_info = Docs::of("Generation parameters of an image file").takes::<png_info::PngInfo>();
     let png_info = png_info.gives(200, &["info"], &[]).describe();
+    let detect = Docs::of("What a preprocessor makes of pictures").takes::<controlnet::Detect>();
+    let detect = detect.gives(200, &["info", "images"], &[]).describe();
     let interrupt = Docs::of("Interrupt the client's requests").describe();
     let list = |summary| Docs::of(summary).describe();
     let routes = ApiRouter::new()
@@ -77,6 +81,18 @@ pub(crate) fn routes() -> ApiRouter<AppState> {
         .api_route("/sdapi/v1/embeddings", get_with(lists::embeddings, list("Embeddings")))
         .api_route("/sdapi/v1/scripts", get_with(lists::scripts, list("Scripts")))
         .api_route("/sdapi/v1/png-info", post_with(png_info::png_info, png_info))
+        .api_route("/controlnet/version", get_with(controlnet::version, list("Version")))
+        .api_route("/controlnet/settings", get_with(controlnet::settings, list("Settings")))
+        .api_route("/controlnet/model_list", get_with(controlnet::model_list, list("ControlNets")))
+        .api_route(
+            "/controlnet/module_list",
+            get_with(controlnet::module_list, list("Preprocessors")),
+        )
+        .api_route(
+            "/controlnet/control_types",
+            get_with(controlnet::control_types, list("ControlNets and preprocessors by kind")),
+        )
+        .api_route("/controlnet/detect", post_with(controlnet::detect, detect))
         .api_route("/internal/progress", post_with(progress::task, task));
     docs::keyed::<A1111Error<'_>>(routes, "AUTOMATIC1111")
 }

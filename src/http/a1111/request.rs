@@ -218,6 +218,7 @@ impl Common {
                 ("hires_strength", "denoising_strength"),
                 ("hires_steps", "hr_second_pass_steps"),
                 ("hires_upscaler", "hr_upscaler"),
+                ("controlnets", "alwayson_scripts.controlnet.args"),
             ]),
             ..DrawRequest::default()
         })

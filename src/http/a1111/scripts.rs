@@ -1,11 +1,15 @@
 //! `alwayson_scripts`: the settings of AUTOMATIC1111's extensions. Clients that copy what its page
-//! sends have them for every extension, switched off. None is supported; those that are off ask for
-//! nothing.
+//! sends have them for every extension, switched off. ControlNet's is read ([`units`]); of the others
+//! none is supported, and those that are off ask for nothing.
 
 use serde_json::Value;
 
 use super::nothing::is_off;
-use crate::request::{Fields, ValidationError, brief};
+use super::units;
+use crate::request::{ControlNet, Fields, Limits, ValidationError, brief};
+
+/// The extension for ControlNets, in small letters.
+const CONTROLNET: &str = "controlnet";
 
 /// Scripts that AUTOMATIC1111 itself runs for its page only: their values are fields of the API.
 const ONLY_OF_THE_PAGE: [&str; 2] = ["seed", "sampler"];
@@ -14,25 +18,63 @@ const ONLY_OF_THE_PAGE: [&str; 2] = ["seed", "sampler"];
 const SWITCHES: [&str; 6] =
     ["enabled", "enable", "is_enabled", "active", "ad_tab_enable", "ad_model"];
 
-/// Takes the scripts out. An error names the first that is on.
-pub(super) fn check(fields: &mut Fields) -> Result<(), ValidationError> {
-    let Some((field, value)) = fields.take(&["alwayson_scripts"])? else { return Ok(()) };
-    let scripts = match value {
+/// Takes the scripts out. Returns the ControlNets; an error names the first other that is on.
+pub(super) fn read(
+    fields: &mut Fields,
+    limits: &Limits,
+) -> Result<Vec<ControlNet>, ValidationError> {
+    let Some((field, value)) = fields.take(&["alwayson_scripts"])? else { return Ok(Vec::new()) };
+    let mut scripts = match value {
         Value::Object(scripts) => scripts,
-        off if is_off(&off) => return Ok(()),
+        off if is_off(&off) => return Ok(Vec::new()),
         _ => return Err(ValidationError::malformed(&field, "must be an object")),
     };
+    let names = scripts.keys().filter(|name| name.trim().eq_ignore_ascii_case(CONTROLNET));
+    let names: Vec<_> = names.cloned().collect();
+    let mut nets = Vec::new();
+    for name in names {
+        let settings = scripts.remove(&name).unwrap_or_default();
+        nets.extend(controlnets(&format!("{field}.{}", brief(&name)), settings, limits)?);
+    }
     let on = |(name, settings): &(&String, &Value)| {
         let name = name.trim().to_ascii_lowercase();
         !ONLY_OF_THE_PAGE.contains(&name.as_str()) && !is_idle(settings)
     };
     match scripts.iter().find(on) {
-        None => Ok(()),
+        None => Ok(nets),
         Some((name, _)) => {
             let reason = format!("asks for the script {:?}, which is not supported", brief(name));
             Err(ValidationError::range(&field, reason))
         }
     }
+}
+
+/// The ControlNets of the extension's settings: `{"args": [...]}`, or the units alone.
+fn controlnets(
+    name: &str,
+    settings: Value,
+    limits: &Limits,
+) -> Result<Vec<ControlNet>, ValidationError> {
+    let (name, args) = match settings {
+        Value::Object(mut members) if members.contains_key("args") => {
+            (format!("{name}.args"), members.remove("args").unwrap_or_default())
+        }
+        args => (name.to_owned(), args),
+    };
+    let args = match args {
+        Value::Array(args) => args,
+        one => vec![one],
+    };
+    let mut nets = Vec::new();
+    for (k, unit) in args.into_iter().enumerate() {
+        let name = format!("{name}[{k}]");
+        match unit {
+            Value::Object(unit) => nets.extend(units::read(&name, unit, limits)?),
+            off if is_off(&off) => {}
+            _ => return Err(ValidationError::malformed(&name, "must be a unit, an object")),
+        }
+    }
+    Ok(nets)
 }
 
 /// Whether a script with these settings does nothing: `{"args": [...]}`, or the arguments alone.
@@ -66,10 +108,36 @@ mod tests {
 
     use super::*;
 
-    fn checked(scripts: &Value) -> Result<(), String> {
+    fn checked(scripts: &Value) -> Result<usize, String> {
         let body = json!({ "alwayson_scripts": scripts }).to_string();
         let mut fields = Fields::json(&body).expect("an object");
-        check(&mut fields).map_err(|error| error.to_string())
+        let limits = crate::request::Limits {
+            max_pixels: 1 << 20,
+            max_steps: 50,
+            max_images: 4,
+            max_prompt_bytes: 100,
+            max_input_pixels: 1 << 20,
+            max_loras: 2,
+            max_controlnets: 3,
+        };
+        read(&mut fields, &limits).map(|nets| nets.len()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn controlnets_are_found_in_all_forms() {
+        let unit = json!({ "enabled": true, "model": "edges" });
+        for scripts in [
+            json!({ "controlnet": { "args": [unit] } }),
+            json!({ "ControlNet": [unit] }),
+            json!({ "CONTROLNET": { "args": unit } }),
+            json!({ "ControlNet": unit, "Refiner": { "args": [false] } }),
+            json!({ "controlnet": { "args": [unit, { "enabled": false }, false, null] } }),
+        ] {
+            assert_eq!(checked(&scripts), Ok(1), "{scripts}");
+        }
+        let error = checked(&json!({ "controlnet": { "args": ["edges"] } }));
+        let expected = "alwayson_scripts.controlnet.args[0] must be a unit, an object";
+        assert_eq!(error, Err(expected.into()));
     }
 
     #[test]
@@ -88,7 +156,7 @@ mod tests {
             json!({ "ControlNet": [{ "enabled": "false" }, { "enabled": 0 }] }),
             json!({ "AnimateDiff": { "args": [{ "enable": false, "model": "mm" }] } }),
         ] {
-            assert_eq!(checked(&scripts), Ok(()), "{scripts}");
+            assert_eq!(checked(&scripts), Ok(0), "{scripts}");
         }
     }
 

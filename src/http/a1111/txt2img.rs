@@ -17,7 +17,7 @@ use crate::http::error::Result;
 use crate::http::state::AppState;
 use crate::http::store::InFlightRequest;
 use crate::image::Format;
-use crate::request::{DrawRequest, ValidationError};
+use crate::request::{DrawRequest, Transparency, ValidationError};
 
 /// `POST /sdapi/v1/txt2img`.
 pub(crate) async fn txt2img(State(state): State<AppState>, admitted: Admitted) -> Result<Response> {
@@ -35,7 +35,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     let Admitted { client, mut slot, .. } = admitted;
     let mut parameters = fields.object();
     let limits = &state.settings.limits;
-    scripts::check(&mut fields)?;
+    let nets = scripts::read(&mut fields, limits)?;
     let mut common = Common::read(&mut fields, limits)?;
     let options = common.override_settings.as_mut();
     let model = options.and_then(|options| options.sd_model_checkpoint.take());
@@ -49,6 +49,9 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     let (task, send_images) = (common.force_task_id.take(), common.send_images.unwrap_or(true));
     let has_hires = common.has_hires();
     let mut draw = common.into_draw()?;
+    draw.controlnets = Some(nets).filter(|nets| !nets.is_empty());
+    // Of control pictures; those of img2img follow.
+    draw.transparency = Transparency::White;
     if is_img2img && has_hires {
         return Err(ValidationError::range("enable_hr", "is supported for txt2img only").into());
     } else if is_img2img {
@@ -80,8 +83,12 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
         drawing.specs = images.iter().map(|image| drawing.specs[image.index].clone()).collect();
     }
     let response = drawing.encode(images, move |drawing, images, files| {
+        let mut images_of_reply = if send_images { base64(&files) } else { Vec::new() };
+        if send_images {
+            images_of_reply.extend(base64(&drawing.map_files()));
+        }
         json!({
-            "images": if send_images { base64(&files) } else { Vec::new() },
+            "images": images_of_reply,
             "parameters": parameters,
             "info": info(drawing, images).to_string(),
         })

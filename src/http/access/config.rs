@@ -17,7 +17,7 @@ use crate::options::switch;
 #[command(next_help_heading = "Access")]
 pub struct AccessConfig {
     /// API keys, comma-separated. With any, these routes return 401 without one: /v1/*, /sdapi/*,
-    /// /internal/progress, POST / and POST /models/{name} (outside multi-model mode). All others,
+    /// /controlnet/*, /internal/progress, POST / and POST /models/{name} (outside multi-model mode). All others,
     /// including the web page, /invocations and /metrics, are public, because SageMaker
     /// authenticates callers itself: do not expose them on a public network
     #[arg(long = "api-key", env = "SD_API_KEY", hide_env_values = true)]

@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use sd_models::{Sampler, SigmaSchedule};
+use sd_models::{Preprocessor, Sampler, SigmaSchedule};
 use serde_json::{Value, json};
 
 use crate::engine::EngineState;
@@ -62,6 +62,7 @@ pub(crate) async fn info(State(state): State<AppState>) -> Json<Value> {
         };
         json!({ "name": schedule.name(), "title": title })
     });
+    let preprocessors: Vec<_> = Preprocessor::names().collect();
     let settings = &state.settings;
     let limits = &settings.limits;
     Json(json!({
@@ -71,10 +72,13 @@ pub(crate) async fn info(State(state): State<AppState>) -> Json<Value> {
         "model": model,
         "schedulers": schedulers.collect::<Value>(),
         "schedules": schedules.collect::<Value>(),
+        "preprocessors": preprocessors,
         "limits": {
             "max_pixels": limits.max_pixels,
             "max_steps": limits.max_steps,
             "max_images": limits.max_images,
+            "max_loras": limits.max_loras,
+            "max_controlnets": limits.max_controlnets,
             "max_prompt_bytes": limits.max_prompt_bytes,
             "max_body_bytes": settings.max_body_bytes,
             "max_requests": settings.max_requests,

@@ -4,12 +4,14 @@
 //! the image is ignored. Keys that only record how a file was made or trained are listed as such.
 
 mod clip;
+mod controlnet;
 mod levels;
 mod unet;
 mod vae;
 
 pub(super) use self::clip::IDLE_TEXT_KEYS;
 pub use self::clip::{ClipConfig, ClipTextConfig};
+pub use self::controlnet::ControlNetConfig;
 pub use self::unet::UNetConfig;
 pub use self::vae::VaeConfig;
 

@@ -74,7 +74,7 @@ impl UNetConfig {
         Self::parse(Keys::read(source, "unet/config.json")?)
     }
 
-    fn parse(mut keys: Keys) -> Result<Self> {
+    pub(super) fn parse(mut keys: Keys) -> Result<Self> {
         keys.only("_class_name", &[json!("UNet2DConditionModel")])?;
         let block_out_channels: Vec<usize> =
             keys.take("block_out_channels", vec![320, 640, 1280, 1280])?;

@@ -8,7 +8,8 @@ use crate::networks::resnet::{Norm, Resnet, Stack};
 use crate::ops::{Conv2d, Geometry};
 
 /// 3x3, stride 2.
-const DOWN: Geometry = Geometry { kernel: 3, stride: 2, before: 1, after: 1 };
+pub(in crate::networks) const DOWN: Geometry =
+    Geometry { kernel: 3, stride: 2, before: 1, after: 1 };
 
 pub(super) struct DownBlock {
     pub(super) layers: Vec<(Resnet, Option<Transformer>)>,
@@ -21,10 +22,10 @@ pub(super) struct UpBlock {
 }
 
 /// Builds the blocks, and gathers the layers that one product computes for all of them.
-pub(super) struct BlockBuilder<'a, 'w> {
-    pub(super) config: &'a UNetConfig,
-    pub(super) time_proj: Stack<'w>,
-    pub(super) to_kv: Stack<'w>,
+pub(in crate::networks) struct BlockBuilder<'a, 'w> {
+    pub(in crate::networks) config: &'a UNetConfig,
+    pub(in crate::networks) time_proj: Stack<'w>,
+    pub(in crate::networks) to_kv: Stack<'w>,
 }
 
 impl<'w> BlockBuilder<'_, 'w> {

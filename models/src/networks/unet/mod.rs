@@ -10,20 +10,24 @@
 
 mod blocks;
 mod conditioning;
+mod descent;
+mod residuals;
 mod time;
 mod transformer;
 
 use candle_core::{DType, Device, Tensor};
 
-use self::blocks::{BlockBuilder, DownBlock, UpBlock};
+use self::blocks::UpBlock;
+pub(super) use self::blocks::{BlockBuilder, DOWN};
 pub use self::conditioning::Conditioning;
-use self::time::TimeEmbedding;
-use self::transformer::Transformer;
+pub(super) use self::descent::{Descended, Descent};
+pub use self::residuals::Residuals;
+pub(super) use self::time::TimeEmbedding;
 use crate::error::Result;
 use crate::files::Weights;
 use crate::layers::{LayerBuilder, LoraLayer, LoraStack, activation_dtype};
 use crate::networks::config::UNetConfig;
-use crate::networks::resnet::{Resnet, Stack};
+use crate::networks::resnet::Stack;
 use crate::ops::{
     ChannelConcat, Conv2d, Epilogue, Geometry, GroupNorm, Linear, channels_first, channels_last,
     in_pool,
@@ -39,10 +43,7 @@ pub struct UNet2DConditionModel {
     time_proj: LoraLayer<Linear>,
     /// The key and value projections of all cross attentions: (.., D) -> (.., kv_width)
     to_kv: LoraLayer<Linear>,
-    conv_in: LoraLayer<Conv2d>,
-    down: Vec<DownBlock>,
-    /// Distilled models have none.
-    mid: Option<(Resnet, Transformer, Resnet)>,
+    descent: Descent,
     up: Vec<UpBlock>,
     norm_out: GroupNorm,
     conv_out: LoraLayer<Conv2d>,
@@ -59,33 +60,20 @@ impl UNet2DConditionModel {
         let p = LayerBuilder::new(weights, device, dtype);
         let activation = activation_dtype(device, dtype);
         let channels = &config.block_out_channels;
-        let (first, last) = (channels[0], channels[channels.len() - 1]);
+        let first = channels[0];
         let temb = 4 * first;
         let builder = BlockBuilder {
             config: &config,
             time_proj: Stack::new(temb),
             to_kv: Stack::new(config.cross_attention_dim),
         };
-        let middle = p.pp("mid_block");
-        let down = builder.down_blocks(&p.pp("down_blocks"))?;
-        let resnet = |i| builder.resnet(&middle.pp("resnets").pp(i), last, last);
-        let mid = match config.mid_block {
-            true => {
-                let p = middle.pp("attentions").pp(0);
-                let first = resnet(0)?;
-                let transformer = builder.transformer(&p, channels.len() - 1)?;
-                Some((first, transformer, resnet(1)?))
-            }
-            false => None,
-        };
+        let descent = Descent::load(&builder, &p)?;
         let up = builder.up_blocks(&p.pp("up_blocks"))?;
         let model = Self {
             time_proj: builder.time_proj.build(&p)?,
             to_kv: builder.to_kv.build(&p)?,
             time: TimeEmbedding::load(&p.pp("time_embedding"), &config, device, activation)?,
-            conv_in: LoraLayer::conv(&p.pp("conv_in"), config.in_channels, first, Geometry::SAME)?,
-            down,
-            mid,
+            descent,
             up,
             norm_out: p.pp("conv_norm_out").group_norm(
                 first,
@@ -128,7 +116,7 @@ impl UNet2DConditionModel {
     pub fn condition(&self, context: &Tensor, loras: &[LoraStack]) -> Result<Conditioning> {
         let context = context.to_dtype(self.dtype)?.contiguous()?;
         let kv = in_pool(&self.device, || self.to_kv.forward(&context, Epilogue::NONE, loras))?;
-        Ok(Conditioning { kv })
+        Ok(Conditioning::new(kv, context))
     }
 
     /// T timesteps -> the time embeddings of all residual blocks (T, time_width) for
@@ -160,7 +148,22 @@ impl UNet2DConditionModel {
         conditioning: &[Conditioning],
         loras: &[LoraStack],
     ) -> Result<Tensor> {
-        in_pool(&self.device, || self.predict(latents, time_embeddings, conditioning, loras))
+        let none = Residuals::default();
+        self.forward_controlled(latents, time_embeddings, conditioning, loras, &none)
+    }
+
+    /// The same with what ControlNets add.
+    pub fn forward_controlled(
+        &self,
+        latents: &Tensor,
+        time_embeddings: &Tensor,
+        conditioning: &[Conditioning],
+        loras: &[LoraStack],
+        residuals: &Residuals,
+    ) -> Result<Tensor> {
+        in_pool(&self.device, || {
+            self.predict(latents, time_embeddings, conditioning, loras, residuals)
+        })
     }
 
     fn predict(
@@ -169,32 +172,15 @@ impl UNet2DConditionModel {
         time_embeddings: &Tensor,
         conditioning: &[Conditioning],
         loras: &[LoraStack],
+        residuals: &Residuals,
     ) -> Result<Tensor> {
-        // 1. In
+        // 1. In, down and the middle
         let x = channels_last(latents, self.dtype)?;
-        let mut x = self.conv_in.forward(&x, Epilogue::NONE, loras)?; // (B, H, W, first)
-        // 2. Down
-        let mut skips = vec![x.clone()];
-        for block in &self.down {
-            for (resnet, transformer) in &block.layers {
-                x = resnet.forward(&(&x).into(), time_embeddings, loras)?;
-                if let Some(transformer) = transformer {
-                    x = transformer.forward(&x, conditioning, loras)?;
-                }
-                skips.push(x.clone());
-            }
-            if let Some(downsample) = &block.downsample {
-                x = downsample.forward(&x, Epilogue::NONE, loras)?;
-                skips.push(x.clone());
-            }
-        }
-        // 3. Middle
-        if let Some((first, transformer, second)) = &self.mid {
-            x = first.forward(&(&x).into(), time_embeddings, loras)?;
-            x = transformer.forward(&x, conditioning, loras)?;
-            x = second.forward(&(&x).into(), time_embeddings, loras)?;
-        }
-        // 4. Up
+        let mut descended = self.descent.forward(&x, None, time_embeddings, conditioning, loras)?;
+        // 2. ControlNets
+        residuals.add_to(&mut descended)?;
+        let Descended { middle: mut x, mut skips } = descended;
+        // 3. Up
         for block in &self.up {
             for (resnet, transformer) in &block.layers {
                 // load() built as many skips as layers.
@@ -209,7 +195,7 @@ impl UNet2DConditionModel {
                 x = upsample.forward_resized(&x, (h, w), Epilogue::NONE, loras)?;
             }
         }
-        // 5. Out
+        // 4. Out
         let x = self.conv_out.forward(&self.norm_out.forward_silu(&x)?, Epilogue::NONE, loras)?;
         Ok(channels_first(&x)?)
     }

@@ -8,7 +8,7 @@ use crate::networks::config::UNetConfig;
 use crate::ops::{Activation, Epilogue, Linear};
 
 /// A sinusoidal embedding and two linear layers.
-pub(super) struct TimeEmbedding {
+pub(in crate::networks) struct TimeEmbedding {
     /// The guidance scale's embedding (.., time_cond_proj_dim) -> (.., first), of a UNet that takes
     /// it as an input.
     guidance: Option<(usize, LoraLayer<Linear>)>,
@@ -22,7 +22,7 @@ pub(super) struct TimeEmbedding {
 
 impl TimeEmbedding {
     /// (T) -> (T, 4 first)
-    pub(super) fn load(
+    pub(in crate::networks) fn load(
         p: &LayerBuilder<'_>,
         config: &UNetConfig,
         device: &Device,
@@ -48,7 +48,7 @@ impl TimeEmbedding {
 
     /// T timesteps, all at one guidance scale -> their embeddings (T, 4 first), with the SiLU with
     /// which every residual block begins.
-    pub(super) fn forward(
+    pub(in crate::networks) fn forward(
         &self,
         timesteps: &[f64],
         guidance_scale: f64,

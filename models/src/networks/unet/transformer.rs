@@ -164,7 +164,7 @@ impl CrossAttention {
         let kind = Attention { heads: self.heads, causal: false, amx: self.to_out.uses_amx() };
         let mut outputs = Vec::with_capacity(conditioning.len());
         let mut row = 0;
-        for Conditioning { kv } in conditioning {
+        for Conditioning { kv, .. } in conditioning {
             let (rows, k, v) = (kv.dim(0)?, self.k.of(kv)?, self.v.of(kv)?);
             outputs.push(attention(&q.narrow(0, row, rows)?, &k, &v, kind)?);
             row += rows;

@@ -1,0 +1,222 @@
+//! The routes of AUTOMATIC1111's extension for ControlNets.
+//!
+//! Reference: sd-webui-controlnet 1.1.455 `scripts/api.py`, `scripts/global_state.py`.
+
+use std::fs::File;
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use axum::Json;
+use axum::extract::State;
+use ring::digest::{SHA256, digest};
+use schemars::JsonSchema;
+use sd_models::{CANNY, Preprocessor, THRESHOLD};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use tokio::time::Instant;
+
+use super::lists::current_model;
+use super::units::{RESOLUTION, thresholds, within};
+use crate::http::admission::Admitted;
+use crate::http::deadline::Timeout;
+use crate::http::drawing::base64;
+use crate::http::error::Result;
+use crate::http::state::AppState;
+use crate::image::{self, ControlMap, Format, JPEG_QUALITY};
+use crate::request::{ImageFile, ValidationError};
+
+/// The version of the extension's API.
+const VERSION: u32 = 3;
+
+/// The kinds of control that clients ask for, the names of nets that belong to each, and its
+/// preprocessors beside none, the usual one first.
+const TYPES: [(&str, &[&str], &[&str]); 15] = [
+    ("Canny", &["canny"], &["canny", "invert"]),
+    ("Depth", &["depth"], &[]),
+    ("Inpaint", &["inpaint"], &[]),
+    ("InstructP2P", &["instructp2p", "ip2p"], &[]),
+    ("Lineart", &["lineart"], &["invert"]),
+    ("MLSD", &["mlsd"], &["invert"]),
+    ("NormalMap", &["normalmap", "normal"], &[]),
+    ("OpenPose", &["openpose", "densepose"], &[]),
+    ("QRCode", &["qrcode", "qr_code", "brightness"], &["threshold"]),
+    ("Recolor", &["recolor"], &[]),
+    ("Scribble", &["scribble", "sketch"], &["invert", "threshold"]),
+    ("Segmentation", &["segmentation", "seg"], &[]),
+    ("Shuffle", &["shuffle"], &[]),
+    ("SoftEdge", &["softedge", "hed"], &[]),
+    ("Tile", &["tile", "blur"], &[]),
+];
+
+/// A request for what a preprocessor makes of pictures.
+#[derive(Debug, Deserialize, JsonSchema)]
+pub(crate) struct Detect {
+    /// Preprocessor. Default: none.
+    controlnet_module: Option<String>,
+    /// The pictures, in base64 or as data URLs.
+    #[schemars(required)]
+    controlnet_input_images: Option<Vec<ImageFile>>,
+    /// Length of the shorter side at which it works. Default: 512.
+    controlnet_processor_res: Option<f64>,
+    /// Its first threshold. Default: its own.
+    controlnet_threshold_a: Option<f64>,
+    /// Its second threshold. Default: its own.
+    controlnet_threshold_b: Option<f64>,
+}
+
+/// `GET /controlnet/version`.
+pub(crate) async fn version() -> Json<Value> {
+    Json(json!({ "version": VERSION }))
+}
+
+/// `GET /controlnet/settings`.
+pub(crate) async fn settings(State(state): State<AppState>) -> Json<Value> {
+    Json(json!({ "control_net_unit_count": state.settings.limits.max_controlnets }))
+}
+
+/// `GET /controlnet/module_list`.
+pub(crate) async fn module_list() -> Json<Value> {
+    let detail = |name: &str| {
+        let resolution = slider("Resolution", RESOLUTION, 8.0);
+        let sliders = match name {
+            "canny" => vec![
+                resolution,
+                slider("Low Threshold", (CANNY.0, [1.0, 255.0]), 1.0),
+                slider("High Threshold", (CANNY.1, [1.0, 255.0]), 1.0),
+            ],
+            "threshold" => {
+                vec![resolution, slider("Binarization Threshold", (THRESHOLD, [0.0, 255.0]), 0.01)]
+            }
+            _ => Vec::new(),
+        };
+        json!({ "model_free": false, "sliders": sliders })
+    };
+    let names: Vec<_> = Preprocessor::names().collect();
+    let details: Map<String, Value> =
+        names.iter().map(|name| ((*name).to_owned(), detail(name))).collect();
+    Json(json!({ "module_list": names, "module_detail": details }))
+}
+
+fn slider(name: &str, (value, [min, max]): (f64, [f64; 2]), step: f64) -> Value {
+    json!({ "name": name, "value": value, "min": min, "max": max, "step": step })
+}
+
+/// `GET /controlnet/model_list`: the nets, with hashes as there.
+pub(crate) async fn model_list(State(state): State<AppState>) -> Result<Json<Value>> {
+    Ok(Json(json!({ "model_list": names(&state).await? })))
+}
+
+/// `GET /controlnet/control_types`.
+pub(crate) async fn control_types(State(state): State<AppState>) -> Result<Json<Value>> {
+    let nets = names(&state).await?;
+    let none = || std::iter::once("None".to_owned());
+    let all: Vec<_> = none().chain(nets.iter().cloned()).collect();
+    let modules: Vec<_> = Preprocessor::names().collect();
+    let mut types = Map::new();
+    types.insert(
+        "All".into(),
+        json!({
+            "module_list": modules, "model_list": all, "default_option": "none",
+            "default_model": "None",
+        }),
+    );
+    for (kind, parts, modules) in TYPES {
+        let belongs = |name: &&String| {
+            let name = name.to_lowercase();
+            parts.iter().any(|part| name.contains(part))
+        };
+        let own: Vec<_> = nets.iter().filter(belongs).cloned().collect();
+        let is_newest = |name: &&String| name.split('[').next().unwrap_or(name).contains("11");
+        let default = own.iter().find(is_newest).or(own.first()).cloned();
+        let modules: Vec<_> = std::iter::once("none").chain(modules.iter().copied()).collect();
+        types.insert(
+            kind.into(),
+            json!({
+                "default_option": modules.get(1).unwrap_or(&"none"),
+                "default_model": default.unwrap_or_else(|| "None".into()),
+                "module_list": modules,
+                "model_list": none().chain(own).collect::<Vec<_>>(),
+            }),
+        );
+    }
+    Ok(Json(json!({ "control_types": types })))
+}
+
+/// The names of the nets with their hashes.
+async fn names(state: &AppState) -> Result<Vec<String>> {
+    let model = current_model(state)?;
+    let add_ons = model.map_or_else(|| state.models.add_ons(), |model| model.add_ons.clone());
+    let most = state.settings.request_timeout;
+    let deadline = Timeout::within(most, "--request-timeout-ms", most).after(Instant::now());
+    let list = move || {
+        let named = |(name, path): (String, PathBuf)| match hash(&path) {
+            Some(hash) => format!("{name} [{hash}]"),
+            None => name,
+        };
+        Ok(add_ons.controlnets.list().into_iter().map(named).collect())
+    };
+    state.reader.look_up(deadline, (), list).await
+}
+
+/// AUTOMATIC1111's short hash of a file: of a part of it alone. Of a directory that of its weights.
+fn hash(path: &Path) -> Option<String> {
+    let path = match path.is_dir() {
+        true => path.join("diffusion_pytorch_model.safetensors"),
+        false => path.to_owned(),
+    };
+    let mut file = File::open(path).ok()?;
+    file.seek(SeekFrom::Start(0x10_0000)).ok()?;
+    let mut part = Vec::new();
+    file.take(0x1_0000).read_to_end(&mut part).ok()?;
+    let digest = digest(&SHA256, &part);
+    Some(digest.as_ref()[..4].iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// `POST /controlnet/detect`: what a preprocessor makes of pictures.
+pub(crate) async fn detect(
+    State(state): State<AppState>,
+    mut admitted: Admitted,
+) -> Result<Json<Value>> {
+    let mut fields = admitted.json(&state).await?;
+    let limits = state.settings.limits;
+    let read: Detect = fields.read(&limits)?;
+    drop(fields);
+    let mut files = read.controlnet_input_images.unwrap_or_default();
+    const IMAGES: &str = "controlnet_input_images";
+    if files.is_empty() {
+        return Err(ValidationError::range(IMAGES, "has no image").into());
+    }
+    if files.len() > limits.max_images {
+        let (count, most) = (files.len(), limits.max_images);
+        let reason = format!("has {count} entries; at most {most} are allowed");
+        return Err(ValidationError::range(IMAGES, reason).into());
+    }
+    let refuse = |reason: String| ValidationError::range("controlnet_module", reason);
+    let module = read.controlnet_module.unwrap_or_else(|| "none".into());
+    let named: Preprocessor = module.parse().map_err(refuse)?;
+    let given = [read.controlnet_threshold_a, read.controlnet_threshold_b];
+    let preprocessor = match (named, thresholds(named, given)) {
+        (Preprocessor::Canny { .. }, (Some(low), Some(high))) => Preprocessor::Canny { low, high },
+        (Preprocessor::Threshold { .. }, (Some(above), _)) => Preprocessor::Threshold { above },
+        (other, _) => other,
+    };
+    let shorter = within(read.controlnet_processor_res, RESOLUTION) as usize;
+    let (reader, slot) = (state.reader.clone(), admitted.slot);
+    let deadline = slot.deadline;
+    let work = move || {
+        let mut maps = Vec::new();
+        for (k, file) in files.iter_mut().enumerate() {
+            let name = format!("{IMAGES}[{k}]");
+            let refuse = |reason: String| ValidationError::range(&name, reason);
+            let _weighed = reader.weigh(deadline, file.weighed(&limits, shorter))?;
+            let picture = image::on_white(file.decoded(&name, &limits)?);
+            let map = ControlMap::new(&picture, preprocessor, shorter, limits.most_of_a_map());
+            let map = image::rgb(&map.map_err(refuse)?.whole().into());
+            let map = image::encode(&map, Format::Png, JPEG_QUALITY, "");
+            maps.push(map.map_err(|error| refuse(format!("cannot be written: {error}")))?);
+        }
+        Ok(base64(&maps))
+    };
+    let images = state.reader.run(deadline, slot, work).await?;
+    Ok(Json(json!({ "info": "Success", "images": images })))
+}

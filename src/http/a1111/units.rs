@@ -1,0 +1,366 @@
+//! `alwayson_scripts.controlnet`: the units of AUTOMATIC1111's extension, as native ControlNets.
+//!
+//! Reference: sd-webui-controlnet 1.1.455 `internal_controlnet/args.py`. As there, unknown fields
+//! are ignored, and numbers of a preprocessor that are out of range mean its defaults.
+
+use schemars::JsonSchema;
+use sd_models::{ControlMode, ControlPasses, Extension, Preprocessor};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::nothing::is_off;
+use crate::image::Fit;
+use crate::request::{
+    ControlNet, Fields, ImageFile, Limits, Object, Resolution, Unit, ValidationError,
+};
+
+/// Default length of the shorter side at which a preprocessor works, and its bounds.
+pub(super) const RESOLUTION: (f64, [f64; 2]) = (512.0, [64.0, 2048.0]);
+
+/// Fields of a unit that would change the image.
+const REJECTED: [(&str, &str); 5] = [
+    ("effective_region_mask", "is not supported: a net steers the whole image"),
+    ("ipadapter_input", "is not supported: it is for IP-Adapters"),
+    ("animatediff_batch", "is not supported"),
+    ("batch_images", "is not supported: send a request for each image"),
+    ("batch_image_files", "is not supported: send a request for each image"),
+];
+
+/// The fields of a unit.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+struct UnitFields {
+    /// Preprocessor: none, canny, invert or threshold. Default: none.
+    module: Option<String>,
+    /// Name of the net, with or without a hash in brackets.
+    model: Option<String>,
+    #[schemars(extend("minimum" = 0, "maximum" = 2))]
+    weight: Option<f64>,
+    processor_res: Option<f64>,
+    threshold_a: Option<f64>,
+    threshold_b: Option<f64>,
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    guidance_start: Option<f64>,
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    guidance_end: Option<f64>,
+    pixel_perfect: Option<bool>,
+    inpaint_crop_input_image: Option<bool>,
+    save_detected_map: Option<bool>,
+    hr_option: Option<String>,
+    #[schemars(extend("maxItems" = 64))]
+    advanced_weighting: Option<Vec<f64>>,
+}
+
+/// The unit of this name, if it is on.
+pub(super) fn read(
+    name: &str,
+    unit: Object,
+    limits: &Limits,
+) -> Result<Option<ControlNet>, ValidationError> {
+    let mut fields = Fields::default();
+    for (key, value) in unit {
+        fields.add(&key, format!("{name}.{key}"), value);
+    }
+    fields.drop_if("advanced_weighting", is_off);
+    for (theirs, ours) in [("guidance", "guidance_end"), ("input_image", "image")] {
+        fields.rename(theirs, ours);
+    }
+    let switch = fields.take(&["enabled"])?;
+    if switch.as_ref().is_some_and(|(_, switch)| is_off(switch)) {
+        return Ok(None);
+    }
+    let Pictures { image, mask } = pictures(&mut fields)?;
+    // Without a switch, a unit that names nothing is off.
+    if switch.is_none() && image.is_none() && fields.get("model").is_none_or(is_off) {
+        return Ok(None);
+    }
+    check_unsupported(&mut fields)?;
+    let fit = choice(&mut fields, "resize_mode", fit)?.unwrap_or(Fit::Crop);
+    let mode = choice(&mut fields, "control_mode", str::parse::<ControlMode>)?;
+    let read: UnitFields = fields.read(limits)?;
+    let of = |field: &str| format!("{name}.{field}");
+    let model = read.model.filter(|model| !model.trim().eq_ignore_ascii_case("none"));
+    let model = model.ok_or_else(|| {
+        ValidationError::range(&of("model"), "must name a ControlNet: the unit is enabled")
+    })?;
+    let module = read.module.unwrap_or_else(|| "none".into());
+    let refuse = |reason: String| ValidationError::range(&of("module"), reason);
+    let preprocessor: Preprocessor = module.parse().map_err(refuse)?;
+    let (low, high) = thresholds(preprocessor, [read.threshold_a, read.threshold_b]);
+    let unknown = |reason: String| ValidationError::range(&of("hr_option"), reason);
+    let passes = read.hr_option.as_deref().map(passes).transpose().map_err(unknown)?;
+    let (start, end) = (read.guidance_start.unwrap_or(0.0), read.guidance_end.unwrap_or(1.0));
+    if start > end {
+        let reason = format!("of {start} must not be after guidance_end, {end}");
+        return Err(ValidationError::range(&of("guidance_start"), reason));
+    }
+    let resolution = match read.pixel_perfect.unwrap_or(false) {
+        true => Resolution::PixelPerfect,
+        false => Resolution::Shorter(within(read.processor_res, RESOLUTION) as usize),
+    };
+    Ok(Some(ControlNet {
+        model: Some(model),
+        image,
+        scale: Some(read.weight.unwrap_or(1.0)),
+        start: Some(start),
+        end: Some(end),
+        guess_mode: None,
+        preprocessor: Some(preprocessor.name().to_owned()),
+        low,
+        high,
+        unit: Some(Unit {
+            name: name.to_owned(),
+            fit,
+            resolution,
+            mask,
+            is_cropped: read.inpaint_crop_input_image.unwrap_or(true),
+            is_returned: read.save_detected_map.unwrap_or(true),
+            rule: Extension {
+                mode: mode.unwrap_or_default(),
+                passes: passes.unwrap_or_default(),
+                // Lines of one pixel are too hard for the second pass.
+                is_soft_in_hires: preprocessor.name() == "canny",
+                layers: read.advanced_weighting,
+            },
+        }),
+    }))
+}
+
+/// Rejects what would change the image and is not supported.
+fn check_unsupported(fields: &mut Fields) -> Result<(), ValidationError> {
+    for (field, reason) in REJECTED {
+        if let Some((field, value)) = fields.take(&[field])?
+            && !is_off(&value)
+        {
+            return Err(ValidationError::range(&field, reason));
+        }
+    }
+    if let Some((field, value)) = fields.take(&["input_mode"])?
+        && !is_off(&value)
+        && !text(&value).trim_start_matches("InputMode.").eq_ignore_ascii_case("simple")
+    {
+        return Err(ValidationError::range(&field, "must be simple"));
+    }
+    Ok(())
+}
+
+/// The passes of a unit, by the extension's name of the option.
+fn passes(name: &str) -> Result<ControlPasses, String> {
+    match name.trim() {
+        "" | "Both" | "HiResFixOption.BOTH" => Ok(ControlPasses::Both),
+        "Low res only" | "HiResFixOption.LOW_RES_ONLY" => Ok(ControlPasses::Base),
+        "High res only" | "HiResFixOption.HIGH_RES_ONLY" => Ok(ControlPasses::Hires),
+        other => Err(format!("{other:?} is unknown; known are Both, Low res only, High res only")),
+    }
+}
+
+/// The thresholds of a preprocessor.
+pub(super) fn thresholds(
+    preprocessor: Preprocessor,
+    [a, b]: [Option<f64>; 2],
+) -> (Option<f64>, Option<f64>) {
+    match preprocessor {
+        Preprocessor::Canny { low, high } => {
+            let bounds = [1.0, 255.0];
+            // Whole numbers, as there.
+            let [low, high] = [within(a, (low, bounds)), within(b, (high, bounds))];
+            (Some(low.trunc()), Some(high.trunc()))
+        }
+        Preprocessor::Threshold { above } => (Some(within(a, (above, [0.0, 255.0]))), None),
+        Preprocessor::None | Preprocessor::Invert => (None, None),
+    }
+}
+
+/// A number, or the default where it is out of range.
+pub(super) fn within(value: Option<f64>, (default, [low, high]): (f64, [f64; 2])) -> f64 {
+    value.filter(|value| (low..=high).contains(value)).unwrap_or(default)
+}
+
+/// The control picture of a unit, and what was drawn over it.
+#[derive(Default)]
+struct Pictures {
+    image: Option<ImageFile>,
+    mask: Option<ImageFile>,
+}
+
+/// `image` is a picture, `{"image", "mask"}`, a pair of both or a list of one of these; `mask` and
+/// `mask_image` are the same.
+fn pictures(fields: &mut Fields) -> Result<Pictures, ValidationError> {
+    let mask = fields.take(&["mask", "mask_image"])?;
+    let mask = mask.filter(|(_, value)| !is_off(value));
+    let mut found = match fields.take(&["image"])? {
+        Some((name, value)) if !is_off(&value) => picture(&name, value)?,
+        _ => Pictures::default(),
+    };
+    match mask {
+        Some((name, _)) if found.image.is_none() => {
+            Err(ValidationError::malformed(&name, "requires image"))
+        }
+        Some((name, _)) if found.mask.is_some() => {
+            Err(ValidationError::malformed(&name, "is given twice"))
+        }
+        Some((name, value)) => {
+            found.mask = Some(file(&name, value)?);
+            Ok(found)
+        }
+        None => Ok(found),
+    }
+}
+
+fn picture(name: &str, value: Value) -> Result<Pictures, ValidationError> {
+    let optional = |value: Option<Value>| match value.filter(|value| !is_off(value)) {
+        Some(value) => file(name, value).map(Some),
+        None => Ok(None),
+    };
+    match value {
+        Value::Object(mut members) => {
+            let (image, mask) = (members.remove("image"), members.remove("mask"));
+            Ok(Pictures { image: optional(image)?, mask: optional(mask)? })
+        }
+        Value::Array(list) => match <[Value; 1]>::try_from(list) {
+            Ok([one]) => picture(name, one),
+            Err(list) => match <[Value; 2]>::try_from(list) {
+                Ok([image, mask]) if !image.is_object() => {
+                    Ok(Pictures { image: optional(Some(image))?, mask: optional(Some(mask))? })
+                }
+                _ => Err(ValidationError::range(name, "must be one picture")),
+            },
+        },
+        one => Ok(Pictures { image: Some(file(name, one)?), mask: None }),
+    }
+}
+
+fn file(name: &str, value: Value) -> Result<ImageFile, ValidationError> {
+    match value {
+        Value::String(text) => Ok(text.into()),
+        _ => Err(ValidationError::malformed(name, "must be an image file in base64")),
+    }
+}
+
+/// How a control picture fills the size, by the extension's name, an older one, or its number.
+fn fit(text: &str) -> Result<Fit, String> {
+    let name = text.trim().trim_start_matches("ResizeMode.").to_ascii_lowercase();
+    match name.as_str() {
+        "just resize" | "resize" | "0" | "3" => Ok(Fit::Stretch),
+        "crop and resize"
+        | "inner_fit"
+        | "inner fit (scale to fit)"
+        | "scale to fit (inner fit)"
+        | "1" => Ok(Fit::Crop),
+        "resize and fill"
+        | "outer_fit"
+        | "outer fit (shrink to fit)"
+        | "envelope (outer fit)"
+        | "2" => Ok(Fit::Pad),
+        _ => Err(format!(
+            "{text:?} is unknown; known are Just Resize, Crop and Resize, Resize and Fill"
+        )),
+    }
+}
+
+/// A choice by name or number.
+fn choice<T>(
+    fields: &mut Fields,
+    name: &str,
+    parse: impl FnOnce(&str) -> Result<T, String>,
+) -> Result<Option<T>, ValidationError> {
+    let Some((name, value)) = fields.take(&[name])? else { return Ok(None) };
+    let text = text(&value);
+    if text.trim().is_empty() {
+        return Ok(None);
+    }
+    parse(&text).map(Some).map_err(|reason| ValidationError::range(&name, reason))
+}
+
+/// A name, or a number as text.
+fn text(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Number(number) => match number.as_f64().filter(|number| number.fract() == 0.0) {
+            Some(number) => number.to_string(),
+            None => number.to_string(),
+        },
+        other => crate::request::brief(&other.to_string()).into_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn limits() -> Limits {
+        Limits {
+            max_pixels: 1 << 20,
+            max_steps: 50,
+            max_images: 4,
+            max_prompt_bytes: 100,
+            max_input_pixels: 1 << 20,
+            max_loras: 2,
+            max_controlnets: 3,
+        }
+    }
+
+    fn unit(value: Value) -> Result<Option<ControlNet>, String> {
+        let Value::Object(unit) = value else { panic!("an object") };
+        read("unit", unit, &limits()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_unit_is_read_in_all_its_forms() {
+        let net = unit(json!({
+            "enabled": true, "module": "Canny", "model": "edges [0123abcd]", "weight": "0.5",
+            "input_image": "QUJD", "resize_mode": 2, "lowvram": true, "processor_res": 64,
+            "threshold_a": 50, "threshold_b": 999, "guidance_start": 0.1, "guidance": 0.9,
+            "control_mode": 2, "pixel_perfect": false, "hr_option": "Low res only",
+            "save_detected_map": false, "union_control_type": "Unknown", "other": 1,
+        }));
+        let net = net.expect("a unit").expect("it is on");
+        assert_eq!(net.model.as_deref(), Some("edges [0123abcd]"));
+        assert_eq!((net.scale, net.start, net.end), (Some(0.5), Some(0.1), Some(0.9)));
+        assert_eq!((net.low, net.high), (Some(50.0), Some(200.0)), "999 is out of range");
+        let unit_of = net.unit.expect("a unit");
+        assert_eq!(unit_of.fit, Fit::Pad);
+        assert!(matches!(unit_of.resolution, Resolution::Shorter(64)) && !unit_of.is_returned);
+        assert_eq!(unit_of.rule.mode, ControlMode::Control);
+        assert_eq!(unit_of.rule.passes, ControlPasses::Base);
+        for image in [
+            json!("QUJD"),
+            json!(["QUJD"]),
+            json!({ "image": "QUJD" }),
+            json!([{ "image": "QUJD", "mask": null }]),
+            json!(["QUJD", null]),
+        ] {
+            let net = unit(json!({ "model": "edges", "image": image })).expect("a unit");
+            assert!(net.expect("it is on").image.is_some(), "{image}");
+        }
+    }
+
+    #[test]
+    fn what_is_off_is_none_and_what_is_unknown_is_named() {
+        for off in [
+            json!({ "enabled": false }),
+            json!({ "enabled": "False", "model": "x" }),
+            json!({ "model": "None", "module": "none", "weight": 1 }),
+        ] {
+            assert!(unit(off).expect("read").is_none());
+        }
+        for (field, value) in [
+            ("module", json!("openpose")),
+            ("weight", json!(3)),
+            ("resize_mode", json!("Tile")),
+            ("control_mode", json!("Strong")),
+            ("guidance_start", json!(1)),
+            ("effective_region_mask", json!("QUJD")),
+            ("input_mode", json!("batch")),
+            ("image", json!(["a", "b", "c"])),
+            ("mask", json!("QUJD")),
+            ("hr_option", json!("Never")),
+        ] {
+            let mut body = json!({ "model": "edges", "guidance_end": 0.5 });
+            body[field] = value;
+            let error = unit(body).expect_err(field);
+            assert!(error.starts_with(&format!("unit.{field} ")), "{error}");
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! Control pictures as AUTOMATIC1111's extension makes them: the preprocessor works at a resolution
+//! of its own, and the map that it makes is fitted to the images by what it is.
+//!
+//! Reference: sd-webui-controlnet 1.1.455 `resize_image_with_pad` and `detectmap_proc`. Other than
+//! there, pictures are resized by a Lanczos filter, and lines of one pixel are not thinned.
+
+use image::imageops::FilterType;
+use image::{DynamicImage, GenericImageView as _, RgbImage};
+use sd_models::{Preprocessor, Rgb, Size};
+
+use super::fit::{Fit, fitted};
+
+/// The preprocessors' pictures have sides that are multiples of this.
+const MULTIPLE: u32 = 64;
+
+/// A picture of fewer colours is one of areas, whose colours have a meaning.
+const FEW_COLOURS: usize = 200;
+
+/// What a preprocessor makes of a picture.
+pub struct ControlMap(RgbImage);
+
+/// The RGB pixels of an image. Transparency is ignored.
+pub fn rgb(image: &DynamicImage) -> Rgb {
+    let image = image.to_rgb8();
+    let (width, height) = (image.width() as usize, image.height() as usize);
+    Rgb { width, height, data: image.into_raw() }
+}
+
+/// The image of RGB pixels.
+pub fn of_rgb(Rgb { width, height, data }: Rgb) -> DynamicImage {
+    RgbImage::from_raw(width as u32, height as u32, data).unwrap_or_default().into()
+}
+
+/// The shorter side of an image when it fills a size.
+pub fn pixel_perfect(image: &DynamicImage, size: Size, fit: Fit) -> usize {
+    let (width, height) = (f64::from(image.width()), f64::from(image.height()));
+    let (across, down) = (size.width() as f64 / width, size.height() as f64 / height);
+    let scale = if fit == Fit::Pad { across.min(down) } else { across.max(down) };
+    (scale * width.min(height)).round_ties_even() as usize
+}
+
+impl ControlMap {
+    /// What a preprocessor makes of a picture whose shorter side is made `shorter` pixels long, if
+    /// it has at most `most` pixels then. Those that look at each pixel alone work in its own size.
+    /// The error reads on from the picture's name.
+    pub fn new(
+        image: &DynamicImage,
+        preprocessor: Preprocessor,
+        shorter: usize,
+        most: usize,
+    ) -> Result<Self, String> {
+        if matches!(preprocessor, Preprocessor::None | Preprocessor::Invert) {
+            return Ok(Self(of_rgb(preprocessor.apply(&rgb(image))).into_rgb8()));
+        }
+        let (width, height) = image.dimensions();
+        let scale = shorter.max(1) as f64 / f64::from(width.min(height));
+        let side = |side: u32| ((f64::from(side) * scale).round_ties_even() as u32).max(1);
+        let (width, height) = (side(width), side(height));
+        if u64::from(width) * u64::from(height) > most as u64 {
+            let name = preprocessor.name();
+            return Err(format!(
+                "is {width}x{height} at the resolution of {name}; at most {most} pixels are processed"
+            ));
+        }
+        let resized = fitted(image, (width, height), Fit::Stretch).into_rgb8();
+        let padded = |side: u32| side.next_multiple_of(MULTIPLE);
+        let continued = RgbImage::from_fn(padded(width), padded(height), |x, y| {
+            *resized.get_pixel(x.min(width - 1), y.min(height - 1))
+        });
+        let made = of_rgb(preprocessor.apply(&rgb(&continued.into())));
+        Ok(Self(made.crop_imm(0, 0, width, height).into_rgb8()))
+    }
+
+    /// The map itself.
+    pub fn whole(self) -> RgbImage {
+        self.0
+    }
+
+    /// The map in the size of the images.
+    pub fn fitted(&self, size: Size, fit: Fit) -> Rgb {
+        let Self(map) = self;
+        let (width, height) = (size.width() as u32, size.height() as u32);
+        let (w, h) = (f64::from(map.width()), f64::from(map.height()));
+        let (across, down) = (f64::from(width) / w, f64::from(height) / h);
+        let scale = match fit {
+            Fit::Stretch => return rgb(&self.resized(width, height).into()),
+            Fit::Crop => across.max(down),
+            Fit::Pad => across.min(down),
+        };
+        let side = |side: f64| ((side * scale).round_ties_even() as u32).max(1);
+        let inner = self.resized(side(w), side(h));
+        let mut outer = RgbImage::from_pixel(width, height, self.border());
+        let middle = |outer: u32, inner: u32| (i64::from(outer) - i64::from(inner)) / 2;
+        let (left, top) = (middle(width, inner.width()), middle(height, inner.height()));
+        image::imageops::replace(&mut outer, &inner, left, top);
+        rgb(&outer.into())
+    }
+
+    /// The map in these sides: areas keep their colours, and a map of black and white stays one.
+    fn resized(&self, width: u32, height: u32) -> RgbImage {
+        let Self(map) = self;
+        if map.dimensions() == (width, height) {
+            return map.clone();
+        }
+        let mut colours: Vec<_> = Vec::new();
+        for pixel in map.pixels() {
+            if !colours.contains(pixel) {
+                colours.push(*pixel);
+                if colours.len() == FEW_COLOURS {
+                    break;
+                }
+            }
+        }
+        if (3..FEW_COLOURS).contains(&colours.len()) {
+            return image::imageops::resize(map, width, height, FilterType::Nearest);
+        }
+        let mut resized = fitted(&map.clone().into(), (width, height), Fit::Stretch).into_rgb8();
+        let of = |value: fn(&u8) -> bool| colours.iter().any(|colour| colour.0.iter().any(value));
+        if colours.len() == 2 && of(|byte| *byte < 16) && of(|byte| *byte > 240) {
+            for pixel in resized.pixels_mut() {
+                let mean = pixel.0.iter().map(|byte| u16::from(*byte)).sum::<u16>() / 3;
+                pixel.0 = [if mean > 127 { 255 } else { 0 }; 3];
+            }
+        }
+        resized
+    }
+
+    /// The median of the pixels at the border, for each channel.
+    fn border(&self) -> image::Rgb<u8> {
+        let Self(map) = self;
+        let (width, height) = map.dimensions();
+        let lines = (0..width).flat_map(|x| [(x, 0), (x, height - 1)]);
+        let columns = (0..height).flat_map(|y| [(0, y), (width - 1, y)]);
+        let pixels: Vec<_> = lines.chain(columns).map(|(x, y)| map.get_pixel(x, y).0).collect();
+        let median = |channel: usize| {
+            let mut values: Vec<_> = pixels.iter().map(|pixel| pixel[channel]).collect();
+            values.sort_unstable();
+            let half = values.len() / 2;
+            // There are an even number of them.
+            ((u16::from(values[half - 1]) + u16::from(values[half])) / 2) as u8
+        };
+        image::Rgb([0, 1, 2].map(median))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use image::Rgb as Pixel;
+
+    use super::*;
+
+    fn size(width: usize, height: usize) -> Size {
+        Size::new(width, height).expect("multiples of 8")
+    }
+
+    #[test]
+    fn maps_keep_what_their_colours_mean() {
+        // Black and white stay so, and three areas get no fourth colour.
+        let edges = RgbImage::from_fn(20, 30, |x, _| Pixel([if x < 9 { 0 } else { 255 }; 3]));
+        let map = ControlMap(edges).fitted(size(64, 96), Fit::Stretch);
+        assert!(map.data.iter().all(|byte| [0, 255].contains(byte)));
+        assert!(map.data.contains(&0) && map.data.contains(&255));
+        let areas = RgbImage::from_fn(20, 20, |x, _| Pixel([(x / 7) as u8 * 90, 7, 9]));
+        let map = ControlMap(areas.clone()).fitted(size(64, 64), Fit::Crop);
+        assert!(
+            map.data
+                .chunks_exact(3)
+                .all(|p| [[0, 7, 9], [90, 7, 9], [180, 7, 9]].contains(&[p[0], p[1], p[2]]))
+        );
+        // Beside a map of other proportions is the colour of its border.
+        let map = ControlMap(RgbImage::from_pixel(10, 20, Pixel([3, 4, 5])));
+        assert!(map.fitted(size(64, 64), Fit::Pad).data.chunks_exact(3).all(|p| p == [3, 4, 5]));
+    }
+
+    #[test]
+    fn preprocessors_work_at_their_resolution() {
+        let image = DynamicImage::from(RgbImage::from_fn(40, 20, |x, _| {
+            Pixel([if x < 20 { 9 } else { 222 }; 3])
+        }));
+        let canny = Preprocessor::Canny { low: 100.0, high: 200.0 };
+        let sides = |preprocessor, most| {
+            ControlMap::new(&image, preprocessor, 70, most).map(|map| map.whole().dimensions())
+        };
+        assert_eq!(sides(canny, 9800), Ok((140, 70)));
+        assert!(sides(canny, 9799).is_err_and(|reason| reason.starts_with("is 140x70")));
+        assert_eq!(sides(Preprocessor::Invert, 0), Ok((40, 20)));
+        assert_eq!(pixel_perfect(&image, size(80, 80), Fit::Crop), 80);
+        assert_eq!(pixel_perfect(&image, size(80, 80), Fit::Pad), 40);
+    }
+}
