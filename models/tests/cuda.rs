@@ -64,6 +64,7 @@ fn spec(sampler: Sampler, steps: usize, guidance_scale: f64) -> Spec {
         clip_skip: 0,
         guidance_rescale: 0.0,
         variation: None,
+        eta_noise_seed_delta: 0,
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),

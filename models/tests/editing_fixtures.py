@@ -142,7 +142,7 @@ def pictures(path):
 
         return at
 
-    def run(scheduler, timesteps, latents, at, scale):
+    def run(scheduler, timesteps, latents, at, scale, **options):
         """A pass, whose evaluations are counted as by AUTOMATIC1111's denoiser."""
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(len(scheduler.timesteps) - len(timesteps))
@@ -153,7 +153,7 @@ def pictures(path):
             output = uncond.clone()
             for row, weight in zip(rows, weights):
                 output += (unet(x, t, row[None]).sample - uncond) * (weight * scale)
-            latents = scheduler.step(output, t, latents).prev_sample
+            latents = scheduler.step(output, t, latents, **options).prev_sample
         return latents
 
     evaluations = lambda name, steps: 2 * steps if name == "heun" else steps
@@ -177,6 +177,15 @@ def pictures(path):
     second("hires.same", "ddim", large, 5, at, 3.0)
     at = conditionings("the [sea:night:1.4] AND a [red:green:9] moon :0.5", "sun", 6, 5)
     second("hires.own", "euler", large, 5, at, 5.0)
+
+    # A1111's `eta_noise_seed_delta` (its modules/rng.py): behind the first noise, that of another seed.
+    at = conditionings("a red house", "", 6)
+    for name, options in (("euler_a", {}), ("ddim", {"eta": 1.0})):
+        scheduler = others.scheduler_of(name, others.V1_4)
+        scheduler.set_timesteps(6)
+        options["generator"] = others.generator(11 + 31337)
+        latents = noise * scheduler.init_noise_sigma
+        tensors[f"delta.{name}"] = run(scheduler, scheduler.timesteps, latents, at, 3.0, **options)
 
     # Image-to-image, which takes 5 of 10 steps: the prompt's shares are of all.
     kind = diffusers.StableDiffusionImg2ImgPipeline

@@ -296,6 +296,9 @@ pub(super) struct GenerateArgs {
     /// Denoising strength for --image, 0 to 1; higher values change more. Default: 0.8
     #[arg(long, requires = "image", value_parser = finite)]
     pub(super) strength: Option<f64>,
+    /// What is added to the seed for the noise that the sampler draws at its steps. Default: 0
+    #[arg(long, allow_negative_numbers = true)]
+    pub(super) eta_noise_seed_delta: Option<i64>,
     /// Output width of the hires pass, which continues from the upscaled latents of the base pass.
     /// Default: from --hires-height, in the aspect ratio of the base pass
     #[arg(long)]
@@ -315,6 +318,21 @@ pub(super) struct GenerateArgs {
     /// ... Default: Latent
     #[arg(long)]
     pub(super) hires_upscaler: Option<String>,
+    /// Prompt of the hires pass. Default: PROMPT
+    #[arg(long)]
+    pub(super) hires_prompt: Option<String>,
+    /// Negative prompt of the hires pass. Default: --negative-prompt
+    #[arg(long)]
+    pub(super) hires_negative_prompt: Option<String>,
+    /// Guidance scale of the hires pass. Default: --guidance-scale
+    #[arg(long, value_parser = finite)]
+    pub(super) hires_guidance_scale: Option<f64>,
+    /// Sampler of the hires pass. Default: --scheduler
+    #[arg(long)]
+    pub(super) hires_scheduler: Option<String>,
+    /// Schedule of the hires pass. Default: --schedule, with --hires-scheduler the model's own
+    #[arg(long)]
+    pub(super) hires_schedule: Option<String>,
     #[command(flatten)]
     #[serde(skip)]
     pub(super) model: ModelArgs,

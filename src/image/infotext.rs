@@ -7,8 +7,8 @@ use anyhow::{Context as _, Result, bail};
 use exif::{Exif, In, Tag, Value};
 use image::{ImageDecoder as _, ImageFormat, ImageReader};
 use sd_models::{
-    Control, ControlRule, Hires, LoraUse, Preprocessor, PromptSyntax, Sampler, SamplerOptions,
-    Spec, Variation,
+    Control, ControlRule, Hires, LoraUse, Pass, Preprocessor, PromptSyntax, Sampler,
+    SamplerOptions, Spec, Variation,
 };
 
 /// AUTOMATIC1111's name of the list of LoRAs with their hashes.
@@ -47,7 +47,8 @@ pub fn infotext(spec: &Spec, model: &str, loras: &str) -> String {
     }
     let strength = spec.strength().map(|strength| format!("Denoising strength: {strength}, "));
     let others = variation_parameters(spec).into_iter().chain(extra_parameters(spec));
-    let others: String = others.map(|(name, value)| format!("{name}: {value}, ")).collect();
+    let others: String =
+        others.map(|(name, value)| format!("{name}: {}, ", quoted(&value))).collect();
     let controls = control_parameters(spec).into_iter();
     let controls: String = controls.map(|(name, value)| format!("{name}: \"{value}\", ")).collect();
     let loras = match loras {
@@ -123,6 +124,7 @@ fn sampler_parameters(spec: &Spec) -> Vec<(&'static str, String)> {
     let SamplerOptions { eta, s_noise, churn } = spec.sampler_options;
     let eta_name = if spec.sampler == Sampler::Ddim { "Eta DDIM" } else { "Eta" };
     let added = churn.amount > 0.0;
+    let delta = spec.passes().map(Pass::seed_delta).find(|delta| *delta != 0);
     let given = [
         (eta_name, eta),
         ("Sigma churn", added.then_some(churn.amount)),
@@ -130,7 +132,8 @@ fn sampler_parameters(spec: &Spec) -> Vec<(&'static str, String)> {
         ("Sigma tmax", (added && churn.to.is_finite()).then_some(churn.to)),
         ("Sigma noise", s_noise),
     ];
-    given.into_iter().filter_map(|(name, value)| Some((name, value?.to_string()))).collect()
+    let given = given.into_iter().filter_map(|(name, value)| Some((name, value?.to_string())));
+    given.chain(delta.map(|delta| ("ENSD", delta.to_string()))).collect()
 }
 
 fn hires_parameters(spec: &Spec, hires: &Hires) -> Vec<(&'static str, String)> {
@@ -145,7 +148,23 @@ fn hires_parameters(spec: &Spec, hires: &Hires) -> Vec<(&'static str, String)> {
         ("Hires steps", (hires.steps - hires.skipped_steps()).to_string()),
         ("Hires upscaler", hires.upscaler.title().to_owned()),
     ];
-    std::iter::once(enlarged).chain(rest).collect()
+    let own = [
+        ("Hires sampler", hires.sampler.map(|(name, _)| name.title())),
+        // The name is Forge's.
+        ("Hires CFG Scale", hires.guidance_scale.map(|scale| scale.to_string())),
+        ("Hires prompt", hires.prompt.clone()),
+        ("Hires negative prompt", hires.negative_prompt.clone()),
+    ];
+    let own = own.into_iter().filter_map(|(name, value)| Some((name, value?)));
+    std::iter::once(enlarged).chain(rest).chain(own).collect()
+}
+
+/// A value as AUTOMATIC1111 writes it: in quotes where it would end early.
+fn quoted(value: &str) -> String {
+    match value.contains([',', ':', '\n', '"']) {
+        true => serde_json::Value::from(value.replace('\0', "")).to_string(),
+        false => value.replace('\0', ""),
+    }
 }
 
 /// The infotext of an image file, if it has one.
@@ -324,6 +343,7 @@ mod tests {
             clip_skip: 0,
             guidance_rescale: 0.0,
             variation: None,
+            eta_noise_seed_delta: 0,
             warnings: Vec::new(),
             hires: None,
             controls: Vec::new(),

@@ -32,6 +32,9 @@ const MAX_MASK_BLUR: u32 = 64;
 /// Maximum number of pixels around the masked area that are generated with it.
 const MAX_MASK_PADDING: u32 = 256;
 
+/// Maximum difference of seeds. Seeds are of 32 bits to torch's generator.
+pub(crate) const MAX_SEED_DELTA: i64 = 1 << 32;
+
 /// Maximum scale of a LoRA. More only burns the image.
 const MAX_LORA_SCALE: i32 = 100;
 
@@ -117,6 +120,9 @@ pub struct DrawRequest {
     /// Default: 0.
     #[schemars(extend("minimum" = 0, "maximum" = 1))]
     pub(crate) variation_strength: Option<f64>,
+    /// What is added to the seed for the noise that the sampler draws at its steps. Default: 0.
+    #[schemars(extend("minimum" = -MAX_SEED_DELTA, "maximum" = MAX_SEED_DELTA))]
+    pub(crate) eta_noise_seed_delta: Option<i64>,
     /// Width of the hires pass in pixels, which is the width of the images. Default: in the
     /// proportions of the base pass.
     #[schemars(extend("minimum" = MIN_SIDE, "maximum" = MAX_SIDE))]
@@ -134,8 +140,20 @@ pub struct DrawRequest {
     pub(crate) hires_strength: Option<f64>,
     /// Upscaler of the latents: Latent, Latent (nearest), and others of AUTOMATIC1111's family.
     pub(crate) hires_upscaler: Option<String>,
+    /// Prompt of the hires pass. Default: as the base pass.
+    pub(crate) hires_prompt: Option<String>,
+    /// Negative prompt of the hires pass. Default: as the base pass.
+    pub(crate) hires_negative_prompt: Option<String>,
+    /// Guidance scale of the hires pass. Default: as the base pass.
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_GUIDANCE))]
+    pub(crate) hires_guidance_scale: Option<f64>,
+    /// Sampler of the hires pass. Default: as the base pass.
+    pub(crate) hires_scheduler: Option<String>,
+    /// Schedule of the hires pass. Default: as the base pass, and with a `hires_scheduler` the
+    /// model's own.
+    pub(crate) hires_schedule: Option<String>,
     /// `plain`: prompts are read as by diffusers. `a1111`: as by AUTOMATIC1111, with (emphasis:1.3),
-    /// [less], BREAK.
+    /// [less], BREAK, [from:to:0.5], [one|another], AND.
     pub(crate) prompt_syntax: Option<String>,
     /// Format of the image files: png, jpeg or webp.
     pub(crate) output_format: Option<String>,

@@ -1,6 +1,6 @@
 //! The sizes and steps of the base pass and of the hires pass.
 
-use sd_models::{Hires, ModelInfo, Size, Upscaler};
+use sd_models::{Hires, ModelInfo, SamplerName, SamplerOptions, Size, Upscaler};
 
 use super::draw::{DrawRequest, MAX_SIDE, MIN_SIDE};
 use super::error::ValidationError;
@@ -10,16 +10,16 @@ use super::limits::Limits;
 const DEFAULT_HIRES_STRENGTH: f64 = 0.75;
 
 impl DrawRequest {
-    /// The hires pass, in the proportions of the base pass if only one of its sides is given. A
-    /// schedule has at most `most` steps.
+    /// The hires pass of a base pass of this size, steps and sampler, in its proportions if only one
+    /// side is given.
     pub(super) fn hires(
         &self,
-        (base, steps): (Size, usize),
+        (base, steps, sampler): (Size, usize, SamplerName),
         limits: &Limits,
         model: &ModelInfo,
-        most: usize,
         warnings: &mut Vec<String>,
     ) -> Result<Option<Hires>, ValidationError> {
+        let text = |text: &Option<String>| text.clone().filter(|text| !text.trim().is_empty());
         let scaled = |side: usize, by: usize, of: usize| {
             (side * by / of / model.multiple).max(1) * model.multiple
         };
@@ -33,12 +33,22 @@ impl DrawRequest {
                     ("hires_steps", self.hires_steps.is_some()),
                     ("hires_strength", self.hires_strength.is_some()),
                     ("hires_upscaler", self.hires_upscaler.is_some()),
+                    ("hires_prompt", text(&self.hires_prompt).is_some()),
+                    ("hires_negative_prompt", text(&self.hires_negative_prompt).is_some()),
+                    ("hires_guidance_scale", self.hires_guidance_scale.is_some()),
+                    ("hires_scheduler", self.hires_scheduler.is_some()),
+                    ("hires_schedule", self.hires_schedule.is_some()),
                 ];
                 return self.reject_without("hires_width", dependent);
             }
         };
         let upscaler = self.choice::<Upscaler>("hires_upscaler", self.hires_upscaler.as_ref())?;
         let strength = self.hires_strength.unwrap_or(DEFAULT_HIRES_STRENGTH);
+        let fields =
+            [("hires_scheduler", &self.hires_scheduler), ("hires_schedule", &self.hires_schedule)];
+        let own = self.sampler_of(fields, sampler)?;
+        let most = limits.max_steps.min(model.most_steps(own.sampler));
+        let options = SamplerOptions { eta: self.eta, s_noise: self.s_noise, churn: self.churn };
         Ok(Some(Hires {
             size: self.sides(["hires_width", "hires_height"], sides, limits)?,
             steps: match self.hires_steps {
@@ -50,10 +60,11 @@ impl DrawRequest {
             },
             strength,
             upscaler: upscaler.unwrap_or_default(),
-            prompt: None,
-            negative_prompt: None,
-            guidance_scale: None,
-            sampler: None,
+            prompt: text(&self.hires_prompt).filter(|own| self.prompt.as_ref() != Some(own)),
+            negative_prompt: text(&self.hires_negative_prompt)
+                .filter(|own| self.negative_prompt.as_ref() != Some(own)),
+            guidance_scale: self.hires_guidance_scale,
+            sampler: (own != sampler).then_some((own, options)),
         }))
     }
 

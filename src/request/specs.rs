@@ -22,9 +22,7 @@ impl DrawRequest {
         model: &ModelInfo,
         random_seed: u64,
     ) -> Result<Vec<Spec>, ValidationError> {
-        self.check_lengths(limits)?;
-        let required = || ValidationError::malformed(self.names.of("prompt"), "is required");
-        let prompt = self.prompt.clone().ok_or_else(required)?;
+        let prompt = self.checked_prompt(limits)?;
         let syntax = self.choice::<PromptSyntax>("prompt_syntax", self.prompt_syntax.as_ref())?;
         let syntax = syntax.unwrap_or_default();
         let lora = |lora: &Lora| {
@@ -36,13 +34,15 @@ impl DrawRequest {
         // What is wrong with them is found below.
         let named = syntax.text(&prompt).map_or_else(|_| Vec::new(), |(_, named)| named);
         let (defaults, mut warnings) = self.defaults(model, loras.iter().chain(&named));
-        self.warn_of_unread(&prompt, syntax);
+        self.warn_of_unread(syntax);
         let input = self.input(limits)?;
         let decoded = self.controls(limits)?;
         let size = own_size(input.as_ref(), &decoded, limits, model).unwrap_or(defaults.size);
         let sides = [self.width.unwrap_or(size.width()), self.height.unwrap_or(size.height())];
         let size = self.sides(["width", "height"], sides, limits)?;
-        let SamplerName { sampler, schedule } = self.sampler_name(&defaults)?;
+        let fields = [("scheduler", &self.scheduler), ("schedule", &self.schedule)];
+        let name = self.sampler_of(fields, defaults.sampler_name())?;
+        let SamplerName { sampler, schedule } = name;
         let most = limits.max_steps.min(model.most_steps(sampler));
         let strength = ("strength", input.as_ref().map_or(1.0, |input| input.strength));
         let steps = match self.num_inference_steps {
@@ -54,7 +54,7 @@ impl DrawRequest {
         let guidance_scale = self.guidance_scale.unwrap_or(defaults.guidance_scale);
         let guided = guidance_scale > 1.0 && !model.embeds_guidance;
         let own_eta = defaults.eta.filter(|_| sampler == defaults.sampler);
-        let hires = self.hires((size, steps), limits, model, most, &mut warnings)?;
+        let hires = self.hires((size, steps, name), limits, model, &mut warnings)?;
         let img2img = input.map(|input| Arc::new(self.img2img(input, size)));
         let hires_size = hires.as_ref().map(|hires| hires.size);
         let controls = self.sized(decoded, size, hires_size, limits)?;
@@ -79,18 +79,39 @@ impl DrawRequest {
             clip_skip: self.clip_skip.unwrap_or(defaults.clip_skip),
             guidance_rescale: self.rescale(&defaults, guided),
             variation: self.variation(random_seed)?,
+            eta_noise_seed_delta: self.eta_noise_seed_delta.unwrap_or(0),
             warnings,
             hires,
             img2img,
         };
         model.check(&spec).map_err(|error| self.refused(error))?;
-        self.check_loras((spec.loras.len(), named.len()), limits)?;
+        self.check_loras(&spec, limits)?;
         let numbered = |k: u64| {
             let mut image = spec.clone();
             image.set_number(&spec, k);
             image
         };
         Ok((0..count as u64).map(numbered).collect())
+    }
+
+    /// The prompt, once the lengths of all prompts are checked.
+    fn checked_prompt(&self, limits: &Limits) -> Result<String, ValidationError> {
+        let texts = [
+            ("prompt", &self.prompt),
+            ("negative_prompt", &self.negative_prompt),
+            ("hires_prompt", &self.hires_prompt),
+            ("hires_negative_prompt", &self.hires_negative_prompt),
+        ];
+        for (name, text) in texts {
+            let bytes = text.as_ref().map_or(0, String::len);
+            if bytes > limits.max_prompt_bytes {
+                let max = limits.max_prompt_bytes;
+                let reason = format!("has {bytes} bytes; at most {max} are allowed");
+                return Err(self.range(name, reason));
+            }
+        }
+        let required = || ValidationError::malformed(self.names.of("prompt"), "is required");
+        self.prompt.clone().ok_or_else(required)
     }
 
     /// Checks that the files which the request's specs name exist, and gives the ControlNets of
@@ -134,30 +155,18 @@ impl DrawRequest {
         }
     }
 
-    /// Checks the lengths of the prompts.
-    fn check_lengths(&self, limits: &Limits) -> Result<(), ValidationError> {
-        for (name, text) in [("prompt", &self.prompt), ("negative_prompt", &self.negative_prompt)] {
-            let bytes = text.as_ref().map_or(0, String::len);
-            if bytes > limits.max_prompt_bytes {
-                let max = limits.max_prompt_bytes;
-                let reason = format!("has {bytes} bytes; at most {max} are allowed");
-                return Err(self.range(name, reason));
-            }
-        }
-        Ok(())
-    }
-
     /// Warns of syntax in the prompts that is drawn as words.
-    fn warn_of_unread(&mut self, prompt: &str, syntax: PromptSyntax) {
-        let negative = self.negative_prompt.as_deref().unwrap_or_default();
-        let texts = [("prompt", prompt), ("negative_prompt", negative)];
-        let warnings = texts.map(|(name, text)| {
-            let role = match syntax {
-                PromptSyntax::Plain => PromptRole::Plain,
-                PromptSyntax::A1111 if name == "prompt" => PromptRole::A1111,
-                PromptSyntax::A1111 => PromptRole::A1111Negative,
-            };
-            let unread = unread(text, role);
+    fn warn_of_unread(&mut self, syntax: PromptSyntax) {
+        use PromptRole::{A1111, A1111Negative, Plain};
+        let texts = [
+            ("prompt", &self.prompt, A1111),
+            ("negative_prompt", &self.negative_prompt, A1111Negative),
+            ("hires_prompt", &self.hires_prompt, A1111),
+            ("hires_negative_prompt", &self.hires_negative_prompt, A1111Negative),
+        ];
+        let warnings = texts.map(|(name, text, role)| {
+            let role = if syntax == PromptSyntax::Plain { Plain } else { role };
+            let unread = unread(text.as_ref()?, role);
             unread.map(|what| format!("{} {what}", self.names.of(name)))
         });
         self.warnings.extend(warnings.into_iter().flatten());
@@ -219,19 +228,24 @@ impl DrawRequest {
         }
     }
 
-    /// The sampler and its schedule. A name that has a schedule allows no other.
-    fn sampler_name(&self, defaults: &Defaults) -> Result<SamplerName, ValidationError> {
-        let named = self.choice::<SamplerName>("scheduler", self.scheduler.as_ref())?;
-        let asked = self.schedule.as_ref().filter(|name| !name.eq_ignore_ascii_case("automatic"));
-        let asked = self.choice::<SigmaSchedule>("schedule", asked)?;
+    /// The sampler and its schedule, by two fields, where they name any. A name that has a schedule
+    /// allows no other.
+    pub(super) fn sampler_of(
+        &self,
+        [sampler, schedule]: [(&str, &Option<String>); 2],
+        default: SamplerName,
+    ) -> Result<SamplerName, ValidationError> {
+        let named = self.choice::<SamplerName>(sampler.0, sampler.1.as_ref())?;
+        let asked = schedule.1.as_ref().filter(|name| !name.eq_ignore_ascii_case("automatic"));
+        let asked = self.choice::<SigmaSchedule>(schedule.0, asked)?;
         let Some(named) = named else {
-            let own = defaults.sampler_name();
-            return Ok(SamplerName { schedule: asked.unwrap_or(own.schedule), ..own });
+            return Ok(SamplerName { schedule: asked.unwrap_or(default.schedule), ..default });
         };
+        let field = schedule.0;
         let schedule = asked.unwrap_or(named.schedule);
         if ![schedule, SigmaSchedule::Model].contains(&named.schedule) {
             let reason = format!("{schedule} is another than that of the sampler {named}");
-            return Err(self.range("schedule", reason));
+            return Err(self.range(field, reason));
         }
         Ok(SamplerName { schedule, ..named })
     }
@@ -242,16 +256,17 @@ impl DrawRequest {
         self.guidance_rescale.unwrap_or(default)
     }
 
-    /// Checks the number of LoRAs: of the field, and of the prompt.
-    fn check_loras(
-        &self,
-        (listed, named): (usize, usize),
-        limits: &Limits,
-    ) -> Result<(), ValidationError> {
-        if listed + named <= limits.max_loras {
-            return Ok(());
+    /// Checks the number of LoRAs: of the field, and of each prompt.
+    fn check_loras(&self, spec: &Spec, limits: &Limits) -> Result<(), ValidationError> {
+        for pass in spec.passes() {
+            let named = pass.text().map_or(0, |(_, named)| named.len());
+            if spec.loras.len() + named > limits.max_loras {
+                let most = limits.max_loras;
+                let reason = format!("names too many LoRAs; at most {most} are allowed");
+                let field = if named == 0 { "loras" } else { pass.field("prompt") };
+                return Err(self.range(field, reason));
+            }
         }
-        let reason = format!("names too many LoRAs; at most {} are allowed", limits.max_loras);
-        Err(self.range(if named == 0 { "loras" } else { "prompt" }, reason))
+        Ok(())
     }
 }

@@ -34,6 +34,12 @@ impl FieldSchema<'_> {
     /// Checks a value. In a form, lists and objects are text, too.
     pub(super) fn check(&self, value: Value, is_form: bool) -> Result<Value, ValidationError> {
         let value = match value {
+            // A blank member of an object, as a blank field.
+            Value::String(text)
+                if text.trim().is_empty() && !self.allows("string") && self.allows("null") =>
+            {
+                Value::Null
+            }
             Value::String(text) if !self.allows("string") => self.written(&text, is_form)?,
             Value::Number(number) if !self.allows("number") => self.whole(number),
             value => value,

@@ -196,6 +196,7 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
         clip_skip: 0,
         guidance_rescale: 0.0,
         variation: None,
+        eta_noise_seed_delta: 0,
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),

@@ -31,6 +31,7 @@ mod origins; // foreign web pages, proxies and links
 mod overload; // too much, too late, too large: what is refused and how
 mod package; // a model's files for SageMaker
 mod page; // the web page
+mod passes; // prompts that change on the way, and what the hires pass has of its own
 mod pictures; // against diffusers' pictures, and against their prompts
 mod progress; // events and jobs
 mod properties; // of the parsers of requests, on random input

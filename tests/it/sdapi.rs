@@ -333,8 +333,8 @@ async fn a_second_pass_is_what_automatic1111_makes_of_its_fields() -> Result<()>
         ("hr_upscaler", json!("R-ESRGAN 4x+")),
         // There it enlarges pixels.
         ("hr_upscaler", json!("None")),
-        ("hr_prompt", json!("another")),
-        ("hr_sampler_name", json!("Heun")),
+        ("hr_checkpoint_name", json!("another")),
+        ("hr_sampler_name", json!("Ueler")),
         ("hr_scale", json!(100)),
         ("hr_resize_x", json!(4096)),
         ("hr_second_pass_steps", json!(1000)),

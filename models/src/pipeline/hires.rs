@@ -28,6 +28,8 @@ pub(crate) struct HiresPass {
     pub(crate) controls: Vec<ActiveControl>,
     pub(crate) upscaler: Upscaler,
     pub(crate) seed: u64,
+    /// What is added to the seed for the sampler's noise.
+    pub(crate) seed_delta: i64,
     pub(crate) variation: Option<Variation>,
 }
 
@@ -56,6 +58,9 @@ impl HiresPass {
             variation.mix(&mut drawn, (h, w));
         }
         let drawn = Tensor::from_vec(drawn, clean.shape(), clean.device())?;
+        if self.seed_delta != 0 {
+            noise = noise.moved(self.seed_delta);
+        }
         let latents = self.sampler.begin(Some(&clean), &drawn, &mut noise)?;
         Ok(UpscaledLatents { clean, latents, noise })
     }

@@ -262,7 +262,7 @@ impl ModelInfo {
     fn check_hires(&self, hires: &Hires, spec: &Spec) -> Result<()> {
         let refuse = |field, reason: String| Err(Error::Spec { field, reason });
         let Hires { size, steps, strength, .. } = *hires;
-        if let Some(SamplerName { sampler, schedule }) = hires.sampler {
+        if let Some((SamplerName { sampler, schedule }, _)) = hires.sampler {
             if let Some(reason) = self.unsuited_to(sampler) {
                 return refuse("hires_scheduler", format!("{sampler}: {reason}"));
             }
@@ -282,7 +282,7 @@ impl ModelInfo {
             let reason = format!("{size} must have sides that are multiples of {}", self.multiple);
             return refuse("hires_width", reason);
         }
-        let sampler = hires.sampler.map_or(spec.sampler, |own| own.sampler);
+        let sampler = hires.sampler.map_or(spec.sampler, |(own, _)| own.sampler);
         self.check_steps("hires_steps", steps, sampler)?;
         if !(0.0..=1.0).contains(&strength) {
             return refuse("hires_strength", format!("must be from 0 to 1, not {strength}"));

@@ -7,6 +7,7 @@
 
 use candle_core::{Device, Tensor};
 
+use super::pass::Pass;
 use super::spec::{Img2Img, MaskedStart, Spec};
 use crate::error::Result;
 use crate::networks::Encoder;
@@ -21,6 +22,8 @@ pub(crate) struct InitialLatents {
     pub(crate) blend: Option<InpaintBlend>,
     /// Mask and masked image (1, 1 + C, h, w) f32, for an inpainting UNet (9 input channels).
     pub(crate) mask_condition: Option<Tensor>,
+    /// The stream of the sampler's noise, if it is another.
+    pub(crate) step_noise: Option<Noise>,
 }
 
 /// The preserved area of an image.
@@ -89,16 +92,19 @@ impl LatentInit<'_> {
             }
             (picture, _) => picture,
         };
-        let latents = sampler.begin(picture.as_ref().filter(|_| !all_noise), &drawn, noise)?;
+        let delta = Pass::base(spec).seed_delta();
+        let mut step_noise = (delta != 0).then(|| noise.moved(delta));
+        let begun = picture.as_ref().filter(|_| !all_noise);
+        let latents = sampler.begin(begun, &drawn, step_noise.as_mut().unwrap_or(&mut *noise))?;
         if !painting {
-            return Ok(InitialLatents { latents, blend: None, mask_condition: None });
+            return Ok(InitialLatents { latents, blend: None, mask_condition: None, step_noise });
         }
         let shrunk = self.shrunk(masked, spec.size)?;
         if !self.inpainting {
             // diffusers encodes the masked image here too, which draws noise from the stream.
             self.draw(spec.size, noise)?;
             let blend = picture.map(|picture| InpaintBlend { picture, noise: drawn, mask: shrunk });
-            return Ok(InitialLatents { latents, blend, mask_condition: None });
+            return Ok(InitialLatents { latents, blend, mask_condition: None, step_noise });
         }
         let rest = match input {
             Some(input) => pixels(input, |pixel| !masked(pixel)),
@@ -109,6 +115,7 @@ impl LatentInit<'_> {
             latents,
             blend: None,
             mask_condition: Some(Tensor::cat(&[shrunk, rest], 1)?),
+            step_noise,
         })
     }
 

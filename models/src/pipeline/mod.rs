@@ -142,9 +142,9 @@ impl Pipeline {
         let lora_files = loras.files();
         let PassLoras { base: loras, hires: of_hires } = loras;
         let mut warnings: Vec<_> = spec.warnings.iter().cloned().chain(loras.warnings()).collect();
-        warnings.extend(spec.sampler.without_effect(&spec.sampler_options));
         warnings.extend(nets.warnings());
         let base = Pass::base(spec);
+        warnings.extend(base.idle_options());
         let sampler = self.sampler(base)?;
         let rows = self.rows(base, &loras, &mut warnings)?;
         let mut noise = Noise::new(spec.seed);
@@ -152,8 +152,9 @@ impl Pipeline {
             self.model.unet.config().in_channels > self.model.unet.config().out_channels;
         let init =
             LatentInit { encoder: &self.model.encoder, device: &self.model.device, inpainting };
-        let InitialLatents { latents, blend, mask_condition } =
+        let InitialLatents { latents, blend, mask_condition, step_noise } =
             init.begin(spec, &sampler, &mut noise)?;
+        let noise = step_noise.unwrap_or(noise);
         let time_embeddings = self.time_embeddings(&sampler, base, &loras)?;
         let controls = controls(base, &nets, &sampler)?;
         let hires = self.hires_pass(spec, (of_hires, &nets), &mut warnings)?;
@@ -186,14 +187,23 @@ impl Pipeline {
             skip,
             loras,
             warnings: Vec::new(),
+            has_truncated: false,
         };
         let mut warn = |field: &'static str, encoding: Encoding<'_>| {
-            // Of several texts the first.
-            let first = encoding.warnings.into_iter().next();
-            warnings.extend(first.map(|warning| format!("{} {warning}", pass.field(field))));
+            let own = encoding.warnings.into_iter();
+            warnings.extend(own.map(|warning| format!("{} {warning}", pass.field(field))));
         };
         let mut prompt = encoding(spec.clip_skip);
-        let conditional = prompt.rows(&pass.directions()?)?;
+        let directions = pass.directions()?;
+        if let [(_, weight)] = &directions[..]
+            && *weight != 1.0
+        {
+            // "a photo, 16:9"
+            prompt.warnings.push(format!(
+                "ends in the weight {weight}, by which its guidance is multiplied, as in AUTOMATIC1111"
+            ));
+        }
+        let conditional = prompt.rows(&directions)?;
         warn("prompt", prompt);
         let unconditional = match pass.is_guided() {
             true => {
@@ -226,6 +236,7 @@ impl Pipeline {
         }
         let sampler = self.sampler(pass)?;
         let mut found: Vec<_> = loras.warnings().collect();
+        found.extend(pass.idle_options());
         let rows = self.rows(pass, &loras, &mut found)?;
         found.retain(|warning| !warnings.contains(warning));
         warnings.extend(found);
@@ -238,6 +249,7 @@ impl Pipeline {
             loras,
             upscaler: hires.upscaler,
             seed: spec.seed,
+            seed_delta: pass.seed_delta(),
             variation: spec.variation,
         }))
     }
@@ -246,7 +258,7 @@ impl Pipeline {
     fn sampler(&self, pass: Pass<'_>) -> Result<SamplerState> {
         let SamplerName { sampler, schedule } = pass.sampler();
         let (steps, skipped) = (pass.steps(), pass.skipped_steps());
-        let options = pass.spec.sampler_options;
+        let options = pass.sampler_options();
         SamplerState::new(&self.model.scheduler, Run { sampler, schedule, options, steps, skipped })
     }
 

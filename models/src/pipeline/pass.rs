@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use super::spec::{Hires, PromptSyntax, Spec};
 use crate::error::{Error, Result};
 use crate::picture::Size;
-use crate::sampling::SamplerName;
+use crate::sampling::{SamplerName, SamplerOptions};
 use crate::text::{
     Counted, LORA_TAGS, Loras, MAX_PARTS, MAX_TEXTS, Part, Schedule, max_chunks, most_texts, parts,
 };
@@ -96,8 +96,33 @@ impl<'a> Pass<'a> {
 
     /// Sampler and schedule.
     pub(super) fn sampler(self) -> SamplerName {
+        self.sampler_and_options().0
+    }
+
+    /// The random part of the sampler.
+    pub(super) fn sampler_options(self) -> SamplerOptions {
+        self.sampler_and_options().1
+    }
+
+    /// What is added to the seed for the sampler's noise; 0 also where that has no effect.
+    pub fn seed_delta(self) -> i64 {
+        let draws = self.sampler().sampler.draws_noise(&self.sampler_options());
+        if draws { self.spec.eta_noise_seed_delta } else { 0 }
+    }
+
+    /// Warnings for what has no effect on the sampler.
+    pub(super) fn idle_options(self) -> Vec<String> {
+        let sampler = self.sampler().sampler;
+        let mut warnings = sampler.without_effect(&self.sampler_options());
+        if self.spec.eta_noise_seed_delta != self.seed_delta() {
+            warnings.push(format!("eta_noise_seed_delta has no effect on the sampler {sampler}"));
+        }
+        warnings
+    }
+
+    fn sampler_and_options(self) -> (SamplerName, SamplerOptions) {
         let own = self.hires.and_then(|hires| hires.sampler);
-        own.unwrap_or(self.spec.sampler_name())
+        own.unwrap_or((self.spec.sampler_name(), self.spec.sampler_options))
     }
 
     /// The guidance scale.
@@ -132,7 +157,7 @@ impl<'a> Pass<'a> {
     }
 
     /// The field of the request in which a prompt stands.
-    pub(super) fn field(self, field: &'static str) -> &'static str {
+    pub fn field(self, field: &'static str) -> &'static str {
         let is_own = self.hires.is_some_and(|hires| match field {
             "prompt" => hires.prompt.is_some(),
             _ => hires.negative_prompt.is_some(),

@@ -51,8 +51,10 @@ pub(super) struct Encoding<'a> {
     /// Layers that are skipped.
     pub(super) skip: usize,
     pub(super) loras: &'a LoraStack,
-    /// Why texts were truncated.
+    /// What is odd about the prompt; the sentences read on from the field's name.
     pub(super) warnings: Vec<String>,
+    /// Whether a text was truncated, of which one warning is enough.
+    pub(super) has_truncated: bool,
 }
 
 impl Encoding<'_> {
@@ -109,7 +111,10 @@ impl Encoding<'_> {
             PromptSyntax::Plain => encode_plain(self.model, text, self.skip, self.loras),
             PromptSyntax::A1111 => encode_weighted(self.model, text, self.skip, self.loras),
         })?;
-        self.warnings.extend(encoded.warning.clone());
+        if !self.has_truncated {
+            self.has_truncated = encoded.warning.is_some();
+            self.warnings.extend(encoded.warning.clone());
+        }
         let context = encoded.context.clone();
         let encoded = match context.dim(1)? < least {
             false => encoded,

@@ -38,6 +38,9 @@ pub struct Spec {
     pub embeds_guidance: bool,
     /// Seed of the torch CPU generator that draws the noise.
     pub seed: u64,
+    /// What is added to the seed for the noise that the sampler draws, behind the first noise:
+    /// AUTOMATIC1111's `eta_noise_seed_delta`. At 0 the sampler goes on with the stream of the seed.
+    pub eta_noise_seed_delta: i64,
     /// The sampler.
     pub sampler: Sampler,
     /// Sigma schedule of the sampler.
@@ -130,8 +133,8 @@ pub struct Hires {
     pub negative_prompt: Option<String>,
     /// Guidance scale of the pass, if it is another.
     pub guidance_scale: Option<f64>,
-    /// Sampler and schedule of the pass, if they are others.
-    pub sampler: Option<SamplerName>,
+    /// Sampler and schedule of the pass, if they are others, and the random part.
+    pub sampler: Option<(SamplerName, SamplerOptions)>,
 }
 
 impl Hires {

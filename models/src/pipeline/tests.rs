@@ -56,6 +56,7 @@ fn spec(loras: Loras) -> Spec {
         clip_skip: 0,
         guidance_rescale: 0.0,
         variation: None,
+        eta_noise_seed_delta: 0,
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),

@@ -86,6 +86,8 @@ pub(super) struct Algorithm {
     pub(super) s_noise: bool,
     /// Whether noise can be added before steps.
     pub(super) churns: bool,
+    /// Whether it draws noise whatever its options are.
+    pub(super) always_draws: bool,
     /// Whether it needs the unguided output.
     pub(super) needs_unguided: bool,
     /// On timesteps: whether a step ends `train / steps` timesteps below its begin, and not at the

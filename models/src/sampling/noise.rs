@@ -37,6 +37,12 @@ impl Noise {
         Self { seed, state, next: N, spare: None }
     }
 
+    /// The stream of another seed, whose Brownian motion is that of this one's: AUTOMATIC1111's
+    /// `eta_noise_seed_delta`.
+    pub fn moved(&self, by: i64) -> Self {
+        Self { seed: self.seed, ..Self::new(self.seed.wrapping_add_signed(by)) }
+    }
+
     /// The seed of the stream.
     pub(super) fn seed(&self) -> u64 {
         self.seed

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::algorithm::{Algorithm, LevelGrid, Sampler, Stages};
+use super::algorithm::{Algorithm, LevelGrid, Sampler, Stages, StepNoise};
 use super::options::SamplerOptions;
 use super::sigmas::{Levels, SigmaSchedule};
 use super::table::ALGORITHMS;
@@ -84,6 +84,19 @@ impl Sampler {
     /// The number of UNet calls of a step, but for the last to no noise, which takes one.
     pub fn evaluations_of_a_step(self) -> usize {
         if self.algorithm().stages == Stages::One { 1 } else { 2 }
+    }
+
+    /// Whether its steps draw noise from the image's stream, with these options. Not so do the
+    /// stochastic solvers, which have a Brownian motion in AUTOMATIC1111.
+    pub fn draws_noise(self, options: &SamplerOptions) -> bool {
+        let row = self.algorithm();
+        let by_eta = match row.noise {
+            StepNoise::Ancestral => row.stages != Stages::NoisyMiddle,
+            StepNoise::Ddim | StepNoise::Tcd => true,
+            StepNoise::Sde | StepNoise::None => false,
+        };
+        let eta = options.eta.or(row.eta).unwrap_or(0.0);
+        row.always_draws || by_eta && eta > 0.0 || row.churns && options.churn.amount > 0.0
     }
 
     /// Which options have no effect on the sampler, as sentences for the user. A value that holds

@@ -52,6 +52,7 @@ pub(super) static ALGORITHMS: [Algorithm; 24] = [
         ..on_timesteps(Sampler::Ddim, ["ddim", "DDIM", "DDIMScheduler"], ddpm::ddim)
     },
     Algorithm {
+        always_draws: true,
         clip_sample: Some(true),
         restricted: &[
             THRESHOLDING,
@@ -202,6 +203,7 @@ pub(super) static ALGORITHMS: [Algorithm; 24] = [
         class: None,
         automatic: SigmaSchedule::Karras,
         s_noise: true,
+        always_draws: true,
         stages: Stages::Restarting,
         ..on_sigmas(Sampler::Restart, ["restart", "Restart", ""], euler::heun)
     },
@@ -222,6 +224,7 @@ pub(super) static ALGORITHMS: [Algorithm; 24] = [
         )
     },
     Algorithm {
+        always_draws: true,
         timesteps: Some(lcm::timesteps),
         spacing: Spacing::Linspace,
         betas: (0.00085, 0.012, Betas::ScaledLinear),
@@ -255,6 +258,7 @@ const fn on_timesteps(sampler: Sampler, names: [&'static str; 3], advance: Advan
         eta: None,
         s_noise: false,
         churns: false,
+        always_draws: false,
         needs_unguided: false,
         fixed_stride: false,
         repeats_first: false,

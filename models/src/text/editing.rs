@@ -92,6 +92,10 @@ impl Schedule {
 
 /// At most so many texts does a prompt stand for in a run of so many evaluations.
 pub(crate) fn most_texts(prompt: &str, evaluations: usize) -> usize {
+    // This is asked for at every step.
+    if !prompt.contains('[') {
+        return 1;
+    }
     let edits = Edits::parse(prompt).filter(Edits::change);
     edits.map_or(1, |edits| edits.most_texts()).min(evaluations).clamp(1, MAX_TEXTS)
 }

@@ -1,9 +1,11 @@
 //! Prompts with edits, alternations and `AND` against AUTOMATIC1111's own parser, and pictures by them
-//! against its choice of the texts and diffusers' UNet and samplers.
+//! against its choice of the texts and diffusers' UNet and samplers; also its second seed of the
+//! sampler's noise.
 
 use sd_models::text::{Counted, Schedule, parts};
 use sd_models::{
-    Error, Hires, Img2Img, MaskedStart, PromptSyntax, Rgb, SamplerName, Size, Spec, Upscaler,
+    Error, Hires, Img2Img, MaskedStart, PromptSyntax, Rgb, SamplerName, SamplerOptions, Size, Spec,
+    Upscaler,
 };
 
 use crate::hires::finish;
@@ -86,6 +88,8 @@ fn drawn(case: &str) -> Spec {
         "weighed" => ("ddim", 6, "a red house :1.5", "", 3.0),
         "loose" => ("ddim", 6, "a | [red:blue:0.5] house", "", 3.0),
         "image" => ("ddim", 10, "a [red:blue:0.3] house", "", 3.0),
+        "delta.euler_a" => ("euler_a", 6, "a red house", "", 3.0),
+        "delta.ddim" => ("ddim", 6, "a red house", "", 3.0),
         _ if case.starts_with("hires.") => return drawn("edited"),
         _ => panic!("{case:?} has no spec"),
     };
@@ -98,6 +102,11 @@ fn drawn(case: &str) -> Spec {
         guidance_scale,
         sampler,
         schedule,
+        sampler_options: SamplerOptions {
+            eta: (case == "delta.ddim").then_some(1.0),
+            ..SamplerOptions::default()
+        },
+        eta_noise_seed_delta: if case.starts_with("delta.") { 31337 } else { 0 },
         ..spec(None)
     }
 }
@@ -120,7 +129,7 @@ fn hires(case: &str) -> Option<Hires> {
             prompt: Some("the [sea:night:1.4] AND a [red:green:9] moon :0.5".into()),
             negative_prompt: Some("sun".into()),
             guidance_scale: Some(5.0),
-            sampler: Some("euler".parse().unwrap()),
+            sampler: Some(("euler".parse().unwrap(), SamplerOptions::default())),
             ..same
         }),
         _ => None,
@@ -132,7 +141,7 @@ fn pictures_change_their_prompts_as_in_the_reference_alone_and_in_one_batch() {
     let (model, expected) = (load(path("v1")), fixture("editing.safetensors"));
     let mut cases: Vec<_> = expected.keys().collect();
     cases.sort_unstable();
-    assert_eq!(cases.len(), 13);
+    assert_eq!(cases.len(), 15);
     let picture = bytes(&fixture("start.safetensors")["picture"]);
     let start = Img2Img {
         picture: Rgb { width: 64, height: 64, data: picture },
@@ -181,6 +190,9 @@ fn rows_are_as_many_as_there_are_prompts() {
         assert_eq!((spec.rows(), begun.rows()), (rows, rows), "{prompt}");
         assert_eq!(begun.work_left(), 64 * 64 * rows * 10, "{prompt}");
     }
+    let warnings = |prompt| model.begin(&of(prompt, 3.0)).unwrap().warnings().to_vec();
+    assert_eq!(warnings("a photo, 16:9").len(), 1);
+    assert_eq!(warnings("a:1.0 AND b:2"), [""; 0]);
     let plain = Spec { prompt_syntax: PromptSyntax::Plain, ..of("a AND [b|c] :2", 3.0) };
     assert_eq!((plain.rows(), model.begin(&plain).unwrap().rows()), (2, 2));
 }

@@ -76,6 +76,7 @@ pub(crate) fn spec(start: Option<Img2Img>) -> Spec {
         clip_skip: 0,
         guidance_rescale: 0.0,
         variation: None,
+        eta_noise_seed_delta: 0,
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),

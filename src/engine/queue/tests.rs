@@ -25,6 +25,7 @@ fn job(client: u64, id: JobId, images: usize) -> (Ticket, Vec<ImageTask>) {
         clip_skip: 0,
         guidance_rescale: 0.0,
         variation: None,
+        eta_noise_seed_delta: 0,
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),

@@ -67,6 +67,7 @@ pub(super) fn warm_up_params(defaults: &Defaults, size: Size) -> Spec {
         clip_skip: 0,
         guidance_rescale: 0.0,
         variation: None,
+        eta_noise_seed_delta: 0,
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),

@@ -12,6 +12,7 @@ mod options;
 mod png_info;
 mod progress;
 mod request;
+mod sampler;
 mod scripts;
 mod txt2img;
 mod units;

@@ -2,15 +2,17 @@
 //! Fields that would change the image and are not supported are rejected by name.
 
 use schemars::JsonSchema;
-use sd_models::{Churn, MAX_NOISE_SCALE, ModelInfo, SamplerName, SigmaSchedule};
+use sd_models::{Churn, MAX_NOISE_SCALE, ModelInfo};
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::hires::HiresPass;
 use super::init_image::InitImage;
 use super::nothing::is_off;
+use super::sampler::SamplerFields;
 use crate::request::{
-    DrawRequest, Fields, Limits, MAX_GUIDANCE, MAX_SIDE, MIN_SIDE, Names, Object, ValidationError,
+    DrawRequest, Fields, Limits, MAX_GUIDANCE, MAX_SEED_DELTA, MAX_SIDE, MIN_SIDE, Names, Object,
+    ValidationError,
 };
 
 /// Fields that would change the image. Clients send most of them with values that have no effect.
@@ -61,6 +63,10 @@ pub(crate) struct Common {
     /// Clip skip, where `override_settings` has no `CLIP_stop_at_last_layers`. Default: 1.
     #[schemars(extend("minimum" = 0))]
     clip_skip: Option<usize>,
+    /// What is added to the seed for the noise that the sampler draws at its steps, where
+    /// `override_settings` does not have it. Default: 0.
+    #[schemars(extend("minimum" = -MAX_SEED_DELTA, "maximum" = MAX_SEED_DELTA))]
+    eta_noise_seed_delta: Option<i64>,
     /// Sampler.
     #[schemars(extend("maxLength" = 64))]
     sampler_name: Option<String>,
@@ -113,6 +119,9 @@ pub(crate) struct Overrides {
     #[schemars(extend("minimum" = 0))]
     #[serde(rename = "CLIP_stop_at_last_layers")]
     clip_skip: Option<usize>,
+    /// What is added to the seed for the noise that the sampler draws at its steps. Default: 0.
+    #[schemars(extend("minimum" = -MAX_SEED_DELTA, "maximum" = MAX_SEED_DELTA))]
+    eta_noise_seed_delta: Option<i64>,
     /// Options that must be as they are.
     #[serde(flatten)]
     pub(crate) others: Object,
@@ -173,12 +182,15 @@ impl Common {
 
     /// The request in native fields.
     pub(crate) fn into_draw(self) -> Result<DrawRequest, ValidationError> {
-        let (scheduler, schedule) = self.sampler()?;
+        let (scheduler, schedule) = self.sampler().names(["sampler_name", "scheduler"])?;
         let (name, clip_skip) = match self.override_settings.as_ref().and_then(|o| o.clip_skip) {
             Some(layers) => ("override_settings.CLIP_stop_at_last_layers", Some(layers)),
             None => ("clip_skip", self.clip_skip),
         };
+        let options = self.override_settings.as_ref();
+        let delta = options.and_then(|options| options.eta_noise_seed_delta);
         Ok(DrawRequest {
+            eta_noise_seed_delta: delta.or(self.eta_noise_seed_delta),
             prompt: Some(self.prompt.unwrap_or_default()),
             prompt_syntax: Some("a1111".into()),
             negative_prompt: self.negative_prompt,
@@ -219,31 +231,24 @@ impl Common {
                 ("hires_steps", "hr_second_pass_steps"),
                 ("hires_upscaler", "hr_upscaler"),
                 ("controlnets", "alwayson_scripts.controlnet.args"),
+                ("hires_prompt", "hr_prompt"),
+                ("hires_negative_prompt", "hr_negative_prompt"),
+                ("hires_guidance_scale", "hr_cfg"),
+                ("hires_scheduler", "hr_sampler_name"),
+                ("hires_schedule", "hr_scheduler"),
             ]),
             ..DrawRequest::default()
         })
     }
 
-    /// The names of the sampler and its schedule. AUTOMATIC1111 has two fields for them, and in
-    /// older versions one. An automatic schedule is the one that the sampler prefers there.
-    fn sampler(&self) -> Result<(Option<String>, Option<String>), ValidationError> {
-        let asked = self.scheduler.as_ref().filter(|name| {
-            !name.trim().is_empty() && !name.trim().eq_ignore_ascii_case("automatic")
-        });
-        let asked = asked.map(|name| name.parse::<SigmaSchedule>()).transpose();
-        let asked = asked.map_err(|reason| ValidationError::range("scheduler", reason))?;
+    /// The fields of the sampler. Older versions of AUTOMATIC1111 had one for it and its schedule.
+    pub(crate) fn sampler(&self) -> SamplerFields {
         let names = [&self.sampler_name, &self.sampler_index];
-        let Some(name) = names.into_iter().flatten().find(|name| !name.is_empty()) else {
-            return Ok((None, asked.map(|schedule| schedule.to_string())));
+        let sampler = names.into_iter().flatten().find(|name| !name.is_empty()).cloned();
+        let is_named = |name: &&String| {
+            !name.trim().is_empty() && !name.trim().eq_ignore_ascii_case("automatic")
         };
-        let unknown = |reason: String| ValidationError::range("sampler_name", reason);
-        let named: SamplerName = name.parse().map_err(unknown)?;
-        let schedule = match (asked, named.schedule) {
-            (Some(asked), _) => asked,
-            (None, SigmaSchedule::Model) => named.sampler.automatic_schedule(),
-            (None, named) => named,
-        };
-        Ok((Some(named.to_string()), Some(schedule.to_string())))
+        SamplerFields { sampler, scheduler: self.scheduler.as_ref().filter(is_named).cloned() }
     }
 }
 

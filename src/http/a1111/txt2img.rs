@@ -47,7 +47,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
         check(&state, &options.others)?;
     }
     let (task, send_images) = (common.force_task_id.take(), common.send_images.unwrap_or(true));
-    let has_hires = common.has_hires();
+    let (has_hires, sampler) = (common.has_hires(), common.sampler());
     let mut draw = common.into_draw()?;
     draw.controlnets = Some(nets).filter(|nets| !nets.is_empty());
     // Of control pictures; those of img2img follow.
@@ -60,7 +60,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
         parameters.retain(|name, _| !["init_images", "mask"].contains(&name.as_str()));
     } else if has_hires {
         let model = state.engine.model()?;
-        HiresPass::read(&mut fields, &parameters, limits)?.add_to(&mut draw, &model);
+        HiresPass::read(&mut fields, &parameters, limits)?.add_to(&mut draw, &sampler, &model)?;
     }
     if draw.clip_skip.is_some() {
         check_clip_skip(&mut draw, &*state.engine.model()?)?;
