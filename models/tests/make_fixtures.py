@@ -1,8 +1,8 @@
 """Writes tests/fixtures/: what diffusers and transformers compute, for tests/parity.rs.
 
     python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers samplers_2 tokenizer text
-        unet vae start emphasis hires single safety lora inversion knobs
-        lcm forms quantized control canny]
+        unet vae start start_2 few_steps second emphasis hires single pickles safety lora
+        inversion knobs lcm forms quantized control canny]
 
 The committed files were made with torch 2.15.0, diffusers 0.42.1 and transformers 5.23.0 on a
 CPU. Everything is seeded: the same versions write the same numbers.
@@ -752,6 +752,30 @@ def single(_):
     tensors = {key: x for key, x in tensors.items() if not key.startswith("first_stage_model.")}
     save(tensors, root / "v2.safetensors")
 
+# Pickles -----------------------------------------------------------------------------------------
+
+
+def pickles(_):
+    """The same tensors, some out of order, as PyTorch writes them since 1.6 and wrote them before."""
+    root, stream = HERE / "pickles", generator(3)
+    root.mkdir(exist_ok=True)
+    draw = lambda *shape: torch.randn(shape, generator=stream)
+    q, k = draw(6).chunk(2)
+    tensors = {"plain": draw(2, 3), "q": q, "k": k, "turned": draw(3, 5).t(), "half": draw(4).half(),
+               "last": draw(3, 4, 3, 3).to(memory_format=torch.channels_last),
+               "point": draw(3, 4, 1, 1).to(memory_format=torch.channels_last),
+               "parts": draw(4, 6)[:, ::2], "count.alpha": torch.tensor(4)}
+    expected = {name: x.float().contiguous().clone() for name, x in tensors.items()}
+    expected |= {"given.alpha": torch.tensor(2.5), "whole.alpha": torch.tensor(8.0)}
+    whole = {"state_dict": {**tensors, "given.alpha": 2.5, "whole.alpha": 8}, "epoch": 3}
+    torch.save(whole, root / "new.pt")
+    # A type of later versions, under a key of a script.
+    fp8 = torch.arange(-8.0, 8.0).reshape(4, 4).to(torch.float8_e4m3fn)
+    torch.save({"network": {"fp8": fp8}, "epoch": 3}, root / "fp8.pt")
+    torch.save(whole, root / "old.pt", _use_new_zipfile_serialization=False)
+    save(expected, root / "expected.safetensors")
+
+
 # Files of other forms ------------------------------------------------------------------------
 
 # What is beside vocab.json and merges.txt.
@@ -1176,6 +1200,24 @@ def samplers_2(_):
     sampler_fixtures.samplers_2()
 
 
+def start_2(_):
+    import start_fixtures
+
+    start_fixtures.start_2()
+
+
+def second(_):
+    import second_fixtures
+
+    second_fixtures.second()
+
+
+def few_steps(_):
+    import start_fixtures
+
+    start_fixtures.few_steps()
+
+
 # Quantized files -----------------------------------------------------------------------------
 
 # Where a block of each type that gguf does not quantize has its f16 scales, and their number.
@@ -1236,9 +1278,13 @@ def main():
         "unet": unet,
         "vae": vae,
         "start": start,
+        "start_2": start_2,
+        "few_steps": few_steps,
+        "second": second,
         "emphasis": emphasis,
         "hires": hires,
         "single": single,
+        "pickles": pickles,
         "safety": safety,
         "lora": lora,
         "peft": peft,

@@ -63,6 +63,10 @@ impl Hashes {
 /// Reference: AUTOMATIC1111's `NetworkOnDisk`: the hash written by kohya's trainer, else SHA-256 of
 /// the tensors, without the header, which tools change.
 fn short(path: &Path) -> io::Result<String> {
+    // To open a pipe would wait for whoever writes to it.
+    if !path.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
     let mut file = File::open(path)?;
     if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("safetensors")) {
         let mut length = [0; 8];

@@ -1,7 +1,8 @@
 //! Small files that requests name (LoRAs, textual inversion embeddings): which there are, and an
 //! LRU cache of their contents.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -11,11 +12,11 @@ use super::alias::Aliases;
 use super::version::FileVersion;
 use crate::error::{Error, Result};
 
-/// The files of a directory and single files, by name. The name is the file's stem, so that no name
-/// leads out of the directory.
+/// The files of a directory and single files, by name. The name is the file's stem or its folder, so
+/// that no name leads out of the directory.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct AssetDir {
-    /// Its files with one of the extensions, without those of subdirectories.
+    /// Its files with one of the extensions, and those of the folders below it.
     pub directory: Option<PathBuf>,
     /// Further files, which take precedence over those of the directory.
     pub files: Vec<PathBuf>,
@@ -30,32 +31,27 @@ pub struct AssetDir {
 /// What a directory of one network in the Diffusers format has.
 const CONFIG: &str = "config.json";
 
-/// The name by which requests select a file: its stem, of a directory the whole name.
-fn name_of(path: &Path) -> Option<&str> {
-    let name = if path.is_dir() { path.file_name() } else { path.file_stem() };
-    name?.to_str()
-}
-
 impl AssetDir {
     /// Names and paths, sorted by name. The directory is read at each call, since files may be
-    /// added and removed.
+    /// added and removed. Of several files of one name the one that is less deep counts.
     pub fn list(&self) -> Vec<(String, PathBuf)> {
-        let entries =
-            self.directory.iter().filter_map(|directory| directory.read_dir().ok()).flatten();
-        let entries = entries.filter_map(|entry| Some(entry.ok()?.path()));
         let rank = |path: &PathBuf| {
+            if path.is_dir() {
+                return Some(self.endings.len());
+            }
             let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
             self.endings.iter().position(|known| known.eq_ignore_ascii_case(ending))
         };
-        let known = |path: PathBuf| match self.folders && path.join(CONFIG).is_file() {
-            true => Some((self.endings.len(), path)),
-            false => Some((rank(&path).filter(|_| path.is_file())?, path)),
-        };
-        let named = |path: PathBuf| Some((name_of(&path)?.to_owned(), path));
-        let mut entries: Vec<_> = entries.filter_map(known).collect();
-        entries.sort();
-        let files = self.files.iter().cloned().chain(entries.into_iter().map(|(_, path)| path));
-        let mut files: Vec<_> = files.filter_map(named).collect();
+        let found = self.directory.iter().flat_map(|root| assets_below(root, self.folders));
+        let mut found: Vec<_> =
+            found.filter_map(|(depth, path)| Some((depth, rank(&path)?, path))).collect();
+        found.sort();
+        let own = self.files.iter().map(|path| (0, path.clone()));
+        let found = found.into_iter().map(|(depth, _, path)| (depth, path));
+        let mut files: Vec<_> = own
+            .chain(found)
+            .filter_map(|(depth, path)| Some((name(&path, depth)?, path)))
+            .collect();
         files.sort_by(|(a, _), (b, _)| a.cmp(b));
         files.dedup_by(|later, first| later.0 == first.0);
         files
@@ -78,17 +74,27 @@ impl AssetDir {
         self.aliases.of(path)
     }
 
-    /// The file of a name, or the only one whose header has this name. The error reads on from the
-    /// field's name. Blocks: reads the directory, and for an unknown name the headers.
+    /// The file of a name, or the only one that has this name in its header or this stem. The error
+    /// reads on from the field's name. Blocks: reads the directory, and for an unknown name the
+    /// headers.
     pub fn find(&self, name: &str) -> std::result::Result<PathBuf, String> {
+        Ok(self.entry(name)?.1)
+    }
+
+    /// The same, with its name in the list.
+    fn entry(&self, name: &str) -> std::result::Result<(String, PathBuf), String> {
         let mut files = self.list();
         if let Some(place) = files.iter().position(|(known, _)| known == name) {
-            return Ok(files.swap_remove(place).1);
+            return Ok(files.swap_remove(place));
         }
-        let named = files.iter().filter(|(_, path)| self.alias(path).as_deref() == Some(name));
+        let is_named = |path: &Path| {
+            path.file_stem().is_some_and(|stem| stem == name)
+                || self.alias(path).as_deref() == Some(name)
+        };
+        let named = files.iter().filter(|(_, path)| is_named(path));
         match named.collect::<Vec<_>>()[..] {
             [] => {}
-            [(_, path)] => return Ok(path.clone()),
+            [file] => return Ok(file.clone()),
             [(first, _), (second, _), ..] => {
                 return Err(format!("{name:?}, which {first} and {second} have in their headers"));
             }
@@ -99,6 +105,55 @@ impl AssetDir {
         let names: Vec<_> = files.into_iter().map(|(name, _)| name).collect();
         Err(format!("{name:?}, which is unknown; known are {}", names.join(", ")))
     }
+}
+
+/// How deep folders are searched, and how many.
+const MAX_DEPTH: usize = 8;
+const MAX_FOLDERS: usize = 1 << 12;
+
+/// The files of a directory and of the folders below it, with the number of folders between, and if
+/// `networks` those that have one network. As in AUTOMATIC1111, links are followed and hidden folders
+/// are not.
+fn assets_below(directory: &Path, networks: bool) -> Vec<(usize, PathBuf)> {
+    let mut files = Vec::new();
+    let mut folders = VecDeque::from([(0, directory.to_owned())]);
+    // A folder may be linked below itself.
+    let mut seen = HashSet::new();
+    while let Some((depth, folder)) = folders.pop_front() {
+        let is_new = folder.metadata().is_ok_and(|data| seen.insert((data.dev(), data.ino())));
+        if !is_new || seen.len() > MAX_FOLDERS {
+            continue;
+        }
+        for entry in folder.read_dir().into_iter().flatten().flatten() {
+            let path = entry.path();
+            let is_hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
+            match path.metadata() {
+                Ok(data) if data.is_file() => files.push((depth, path)),
+                Ok(data) if data.is_dir() && networks && path.join(CONFIG).is_file() => {
+                    files.push((depth, path));
+                }
+                Ok(data) if data.is_dir() && !is_hidden && depth < MAX_DEPTH => {
+                    folders.push_back((depth + 1, path));
+                }
+                _ => {}
+            }
+        }
+    }
+    files
+}
+
+/// Stems that training gives every file: in a folder of its own it goes by the folder's name.
+const USUAL_STEMS: [&str; 2] = ["adapter_model", "pytorch_lora_weights"];
+
+/// The name by which requests select a file, or a directory.
+fn name(path: &Path, depth: usize) -> Option<String> {
+    if path.is_dir() {
+        return Some(path.file_name()?.to_str()?.to_owned());
+    }
+    let stem = path.file_stem()?;
+    let is_usual = USUAL_STEMS.iter().any(|usual| stem == *usual);
+    let folder = path.parent().and_then(Path::file_name).filter(|_| is_usual && depth > 0);
+    Some(folder.unwrap_or(stem).to_str()?.to_owned())
 }
 
 /// A file in one version: when it is replaced, the file of the same name is another one.
@@ -213,8 +268,7 @@ impl<T> AssetCache<T> {
     ) -> Result<Arc<T>> {
         let refuse = |reason| Error::Spec { field, reason };
         let unknown = |reason| refuse(format!("names {reason}"));
-        let path = self.assets.find(name).map_err(unknown)?;
-        let stem = name_of(&path).unwrap_or_default().to_owned();
+        let (listed, path) = self.assets.entry(name).map_err(unknown)?;
         // A file that cannot be used is an error of the request that names it.
         let of_request = |error| match error {
             Error::File { .. } | Error::Config { .. } | Error::Tensor { .. } => {
@@ -225,7 +279,7 @@ impl<T> AssetCache<T> {
         let alone = self.reading_of(&path);
         let _reading = alone.lock().unwrap_or_else(PoisonError::into_inner);
         for _ in 0..MAX_READS {
-            let file = AssetFile::new(&stem, path.clone()).map_err(of_request)?;
+            let file = AssetFile::new(&listed, path.clone()).map_err(of_request)?;
             if let Some(content) = lock(&self.contents).get(&file) {
                 return Ok(content);
             }
@@ -275,21 +329,47 @@ mod tests {
     #[test]
     fn names_are_those_of_the_directory_and_no_others() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-        let files = vec![root.join("files/asset_dir.rs"), root.join("files/json.rs")];
+        let files = vec![root.join("files/asset_dir.rs"), root.join("ops/mod.rs")];
         let assets = AssetDir {
-            directory: Some(root.clone()),
+            directory: Some(root.join("sampling")),
             files,
             endings: &["rs"],
             ..AssetDir::default()
         };
         let names: Vec<_> = assets.list().into_iter().map(|(name, _)| name).collect();
-        assert!(names.is_sorted() && names.contains(&"error".to_owned()));
-        assert!(names.contains(&"json".to_owned()) && !names.contains(&"pickle".to_owned()));
-        assert_eq!(assets.find("error"), Ok(root.join("error.rs")));
-        let own = AssetDir { files: vec![root.join("ops/error.rs")], ..assets.clone() };
-        assert_eq!(own.find("error"), Ok(root.join("ops/error.rs")), "files come first");
-        for name in ["../Cargo", "files/ldm", "ldm", "error.rs", "", "/etc/passwd"] {
-            assert!(assets.find(name).is_err_and(|reason| reason.contains("error")), "{name}");
+        assert!(names.is_sorted() && names.contains(&"euler".to_owned()));
+        assert!(names.contains(&"asset_dir".to_owned()) && !names.contains(&"json".to_owned()));
+        assert_eq!(assets.find("euler"), Ok(root.join("sampling/euler.rs")));
+        assert_eq!(assets.find("mod"), Ok(root.join("ops/mod.rs")), "files come first");
+        for name in ["../Cargo", "sampling/euler", "json", "euler.rs", "", "/etc/passwd"] {
+            assert!(assets.find(name).is_err_and(|reason| reason.contains("euler")), "{name}");
+        }
+    }
+
+    #[test]
+    fn files_in_folders_are_found_by_their_stem_or_their_folder() {
+        let root = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| root.path().join(name);
+        for (folder, file) in [
+            ("", "top.x"),
+            ("style/old", "deep.x"),
+            ("style", "top.x"),
+            ("style/cat", "adapter_model.x"),
+            ("style/dog", "pytorch_lora_weights.x"),
+            (".hidden", "hidden.x"),
+        ] {
+            std::fs::create_dir_all(at(folder)).expect("a folder");
+            std::fs::write(at(folder).join(file), file).expect("a file");
+        }
+        std::os::unix::fs::symlink(root.path(), at("style/round")).expect("a link");
+        let directory = Some(root.path().to_owned());
+        let assets = AssetDir { directory, endings: &["x"], ..AssetDir::default() };
+        let names: Vec<_> = assets.list().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names, ["cat", "deep", "dog", "top"]);
+        assert_eq!(assets.find("deep"), Ok(at("style/old/deep.x")));
+        assert_eq!(assets.find("top"), Ok(at("top.x")), "the less deep one");
+        for name in ["cat", "adapter_model"] {
+            assert_eq!(assets.find(name), Ok(at("style/cat/adapter_model.x")));
         }
     }
 

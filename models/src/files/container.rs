@@ -14,13 +14,17 @@ pub(super) enum Container {
     Safetensors,
     /// The zip archive of PyTorch 1.6 and later.
     Archive,
+    /// PyTorch's stream of pickles from before.
+    OldPickle,
     /// ggml's, of stable-diffusion.cpp and of ComfyUI-GGUF.
     Gguf,
 }
 
+/// How PyTorch's files from before 1.6 begin: the pickle of a number that tells them.
+pub(super) const OLD_PICKLE: &[u8] = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.";
+
 /// What a pickle alone is, of any protocol.
-const OLD_PICKLE: &str =
-    "a pickle of PyTorch before 1.6, or of no tensors: save it again with a newer PyTorch";
+const PICKLE: &str = "a pickle that PyTorch did not write: save its tensors with torch.save";
 
 /// Beginnings of files that are mistaken for models, and what they are.
 const OTHERS: [(&[u8], &str); 18] = [
@@ -30,12 +34,12 @@ const OTHERS: [(&[u8], &str); 18] = [
     ),
     (b"<", "a web page, not a model: the download was answered by an error or a login page"),
     (b"{", "JSON, not a model: a settings file, or the error that answered the download"),
-    (b"\x80\x02", OLD_PICKLE),
-    (b"\x80\x03", OLD_PICKLE),
-    (b"\x80\x04", OLD_PICKLE),
-    (b"\x80\x05", OLD_PICKLE),
-    (b"(dp", OLD_PICKLE),
-    (b"}q", OLD_PICKLE),
+    (b"\x80\x02", PICKLE),
+    (b"\x80\x03", PICKLE),
+    (b"\x80\x04", PICKLE),
+    (b"\x80\x05", PICKLE),
+    (b"(dp", PICKLE),
+    (b"}q", PICKLE),
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
     (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
     (b"Rar!", "a RAR archive: unpack it first"),
@@ -59,6 +63,9 @@ impl Container {
         if bytes.starts_with(b"PK\x03\x04") {
             return Ok(Self::Archive);
         }
+        if bytes.starts_with(OLD_PICKLE) {
+            return Ok(Self::OldPickle);
+        }
         if bytes.starts_with(gguf::MAGIC) {
             return Ok(Self::Gguf);
         }
@@ -75,8 +82,7 @@ impl Container {
         if bytes.iter().take(4096).all(|byte| *byte == 0) {
             return Err("begins with zeros only: the download is unfinished".into());
         }
-        Err("is not a safetensors file, a GGUF file, nor a checkpoint of PyTorch 1.6 or later"
-            .into())
+        Err("is not a safetensors file, a GGUF file, nor a checkpoint of PyTorch".into())
     }
 }
 
@@ -88,12 +94,13 @@ mod tests {
     fn files_are_told_by_their_first_bytes() {
         assert_eq!(Container::of(b"\x02\0\0\0\0\0\0\0{}"), Ok(Container::Safetensors));
         assert_eq!(Container::of(b"PK\x03\x04.."), Ok(Container::Archive));
+        assert_eq!(Container::of(OLD_PICKLE), Ok(Container::OldPickle));
         let cases: [(&[u8], &str); 8] = [
             (b"", "is empty"),
             (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a git-LFS pointer"),
             (b"\n <!DOCTYPE html><html>", "a web page"),
             (b"\xef\xbb\xbf{\"error\": \"gone\"}", "is JSON"),
-            (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "PyTorch before 1.6"),
+            (b"\x80\x02}q\0.", "a pickle that PyTorch did not write"),
             (b"\x1f\x8b\x08\0", "gzip"),
             (&[0; 5000], "zeros"),
             (b"this is no checkpoint", "not a safetensors file, a GGUF file, nor"),

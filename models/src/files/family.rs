@@ -8,7 +8,7 @@ use super::tensors::Weights;
 pub(super) const UNET: &str = "model.diffusion_model.";
 
 /// Parts of names that only one kind of file has, and what it is. The first that is found counts.
-const MARKS: [(&str, &str); 37] = [
+const MARKS: [(&str, &str); 38] = [
     ("lora_down", LORA),
     ("lora_up", LORA),
     ("lora_A", LORA),
@@ -16,6 +16,10 @@ const MARKS: [(&str, &str); 37] = [
     ("_lora.", LORA),
     ("hada_w1", LORA),
     ("lokr_w", LORA),
+    (
+        ":0:down",
+        "a LoRA of cloneofsimo's scripts, whose layers have no names: convert it to kohya's",
+    ),
     ("control_model.", "a ControlNet"),
     ("controlnet_cond_embedding.", "a ControlNet"),
     ("input_hint_block.", "a ControlNet"),
@@ -52,6 +56,9 @@ const MARKS: [(&str, &str); 37] = [
 pub(super) const XL: &str = "Stable Diffusion XL";
 
 const LORA: &str = "a LoRA, which adds to a model: --loras-dir takes it";
+/// How the description of a file begins of which nothing is known.
+const NO_MODEL: &str = "no model";
+
 const EMBEDDING: &str =
     "a textual inversion embedding, which adds to a model: --embeddings-dir takes it";
 
@@ -64,6 +71,14 @@ const PARTS: [(&str, &str); 5] = [
     ("token_embedding.weight", "a text encoder alone, without UNet and VAE"),
     ("patch_embedding.weight", "an image encoder"),
 ];
+
+/// What a file is, a checkpoint of Stable Diffusion 1.x or 2.x included, if its names tell.
+pub(crate) fn what(weights: &Weights) -> Option<String> {
+    match other(weights) {
+        None => Some("a whole model: --models-dir takes it".into()),
+        Some(what) => Some(what).filter(|what| !what.starts_with(NO_MODEL)),
+    }
+}
 
 /// What a file is that is no checkpoint of Stable Diffusion 1.x or 2.x; `None` of those that are.
 pub(super) fn other(weights: &Weights) -> Option<String> {
@@ -86,7 +101,7 @@ pub(super) fn other(weights: &Weights) -> Option<String> {
             let names: Vec<_> = weights.names().take(3).collect();
             Some(match names[..] {
                 [] => "a file without tensors".into(),
-                _ => format!("no model: its first tensors are {}", names.join(", ")),
+                _ => format!("{NO_MODEL}: its first tensors are {}", names.join(", ")),
             })
         });
     };

@@ -13,6 +13,9 @@ use rayon::prelude::*;
 /// Blocks that a thread converts at a time.
 const BLOCKS: usize = 4096;
 
+/// The types whose numbers are read.
+pub(super) const EXPECTED: &str = "expected F32, F16, BF16, F64 or fp8";
+
 /// The type of stored numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum NumberType {
@@ -26,6 +29,31 @@ pub(super) enum NumberType {
 }
 
 impl NumberType {
+    /// That of PyTorch's storages of a class; the class's name if it is one that is not read.
+    pub(super) fn of_storage(class_name: &str) -> Result<Self, String> {
+        Ok(Self::Plain(match class_name {
+            "FloatStorage" => DType::F32,
+            "DoubleStorage" => DType::F64,
+            "HalfStorage" => DType::F16,
+            "BFloat16Storage" => DType::BF16,
+            "ByteStorage" | "BoolStorage" => DType::U8,
+            "LongStorage" => DType::I64,
+            "IntStorage" => DType::I32,
+            "ShortStorage" => DType::I16,
+            other => return Err(other.to_owned()),
+        }))
+    }
+
+    /// That of a type of PyTorch without a storage of its own; its name if it is one that is not
+    /// read.
+    pub(super) fn of_torch(name: &str) -> Result<Self, String> {
+        match name {
+            "float8_e4m3fn" => Ok(Self::E4m3),
+            "float8_e5m2" => Ok(Self::E5m2),
+            other => Err(other.to_owned()),
+        }
+    }
+
     /// The type whose numbers layers read from the file.
     pub(super) fn of_network(self) -> Option<DType> {
         match self {

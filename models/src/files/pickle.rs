@@ -1,65 +1,113 @@
-//! The tensors of a PyTorch file: names, types, shapes and byte ranges. candle's unpickler parses
-//! the pickle as data, one operation at a time: nothing that it names is imported or called, and
-//! repetition and nesting are bounded. The resulting objects are interpreted here, because candle
-//! trusts the length of their tuples.
+//! The tensors of a PyTorch file: names, types, shapes and byte ranges, from the objects of its
+//! pickle, which are interpreted here because candle trusts the length of their tuples. The numbers
+//! lie in an archive, or in a file from before PyTorch 1.6 behind the pickle
+//! ([`super::old_pickle`]).
 
 use std::borrow::Cow;
 use std::io::Read as _;
 
-use candle_core::DType;
-use candle_core::pickle::{Object, Stack};
+use candle_core::pickle::Object;
 use zip::result::ZipError;
 use zip::{CompressionMethod, ZipArchive};
 
 use super::bytes::{Bytes, Reader};
 use super::container::Place;
 use super::numbers::NumberType;
+use super::old_pickle::{self, OldStorages};
+use super::unpickle::{MAX_PICKLE_BYTES, unpickled};
 
-/// Name, shape, and the place of the numbers in the file.
-type TensorEntry = (String, Vec<usize>, Place);
 type Zip<'a> = ZipArchive<Box<dyn Reader + 'a>>;
 
-/// Maximum size of the pickle; that of a Stable Diffusion checkpoint is some 100 KB.
-const MAX_PICKLE_BYTES: u64 = 8 << 20;
-/// Maximum nesting of objects; a tensor in a state dict is seven deep.
-const MAX_DEPTH: usize = 100;
-/// Maximum number of objects copied from the memo.
-const MAX_COPIED: usize = 1 << 20;
+/// A tensor of a file, or a number that stands for one.
+#[derive(Debug)]
+pub(super) struct PickledTensor {
+    pub(super) name: String,
+    pub(super) shape: Vec<usize>,
+    pub(super) numbers: Numbers,
+}
 
-/// The tensors of a file. The error reads on from the file's name.
-pub(super) fn tensors(file: &Bytes) -> Result<Vec<TensorEntry>, String> {
-    let (content, folder, mut zip) = read(file)?;
-    let Object::Dict(top) = &content else { return Err("holds no tensors by name".into()) };
-    // Training writes the tensors under a key of its own, other tools at the top.
-    let inner = ["state_dict", "string_to_param"].into_iter().find_map(|wanted| {
-        let of_key = |(key, value): &'_ (Object, Object)| match key {
-            Object::Unicode(key) if key == wanted => Some(items(value)?.to_vec()),
-            _ => None,
-        };
-        top.iter().find_map(of_key).filter(|inner| inner.iter().any(|(_, v)| call(v).is_some()))
-    });
+/// Where the numbers of a tensor are.
+#[derive(Debug)]
+pub(super) enum Numbers {
+    Stored(Place),
+    /// In another order: the place of all of them, and how far apart they are along each side.
+    Strided(Place, Vec<usize>),
+    /// A number of Python: scripts leave alphas of LoRAs as they were given.
+    Given(f64),
+}
+
+/// Where the numbers of all tensors are.
+enum Storages<'a> {
+    Archive { folder: String, zip: Zip<'a> },
+    Behind(OldStorages),
+}
+
+/// The tensors of an archive. The error reads on from the file's name.
+pub(super) fn tensors(file: &Bytes) -> Result<Vec<PickledTensor>, String> {
+    let (content, folder, zip) = read(file)?;
+    tensors_of(&content, Storages::Archive { folder, zip }, file.len() as u64)
+}
+
+/// The tensors of a file from before PyTorch 1.6. The error reads on from the file's name.
+pub(super) fn old_tensors(file: &Bytes) -> Result<Vec<PickledTensor>, String> {
+    let (content, storages) = old_pickle::read(file)?;
+    tensors_of(&content, Storages::Behind(storages), file.len() as u64)
+}
+
+fn tensors_of(
+    content: &Object,
+    mut storages: Storages<'_>,
+    length: u64,
+) -> Result<Vec<PickledTensor>, String> {
+    let Object::Dict(top) = content else { return Err("holds no tensors by name".into()) };
     let mut tensors = Vec::new();
-    for (name, value) in inner.as_ref().unwrap_or(top) {
+    for (name, value) in inner(top).unwrap_or(top) {
         let Object::Unicode(name) = name else { continue };
-        let Some(args) = call(value) else {
-            // Scripts leave alphas of LoRAs as they were given; other numbers are of the training.
-            let is_number = matches!(value, Object::Int(_) | Object::Long(_) | Object::Float(_));
-            if is_number && name.ends_with("alpha") {
-                let reason = "is a number of Python, not a tensor: save it as a tensor";
-                tensors.push((name.clone(), Vec::new(), Err(reason.into())));
-            }
-            continue;
+        let (shape, numbers) = match (call(value), number(value)) {
+            (Some(args), _) => match StorageView::read(args) {
+                Some(view) => {
+                    let numbers = view.numbers(&mut storages, length);
+                    (view.size, numbers)
+                }
+                None => {
+                    let reason = "is not written as PyTorch does".to_owned();
+                    (Vec::new(), Numbers::Stored(Err(reason)))
+                }
+            },
+            // Other numbers are of the training.
+            (None, Some(number)) if name.ends_with("alpha") => (Vec::new(), Numbers::Given(number)),
+            _ => continue,
         };
-        let (shape, place) = match StorageView::read(args) {
-            Some(view) => {
-                let place = view.place(&folder, &mut zip, file.len() as u64);
-                (view.size, place)
-            }
-            None => (Vec::new(), Err("is not written as PyTorch does".into())),
-        };
-        tensors.push((name.clone(), shape, place));
+        tensors.push(PickledTensor { name: name.clone(), shape, numbers });
     }
     Ok(tensors)
+}
+
+/// The tensors by name where they are not at the top: training writes them under a key of its own,
+/// beside others.
+fn inner(top: &[(Object, Object)]) -> Option<&[(Object, Object)]> {
+    let has_tensors = |items: &[(Object, Object)]| items.iter().any(|(_, v)| call(v).is_some());
+    let inside = |value| items(value).filter(|inner| has_tensors(inner));
+    let named = ["state_dict", "string_to_param"].into_iter().find_map(|wanted| {
+        let is_wanted = |key: &Object| matches!(key, Object::Unicode(key) if key == wanted);
+        top.iter().filter(|(key, _)| is_wanted(key)).find_map(|(_, value)| inside(value))
+    });
+    if named.is_some() || has_tensors(top) {
+        return named;
+    }
+    // The only one there is.
+    let mut others = top.iter().filter_map(|(_, value)| inside(value));
+    others.next().filter(|_| others.next().is_none())
+}
+
+/// A number of Python.
+fn number(object: &Object) -> Option<f64> {
+    match object {
+        Object::Int(number) => Some(f64::from(*number)),
+        Object::Long(number) => Some(*number as f64),
+        Object::Float(number) => Some(*number),
+        _ => None,
+    }
 }
 
 /// The items of a dictionary, or of a `torch.nn.ParameterDict`.
@@ -107,83 +155,8 @@ fn read(file: &Bytes) -> Result<(Object, String, Zip<'_>), String> {
     if bytes.len() as u64 > MAX_PICKLE_BYTES {
         return Err(format!("{name}: is larger than {MAX_PICKLE_BYTES} bytes"));
     }
-    let content = unpickled(&bytes).map_err(|reason| format!("{name}: {reason}"))?;
+    let content = unpickled(&mut &bytes[..]).map_err(|reason| format!("{name}: {reason}"))?;
     Ok((content, name.trim_end_matches(".pkl").to_owned(), zip))
-}
-
-/// The object that a pickle describes.
-fn unpickled(mut rest: &[u8]) -> Result<Object, String> {
-    if let [0x80, protocol @ 4..=255, ..] = rest {
-        return Err(format!("is of the pickle protocol {protocol}: save it with protocol 2"));
-    }
-    if let [b'(', b'd' | b'l', ..] = rest {
-        return Err("is of the pickle protocol 0 or 1: save it with protocol 2".into());
-    }
-    let mut machine = Stack::empty();
-    let (mut depths, mut copied): (Vec<usize>, _) = (Vec::new(), 0);
-    loop {
-        let operation = *rest.first().ok_or("ends too early")?;
-        if let [b'X', a, b, c, d, text @ ..] = rest
-            && u32::from_le_bytes([*a, *b, *c, *d]) as usize > text.len()
-        {
-            return Err("ends within a text".into());
-        }
-        if let [0x8a, bytes, ..] = rest
-            && *bytes as usize > size_of::<i64>()
-        {
-            return Err("holds a number of more than 64 bits".into());
-        }
-        if machine.read(&mut rest).map_err(|error| brief(&error))? {
-            return machine.finalize().map_err(|error| brief(&error));
-        }
-        let objects = machine.stack();
-        let mut nested = 0;
-        // Storing to and loading from the memo copies the object.
-        if let (b'q' | b'r' | b'h' | b'j', Some(top)) = (operation, objects.last()) {
-            let (count, depth) = extent(top);
-            (copied, nested) = (copied + count, depth);
-        }
-        let (kept, taken) = depths.split_at(objects.len().saturating_sub(1).min(depths.len()));
-        let depth = match (operation, taken) {
-            (b'q' | b'r' | b'h' | b'j' | 0x80, _) => nested,
-            // Items are added to a list or a dictionary.
-            (b'a' | b'e' | b's' | b'u', [into, items @ ..]) => {
-                items.iter().max().map_or(*into, |deepest| deepest + 1).max(*into)
-            }
-            (_, taken) => taken.iter().max().map_or(1, |deepest| deepest + 1),
-        };
-        if depth > MAX_DEPTH || copied > MAX_COPIED {
-            return Err("nests or repeats its objects too often".into());
-        }
-        depths.truncate(kept.len());
-        depths.resize(objects.len(), depth);
-    }
-}
-
-/// The number of objects in an object, itself and its text included, and its nesting depth.
-fn extent(object: &Object) -> (usize, usize) {
-    let inside = |parts: &mut dyn Iterator<Item = &Object>| {
-        parts.map(extent).fold((1, 0), |(n, deep), (m, depth)| (n + m, deep.max(depth)))
-    };
-    let (count, depth) = match object {
-        Object::Tuple(items) | Object::List(items) => inside(&mut items.iter()),
-        Object::Dict(items) => inside(&mut items.iter().flat_map(|(key, value)| [key, value])),
-        Object::Reduce { callable, args } | Object::Build { callable, args } => {
-            inside(&mut [&**callable, &**args].into_iter())
-        }
-        Object::PersistentLoad(id) => inside(&mut std::iter::once(&**id)),
-        Object::Unicode(text) => (1 + text.len() / size_of::<Object>(), 0),
-        Object::Class { module_name, class_name } => {
-            (1 + (module_name.len() + class_name.len()) / size_of::<Object>(), 0)
-        }
-        _ => (1, 0),
-    };
-    (count, depth + 1)
-}
-
-/// An error message without the objects that it may quote.
-fn brief(error: &candle_core::Error) -> String {
-    error.to_string().lines().next().unwrap_or_default().chars().take(120).collect()
 }
 
 /// The arguments that a tensor is rebuilt from, (storage, offset, size, stride, ..), if the object
@@ -194,7 +167,7 @@ fn call(object: &Object) -> Option<&[Object]> {
         return None;
     };
     match (class_name.as_str(), &args[..]) {
-        ("_rebuild_tensor_v2", args) => Some(args),
+        ("_rebuild_tensor_v2" | "_rebuild_tensor_v3", args) => Some(args),
         ("_rebuild_parameter", [tensor, ..]) => call(tensor),
         (
             "_rebuild_from_type_v2",
@@ -230,17 +203,12 @@ impl StorageView {
             Object::Tuple(items) => items.iter().map(number).collect::<Option<Vec<_>>>(),
             _ => None,
         };
-        let dtype = match class_name.as_str() {
-            "FloatStorage" => Ok(NumberType::Plain(DType::F32)),
-            "DoubleStorage" => Ok(NumberType::Plain(DType::F64)),
-            "HalfStorage" => Ok(NumberType::Plain(DType::F16)),
-            "BFloat16Storage" => Ok(NumberType::Plain(DType::BF16)),
-            "ByteStorage" => Ok(NumberType::Plain(DType::U8)),
-            "LongStorage" => Ok(NumberType::Plain(DType::I64)),
-            "IntStorage" => Ok(NumberType::Plain(DType::I32)),
-            "ShortStorage" => Ok(NumberType::Plain(DType::I16)),
-            "BoolStorage" => Ok(NumberType::Plain(DType::U8)),
-            other => Err(other.to_owned()),
+        // A storage without a type of its own: the tensor names it.
+        let dtype = match (class_name.as_str(), args.get(6)) {
+            ("UntypedStorage", Some(Object::Class { class_name, .. })) => {
+                NumberType::of_torch(class_name)
+            }
+            (class_name, _) => NumberType::of_storage(class_name),
         };
         let (size, stride) = (numbers(size)?, numbers(stride)?);
         let offset = number(offset)?;
@@ -253,31 +221,65 @@ impl StorageView {
         })
     }
 
-    /// Its byte range in the file.
-    fn place(&self, folder: &str, zip: &mut Zip<'_>, length: u64) -> Place {
+    /// Where its numbers are in the file.
+    fn numbers(&self, storages: &mut Storages<'_>, length: u64) -> Numbers {
+        let sides = || self.size.iter().zip(&self.stride);
+        let mut elements = Some(1_usize);
+        let mut in_order = true;
+        for (size, stride) in sides().rev() {
+            in_order &= *size <= 1 || Some(*stride) == elements;
+            elements = elements.and_then(|elements| elements.checked_mul(*size));
+        }
+        // From the first number to the last.
+        let reach = sides().try_fold(1_usize, |reach, (size, stride)| {
+            reach.checked_add(size.saturating_sub(1).checked_mul(*stride)?)
+        });
+        let Some((elements, reach)) = elements.zip(reach) else {
+            return Numbers::Stored(Err(outside()));
+        };
+        if in_order || elements == 0 {
+            return Numbers::Stored(self.place(storages, elements, length));
+        }
+        let place = match elements <= reach {
+            true => self.place(storages, reach, length),
+            false => Err("repeats its numbers: save the file with contiguous tensors".into()),
+        };
+        Numbers::Strided(place, self.stride.clone())
+    }
+
+    /// The byte range of so many elements.
+    fn place(&self, storages: &mut Storages<'_>, elements: usize, length: u64) -> Place {
         let dtype = self.dtype.clone().map_err(|class| format!("is of the type {class}"))?;
-        let outside = || "does not lie within the file".to_owned();
-        let mut elements = 1_usize;
-        for (size, stride) in self.size.iter().zip(&self.stride).rev() {
-            if *size > 1 && *stride != elements {
-                return Err("is not contiguous: save the file with contiguous tensors".into());
-            }
-            elements = elements.checked_mul(*size).ok_or_else(outside)?;
-        }
-        let name = format!("{folder}/{}", self.storage);
-        let entry = zip.by_name(&name).map_err(|error| error.to_string())?;
-        if entry.compression() != CompressionMethod::Stored {
-            return Err("is compressed".into());
-        }
-        let bytes = |count: usize| dtype.bytes(count);
+        let (data, size) = storages.place(&self.storage)?;
         let range = || {
-            let (skip, bytes) = (bytes(self.offset)? as u64, bytes(elements)? as u64);
-            let end = skip.checked_add(bytes).filter(|end| *end <= entry.size())?;
-            let data = entry.data_start()?;
+            let skip = dtype.bytes(self.offset)? as u64;
+            let end = skip.checked_add(dtype.bytes(elements)? as u64).filter(|end| *end <= size)?;
             let end = data.checked_add(end).filter(|end| *end <= length)?;
             Some((usize::try_from(data + skip).ok()?, usize::try_from(end).ok()?))
         };
         range().map(|range| (dtype, range)).ok_or_else(outside)
+    }
+}
+
+fn outside() -> String {
+    "does not lie within the file".into()
+}
+
+impl Storages<'_> {
+    /// Where a storage begins in the file, and its bytes.
+    fn place(&mut self, key: &str) -> Result<(u64, u64), String> {
+        match self {
+            Self::Archive { folder, zip } => {
+                let name = format!("{folder}/{key}");
+                let missing = |_| format!("has its numbers in {name}, which cannot be read");
+                let entry = zip.by_name(&name).map_err(missing)?;
+                if entry.compression() != CompressionMethod::Stored {
+                    return Err("is compressed".into());
+                }
+                Ok((entry.data_start().ok_or_else(outside)?, entry.size()))
+            }
+            Self::Behind(storages) => storages.get(key).copied().ok_or_else(outside),
+        }
     }
 }
 
@@ -352,7 +354,7 @@ mod tests {
     }
 
     #[test]
-    fn an_alpha_that_is_no_tensor_is_told_of() {
+    fn an_alpha_that_is_no_tensor_is_read() {
         let pickle = |value: &[u8]| [b"\x80\x02}X\x07\0\0\0x.alpha", value, b"s."].concat();
         for value in [&b"K\x08"[..], b"G\x40\x20\0\0\0\0\0\0", b"\x8a\x01\x08"] {
             let mut zip = ZipWriter::new(Cursor::new(Vec::new()));
@@ -360,8 +362,10 @@ mod tests {
             zip.write_all(&pickle(value)).unwrap();
             let file = Bytes::Copied(zip.finish().unwrap().into_inner());
             let tensors = tensors(&file).unwrap();
-            let [(name, _, Err(reason))] = &tensors[..] else { panic!("{tensors:?}") };
-            assert!(name == "x.alpha" && reason.contains("a number of Python"), "{reason}");
+            let [PickledTensor { name, shape, numbers: Numbers::Given(8.0) }] = &tensors[..] else {
+                panic!("{tensors:?}")
+            };
+            assert!(name == "x.alpha" && shape.is_empty());
         }
     }
 
@@ -371,8 +375,10 @@ mod tests {
         let file = std::fs::read(&path).unwrap();
         let tensors = tensors(&Bytes::Copied(file.clone())).unwrap();
         let values = |wanted: &str| {
-            let (_, _, place) = tensors.iter().find(|(name, ..)| name == wanted).unwrap();
-            let (_, (start, end)) = place.as_ref().unwrap();
+            let tensor = tensors.iter().find(|tensor| tensor.name == wanted).unwrap();
+            let Numbers::Stored(Ok((_, (start, end)))) = &tensor.numbers else {
+                panic!("{tensor:?}")
+            };
             let floats = file[*start..*end].chunks_exact(4);
             floats.map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<_>>()
         };

@@ -174,14 +174,20 @@ impl Source {
         }
         let names = weight_files(stem, half);
         for name in &names {
+            let is_twin = name.contains(".fp16.");
             let name = format!("{folder}/{name}");
-            if name.ends_with(".json") {
-                if let Some(index) = self.read(&name)? {
-                    return self.load(shards(&name, &index, folder)?);
-                }
-            } else if self.open(&name)?.is_some() {
-                return self.load(vec![name]);
+            let files = match name.ends_with(".json") {
+                true => self.read(&name)?.map(|index| shards(&name, &index, folder)).transpose()?,
+                false => self.open(&name)?.map(|_| vec![name.clone()]),
+            };
+            let Some(files) = files else { continue };
+            let mut weights = self.load(files)?;
+            if is_twin && !half {
+                weights.warn(format!(
+                    "{name}: only the weights rounded to f16 are there: they were taken for all"
+                ));
             }
+            return Ok(weights);
         }
         Err(Error::File {
             path: self.path(&format!("{folder}/{}", names[0])),

@@ -8,15 +8,14 @@ use std::io::Read as _;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use safetensors::Dtype;
-use safetensors::tensor::Metadata;
 
 use super::bytes::{Bytes, OpenFile, open};
 use super::container::{Container, Place};
 use super::fingerprint::Fingerprint;
 use super::gguf::Gguf;
-use super::numbers::NumberType;
-use super::pickle;
+use super::numbers::{EXPECTED, NumberType};
+use super::pickle::{self, PickledTensor};
+use super::safetensors::Safetensors;
 use super::stored::{Numbers, StoredTensor};
 use crate::error::{Error, Result};
 use crate::ops::{Geometry, TensorData};
@@ -50,6 +49,8 @@ struct Entry {
     file: usize,
     shape: Vec<usize>,
     numbers: Place,
+    /// The shape and the strides in which the file has the numbers, if not in order.
+    order: Option<(Vec<usize>, Vec<usize>)>,
 }
 
 /// A tensor under another name, or one of the equal parts of its rows.
@@ -120,8 +121,13 @@ impl Weights {
                     let length = (end - start) / parts;
                     (start + k * length, start + (k + 1) * length)
                 };
-                let numbers = entry.numbers.clone().map(|(dtype, range)| (dtype, part(range)));
-                self.entries.insert(name, Entry { file: entry.file, shape, numbers });
+                let mut numbers = entry.numbers.clone().map(|(dtype, range)| (dtype, part(range)));
+                let order = entry.order.clone();
+                if parts > 1 && order.is_some() {
+                    numbers =
+                        Err("is not contiguous: save the file with contiguous tensors".into());
+                }
+                self.entries.insert(name, Entry { file: entry.file, shape, numbers, order });
             }
         }
         self
@@ -133,18 +139,29 @@ impl Weights {
         let begin = bytes.read(0..bytes.len().min(BEGIN_BYTES));
         let begin = begin.map_err(|error| named(error.to_string()))?;
         let data = match Container::of(&begin).map_err(named)? {
-            Container::Safetensors => self.add_safetensors(&name, &bytes).map_err(named)?,
-            Container::Archive => {
-                for (tensor, shape, numbers) in pickle::tensors(&bytes).map_err(named)? {
-                    self.insert(tensor, shape, numbers).map_err(named)?;
+            Container::Safetensors => {
+                let Safetensors { tensors, notes, data, behind } =
+                    Safetensors::read(&bytes).map_err(named)?;
+                if behind > 0 {
+                    self.warn(format!("{name}: {behind} bytes behind its tensors are not used"));
                 }
+                self.notes.extend(notes);
+                self.add_entries(tensors).map_err(named)?;
+                data
+            }
+            Container::Archive => {
+                let tensors = pickle::tensors(&bytes).map_err(named)?;
+                self.add_pickled(&name, tensors).map_err(named)?;
+                0
+            }
+            Container::OldPickle => {
+                let tensors = pickle::old_tensors(&bytes).map_err(named)?;
+                self.add_pickled(&name, tensors).map_err(named)?;
                 0
             }
             Container::Gguf => {
                 let Gguf { tensors, data } = Gguf::read(&bytes).map_err(named)?;
-                for (tensor, shape, numbers) in tensors {
-                    self.insert(tensor, shape, numbers).map_err(named)?;
-                }
+                self.add_entries(tensors).map_err(named)?;
                 data
             }
         };
@@ -153,13 +170,19 @@ impl Weights {
         Ok(())
     }
 
-    /// Adds a tensor of the file that is being added. The error reads on from the file's name.
-    fn insert(
+    /// Adds tensors of the next file. The error reads on from the file's name.
+    fn add_entries(
         &mut self,
-        name: String,
-        shape: Vec<usize>,
-        numbers: Place,
+        tensors: Vec<(String, Vec<usize>, Place)>,
     ) -> std::result::Result<(), String> {
+        let file = self.files.len();
+        tensors.into_iter().try_for_each(|(name, shape, numbers)| {
+            self.insert(name, Entry { file, shape, numbers, order: None })
+        })
+    }
+
+    /// Adds a tensor. The error reads on from the file's name.
+    fn insert(&mut self, name: String, entry: Entry) -> std::result::Result<(), String> {
         if name.len() > MAX_NAME_BYTES {
             let length = name.len();
             return Err(format!(
@@ -169,42 +192,40 @@ impl Weights {
         if name.contains(char::is_control) {
             return Err(format!("holds a tensor with control characters in its name, {name:?}"));
         }
-        self.entries.insert(name, Entry { file: self.files.len(), shape, numbers });
+        self.entries.insert(name, entry);
         Ok(())
     }
 
-    /// Returns the offset of the data.
-    fn add_safetensors(&mut self, name: &str, bytes: &Bytes) -> std::result::Result<usize, String> {
-        let length = bytes.len();
-        let (data, metadata) = header(bytes)?;
-        let whole = data.saturating_add(metadata.data_len());
-        if whole > length {
-            return Err(format!("is cut short: {length} bytes of {whole}: {FETCH}"));
-        }
-        if let behind @ 1.. = length - whole {
-            let warning = format!("{name}: {behind} bytes behind its tensors are not used");
-            self.warnings.get_mut().push(warning);
-        }
-        for (tensor, info) in metadata.tensors() {
-            let numbers = match info.dtype {
-                Dtype::F32 => Ok(NumberType::Plain(DType::F32)),
-                Dtype::F16 => Ok(NumberType::Plain(DType::F16)),
-                Dtype::BF16 => Ok(NumberType::Plain(DType::BF16)),
-                Dtype::F64 => Ok(NumberType::Plain(DType::F64)),
-                Dtype::I64 => Ok(NumberType::Plain(DType::I64)),
-                Dtype::I32 => Ok(NumberType::Plain(DType::I32)),
-                Dtype::I16 => Ok(NumberType::Plain(DType::I16)),
-                Dtype::U32 => Ok(NumberType::Plain(DType::U32)),
-                Dtype::U8 | Dtype::BOOL => Ok(NumberType::Plain(DType::U8)),
-                Dtype::F8_E4M3 => Ok(NumberType::E4m3),
-                Dtype::F8_E5M2 => Ok(NumberType::E5m2),
-                other => Err(format!("type {other:?}, {EXPECTED}")),
+    /// Adds the tensors of a pickle, which are in the next file. Numbers that the pickle itself holds
+    /// are in a file of their own, before it.
+    fn add_pickled(
+        &mut self,
+        name: &str,
+        tensors: Vec<PickledTensor>,
+    ) -> std::result::Result<(), String> {
+        let mut given = Vec::new();
+        let any = tensors.iter().any(|tensor| matches!(tensor.numbers, pickle::Numbers::Given(_)));
+        let (own, file) = (self.files.len(), self.files.len() + usize::from(any));
+        for PickledTensor { name, shape, numbers } in tensors {
+            let entry = match numbers {
+                pickle::Numbers::Stored(numbers) => Entry { file, shape, numbers, order: None },
+                pickle::Numbers::Strided(numbers, strides) => {
+                    let order = Some((shape.clone(), strides));
+                    Entry { file, shape, numbers, order }
+                }
+                pickle::Numbers::Given(number) => {
+                    let start = given.len();
+                    given.extend(number.to_le_bytes());
+                    let numbers = Ok((NumberType::Plain(DType::F64), (start, given.len())));
+                    Entry { file: own, shape, numbers, order: None }
+                }
             };
-            let numbers = numbers.map(|kind| (kind, info.data_offsets));
-            self.insert(tensor, info.shape.clone(), numbers)?;
+            self.insert(name, entry)?;
         }
-        self.notes.extend(metadata.metadata().clone().unwrap_or_default());
-        Ok(data)
+        if any {
+            self.files.push(TensorFile { name: name.into(), bytes: Bytes::Copied(given), data: 0 });
+        }
+        Ok(())
     }
 
     /// Number of parameters.
@@ -227,6 +248,11 @@ impl Weights {
         self.notes.get(key).map(String::as_str)
     }
 
+    /// Adds what is odd about the files.
+    pub(super) fn warn(&mut self, warning: String) {
+        self.warnings.get_mut().push(warning);
+    }
+
     /// Registers the weight of this name as a LoRA target.
     pub(crate) fn add_lora_target(&self, name: String, target: LoraTarget) {
         self.lora_targets.borrow_mut().insert(name, target);
@@ -247,7 +273,9 @@ impl Weights {
     }
 
     pub(crate) fn file_names(&self) -> String {
-        self.files.iter().map(|f| f.name.as_str()).collect::<Vec<_>>().join(", ")
+        let mut names: Vec<_> = self.files.iter().map(|file| file.name.as_str()).collect();
+        names.dedup();
+        names.join(", ")
     }
 
     /// A tensor as f32 on the CPU.
@@ -278,6 +306,11 @@ impl Weights {
         })?;
         let file = &self.files[entry.file];
         let refuse = |reason: String| Err(error(&file.name, reason));
+        if let Some(what) = self.quantised(name) {
+            return refuse(format!(
+                "is quantized by bitsandbytes ({what}), which is not read: {TAKE}"
+            ));
+        }
         let (kind, range) = match &entry.numbers {
             Ok(place) => *place,
             Err(reason) => return refuse(reason.clone()),
@@ -292,7 +325,10 @@ impl Weights {
             return refuse(format!("type {dtype:?}, {EXPECTED}"));
         }
         self.read.borrow_mut().insert(name.to_owned());
-        let bytes = self.bytes(name, entry.file, range)?;
+        let mut bytes = self.bytes(name, entry.file, range)?;
+        if let (Some((shape, strides)), Some(width)) = (&entry.order, kind.bytes(1)) {
+            bytes = Cow::Owned(in_order(&bytes, width, shape, strides));
+        }
         let numbers = match kind.of_network().and_then(TensorData::view) {
             Some(view) => Numbers::Stored(bytes, view),
             None => {
@@ -301,6 +337,19 @@ impl Weights {
             }
         };
         Ok(StoredTensor { numbers, shape: &entry.shape })
+    }
+
+    /// What bitsandbytes calls the blocks of a weight, if it has quantized it.
+    fn quantised(&self, name: &str) -> Option<&'static str> {
+        let has = |end: &str| self.entries.contains_key(&format!("{name}.{end}"));
+        let stem = name.strip_suffix("weight").unwrap_or(name);
+        match () {
+            () if has("quant_state.bitsandbytes__nf4") => Some("NF4"),
+            () if has("quant_state.bitsandbytes__fp4") => Some("FP4"),
+            () if has("absmax") || has("quant_map") => Some("blocks of 4 bits"),
+            () if self.entries.contains_key(&format!("{stem}SCB")) => Some("LLM.int8"),
+            () => None,
+        }
     }
 
     /// The values of a weight times its scale, if it is of fp8 and a tensor beside it holds one: one
@@ -372,32 +421,31 @@ impl Weights {
     }
 }
 
+/// The numbers of a tensor in order, from those that begin at `bytes` with these strides.
+fn in_order(bytes: &[u8], width: usize, shape: &[usize], strides: &[usize]) -> Vec<u8> {
+    let mut ordered = Vec::with_capacity(shape.iter().product::<usize>() * width);
+    let mut index = vec![0; shape.len()];
+    for _ in 0..shape.iter().product() {
+        let place: usize = index.iter().zip(strides).map(|(i, stride)| i * stride).sum();
+        ordered.extend_from_slice(&bytes[place * width..(place + 1) * width]);
+        for (i, side) in index.iter_mut().zip(shape).rev() {
+            *i += 1;
+            if *i < *side {
+                break;
+            }
+            *i = 0;
+        }
+    }
+    ordered
+}
+
 /// The number of elements of a shape, which may be one that no file can hold.
 fn product(shape: &[usize]) -> u64 {
     shape.iter().fold(1, |product, side| product.saturating_mul(*side as u64))
 }
 
-/// The advice for files that are cut short.
-const FETCH: &str = "the download is incomplete, fetch the file again";
-
-/// The types whose numbers are read.
-const EXPECTED: &str = "expected F32, F16, BF16, F64 or fp8";
-
-/// The header of a safetensors file, and the offset of the data behind it. The ranges of its tensors
-/// follow each other without gaps, and have the lengths of their shapes.
-fn header(bytes: &Bytes) -> std::result::Result<(usize, Metadata), String> {
-    const PREFIX: usize = size_of::<u64>();
-    let read = |range| bytes.read(range).map_err(|error| error.to_string());
-    let cut = || format!("is cut short within its header, at {} bytes: {FETCH}", bytes.len());
-    let prefix = read(0..PREFIX.min(bytes.len()))?;
-    let prefix = prefix.as_ref().try_into().map_err(|_| cut())?;
-    let length = usize::try_from(u64::from_le_bytes(prefix)).ok();
-    let data = length.and_then(|length| length.checked_add(PREFIX));
-    let data = data.filter(|data| *data <= bytes.len()).ok_or_else(cut)?;
-    let text = read(PREFIX..data)?;
-    let metadata = serde_json::from_slice(&text);
-    Ok((data, metadata.map_err(|error| format!("not a safetensors file: {error}"))?))
-}
+/// The advice for files whose blocks are not read.
+const TAKE: &str = "take the file in f16, fp8 or GGUF";
 
 /// Names of the scales of fp8 weights, in place of `weight`.
 const FP8_SCALES: [&str; 2] = ["scale_weight", "weight_scale"];
@@ -407,60 +455,16 @@ const FP8_INPUTS: [&str; 4] = ["scale_input", "input_scale", "scaled_fp8", "comf
 
 #[cfg(test)]
 mod tests {
-    use proptest::collection::{btree_map, vec};
-    use proptest::prelude::*;
-    use serde_json::json;
-
     use super::*;
-
-    /// Types and their sizes in bytes.
-    const TYPES: [(&str, usize); 4] = [("F32", 4), ("F16", 2), ("BF16", 2), ("I64", 8)];
-
-    type Header = BTreeMap<String, (usize, Vec<usize>)>;
-
-    /// The type's index and the shape of each tensor.
-    fn any_header() -> impl Strategy<Value = Header> {
-        btree_map("[a-z.é]{1,12}", (0..TYPES.len(), vec(0..5_usize, 0..5)), 0..6)
-    }
-
-    /// A file of these tensors, filled with zeros.
-    fn file(header: &Header) -> Vec<u8> {
-        let mut end = 0;
-        let mut entries = serde_json::Map::new();
-        for (name, (kind, shape)) in header {
-            let (dtype, bytes) = TYPES[*kind];
-            let begin = end;
-            end += shape.iter().product::<usize>() * bytes;
-            let entry = json!({ "dtype": dtype, "shape": shape, "data_offsets": [begin, end] });
-            entries.insert(name.clone(), entry);
-        }
-        let text = serde_json::Value::Object(entries).to_string();
-        let length = (text.len() as u64).to_le_bytes();
-        [&length[..], text.as_bytes(), &vec![0; end]].concat()
-    }
-
-    /// Reads the tensors of a file, and each tensor's numbers.
-    fn read(bytes: &[u8]) -> Result<BTreeMap<String, Vec<usize>>> {
-        let folder = tempfile::tempdir().expect("a folder");
-        let path = folder.path().join("a.safetensors");
-        std::fs::write(&path, bytes).expect("it is written");
-        let weights = Weights::whole(&path)?;
-        let names: Vec<_> = weights.names().map(str::to_owned).collect();
-        let shape = |name: &String| weights.shape(name).expect("it is there").to_vec();
-        let read: BTreeMap<_, _> = names.iter().map(|name| (name.clone(), shape(name))).collect();
-        for (name, shape) in &read {
-            let _ = weights.tensor(name, shape);
-        }
-        Ok(read)
-    }
 
     #[test]
     fn a_file_that_is_changed_while_it_is_read_is_refused_by_name() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("a.safetensors");
-        let header = BTreeMap::from([("w".to_owned(), (0, vec![1 << 16]))]);
+        let tensors = [("w", Tensor::zeros(1 << 16, DType::F32, &Device::Cpu).expect("zeros"))];
+        let tensors = tensors.into_iter().collect();
         let open = || {
-            std::fs::write(&path, file(&header)).expect("it is written");
+            candle_core::safetensors::save(&tensors, &path).expect("it is written");
             Weights::whole(&path).expect("a sound file")
         };
         let weights = open();
@@ -473,38 +477,5 @@ mod tests {
         changed(weights.tensor("w", &[1 << 16]).expect_err("shorter"), "a.safetensors: tensor w");
         let mut fingerprint = Fingerprint::default();
         changed(weights.add_to(&mut fingerprint).expect_err("shorter"), "a.safetensors");
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig {
-            failure_persistence: None,
-            ..ProptestConfig::with_cases(300)
-        })]
-
-        #[test]
-        fn a_file_has_the_tensors_of_its_header(header in any_header()) {
-            let read = read(&file(&header)).expect("a sound file");
-            let shapes = header.into_iter().map(|(name, (_, shape))| (name, shape));
-            prop_assert_eq!(read, shapes.collect());
-        }
-
-        #[test]
-        fn a_damaged_file_is_read_or_refused_by_name(
-            header in any_header(),
-            changes in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
-            cut in prop::option::of(any::<prop::sample::Index>()),
-        ) {
-            let mut bytes = file(&header);
-            for (place, byte) in changes {
-                let place = place.index(bytes.len());
-                bytes[place] = byte;
-            }
-            if let Some(cut) = cut {
-                bytes.truncate(cut.index(bytes.len()));
-            }
-            if let Err(error) = read(&bytes) {
-                prop_assert!(error.to_string().contains("a.safetensors"), "{error}");
-            }
-        }
     }
 }

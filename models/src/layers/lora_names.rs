@@ -172,12 +172,13 @@ impl TargetNames {
         for start in ["base_model_model_", "lycoris_", "model_diffusion_model_"] {
             name = name.strip_prefix(start).unwrap_or(name);
         }
-        const TEXT: [&str; 7] = [
+        const TEXT: [&str; 8] = [
             "lora_te_",
             "lora_te1_",
             "text_encoder_",
             "te_",
             "te1_",
+            "clip_l_",
             "cond_stage_model_transformer_",
             "text_encoders_clip_l_transformer_",
         ];

@@ -4,7 +4,6 @@
 //!
 //! Reference: PEFT 0.21 `tuners/*/config.py`, `utils/other.py` (`get_pattern_key`).
 
-use std::fs::File;
 use std::io::Read as _;
 use std::path::Path;
 
@@ -13,7 +12,7 @@ use serde_json::Value;
 
 use super::lora_names::Network;
 use crate::error::{Error, Result};
-use crate::files::{PEFT_SETTINGS, Weights, peft_settings};
+use crate::files::{PEFT_SETTINGS, Weights, open, peft_settings};
 
 /// Maximum bytes of a file of settings; that of 1000 weights with an alpha each is 100 KB.
 const MAX_BYTES: u64 = 4 << 20;
@@ -23,6 +22,15 @@ const MAX_EXPRESSIONS: usize = 256;
 
 /// Maximum bytes of such a pattern, compiled.
 const MAX_EXPRESSION_BYTES: usize = 256 << 10;
+
+/// What a LoRA can begin as without the model's own weights: PEFT's `init_lora_weights`, which may be
+/// true or false too. The others, PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA and MiCA, begin with parts of
+/// them, and most take those out of the model.
+const OWN_STARTS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
+
+/// Settings that, where they are set, ask for more than the change by the file's factors.
+const FURTHER: [&str; 4] =
+    ["kasa_config", "use_qalora", "alora_invocation_tokens", "layer_replication"];
 
 /// The settings of a weight.
 #[derive(Clone, Copy)]
@@ -110,7 +118,7 @@ impl Settings {
 fn beside(path: &Path) -> Result<Option<String>> {
     let Some(path) = peft_settings(path) else { return Ok(None) };
     let failed = |reason| Error::File { path: path.clone(), reason };
-    let file = match File::open(&path) {
+    let file = match open(&path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         file => file.map_err(failed)?,
     };
@@ -139,6 +147,19 @@ impl Adapter {
             },
             _ => return Err("peft_type: expected a text".into()),
         };
+        match setting("init_lora_weights") {
+            Value::String(kind) if !OWN_STARTS.contains(&&*kind.to_ascii_lowercase()) => {
+                return Err(format!(
+                    "init_lora_weights: {kind:?} begins with parts of the model's own weights, which \
+                     is not supported: save the adapter converted to a plain LoRA"
+                ));
+            }
+            _ => {}
+        }
+        let asks = |key: &&&str| !matches!(setting(key), Value::Null | Value::Bool(false));
+        if let Some(key) = FURTHER.iter().find(asks) {
+            return Err(format!("{key}: is not supported"));
+        }
         let choice = |key: &'static str, pattern: &'static str| {
             let all = match setting(key) {
                 Value::Null => 8.0,
@@ -236,6 +257,8 @@ mod tests {
             (json!({ "peft_type": "LOHA", "alpha": 2, "lora_alpha": 100 }), 0.5),
             (json!({ "peft_type": "LOKR", "alpha": 2 }), 0.5),
             (json!({ "lora_alpha": 2, "use_rslora": true }), 1.0),
+            (json!({ "lora_alpha": 2, "r": 4, "init_lora_weights": "gaussian" }), 0.5),
+            (json!({ "lora_alpha": 2, "r": 4, "init_lora_weights": true }), 0.5),
             (json!({ "lora_alpha": 2, "alpha_pattern": { "to_q": 4, "to_k": 8 } }), 1.0),
             (json!({ "lora_alpha": 2, "alpha_pattern": { "o_q": 4, "attn2.to_q": 4 } }), 0.5),
             (json!({ "lora_alpha": 2, "alpha_pattern": { r"attn\d\.to_[qk]": 4 } }), 1.0),
@@ -252,6 +275,9 @@ mod tests {
             (json!({ "peft_type": "ADALORA" }), "peft_type: \"ADALORA\" is not supported"),
             (json!({ "lora_alpha": "16" }), "lora_alpha: expected a number"),
             (json!({ "r": 0 }), "ranks are 1 or more"),
+            (json!({ "init_lora_weights": "pissa_niter_16" }), "\"pissa_niter_16\" begins with"),
+            (json!({ "init_lora_weights": "olora" }), "init_lora_weights"),
+            (json!({ "use_qalora": true }), "use_qalora: is not supported"),
             (json!({ "alpha_pattern": [] }), "alpha_pattern: expected an object"),
             (json!({ "alpha_pattern": { "a": "b" } }), "alpha_pattern: \"a\": expected a number"),
             (json!({ "alpha_pattern": { "(": 1 } }), "\"(\": not a regular expression"),

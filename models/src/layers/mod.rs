@@ -5,6 +5,7 @@ mod lora;
 mod lora_delta;
 mod lora_layer;
 mod lora_names;
+mod lora_parts;
 mod lora_peft;
 mod placed_delta;
 

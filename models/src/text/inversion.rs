@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::files::{AssetDir, Weights};
 
 /// AUTOMATIC1111's names of the vectors, which do not name the token.
-const NAMELESS: [&str; 2] = ["emb_params", "*"];
+const NAMELESS: [&str; 3] = ["emb_params", "*", "clip_l"];
 
 /// The textual inversion embeddings of a model.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -221,14 +221,14 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         for (file, name) in [
             ("a", ""),
-            ("b", " \n"),
+            ("b", "  "),
             ("c", " <cat> "),
             ("d", "<CAT>"),
             ("e", "E"),
             ("f", "emb_params"),
             ("g", "h"),
             ("h", "A"),
-            (" ", "\t"),
+            (" ", " "),
         ] {
             save(folder.path(), &format!("{file}.safetensors"), name);
         }

@@ -219,6 +219,7 @@ fn what_matches_nothing_is_left_out_with_a_warning() {
     save("flux", &[("lora_unet_double_blocks_0_img_attn_proj.lora_up.weight", zeros(&[4, 2]))]);
     save("sd3", &[("transformer.transformer_blocks.1.attn.to_q.lora_A.weight", zeros(&[2, 4]))]);
     save("vae", &[("decoder.conv_in.weight", zeros(&[4, 2]))]);
+    save("other", &[("some.weight", zeros(&[4, 2]))]);
     let model = model(folder.path().to_owned(), Vec::new());
     let begun = model.begin(&spec(&[("some", 1.0)])).unwrap();
     let warning = "the LoRA \"some\" has 2 tensors that match no weight of this model, left out: \
@@ -231,7 +232,8 @@ fn what_matches_nothing_is_left_out_with_a_warning() {
     for (name, words) in [
         ("flux", "it seems to be for Flux"),
         ("sd3", "it seems to be for a diffusion transformer such as Flux"),
-        ("vae", "holds no LoRA but 1 other tensors, the first \"decoder.conv_in.weight\""),
+        ("vae", "is no LoRA: this is a VAE, which is a part of a model: --vae takes it"),
+        ("other", "holds no LoRA but 1 other tensors, the first \"some.weight\""),
     ] {
         let error = model.begin(&spec(&[(name, 1.0)])).map(drop).unwrap_err().to_string();
         assert!(error.contains(name) && error.contains(words), "{error}");
