@@ -14,6 +14,8 @@ mod controlnet;
 mod editing;
 #[path = "parity/emphasis.rs"]
 mod emphasis;
+#[path = "parity/few_steps.rs"]
+mod few_steps;
 #[path = "parity/forms.rs"]
 mod forms;
 #[path = "parity/hires.rs"]
@@ -46,6 +48,8 @@ mod safety;
 mod sampler;
 #[path = "parity/schedules.rs"]
 mod schedules;
+#[path = "parity/second.rs"]
+mod second;
 #[path = "parity/single.rs"]
 mod single;
 #[path = "parity/tokenizer.rs"]

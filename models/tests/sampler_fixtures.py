@@ -3,6 +3,7 @@ neither has a sampler or a schedule by its published formula, for tests/parity/s
 of make_fixtures.py.
 """
 
+import functools
 import json
 import math
 import sys
@@ -39,6 +40,11 @@ CLASSES = {
     "dpmpp_3m_sde": (
         "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3},
     ),
+    "dpmpp_2m_heun": ("DPMSolverMultistepScheduler", {"solver_type": "heun"}),
+    "dpmpp_2m_sde_heun": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "solver_type": "heun"},
+    ),
     "dpmpp_2s": ("DPMSolverSinglestepScheduler", {}),
     "dpmpp_sde": ("DPMSolverSDEScheduler", {"noise_sampler_seed": 7}),
     "deis": ("DEISMultistepScheduler", {}),
@@ -49,9 +55,10 @@ CLASSES = {
     "tcd": ("TCDScheduler", {}),
 }
 NEW = ["lms", "dpm2", "dpm2_a", "dpmpp_2m_sde", "dpmpp_3m_sde", "dpmpp_2s", "dpmpp_sde", "deis",
-       "unipc_bh1", "unipc_3", "tcd"]
+       "unipc_bh1", "unipc_3", "tcd", "dpmpp_2m_heun", "dpmpp_2m_sde_heun"]
 OLD = ["euler", "heun", "dpmpp_2m", "unipc"]
-DRAWING = ("ddpm", "dpm2_a", "dpmpp_2m_sde", "dpmpp_3m_sde", "lcm", "tcd", "ddim")
+DRAWING = ("ddpm", "dpm2_a", "dpmpp_2m_sde", "dpmpp_2m_sde_heun", "dpmpp_3m_sde", "lcm", "tcd",
+           "ddim")
 CONFIGS = {
     "v1-4": V1_4,
     "velocity": {**V1_4, "prediction_type": "v_prediction"},
@@ -231,6 +238,35 @@ def unhurried(heun, x, sigmas):
         sampling.torch.randn_like = drawn
 
 
+def by_ddim_cfg_pp(sampler, schedule, config, steps, skipped=0, eta=0.0):
+    """AUTOMATIC1111's formula of DDIM CFG++ on the timesteps of DDIMScheduler, in f64."""
+    scheduler = diffusers.DDIMScheduler.from_config(CONFIGS[config], **KEYS[schedule])
+    scheduler.set_timesteps(steps)
+    stream = generator(7)
+    x, seen = torch.randn(SHAPE, generator=stream), Seen()
+    products, times = scheduler.alphas_cumprod.double(), scheduler.timesteps[skipped:]
+    if skipped:
+        x = scheduler.add_noise(picture(), x, times[:1])
+    velocity = CONFIGS[config].get("prediction_type") == "v_prediction"
+    for t in times:
+        seen.add(x, t)
+        before = t - 1000 // steps
+        at, to = products[t], products[before] if before >= 0 else scheduler.final_alpha_cumprod.double()
+        plain = fake_unet(x, t)
+        guided = plain + GUIDANCE / 12.5 * (fake_conditional(x, t) - plain)
+        if velocity:
+            x0 = at ** 0.5 * x - (1 - at) ** 0.5 * guided
+            epsilon = at ** 0.5 * plain + (1 - at) ** 0.5 * x
+        else:
+            x0, epsilon = (x - (1 - at) ** 0.5 * guided) / at ** 0.5, plain
+        sigma = eta * ((1 - to) / (1 - at) * (1 - at / to)) ** 0.5
+        x = to ** 0.5 * x0 + (1 - to - sigma ** 2) ** 0.5 * epsilon
+        if eta:
+            x = x + sigma * torch.randn(SHAPE, generator=stream)
+        x = x.float()
+    return seen.tensors(x)
+
+
 FUNCTIONS = {
     "euler": sampling.sample_euler,
     "euler_a": sampling.sample_euler_ancestral,
@@ -240,12 +276,13 @@ FUNCTIONS = {
     "dpm2_a": sampling.sample_dpm_2_ancestral,
     "dpmpp_2m": sampling.sample_dpmpp_2m,
     "dpmpp_2m_sde": sampling.sample_dpmpp_2m_sde,
+    "dpmpp_2m_sde_heun": functools.partial(sampling.sample_dpmpp_2m_sde, solver_type="heun"),
     "dpmpp_2s_a": sampling.sample_dpmpp_2s_ancestral,
     "dpmpp_sde": sampling.sample_dpmpp_sde,
 }
 FORMULAS = {"euler_cfg_pp": euler_cfg_pp, "dpmpp_2m_cfg_pp": dpmpp_2m_cfg_pp, "restart": restart}
 # Their latents are scaled to unit variance here.
-SCALED = ("dpmpp_2m", "dpmpp_2m_sde")
+SCALED = ("dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2m_sde_heun")
 
 
 def by_k_diffusion(sampler, schedule, config, steps, skipped=0, **options):
@@ -265,7 +302,7 @@ def by_k_diffusion(sampler, schedule, config, steps, skipped=0, **options):
     if sampler == "dpmpp_sde":
         least = sigmas[sigmas > 0].min()
         options["noise_sampler"] = sampling.BrownianTreeNoiseSampler(x, least, sigmas.max(), 7)
-    elif sampler == "dpmpp_2m_sde":
+    elif sampler.startswith("dpmpp_2m_sde"):
         options["noise_sampler"] = lambda *_: torch.randn(SHAPE, generator=stream)
     try:
         if sampler in FORMULAS:
@@ -331,6 +368,13 @@ def cases():
         # The Brownian motion of a run from the middle is diffusers', over all sigmas.
         if sampler != "dpmpp_sde":
             yield k, sampler, "karras", "v1-4", 7, {"skipped": 2}
+    for steps in (1, 2, 7):
+        yield by_ddim_cfg_pp, "ddim_cfg_pp", "model", "v1-4", steps, {}
+    yield by_ddim_cfg_pp, "ddim_cfg_pp", "model", "velocity", 7, {"eta": 0.5}
+    yield by_ddim_cfg_pp, "ddim_cfg_pp", "sgm_uniform", "v1-4", 5, {}
+    yield by_ddim_cfg_pp, "ddim_cfg_pp", "model", "v1-4", 7, {"skipped": 3}
+    for eta in (0.5, 1.0):
+        yield k, "dpmpp_2m_sde_heun", "polyexponential", "v1-4", 7, {"eta": eta}
     yield k, "restart", "karras", "v1-4", 40, {}
     yield k, "restart", "exponential", "v1-4", 30, {"skipped": 6}
     for sampler in ("euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde"):

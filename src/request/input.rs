@@ -1,7 +1,7 @@
 //! The input image of a request and its mask: decoded, and in the size of the images.
 
 use ::image::DynamicImage;
-use sd_models::{Img2Img, MaskedStart, ModelInfo, Size};
+use sd_models::{Img2Img, MaskedStart, ModelInfo, Sampler, Size};
 
 use super::draw::DrawRequest;
 use super::error::ValidationError;
@@ -95,31 +95,44 @@ impl DrawRequest {
         &mut self,
         Input { image, mask, strength }: Input,
         size: Size,
+        takes_all_steps: bool,
     ) -> Img2Img {
         let (fit, masked_start) = (self.fit, self.masked_start);
         let inpainting = mask
             .as_ref()
             .zip(self.inpaint)
             .map(|(mask, options)| Inpainting::new(&image, &mask.to_luma8(), size, fit, options));
-        match inpainting {
+        let (picture, mask, masked_start) = match inpainting {
             Some(Some(Inpainting { picture, mask, overlay })) => {
                 self.overlay = Some(overlay);
-                Img2Img { picture, strength, mask: Some(mask), masked_start }
+                (picture, Some(mask), masked_start)
             }
             Some(None) => {
                 self.warnings.push("nothing is masked: the whole image was generated".into());
                 let picture = image::resize_to(&image, size, fit);
-                Img2Img { picture, strength, mask: None, masked_start: MaskedStart::Picture }
+                (picture, None, MaskedStart::Picture)
             }
             None => {
                 let picture = image::resize_to(&image, size, fit);
                 let mask = mask.map(|mask| image::fit_mask(&mask, size, fit));
                 let has_mask = mask.is_some();
                 let start = if has_mask { masked_start } else { MaskedStart::Picture };
-                Img2Img { picture, strength, mask, masked_start: start }
+                (picture, mask, start)
             }
-        }
+        };
+        Img2Img { picture, strength, takes_all_steps, mask, masked_start }
     }
+}
+
+/// Whether an input image leaves all steps to take, and the share of them that it leaves.
+pub(super) fn share_of_steps(
+    input: Option<&Input>,
+    model: &ModelInfo,
+    sampler: Sampler,
+) -> (bool, f64) {
+    let Some(Input { mask, strength, .. }) = input else { return (false, 1.0) };
+    let takes_all = model.takes_all_steps(sampler, mask.is_some());
+    (takes_all, if takes_all { 1.0 } else { *strength })
 }
 
 impl Input {

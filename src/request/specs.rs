@@ -10,6 +10,7 @@ use sd_models::{
 use super::controls::own_size;
 use super::draw::{DrawRequest, Lora};
 use super::error::ValidationError;
+use super::input::share_of_steps;
 use super::limits::Limits;
 use crate::image::{Format, Overlay};
 
@@ -44,10 +45,10 @@ impl DrawRequest {
         let name = self.sampler_of(fields, defaults.sampler_name())?;
         let SamplerName { sampler, schedule } = name;
         let most = limits.max_steps.min(model.most_steps(sampler));
-        let strength = ("strength", input.as_ref().map_or(1.0, |input| input.strength));
+        let (takes_all, share) = share_of_steps(input.as_ref(), model, sampler);
         let steps = match self.num_inference_steps {
             Some(steps) => steps,
-            None => self.raised(defaults.steps, strength, most, &mut warnings)?,
+            None => self.raised(defaults.steps, ("strength", share), most, &mut warnings)?,
         };
         let count = self.num_images_per_prompt.unwrap_or(1);
         self.within("num_images_per_prompt", count, 1..=limits.max_images)?;
@@ -55,7 +56,7 @@ impl DrawRequest {
         let guided = guidance_scale > 1.0 && !model.embeds_guidance;
         let own_eta = defaults.eta.filter(|_| sampler == defaults.sampler);
         let hires = self.hires((size, steps, name), limits, model, &mut warnings)?;
-        let img2img = input.map(|input| Arc::new(self.img2img(input, size)));
+        let img2img = input.map(|input| Arc::new(self.img2img(input, size, takes_all)));
         let hires_size = hires.as_ref().map(|hires| hires.size);
         let controls = self.sized(decoded, size, hires_size, limits)?;
         let spec = Spec {

@@ -91,6 +91,7 @@ impl Fake {
             defaults,
             multiple: 8,
             embeds_guidance: false,
+            gives_strength_to_scheduler: false,
             text_layers: 12,
             text_width: 768,
             most_steps: (1000, 50),

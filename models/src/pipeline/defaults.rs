@@ -42,6 +42,8 @@ pub struct Defaults {
 pub struct Chosen {
     /// The steps.
     pub steps: bool,
+    /// The width or the height.
+    pub size: bool,
     /// The guidance scale.
     pub guidance_scale: bool,
     /// The sampler or its schedule.
@@ -97,7 +99,7 @@ impl Defaults {
             defaults = defaults.overridden(keys, scale.max(8), layers)?;
             let SamplerName { sampler, schedule } = defaults.sampler_name();
             let (options, steps) = (SamplerOptions::default(), defaults.steps);
-            let run = Run { sampler, schedule, options, steps, skipped: 0 };
+            let run = Run { sampler, schedule, options, steps, skipped: 0, share: 1.0 };
             if let Err(Error::Spec { reason, .. }) = SamplerState::new(scheduler, run) {
                 return Err(Error::config(file, format!("steps: {reason}")));
             }
@@ -137,6 +139,7 @@ impl Defaults {
     fn overridden(mut self, mut keys: Keys, multiple: usize, layers: usize) -> Result<Self> {
         self.chosen = Chosen {
             steps: keys.has("steps"),
+            size: keys.has("width") || keys.has("height"),
             guidance_scale: keys.has("guidance_scale"),
             sampler: keys.has("scheduler") || keys.has("schedule"),
         };

@@ -55,6 +55,11 @@ impl PipelineIndex {
         self.sets_steps_offset() && !self.class.contains("Inpaint")
     }
 
+    /// Whether the pipeline gives the strength of image-to-image to the scheduler.
+    pub(super) fn gives_strength_to_scheduler(&self) -> bool {
+        self.class.starts_with("LatentConsistencyModel")
+    }
+
     /// Whether the pipeline sets `skip_prk_steps` to true, whatever the scheduler's file says.
     pub(super) fn sets_skip_prk_steps(&self) -> bool {
         self.class.contains("Inpaint")

@@ -8,16 +8,20 @@ use super::control_spec::Control;
 use super::defaults::Defaults;
 use super::options::AddOns;
 use super::pass::Pass;
-use super::spec::{Hires, MAX_STEPS, Spec};
+use super::spec::{Hires, Img2Img, MAX_STEPS, Spec};
+use super::vae::Vae;
 use crate::error::{Error, Result};
 use crate::layers::activation_dtype;
-use crate::networks::{UNet2DConditionModel, VaeConfig};
+use crate::networks::UNet2DConditionModel;
 use crate::picture::{Rgb, Size};
-use crate::sampling::{Sampler, SamplerName, SamplerOptions};
+use crate::sampling::{Sampler, SamplerName, SamplerOptions, share_of};
 use crate::text::{ClipTokenizer, Embeddings, LoraUse};
 
 /// Maximum scale of the noise that a sampler draws. More only leaves noise.
 pub const MAX_NOISE_SCALE: f64 = 2.0;
+
+/// Maximum magnitude of the scale of a LoRA: far beyond what leaves an image.
+const MAX_LORA_SCALE: f64 = 1000.0;
 
 /// Properties of a loaded model.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,6 +43,8 @@ pub struct ModelInfo {
     pub unsuited: Vec<(Sampler, String)>,
     /// Whether the guidance scale is an input of the UNet.
     pub embeds_guidance: bool,
+    /// Whether its pipeline gives the strength of image-to-image to the scheduler.
+    pub gives_strength_to_scheduler: bool,
     /// Layers of the text encoder.
     pub text_layers: usize,
     /// Width of the text encoder: 1024 of OpenCLIP, with which Stable Diffusion 2 is trained.
@@ -83,13 +89,15 @@ impl MemoryEstimate {
     /// first: the feed forward's 8 C and 4 C beside input, residual and norm. The decoder is widest
     /// where its last level begins: an input as wide as the level before, its norm, and two
     /// outputs. The delta of a LoRA on the feed forward is as wide as its output.
-    pub(crate) fn of(
+    pub(super) fn of(
         unet: &UNet2DConditionModel,
         tokenizer: &ClipTokenizer,
-        vae: &VaeConfig,
+        vae: &Vae,
         device: &Device,
         dtype: DType,
     ) -> Self {
+        let bytes_of_decoder = vae.decoder_dtype.size_in_bytes();
+        let vae = vae.config();
         let bytes = activation_dtype(device, dtype).size_in_bytes();
         let config = unet.config();
         let layers = config.layers_per_block + 1;
@@ -110,7 +118,7 @@ impl MemoryEstimate {
             chunk_bytes: (unet.kv_width() * tokenizer.max_length() * bytes) as u64,
             time_bytes: (unet.time_width() * bytes) as u64,
             score_bytes: scores as u64,
-            decode_bytes: (decode * bytes) as u64,
+            decode_bytes: (decode * bytes_of_decoder) as u64,
             scale: vae.scale() as u64,
         }
     }
@@ -142,6 +150,13 @@ impl ModelInfo {
         let decode = |size: Size| size.pixels() as u64 * self.memory.decode_bytes;
         let peak = |size| self.step_bytes(spec, size).max(decode(size));
         spec.passes().map(Pass::size).map(peak).max().unwrap_or_default()
+    }
+
+    /// Whether image-to-image takes all steps, among the share of the noise levels that the strength
+    /// tells: diffusers' `LatentConsistencyModelImg2ImgPipeline` does. It has no mask, so that
+    /// inpainting takes a share of the steps as with any other model.
+    pub fn takes_all_steps(&self, sampler: Sampler, has_mask: bool) -> bool {
+        self.gives_strength_to_scheduler && sampler.is_distilled() && !has_mask
     }
 
     /// Why a sampler cannot run with the model's scheduler configuration, if it cannot.
@@ -188,11 +203,14 @@ impl ModelInfo {
             return refuse("s_churn", "must be a finite number of at least 0".into());
         }
         for pass in spec.passes() {
-            for (field, loras) in [("loras", &spec.loras), (pass.field("prompt"), &pass.text()?.1)]
-            {
+            let prompt = pass.text()?.1;
+            for (field, loras) in [("loras", &spec.loras), (pass.field("prompt"), &prompt)] {
+                let is_scale = |scale: f64| scale.abs() <= MAX_LORA_SCALE;
                 for LoraUse { name, scale, text_encoder_scale } in loras {
-                    if !scale.is_finite() || !text_encoder_scale.is_finite() {
-                        return refuse(field, format!("of {name:?} must have a finite scale"));
+                    if !is_scale(*scale) || !is_scale(*text_encoder_scale) {
+                        let most = MAX_LORA_SCALE;
+                        let reason = format!("of {name:?} must have a scale of at most {most}");
+                        return refuse(field, reason);
                     }
                 }
             }
@@ -203,7 +221,12 @@ impl ModelInfo {
             self.check_hires(hires, spec)?;
         }
         control::check(&spec.controls, size, spec.hires.as_ref().map(|hires| hires.size))?;
-        let Some(init) = &spec.img2img else { return Ok(()) };
+        spec.img2img.as_ref().map_or(Ok(()), |init| self.check_start(init, spec))
+    }
+
+    /// Checks an input image against the model's limits.
+    fn check_start(&self, init: &Img2Img, spec: &Spec) -> Result<()> {
+        let (refuse, size) = (|field, reason| Err(Error::Spec { field, reason }), spec.size);
         let Rgb { width, height, ref data } = init.picture;
         if (width, height) != (size.width(), size.height()) || data.len() != 3 * size.pixels() {
             return refuse("image", format!("is {width}x{height}, but the output image is {size}"));
@@ -214,9 +237,14 @@ impl ModelInfo {
         if !(0.0..=1.0).contains(&init.strength) {
             return refuse("strength", format!("must be from 0 to 1, not {}", init.strength));
         }
-        if spec.skipped_steps() >= spec.steps {
-            let (strength, steps) = (init.strength, spec.steps);
+        let (strength, steps) = (init.strength, spec.steps);
+        if spec.skipped_steps() >= steps {
             return refuse("strength", less_than_a_step(strength, steps));
+        }
+        let levels = share_of(self.most_steps(spec.sampler), spec.share_of_levels());
+        if steps > levels {
+            let reason = format!("of {strength} has room for {levels} steps, not for {steps}");
+            return refuse("strength", reason);
         }
         Ok(())
     }

@@ -9,8 +9,8 @@ use candle_core::{Device, Tensor};
 
 use super::pass::Pass;
 use super::spec::{Img2Img, MaskedStart, Spec};
+use super::vae::Vae;
 use crate::error::Result;
-use crate::networks::Encoder;
 use crate::picture::Size;
 use crate::sampling::{Noise, SamplerState};
 
@@ -55,7 +55,7 @@ impl InpaintBlend {
 
 /// Draws the first latents.
 pub(crate) struct LatentInit<'a> {
-    pub(crate) encoder: &'a Encoder,
+    pub(crate) vae: &'a Vae,
     pub(crate) device: &'a Device,
     /// Whether the UNet takes mask and masked image as input channels.
     pub(crate) inpainting: bool,
@@ -123,10 +123,10 @@ impl LatentInit<'_> {
     fn encode(&self, pixels: &[f32], size: Size, noise: &mut Noise) -> Result<Tensor> {
         let shape = (1, size.height(), size.width(), 3);
         let pixels = Tensor::from_slice(pixels, shape, self.device)?;
-        let (mean, logvar) = self.encoder.forward(&pixels)?;
+        let (mean, logvar) = self.vae.encode(&pixels)?;
         let drawn = self.draw(size, noise)?;
         let sample = (mean + ((logvar * 0.5)?.exp()? * drawn)?)?;
-        Ok((sample * self.encoder.config().scaling_factor)?)
+        Ok((sample * self.vae.config().scaling_factor)?)
     }
 
     /// Noise in the shape of the latents (1, C, h, w).
@@ -147,13 +147,13 @@ impl LatentInit<'_> {
 
     /// Channels, height and width of the latents.
     fn shape(&self, size: Size) -> (usize, usize, usize) {
-        let config = self.encoder.config();
+        let config = self.vae.config();
         (config.latent_channels, size.height() / config.scale(), size.width() / config.scale())
     }
 
     /// The mask in the size of the latents (1, 1, h, w): the first pixel of each square (nearest).
     fn shrunk(&self, masked: impl Fn(usize) -> bool, size: Size) -> Result<Tensor> {
-        let scale = self.encoder.config().scale();
+        let scale = self.vae.config().scale();
         let (h, w) = (size.height() / scale, size.width() / scale);
         let first = |i: usize| (i / w * size.width() + i % w) * scale;
         let values = (0..h * w).map(|i| f32::from(u8::from(masked(first(i))))).collect();

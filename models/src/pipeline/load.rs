@@ -10,14 +10,13 @@ use super::defaults::Defaults;
 use super::index::PipelineIndex;
 use super::info::{MemoryEstimate, ModelInfo};
 use super::options::{AddOns, LoadOptions, SafetyMode};
-use super::read_files::{ReadFiles, open_again, reopen};
-use super::wide::WideDecoder;
+use super::read_files::{ReadFiles, fingerprint_of, open_again, reopen};
+use super::vae::Vae;
 use crate::error::{Error, Result};
 use crate::files::{AssetCache, SAFETY_CHECKER, Source, Weights};
 use crate::layers::{LoraCache, TargetIndex};
 use crate::networks::{
-    ClipTextConfig, ClipTextModel, Decoder, Encoder, SafetyChecker, UNet2DConditionModel,
-    UNetConfig, VaeConfig,
+    ClipTextConfig, ClipTextModel, SafetyChecker, UNet2DConditionModel, UNetConfig, VaeConfig,
 };
 use crate::sampling::SchedulerConfig;
 use crate::text::{ClipTokenizer, Embeddings};
@@ -29,12 +28,7 @@ pub(super) struct LoadedModel {
     pub(super) tokenizer: ClipTokenizer,
     pub(super) text_encoder: ClipTextModel,
     pub(super) unet: UNet2DConditionModel,
-    /// Always loaded, also for text-to-image alone: it is a thirtieth of the model, and what is
-    /// wrong with it should show at load rather than at the first request that needs it.
-    pub(super) encoder: Encoder,
-    pub(super) decoder: Decoder,
-    /// Where the decoder is in f16.
-    pub(super) wide_decoder: Option<WideDecoder>,
+    pub(super) vae: Vae,
     pub(super) safety_checker: Option<SafetyChecker>,
     pub(super) scheduler: SchedulerConfig,
     pub(super) loras: Arc<LoraCache>,
@@ -60,20 +54,20 @@ impl LoadedModel {
         let weights = unet_source.weights("unet", "diffusion_pytorch_model", half)?;
         let described = unet_source.read("unet/config.json")?.is_some();
         let unet = UNetConfig::read(if described { unet_source } else { source })?;
-        let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype)?;
+        let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype);
+        let unet = if described { unet? } else { unet.map_err(of_another_shape)? };
         let unet_targets = (weights.lora_targets(), unet.config().layers_per_block);
         let base = reopen([source, unet_source], half, [text_print, files.note(&weights)?]);
         let targets = TargetIndex::new(unet_targets, text_targets, base, &device, dtype);
         let vae_source = options.vae.as_ref().unwrap_or(source);
-        let (encoder, decoder, wide_decoder) =
-            read_vae(vae_source, half, &device, dtype, &mut files)?;
-        let memory = MemoryEstimate::of(&unet, &tokenizer, decoder.config(), &device, dtype);
-        check_widths(&text_encoder, &unet, &decoder)?;
+        let vae = read_vae(vae_source, half, &device, dtype, &mut files)?;
+        let memory = MemoryEstimate::of(&unet, &tokenizer, &vae, &device, dtype);
+        check_widths(&text_encoder, &unet, vae.config())?;
         let checked = options.safety.loads_checker(index.has_checker)?;
         let checker = checked.then(|| read_checker(source, half, &device, dtype, &mut files));
         let safety_checker = checker.transpose()?;
         let scheduler = read_scheduler(source, &index, &mut files)?;
-        let scale = decoder.config().scale();
+        let scale = vae.config().scale();
         let name = options.name.clone().unwrap_or_else(|| name(source));
         let text = &text_encoder.config().transformer;
         let sizes = (unet.config(), scale, text.num_hidden_layers);
@@ -88,6 +82,7 @@ impl LoadedModel {
             multiple: scale.max(8),
             unsuited: scheduler.unsuited(),
             embeds_guidance: unet.config().time_cond_proj_dim.is_some(),
+            gives_strength_to_scheduler: index.gives_strength_to_scheduler(),
             text_layers: text.num_hidden_layers,
             text_width: text.hidden_size,
             most_steps: scheduler.most_steps(),
@@ -106,9 +101,7 @@ impl LoadedModel {
             tokenizer,
             text_encoder,
             unet,
-            encoder,
-            decoder,
-            wide_decoder,
+            vae,
             safety_checker,
             scheduler,
             loras: Arc::new(loras),
@@ -134,6 +127,19 @@ fn device_name(device: &Device) -> String {
 
 /// The option that goes without the safety checker.
 const WITHOUT_CHECKER: &str = "--safety-checker off goes without it";
+
+/// Adds to the error of a tensor where the shapes are from.
+fn of_another_shape(error: Error) -> Error {
+    match error {
+        Error::Tensor { file, tensor, reason } => {
+            let reason = format!(
+                "{reason}; the shapes are the model's own, as there is no config.json beside the file"
+            );
+            Error::Tensor { file, tensor, reason }
+        }
+        other => other,
+    }
+}
 
 /// Adds to the error of a missing file what helps.
 fn advise<T>(read: Result<T>, advice: &str) -> Result<T> {
@@ -181,28 +187,29 @@ fn read_checker(
     dtype: DType,
     files: &mut ReadFiles,
 ) -> Result<SafetyChecker> {
-    let checker = advise(SafetyChecker::load(source, half, device, dtype), WITHOUT_CHECKER)?;
-    files.note(&source.weights(SAFETY_CHECKER, "model", half)?)?;
+    let weights = advise(source.weights(SAFETY_CHECKER, "model", half), WITHOUT_CHECKER)?;
+    let checker = advise(SafetyChecker::load(source, &weights, device, dtype), WITHOUT_CHECKER)?;
+    files.note(&weights)?;
     Ok(checker)
 }
 
-/// Encoder and decoder of the VAE, and where the decoder is in f16 the one in f32 beside it.
+/// The VAE.
 fn read_vae(
     source: &Source,
     half: bool,
     device: &Device,
     dtype: DType,
     files: &mut ReadFiles,
-) -> Result<(Encoder, Decoder, Option<WideDecoder>)> {
+) -> Result<Vae> {
     let advice = "--vae names another VAE";
     let weights = advise(source.weights("vae", "diffusion_pytorch_model", half), advice)?;
     let config = advise(VaeConfig::read(source), advice)?;
-    let encoder = Encoder::load(config.clone(), &weights, device, dtype)?;
-    let decoder = Decoder::load(config.clone(), &weights, device, dtype)?;
-    let (source, known) = (source.clone(), files.note(&weights)?);
+    let (source, known) = (source.clone(), fingerprint_of(&weights)?);
     let open = move || open_again(&source, ("vae", "diffusion_pytorch_model"), half, &known);
-    let wide = half.then(|| WideDecoder::new(config, device, Box::new(open)));
-    Ok((encoder, decoder, wide))
+    let (vae, warning) = Vae::load(config, &weights, device, dtype, Box::new(open))?;
+    files.note(&weights)?;
+    files.warnings.extend(warning);
+    Ok(vae)
 }
 
 /// Tokenizer and text encoder, with the textual inversion embeddings added to both.
@@ -228,8 +235,8 @@ fn read_text(
 }
 
 /// Checks that the output of each network fits the next.
-fn check_widths(text: &ClipTextModel, unet: &UNet2DConditionModel, vae: &Decoder) -> Result<()> {
-    let (unet, text, vae) = (unet.config(), text.config(), vae.config());
+fn check_widths(text: &ClipTextModel, unet: &UNet2DConditionModel, vae: &VaeConfig) -> Result<()> {
+    let (unet, text) = (unet.config(), text.config());
     let refuse = |key: &str, found: usize, other: &str, wanted: usize| {
         let reason = format!("{key}: {found}, but {other} is {wanted}");
         Err(Error::config("unet/config.json", reason))

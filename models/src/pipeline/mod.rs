@@ -24,8 +24,8 @@ mod read_files;
 mod rows;
 mod spec;
 mod trajectory;
+mod vae;
 mod variation;
-mod wide;
 
 use std::sync::{Arc, OnceLock};
 
@@ -150,8 +150,7 @@ impl Pipeline {
         let mut noise = Noise::new(spec.seed);
         let inpainting =
             self.model.unet.config().in_channels > self.model.unet.config().out_channels;
-        let init =
-            LatentInit { encoder: &self.model.encoder, device: &self.model.device, inpainting };
+        let init = LatentInit { vae: &self.model.vae, device: &self.model.device, inpainting };
         let InitialLatents { latents, blend, mask_condition, step_noise } =
             init.begin(spec, &sampler, &mut noise)?;
         let noise = step_noise.unwrap_or(noise);
@@ -258,8 +257,9 @@ impl Pipeline {
     fn sampler(&self, pass: Pass<'_>) -> Result<SamplerState> {
         let SamplerName { sampler, schedule } = pass.sampler();
         let (steps, skipped) = (pass.steps(), pass.skipped_steps());
-        let options = pass.sampler_options();
-        SamplerState::new(&self.model.scheduler, Run { sampler, schedule, options, steps, skipped })
+        let (options, share) = (pass.sampler_options(), pass.share_of_levels());
+        let run = Run { sampler, schedule, options, steps, skipped, share };
+        SamplerState::new(&self.model.scheduler, run)
     }
 
     /// The time embeddings of a sampler's timesteps (evaluations, time_width).
@@ -315,7 +315,7 @@ impl Pipeline {
         let unet = &self.model.unet;
         let output =
             unet.forward_controlled(&latents, &times, &conditioning, &loras, &residuals)?;
-        let scale = self.model.decoder.config().scale();
+        let scale = self.model.vae.config().scale();
         let mut row = 0;
         let mut results = Vec::new();
         for trajectory in &active {
@@ -340,7 +340,7 @@ impl Pipeline {
             None => {
                 let decode =
                     |latents: &Tensor| self.decode_latents(&latents.to_device(&self.model.device)?);
-                let fitted = Preview::fit(self.model.decoder.config(), decode)?;
+                let fitted = Preview::fit(self.model.vae.config(), decode)?;
                 self.preview.get_or_init(|| fitted)
             }
         };
@@ -350,7 +350,7 @@ impl Pipeline {
     /// The image of a trajectory. If the trajectory is not done, the predicted x0 of the last UNet
     /// call is decoded, as AUTOMATIC1111 does when it is interrupted.
     pub fn decode(&self, trajectory: &Trajectory) -> Result<Rgb> {
-        let latents = (trajectory.predicted_x0()? / self.model.decoder.config().scaling_factor)?;
+        let latents = (trajectory.predicted_x0()? / self.model.vae.config().scaling_factor)?;
         let image = self.decode_latents(&latents)?; // (1, H, W, 3)
         let (_, height, width, _) = image.dims4()?;
         let values = image.flatten_all()?.to_vec1::<f32>()?;
@@ -361,7 +361,7 @@ impl Pipeline {
 
     /// Latents (1, C, h, w), divided by the scaling factor -> the image (1, H, W, 3) on the CPU.
     fn decode_latents(&self, latents: &Tensor) -> Result<Tensor> {
-        wide::decode(&self.model.decoder, self.model.wide_decoder.as_ref(), latents)
+        self.model.vae.decode(latents)
     }
 
     /// Whether the safety checker flags an image as NSFW; `None` without a safety checker.

@@ -94,6 +94,11 @@ impl<'a> Pass<'a> {
         self.hires.map_or(self.spec.skipped_steps(), Hires::skipped_steps)
     }
 
+    /// The share of the noise levels among which the steps are.
+    pub(super) fn share_of_levels(self) -> f64 {
+        self.hires.map_or(self.spec.share_of_levels(), |_| 1.0)
+    }
+
     /// Sampler and schedule.
     pub(super) fn sampler(self) -> SamplerName {
         self.sampler_and_options().0
@@ -133,7 +138,10 @@ impl<'a> Pass<'a> {
 
     /// The scale by which the outputs of the rows are guided.
     pub(super) fn scale_of_rows(self) -> f64 {
-        if self.spec.embeds_guidance { 1.0 } else { self.guidance_scale() }
+        if self.spec.embeds_guidance {
+            return 1.0;
+        }
+        self.guidance_scale() * self.sampler().sampler.guidance_share()
     }
 
     /// Whether there is an unconditional row. Prompts that are joined or weighed need one at every

@@ -66,7 +66,7 @@ impl Preview {
 }
 
 /// (1, C, SIDE, SIDE) on the CPU.
-fn octaves(channels: usize) -> Result<Tensor> {
+pub(super) fn octaves(channels: usize) -> Result<Tensor> {
     let mut noise = Noise::new(0);
     let mut sum = Tensor::zeros((1, channels, SIDE, SIDE), candle_core::DType::F32, &Device::Cpu)?;
     for block in OCTAVES {

@@ -27,7 +27,8 @@ impl ReadFiles {
     }
 }
 
-fn fingerprint_of(weights: &Weights) -> Result<String> {
+/// The fingerprint of the files of a network alone.
+pub(super) fn fingerprint_of(weights: &Weights) -> Result<String> {
     let mut fingerprint = Fingerprint::default();
     weights.add_to(&mut fingerprint)?;
     Ok(fingerprint.finish())

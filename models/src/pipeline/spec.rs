@@ -10,7 +10,7 @@ use super::control_spec::Control;
 use super::variation::Variation;
 use crate::error::{Error, Result};
 use crate::picture::{Rgb, Size};
-use crate::sampling::{Sampler, SamplerName, SamplerOptions, SigmaSchedule};
+use crate::sampling::{Sampler, SamplerName, SamplerOptions, SigmaSchedule, share_of};
 use crate::text::{Loras, without_loras};
 
 /// Maximum number of sampler steps: those of the training schedule.
@@ -95,7 +95,14 @@ impl Spec {
 
     /// Steps skipped because the latents begin as an input image.
     pub fn skipped_steps(&self) -> usize {
-        skipped(self.steps, self.img2img.as_ref().map_or(1.0, |init| init.strength))
+        let init = self.img2img.as_ref().filter(|init| !init.takes_all_steps);
+        skipped(self.steps, init.map_or(1.0, |init| init.strength))
+    }
+
+    /// The share of the noise levels among which the steps are.
+    pub fn share_of_levels(&self) -> f64 {
+        let init = self.img2img.as_ref().filter(|init| init.takes_all_steps);
+        init.map_or(1.0, |init| init.strength)
     }
 
     /// Denoising strength of image-to-image or of the hires pass, if there is one.
@@ -112,7 +119,7 @@ impl Spec {
 
 /// Skipped steps at a denoising strength.
 fn skipped(steps: usize, strength: f64) -> usize {
-    steps.saturating_sub((steps as f64 * strength) as usize)
+    steps.saturating_sub(share_of(steps, strength))
 }
 
 /// A pass over the upscaled latents of the base pass (AUTOMATIC1111's "hires fix"), for images
@@ -241,6 +248,9 @@ pub struct Img2Img {
     pub picture: Rgb,
     /// Denoising strength, 0 to 1: the share of the steps that are taken.
     pub strength: f64,
+    /// Whether all steps are taken instead, among that share of the noise levels: see
+    /// [`crate::ModelInfo::takes_all_steps`].
+    pub takes_all_steps: bool,
     /// One byte per pixel, row by row: 128 and more is inpainted, less is preserved. Without a
     /// mask, the whole image is changed.
     pub mask: Option<Vec<u8>>,

@@ -30,8 +30,12 @@ pub enum Sampler {
     Dpm2Ancestral,
     /// DPM-Solver++ of second order, multistep.
     Dpmpp2m,
-    /// The same, stochastic.
+    /// The same, of Heun's type.
+    Dpmpp2mHeun,
+    /// DPM-Solver++ of second order, multistep and stochastic.
     Dpmpp2mSde,
+    /// The same, of Heun's type.
+    Dpmpp2mSdeHeun,
     /// DPM-Solver++ of third order, multistep and stochastic.
     Dpmpp3mSde,
     /// DPM-Solver++ of second order on pairs of steps.
@@ -54,6 +58,8 @@ pub enum Sampler {
     EulerCfgPp,
     /// DPM-Solver++ of second order, multistep, with CFG++ guidance.
     Dpmpp2mCfgPp,
+    /// Denoising diffusion implicit models with CFG++ guidance.
+    DdimCfgPp,
     /// Latent consistency models.
     Lcm,
     /// Trajectory consistency distillation.
@@ -90,6 +96,8 @@ pub(super) struct Algorithm {
     pub(super) always_draws: bool,
     /// Whether it needs the unguided output.
     pub(super) needs_unguided: bool,
+    /// The share of the guidance scale by which it guides.
+    pub(super) guidance_share: f64,
     /// On timesteps: whether a step ends `train / steps` timesteps below its begin, and not at the
     /// next timestep of the run.
     pub(super) fixed_stride: bool,
@@ -126,9 +134,9 @@ pub(super) struct Algorithm {
     pub(super) restricted: &'static [&'static [Restricted]],
 }
 
-/// The timesteps of a run of `steps` steps, out of the `original` timesteps of a distillation
-/// (`original_inference_steps`) and the `train` timesteps of the training.
-pub(super) type Timesteps = fn(steps: usize, original: usize, train: usize) -> Result<Vec<f64>>;
+/// The timesteps of a run of `steps` steps, out of the first `levels` of a distillation, each of
+/// which is `stride` timesteps of the training.
+pub(super) type Timesteps = fn(steps: usize, levels: usize, stride: usize) -> Result<Vec<f64>>;
 
 /// A key and the values, as JSON or bare strings, that are supported.
 pub(super) type Restricted = (&'static str, &'static [&'static str]);

@@ -24,6 +24,21 @@ pub(super) fn ddim(
     state.renoised(below, step, noise)
 }
 
+/// The same with CFG++ (Chung et al. 2024, algorithm 1), as AUTOMATIC1111's `ddim_cfgpp` has it: x0
+/// of the guided output under the noise of the unguided one.
+pub(super) fn ddim_cfg_pp(
+    state: &mut SamplerState,
+    step: Step,
+    x: &Tensor,
+    outputs: Outputs<'_>,
+    noise: &mut Noise,
+) -> Result<Tensor> {
+    let x0 = state.denoiser.predicted_x0(x, outputs.guided, step.at)?;
+    let epsilon = state.denoiser.epsilon(x, outputs.unguided, step.at)?;
+    let below = linear_combination(&[(step.below.alpha, &x0), (step.below.sigma, &epsilon)])?;
+    state.renoised(below, step, noise)
+}
+
 /// Ho et al. 2020, equations 6 and 7.
 pub(super) fn ddpm(
     state: &mut SamplerState,

@@ -25,6 +25,31 @@ pub(super) fn dpmpp_2m(
     state.renoised(below, step, noise)
 }
 
+/// The same of Heun's type: the slope between the last two predictions counts as in diffusers'
+/// `solver_type="heun"`, k-diffusion's `sample_dpmpp_2m_sde`.
+pub(super) fn dpmpp_2m_heun(
+    state: &mut SamplerState,
+    step: Step,
+    x: &Tensor,
+    outputs: Outputs<'_>,
+    noise: &mut Noise,
+) -> Result<Tensor> {
+    let x0 = state.denoiser.predicted_x0(x, outputs.guided, step.at)?;
+    state.remember(x0, 2);
+    let mixed = match &state.history[..] {
+        [m0, m1] if step.order > 1 => {
+            let whole = step.below.lambda() - step.from.lambda();
+            let phi_1 = -(-whole).exp_m1();
+            let part = 2.0 * half_ratio(state, step) * (1.0 / phi_1 - 1.0 / whole);
+            linear_combination(&[(1.0 + part, m0), (-part, m1)])?
+        }
+        [newest, ..] => newest.clone(),
+        [] => x.clone(),
+    };
+    let below = first_order(x, &mixed, step.from, step.below)?;
+    state.renoised(below, step, noise)
+}
+
 /// Third order, multistep, as diffusers' `multistep_dpm_solver_third_order_update` has it for
 /// `sde-dpmsolver++`, with the sign of its last term.
 pub(super) fn dpmpp_3m_sde(

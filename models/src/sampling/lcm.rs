@@ -29,14 +29,13 @@ pub(super) fn lcm(
     linear_combination(&[(step.to.alpha, &denoised), (step.to.sigma, &draw(x, noise)?)])
 }
 
-/// `steps` timesteps, descending, evenly among the `original` timesteps of the distillation
-/// (section 4.3) out of the `train` of the training.
-pub(super) fn timesteps(steps: usize, original: usize, train: usize) -> Result<Vec<f64>> {
-    let original = original.min(train);
-    if steps > original {
-        let reason = format!("must be 1 to {original} with the samplers of consistency models");
+/// `steps` timesteps, descending, evenly among the first `levels` timesteps of the distillation
+/// (section 4.3), each of which is `stride` timesteps of the training.
+pub(super) fn timesteps(steps: usize, levels: usize, stride: usize) -> Result<Vec<f64>> {
+    if steps > levels {
+        let reason = format!("must be 1 to {levels} with the samplers of consistency models");
         return Err(Error::Spec { field: "steps", reason });
     }
-    let index = |i: usize| original - (i as f64 * (original as f64 / steps as f64)) as usize;
-    Ok((0..steps).map(|i| (index(i) * (train / original) - 1) as f64).collect())
+    let index = |i: usize| levels - (i as f64 * (levels as f64 / steps as f64)) as usize;
+    Ok((0..steps).map(|i| (index(i) * stride - 1) as f64).collect())
 }

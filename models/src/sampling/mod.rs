@@ -11,6 +11,7 @@
 mod algorithm;
 mod betas;
 mod brownian;
+mod class_config;
 mod config;
 mod ddpm;
 mod deis;
@@ -40,6 +41,7 @@ pub use self::names::SamplerName;
 pub use self::noise::Noise;
 pub use self::options::{Churn, SamplerOptions};
 pub use self::plan::Run;
+pub(crate) use self::plan::share_of;
 pub use self::schedule::Evaluation;
 pub use self::sigmas::SigmaSchedule;
 pub use self::state::{Outputs, SamplerState};

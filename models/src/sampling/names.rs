@@ -167,6 +167,8 @@ mod tests {
             ("Euler SGMUniform", on(Sampler::Euler, SigmaSchedule::SgmUniform)),
             // A pair that is refused, but not as unknown.
             ("ddim_karras", on(Sampler::Ddim, SigmaSchedule::Karras)),
+            ("DPM++ 2M SDE Heun Karras", on(Sampler::Dpmpp2mSdeHeun, SigmaSchedule::Karras)),
+            ("DDIM CFG++", on(Sampler::DdimCfgPp, SigmaSchedule::Model)),
             ("LMSDiscreteScheduler", on(Sampler::Lms, SigmaSchedule::Model)),
             (
                 "DPMSolverMultistepScheduler(use_karras_sigmas=True, \
@@ -184,7 +186,7 @@ mod tests {
         assert_eq!(table[0].1.title(), "DPM++ 2M Karras");
         for (name, part) in [
             ("dpm_fast", "euler_a"),
-            ("DPM++ 2M SDE Heun", "is unknown"),
+            ("DPM++ 2M SDE Midpoint", "is unknown"),
             ("", "is unknown"),
             ("DEISMultistepScheduler(solver_p=1)", "solver_p"),
             ("UniPCMultistepScheduler(solver_order=3, solver_type=bh1)", "solver_order \"3\""),

@@ -30,6 +30,9 @@ pub struct Run {
     pub steps: usize,
     /// How many of them are left out at the begin, because the latents begin as an image.
     pub skipped: usize,
+    /// Of the samplers of distilled models: the share of the distillation's timesteps among which
+    /// those of the run are, diffusers' `LCMScheduler.set_timesteps(strength=...)`. 1 is all.
+    pub share: f64,
 }
 
 impl SamplerState {
@@ -39,7 +42,7 @@ impl SamplerState {
     /// [`Error::Spec`] if the sampler does not run on the schedule or in so many steps;
     /// [`Error::Config`] if the configuration asks the sampler for what is not supported.
     pub fn new(config: &SchedulerConfig, run: Run) -> Result<Self> {
-        let Run { sampler, schedule, options, steps, skipped } = run;
+        let Run { sampler, schedule, options, steps, skipped, share } = run;
         sampler.check(schedule)?;
         let row = sampler.algorithm();
         config.check(row)?;
@@ -53,8 +56,18 @@ impl SamplerState {
             _ => config.spacing(row)?,
         };
         let eta = options.eta.or(row.eta).unwrap_or(0.0);
-        let plan =
-            Plan { row, schedule, options, eta, config, steps, skipped, spacing, alphas_cumprod };
+        let plan = Plan {
+            row,
+            schedule,
+            options,
+            eta,
+            config,
+            steps,
+            skipped,
+            share,
+            spacing,
+            alphas_cumprod,
+        };
         let schedule = match row.grid {
             LevelGrid::Timesteps => plan.on_timesteps()?,
             LevelGrid::Sigmas => plan.on_sigmas(false)?,
@@ -82,6 +95,7 @@ struct Plan<'a> {
     config: &'a SchedulerConfig,
     steps: usize,
     skipped: usize,
+    share: f64,
     spacing: Spacing,
     /// The product of the alphas up to each timestep of the training.
     alphas_cumprod: Vec<f32>,
@@ -91,9 +105,11 @@ impl Plan<'_> {
     /// The table of a sampler on timesteps; a timestep below 0 is after the last.
     fn on_timesteps(&self) -> Result<Schedule> {
         let train = self.alphas_cumprod.len();
-        let original = self.config.original_inference_steps.unwrap_or(50);
+        let (_, distilled) = self.config.most_steps();
         let times = match self.row.timesteps {
-            Some(timesteps) => timesteps(self.steps, original, train)?,
+            Some(timesteps) => {
+                timesteps(self.steps, share_of(distilled, self.share), train / distilled)?
+            }
             None => self.timesteps(self.steps),
         };
         let mut times: Vec<i64> = times.into_iter().map(|t| t.round_ties_even() as i64).collect();
@@ -309,6 +325,11 @@ impl Plan<'_> {
         let offset = self.config.steps_offset.unwrap_or(0);
         self.spacing.timesteps(n, self.alphas_cumprod.len(), offset)
     }
+}
+
+/// So many of `steps` steps as a share of them is: the int() of diffusers.
+pub(crate) fn share_of(steps: usize, share: f64) -> usize {
+    (steps as f64 * share) as usize
 }
 
 /// The middle of two sigmas in their logarithms, in f32 as in k-diffusion: what noise a Brownian

@@ -76,6 +76,11 @@ impl Sampler {
         self.algorithm().needs_unguided
     }
 
+    /// The share of the guidance scale by which it guides; but for one it is 1.
+    pub fn guidance_share(self) -> f64 {
+        self.algorithm().guidance_share
+    }
+
     /// The number of UNet calls of a run of so many steps; it may have one more.
     pub fn evaluations(self, schedule: SigmaSchedule, steps: usize) -> usize {
         self.evaluations_of_a_step() * schedule.steps(steps)

@@ -17,11 +17,13 @@ const THRESHOLDING: &[Restricted] = &[("thresholding", &["false"])];
 const SIGMA_RANGE: &[Restricted] = &[("sigma_min", &["null"]), ("sigma_max", &["null"])];
 const SOLVER: &[Restricted] =
     &[("use_flow_sigmas", &["null", "false"]), ("use_dynamic_shifting", &["null", "false"])];
-const MULTISTEP: &[Restricted] = &[
-    ("use_lu_lambdas", &["null", "false"]),
-    ("solver_type", &["midpoint", "logrho", "bh1", "bh2"]),
-    ("lambda_min_clipped", &["null"]),
-];
+const MULTISTEP: &[Restricted] =
+    &[("use_lu_lambdas", &["null", "false"]), ("lambda_min_clipped", &["null"])];
+/// Values of `solver_type`; diffusers takes those of other classes as the first.
+const MIDPOINT: &[&str] = &["midpoint", "logrho", "bh1", "bh2"];
+const ODE: Restricted = ("algorithm_type", &["dpmsolver++", "deis"]);
+const SDE: Restricted = ("algorithm_type", &["sde-dpmsolver++"]);
+const SECOND_ORDER: Restricted = ("solver_order", &["2"]);
 const UNIPC: &[Restricted] = &[
     ("predict_x0", &["true"]),
     ("disable_corrector", &["[]"]),
@@ -31,7 +33,7 @@ const UNIPC: &[Restricted] = &[
 const BH2: &[&str] = &["bh2", "midpoint", "heun", "logrho"];
 
 /// In the order of the documentation.
-pub(super) static ALGORITHMS: [Algorithm; 24] = [
+pub(super) static ALGORITHMS: [Algorithm; 27] = [
     Algorithm {
         aliases: &["plms"],
         fixed_stride: true,
@@ -119,12 +121,16 @@ pub(super) static ALGORITHMS: [Algorithm; 24] = [
     },
     Algorithm {
         aliases: &["k_dpmpp_2m"],
-        class_keys: &[("algorithm_type", &["dpmsolver++", "deis"]), ("solver_order", &["2"])],
+        class_keys: &[ODE, SECOND_ORDER, ("solver_type", MIDPOINT)],
         ..multistep(Sampler::Dpmpp2m, ["dpmpp_2m", "DPM++ 2M"], dpmpp::dpmpp_2m)
     },
     Algorithm {
+        class_keys: &[ODE, SECOND_ORDER, ("solver_type", &["heun"])],
+        ..multistep(Sampler::Dpmpp2mHeun, ["dpmpp_2m_heun", "DPM++ 2M Heun"], dpmpp::dpmpp_2m_heun)
+    },
+    Algorithm {
         aliases: &["k_dpmpp_2m_sde"],
-        class_keys: &[("algorithm_type", &["sde-dpmsolver++"]), ("solver_order", &["2"])],
+        class_keys: &[SDE, SECOND_ORDER, ("solver_type", MIDPOINT)],
         automatic: SigmaSchedule::Exponential,
         noise: StepNoise::Sde,
         eta: Some(1.0),
@@ -132,8 +138,21 @@ pub(super) static ALGORITHMS: [Algorithm; 24] = [
         ..multistep(Sampler::Dpmpp2mSde, ["dpmpp_2m_sde", "DPM++ 2M SDE"], dpmpp::dpmpp_2m)
     },
     Algorithm {
+        aliases: &["k_dpmpp_2m_sde_heun"],
+        class_keys: &[SDE, SECOND_ORDER, ("solver_type", &["heun"])],
+        automatic: SigmaSchedule::Exponential,
+        noise: StepNoise::Sde,
+        eta: Some(1.0),
+        s_noise: true,
+        ..multistep(
+            Sampler::Dpmpp2mSdeHeun,
+            ["dpmpp_2m_sde_heun", "DPM++ 2M SDE Heun"],
+            dpmpp::dpmpp_2m_heun,
+        )
+    },
+    Algorithm {
         aliases: &["k_dpmpp_3m_sde"],
-        class_keys: &[("algorithm_type", &["sde-dpmsolver++"]), ("solver_order", &["3"])],
+        class_keys: &[SDE, ("solver_order", &["3"]), ("solver_type", MIDPOINT)],
         automatic: SigmaSchedule::Exponential,
         noise: StepNoise::Sde,
         eta: Some(1.0),
@@ -143,7 +162,7 @@ pub(super) static ALGORITHMS: [Algorithm; 24] = [
     },
     Algorithm {
         class: Some("DPMSolverSinglestepScheduler"),
-        class_keys: &[("algorithm_type", &["dpmsolver++", "deis"]), ("solver_order", &["2"])],
+        class_keys: &[ODE, SECOND_ORDER, ("solver_type", MIDPOINT)],
         orders: Orders::Pairs,
         karras_timesteps: KarrasTimesteps::Rounded,
         fixed_spacing: Some(Spacing::Linspace),
@@ -224,6 +243,17 @@ pub(super) static ALGORITHMS: [Algorithm; 24] = [
         )
     },
     Algorithm {
+        class: None,
+        noise: StepNoise::Ddim,
+        eta: Some(0.0),
+        needs_unguided: true,
+        // AUTOMATIC1111's: its scales from 0 to 12.5 are those of CFG++ from 0 to 1.
+        guidance_share: 1.0 / 12.5,
+        fixed_stride: true,
+        set_alpha_to_one: Some(true),
+        ..on_timesteps(Sampler::DdimCfgPp, ["ddim_cfg_pp", "DDIM CFG++", ""], ddpm::ddim_cfg_pp)
+    },
+    Algorithm {
         always_draws: true,
         timesteps: Some(lcm::timesteps),
         spacing: Spacing::Linspace,
@@ -260,6 +290,7 @@ const fn on_timesteps(sampler: Sampler, names: [&'static str; 3], advance: Advan
         churns: false,
         always_draws: false,
         needs_unguided: false,
+        guidance_share: 1.0,
         fixed_stride: false,
         repeats_first: false,
         timesteps: None,

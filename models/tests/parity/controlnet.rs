@@ -255,6 +255,7 @@ impl Run {
         let start = (kind != "text").then(|| Img2Img {
             picture: picture(&expected["picture"]),
             strength: self.strength.unwrap(),
+            takes_all_steps: false,
             mask: has_mask.then(|| mask().to_vec1().unwrap()),
             masked_start: MaskedStart::Picture,
         });

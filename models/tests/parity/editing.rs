@@ -146,6 +146,7 @@ fn pictures_change_their_prompts_as_in_the_reference_alone_and_in_one_batch() {
     let start = Img2Img {
         picture: Rgb { width: 64, height: 64, data: picture },
         strength: 0.5,
+        takes_all_steps: false,
         mask: None,
         masked_start: MaskedStart::Picture,
     };

@@ -124,7 +124,13 @@ fn a_second_pass_that_cannot_be_is_refused_by_name() {
         assert!(matches!(error, Error::Spec { field, .. } if field == wrong), "{error}");
     }
     let picture = sd_models::Rgb { width: 64, height: 64, data: vec![0; 64 * 64 * 3] };
-    let start = Img2Img { picture, strength: 0.5, mask: None, masked_start: MaskedStart::Picture };
+    let start = Img2Img {
+        picture,
+        strength: 0.5,
+        takes_all_steps: false,
+        mask: None,
+        masked_start: MaskedStart::Picture,
+    };
     let both = Spec { hires: Some(good.clone()), ..spec(Some(start)) };
     assert!(matches!(model.check(&both), Err(Error::Spec { field: "hires_width", .. })));
     let inpainting = load(inpainting_model("hires"));

@@ -10,9 +10,9 @@ use crate::{fixture, path, relative_error};
 
 const TOLERANCE: f32 = 1e-4;
 
-/// The model of SD 1.x with the other UNet, scheduler and index.
-fn model() -> PathBuf {
-    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("lcm");
+/// The model of SD 1.x with the other UNet, scheduler and index; each test has its own.
+pub(crate) fn model(test: &str) -> PathBuf {
+    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("lcm-{test}"));
     let _ = std::fs::remove_dir_all(&root);
     copy(&path("v1"), &root);
     std::fs::remove_dir_all(root.join("unet")).unwrap();
@@ -22,7 +22,7 @@ fn model() -> PathBuf {
 
 #[test]
 fn the_guidance_scale_is_an_input_of_each_row() {
-    let (model, expected) = (load(model()), fixture("lcm/expected.safetensors"));
+    let (model, expected) = (load(model("rows")), fixture("lcm/expected.safetensors"));
     let mut cases: Vec<_> = expected.keys().collect();
     cases.sort_unstable();
     assert_eq!(cases.len(), 4);

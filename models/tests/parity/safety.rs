@@ -25,7 +25,8 @@ fn painted((width, height, k): (usize, usize, usize)) -> Rgb {
 }
 
 fn load(source: &Source) -> sd_models::Result<SafetyChecker> {
-    SafetyChecker::load(source, false, &Device::Cpu, DType::F32)
+    let weights = source.weights("safety_checker", "model", false)?;
+    SafetyChecker::load(source, &weights, &Device::Cpu, DType::F32)
 }
 
 #[test]

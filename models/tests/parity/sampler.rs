@@ -35,7 +35,8 @@ fn fixtures() -> Fixtures {
 fn begin(name: &str, config: &SchedulerConfig, steps: usize) -> Result<SamplerState> {
     let SamplerName { sampler, schedule } = name.parse().unwrap();
     let options = SamplerOptions::default();
-    SamplerState::new(config, Run { sampler, schedule, options, steps, skipped: 0 })
+    let run = Run { sampler, schedule, options, steps, skipped: 0, share: 1.0 };
+    SamplerState::new(config, run)
 }
 
 /// What the fixtures' program evaluates in place of a UNet.
@@ -120,7 +121,6 @@ fn what_is_not_supported_is_refused_by_name() {
         ("euler", json!({"interpolation_type": "log_linear"})),
         ("euler", json!({"final_sigmas_type": "one"})),
         ("heun", json!({"sigma_min": 0.1})),
-        ("dpmpp_2m", json!({"solver_type": "heun"})),
         ("dpmpp_2s", json!({"use_flow_sigmas": true})),
         ("deis", json!({"solver_order": 3})),
         ("dpmpp_2m", json!({"lambda_min_clipped": -5.1})),
@@ -137,7 +137,8 @@ fn what_is_not_supported_is_refused_by_name() {
         assert!(text.contains(key), "{key} is not in: {text}");
     }
     // The name of the sampler decides these.
-    let changes = json!({"solver_order": 3, "algorithm_type": "sde-dpmsolver++"});
+    let changes =
+        json!({"solver_order": 3, "algorithm_type": "sde-dpmsolver++", "solver_type": "heun"});
     begin("dpmpp_2m", &config(&changes), 4).unwrap();
     // A class does not read what only others have.
     let changes = json!({"thresholding": true, "solver_order": 3, "use_karras_sigmas": true});
@@ -169,6 +170,12 @@ fn the_class_in_the_file_names_the_sampler() {
         (r#""use_karras_sigmas": true"#, Sampler::Dpmpp2m, SigmaSchedule::Karras),
         (r#""use_beta_sigmas": true"#, Sampler::Dpmpp2m, SigmaSchedule::Beta),
         (r#""algorithm_type": "sde-dpmsolver++""#, Sampler::Dpmpp2mSde, SigmaSchedule::Model),
+        (r#""solver_type": "heun""#, Sampler::Dpmpp2mHeun, SigmaSchedule::Model),
+        (
+            r#""algorithm_type": "sde-dpmsolver++", "solver_type": "heun""#,
+            Sampler::Dpmpp2mSdeHeun,
+            SigmaSchedule::Model,
+        ),
         (
             r#""algorithm_type": "sde-dpmsolver++", "solver_order": 3"#,
             Sampler::Dpmpp3mSde,

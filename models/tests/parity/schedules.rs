@@ -51,7 +51,7 @@ fn run(case: &Case, config: &SchedulerConfig, inputs: &Tensor, times: &[f32]) ->
         Churn { amount: case.s_churn, from: case.s_tmin, to: case.s_tmax.unwrap_or(f64::INFINITY) };
     let options = SamplerOptions { eta: case.eta, s_noise: case.s_noise, churn };
     let (schedule, steps, skipped) = (case.schedule.parse().unwrap(), case.steps, case.skipped);
-    let run = Run { sampler, schedule, options, steps, skipped };
+    let run = Run { sampler, schedule, options, steps, skipped, share: 1.0 };
     let mut state = SamplerState::new(config, run).unwrap();
     let mut noise = Noise::new(7);
     let shape = (1, 4, 2, 2);
@@ -72,7 +72,7 @@ fn run(case: &Case, config: &SchedulerConfig, inputs: &Tensor, times: &[f32]) ->
         let [unguided, conditional] = fake_unet(&input, f64::from(times[done]));
         let guided = match case.guidance {
             1.0 => unguided.clone(),
-            scale => guide(&unguided, &conditional, scale).unwrap(),
+            scale => guide(&unguided, &conditional, scale * sampler.guidance_share()).unwrap(),
         };
         let outputs = Outputs { guided: &guided, unguided: &unguided };
         x = state.advance(&x, outputs, &mut noise).unwrap();

@@ -12,7 +12,7 @@ use candle_core::{D, DType, Device, Tensor};
 use self::config::{Preprocessor, SafetyConfig};
 use super::clip::ClipTransformer;
 use crate::error::{Error, Result};
-use crate::files::{SAFETY_CHECKER, Source};
+use crate::files::{Source, Weights};
 use crate::layers::LayerBuilder;
 use crate::ops::{Epilogue, LayerNorm, Linear, in_pool};
 use crate::picture::{Rgb, resized_part};
@@ -81,11 +81,10 @@ impl SafetyResult {
 
 impl SafetyChecker {
     /// Builds the checker from `safety_checker/` and `feature_extractor/`.
-    pub fn load(source: &Source, half: bool, device: &Device, dtype: DType) -> Result<Self> {
+    pub fn load(source: &Source, weights: &Weights, device: &Device, dtype: DType) -> Result<Self> {
         let config = SafetyConfig::read(source)?;
         let preprocessor = Preprocessor::read(source, config.image_size)?;
-        let weights = source.weights(SAFETY_CHECKER, "model", half)?;
-        let root = LayerBuilder::new(&weights, device, dtype);
+        let root = LayerBuilder::new(weights, device, dtype);
         // transformers 5 writes the tower with one prefix less than older files have.
         let new = root.pp("vision_model");
         let p = if new.has("pre_layrnorm.weight") { new } else { new.pp("vision_model") };
