@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use axum::Router;
 use futures_util::future::OptionFuture;
-use sd_models::AddOns;
+use sd_models::{AddOns, Checkpoint};
 use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -18,6 +18,7 @@ use crate::engine::{DeviceScheduler, Engine, EngineConfig, EngineState};
 use crate::host::memory;
 use crate::http::{self, HttpConfig};
 use crate::registry::{ModelLoader, ModelRegistry, RegistryConfig};
+use crate::request::Limits;
 use crate::source::{self, ModelConfig, ModelLocation};
 use crate::telemetry;
 
@@ -72,11 +73,12 @@ pub(crate) async fn listen_and_serve(mut config: Serve) -> Result<()> {
         warn!("the address cannot be written to standard output: {error}");
     }
     let device = DeviceScheduler::default();
+    let limits = config.http.limits;
     let first = match config.preload {
-        true => start(&device, config.engine, config.model.clone())?,
+        true => start(&device, config.engine, config.model.clone(), limits)?,
         false => Engine::absent(&device, config.engine),
     };
-    let files = DiskLoader { device, engine: config.engine, model: config.model };
+    let files = DiskLoader { device, engine: config.engine, model: config.model, limits };
     let models = ModelRegistry::new(first, files, config.models);
     let app = http::router_with(models.clone(), config.http.clone(), jobs);
     serve_app(app, models, config.http, listener, config.drain_timeout, shutdown).await
@@ -106,6 +108,7 @@ struct DiskLoader {
     engine: EngineConfig,
     /// The configuration of every model, except its location.
     model: ModelConfig,
+    limits: Limits,
 }
 
 impl DiskLoader {
@@ -119,12 +122,17 @@ impl DiskLoader {
 impl ModelLoader for DiskLoader {
     fn estimate_bytes(&self, path: &Path) -> Result<u64> {
         let model = self.at(path);
-        let (half, bytes, checking) = (model.half(), model.weight_bytes(), model.checking);
-        Ok(sd_models::parameters(&source::locate(model)?.source, half, checking)? * bytes)
+        let (half, bytes) = (model.half(), model.weight_bytes());
+        Ok(sd_models::parameters(&source::locate(model)?, half)? * bytes)
     }
 
     fn start(&self, path: &Path) -> io::Result<Engine> {
-        start(&self.device, self.engine, self.at(path))
+        start(&self.device, self.engine, self.at(path), self.limits)
+    }
+
+    fn is_model(&self, file: &Path) -> bool {
+        let checkpoint = Checkpoint { file: file.into(), vocabulary: None };
+        checkpoint.check().is_ok()
     }
 
     fn add_ons(&self) -> AddOns {
@@ -235,6 +243,15 @@ fn ignores_hangup() -> bool {
         .is_some_and(|mask| mask & 1 == 1)
 }
 
-fn start(device: &DeviceScheduler, engine: EngineConfig, model: ModelConfig) -> io::Result<Engine> {
-    Engine::start_on(device, engine, move || source::load(model))
+fn start(
+    device: &DeviceScheduler,
+    engine: EngineConfig,
+    model: ModelConfig,
+    limits: Limits,
+) -> io::Result<Engine> {
+    Engine::start_on(device, engine, move || {
+        let model = source::load(model)?;
+        limits.check_defaults(model.info()).map_err(anyhow::Error::msg)?;
+        Ok(model)
+    })
 }

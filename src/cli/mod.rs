@@ -21,7 +21,9 @@ use serde_json::{Value, json};
 use crate::engine::Safety;
 use crate::image::Format;
 use crate::server::{Serve, listen_and_serve};
-use crate::source::{Download, ModelConfig, ModelLocation, is_checkpoint, is_hub_id, wants_half};
+use crate::source::{
+    Download, ModelConfig, ModelLocation, Parts, is_checkpoint, is_hub_id, wants_half,
+};
 use crate::telemetry::LogFormat;
 use args::{Args, Command, GenerateArgs, ModelArgs, SafetyChecker, ServeArgs};
 pub use environment::library_path;
@@ -74,7 +76,8 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
             let half = wants_half(args.device, args.dtype);
             let (id, revision) = (args.model, args.revision);
             let (checking, _) = safety(args.safety_checker);
-            let download = Download { hub: hub()?, id, revision, half, checking };
+            let parts = Parts { half, checking, unet: true, vae: true };
+            let download = Download { hub: hub()?, id, revision, parts };
             Box::new(move || print(&download.run()?))
         }
         Command::Package(args) => {
@@ -209,7 +212,7 @@ impl ModelArgs {
                 loras: assets(
                     "--loras-dir",
                     self.loras_dir,
-                    &["safetensors", "pt", "ckpt", "bin"],
+                    &["safetensors", "gguf", "pt", "ckpt", "bin"],
                 )?,
                 max_lora_bytes: self.max_lora_bytes as u64,
                 controlnets: AssetDir {

@@ -64,12 +64,12 @@ impl Package {
 
     /// Creates the package and returns its path.
     pub(crate) fn run(self, model: ModelConfig) -> Result<PathBuf> {
-        let (half, checking) = (model.half(), model.checking);
+        let parts = model.parts();
         ensure!(model.location != ModelLocation::Demo, "the built-in model needs no package");
         let Source::Directory(root) = source::locate(model)?.source else {
             bail!("only a model in Diffusers format can be packaged");
         };
-        let files = source::files_to_fetch(&listing(&root)?, half, checking)
+        let files = source::files_to_fetch(&listing(&root)?, parts)
             .with_context(|| format!("cannot package {}", root.display()))?;
         let bar = bar(&root, &files)?;
         let (write, default): (fn(&_, &_, &_, &_) -> _, _) = match self.layout {

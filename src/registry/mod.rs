@@ -101,7 +101,7 @@ impl ModelRegistry {
     /// The names of the models in the directory, sorted.
     pub async fn names(&self) -> Vec<String> {
         let Some(folder) = self.shared.settings.folder.clone() else { return Vec::new() };
-        let names = self.shared.read(move |_| Ok(folder::models(&folder).into_keys().collect()));
+        let names = self.shared.read(move |shared| Ok(shared.names(&folder)));
         names.await.unwrap_or_default()
     }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use sd_models::AddOns;
+use sd_models::{AddOns, FileVersion};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
@@ -23,6 +23,9 @@ const MAX_READERS: usize = 4;
 /// try may evict another model.
 const FAILURE_RETENTION: Duration = Duration::from_secs(60);
 
+/// Number of files that were looked at, at which all are looked at again.
+const MAX_SEEN: usize = 10_000;
+
 /// Starts an engine for the files of a model.
 pub trait ModelLoader: Send + Sync + 'static {
     /// Size of the weights in memory, in bytes, from the headers of the files. Blocks, and may
@@ -32,6 +35,10 @@ pub trait ModelLoader: Send + Sync + 'static {
     fn start(&self, path: &Path) -> io::Result<Engine>;
     /// Memory available for weights on the device, in bytes, if known.
     fn free_bytes(&self) -> Option<u64>;
+    /// Whether a file holds a model, as far as its header tells. Blocks.
+    fn is_model(&self, _file: &Path) -> bool {
+        true
+    }
     /// What requests can name beside the models.
     fn add_ons(&self) -> AddOns {
         AddOns::default()
@@ -52,6 +59,8 @@ pub(super) struct RegistryShared {
     readers: Arc<Semaphore>,
     /// Models that could not be loaded, by path.
     failures: Mutex<HashMap<PathBuf, Failure>>,
+    /// Whether files hold models, by path.
+    seen: Mutex<HashMap<PathBuf, (FileVersion, bool)>>,
 }
 
 /// The files of a model that could not be loaded, when, and why.
@@ -64,8 +73,18 @@ impl RegistryShared {
         settings: RegistryConfig,
     ) -> Arc<Self> {
         let readers = Arc::new(Semaphore::new(MAX_READERS));
-        let (residents, changed, loading, failures) = Default::default();
-        Arc::new(Self { default, loader, settings, residents, changed, loading, readers, failures })
+        let (residents, changed, loading, failures, seen) = Default::default();
+        Arc::new(Self {
+            default,
+            loader,
+            settings,
+            residents,
+            changed,
+            loading,
+            readers,
+            failures,
+            seen,
+        })
     }
 
     pub(super) fn residents(&self) -> MutexGuard<'_, Residents> {
@@ -90,6 +109,32 @@ impl RegistryShared {
             work(&shared)
         };
         tokio::task::spawn_blocking(work).await.unwrap_or_else(|e| Err(RegistryError::broken(e)))
+    }
+
+    /// The names of the models of a directory, without those of files that hold something else, such
+    /// as LoRAs. Blocks.
+    pub(super) fn names(&self, folder: &Path) -> Vec<String> {
+        let models = folder::models(folder);
+        let listed = models.iter().filter(|(_, path)| path.is_dir() || self.is_model(path));
+        listed.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Whether a file holds a model; each version of it is looked at once.
+    fn is_model(&self, file: &Path) -> bool {
+        let (Ok(loader), Ok(data)) = (self.loader(), file.metadata()) else { return true };
+        let version = FileVersion::of(&data);
+        let seen = || self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = seen().get(file).filter(|known| known.0 == version).map(|known| known.1);
+        known.unwrap_or_else(|| {
+            // Without the lock: a slow disk takes long.
+            let is_model = loader.is_model(file);
+            let mut seen = seen();
+            if seen.len() >= MAX_SEEN {
+                seen.clear();
+            }
+            seen.insert(file.to_owned(), (version, is_model));
+            is_model
+        })
     }
 
     /// The error of a model whose files have not changed since it could not be loaded. Blocks.

@@ -1,6 +1,6 @@
 //! The operator's limits on one request. A bound in a schema may name a limit in place of a number.
 
-use sd_models::MAX_STEPS;
+use sd_models::{Defaults, MAX_STEPS, ModelInfo};
 use serde_json::Value;
 
 use crate::options::{min, size};
@@ -52,6 +52,21 @@ impl Limits {
     /// it has a resolution of its own.
     pub(crate) fn most_of_a_map(&self) -> usize {
         self.max_pixels.saturating_mul(8)
+    }
+
+    /// Checks what the owner of a model has chosen as its defaults. The error is a sentence.
+    pub fn check_defaults(&self, model: &ModelInfo) -> Result<(), String> {
+        const FILE: &str = "sd-server.json";
+        let Defaults { steps, size, chosen, .. } = model.defaults;
+        let (most, pixels) = (self.max_steps, self.max_pixels);
+        if chosen.steps && steps > most {
+            return Err(format!("{FILE}: steps: {steps} are more than --max-steps {most}"));
+        }
+        if chosen.size && size.pixels() > pixels {
+            let reason = format!("{size} are more pixels than --max-pixels {pixels}");
+            return Err(format!("{FILE}: width and height: {reason}"));
+        }
+        Ok(())
     }
 
     /// The number that a bound of a schema stands for.

@@ -7,6 +7,7 @@ use hf_hub::Repo;
 use sd_models::{Checkpoint, SafetyMode, Source};
 
 use super::hub::{Download, Hub};
+use super::repository::Parts;
 
 /// The repository with CLIP's vocabulary, which single-file checkpoints do not contain.
 const VOCABULARY: &str = "openai/clip-vit-large-patch14";
@@ -37,7 +38,9 @@ fn vocabulary(file: &Path, hub: &Hub) -> Result<Option<PathBuf>> {
     let cached = || VOCABULARY_FILES.iter().map(|name| cache.get(name)).collect::<Option<Vec<_>>>();
     if cached().is_none() {
         let (hub, id, revision) = (hub.clone(), VOCABULARY.into(), "main".into());
-        let download = Download { hub, id, revision, half: false, checking: SafetyMode::Never };
+        let checking = SafetyMode::Never;
+        let parts = Parts { half: false, checking, unet: false, vae: false };
+        let download = Download { hub, id, revision, parts };
         download.fetch(|_| Ok(VOCABULARY_FILES.map(String::from).into())).with_context(|| {
             format!(
                 "{} holds no vocabulary: put tokenizer/vocab.json and tokenizer/merges.txt beside it",

@@ -9,43 +9,14 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use hf_hub::api::tokio::{ApiBuilder, ApiError, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 use indicatif::{ProgressBar, ProgressStyle};
-use sd_models::{SafetyMode, Source, check_pipeline};
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
+use super::repository::{Parts, files_to_fetch, is_complete, is_network, vae_to_fetch};
+
 /// How often a download that stalls is resumed.
 const MAX_RESUMES: usize = 3;
-
-/// The directories with weights, and the stem of the weight files.
-const NETWORKS: [(&str, &str); 3] =
-    [("text_encoder", "model"), ("unet", "diffusion_pytorch_model"), VAE];
-
-const VAE: (&str, &str) = ("vae", "diffusion_pytorch_model");
-
-/// The safety checker, which only some models have.
-const CHECKER: (&str, &str) = ("safety_checker", "model");
-
-/// The preprocessing of the safety checker.
-const PREPROCESSOR: &str = "feature_extractor/preprocessor_config.json";
-
-/// Other files that the pipeline reads if they exist.
-const SMALL_FILES: [&str; 14] = [
-    PREPROCESSOR,
-    "model_index.json",
-    "safety_checker/config.json",
-    "scheduler/scheduler_config.json",
-    "sd-server.json",
-    "text_encoder/config.json",
-    "tokenizer/added_tokens.json",
-    "tokenizer/merges.txt",
-    "tokenizer/special_tokens_map.json",
-    "tokenizer/tokenizer.json",
-    "tokenizer/tokenizer_config.json",
-    "tokenizer/vocab.json",
-    "unet/config.json",
-    "vae/config.json",
-];
 
 /// The hub and its local cache.
 #[derive(Debug, Clone)]
@@ -71,10 +42,8 @@ pub(crate) struct Download {
     pub(crate) id: String,
     /// Branch, tag or commit.
     pub(crate) revision: String,
-    /// Whether f16 weights are preferred.
-    pub(crate) half: bool,
-    /// Whether the safety checker is downloaded too.
-    pub(crate) checking: SafetyMode,
+    /// Which of its files.
+    pub(crate) parts: Parts,
 }
 
 impl Download {
@@ -85,7 +54,7 @@ impl Download {
         {
             return Ok(path);
         }
-        self.fetch(|files| files_to_fetch(files, self.half, self.checking))
+        self.fetch(|files| files_to_fetch(files, self.parts))
     }
 
     fn repo(&self) -> Repo {
@@ -95,7 +64,7 @@ impl Download {
     /// The model's directory in the cache, if it is complete. No network access.
     pub(super) fn cached(&self) -> Option<PathBuf> {
         let path = self.snapshot("model_index.json");
-        is_complete(&path, self.checking).then_some(path)
+        is_complete(&path, self.parts).then_some(path)
     }
 
     /// The directory of a VAE, alone or in a model, in the cache; else that of the repository, from
@@ -103,7 +72,7 @@ impl Download {
     pub(super) fn vae(&self) -> Result<PathBuf> {
         let cached = ["vae/config.json", "config.json"].map(|file| self.snapshot(file));
         let cached = cached.into_iter().find(|folder| is_network(folder));
-        cached.map_or_else(|| self.fetch(|files| vae_to_fetch(files, self.half)), Ok)
+        cached.map_or_else(|| self.fetch(|files| vae_to_fetch(files, self.parts.half)), Ok)
     }
 
     /// The directory of a file in the cache.
@@ -278,103 +247,6 @@ impl hf_hub::api::tokio::Progress for DownloadBar {
     }
 }
 
-/// Whether the cached model is complete: a download may have been interrupted.
-fn is_complete(model: &Path, checking: SafetyMode) -> bool {
-    let network = |folder: &str| is_network(&model.join(folder));
-    // An invalid index is reported when it is loaded.
-    let named = || check_pipeline(&Source::Directory(model.into())).unwrap_or(false);
-    let checked = checking != SafetyMode::Never && named();
-    model.join("model_index.json").is_file()
-        && model.join("scheduler/scheduler_config.json").is_file()
-        && NETWORKS.iter().all(|(folder, _)| network(folder))
-        && (!checked || network(CHECKER.0) && model.join(PREPROCESSOR).is_file())
-}
-
-/// Whether a directory has a network's configuration and all of its weights.
-fn is_network(folder: &Path) -> bool {
-    let names = folder.read_dir().into_iter().flatten();
-    let names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let names: Vec<String> = names.collect();
-    let complete = |ending: &str| {
-        let names = names.iter().filter(|name| name.ends_with(ending)).cloned();
-        let names: Vec<_> = names.collect();
-        !names.is_empty() && names.iter().all(|name| has_all_shards(name, &names))
-    };
-    folder.join("config.json").is_file() && [".safetensors", ".bin"].into_iter().any(complete)
-}
-
-/// Whether `names` has all shards of a file: three for `x-00001-of-00003.safetensors`.
-fn has_all_shards(name: &str, names: &[String]) -> bool {
-    let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
-    let Some((head, count)) = stem.rsplit_once("-of-") else {
-        return true;
-    };
-    let Some((stem, _)) = head.rsplit_once('-') else { return true };
-    let siblings = names.iter().filter(|n| n.starts_with(stem) && n.contains("-of-")).count();
-    count.parse().is_ok_and(|count: usize| siblings >= count)
-}
-
-/// The weights of a network among the files of a repository: one variant, and pickles only if there
-/// is nothing else. `folder` is empty or ends in a slash.
-fn weights_to_fetch(files: &[String], folder: &str, stem: &str, half: bool) -> Option<Vec<String>> {
-    // Pickles of transformers' networks have another name.
-    let pickled = if stem == "model" { "pytorch_model" } else { stem };
-    let variants = if half { [".fp16", ""] } else { ["", ".fp16"] };
-    let forms = [(stem, "safetensors"), (pickled, "bin")]
-        .into_iter()
-        .flat_map(|form| variants.map(|infix| (form, infix)));
-    forms
-        .map(|((stem, ending), infix)| -> Vec<String> {
-            let wanted = |file: &&String| {
-                let rest = file.strip_prefix(folder).and_then(|name| name.strip_prefix(stem));
-                let rest = rest.unwrap_or_default();
-                rest == format!("{infix}.{ending}")
-                    || rest == format!(".{ending}.index{infix}.json")
-                    || rest.starts_with(&format!("{infix}-"))
-                        && rest.ends_with(&format!(".{ending}"))
-                        && !rest.contains('/')
-            };
-            files.iter().filter(wanted).cloned().collect()
-        })
-        .find(|found| found.iter().any(|file| !file.ends_with(".json")))
-}
-
-/// The files of a VAE to download: of the repository, or of the model that it holds.
-fn vae_to_fetch(files: &[String], half: bool) -> Result<Vec<String>> {
-    let folders = ["vae/", ""];
-    let folder = folders.into_iter().find(|folder| files.contains(&format!("{folder}config.json")));
-    let folder = folder.context("not a VAE in diffusers format: it has no config.json")?;
-    let mut chosen = vec![format!("{folder}config.json")];
-    let weights = weights_to_fetch(files, folder, VAE.1, half);
-    chosen.extend(weights.context("it has no weights of a VAE")?);
-    Ok(chosen)
-}
-
-/// The files of a repository to download: one variant of each network's weights.
-pub(crate) fn files_to_fetch(
-    files: &[String],
-    half: bool,
-    checking: SafetyMode,
-) -> Result<Vec<String>> {
-    let has = |name: &str| files.iter().any(|file| file == name);
-    ensure!(has("model_index.json"), "not a diffusers model: it has no model_index.json");
-    let mut chosen: Vec<String> = SMALL_FILES.map(String::from).into();
-    let checked = checking != SafetyMode::Never && has("safety_checker/config.json");
-    chosen.retain(|file| {
-        has(file) && (checked || !file.starts_with(CHECKER.0) && file != PREPROCESSOR)
-    });
-    for (folder, stem) in NETWORKS.into_iter().chain(checked.then_some(CHECKER)) {
-        let weights = weights_to_fetch(files, &format!("{folder}/"), stem, half);
-        let advice = match (folder, stem) == CHECKER {
-            true => "; --safety-checker off omits it",
-            false => "",
-        };
-        let none = || format!("{folder} has no safetensors weights, nor any in .bin{advice}");
-        chosen.extend(weights.with_context(none)?);
-    }
-    Ok(chosen)
-}
-
 /// Whether this is `owner/name` in the characters that the hub allows.
 pub(crate) fn is_hub_id(text: &str) -> bool {
     let word = |part: &str| {
@@ -383,84 +255,4 @@ pub(crate) fn is_hub_id(text: &str) -> bool {
             && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
     };
     text.split_once('/').is_some_and(|(owner, name)| word(owner) && word(name))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn listing(lines: &str) -> Vec<String> {
-        lines.split_whitespace().map(Into::into).collect()
-    }
-
-    #[test]
-    fn one_variant_of_safe_weights_is_needed() {
-        let files = listing(
-            "README.md model_index.json v1-5-pruned.ckpt v1-5-pruned.safetensors
-             safety_checker/config.json safety_checker/model.safetensors
-             feature_extractor/preprocessor_config.json scheduler/scheduler_config.json
-             text_encoder/config.json text_encoder/model.safetensors
-             text_encoder/model.fp16.safetensors text_encoder/pytorch_model.bin
-             tokenizer/vocab.json tokenizer/merges.txt unet/config.json
-             unet/diffusion_pytorch_model.bin unet/diffusion_pytorch_model.safetensors
-             unet/diffusion_pytorch_model.fp16.safetensors
-             unet/diffusion_pytorch_model.non_ema.safetensors
-             vae/config.json vae/diffusion_pytorch_model.safetensors",
-        );
-        let full = files_to_fetch(&files, false, SafetyMode::Never).expect("complete");
-        assert!(full.contains(&"unet/diffusion_pytorch_model.safetensors".into()));
-        assert_eq!(full.iter().filter(|f| f.ends_with(".safetensors")).count(), 3);
-        assert!(!full.iter().any(|f| f.ends_with(".bin") || f.contains("safety")));
-        assert!(!full.contains(&PREPROCESSOR.into()));
-        let half = files_to_fetch(&files, true, SafetyMode::IfPresent).expect("complete");
-        assert!(half.contains(&"unet/diffusion_pytorch_model.fp16.safetensors".into()));
-        assert!(half.contains(&"vae/diffusion_pytorch_model.safetensors".into()));
-        assert!(half.contains(&"safety_checker/model.safetensors".into()));
-        assert!(half.contains(&PREPROCESSOR.into()));
-        assert_eq!(half.iter().filter(|f| f.ends_with(".safetensors")).count(), 4);
-        let pickled: Vec<String> =
-            files.into_iter().filter(|file| file != "safety_checker/model.safetensors").collect();
-        let error = files_to_fetch(&pickled, true, SafetyMode::IfPresent)
-            .expect_err("a checker by name only");
-        assert!(error.to_string().contains("--safety-checker off"), "{error}");
-    }
-
-    #[test]
-    fn pickles_are_fetched_where_there_is_nothing_else() {
-        let files = listing(
-            "model_index.json text_encoder/pytorch_model.bin vae/config.json
-             vae/diffusion_pytorch_model.bin unet/diffusion_pytorch_model.fp16.bin
-             unet/diffusion_pytorch_model-00001-of-00002.bin
-             unet/diffusion_pytorch_model-00002-of-00002.bin
-             unet/diffusion_pytorch_model.bin.index.json",
-        );
-        let full = files_to_fetch(&files, false, SafetyMode::IfPresent).expect("complete");
-        assert_eq!(full.iter().filter(|file| file.starts_with("unet/")).count(), 3, "{full:?}");
-        assert!(full.contains(&"text_encoder/pytorch_model.bin".into()));
-        let half = files_to_fetch(&files, true, SafetyMode::IfPresent).expect("complete");
-        assert!(half.contains(&"unet/diffusion_pytorch_model.fp16.bin".into()));
-        let vae = vae_to_fetch(&files, true).expect("complete");
-        assert_eq!(vae, ["vae/config.json", "vae/diffusion_pytorch_model.bin"]);
-        let alone = listing("config.json diffusion_pytorch_model.safetensors a.ckpt");
-        let vae = vae_to_fetch(&alone, true).expect("complete");
-        assert_eq!(vae, ["config.json", "diffusion_pytorch_model.safetensors"]);
-        assert!(vae_to_fetch(&listing("README.md"), false).is_err());
-    }
-
-    #[test]
-    fn shards_come_with_their_index() {
-        let files = listing(
-            "model_index.json text_encoder/model.safetensors vae/diffusion_pytorch_model.safetensors
-             unet/diffusion_pytorch_model-00001-of-00002.safetensors
-             unet/diffusion_pytorch_model-00002-of-00002.safetensors
-             unet/diffusion_pytorch_model.safetensors.index.json",
-        );
-        let unet = files_to_fetch(&files, true, SafetyMode::IfPresent).expect("complete");
-        assert_eq!(unet.iter().filter(|f| f.starts_with("unet/")).count(), 3);
-        assert!(files_to_fetch(&files[..2], false, SafetyMode::IfPresent).is_err());
-        let names: Vec<String> =
-            files.iter().filter_map(|f| f.strip_prefix("unet/")).map(Into::into).collect();
-        assert!(has_all_shards(&names[0], &names));
-        assert!(!has_all_shards(&names[0], &names[..1]));
-    }
 }

@@ -3,6 +3,7 @@
 
 mod checkpoint;
 mod hub;
+mod repository;
 
 use std::path::PathBuf;
 
@@ -12,7 +13,8 @@ use sd_models::{
 };
 
 pub(crate) use checkpoint::is_checkpoint;
-pub(crate) use hub::{Download, Hub, byte_bar, files_to_fetch, is_hub_id};
+pub(crate) use hub::{Download, Hub, byte_bar, is_hub_id};
+pub(crate) use repository::{Parts, files_to_fetch};
 
 /// A model: its source, device and options.
 #[derive(Debug, Clone)]
@@ -41,6 +43,12 @@ impl ModelConfig {
     /// Bytes per weight.
     pub(crate) fn weight_bytes(&self) -> u64 {
         self.precision.weight_bytes(self.half())
+    }
+
+    /// Which files of the model are needed.
+    pub(crate) fn parts(&self) -> Parts {
+        let (unet, vae) = (self.unet.is_none(), self.vae.is_none());
+        Parts { half: self.half(), checking: self.checking, unet, vae }
     }
 
     /// Whether f16 files are preferred.
@@ -72,7 +80,8 @@ pub(crate) enum ModelLocation {
 
 /// Finds the files of the configured model and downloads them if necessary. Blocks.
 pub(crate) fn locate(model: ModelConfig) -> Result<LoadOptions> {
-    let (half, checking) = (model.half(), model.checking);
+    let parts = model.parts();
+    let half = parts.half;
     let vae = model.vae.map(|vae| vae_source(vae, &model.hub, half)).transpose()?;
     let mut name = None;
     let source = match model.location {
@@ -82,7 +91,7 @@ pub(crate) fn locate(model: ModelConfig) -> Result<LoadOptions> {
         ModelLocation::Checkpoint(file) => checkpoint::source(file, &model.hub)?,
         ModelLocation::Hub { id, revision } => {
             name = Some(id.clone());
-            let download = Download { hub: model.hub, id, revision, half, checking };
+            let download = Download { hub: model.hub, id, revision, parts };
             Source::Directory(download.cached().map_or_else(|| download.run(), Ok)?)
         }
     };
@@ -99,7 +108,7 @@ pub(crate) fn locate(model: ModelConfig) -> Result<LoadOptions> {
         vae,
         device,
         precision,
-        safety: checking,
+        safety: parts.checking,
         threads,
         add_ons,
     })
@@ -114,8 +123,8 @@ fn vae_source(location: ModelLocation, hub: &Hub, half: bool) -> Result<Source> 
         }
         ModelLocation::Directory(path) => path,
         ModelLocation::Hub { id, revision } => {
-            let (hub, checking) = (hub.clone(), SafetyMode::Never);
-            Download { hub, id, revision, half, checking }.vae()?
+            let parts = Parts { half, checking: SafetyMode::Never, unet: false, vae: true };
+            Download { hub: hub.clone(), id, revision, parts }.vae()?
         }
     };
     match path.join("vae/config.json").is_file() {

@@ -89,6 +89,8 @@ fn single_files_of_the_folder_are_models() {
     }
     std::os::unix::fs::symlink(demo(), folder.path().join("red")).expect("a link");
     std::fs::write(folder.path().join("notes.txt"), "no model").expect("a file");
+    let lora = fixtures.join("../../../tests/pictures/loras/everywhere.safetensors");
+    std::os::unix::fs::symlink(lora, folder.path().join("style.safetensors")).expect("a link");
     let mut command = sd_server(&["--device", "cpu", "--threads", "1"]);
     let vae = fixtures.join("single/vae.safetensors");
     let server =
@@ -97,9 +99,59 @@ fn single_files_of_the_folder_are_models() {
     let names: Vec<_> = list["data"].as_array().expect("a list").iter().collect();
     assert_eq!(names.iter().map(|card| &card["id"]).collect::<Vec<_>>(), ["red", "small"]);
     let body = json!({ "prompt": "x", "steps": 1, "width": 64, "height": 64 });
+    let lora = ask(&server, reqwest::Method::POST, "/models/style", &body);
+    let refusal = lora.json()["error"]["message"].to_string();
+    assert!(lora.status >= 400 && refusal.contains("--loras-dir takes it"), "{refusal}");
     // The safetensors file has no VAE of its own.
     let drawn = ask(&server, reqwest::Method::POST, "/models/small", &body);
     assert_eq!(drawn.status, 200, "{}", drawn.json());
+}
+
+#[test]
+fn defaults_beyond_the_limits_are_refused_when_a_model_is_loaded() {
+    let folder = tempfile::tempdir().expect("a directory");
+    for (name, defaults) in [
+        ("long", json!({ "steps": 151 })),
+        ("large", json!({ "width": 2048 })),
+        ("sound", json!({ "steps": 1 })),
+    ] {
+        let model = folder.path().join(name);
+        std::fs::create_dir(&model).expect("a directory");
+        for entry in demo().read_dir().expect("the built-in model").flatten() {
+            std::os::unix::fs::symlink(entry.path(), model.join(entry.file_name()))
+                .expect("a link");
+        }
+        std::fs::write(model.join("sd-server.json"), defaults.to_string()).expect("a file");
+    }
+    let mut command = sd_server(&["--device", "cpu", "--threads", "1", "--max-pixels", "65536"]);
+    let server = Server::spawn(command.arg("--models-dir").arg(folder.path()));
+    let body = json!({ "prompt": "x", "width": 64, "height": 64, "num_inference_steps": 1 });
+    let draw = |name: &str| {
+        let reply = ask(&server, reqwest::Method::POST, &format!("/models/{name}"), &body);
+        (reply.status, reply.json()["error"]["message"].as_str().unwrap_or_default().to_owned())
+    };
+    for (name, words) in [
+        ("long", "sd-server.json: steps: 151 are more than --max-steps 150"),
+        ("large", "are more pixels than --max-pixels 65536"),
+    ] {
+        let (status, message) = draw(name);
+        assert!(status >= 400 && message.contains(words), "{status}: {message}");
+    }
+    assert_eq!(draw("sound").0, 200);
+}
+
+#[test]
+fn what_is_odd_about_a_model_is_in_its_information() {
+    let folder = tempfile::tempdir().expect("a directory");
+    std::fs::create_dir(folder.path().join("old")).expect("a directory");
+    std::fs::write(folder.path().join("old/broken.pt"), "no embedding").expect("a file");
+    let server = Server::ready(&["--embeddings-dir", folder.path().to_str().expect("UTF-8")]);
+    let info = ask(&server, reqwest::Method::GET, "/info", &Value::Null).json();
+    let warnings = info["model"]["warnings"].as_array().expect("a list").clone();
+    assert_eq!(warnings.len(), 1);
+    assert!(warnings[0].as_str().is_some_and(|text| text.contains("broken")), "{warnings:?}");
+    let sound = ask(&Server::ready(&[]), reqwest::Method::GET, "/info", &Value::Null).json();
+    assert_eq!(sound["model"]["warnings"], json!([]));
 }
 
 #[test]

@@ -267,17 +267,18 @@ fn name(source: &Source) -> String {
     end.map_or_else(|| path.display().to_string(), |end| end.to_string_lossy().into_owned())
 }
 
-/// Number of parameters of a model's networks, from the headers of its files.
-pub fn parameters(source: &Source, half: bool, safety: SafetyMode) -> Result<u64> {
+/// Number of parameters of the networks that are loaded, from the headers of their files.
+pub fn parameters(options: &LoadOptions, half: bool) -> Result<u64> {
+    let LoadOptions { source, unet, vae, safety, .. } = options;
     let mut networks = vec![
-        ("text_encoder", "model"),
-        ("unet", "diffusion_pytorch_model"),
-        ("vae", "diffusion_pytorch_model"),
+        (source, "text_encoder", "model"),
+        (unet.as_ref().unwrap_or(source), "unet", "diffusion_pytorch_model"),
+        (vae.as_ref().unwrap_or(source), "vae", "diffusion_pytorch_model"),
     ];
-    if safety != SafetyMode::Never && PipelineIndex::read(source)?.has_checker {
-        networks.push((SAFETY_CHECKER, "model"));
+    if *safety != SafetyMode::Never && PipelineIndex::read(source)?.has_checker {
+        networks.push((source, SAFETY_CHECKER, "model"));
     }
-    let count = |(folder, stem)| {
+    let count = |(source, folder, stem): (&Source, _, _)| {
         let weights = source.weights(folder, stem, half);
         let weights =
             if folder == SAFETY_CHECKER { advise(weights, WITHOUT_CHECKER) } else { weights };

@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use sd_models::{Preprocessor, Sampler, SigmaSchedule};
+use sd_models::{ModelInfo, Preprocessor, Sampler, SigmaSchedule};
 use serde_json::{Value, json};
 
 use crate::engine::EngineState;
@@ -15,6 +15,13 @@ pub(crate) async fn ready(State(state): State<AppState>) -> StatusCode {
         EngineState::Ready(_) | EngineState::Absent => StatusCode::OK,
         _ => StatusCode::SERVICE_UNAVAILABLE,
     }
+}
+
+/// What is odd about the files of a model and did not keep it from being loaded, a sentence each.
+fn warnings(model: &ModelInfo) -> Vec<String> {
+    let skipped = model.embeddings.skipped.iter();
+    let skipped = skipped.map(|(_, reason)| format!("an embedding is left out: {reason}"));
+    model.warnings.iter().cloned().chain(skipped).collect()
 }
 
 /// The server, its model and its limits.
@@ -49,6 +56,7 @@ pub(crate) async fn info(State(state): State<AppState>) -> Json<Value> {
                 "clip_skip": defaults.clip_skip,
                 "guidance_rescale": defaults.guidance_rescale,
             },
+            "warnings": warnings(&model),
         })
     });
     let schedulers = Sampler::all().filter(runs).map(|sampler| {

@@ -41,7 +41,7 @@ fn short<T>(result: Result<T, sd_models::Error>) -> Option<T> {
 /// Everything that is read of a checkpoint before its networks are built.
 fn checkpoint(path: &Path) {
     let source = Source::Checkpoint(Checkpoint { file: path.to_owned(), vocabulary: None });
-    short(sd_models::parameters(&source, false, SafetyMode::Never));
+    short(sd_models::parameters(&options(source.clone(), AddOns::default()), false));
     let _ = UNetConfig::read(&source);
     let _ = VaeConfig::read(&source);
     let _ = ClipTextConfig::read(&source);
@@ -196,7 +196,7 @@ fn defaults(root: &Path) {
     for entry in model.read_dir().expect("a model").flatten() {
         symlink(entry.path(), root.join(entry.file_name())).expect("a link");
     }
-    drop(short(Pipeline::load(&small(root, AddOns::default()))));
+    drop(short(Pipeline::load(&options(Source::Directory(root.to_owned()), AddOns::default()))));
 }
 
 /// A prompt in both syntaxes, before a tokenizer.
@@ -225,10 +225,10 @@ pub fn prompt(data: &[u8]) {
 }
 
 /// How to load a small model, with what stands beside it.
-fn small(model: &Path, add_ons: AddOns) -> LoadOptions {
+fn options(source: Source, add_ons: AddOns) -> LoadOptions {
     LoadOptions {
         name: None,
-        source: Source::Directory(model.to_owned()),
+        source,
         unet: None,
         vae: None,
         device: DeviceName::Cpu,
@@ -242,7 +242,7 @@ fn small(model: &Path, add_ons: AddOns) -> LoadOptions {
 /// A small model, with what stands beside it.
 fn load(add_ons: AddOns) -> Pipeline {
     let model = Path::new(ROOT).join("models/tests/fixtures/v1");
-    Pipeline::load(&small(&model, add_ons)).expect("a model")
+    Pipeline::load(&options(Source::Directory(model), add_ons)).expect("a model")
 }
 
 /// A small model and the folder of its LoRAs.
@@ -291,7 +291,8 @@ pub fn peft(data: &[u8]) {
     std::fs::create_dir(&folder).expect("a folder");
     symlink(lora, folder.join("adapter_model.safetensors")).expect("a link");
     std::fs::write(folder.join("adapter_config.json"), data).expect("it is written");
-    WITH_LORAS.draw(&format!("{name}/adapter_model"));
+    // It goes by the name of its folder.
+    WITH_LORAS.draw(&name);
     std::fs::remove_dir_all(folder).expect("it is removed");
 }
 
