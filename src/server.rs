@@ -127,7 +127,9 @@ impl ModelLoader for DiskLoader {
     }
 
     fn start(&self, path: &Path) -> io::Result<Engine> {
-        start(&self.device, self.engine, self.at(path), self.limits)
+        // The registry unloads it: then it has room for others.
+        let engine = EngineConfig { unload_after: None, ..self.engine };
+        start(&self.device, engine, self.at(path), self.limits)
     }
 
     fn is_model(&self, file: &Path) -> bool {
@@ -249,8 +251,8 @@ fn start(
     model: ModelConfig,
     limits: Limits,
 ) -> io::Result<Engine> {
-    Engine::start_on(device, engine, move || {
-        let model = source::load(model)?;
+    Engine::start_reloading(device, engine, move || {
+        let model = source::load(model.clone())?;
         limits.check_defaults(model.info()).map_err(anyhow::Error::msg)?;
         Ok(model)
     })

@@ -29,8 +29,8 @@ pub use pipeline::{
     AddOns, Chosen, Control, ControlMode, ControlNets, ControlPasses, ControlRule, Defaults,
     DeviceName, Extension, Hires, Img2Img, LoadOptions, MAX_CONTROL_SCALE, MAX_NOISE_SCALE,
     MAX_STEPS, MaskedStart, MemoryEstimate, ModelInfo, NamedFiles, Pass, PassLoras, Pipeline,
-    Precision, PromptSyntax, SafetyMode, Spec, Trajectory, Upscaler, Variation, check_pipeline,
-    parameters,
+    Precision, PromptSyntax, SafetyMode, SingleFiles, Spec, Trajectory, Upscaler, Variation,
+    check_pipeline, parameters,
 };
 pub use sampling::{Churn, Sampler, SamplerName, SamplerOptions, SigmaSchedule};
 pub use text::{Embeddings, LoraUse, Loras, PlaceholderToken, PromptRole, unread};

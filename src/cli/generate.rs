@@ -13,7 +13,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use crate::engine::{Engine, EngineConfig, Progress, Safety};
-use crate::image::{self, Format};
+use crate::image::{self, Format, Origin};
 use crate::request::{DrawRequest, Fields, ImageFile, Limits, Names, ValidationError};
 use crate::source::{self, ModelConfig};
 
@@ -54,6 +54,7 @@ pub(crate) struct Generate {
 
 pub(crate) async fn run(config: Generate) -> Result<()> {
     let settings = EngineConfig {
+        unload_after: None,
         max_queue: LIMITS.max_images,
         max_batch_rows: MAX_BATCH_ROWS,
         // No memory budget except the device's own: the user's own machine.
@@ -87,7 +88,9 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     for (k, (spec, generated)) in specs.iter().zip(&images?).enumerate() {
         let path = numbered(&config.output, k, specs.len());
         let loras = hashes.of(&generated.loras);
-        let infotext = image::infotext(spec, &model.name, &loras);
+        let (name, parameters) = (&model.name, &request.parameters);
+        let origin = Origin { model: name, loras: &loras, parameters, ..Origin::default() };
+        let infotext = image::infotext(spec, origin);
         let rgb = match &request.overlay {
             Some(overlay) => &overlay.over(&generated.rgb),
             None => &generated.rgb,

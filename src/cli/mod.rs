@@ -15,10 +15,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::FromArgMatches as _;
+use clap::parser::ValueSource::DefaultValue;
 use sd_models::{AddOns, AssetDir, DeviceName, Precision, SafetyMode};
 use serde_json::{Value, json};
 
 use crate::engine::Safety;
+use crate::host::gpu;
 use crate::image::Format;
 use crate::server::{Serve, listen_and_serve};
 use crate::source::{
@@ -58,6 +60,9 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
     let args = with_command(args.into_iter().collect());
     let read = command().try_get_matches_from(with_trimmed_variables(args.clone()));
     let mut matches = read.map_err(|error| name_variable(error, &args))?;
+    let serving = matches.subcommand_matches("serve");
+    let is_default = |limit| serving.is_some_and(|m| m.value_source(limit) == Some(DefaultValue));
+    let open = ["max_pixels", "max_images"].map(is_default);
     let args = Args::from_arg_matches_mut(&mut matches)?;
     let mut log_format = LogFormat::Text;
     let mut log_filter = "warn".to_owned();
@@ -65,7 +70,11 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
         Command::Serve(serve) => {
             log_format = serve.log.log_format;
             log_filter.clone_from(&serve.log.log);
-            let serve = serve.resolve()?;
+            let on_gpu = is_gpu(serve.model.device);
+            let mut serve = serve.resolve()?;
+            if on_gpu {
+                serve.http.limits.raise(open);
+            }
             Box::new(|| block_on(listen_and_serve(serve)))
         }
         Command::Generate(args) => {
@@ -142,6 +151,8 @@ impl ServeArgs {
         let (model, safety) = self.model.resolve()?;
         engine.safety = safety;
         models.drain_timeout = drain_timeout;
+        models.unload_after = engine.unload_after.filter(|_| !models.multi_model);
+        engine.unload_after = models.unload_after;
         if let Some(folder) = &models.folder {
             if models.multi_model {
                 return Err(usage(
@@ -234,6 +245,16 @@ impl ModelArgs {
             hub: hub()?,
         };
         Ok((model, safety))
+    }
+}
+
+/// Whether a device is a GPU, as far as that is known before a model is loaded.
+fn is_gpu(device: DeviceName) -> bool {
+    match device {
+        _ if !cfg!(feature = "cuda") => false,
+        DeviceName::Cpu => false,
+        DeviceName::Cuda(_) => true,
+        DeviceName::Auto => !gpu::read().is_empty(),
     }
 }
 

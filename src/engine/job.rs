@@ -51,6 +51,9 @@ pub enum JobError {
     /// The safety checker flags the image, and flagged images are blocked.
     #[error("the image is blocked: the safety checker flags it as NSFW; another seed may pass")]
     Withheld,
+    /// The model was unloaded, and cannot be loaded again.
+    #[error("the model was unloaded and cannot be loaded again; the reason is in the log")]
+    Unloaded,
     /// The model failed, or its thread panicked.
     #[error("the model failed to generate the image")]
     Model,
@@ -65,12 +68,25 @@ pub struct Job {
     pub client: Client,
     /// The time after which the job is cancelled.
     pub deadline: Option<tokio::time::Instant>,
-    /// Whether to send previews.
-    pub preview: bool,
+    /// The previews that are sent.
+    pub previews: Previews,
     /// Its order among the client's jobs.
     pub priority: Priority,
     /// Given if the job is submitted again whenever the queue is full.
     pub uncounted: Option<Arc<Uncounted>>,
+}
+
+/// Which previews of a job are sent.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Previews {
+    /// None.
+    #[default]
+    None,
+    /// The latest of each image, twice a second at most.
+    Live,
+    /// So many of the first image, one after each equal part of its steps. Of fewer steps some are
+    /// sent more than once.
+    Parts(usize),
 }
 
 /// The images of a job that are not yet counted in the metrics, because the job is submitted again
@@ -100,7 +116,7 @@ impl Drop for Uncounted {
 impl From<Vec<Spec>> for Job {
     fn from(specs: Vec<Spec>) -> Self {
         let (client, priority) = Default::default();
-        Self { specs, client, deadline: None, preview: false, priority, uncounted: None }
+        Self { specs, client, deadline: None, previews: Previews::None, priority, uncounted: None }
     }
 }
 
@@ -120,6 +136,8 @@ pub struct GeneratedImage {
     pub nsfw: Option<bool>,
     /// The files of its LoRAs, in the versions that it was generated with.
     pub loras: Vec<AssetFile>,
+    /// Number of tokens of its prompts.
+    pub text_tokens: usize,
 }
 
 /// Progress in UNet calls, over all images of a job that have left the queue.
@@ -142,10 +160,22 @@ pub struct Preview {
     pub rgb: Arc<Rgb>,
 }
 
+/// How a client ends images of a job before their last step.
+#[derive(Debug, Default)]
+pub(super) struct Stops {
+    /// All, at once.
+    pub(super) all: AtomicBool,
+    /// Those that run.
+    pub(super) running: AtomicBool,
+    /// Whether there was such a wish.
+    pub(super) skipped: AtomicBool,
+}
+
 /// Minimum time between two previews of an image.
 const PREVIEW_INTERVAL: Duration = Duration::from_millis(500);
 
-type Previews = watch::Sender<Option<Preview>>;
+/// The previews of a job: of live ones the last, of parts all.
+pub(super) type Shown = Vec<Preview>;
 /// The index of an image and its result; `None` if it was interrupted before its first step.
 type TaskResult = (usize, Result<Option<GeneratedImage>, JobError>);
 
@@ -157,8 +187,8 @@ pub struct Ticket {
     count: usize,
     deadline: Option<tokio::time::Instant>,
     progress: watch::Receiver<Progress>,
-    previews: Option<watch::Receiver<Option<Preview>>>,
-    pub(super) interrupted: Arc<AtomicBool>,
+    previews: Option<watch::Receiver<Shown>>,
+    pub(super) stops: Arc<Stops>,
     state: watch::Receiver<EngineState>,
 }
 
@@ -176,9 +206,11 @@ pub(super) struct ImageTask {
     index: usize,
     results: mpsc::Sender<TaskResult>,
     progress: watch::Sender<Progress>,
-    /// If previews are requested: their sender, and the time of the last one.
-    previews: Option<(Previews, Option<Instant>)>,
-    interrupted: Arc<AtomicBool>,
+    previews: Previews,
+    shown: Option<watch::Sender<Shown>>,
+    /// The time of the last preview.
+    last_shown: Option<Instant>,
+    stops: Arc<Stops>,
     outcome: Option<&'static str>,
     /// Whether its job is submitted again.
     returns: bool,
@@ -195,14 +227,14 @@ pub(super) fn open(
     busy: &watch::Sender<()>,
     metrics: &Arc<Metrics>,
 ) -> (Ticket, Vec<ImageTask>) {
-    let Job { specs, client, deadline, preview, priority, uncounted } = job;
+    let Job { specs, client, deadline, previews, priority, uncounted } = job;
     let count = specs.len();
     // Each task sends one result, so with this capacity the worker never waits.
     let (sender, results) = mpsc::channel(count.max(1));
     let (advanced, progress) = watch::channel(Progress::default());
-    let previews = preview.then(|| Previews::new(None));
-    let shown = previews.as_ref().map(watch::Sender::subscribe);
-    let interrupted = Arc::<AtomicBool>::default();
+    let shown = (previews != Previews::None).then(|| watch::Sender::new(Shown::new()));
+    let seen = shown.as_ref().map(watch::Sender::subscribe);
+    let stops = Arc::<Stops>::default();
     let submitted = Instant::now();
     let task = |(index, spec)| ImageTask {
         spec,
@@ -214,8 +246,10 @@ pub(super) fn open(
         index,
         results: sender.clone(),
         progress: advanced.clone(),
-        previews: previews.clone().map(|previews| (previews, None)),
-        interrupted: Arc::clone(&interrupted),
+        previews,
+        shown: shown.clone(),
+        last_shown: None,
+        stops: Arc::clone(&stops),
         outcome: None,
         returns: false,
         uncounted: uncounted.clone(),
@@ -224,8 +258,8 @@ pub(super) fn open(
     };
     let state = state.subscribe();
     let tasks = specs.into_iter().enumerate().map(task).collect();
-    let (job, previews) = (id, shown);
-    let ticket = Ticket { job, results, count, deadline, progress, previews, interrupted, state };
+    let (job, previews) = (id, seen);
+    let ticket = Ticket { job, results, count, deadline, progress, previews, stops, state };
     (ticket, tasks)
 }
 
@@ -262,8 +296,8 @@ impl Ticket {
         self.progress.clone()
     }
 
-    /// The latest preview, if previews are requested.
-    pub fn previews(&self) -> Option<watch::Receiver<Option<Preview>>> {
+    /// The previews, if some are requested: of live ones the last, of parts all.
+    pub fn previews(&self) -> Option<watch::Receiver<Vec<Preview>>> {
         self.previews.clone()
     }
 }
@@ -299,22 +333,44 @@ impl ImageTask {
 
     /// Whether the client has interrupted the job.
     pub(super) fn interrupted(&self) -> bool {
-        self.interrupted.load(Ordering::Relaxed)
+        self.stops.all.load(Ordering::Relaxed)
     }
 
-    /// Whether a preview is requested and due.
-    pub(super) fn wants_preview(&self) -> bool {
-        let due =
-            |last: &Option<Instant>| last.is_none_or(|last| last.elapsed() > PREVIEW_INTERVAL);
-        self.previews.as_ref().is_some_and(|(_, last)| due(last))
+    /// Whether the client wants those images of the job ended that run. Ends the wish.
+    pub(super) fn take_skip(&self) -> bool {
+        self.stops.running.swap(false, Ordering::Relaxed)
     }
 
-    /// Sends a preview.
-    pub(super) fn show(&mut self, rgb: Rgb) {
-        if let Some((previews, last)) = &mut self.previews {
-            previews.send_replace(Some(Preview { index: self.index, rgb: Arc::new(rgb) }));
-            *last = Some(Instant::now());
+    /// How many previews are requested and due after so many UNet calls of all.
+    pub(super) fn previews_due(&self, (made, all): (usize, usize)) -> usize {
+        let sent = || self.shown.as_ref().map_or(0, |shown| shown.borrow().len());
+        match self.previews {
+            Previews::None => 0,
+            Previews::Live => {
+                let due = self.last_shown.is_none_or(|last| last.elapsed() > PREVIEW_INTERVAL);
+                usize::from(due)
+            }
+            Previews::Parts(_) if self.index > 0 => 0,
+            // Of n in N calls, the k-th is due after N k / (n + 1) of them, and all with the last.
+            Previews::Parts(parts) => {
+                let ended = made * (parts + 1) / all.max(1);
+                ended.min(parts).saturating_sub(sent())
+            }
         }
+    }
+
+    /// Sends a preview, so many times.
+    pub(super) fn show(&mut self, rgb: Rgb, times: usize) {
+        let Some(shown) = &self.shown else { return };
+        let preview = Preview { index: self.index, rgb: Arc::new(rgb) };
+        let live = self.previews == Previews::Live;
+        shown.send_modify(|shown| {
+            if live {
+                shown.clear();
+            }
+            shown.extend(std::iter::repeat_n(preview, times));
+        });
+        self.last_shown = Some(Instant::now());
     }
 
     /// Adds to the numbers of completed UNet calls and, when the image starts, of those in total.

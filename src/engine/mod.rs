@@ -22,6 +22,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 use std::{io, thread};
 
+use anyhow::Context as _;
 use sd_models::ModelInfo;
 use tokio::sync::watch;
 
@@ -29,7 +30,7 @@ use crate::host::{gpu, memory};
 use crate::telemetry::{self, Metrics};
 pub use client::{Client, Priority};
 pub use device::DeviceScheduler;
-pub use job::{GeneratedImage, Job, JobError, Preview, Progress, Ticket, Uncounted};
+pub use job::{GeneratedImage, Job, JobError, Preview, Previews, Progress, Ticket, Uncounted};
 pub use model::{Model, ReadFiles, Trajectory};
 pub use monitor::{Estimate, JobMonitor};
 use queue::{PushError, Queue};
@@ -71,7 +72,28 @@ impl Engine {
         settings: EngineConfig,
         load: impl FnOnce() -> anyhow::Result<M> + Send + 'static,
     ) -> io::Result<Self> {
-        let engine = Self::new(device, settings, EngineState::Loading);
+        let mut load = Some(load);
+        let once = move || load.take().context("a model is loaded once")?();
+        Self::start_thread(device, settings, false, once)
+    }
+
+    /// The same with a model that can be loaded again: it is unloaded on request, and after
+    /// [`EngineConfig::unload_after`] without an image.
+    pub fn start_reloading<M: Model>(
+        device: &DeviceScheduler,
+        settings: EngineConfig,
+        load: impl FnMut() -> anyhow::Result<M> + Send + 'static,
+    ) -> io::Result<Self> {
+        Self::start_thread(device, settings, true, load)
+    }
+
+    fn start_thread<M: Model>(
+        device: &DeviceScheduler,
+        settings: EngineConfig,
+        reloads: bool,
+        load: impl FnMut() -> anyhow::Result<M> + Send + 'static,
+    ) -> io::Result<Self> {
+        let engine = Self::new(device, settings, EngineState::Loading, reloads);
         let shared = Arc::clone(&engine.shared);
         let scheduler = device.clone();
         let work = move || {
@@ -87,10 +109,15 @@ impl Engine {
 
     /// An engine without a model, for a server whose models are all loaded by name.
     pub fn absent(device: &DeviceScheduler, settings: EngineConfig) -> Self {
-        Self::new(device, settings, EngineState::Absent)
+        Self::new(device, settings, EngineState::Absent, false)
     }
 
-    fn new(device: &DeviceScheduler, settings: EngineConfig, state: EngineState) -> Self {
+    fn new(
+        device: &DeviceScheduler,
+        settings: EngineConfig,
+        state: EngineState,
+        reloads: bool,
+    ) -> Self {
         let shared = EngineShared {
             settings,
             queue: Mutex::new(Queue::new(settings.max_queue)),
@@ -101,6 +128,8 @@ impl Engine {
             device: device.clone(),
             jobs: AtomicU64::new(0),
             busy: watch::Sender::new(()),
+            reloads,
+            rest: watch::Sender::default(),
             thread: Mutex::default(),
         };
         let shared = Arc::new(shared);
@@ -137,6 +166,35 @@ impl Engine {
             EngineState::Ready(info) => Ok(info),
             EngineState::Dead(death) => Err(death.into()),
             other => Err(anyhow::anyhow!("the engine is not ready: {other:?}")),
+        }
+    }
+
+    /// Whether the model is in memory. One that is ready may be unloaded, until it is needed.
+    pub fn is_loaded(&self) -> bool {
+        self.model().is_ok() && !self.shared.rest.borrow().unloaded
+    }
+
+    /// Unloads the model, once every accepted image has ended. A model that cannot be loaded again
+    /// stays. The next image loads it.
+    pub async fn unload(&self) {
+        if !self.shared.reloads || self.model().is_err() {
+            return;
+        }
+        self.shared.wish(|rest| rest.unload = !rest.unloaded);
+        let mut rest = self.shared.rest.subscribe();
+        // The sender lives as long as `self`.
+        let _ = rest.wait_for(|rest| rest.unloaded || !rest.unload).await;
+    }
+
+    /// Loads the model if it is unloaded.
+    pub async fn reload(&self) -> Result<(), JobError> {
+        let mut rest = self.shared.rest.subscribe();
+        let failures = rest.borrow().failures;
+        self.shared.wish(|rest| (rest.unload, rest.reload) = (false, rest.unloaded));
+        let settled = rest.wait_for(|rest| !rest.unloaded || rest.failures > failures).await;
+        match settled {
+            Ok(rest) if rest.unloaded => Err(JobError::Unloaded),
+            _ => Ok(()),
         }
     }
 

@@ -35,6 +35,10 @@ pub trait Model: 'static {
     fn preview(&self, _trajectory: &Self::Trajectory) -> sd_models::Result<Option<Rgb>> {
         Ok(None)
     }
+    /// Number of tokens of a text.
+    fn text_tokens(&self, _text: &str) -> usize {
+        0
+    }
     /// Free memory of the device in bytes, if known.
     fn free_bytes(&self) -> Option<u64> {
         None
@@ -83,6 +87,7 @@ impl Model for sd_models::Pipeline {
         fn step(&self, batch: &mut [&mut Self::Trajectory]) -> sd_models::Result<()>;
         fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb>;
         fn check_safety(&self, image: &Rgb) -> sd_models::Result<Option<bool>>;
+        fn text_tokens(&self, text: &str) -> usize;
     }
 
     fn read_files(&self, spec: &Spec) -> Option<ReadFiles> {

@@ -1,12 +1,12 @@
 //! Observation of a job that does not own it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::job::{JobId, Preview, Progress, Ticket};
+use super::job::{JobId, Preview, Progress, Shown, Stops, Ticket};
 use super::shared::EngineShared;
 
 /// The position of a job in the queue, and the time until it is completed.
@@ -24,16 +24,16 @@ pub struct JobMonitor {
     job: JobId,
     shared: Arc<EngineShared>,
     progress: watch::Receiver<Progress>,
-    previews: Option<watch::Receiver<Option<Preview>>>,
-    interrupted: Arc<AtomicBool>,
+    previews: Option<watch::Receiver<Shown>>,
+    stops: Arc<Stops>,
 }
 
 impl JobMonitor {
     /// A view of the job of this ticket.
     pub(super) fn new(shared: &Arc<EngineShared>, ticket: &Ticket) -> Self {
-        let (progress, interrupted) = (ticket.progress(), Arc::clone(&ticket.interrupted));
+        let (progress, stops) = (ticket.progress(), Arc::clone(&ticket.stops));
         let (job, shared, previews) = (ticket.job, Arc::clone(shared), ticket.previews());
-        Self { job, shared, progress, previews, interrupted }
+        Self { job, shared, progress, previews, stops }
     }
 
     /// Progress in UNet calls; changes with each.
@@ -47,18 +47,37 @@ impl JobMonitor {
     }
 
     /// Changes with each preview; `None` if none are requested.
-    pub fn previews(&mut self) -> Option<&mut watch::Receiver<Option<Preview>>> {
+    pub fn previews(&mut self) -> Option<&mut watch::Receiver<Vec<Preview>>> {
         self.previews.as_mut()
     }
 
     /// The latest preview.
     pub fn preview(&self) -> Option<Preview> {
-        self.previews.as_ref()?.borrow().clone()
+        self.previews.as_ref()?.borrow().last().cloned()
     }
 
     /// Ends the job after the current step, with partly denoised images.
     pub fn interrupt(&self) {
-        self.interrupted.store(true, Ordering::Relaxed);
+        self.stops.all.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the job was interrupted.
+    pub fn interrupted(&self) -> bool {
+        self.stops.all.load(Ordering::Relaxed)
+    }
+
+    /// Ends the images of the job that run after the current step, partly denoised; the others
+    /// follow. Without a running image it does nothing.
+    pub fn skip(&self) {
+        if self.progress.borrow().started > 0 {
+            self.stops.skipped.store(true, Ordering::Relaxed);
+            self.stops.running.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether images of the job were skipped.
+    pub fn skipped(&self) -> bool {
+        self.stops.skipped.load(Ordering::Relaxed)
     }
 
     /// The position of the job and the time until it is completed, if no job is added or cancelled.

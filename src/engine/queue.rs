@@ -212,6 +212,11 @@ impl Queue {
         self.closed = true;
     }
 
+    /// Takes all waiting images out.
+    pub(super) fn take_all(&mut self) -> Vec<ImageTask> {
+        self.take_out(|_| true)
+    }
+
     /// Rejects new jobs and returns the waiting images.
     pub(super) fn clear(&mut self) -> Vec<ImageTask> {
         self.closed = true;

@@ -4,6 +4,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
+use sd_models::ModelInfo;
 use tokio::sync::watch;
 
 use super::device::DeviceScheduler;
@@ -26,8 +27,25 @@ pub(super) struct EngineShared {
     /// Every task holds a receiver: without one, the engine is idle.
     pub(super) busy: watch::Sender<()>,
     pub(super) metrics: Arc<Metrics>,
+    /// Whether the model thread can load its model again.
+    pub(super) reloads: bool,
+    /// Whether the model is in memory, and whether clients want it there.
+    pub(super) rest: watch::Sender<Rest>,
     /// The model thread, until it is joined.
     pub(super) thread: Mutex<Option<thread::JoinHandle<()>>>,
+}
+
+/// Whether a model is in memory. It is unloaded only when it is idle.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Rest {
+    /// Whether it is unloaded.
+    pub(super) unloaded: bool,
+    /// Whether it is to be unloaded.
+    pub(super) unload: bool,
+    /// Whether it is to be loaded again.
+    pub(super) reload: bool,
+    /// How often it could not be loaded again.
+    pub(super) failures: u64,
 }
 
 impl EngineShared {
@@ -60,6 +78,26 @@ impl EngineShared {
         self.queue().close();
         self.set_state(EngineState::Draining);
         self.arrived.notify_one();
+    }
+
+    /// Tells the model thread what is wanted of the model's memory.
+    pub(super) fn wish(&self, change: impl FnOnce(&mut Rest)) {
+        // The thread looks at it under this lock, so it cannot miss the change.
+        let queue = self.queue();
+        self.rest.send_modify(change);
+        drop(queue);
+        self.arrived.notify_one();
+    }
+
+    /// The model as it was loaded again.
+    pub(super) fn set_model(&self, info: ModelInfo) {
+        self.state.send_if_modified(|state| {
+            let ready = matches!(state, EngineState::Ready(_));
+            if ready {
+                *state = EngineState::Ready(Arc::new(info));
+            }
+            ready
+        });
     }
 
     /// Changes to a later state; an earlier one is ignored.

@@ -1,10 +1,11 @@
 //! Configuration and state of an engine.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use sd_models::ModelInfo;
 
-use crate::options::{bytes, min};
+use crate::options::{bytes, millis, min};
 
 /// The bounds of the engine, which are options of `serve`.
 #[derive(Debug, Clone, Copy, clap::Args)]
@@ -23,6 +24,12 @@ pub struct EngineConfig {
     /// after loading the model
     #[arg(long, env = "SD_MEMORY_BUDGET_BYTES", value_parser = bytes)]
     pub memory_budget_bytes: Option<u64>,
+    /// Time after which a model that no request uses is unloaded, in milliseconds. The next request
+    /// loads it again, and waits for that within its timeout. Default: never. With --multi-model
+    /// only SageMaker unloads models
+    #[arg(long = "unload-after-ms", env = "SD_UNLOAD_AFTER_MS", value_parser = millis::<1>)]
+    #[arg(help_heading = "Several models")]
+    pub unload_after: Option<Duration>,
     /// What to do with images that the safety checker flags.
     #[arg(skip = Safety::Blur)]
     pub safety: Safety,

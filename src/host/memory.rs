@@ -8,6 +8,11 @@ pub(crate) fn resident() -> Option<u64> {
     kilobytes(&read_to_string("/proc/self/status").ok()?, "VmRSS:")
 }
 
+/// Memory of the host, in bytes.
+pub(crate) fn total() -> Option<u64> {
+    kilobytes(&read_to_string("/proc/meminfo").ok()?, "MemTotal:")
+}
+
 /// Available memory of the host, or of the container if that is less, in bytes.
 pub(crate) fn available() -> Option<u64> {
     let host = kilobytes(&read_to_string("/proc/meminfo").ok()?, "MemAvailable:");

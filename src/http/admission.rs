@@ -1,6 +1,7 @@
 //! Admission: what every request with a body passes before anything is done with it. It takes one
 //! of the request slots and room for the body, starts the request's clock and reads the body.
 
+use std::borrow::Cow;
 use std::convert::Infallible;
 use std::error::Error as _;
 use std::io;
@@ -23,7 +24,7 @@ use super::middleware::forwarded::ClientAddress;
 use super::slots::{Amount, Limit, Share};
 use super::state::{AppState, HttpConfig, model_of};
 use crate::engine::Client;
-use crate::request::{Fields, ValidationError};
+use crate::request::{Fields, ValidationError, brief};
 
 /// A slower transfer counts as stalled, in bytes per second.
 pub(crate) const MIN_RATE: u64 = 1 << 16;
@@ -62,6 +63,10 @@ pub(crate) struct RequestSlot {
     body: Option<Arc<Share>>,
     /// Whether it waits for room until its deadline: a record of many, or a stored job.
     pub(crate) is_patient: bool,
+    /// What the response says of what was not read.
+    unread: Arc<[String]>,
+    /// Whether the client has a key, where keys are configured.
+    may_choose: bool,
     accepted: AcceptedWork,
 }
 
@@ -145,8 +150,10 @@ async fn admit(request: Request, state: &AppState, limit: BodyLimit) -> Result<A
     let deadline = timeout.after(arrived);
     let stream = Timeout::of(&headers, "--stream-timeout-ms", settings.stream_timeout)?;
     let stream_deadline = stream.after(arrived);
+    let unread = unread_query(&request);
     let extensions = request.extensions();
     let client = client(extensions);
+    let may_choose = settings.access.api_keys.is_empty() || extensions.get::<Client>().is_some();
     let accepted = extensions.get::<AcceptedWork>().cloned().unwrap_or_default();
     let crowded = |limit| ApiError::Crowded { limit, retry_after_s: state.engine.retry_after() };
     let limited = limited_client(extensions, settings);
@@ -179,8 +186,28 @@ async fn admit(request: Request, state: &AppState, limit: BodyLimit) -> Result<A
         room.shrink_to(body.len());
     }
     let room = Some(Arc::new(room));
-    let slot = RequestSlot { deadline, share: held, body: room, is_patient: false, accepted };
+    let slot = RequestSlot {
+        deadline,
+        share: held,
+        body: room,
+        is_patient: false,
+        unread,
+        may_choose,
+        accepted,
+    };
     Ok(Admitted { headers, body, client, timeout, stream_deadline, slot })
+}
+
+/// What is said of the parameters of a query: no route that takes a body reads one.
+fn unread_query(request: &Request) -> Arc<[String]> {
+    /// Maximum number of parameters that are named.
+    const MAX: usize = 8;
+    let query = request.uri().query().unwrap_or_default();
+    let names = form_urlencoded::parse(query.as_bytes()).map(|(name, _)| name).take(MAX);
+    let said = |name: Cow<'_, str>| {
+        format!("the query parameter {} was ignored: fields are read from the body", brief(&name))
+    };
+    names.map(said).collect()
 }
 
 /// Rejects a body in another transfer coding. A length beside `chunked` never comes here: hyper removes it.
@@ -280,6 +307,8 @@ impl RequestSlot {
                     share: Arc::new(slot),
                     body: None,
                     is_patient: true,
+                    unread: Arc::default(),
+                    may_choose: true,
                     accepted: AcceptedWork::default(),
                 };
             }
@@ -300,6 +329,17 @@ impl RequestSlot {
         let retry_after_s = state.engine.retry_after();
         let taken = self.deadline.wait(take()).await?;
         taken.map_err(|limit| ApiError::Crowded { limit, retry_after_s })
+    }
+
+    /// What the response says of what was not read.
+    pub(crate) fn unread(&self) -> &[String] {
+        &self.unread
+    }
+
+    /// Whether the client may name a model, which may unload another: not without a key, where keys
+    /// are configured.
+    pub(crate) fn may_choose(&self) -> bool {
+        self.may_choose
     }
 
     /// Gives back the room of the body: nothing of it is left, except in work that holds a clone.

@@ -18,9 +18,10 @@ use super::ids;
 use super::slots::Share;
 use super::state::AppState;
 use crate::engine::{
-    Client, Engine, GeneratedImage, Job, JobError, Preview, Priority, Ticket, Uncounted,
+    Client, Engine, GeneratedImage, Job, JobError, JobMonitor, Preview, Previews, Priority, Ticket,
+    Uncounted,
 };
-use crate::image::{self, Format, Hashes, JPEG_QUALITY, Overlay};
+use crate::image::{self, Format, Hashes, JPEG_QUALITY, Origin, Overlay};
 use crate::registry::ModelLease;
 use crate::request::{ControlMaps, DrawRequest, Limits, ValidationError};
 
@@ -53,14 +54,16 @@ pub(crate) struct Drawing {
     pub(crate) reply: ReplyFormat,
     /// JPEG quality, 1 to 100.
     pub(crate) quality: u8,
-    /// Whether the client can receive live previews.
-    pub(crate) preview: bool,
+    /// The previews that the client receives.
+    pub(crate) previews: Previews,
     /// What is laid over each image.
     overlay: Option<Overlay>,
     /// The room for it and for the input images.
     _room: Share,
     /// The control pictures that the reply has.
     pub(crate) control_maps: ControlMaps,
+    /// How the input files were prepared, for the generation parameters.
+    pub(crate) parameters: Vec<(&'static str, String)>,
     /// What each image's warnings say of the request's fields.
     pub(crate) warnings: Vec<String>,
     /// The order among the client's own images.
@@ -123,26 +126,22 @@ impl Drawing {
         let deadline = slot.deadline;
         let room = slot.hold_inputs(state, most_input_bytes(&requests, &limits)).await?;
         let read = move || {
-            let (mut specs, mut first) = (Vec::new(), None::<DrawRequest>);
-            // One at a time: each has a copy of the input image of all.
-            for mut request in requests {
+            let specs = |request: &mut DrawRequest| {
                 let _weighed = reader.weigh(deadline, request.weigh(&limits))?;
-                specs.extend(request.specs(&limits, &own, seed)?);
-                first.get_or_insert(request);
-            }
-            Ok((specs, first))
+                Ok(request.specs(&limits, &own, seed)?)
+            };
+            specs_of(requests, specs)
         };
-        let (mut specs, request) = state.reader.run(deadline, slot.clone(), read).await?;
+        let (mut specs, mut request) = state.reader.run(deadline, slot.clone(), read).await?;
         slot.release_body();
         let (count, most) = (specs.len(), settings.limits.max_images);
         if count > most {
             let reason = format!("requests {count} images in total; the maximum is {most}");
             return Err(ValidationError::range("prompt", reason).into());
         }
-        let Some(mut request) = request else {
-            return Err(ValidationError::body("the request contains no prompt").into());
-        };
-        let warnings = std::mem::take(&mut request.warnings);
+        let mut warnings = std::mem::take(&mut request.warnings);
+        warnings.extend(slot.unread().iter().cloned());
+        let parameters = std::mem::take(&mut request.parameters);
         let (mut specs, mut request) = match specs.iter().any(Spec::has_files) {
             false => (specs, request),
             true => {
@@ -162,21 +161,24 @@ impl Drawing {
         specs.iter().try_for_each(|spec| request.check_format(spec, reply.format()))?;
         let (overlay, maps) = (request.overlay.take(), std::mem::take(&mut request.control_maps));
         room.shrink_to(input_bytes(&specs) + overlay.as_ref().map_or(0, Overlay::bytes));
-        let preview = request.preview == Some(true) && matches!(reply, ReplyFormat::Events(_));
+        let live = request.preview == Some(true) && matches!(reply, ReplyFormat::Events(_));
+        let previews = if live { Previews::Live } else { Previews::None };
         if settings.log_prompts {
             info!(prompt = specs[0].prompt, "accepted");
         }
         let (quality, hashes) = (JPEG_QUALITY, state.hashes.clone());
+        hash_files(&hashes, &model);
         let (_accepted, slot) = (slot.accept(), Some(slot.clone()));
         let (priority, _lease) = (Priority::default(), state.lease.clone());
         Ok(Self {
             specs,
             reply,
             quality,
-            preview,
+            previews,
             overlay,
             _room: room,
             control_maps: maps,
+            parameters,
             warnings,
             priority,
             slot,
@@ -192,9 +194,9 @@ impl Drawing {
     /// Submits the images to the engine.
     pub(crate) fn submit(&self, client: &Client, deadline: Deadline) -> Result<Ticket> {
         let (specs, client) = (self.specs.clone(), client.clone());
-        let (deadline, preview, priority) = (Some(deadline.at), self.preview, self.priority);
+        let (deadline, previews, priority) = (Some(deadline.at), self.previews, self.priority);
         let uncounted = self.uncounted.get().cloned();
-        Ok(self.engine.submit(Job { specs, client, deadline, preview, priority, uncounted })?)
+        Ok(self.engine.submit(Job { specs, client, deadline, previews, priority, uncounted })?)
     }
 
     /// Submits the images to the engine as soon as the queue has room, and again after they were
@@ -216,6 +218,11 @@ impl Drawing {
                 return Err(deadline.missed());
             }
         }
+    }
+
+    /// A view of a job of this drawing.
+    pub(crate) fn monitor(&self, ticket: &Ticket) -> JobMonitor {
+        self.engine.monitor(ticket)
     }
 
     /// Encodes the images and renders the response, on a blocking thread.
@@ -250,10 +257,34 @@ impl Drawing {
         self.control_maps.iter().filter_map(file).collect()
     }
 
+    /// The generation parameters of an image. Blocks: reads the model's file, once.
+    pub(crate) fn infotext(&self, spec: &Spec, loras: &str) -> String {
+        let (model_hash, vae) = (self.model_hash(), self.vae_hash());
+        let origin = Origin {
+            model: &self.model.name,
+            model_hash: model_hash.as_deref(),
+            vae: vae.as_ref().map(|(name, hash)| (*name, hash.as_str())),
+            loras,
+            parameters: &self.parameters,
+        };
+        image::infotext(spec, origin)
+    }
+
+    /// SHA-256 of the model's file. Blocks: reads it, once.
+    pub(crate) fn model_hash(&self) -> Option<String> {
+        self.hashes.whole(self.model.files.checkpoint.as_ref()?)
+    }
+
+    /// Name and SHA-256 of the VAE's file. Blocks: reads it, once.
+    pub(crate) fn vae_hash(&self) -> Option<(&str, String)> {
+        let file = self.model.files.vae.as_ref()?;
+        Some((&file.name, self.hashes.whole(file)?))
+    }
+
     fn files(&self, images: &[GeneratedImage]) -> Result<Vec<Vec<u8>>> {
         let file = |(spec, generated): (&Spec, &GeneratedImage)| {
             let began = Instant::now();
-            let infotext = image::infotext(spec, &self.model.name, &self.loras(generated));
+            let infotext = self.infotext(spec, &self.loras(generated));
             let file = image::encode(&generated.rgb, self.reply.format(), self.quality, &infotext);
             self.engine.metrics().stage_duration.time(["image_encode"], began.elapsed());
             file.map_err(|error| {
@@ -262,6 +293,36 @@ impl Drawing {
             })
         };
         self.specs.iter().zip(images).map(file).collect()
+    }
+}
+
+/// The specs of all requests, and the first of them, with the warnings of all.
+fn specs_of(
+    requests: Vec<DrawRequest>,
+    specs: impl Fn(&mut DrawRequest) -> Result<Vec<Spec>>,
+) -> Result<(Vec<Spec>, DrawRequest)> {
+    let (mut all, mut first) = (Vec::new(), None::<DrawRequest>);
+    // One at a time: each has a copy of the input image of all.
+    for mut request in requests {
+        all.extend(specs(&mut request)?);
+        match &mut first {
+            None => first = Some(request),
+            Some(first) => {
+                request.warnings.retain(|warning| !first.warnings.contains(warning));
+                first.warnings.append(&mut request.warnings);
+            }
+        }
+    }
+    let no_prompt = || ValidationError::body("the request contains no prompt");
+    Ok((all, first.ok_or_else(no_prompt)?))
+}
+
+/// Hashes the files of a model beside its first images: reading a whole model takes seconds.
+fn hash_files(hashes: &Hashes, model: &ModelInfo) {
+    let files = [&model.files.checkpoint, &model.files.vae].into_iter().flatten();
+    for file in files.filter(|file| hashes.is_new(file)) {
+        let (hashes, file) = (hashes.clone(), file.clone());
+        tokio::task::spawn_blocking(move || hashes.whole(&file));
     }
 }
 
@@ -282,12 +343,10 @@ pub(crate) fn warnings(images: &[GeneratedImage]) -> Vec<&str> {
 }
 
 /// The next preview. Never completes if there are none.
-pub(crate) async fn next_preview(
-    previews: Option<&mut watch::Receiver<Option<Preview>>>,
-) -> Preview {
+pub(crate) async fn next_preview(previews: Option<&mut watch::Receiver<Vec<Preview>>>) -> Preview {
     if let Some(previews) = previews
         && previews.changed().await.is_ok()
-        && let Some(preview) = previews.borrow_and_update().clone()
+        && let Some(preview) = previews.borrow_and_update().last().cloned()
     {
         return preview;
     }

@@ -195,7 +195,9 @@ impl ApiError {
             | Self::Job(Job::Deadline) => (S::GATEWAY_TIMEOUT, "deadline_exceeded"),
             Self::Registry(Registry::Stopping) => (S::SERVICE_UNAVAILABLE, "shutting_down"),
             Self::Registry(Registry::Loaded(_)) => (S::CONFLICT, "model_loaded"),
-            Self::Registry(Registry::Broken(_)) => (S::INTERNAL_SERVER_ERROR, "model_load_failed"),
+            Self::Registry(Registry::Broken(_)) | Self::Job(Job::Unloaded) => {
+                (S::INTERNAL_SERVER_ERROR, "model_load_failed")
+            }
             Self::Job(Job::Absent) => (S::NOT_FOUND, "model_required"),
             Self::Job(Job::Loading) => (S::SERVICE_UNAVAILABLE, "loading"),
             Self::Job(Job::Stopping) => (S::SERVICE_UNAVAILABLE, "shutting_down"),

@@ -221,6 +221,7 @@ mod tests {
         let settings = HttpConfig::augment_args(Command::new("test")).get_matches_from(["test"]);
         let settings = HttpConfig::from_arg_matches(&settings).expect("defaults");
         let engine = EngineConfig {
+            unload_after: None,
             max_queue: 1,
             max_batch_rows: 2,
             memory_budget_bytes: None,

@@ -38,6 +38,7 @@ pub(crate) fn router_with(models: ModelRegistry, settings: HttpConfig, jobs: Job
     let (log_messages, timeout) = (settings.log_prompts, settings.request_timeout);
     let state = AppState::new(models, settings, jobs);
     tokio::spawn(state.purge());
+    tokio::spawn(state.models.unload_unused());
     if state.jobs.is_durable() {
         tokio::spawn(invocations::resume(state.clone()));
     }

@@ -1,11 +1,11 @@
-//! Short hashes of LoRA files, as used by model sites and written by AUTOMATIC1111 into the
-//! generation parameters.
+//! Hashes of the files of LoRAs and models, as used by model sites and written by AUTOMATIC1111 into
+//! the generation parameters.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use ring::digest::{Context, SHA256};
 use sd_models::AssetFile;
@@ -24,7 +24,11 @@ const MAX_KNOWN: usize = 10_000;
 #[derive(Debug, Clone, Default)]
 pub struct Hashes {
     known: Arc<Mutex<HashMap<AssetFile, String>>>,
+    whole: Arc<Mutex<HashMap<AssetFile, Whole>>>,
 }
+
+/// The hash of a whole file, once it is known; none if the file is gone or was replaced.
+type Whole = Arc<OnceLock<Option<String>>>;
 
 impl Hashes {
     /// The LoRAs of an image as in AUTOMATIC1111, `name: hash, name: hash`. Files that were
@@ -39,6 +43,39 @@ impl Hashes {
             Some(format!("{name}: {}", self.get(file)?))
         });
         hashes.collect::<Vec<_>>().join(", ")
+    }
+
+    /// SHA-256 of a whole file, as of checkpoints and VAEs. Blocks: reads the file, once, or waits
+    /// until another thread has read it.
+    pub fn whole(&self, file: &AssetFile) -> Option<String> {
+        let (entry, _) = self.entry(file);
+        let read = || {
+            let mut opened = File::open(&file.path).ok()?;
+            let hash = sha256(&mut opened).ok()?;
+            file.is_current().then(|| hex(&hash))
+        };
+        entry.get_or_init(read).clone()
+    }
+
+    /// The same if it is known by now. Never blocks.
+    pub fn known(&self, file: &AssetFile) -> Option<String> {
+        self.entry(file).0.get().cloned().flatten()
+    }
+
+    /// Whether nobody has asked for the hash of this file yet.
+    pub fn is_new(&self, file: &AssetFile) -> bool {
+        self.entry(file).1
+    }
+
+    /// The entry of a file, and whether it is new.
+    fn entry(&self, file: &AssetFile) -> (Whole, bool) {
+        let mut whole = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
+        if whole.len() >= MAX_KNOWN {
+            whole.clear();
+        }
+        let before = whole.len();
+        let entry = Arc::clone(whole.entry(file.clone()).or_default());
+        (entry, whole.len() > before)
     }
 
     fn get(&self, file: &AssetFile) -> Option<String> {
@@ -79,15 +116,22 @@ fn short(path: &Path) -> io::Result<String> {
         }
         file.seek(SeekFrom::Start(length.saturating_add(8)))?;
     }
+    Ok(hex(&sha256(&mut file)?)[..SHORT].to_owned())
+}
+
+/// SHA-256 of the rest of a file.
+fn sha256(file: &mut File) -> io::Result<Vec<u8>> {
     let (mut sum, mut part) = (Context::new(&SHA256), vec![0; 1 << 20]);
     loop {
         match file.read(&mut part)? {
-            0 => break,
+            0 => return Ok(sum.finish().as_ref().to_vec()),
             length => sum.update(&part[..length]),
         }
     }
-    let sum = sum.finish();
-    Ok(sum.as_ref()[..SHORT / 2].iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The hash in a safetensors header.
@@ -131,6 +175,13 @@ mod tests {
         assert_eq!(hashes.of(&[file()]), "a: e3b0c44298fc");
         assert_eq!(hashes.of(std::slice::from_ref(&old)), "a: ba7816bf8f01", "known from before");
         assert_eq!(unseen.of(&[old]), "", "the file of this version is gone");
+        let empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        assert_eq!((hashes.is_new(&file()), hashes.known(&file())), (true, None));
+        assert_eq!(hashes.whole(&file()).as_deref(), Some(empty));
+        assert_eq!(
+            (hashes.is_new(&file()), hashes.known(&file()).as_deref()),
+            (false, Some(empty))
+        );
         let gone = file();
         std::fs::remove_file(&path).expect("it is there");
         assert_eq!(unseen.of(&[gone]), "");

@@ -29,8 +29,28 @@ const NEGATIVE: &str = "Negative prompt:";
 /// The keyword of the text chunk in PNG files.
 const PARAMETERS: &str = "parameters";
 
-/// The infotext of an image. `loras` is the result of `Hashes::of`.
-pub fn infotext(spec: &Spec, model: &str, loras: &str) -> String {
+/// What an image was made with, beside its spec.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Origin<'a> {
+    /// Name of the model.
+    pub model: &'a str,
+    /// SHA-256 of the model's file.
+    pub model_hash: Option<&'a str>,
+    /// Name and SHA-256 of the VAE's file.
+    pub vae: Option<(&'a str, &'a str)>,
+    /// The result of `Hashes::of`.
+    pub loras: &'a str,
+    /// AUTOMATIC1111's names and values of how the image's files were prepared.
+    pub parameters: &'a [(&'static str, String)],
+}
+
+/// The part of a file's hash that AUTOMATIC1111 writes.
+pub fn short_hash(hash: &str) -> &str {
+    hash.get(..10).unwrap_or(hash)
+}
+
+/// The infotext of an image.
+pub fn infotext(spec: &Spec, origin: Origin<'_>) -> String {
     // A zero byte would terminate the text inside the file.
     let clean = |text: &str| text.replace('\0', "");
     let mut text = clean(&spec.prompt);
@@ -45,37 +65,45 @@ pub fn infotext(spec: &Spec, model: &str, loras: &str) -> String {
     if !spec.negative_prompt.is_empty() {
         text += &format!("\n{NEGATIVE} {}", clean(&spec.negative_prompt));
     }
-    let strength = spec.strength().map(|strength| format!("Denoising strength: {strength}, "));
-    let others = variation_parameters(spec).into_iter().chain(extra_parameters(spec));
-    let others: String =
-        others.map(|(name, value)| format!("{name}: {}, ", quoted(&value))).collect();
+    let Origin { model, model_hash, vae, loras, parameters } = origin;
+    let model_hash = model_hash.map(|hash| ("Model hash", short_hash(hash).to_owned()));
+    let vae = vae.into_iter().flat_map(|(name, hash)| {
+        [("VAE hash", short_hash(hash).to_owned()), ("VAE", name.to_owned())]
+    });
+    let strength = spec.strength().map(|strength| ("Denoising strength", strength.to_string()));
+    let all = [
+        ("Steps", spec.steps.to_string()),
+        ("Sampler", spec.sampler_name().title()),
+        ("CFG scale", spec.guidance_scale.to_string()),
+        ("Seed", spec.seed.to_string()),
+        ("Size", spec.size.to_string()),
+    ];
+    let all = all.into_iter().chain(model_hash).chain([("Model", model.to_owned())]).chain(vae);
+    let all = all.chain(variation_parameters(spec)).chain(strength).chain(clip_skip(spec));
+    // The noise of A1111's setting of this name.
+    let all = all.chain([("RNG", "CPU".to_owned())]).chain(extra_parameters(spec));
+    let all = all.chain(parameters.iter().cloned());
+    let all = all.map(|(name, value)| format!("{name}: {}, ", quoted(&value)));
     let controls = control_parameters(spec).into_iter();
-    let controls: String = controls.map(|(name, value)| format!("{name}: \"{value}\", ")).collect();
-    let loras = match loras {
-        "" => String::new(),
-        loras => format!("{LORA_HASHES}: \"{loras}\", "),
-    };
-    text += &format!(
-        "\nSteps: {}, Sampler: {}, CFG scale: {}, Seed: {}, Size: {}, Model: {model}, {}{others}{controls}{loras}\
-         Version: sd-server {}",
-        spec.steps,
-        spec.sampler_name().title(),
-        spec.guidance_scale,
-        spec.seed,
-        spec.size,
-        strength.unwrap_or_default(),
-        env!("CARGO_PKG_VERSION"),
-    );
+    let controls = controls.map(|(name, value)| format!("{name}: \"{value}\", "));
+    let loras = (!loras.is_empty()).then(|| format!("{LORA_HASHES}: \"{loras}\", "));
+    let version = format!("Version: sd-server {}", env!("CARGO_PKG_VERSION"));
+    text += "\n";
+    text.extend(all.chain(controls).chain(loras).chain([version]));
     text
 }
 
-/// AUTOMATIC1111's names and values of what its `info` has in fields of their own.
+/// AUTOMATIC1111's names and values of a variation.
 fn variation_parameters(spec: &Spec) -> Vec<(&'static str, String)> {
-    let clip_skip = (spec.clip_skip > 0).then(|| ("Clip skip", (spec.clip_skip + 1).to_string()));
     let variation = spec.variation.iter().flat_map(|Variation { seed, strength }| {
         [("Variation seed", seed.to_string()), ("Variation seed strength", strength.to_string())]
     });
-    variation.chain(clip_skip).collect()
+    variation.collect()
+}
+
+/// AUTOMATIC1111's name and value of the layers that are skipped.
+fn clip_skip(spec: &Spec) -> Option<(&'static str, String)> {
+    (spec.clip_skip > 0).then(|| ("Clip skip", (spec.clip_skip + 1).to_string()))
 }
 
 /// AUTOMATIC1111's names and values of the parameters that only some images have.
@@ -367,7 +395,15 @@ mod tests {
             // The format marks the negative prompt by a line that begins with these words.
             prop_assume!(!prompt.lines().any(|line| line.trim_start().starts_with(NEGATIVE)));
             let spec = spec(&prompt, &negative, seed, steps, scale);
-            let read = parse(&infotext(&spec, "model", "style: 0123456789ab"));
+            let hash = "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa";
+            let parameters = [("Mask blur", "4".to_owned()), ("Inpaint area", "Only masked".into())];
+            let read = parse(&infotext(&spec, Origin {
+                model: "model",
+                model_hash: Some(hash),
+                vae: Some(("vae.safetensors", hash)),
+                loras: "style: 0123456789ab",
+                parameters: &parameters,
+            }));
             let value = |name: &str| {
                 let mut found = read.iter().filter(|(known, _)| known == name);
                 found.next().map(|(_, value)| value.as_str()).unwrap_or_default().to_owned()
@@ -381,6 +417,12 @@ mod tests {
             prop_assert_eq!(value("Size"), "64x128");
             prop_assert_eq!(value("Sampler"), "Euler");
             prop_assert_eq!(value("Model"), "model");
+            prop_assert_eq!(value("Model hash"), "6ce0161689");
+            prop_assert_eq!(value("VAE hash"), "6ce0161689");
+            prop_assert_eq!(value("VAE"), "vae.safetensors");
+            prop_assert_eq!(value("RNG"), "CPU");
+            prop_assert_eq!(value("Mask blur"), "4");
+            prop_assert_eq!(value("Inpaint area"), "Only masked");
             prop_assert_eq!(value(LORA_HASHES), "style: 0123456789ab");
             prop_assert_eq!(value("Prompt syntax"), "plain");
         }

@@ -19,7 +19,7 @@ pub use decode::{decode, decoded_bytes, fit_mask, is_transparent, on_white, resi
 pub use encode::{Format, JPEG_QUALITY, encode};
 pub use fit::Fit;
 pub use hashes::Hashes;
-pub use infotext::infotext;
 pub(crate) use infotext::{LORA_HASHES, control_parameters, extra_parameters, find, parse};
+pub use infotext::{Origin, infotext, short_hash};
 pub use inpaint::{InpaintOptions, Inpainting, Overlay};
 pub use mask::{inverted, opaque_mask, transparency_mask};

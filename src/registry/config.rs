@@ -31,6 +31,9 @@ pub struct RegistryConfig {
     /// --max-models. Default: the free memory of the host; on a GPU no limit but the device's own
     #[arg(long = "models-memory-bytes", env = "SD_MODELS_MEMORY_BYTES", value_parser = bytes)]
     pub memory_bytes: Option<u64>,
+    /// Time after which a model that no request uses is unloaded.
+    #[arg(skip)]
+    pub unload_after: Option<Duration>,
     /// Time to finish the accepted requests of a model that is unloaded.
     #[arg(skip)]
     pub drain_timeout: Duration,

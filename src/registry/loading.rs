@@ -83,7 +83,8 @@ impl RegistryShared {
         let (name, path, bytes) = (model.name.clone(), model.path.clone(), model.bytes);
         info!(name, bytes, "loaded");
         let leases = watch::Sender::new(());
-        let model = LoadedModel { name, path, engine, bytes, since: Instant::now(), leases };
+        let now = Instant::now();
+        let model = LoadedModel { name, path, engine, bytes, since: now, used: now, leases };
         let lease = model.lease();
         self.residents().insert(model)?;
         self.changed.send_replace(());

@@ -19,6 +19,7 @@ mod shared;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use sd_models::AddOns;
 use tokio::time::{Instant, timeout_at};
@@ -30,6 +31,9 @@ use error::Result;
 pub use residents::{LoadedModel, ModelLease};
 pub use shared::ModelLoader;
 use shared::RegistryShared;
+
+/// Least time between two looks for models that nobody uses.
+const MIN_LOOK: Duration = Duration::from_millis(10);
 
 /// The handle shared by the HTTP handlers.
 #[derive(Clone)]
@@ -179,6 +183,23 @@ impl ModelRegistry {
         }
         self.shared.left(&model).await;
         Ok(())
+    }
+
+    /// Unloads the models that nobody has used for as long as the settings say, as long as the
+    /// registry exists.
+    pub(crate) fn unload_unused(&self) -> impl Future<Output = ()> + 'static {
+        /// How often they are looked for within that time.
+        const LOOKS: u32 = 8;
+        let (registry, after) = (Arc::downgrade(&self.shared), self.shared.settings.unload_after);
+        async move {
+            let Some(after) = after else { return };
+            loop {
+                tokio::time::sleep((after / LOOKS).max(MIN_LOOK)).await;
+                let Some(shared) = registry.upgrade() else { return };
+                let unused = shared.residents().take_unused(after);
+                unused.iter().for_each(|model| shared.retire(model));
+            }
+        }
     }
 
     /// Rejects new jobs and models, and finishes accepted ones.

@@ -22,6 +22,8 @@ pub struct LoadedModel {
     pub(super) bytes: u64,
     /// When it was loaded.
     pub(super) since: Instant,
+    /// When it was last seen in use.
+    pub(super) used: Instant,
     /// Every lease holds a receiver: without one, no request can still be submitted.
     pub(super) leases: watch::Sender<()>,
 }
@@ -131,7 +133,8 @@ impl Residents {
     /// A loaded model, which becomes the most recently used.
     pub(super) fn select(&mut self, name: &str) -> Option<ModelLease> {
         let place = self.loaded().iter().position(|model| model.name == name)?;
-        let model = self.loaded.remove(place);
+        let mut model = self.loaded.remove(place);
+        model.used = Instant::now();
         let lease = model.lease();
         self.loaded.push(model);
         Some(lease)
@@ -179,6 +182,18 @@ impl Residents {
         }
         let leaving = self.leaving.iter().find(|model| model.name == name);
         leaving.map(|model| (model.clone(), false)).ok_or_else(|| RegistryError::unknown(name))
+    }
+
+    /// Takes the models from the loaded ones that nobody has used for so long, to unload them.
+    pub(super) fn take_unused(&mut self, after: Duration) -> Vec<LoadedModel> {
+        self.loaded();
+        for model in self.loaded.iter_mut().filter(|model| !model.is_idle()) {
+            model.used = Instant::now();
+        }
+        let unused = self.loaded.extract_if(.., |model| model.used.elapsed() >= after);
+        let unused: Vec<_> = unused.collect();
+        self.leaving.extend(unused.iter().cloned());
+        unused
     }
 
     pub(super) fn is_leaving(&self, model: &LoadedModel) -> bool {

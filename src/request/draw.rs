@@ -185,6 +185,9 @@ pub struct DrawRequest {
     /// What transparent pixels of the input image are.
     #[serde(skip)]
     pub(crate) transparency: Transparency,
+    /// How the input files were prepared, by AUTOMATIC1111's names, known with the specs.
+    #[serde(skip)]
+    pub(crate) parameters: Vec<(&'static str, String)>,
     /// What the reply says of fields that are not followed.
     #[serde(skip)]
     pub(crate) warnings: Vec<String>,

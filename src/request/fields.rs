@@ -105,6 +105,11 @@ impl Fields {
         self.fields.iter().find(|field| field.name == name).map(|field| &field.value)
     }
 
+    /// The fields that were not read, by the client's names.
+    pub(crate) fn rest(&self) -> impl Iterator<Item = (&str, &Value)> {
+        self.fields.iter().map(|field| (field.spelt.as_str(), &field.value))
+    }
+
     /// The number of fields.
     pub(crate) fn len(&self) -> usize {
         self.fields.len()

@@ -105,6 +105,8 @@ impl DrawRequest {
         let (picture, mask, masked_start) = match inpainting {
             Some(Some(Inpainting { picture, mask, overlay })) => {
                 self.overlay = Some(overlay);
+                let options = self.inpaint.map(|options| self.parameters_of(options));
+                self.parameters.extend(options.into_iter().flatten());
                 (picture, Some(mask), masked_start)
             }
             Some(None) => {
@@ -121,6 +123,25 @@ impl DrawRequest {
             }
         };
         Img2Img { picture, strength, takes_all_steps, mask, masked_start }
+    }
+
+    /// AUTOMATIC1111's names and values of how a mask is used.
+    fn parameters_of(&self, options: InpaintOptions) -> Vec<(&'static str, String)> {
+        let InpaintOptions { blur, only_masked, fill } = options;
+        let not_masked = matches!(self.mask_area, MaskArea::Black);
+        let content = match self.masked_start {
+            MaskedStart::Noise => Some("latent noise"),
+            MaskedStart::Zero => Some("latent nothing"),
+            MaskedStart::Picture => fill.then_some("fill"),
+        };
+        let all = [
+            ("Mask mode", not_masked.then(|| "Inpaint not masked".to_owned())),
+            ("Mask blur", (blur > 0.0).then(|| blur.to_string())),
+            ("Inpaint area", only_masked.map(|_| "Only masked".to_owned())),
+            ("Masked area padding", only_masked.map(|padding| padding.to_string())),
+            ("Masked content", content.map(str::to_owned)),
+        ];
+        all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
     }
 }
 

@@ -9,13 +9,14 @@ use crate::options::{min, size};
 #[derive(Debug, Clone, Copy, clap::Args)]
 #[command(next_help_heading = "Limits")]
 pub struct Limits {
-    /// Maximum width x height of an image; memory and time grow with it
+    /// Maximum width x height of an image; memory and time grow with it. Default on a GPU: 1572864,
+    /// which is 1536x1024
     #[arg(long, env = "SD_MAX_PIXELS", default_value = "1048576", value_parser = min::<64>)]
     pub max_pixels: usize,
     /// Maximum number of sampler steps of an image
     #[arg(long, env = "SD_MAX_STEPS", default_value = "150", value_parser = steps)]
     pub max_steps: usize,
-    /// Maximum number of images per request
+    /// Maximum number of images per request. Default on a GPU: 10
     #[arg(long, env = "SD_MAX_IMAGES", default_value = "8", value_parser = min::<1>)]
     pub max_images: usize,
     /// Maximum length of a prompt, in bytes. The model reads 77 tokens of it, or eight times as
@@ -69,6 +70,17 @@ impl Limits {
         Ok(())
     }
 
+    /// The maximum number of pixels, and of images, where they are not set: OpenAI's, which a GPU
+    /// generates in seconds.
+    pub(crate) fn raise(&mut self, [pixels, images]: [bool; 2]) {
+        if pixels {
+            self.max_pixels = 1536 * 1024;
+        }
+        if images {
+            self.max_images = 10;
+        }
+    }
+
     /// The number that a bound of a schema stands for.
     pub(super) fn bound(&self, bound: &Value) -> Value {
         match bound.as_str() {
@@ -77,6 +89,33 @@ impl Limits {
             Some(Self::LORAS) => self.max_loras.into(),
             Some(Self::CONTROLNETS) => self.max_controlnets.into(),
             _ => bound.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_set_is_not_raised() {
+        let limits = Limits {
+            max_pixels: 1 << 20,
+            max_steps: 150,
+            max_images: 8,
+            max_prompt_bytes: 1,
+            max_input_pixels: 1,
+            max_loras: 1,
+            max_controlnets: 1,
+        };
+        for (open, raised) in [
+            ([true, true], (1_572_864, 10)),
+            ([false, true], (1 << 20, 10)),
+            ([true, false], (1_572_864, 8)),
+        ] {
+            let mut limits = limits;
+            limits.raise(open);
+            assert_eq!((limits.max_pixels, limits.max_images), raised);
         }
     }
 }

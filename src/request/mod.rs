@@ -17,7 +17,7 @@ mod values;
 
 pub(crate) use controlnet::{ControlMaps, ControlNet, Resolution, Unit};
 pub use draw::DrawRequest;
-pub(crate) use draw::{MAX_GUIDANCE, MAX_SEED_DELTA, MAX_SIDE, MIN_SIDE};
+pub(crate) use draw::{MAX_GUIDANCE, MAX_SEED_DELTA, MAX_SIDE};
 pub use error::ValidationError;
 pub(crate) use error::{brief, shortened};
 pub use fields::Fields;

@@ -43,6 +43,8 @@ def test_generate(client):
     pictures = [opened(picture.b64_json) for picture in reply.data]
     assert [picture.size for picture in pictures] == [(64, 96)] * 2
     assert [picture.seed for picture in reply.data] == [7, 8]
+    assert (reply.usage.input_tokens, reply.usage.input_tokens_details.text_tokens) == (7, 7)
+    assert reply.usage.total_tokens == 7 + reply.usage.output_tokens
     text = pictures[1].info["parameters"]
     assert text.startswith("a red house\nNegative prompt: dogs\nSteps: 2, Sampler: Euler a, ")
     assert "CFG scale: 3, Seed: 8, Size: 64x96" in text
@@ -84,13 +86,14 @@ def test_stream(client):
         events = list(stream)
     *partial, last = events
     assert [event.partial_image_index for event in partial] == list(range(len(partial)))
-    # OpenAI promises no number of them, and a fast machine has no time for two.
-    assert len(partial) <= 2
+    assert len(partial) == 2
     for event in events:
         kind = "completed" if event is last else "partial_image"
         assert event.type == f"image_generation.{kind}"
         assert (event.size, event.output_format) == ("128x128", "png")
         opened(event.b64_json).load()
+    # The tokenizer's, and OpenAI's count of an image of medium quality.
+    assert (last.usage.input_tokens, last.usage.output_tokens) == (3, 5 * 4)
     whole = client.images.generate(**asked).data[0]
     assert last.b64_json == whole.b64_json
 
@@ -184,6 +187,7 @@ def test_a_full_or_slow_server_is_the_clients_own_error_too(binary, tmp_path):
 def test_models(client):
     assert [model.id for model in client.models.list()] == ["demo"]
     assert client.models.retrieve("demo").owned_by == "sd-server"
+    assert client.models.retrieve("dall-e-3").root == "demo"
     with pytest.raises(openai.NotFoundError) as raised:
         client.models.retrieve("owner/name")
     assert raised.value.code == "model_not_found"

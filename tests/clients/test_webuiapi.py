@@ -106,3 +106,32 @@ def test_keys_are_passwords(locked):
     stranger = webuiapi.WebUIApi(baseurl=f"{locked}/sdapi/v1", username="anyone", password="open")
     with pytest.raises(RuntimeError, match="invalid_api_key"):
         stranger.txt2img(prompt="x", steps=1)
+
+
+def test_what_else_it_has_methods_for(client):
+    assert client.get_cmd_flags()["api"] is True
+    memory = client.get_memory()
+    assert memory["ram"]["total"] > memory["ram"]["used"] > 1 << 20
+    for empty in [client.get_hypernetworks, client.get_face_restorers, client.get_prompt_styles]:
+        assert empty() == []
+    assert client.get_scripts() == {"txt2img": [], "img2img": []}
+    client.refresh_checkpoints()
+    assert client.skip() is None
+    with pytest.raises(RuntimeError, match="interrogate is not supported"):
+        client.interrogate(Image.new("RGB", (8, 8)))
+
+
+def test_a_model_that_was_unloaded_draws_on(client):
+    asked = {"prompt": "a car", "seed": 3, "steps": 1, "width": 64, "height": 64}
+    before = client.txt2img(**asked).image
+    post = lambda route: client.session.post(f"{client.baseurl}/{route}").json()
+    assert post("unload-checkpoint") == {}
+    after = client.txt2img(**asked).image
+    assert before.tobytes() == after.tobytes()
+    assert post("unload-checkpoint") == post("reload-checkpoint") == {}
+
+
+def test_a_size_is_rounded_with_a_word(client):
+    reply = client.txt2img(prompt="a car", steps=1, width=100, height=64)
+    assert reply.image.size == (96, 64)
+    assert reply.info["warnings"] == ["width 100 is no multiple of 8: it is 96"]

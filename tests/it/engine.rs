@@ -1,11 +1,13 @@
 //! The engine, and a server around it, with a fake model: what no real model does on command.
 
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use sd_models::{Size, Spec};
-use sd_server::engine::{Engine, EngineState, Job, JobError};
+use sd_server::engine::{DeviceScheduler, Engine, EngineConfig, EngineState, Job, JobError};
 use sd_server::http;
 use sd_server::registry::ModelRegistry;
 use tokio::net::TcpListener;
@@ -321,5 +323,87 @@ async fn a_full_queue_is_429_and_takes_jobs_whole() -> Result<()> {
     let pictures = waiting.wait().await?;
     let seeds: Vec<_> = pictures.iter().map(|picture| picture.rgb.data[0]).collect();
     assert_eq!(seeds, [3, 4, 5], "in the order of the specs");
+    Ok(())
+}
+
+/// An engine that loads this many fakes, and counts those it has loaded.
+fn reloading(
+    fakes: Vec<Result<Fake>>,
+    unload_after: Option<Duration>,
+) -> Result<(Engine, Arc<AtomicUsize>)> {
+    let loads = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&loads);
+    let mut fakes = fakes.into_iter();
+    let load = move || {
+        counted.fetch_add(1, Ordering::SeqCst);
+        fakes.next().context("no fake is left")?
+    };
+    let settings = EngineConfig { unload_after, ..ENGINE };
+    let engine = Engine::start_reloading(&DeviceScheduler::default(), settings, load)?;
+    Ok((engine, loads))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unloaded_model_is_loaded_for_the_next_image() -> Result<()> {
+    let [(first, strings), (mut second, _)] = [Fake::new(), Fake::new()];
+    second.info.name = "another".into();
+    let (engine, loads) = reloading(vec![Ok(first), Ok(second)], None)?;
+    engine.ready().await?;
+    let running = engine.submit(vec![spec(1, 1)])?;
+    let unloading = {
+        let engine = engine.clone();
+        tokio::spawn(async move { engine.unload().await })
+    };
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert!(engine.is_loaded() && !unloading.is_finished(), "an image is being generated");
+    drop(strings.permits);
+    assert_eq!(running.wait().await?.len(), 1);
+    unloading.await?;
+    assert!(!engine.is_loaded());
+    assert_eq!(engine.model()?.name, "fake", "requests are checked by what is known of it");
+    engine.unload().await;
+    assert_eq!(loads.load(Ordering::SeqCst), 1);
+    assert_eq!(engine.submit(vec![spec(2, 1)])?.wait().await?.len(), 1);
+    assert!(engine.is_loaded());
+    assert_eq!((engine.model()?.name.as_str(), loads.load(Ordering::SeqCst)), ("another", 2));
+    engine.reload().await?;
+    assert_eq!(loads.load(Ordering::SeqCst), 2, "it is loaded");
+    engine.retire(Duration::from_secs(5)).await;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_does_not_load_again_fails_what_waits_and_is_tried_again() -> Result<()> {
+    let (first, _) = Fake::new();
+    let (third, _) = Fake::new();
+    let broken = || Err(anyhow::anyhow!("the disk is gone"));
+    let (engine, loads) = reloading(vec![Ok(first), broken(), broken(), Ok(third)], None)?;
+    engine.ready().await?;
+    engine.unload().await;
+    assert_eq!(engine.reload().await, Err(JobError::Unloaded));
+    assert_eq!(engine.submit(vec![spec(1, 1)])?.wait().await.err(), Some(JobError::Unloaded));
+    assert!(!engine.is_loaded());
+    assert_eq!(engine.submit(vec![spec(1, 1)])?.wait().await?.len(), 1);
+    assert_eq!(loads.load(Ordering::SeqCst), 4);
+    engine.unload().await;
+    engine.retire(Duration::from_secs(5)).await;
+    assert!(engine.submit(vec![spec(1, 1)]).is_err(), "drained without a model");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_model_is_unloaded_after_a_while() -> Result<()> {
+    let fakes = (0..5).map(|_| Ok(Fake::new().0)).collect();
+    let (engine, loads) = reloading(fakes, Some(Duration::from_millis(30)))?;
+    engine.ready().await?;
+    for round in 1..3 {
+        while engine.is_loaded() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert_eq!(loads.load(Ordering::SeqCst), round);
+        assert_eq!(engine.submit(vec![spec(1, 1)])?.wait().await?.len(), 1);
+    }
+    engine.unload().await;
+    engine.reload().await?;
     Ok(())
 }

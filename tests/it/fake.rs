@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use sd_models::{
     AddOns, Chosen, Defaults, Embeddings, Error, MemoryEstimate, ModelInfo, Pass, PromptSyntax,
-    Result, Rgb, Sampler, SamplerOptions, SigmaSchedule, Size, Spec,
+    Result, Rgb, Sampler, SamplerOptions, SigmaSchedule, SingleFiles, Size, Spec,
 };
 use sd_server::engine::{Model, Trajectory};
 use sd_server::request::Limits;
@@ -85,6 +85,7 @@ impl Fake {
         let info = ModelInfo {
             name: "fake".into(),
             fingerprint: String::new(),
+            files: SingleFiles::default(),
             unsuited: Vec::new(),
             device: "none".into(),
             precision: "none".into(),
@@ -148,6 +149,10 @@ impl Model for Fake {
         Ok(Some(Rgb { width: 8, height: 8, data: vec![9; 8 * 8 * 3] }))
     }
 
+    fn text_tokens(&self, text: &str) -> usize {
+        text.split_whitespace().count()
+    }
+
     fn decode(&self, trajectory: &FakeTrajectory) -> Result<Rgb> {
         let size = trajectory.spec.final_size();
         let data = vec![trajectory.spec.seed as u8; size.pixels() * 3];
@@ -208,6 +213,7 @@ pub(crate) const ENGINE: engine::EngineConfig = engine::EngineConfig {
     max_queue: 4,
     max_batch_rows: 4,
     memory_budget_bytes: None,
+    unload_after: None,
     safety: engine::Safety::Blur,
 };
 

@@ -284,7 +284,7 @@ fn the_parameters_are_in_the_file() {
         infotext(&reply.body),
         format!(
             "a cat\nNegative prompt: dogs\nSteps: 2, Sampler: DPM++ 2M Karras, CFG scale: 4.5, \
-             Seed: 7, Size: 64x96, Model: demo, Version: sd-server {version}"
+             Seed: 7, Size: 64x96, Model: demo, RNG: CPU, Prompt syntax: plain, Version: sd-server {version}"
         )
     );
     for format in ["jpeg", "webp"] {

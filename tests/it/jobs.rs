@@ -249,7 +249,9 @@ async fn a_client_lists_its_own_jobs_by_page_and_state() -> Result<()> {
     let (engine, _strings) = ready().await;
     let server = Server::start(engine, HTTP, LONG).await;
     submit(&server, "", &body).await?;
-    assert_eq!(get(&server, "/v1/jobs").await?, (200, json!({ "jobs": [], "next": null })));
+    let (status, list) = get(&server, "/v1/jobs").await?;
+    assert_eq!((status, &list["jobs"], &list["next"]), (200, &json!([]), &Value::Null));
+    assert!(list["warnings"][0].as_str().is_some_and(|text| text.contains("--api-key")), "{list}");
     Ok(())
 }
 

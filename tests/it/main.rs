@@ -27,6 +27,7 @@ mod messages; // what errors say, and what the log does not
 mod metrics; // what the server says about itself
 mod models; // models by name over HTTP: SageMaker's multi-model contract, a folder of models
 mod openai; // the Images API
+mod openai_usage; // its tokens, partial images, names of models, images in JSON
 mod origins; // foreign web pages, proxies and links
 mod overload; // too much, too late, too large: what is refused and how
 mod package; // a model's files for SageMaker
@@ -41,6 +42,7 @@ mod safety; // the safety checker, in every dialect
 mod scheduling; // fairness, starvation, conservation, with a fake model and real threads
 mod sdapi; // AUTOMATIC1111's API
 mod sdapi_images; // the same with images
+mod sdapi_routes; // its other routes, and what it passes over
 mod shelf; // a loader of fake models
 mod soak; // many mixed requests: nothing is lost, miscounted or leaked
 mod supply; // the bill of materials of the image

@@ -2,9 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use serde_json::{Value, json};
 
 use crate::harness::{PATIENCE, Reply, Server, sd_server};
+use crate::invocations::infotext;
 
 fn demo() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo")
@@ -182,4 +185,89 @@ fn a_request_may_name_a_model_of_the_folder() {
     assert!(described.is_some_and(|text| text.contains("GET /v1/models")), "without a first model");
     let closed = ask(&server, reqwest::Method::GET, "/models", &Value::Null);
     assert_eq!(closed.status, 404, "only SageMaker manages models over HTTP");
+}
+
+#[test]
+fn a_body_may_name_a_model_of_the_directory() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/demo");
+    for name in ["red", "blue"] {
+        std::os::unix::fs::symlink(&demo, folder.path().join(name)).expect("a link");
+    }
+    let data = tempfile::tempdir().expect("a directory");
+    let start = || {
+        let mut command = sd_server(&["--device", "cpu", "--threads", "1"]);
+        command.arg("--models-dir").arg(folder.path()).arg("--data-dir").arg(data.path());
+        let server = Server::spawn(&mut command);
+        server.wait_until_ready();
+        server
+    };
+    let server = start();
+    let post = |path: &str, body: &Value| {
+        let request = server.client.post(server.url(path)).body(body.to_string());
+        let reply = request.header("content-type", "application/json").send().expect("an answer");
+        (reply.status().as_u16(), reply.json::<Value>().expect("JSON"))
+    };
+    let body = |model: &str| {
+        json!({ "prompt": "x", "steps": 1, "width": 64, "height": 64, "model": model,
+                "output_format": "png" })
+    };
+    let drawn_by = |reply: &Value| {
+        let file = BASE64_STANDARD.decode(reply["data"].as_str().expect("base64")).expect("base64");
+        let text = infotext(&file);
+        let (_, rest) = text.split_once("Model: ").expect("a name");
+        rest.split(',').next().expect("a name").to_owned()
+    };
+    let (status, reply) = post("/invocations", &body("blue"));
+    assert_eq!((status, drawn_by(&reply)), (200, "blue".into()));
+    assert_eq!(post("/invocations", &body("green")).1["error"]["code"], "model_not_found");
+    assert_eq!(post("/v1/jobs", &body("green")).1["error"]["code"], "model_not_found");
+    assert_eq!(post("/models/blue", &body("blue")).0, 200);
+    let (status, error) = post("/models/red", &body("blue"));
+    assert_eq!((status, &error["error"]["param"]), (400, &"model".into()));
+    let (status, error) = post("/v1/jobs", &json!({ "prompt": "x" }));
+    assert_eq!((status, &error["error"]["code"]), (404, &"model_required".into()));
+    let result = |server: &Server, id: &str| {
+        loop {
+            let url = server.url(&format!("/v1/jobs/{id}/result"));
+            let reply = server.client.get(url).send().expect("an answer");
+            if reply.status().as_u16() != 202 {
+                assert_eq!(reply.status().as_u16(), 200);
+                return reply.json::<Value>().expect("JSON");
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    };
+    let (status, job) = post("/v1/jobs", &body("red"));
+    assert_eq!(status, 202, "{job}");
+    let id = job["id"].as_str().expect("an id").to_owned();
+    assert_eq!(drawn_by(&result(&server, &id)), "red");
+
+    // One that was accepted and not begun is continued with its model.
+    let mut long = body("red");
+    (long["steps"], long["width"], long["height"]) = (40.into(), 128.into(), 128.into());
+    let first = post("/v1/jobs", &long).1["id"].as_str().expect("an id").to_owned();
+    let second = post("/v1/jobs", &body("blue")).1["id"].as_str().expect("an id").to_owned();
+    server.signal("KILL");
+    server.wait();
+    let server = start();
+    for (id, name) in [(first, "red"), (second, "blue")] {
+        assert_eq!(drawn_by(&result(&server, &id)), name);
+    }
+}
+
+#[test]
+fn a_model_is_chosen_with_a_key_only() {
+    let mut command = sd_server(&["--device", "cpu", "--threads", "1", "--api-key", "sesame"]);
+    let folder = demo().parent().expect("a directory").to_owned();
+    let server = Server::spawn(command.arg("--models-dir").arg(folder));
+    let body = json!({ "prompt": "x", "steps": 1, "width": 64, "height": 64, "model": "demo" });
+    let post = |path: &str, key: &str| {
+        let request = server.client.post(server.url(path)).body(body.to_string());
+        Reply::from(request.header("x-api-key", key).send().expect("an answer"))
+    };
+    let refused = post("/invocations", "sesame");
+    assert_eq!((refused.status, refused.error()), (422, ("out_of_range".into(), "model".into())));
+    assert_eq!(post("/v1/invocations", "").status, 401);
+    assert_eq!(post("/v1/invocations", "sesame").status, 200);
 }

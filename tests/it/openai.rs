@@ -4,6 +4,7 @@ use anyhow::{Context as _, Result};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use image::ImageFormat;
+use reqwest::StatusCode;
 use sd_server::http;
 use serde_json::{Value, json};
 
@@ -372,7 +373,10 @@ fn an_edit_paints_where_the_mask_is_transparent() -> Result<()> {
         let (found, reply) = edit(&[&texts, parts].concat());
         assert_eq!((found, &reply["error"]["param"]), (status, &param.into()), "{reply}");
     }
-    let json = server.client.post(server.url("/v1/images/edits")).body("{}").send()?;
-    assert_eq!(json.status(), 415);
+    let send = |body| server.client.post(server.url("/v1/images/edits")).body(body).send();
+    assert_eq!(
+        (send("{}")?.status(), send("a cat")?.status()),
+        (StatusCode::BAD_REQUEST, StatusCode::UNSUPPORTED_MEDIA_TYPE)
+    );
     Ok(())
 }

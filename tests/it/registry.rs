@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use crate::engine;
 use crate::fake::{HTTP, spec, wait_until};
 use crate::harness::PATIENCE;
-use crate::shelf::{Shelf, TURN, shelf};
+use crate::shelf::{Shelf, TURN, shelf, unloading};
 
 fn soon() -> Instant {
     Instant::now() + PATIENCE
@@ -45,6 +45,27 @@ async fn models_are_loaded_while_there_is_room() {
         assert_eq!(models.load(name, "/1".into()).await, Ok(()));
     }
     assert!(matches!(models.load("g", "/1".into()).await, Err(RegistryError::NoRoom(_))));
+}
+
+/// The server looks for them.
+#[tokio::test(flavor = "multi_thread")]
+async fn models_that_nobody_uses_are_unloaded() {
+    let folder = tempfile::tempdir().expect("a directory");
+    for name in ["1", "2"] {
+        let path = folder.path().join(name);
+        std::fs::create_dir(&path).expect("a directory");
+        std::fs::write(path.join("model_index.json"), "{}").expect("a file");
+    }
+    let (models, shelf) = unloading(Some(folder.path()), Some(Duration::from_millis(150)));
+    let server = engine::Server::start(models.clone(), HTTP, engine::LONG).await;
+    drop(models.choose("1", soon()).await.expect("room"));
+    let used = models.choose("2", soon()).await.expect("room");
+    wait_until(|| names(&models) == ["2"] && shelf.alive.load(Ordering::SeqCst) == 1);
+    drop(used);
+    wait_until(|| names(&models).is_empty() && shelf.alive.load(Ordering::SeqCst) == 0);
+    drop(models.choose("1", soon()).await.expect("it is loaded again"));
+    assert_eq!(shelf.starts.load(Ordering::SeqCst), 3);
+    drop(server);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,23 +13,23 @@ use crate::fake::{ENGINE, Fake, HTTP, Strings, keyed, wait_until};
 use crate::harness;
 use crate::invocations::infotext;
 
-async fn post(url: &str, path: &str, body: &Value) -> Result<(u16, Value)> {
+pub(crate) async fn post(url: &str, path: &str, body: &Value) -> Result<(u16, Value)> {
     let request = reqwest::Client::new().post(format!("{url}{path}")).body(body.to_string());
     let reply = request.send().await?;
     Ok((reply.status().as_u16(), reply.json().await?))
 }
 
-async fn get(url: &str, path: &str) -> Result<Value> {
+pub(crate) async fn get(url: &str, path: &str) -> Result<Value> {
     Ok(reqwest::get(format!("{url}{path}")).await?.json().await?)
 }
 
-async fn start(settings: http::HttpConfig) -> (Server, Strings) {
+pub(crate) async fn start(settings: http::HttpConfig) -> (Server, Strings) {
     let (engine, strings) = ready().await;
     (Server::start(engine, settings, LONG).await, strings)
 }
 
 /// A server whose steps are free.
-async fn free() -> Server {
+pub(crate) async fn free() -> Server {
     start(HTTP).await.0
 }
 
@@ -47,7 +47,7 @@ fn file(image: &Value) -> Result<Vec<u8>> {
 }
 
 /// What clients send who leave nothing out.
-fn wordy() -> Value {
+pub(crate) fn wordy() -> Value {
     json!({
         "prompt": "a cat", "negative_prompt": "dogs", "sampler_name": "Euler a",
         "scheduler": "automatic", "steps": 2, "cfg_scale": 7, "width": 64, "height": 72,
@@ -251,7 +251,7 @@ async fn what_cannot_be_done_is_refused_by_name() -> Result<()> {
         ("script_name", json!("x/y/z plot")),
         ("alwayson_scripts", json!({ "ADetailer": { "args": [true, { "ad_model": "face" }] } })),
         ("steps", json!("many")),
-        ("width", json!(7)),
+        ("width", json!(-8)),
         ("batch_size", json!(100)),
         ("CLIP_stop_at_last_layers", json!(40)),
         ("sd_model_checkpoint", json!("sdxl")),
@@ -405,9 +405,10 @@ async fn an_interrupt_ends_what_waits() -> Result<()> {
     let first = tokio::spawn(async move { post(&url, "/sdapi/v1/txt2img", &first).await });
     strings.step();
     let url = server.url.clone();
-    let second = json!({ "prompt": "a dog", "steps": 4, "width": 1024, "height": 1024 });
+    let second = json!({ "prompt": "a dog", "steps": 4, "width": 1024, "height": 1024,
+                         "force_task_id": "task(2)" });
     let second = tokio::spawn(async move { post(&url, "/sdapi/v1/txt2img", &second).await });
-    while get(&server.url, "/sdapi/v1/progress").await?["state"]["job_count"] != 2 {}
+    while get(&server.url, "/internal/pending-tasks").await?["tasks"] != json!(["task(2)"]) {}
     post(&server.url, "/sdapi/v1/interrupt", &json!({})).await?;
     drop(strings.permits);
     let (status, reply) = first.await??;

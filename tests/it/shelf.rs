@@ -104,6 +104,14 @@ pub(crate) const TURN: Duration = Duration::from_millis(400);
 
 /// A registry of the models of a directory, else one that SageMaker fills.
 pub(crate) fn shelf(folder: Option<&Path>) -> (ModelRegistry, Shelf) {
+    unloading(folder, None)
+}
+
+/// The same, in which a model that nobody uses for so long is unloaded.
+pub(crate) fn unloading(
+    folder: Option<&Path>,
+    unload_after: Option<Duration>,
+) -> (ModelRegistry, Shelf) {
     let shelf = Shelf::default();
     let settings = RegistryConfig {
         max_models: 3,
@@ -111,6 +119,7 @@ pub(crate) fn shelf(folder: Option<&Path>) -> (ModelRegistry, Shelf) {
         folder: folder.map(Path::to_owned),
         multi_model: folder.is_none(),
         multi_model_root: "/".into(),
+        unload_after,
         drain_timeout: Duration::from_secs(20),
         turn: TURN,
     };

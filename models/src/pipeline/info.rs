@@ -11,6 +11,7 @@ use super::pass::Pass;
 use super::spec::{Hires, Img2Img, MAX_STEPS, Spec};
 use super::vae::Vae;
 use crate::error::{Error, Result};
+use crate::files::AssetFile;
 use crate::layers::activation_dtype;
 use crate::networks::UNet2DConditionModel;
 use crate::picture::{Rgb, Size};
@@ -31,6 +32,8 @@ pub struct ModelInfo {
     /// A digest of samples of its weights and of its scheduler configuration: another model of the
     /// same name has another.
     pub fingerprint: String,
+    /// The files it was read from, where these are single ones.
+    pub files: SingleFiles,
     /// `cpu` or `cuda:N`.
     pub device: String,
     /// `f32`, `bf16` or `f16`.
@@ -61,6 +64,15 @@ pub struct ModelInfo {
     pub embeddings: Embeddings,
     /// What is odd about the files and did not keep the model from being loaded, a sentence each.
     pub warnings: Vec<String>,
+}
+
+/// Single files that a model was read from, by which it is known elsewhere.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SingleFiles {
+    /// The checkpoint.
+    pub checkpoint: Option<AssetFile>,
+    /// The VAE that replaces the checkpoint's.
+    pub vae: Option<AssetFile>,
 }
 
 /// An estimate of the memory of activations, from the shapes of the networks.

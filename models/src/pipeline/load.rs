@@ -8,12 +8,12 @@ use candle_core::{DType, Device, DeviceLocation};
 use super::control::ControlNetCache;
 use super::defaults::Defaults;
 use super::index::PipelineIndex;
-use super::info::{MemoryEstimate, ModelInfo};
+use super::info::{MemoryEstimate, ModelInfo, SingleFiles};
 use super::options::{AddOns, LoadOptions, SafetyMode};
 use super::read_files::{ReadFiles, fingerprint_of, open_again, reopen};
 use super::vae::Vae;
 use crate::error::{Error, Result};
-use crate::files::{AssetCache, SAFETY_CHECKER, Source, Weights};
+use crate::files::{AssetCache, AssetFile, Checkpoint, SAFETY_CHECKER, Source, Weights};
 use crate::layers::{LoraCache, TargetIndex};
 use crate::networks::{
     ClipTextConfig, ClipTextModel, SafetyChecker, UNet2DConditionModel, UNetConfig, VaeConfig,
@@ -76,6 +76,7 @@ impl LoadedModel {
         let info = ModelInfo {
             name,
             fingerprint: files.fingerprint.finish(),
+            files: single_files(source, options.vae.as_ref())?,
             device: device_name(&device),
             precision: dtype.as_str().into(),
             defaults,
@@ -92,7 +93,6 @@ impl LoadedModel {
             embeddings,
             warnings: files.warnings,
         };
-        let loras = LoraCache { cache: AssetCache::new(loras, max_lora_bytes), targets };
         let controlnets =
             ControlNetCache::new(&options.add_ons, (unet.config(), scale), (&device, dtype));
         Ok(Self {
@@ -104,7 +104,7 @@ impl LoadedModel {
             vae,
             safety_checker,
             scheduler,
-            loras: Arc::new(loras),
+            loras: Arc::new(LoraCache { cache: AssetCache::new(loras, max_lora_bytes), targets }),
             controlnets: Arc::new(controlnets),
         })
     }
@@ -116,6 +116,18 @@ fn set_threads(threads: Option<usize>) {
         // An error means that the pool exists: the first model has set its size.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
     }
+}
+
+/// The files of a model and of the VAE that replaces its own, where these are single ones.
+fn single_files(model: &Source, vae: Option<&Source>) -> Result<SingleFiles> {
+    let file = |source: Option<&Source>| match source {
+        Some(Source::Checkpoint(Checkpoint { file, .. })) => {
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            AssetFile::new(&name, file.clone()).map(Some)
+        }
+        _ => Ok(None),
+    };
+    Ok(SingleFiles { checkpoint: file(Some(model))?, vae: file(vae)? })
 }
 
 fn device_name(device: &Device) -> String {

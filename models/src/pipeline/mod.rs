@@ -40,7 +40,7 @@ pub use self::defaults::{Chosen, Defaults};
 pub use self::device::{DeviceName, Precision};
 use self::hires::HiresPass;
 pub use self::index::check_pipeline;
-pub use self::info::{MAX_NOISE_SCALE, MemoryEstimate, ModelInfo};
+pub use self::info::{MAX_NOISE_SCALE, MemoryEstimate, ModelInfo, SingleFiles};
 use self::init::{InitialLatents, LatentInit};
 use self::load::LoadedModel;
 pub use self::load::parameters;
@@ -81,6 +81,13 @@ impl Pipeline {
     /// Properties of the model.
     pub fn info(&self) -> &ModelInfo {
         &self.model.info
+    }
+
+    /// Number of tokens of a text, without those that mark its ends; of one that has none that are
+    /// known, 0.
+    pub fn text_tokens(&self, text: &str) -> usize {
+        let words = self.model.tokenizer.words(text).unwrap_or_default();
+        words.iter().map(Vec::len).sum()
     }
 
     /// Free bytes on the GPU; `None` on the CPU, whose memory is the host's.

@@ -33,6 +33,7 @@ fn job(client: u64, id: JobId, images: usize) -> (Ticket, Vec<ImageTask>) {
     let client = Client::named(&client.to_string());
     let job = Job { client, ..Job::from(vec![spec; images]) };
     let settings = EngineConfig {
+        unload_after: None,
         max_queue: 0,
         max_batch_rows: 2,
         memory_budget_bytes: None,

@@ -7,6 +7,7 @@
 mod admit;
 mod files;
 mod images;
+mod rest;
 mod retire;
 mod start;
 mod step;
@@ -14,7 +15,7 @@ mod step;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use tracing::{info, warn};
+use tracing::info;
 
 use super::job::JobError;
 use super::model::{Model, Trajectory as _};
@@ -22,103 +23,101 @@ use super::shared::EngineShared;
 use super::state::EngineState;
 use files::PendingFiles;
 use images::{PanicGuard, Slot, Worker};
-use start::{budget, warm_up, warm_up_params};
+use start::{budget, open};
 
 /// Time without work after which the memory that steps have freed goes back to the system. The next
 /// image takes it again, in less time than one of its steps.
 const IDLE: Duration = Duration::from_secs(2);
 
-/// The main function of the model thread.
-pub(super) fn main<M: Model>(shared: Arc<EngineShared>, load: impl FnOnce() -> anyhow::Result<M>) {
+/// The main function of the model thread. `load` is called again after the model was unloaded.
+pub(super) fn main<M: Model>(
+    shared: Arc<EngineShared>,
+    mut load: impl FnMut() -> anyhow::Result<M>,
+) {
     let engine = PanicGuard(shared);
-    let started = Instant::now();
-    let model = match load() {
+    let model = match open(&engine, &mut load) {
         Ok(model) => model,
         Err(error) => return engine.set_state(EngineState::Dead(error.into())),
     };
-    let mut time_used = Duration::ZERO;
-    let turn = engine.device.acquire(&mut time_used);
-    let defaults = model.info().defaults;
-    if let Err(error) = warm_up(&model) {
-        return engine.set_state(EngineState::Dead(error.into()));
+    engine.set_state(EngineState::Ready(Arc::new(model.info().clone())));
+    let mut worker = Worker::new(model, engine);
+    while worker.run() == Next::Rest {
+        let engine = worker.unload();
+        info!("unloaded until it is needed");
+        let Some(model) = rest::wake(&engine, &mut load) else { return };
+        worker = Worker::new(model, engine);
     }
-    let info = model.info().clone();
-    let budget = budget(&model, &engine);
-    engine.device.set_budget_bytes(budget);
-    drop(turn);
-    let (size, max_rows) = (defaults.size, engine.settings.max_batch_rows as u64);
-    let spec = warm_up_params(&defaults, size);
-    let row_bytes = info.step_bytes(&spec, size).div_ceil(spec.rows() as u64).max(1);
-    let (cpu_isa, warning) = sd_models::cpu_isa();
-    info!(
-        model = info.name,
-        device = info.device,
-        cpu_isa,
-        dtype = info.precision,
-        load_ms = started.elapsed().as_millis() as u64,
-        memory_budget_bytes = budget,
-        max_batch_rows = max_rows.min(budget / row_bytes),
-        %size,
-        "ready"
-    );
-    if let Some(warning) = warning {
-        warn!("{warning}");
-    }
-    for warning in &info.warnings {
-        warn!(model = info.name, "{warning}");
-    }
-    for (name, reason) in &info.embeddings.skipped {
-        warn!(name, reason, "embedding skipped");
-    }
-    engine.metrics.model_load.with([]).set(started.elapsed().as_secs_f64());
-    engine.set_state(EngineState::Ready(Arc::new(info)));
-    Worker::new(model, engine).run();
+}
+
+/// What the model thread does next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    /// A round of the loop.
+    Turn,
+    /// Without the model, until it is needed.
+    Rest,
+    /// Nothing: the engine is stopped, or drained and done.
+    End,
 }
 
 impl<M: Model> Worker<M> {
-    fn run(mut self) {
-        while self.wait() {
-            self.turn();
+    /// Works until the model is to be unloaded or the engine ends.
+    fn run(&mut self) -> Next {
+        loop {
+            match self.wait() {
+                Next::Turn => self.turn(),
+                next => return next,
+            }
             if self.lost {
-                return self.fail_all();
+                self.fail_all();
+                return Next::End;
             }
         }
     }
 
-    /// Waits until there is work; false if the engine is stopped, or drained and done.
-    fn wait(&mut self) -> bool {
+    /// Waits until there is work, or the model has been idle for as long as it may be.
+    fn wait(&mut self) -> Next {
+        let began = Instant::now();
         let mut queue = self.engine.queue();
         loop {
             if matches!(*self.engine.state.borrow(), EngineState::Stopped) {
-                return false;
+                return Next::End;
             }
             if !self.slots.is_empty() || self.reading.iter().any(PendingFiles::done) {
-                return true;
+                return Next::Turn;
             }
             if self.reading.is_empty() && queue.is_over() {
-                return false;
+                return Next::End;
             }
             // Skipped images wait for those whose files are being read, and for readers.
             let searched = queue.arrivals() == self.last_arrival
                 && !self.readers.is_empty()
                 && !self.readers.iter().any(|reader| reader.ended());
             if !queue.is_empty() && !searched {
-                return true;
+                return Next::Turn;
             }
-            let arrived = &self.engine.arrived;
-            if !self.keeps_memory {
-                queue = arrived.wait(queue).unwrap_or_else(PoisonError::into_inner);
-                continue;
+            let idle = self.engine.reloads && self.reading.is_empty() && queue.is_empty();
+            let after = self.engine.settings.unload_after.filter(|_| idle);
+            let waited = began.elapsed();
+            if idle && (self.engine.rest.borrow().unload || after.is_some_and(|t| waited >= t)) {
+                return Next::Rest;
             }
-            let waited = arrived.wait_timeout(queue, IDLE);
-            let (waiting, time) = waited.unwrap_or_else(PoisonError::into_inner);
-            queue = waiting;
-            if time.timed_out() {
+            if self.keeps_memory && waited >= IDLE {
                 drop(queue);
                 sd_models::return_freed_memory();
                 self.keeps_memory = false;
                 queue = self.engine.queue();
+                continue;
             }
+            let next = after.into_iter().chain(self.keeps_memory.then_some(IDLE)).min();
+            let arrived = &self.engine.arrived;
+            queue = match next {
+                None => arrived.wait(queue).unwrap_or_else(PoisonError::into_inner),
+                Some(next) => {
+                    let waited = arrived.wait_timeout(queue, next.saturating_sub(waited));
+                    waited.unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
         }
     }
 
@@ -157,10 +156,10 @@ impl<M: Model> Worker<M> {
     }
 
     /// Fails all images, because the device is lost.
-    fn fail_all(self) {
+    fn fail_all(&mut self) {
         let waiting = self.engine.queue().clear();
-        let reading = self.reading.into_iter().map(|reading| reading.task);
-        let running = self.slots.into_iter().map(|slot| slot.task);
+        let reading = self.reading.drain(..).map(|reading| reading.task);
+        let running = self.slots.drain(..).map(|slot| slot.task);
         for task in running.chain(reading).chain(waiting) {
             task.complete(Err(JobError::DeviceLost));
         }

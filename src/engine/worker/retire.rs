@@ -17,8 +17,10 @@ const NSFW_WARNING: &str = "the safety checker flags this image as NSFW";
 impl<M: Model> Worker<M> {
     /// Stops interrupted images, and ends those without a finished step.
     pub(super) fn stop_interrupted(&mut self) {
+        let skipped = self.slots.iter().filter(|slot| slot.task.take_skip());
+        let skipped: Vec<_> = skipped.map(|slot| slot.task.key().0).collect();
         for slot in &mut self.slots {
-            slot.interrupted |= slot.task.interrupted();
+            slot.interrupted |= slot.task.interrupted() || skipped.contains(&slot.task.key().0);
         }
         let empty =
             |slot: &mut Slot<M::Trajectory>| slot.interrupted && slot.trajectory.progress().0 == 0;
@@ -83,6 +85,10 @@ impl<M: Model> Worker<M> {
             "image generated"
         );
         let index = task.key().1;
-        task.complete(Ok(GeneratedImage { index, rgb, warnings, nsfw, loras }));
+        let text_tokens = [&task.spec.prompt, &task.spec.negative_prompt]
+            .into_iter()
+            .map(|text| self.model.text_tokens(text))
+            .sum();
+        task.complete(Ok(GeneratedImage { index, rgb, warnings, nsfw, loras, text_tokens }));
     }
 }

@@ -1,7 +1,10 @@
-//! Before the first image: the memory budget, and the image that warms the device up.
+//! Before the first image: the model, the memory budget, and the image that warms the device up.
+
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use sd_models::{Defaults, PromptSyntax, SamplerOptions, Size, Spec};
+use tracing::{info, warn};
 
 use crate::engine::model::{Model, Trajectory as _};
 use crate::engine::shared::EngineShared;
@@ -11,6 +14,48 @@ const BUDGET_PERCENT: u64 = 80;
 
 /// Side of the warm-up image in pixels; small, since only first use matters.
 const WARM_UP_SIDE: usize = 128;
+
+/// Loads the model and warms it up.
+pub(super) fn open<M: Model>(
+    engine: &EngineShared,
+    load: &mut impl FnMut() -> anyhow::Result<M>,
+) -> anyhow::Result<M> {
+    let started = Instant::now();
+    let model = load()?;
+    let mut time_used = Duration::ZERO;
+    let turn = engine.device.acquire(&mut time_used);
+    let info = model.info();
+    warm_up(&model)?;
+    let budget = budget(&model, engine);
+    engine.device.set_budget_bytes(budget);
+    drop(turn);
+    let (size, max_rows) = (info.defaults.size, engine.settings.max_batch_rows as u64);
+    let spec = warm_up_params(&info.defaults, size);
+    let row_bytes = info.step_bytes(&spec, size).div_ceil(spec.rows() as u64).max(1);
+    let (cpu_isa, warning) = sd_models::cpu_isa();
+    info!(
+        model = info.name,
+        device = info.device,
+        cpu_isa,
+        dtype = info.precision,
+        load_ms = started.elapsed().as_millis() as u64,
+        memory_budget_bytes = budget,
+        max_batch_rows = max_rows.min(budget / row_bytes),
+        %size,
+        "ready"
+    );
+    if let Some(warning) = warning {
+        warn!("{warning}");
+    }
+    for warning in &info.warnings {
+        warn!(model = info.name, "{warning}");
+    }
+    for (name, reason) in &info.embeddings.skipped {
+        warn!(name, reason, "embedding skipped");
+    }
+    engine.metrics.model_load.with([]).set(started.elapsed().as_secs_f64());
+    Ok(model)
+}
 
 /// The memory budget in bytes: the configured one, else a share of the memory that is free when a
 /// model was loaded or unloaded. If that is unknown, there is no limit but the device's own.

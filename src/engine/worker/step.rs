@@ -86,17 +86,18 @@ fn step_with_oom_fallback<M: Model>(
     }
 }
 
-/// Sends a preview, if requested. Previews are not checked, so they are blurred unless flagged
+/// Sends the previews that are due. Previews are not checked, so they are blurred unless flagged
 /// images are returned unchanged. A failed preview is only logged.
 fn preview<M: Model>(model: &M, slot: &mut Slot<M::Trajectory>, safety: Safety) {
-    if !slot.task.wants_preview() {
+    let due = slot.task.previews_due(slot.trajectory.progress());
+    if due == 0 {
         return;
     }
     match model.preview(&slot.trajectory) {
         Ok(Some(rgb)) if model.info().checked && safety != Safety::Flag => {
-            slot.task.show(image::blurred(&rgb));
+            slot.task.show(image::blurred(&rgb), due);
         }
-        Ok(Some(rgb)) => slot.task.show(rgb),
+        Ok(Some(rgb)) => slot.task.show(rgb, due),
         Ok(None) => {}
         Err(error) => debug!("no preview: {}", chain(&error)),
     }

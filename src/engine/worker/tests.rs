@@ -9,8 +9,8 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use futures_util::FutureExt as _;
 use sd_models::{
     AddOns, Chosen, Defaults, Embeddings, Error, Hires, LoraUse, MemoryEstimate, ModelInfo,
-    NamedFiles, Pass, PromptSyntax, Rgb, Sampler, SamplerOptions, SigmaSchedule, Size, Spec,
-    Upscaler,
+    NamedFiles, Pass, PromptSyntax, Rgb, Sampler, SamplerOptions, SigmaSchedule, SingleFiles, Size,
+    Spec, Upscaler,
 };
 use tokio::time::{Instant as Clock, advance};
 
@@ -138,9 +138,15 @@ impl TestWorker {
     }
 
     fn with(max_queue: usize, max_batch_rows: usize, safety: Safety) -> Self {
-        let settings =
-            EngineConfig { max_queue, max_batch_rows, memory_budget_bytes: None, safety };
-        let engine = Engine::new(&DeviceScheduler::default(), settings, EngineState::Loading);
+        let settings = EngineConfig {
+            max_queue,
+            max_batch_rows,
+            memory_budget_bytes: None,
+            unload_after: None,
+            safety,
+        };
+        let engine =
+            Engine::new(&DeviceScheduler::default(), settings, EngineState::Loading, false);
         let calls = Rc::default();
         let defaults = Defaults {
             size: square(64),
@@ -156,6 +162,7 @@ impl TestWorker {
         let info = ModelInfo {
             name: "recorder".into(),
             fingerprint: String::new(),
+            files: SingleFiles::default(),
             unsuited: Vec::new(),
             device: "none".into(),
             precision: "none".into(),

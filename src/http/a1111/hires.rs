@@ -88,6 +88,14 @@ impl HiresPass {
                 value => is_off(value),
             });
         }
+        for name in ["firstphase_width", "firstphase_height"] {
+            if let Some((name, value)) = fields.take(&[name])?
+                && !is_noop(&value)
+            {
+                let reason = "is not supported: width and height are those of the first pass";
+                return Err(ValidationError::range(&name, reason));
+            }
+        }
         fields.read(limits)
     }
 

@@ -1,26 +1,42 @@
 //! The `info` of a response: the generation parameters of its images.
 
+use std::time::SystemTime;
+
 use sd_models::Spec;
 use serde_json::{Map, Value, json};
 
+use super::timestamp::timestamp;
 use crate::engine::GeneratedImage;
 use crate::http::drawing::{Drawing, warnings};
 use crate::image;
 
+/// How the images of a request were asked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Batches {
+    /// Number of images of a batch.
+    pub(crate) size: usize,
+    /// Number of batches.
+    pub(crate) count: usize,
+    /// When the request arrived.
+    pub(crate) began: SystemTime,
+}
+
 /// The generation parameters of all images, as AUTOMATIC1111 returns them.
-pub(crate) fn info(drawing: &Drawing, images: &[GeneratedImage]) -> Value {
+pub(crate) fn info(drawing: &Drawing, images: &[GeneratedImage], batches: Batches) -> Value {
     let (specs, model) = (&drawing.specs, &drawing.model.name);
     let Some(first) = specs.first() else { return Value::Null };
     let loras = images.first().map_or_else(String::new, |image| drawing.loras(image));
     let all = |of: fn(&Spec) -> Value| specs.iter().map(of).collect::<Vec<_>>();
-    let infotexts: Vec<_> = specs.iter().map(|spec| image::infotext(spec, model, &loras)).collect();
+    let infotexts: Vec<_> = specs.iter().map(|spec| drawing.infotext(spec, &loras)).collect();
     let warnings = match images {
         // Interrupted.
         [] => drawing.warnings.iter().map(String::as_str).collect(),
         images => warnings(images),
     };
     let nsfw: Option<Vec<bool>> = images.iter().map(|image| image.nsfw).collect();
-    let parameters = image::extra_parameters(first);
+    let (model_hash, vae) = (drawing.model_hash(), drawing.vae_hash());
+    let mut parameters = image::extra_parameters(first);
+    parameters.extend(drawing.parameters.iter().cloned());
     let hashes = (!loras.is_empty()).then_some((image::LORA_HASHES, loras));
     let parameters: Map<String, Value> = parameters
         .into_iter()
@@ -44,13 +60,13 @@ pub(crate) fn info(drawing: &Drawing, images: &[GeneratedImage]) -> Value {
         "sampler_name": first.sampler_name().title(),
         "cfg_scale": first.guidance_scale,
         "steps": first.steps,
-        "batch_size": specs.len(),
+        "batch_size": batches.size,
         "restore_faces": false,
         "face_restoration_model": null,
         "sd_model_name": model,
-        "sd_model_hash": null,
-        "sd_vae_name": null,
-        "sd_vae_hash": null,
+        "sd_model_hash": model_hash.as_deref().map(image::short_hash),
+        "sd_vae_name": vae.as_ref().map(|(name, _)| name),
+        "sd_vae_hash": vae.as_ref().map(|(_, hash)| image::short_hash(hash)),
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
         "denoising_strength": first.strength(),
@@ -58,7 +74,7 @@ pub(crate) fn info(drawing: &Drawing, images: &[GeneratedImage]) -> Value {
         "index_of_first_image": 0,
         "infotexts": infotexts,
         "styles": [],
-        "job_timestamp": "0",
+        "job_timestamp": timestamp(batches.began),
         "clip_skip": first.clip_skip + 1,
         "is_using_inpainting_conditioning": false,
         "version": concat!("sd-server ", env!("CARGO_PKG_VERSION")),

@@ -58,6 +58,10 @@ impl InitImage {
     /// Takes the fields of image-to-image out.
     pub(crate) fn read(fields: &mut Fields, limits: &Limits) -> Result<Self, ValidationError> {
         fields.drop_if("mask", is_noop);
+        fields.drop_if("mask_round", |value| !is_off(value));
+        if let Some((name, _)) = fields.take(&["mask_round"])? {
+            return Err(ValidationError::range(&name, "is not supported: it may be true"));
+        }
         fields.read(limits)
     }
 

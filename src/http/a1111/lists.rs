@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use crate::http::deadline::Timeout;
 use crate::http::error::Result;
 use crate::http::state::{AppState, model_of};
+use crate::image::short_hash;
 
 /// The selected model or the default one, if it is loaded.
 pub(super) fn current_model(state: &AppState) -> Result<Option<Arc<ModelInfo>>> {
@@ -50,15 +51,32 @@ pub(crate) async fn schedulers() -> Json<Vec<Value>> {
     Json(std::iter::once(("automatic", "Automatic")).chain(own).map(schedule).collect())
 }
 
-/// `GET /sdapi/v1/sd-models`.
+/// `GET /sdapi/v1/sd-models`. As there, the hash is that of a file that was hashed for an image.
 pub(crate) async fn models(State(state): State<AppState>) -> Result<Json<Vec<Value>>> {
+    let loaded = state.models.engines();
+    let loaded: Vec<_> = loaded.iter().filter_map(|engine| engine.model().ok()).collect();
     let model = |name: &String| {
+        let info = loaded.iter().find(|model| model.name == *name);
+        let file = info.and_then(|model| model.files.checkpoint.as_ref());
+        let hash = file.and_then(|file| state.hashes.known(file));
         json!({
-            "title": name, "model_name": name, "hash": null, "sha256": null, "filename": name,
+            "title": name,
+            "model_name": name,
+            "hash": hash.as_deref().map(short_hash),
+            "sha256": hash,
+            "filename": file.map_or(name, |file| &file.name),
             "config": null,
         })
     };
     Ok(Json(state.model_names().await?.iter().map(model).collect()))
+}
+
+/// `GET /sdapi/v1/sd-vae`: the file of `--vae`.
+pub(crate) async fn vaes(State(state): State<AppState>) -> Result<Json<Vec<Value>>> {
+    let model = current_model(&state)?;
+    let file = model.as_ref().and_then(|model| model.files.vae.as_ref());
+    let vae = file.map(|file| json!({ "model_name": file.name, "filename": file.name }));
+    Ok(Json(vae.into_iter().collect()))
 }
 
 /// `GET /sdapi/v1/loras`: what `<lora:name:1>` in a prompt can name.

@@ -2,11 +2,14 @@
 
 use axum::Json;
 use axum::extract::State;
+use axum::response::{IntoResponse as _, Response};
 use serde_json::{Value, json};
 
 use super::nothing::is_noop;
+use super::unread;
 use crate::http::admission::{Admitted, AdmittedSmall, text};
 use crate::http::error::Result;
+use crate::http::headers::warnings_header;
 use crate::http::state::{AppState, model_of};
 use crate::request::{self, Object, ValidationError, brief};
 
@@ -16,9 +19,18 @@ fn options(state: &AppState) -> Result<Object> {
         Some(name) => name,
         None => model_of(&state.engine)?.map_or_else(String::new, |model| model.name.clone()),
     };
+    let hash = match state
+        .models
+        .engines()
+        .iter()
+        .find_map(|e| e.model().ok().filter(|m| m.name == model))
+    {
+        Some(info) => info.files.checkpoint.as_ref().and_then(|file| state.hashes.known(file)),
+        None => None,
+    };
     let options = json!({
         "sd_model_checkpoint": model,
-        "sd_checkpoint_hash": "",
+        "sd_checkpoint_hash": hash.unwrap_or_default(),
         "sd_vae": "Automatic",
         "CLIP_stop_at_last_layers": 1,
         "samples_format": "png",
@@ -28,16 +40,28 @@ fn options(state: &AppState) -> Result<Object> {
     Ok(options.as_object().cloned().unwrap_or_default())
 }
 
-/// Rejects options that differ from their values, except the model.
-pub(crate) fn check(state: &AppState, changes: &Object) -> Result<()> {
+/// Rejects options that differ from their values, except the model. Returns those that are unknown.
+pub(crate) fn check(state: &AppState, mut changes: Object) -> Result<Object> {
     for (name, value) in options(state)? {
-        let Some(new) = changes.get(&name).filter(|new| !is_noop(new)) else { continue };
-        if *new != value && name != "sd_model_checkpoint" {
+        let Some(new) = changes.remove(&name).filter(|new| !is_noop(new)) else { continue };
+        if new != value && name != "sd_model_checkpoint" {
             let reason = format!("cannot be set to {}; it is {value}", brief(&new.to_string()));
             return Err(ValidationError::range(&name, reason).into());
         }
     }
-    Ok(())
+    Ok(changes)
+}
+
+/// The name of a model out of one of AUTOMATIC1111's titles, `file.safetensors [0123456789]`.
+pub(crate) async fn model_of_title(state: &AppState, title: String) -> Result<String> {
+    if state.model_names().await?.contains(&title) {
+        return Ok(title);
+    }
+    let bare = title.trim_end().strip_suffix(']').and_then(|text| text.rsplit_once(" ["));
+    let bare = bare.map_or(title.as_str(), |(name, _)| name).trim();
+    let endings = [".safetensors", ".ckpt", ".gguf"];
+    let stem = endings.iter().find_map(|ending| bare.strip_suffix(ending));
+    Ok(stem.unwrap_or(bare).to_owned())
 }
 
 /// `GET /sdapi/v1/options`.
@@ -46,20 +70,23 @@ pub(crate) async fn get_options(State(state): State<AppState>) -> Result<Json<Va
 }
 
 /// `POST /sdapi/v1/options`: clients return all options, one of them changed. The model is loaded
-/// before the response, and becomes that of all requests of this API that name none.
+/// before the response, and becomes that of all requests of this API that name none. A header names
+/// the options that are set and are none here.
 pub(crate) async fn set_options(
     State(state): State<AppState>,
     AdmittedSmall(Admitted { body, slot, .. }): AdmittedSmall,
-) -> Result<Json<Value>> {
+) -> Result<Response> {
     let deadline = slot.deadline;
     let changes = |body: &[u8]| Ok(request::object(text(body)?)?);
     let changes: Object = state.reader.parse(deadline, slot, body, changes).await?;
-    check(&state, &changes)?;
-    let current = &options(&state)?["sd_model_checkpoint"];
-    let name = changes.get("sd_model_checkpoint").and_then(Value::as_str);
-    if let Some(name) = name.filter(|name| !name.is_empty() && *current != **name) {
-        state.choose(name, deadline).await?;
-        state.checkpoint.set(name);
+    let name = changes.get("sd_model_checkpoint").and_then(Value::as_str).map(str::to_owned);
+    let unread = unread::of_options(&check(&state, changes)?);
+    if let Some(title) = name.filter(|name| !name.is_empty()) {
+        let name = model_of_title(&state, title).await?;
+        if options(&state)?["sd_model_checkpoint"] != *name {
+            state.choose(&name, deadline).await?;
+            state.checkpoint.set(&name);
+        }
     }
-    Ok(Json(Value::Null))
+    Ok((warnings_header(&unread), Json(Value::Null)).into_response())
 }

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::timestamp::timestamp;
 use crate::http::admission::{AdmittedSmall, ClientId};
 use crate::http::drawing::encode_preview;
 use crate::http::error::Result;
@@ -43,18 +44,17 @@ pub(crate) async fn progress(
         return Ok(Json(json!({
             "progress": 0.0,
             "eta_relative": 0.0,
-            "state": job(0, 0, 0),
+            "state": idle(),
             "current_image": null,
             "textinfo": null,
         })));
     };
     let estimate = first.monitor.estimate();
     let preview = if query.skip_current_image { None } else { preview(first).await };
-    let step = (first.progress() * first.steps as f64) as usize;
     Ok(Json(json!({
         "progress": first.progress(),
         "eta_relative": estimate.left.map_or(0.0, |left| left.as_secs_f64()),
-        "state": job(requests.len(), step, first.steps),
+        "state": job(first),
         "current_image": preview,
         "textinfo": estimate.position.map(|ahead| format!("{ahead} images ahead")),
     })))
@@ -65,15 +65,43 @@ async fn preview(request: &InFlightRequest) -> Option<String> {
     encode_preview(request.monitor.preview()?.rgb, Format::Png, JPEG_QUALITY).await
 }
 
-fn job(count: usize, step: usize, steps: usize) -> Value {
+/// The state of a client without a request.
+fn idle() -> Value {
     json!({
         "skipped": false,
         "interrupted": false,
         "stopping_generation": false,
-        "job": if count == 0 { "" } else { "txt2img" },
-        "job_count": count,
+        "job": "",
+        "job_count": 0,
         "job_timestamp": "0",
         "job_no": 0,
+        "sampling_step": 0,
+        "sampling_steps": 0,
+    })
+}
+
+/// The state of a request. There batches and passes are jobs, one after the other. Here the images
+/// are generated together, so that all jobs have the progress of the whole.
+fn job(request: &InFlightRequest) -> Value {
+    let InFlightRequest { batches, passes, monitor, .. } = request;
+    let count = (batches * passes.len()).max(1);
+    let done = request.progress() * count as f64;
+    let number = (done as usize).min(count - 1);
+    let steps = passes.get(number % passes.len().max(1)).copied().unwrap_or_default();
+    let step = ((done - number as f64) * steps as f64).round() as usize;
+    let name = match batches {
+        1 if request.is_img2img => "scripts_img2img".into(),
+        1 => "scripts_txt2img".into(),
+        batches => format!("Batch {} out of {batches}", number / passes.len().max(1) + 1),
+    };
+    json!({
+        "skipped": monitor.skipped(),
+        "interrupted": monitor.interrupted(),
+        "stopping_generation": false,
+        "job": name,
+        "job_count": count,
+        "job_timestamp": timestamp(request.began),
+        "job_no": number,
         "sampling_step": step,
         "sampling_steps": steps,
     })
@@ -104,6 +132,25 @@ pub(crate) async fn task(
         "id_live_preview": request.monitor.current().completed,
         "textinfo": estimate.position.map(|ahead| format!("{ahead} images ahead")),
     })))
+}
+
+/// `POST /sdapi/v1/skip`: ends the images of the client's oldest request that run. It responds with
+/// them as they are, once the others are finished.
+pub(crate) async fn skip(State(state): State<AppState>, ClientId(client): ClientId) -> Json<Value> {
+    if let Some(oldest) = state.in_flight.of(&client).first() {
+        oldest.monitor.skip();
+    }
+    Json(Value::Null)
+}
+
+/// `GET /internal/pending-tasks`: the client's requests that have a `force_task_id`.
+pub(crate) async fn pending(
+    State(state): State<AppState>,
+    ClientId(client): ClientId,
+) -> Json<Value> {
+    let requests = state.in_flight.of(&client);
+    let tasks: Vec<_> = requests.iter().filter_map(|request| request.task.as_deref()).collect();
+    Json(json!({ "size": tasks.len(), "tasks": tasks }))
 }
 
 /// `POST /sdapi/v1/interrupt`: interrupts the client's requests, which respond with what they have.

@@ -11,12 +11,12 @@ use super::init_image::InitImage;
 use super::nothing::is_off;
 use super::sampler::SamplerFields;
 use crate::request::{
-    DrawRequest, Fields, Limits, MAX_GUIDANCE, MAX_SEED_DELTA, MAX_SIDE, MIN_SIDE, Names, Object,
+    DrawRequest, Fields, Limits, MAX_GUIDANCE, MAX_SEED_DELTA, MAX_SIDE, Names, Object,
     ValidationError,
 };
 
 /// Fields that would change the image. Clients send most of them with values that have no effect.
-const REJECTED: [&str; 9] = [
+const REJECTED: [&str; 12] = [
     "restore_faces",
     "tiling",
     "seed_resize_from_w",
@@ -26,7 +26,13 @@ const REJECTED: [&str; 9] = [
     "refiner_checkpoint",
     "infotext",
     "s_min_uncond",
+    "disable_extra_networks",
+    "firstpass_image",
+    "latent_mask",
 ];
+
+/// Pixels of a latent along one side.
+const LATENT: usize = 8;
 
 /// Maximum of the parameters of added noise; the sigmas of the training are smaller.
 const MAX_CHURN: u32 = 1000;
@@ -38,11 +44,11 @@ pub(crate) struct Common {
     prompt: Option<String>,
     /// Text that describes what the images should not show.
     negative_prompt: Option<String>,
-    /// Width in pixels, a multiple of 8.
-    #[schemars(extend("minimum" = MIN_SIDE, "maximum" = MAX_SIDE))]
+    /// Width in pixels, rounded down to a multiple of 8. Default, and at 0: the model's.
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_SIDE))]
     width: Option<usize>,
-    /// Height in pixels, a multiple of 8.
-    #[schemars(extend("minimum" = MIN_SIDE, "maximum" = MAX_SIDE))]
+    /// Height in pixels, rounded down to a multiple of 8. Default, and at 0: the model's.
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_SIDE))]
     height: Option<usize>,
     /// Number of sampler steps.
     #[schemars(extend("minimum" = 1, "maximum" = Limits::STEPS))]
@@ -93,10 +99,10 @@ pub(crate) struct Common {
     s_tmax: Option<f64>,
     /// Number of images, multiplied by `n_iter`.
     #[schemars(extend("minimum" = 1, "maximum" = Limits::IMAGES))]
-    batch_size: Option<usize>,
+    pub(crate) batch_size: Option<usize>,
     /// Number of images, multiplied by `batch_size`.
     #[schemars(extend("minimum" = 1, "maximum" = Limits::IMAGES))]
-    n_iter: Option<usize>,
+    pub(crate) n_iter: Option<usize>,
     /// Whether there is a hires pass. Only for txt2img.
     enable_hr: Option<Value>,
     /// Options of this request only.
@@ -169,6 +175,9 @@ impl Common {
             let is_random = |seed: &Value| number(seed).is_some_and(|n| n < 0.0);
             fields.drop_if(name, is_random);
         }
+        for name in ["width", "height"] {
+            fields.drop_if(name, |side| number(side) == Some(0.0));
+        }
         for name in ["subseed_strength", "clip_skip"] {
             fields.drop_if(name, is_off);
         }
@@ -189,13 +198,17 @@ impl Common {
         };
         let options = self.override_settings.as_ref();
         let delta = options.and_then(|options| options.eta_noise_seed_delta);
+        let mut warnings = Vec::new();
+        let [width, height] = [("width", self.width), ("height", self.height)]
+            .map(|(name, side)| side.map(|side| rounded(name, side, &mut warnings)));
         Ok(DrawRequest {
+            warnings,
             eta_noise_seed_delta: delta.or(self.eta_noise_seed_delta),
             prompt: Some(self.prompt.unwrap_or_default()),
             prompt_syntax: Some("a1111".into()),
             negative_prompt: self.negative_prompt,
-            width: self.width,
-            height: self.height,
+            width,
+            height,
             num_inference_steps: self.steps,
             guidance_scale: self.cfg_scale,
             num_images_per_prompt: Some(self.batch_size.unwrap_or(1) * self.n_iter.unwrap_or(1)),
@@ -250,6 +263,19 @@ impl Common {
         };
         SamplerFields { sampler, scheduler: self.scheduler.as_ref().filter(is_named).cloned() }
     }
+}
+
+/// A side that AUTOMATIC1111 draws: a whole number of latents. Its page asks for no less than
+/// `MIN_ROUNDED`; a smaller multiple of 8 is meant.
+fn rounded(name: &str, side: usize, warnings: &mut Vec<String>) -> usize {
+    /// The least side of AUTOMATIC1111's page.
+    const MIN_ROUNDED: usize = 64;
+    if side.is_multiple_of(LATENT) {
+        return side;
+    }
+    let drawn = (side / LATENT * LATENT).max(MIN_ROUNDED);
+    warnings.push(format!("{name} {side} is no multiple of {LATENT}: it is {drawn}"));
+    drawn
 }
 
 /// Checks the skipped layers of the text encoder against the model's. As there, OpenCLIP's skips

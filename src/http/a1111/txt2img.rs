@@ -1,16 +1,19 @@
 //! Text-to-image and image-to-image.
 
+use std::time::SystemTime;
+
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use serde_json::json;
 
 use super::hires::HiresPass;
-use super::info::info;
+use super::info::{Batches, info};
 use super::init_image::InitImage;
-use super::options::check;
+use super::options::{check, model_of_title};
 use super::request::{Common, check_clip_skip};
-use super::scripts;
+use super::{scripts, unread};
+use crate::engine::Previews;
 use crate::http::admission::Admitted;
 use crate::http::drawing::{Drawing, ReplyFormat, base64};
 use crate::http::error::Result;
@@ -31,21 +34,28 @@ pub(crate) async fn img2img(State(state): State<AppState>, admitted: Admitted) -
 
 /// Generates images and responds as AUTOMATIC1111 does.
 async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Result<Response> {
+    let began = SystemTime::now();
     let mut fields = admitted.json(&state).await?;
     let Admitted { client, mut slot, .. } = admitted;
     let mut parameters = fields.object();
     let limits = &state.settings.limits;
     let nets = scripts::read(&mut fields, limits)?;
     let mut common = Common::read(&mut fields, limits)?;
+    let (size, count) = (common.batch_size.unwrap_or(1), common.n_iter.unwrap_or(1));
+    let batches = Batches { size, count, began };
     let options = common.override_settings.as_mut();
     let model = options.and_then(|options| options.sd_model_checkpoint.take());
-    let state = match model.filter(|name| !name.is_empty()).or_else(|| state.checkpoint.get()) {
+    let model = match model.filter(|name| !name.trim().is_empty()) {
+        Some(title) => Some(model_of_title(&state, title).await?),
+        None => state.checkpoint.get(),
+    };
+    let state = match model {
         Some(model) => state.choose(&model, slot.deadline).await?,
         None => state.clone(),
     };
-    if let Some(options) = &common.override_settings {
-        check(&state, &options.others)?;
-    }
+    let options = common.override_settings.as_mut();
+    let options = options.map(|options| std::mem::take(&mut options.others));
+    let options = options.map(|options| check(&state, options)).transpose()?;
     let (task, send_images) = (common.force_task_id.take(), common.send_images.unwrap_or(true));
     let (has_hires, sampler) = (common.has_hires(), common.sampler());
     let mut draw = common.into_draw()?;
@@ -65,13 +75,15 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     if draw.clip_skip.is_some() {
         check_clip_skip(&mut draw, &*state.engine.model()?)?;
     }
+    draw.warnings.extend(unread::warnings(&fields, options.as_ref()));
     // What is unknown may be large.
     drop(fields);
     let json = |draw: &DrawRequest, _| Ok(ReplyFormat::Json(draw.format()?.unwrap_or(Format::Png)));
     let mut drawing = Drawing::prepare(&state, &mut slot, vec![draw], json).await?;
-    drawing.preview = true;
+    drawing.previews = Previews::Live;
     let ticket = drawing.submit(&client, slot.deadline)?;
-    let request = InFlightRequest::new(&state.engine, &ticket, client, task, &drawing.specs);
+    let known = (began, batches.count);
+    let request = InFlightRequest::new(&state.engine, &ticket, client, task, known, &drawing.specs);
     let _in_flight = state.in_flight.insert(request);
     let images = ticket.wait().await.map_err(|error| slot.deadline.name(error))?;
     // As there, an interrupted request returns its images, and 200 even if there are none: clients
@@ -90,7 +102,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
         json!({
             "images": images_of_reply,
             "parameters": parameters,
-            "info": info(drawing, images).to_string(),
+            "info": info(drawing, images, batches).to_string(),
         })
     });
     Ok(Json(response.await?).into_response())

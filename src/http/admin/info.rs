@@ -45,6 +45,7 @@ pub(crate) async fn info(State(state): State<AppState>) -> Json<Value> {
             "name": model.name,
             "device": model.device,
             "dtype": model.precision,
+            "loaded": state.engine.is_loaded(),
             "safety_checker": model.checked.then(|| state.engine.safety().name()),
             "defaults": {
                 "width": defaults.size.width(),

@@ -2,6 +2,8 @@
 //! Face's, JumpStart has a media type and an `Accept` of its own, and everything else is native.
 
 use axum::http::HeaderMap;
+use schemars::JsonSchema;
+use serde::Deserialize;
 
 use super::accept::{self, ReplyPreferences};
 use super::body::BodyKind;
@@ -17,8 +19,27 @@ use crate::request::{DrawRequest, Fields, Limits, ValidationError};
 /// Reads the fields of a body.
 pub(crate) type ReadFields = fn(&HeaderMap, &[u8]) -> Result<(Fields, BodyKind)>;
 
+/// The field beside those of the formats.
+#[derive(Deserialize, JsonSchema)]
+pub(super) struct Model {
+    /// Model of the server's directory of models. Default: the server's model.
+    #[schemars(extend("maxLength" = 256))]
+    model: Option<String>,
+}
+
+/// A request with native fields, for its description.
+#[derive(JsonSchema)]
+#[expect(dead_code, reason = "only its schema is used")]
+pub(super) struct Native {
+    #[schemars(flatten)]
+    draw: DrawRequest,
+    #[schemars(flatten)]
+    model: Model,
+}
+
 /// The requests of a body in any of the formats, one for each prompt.
 struct Requests {
+    model: Option<String>,
     draws: Vec<DrawRequest>,
     dialect: Dialect,
     kind: BodyKind,
@@ -49,9 +70,10 @@ pub(crate) async fn read_with<T: Send + 'static>(
         let (fields, rest) = fields(&own, body)?;
         Ok((requests(&own, fields, &limits)?, rest))
     };
-    let (Requests { draws, dialect, kind }, rest) =
+    let (Requests { model, draws, dialect, kind }, rest) =
         state.reader.parse(slot.deadline, slot.clone(), body, requests).await?;
-    let drawing = Drawing::prepare(state, slot, draws, |draw, count| {
+    let chosen = choose(state, model, slot).await?;
+    let drawing = Drawing::prepare(&chosen, slot, draws, |draw, count| {
         let (usual, format) = (dialect.format, draw.format()?);
         let stream = draw.stream == Some(true);
         let preferences = ReplyPreferences { kind, usual, format, count, stream };
@@ -68,12 +90,30 @@ pub(crate) async fn read_with<T: Send + 'static>(
     Ok((Invocation { drawing: drawing.await?, dialect }, rest))
 }
 
+/// The state for the model of a body. One that the path names has been chosen before.
+async fn choose(state: &AppState, model: Option<String>, slot: &RequestSlot) -> Result<AppState> {
+    let Some(name) = model else { return Ok(state.clone()) };
+    if !slot.may_choose() {
+        let reason = "needs an API key: send the request to /v1/invocations";
+        return Err(ValidationError::range("model", reason).into());
+    }
+    let of_path = state.lease.is_some().then(|| state.engine.model()).transpose()?;
+    match of_path {
+        Some(chosen) if chosen.name == name => Ok(state.clone()),
+        Some(_) => {
+            Err(ValidationError::malformed("model", "is another than that of the path").into())
+        }
+        None => state.choose(&name, slot.deadline).await,
+    }
+}
+
 /// Tells the formats apart.
 fn requests(
     headers: &HeaderMap,
-    (fields, kind): (Fields, BodyKind),
+    (mut fields, kind): (Fields, BodyKind),
     limits: &Limits,
 ) -> Result<Requests, ValidationError> {
+    let Model { model } = fields.read(limits)?;
     let (draws, dialect, kind) = if fields.get("text_prompts").is_some() {
         (vec![stability::parse(fields, limits)?], STABILITY, BodyKind::Json)
     } else if fields.get("inputs").is_some() {
@@ -84,5 +124,5 @@ fn requests(
     } else {
         (vec![DrawRequest::read(fields, limits)?], NATIVE, kind)
     };
-    Ok(Requests { draws, dialect, kind })
+    Ok(Requests { model, draws, dialect, kind })
 }

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use super::render::Invocation;
-use crate::engine::{Engine, Estimate, JobMonitor, Preview, Progress, Ticket};
+use crate::engine::{Estimate, JobMonitor, Preview, Progress, Ticket};
 use crate::http::admission::RequestSlot;
 use crate::http::deadline::Deadline;
 use crate::http::drawing::{encode_preview, next_preview};
@@ -23,13 +23,12 @@ const POSITION_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The response of events.
 pub(crate) fn stream(
-    engine: &Engine,
     invocation: Invocation,
     ticket: Ticket,
     deadline: Deadline,
     slot: RequestSlot,
 ) -> Response {
-    let mut monitor = engine.monitor(&ticket);
+    let mut monitor = invocation.drawing.monitor(&ticket);
     let describe = |error: &ApiError| error.json().to_string();
     event_stream(deadline, slot, describe, move |events| async move {
         // Progress that waits for the client has a place in the channel before the last event, so it

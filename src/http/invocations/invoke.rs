@@ -32,7 +32,7 @@ pub(crate) async fn invocations(
     let invocation = detect::read(&state, &mut slot, &headers, body, body::read).await?;
     if let ReplyFormat::Events(_) = invocation.drawing.reply {
         let ticket = invocation.drawing.submit(&client, stream_deadline)?;
-        return Ok(events::stream(&state.engine, invocation, ticket, stream_deadline, slot));
+        return Ok(events::stream(invocation, ticket, stream_deadline, slot));
     }
     let images = invocation.drawing.submit(&client, slot.deadline)?.wait().await;
     let images = images.map_err(|error| slot.deadline.name(error))?;

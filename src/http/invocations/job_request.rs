@@ -12,7 +12,7 @@ use crate::engine::Priority;
 use crate::http::admission::RequestSlot;
 use crate::http::error::Result;
 use crate::http::state::AppState;
-use crate::request::{DrawRequest, ValidationError};
+use crate::request::ValidationError;
 
 /// The fields of a job, beside those of the request.
 #[derive(Deserialize, JsonSchema)]
@@ -28,7 +28,7 @@ struct JobFields {
 #[expect(dead_code, reason = "only its schema is used")]
 pub(super) struct JobRequest {
     #[schemars(flatten)]
-    draw: DrawRequest,
+    draw: detect::Native,
     #[schemars(flatten)]
     job: JobFields,
 }

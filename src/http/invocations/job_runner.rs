@@ -18,7 +18,7 @@ use crate::engine::{EngineState, GeneratedImage, JobError, Ticket};
 use crate::http::admission::RequestSlot;
 use crate::http::deadline::Deadline;
 use crate::http::error::{ApiError, Result};
-use crate::http::state::AppState;
+use crate::http::state::{AppState, model_of};
 use crate::http::store::{EndedJob, StoredRequest, UnfinishedJob};
 
 /// Number of processes that begin to generate a job before it fails: it may be what ends them.
@@ -103,7 +103,7 @@ async fn generate(
             Ok::<_, ApiError>((invocation, ticket))
         };
         let (invocation, ticket) = deadline.wait(submit).await??;
-        state.jobs.watch(&job.id, Some(state.engine.monitor(&ticket)));
+        state.jobs.watch(&job.id, Some(invocation.drawing.monitor(&ticket)));
         match wait(state, job, ticket).await {
             // Evicted from a full queue for another client.
             Err(JobError::Full { .. }) => {
@@ -140,8 +140,15 @@ async fn wait(
 
 /// Reads and validates the request of a job again, once its model is loaded.
 async fn load(state: &AppState, job: &UnfinishedJob, deadline: Deadline) -> Result<Invocation> {
-    // If it cannot be loaded, the next line has the error.
+    // If it cannot be loaded, the next lines have the error.
     let _ = state.engine.ready().await;
+    let state = &match model_of(&state.engine)? {
+        Some(model) if model.name == job.model => state.clone(),
+        default => match state.choose(&job.model, deadline).await {
+            Err(ApiError::NoModel(_)) if default.is_some() => return Err(ApiError::ModelChanged),
+            chosen => chosen?,
+        },
+    };
     let model = state.engine.model()?;
     if (&model.name, &model.fingerprint) != (&job.model, &job.fingerprint) {
         return Err(ApiError::ModelChanged);

@@ -115,7 +115,8 @@ pub(crate) async fn list(
     let from = from.map_err(|reason: &str| ValidationError::malformed("cursor", reason))?;
     let wanted = query.state.as_deref();
     if state.settings.access.api_keys.is_empty() {
-        return Ok(Json(json!({ "jobs": [], "next": null })));
+        let warning = "jobs are listed by API key, and this server has none (--api-key)";
+        return Ok(Json(json!({ "jobs": [], "next": null, "warnings": [warning] })));
     }
     let mut jobs = state.jobs.list(&client, from).await?;
     jobs.retain(|job| wanted.is_none_or(|wanted| name_of(&state.jobs, job) == wanted));

@@ -16,7 +16,7 @@ use tracing::Instrument as _;
 
 use super::body::{BodyKind, essence};
 use super::detect;
-use crate::engine::{Client, JobError};
+use crate::engine::{Client, JobError, Previews};
 use crate::http::admission::{Admitted, RequestSlot};
 use crate::http::deadline::Timeout;
 use crate::http::error::{ApiError, Result};
@@ -161,7 +161,7 @@ async fn generate(
     let slot = &mut slot;
     let mut invocation = detect::read(state, slot, &headers, line, |_, line| object(line)).await?;
     // A line has no events either, even if it requests them.
-    invocation.drawing.preview = false;
+    invocation.drawing.previews = Previews::None;
     let images = loop {
         // A full queue delays a record but does not fail it.
         match invocation.drawing.submit_with_retry(client, deadline).await?.wait().await {

@@ -24,7 +24,6 @@ use schemars::{Schema, json_schema};
 use super::docs::{self, Docs};
 use super::error::ErrorBody;
 use super::state::AppState;
-use crate::request::DrawRequest;
 pub(crate) use job_runner::resume;
 
 /// The routes below `/v1` whose errors are native, not OpenAI's.
@@ -73,7 +72,7 @@ pub(crate) fn routes() -> ApiRouter<AppState> {
 
 /// An operation that takes native fields or a bare prompt.
 fn takes_prompt(summary: &'static str) -> Docs {
-    Docs::of(summary).takes::<DrawRequest>().takes_as("text/plain", prompt())
+    Docs::of(summary).takes::<detect::Native>().takes_as("text/plain", prompt())
 }
 
 fn prompt() -> Schema {

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::engine::GeneratedImage;
 use crate::http::drawing::{Drawing, ReplyFormat, base64, warnings};
 use crate::http::error::Result;
-use crate::http::headers::{ATTRIBUTES, NSFW, SEED, WARNINGS};
+use crate::http::headers::{ATTRIBUTES, NSFW, SEED, warnings_header};
 use crate::image::Format;
 
 /// One of the formats of `/invocations`, for responses.
@@ -59,9 +59,6 @@ impl Invocation {
     }
 }
 
-/// Maximum length of the warnings in a header, in characters.
-const MAX_WARNINGS: usize = 1024;
-
 fn render(
     drawing: &Drawing,
     dialect: Dialect,
@@ -89,13 +86,7 @@ fn render(
     if let Some(nsfw) = nsfw {
         headers.insert(NSFW, HeaderValue::from_static(if nsfw { "true" } else { "false" }));
     }
-    let warnings = warnings(images);
-    if !warnings.is_empty() && matches!(drawing.reply, ReplyFormat::Bytes(_)) {
-        // A header holds visible ASCII.
-        let shown = |c: char| if c.is_ascii() && !c.is_ascii_control() { c } else { '?' };
-        let text: String = warnings.join("; ").chars().take(MAX_WARNINGS).map(shown).collect();
-        headers.extend(HeaderValue::try_from(text).ok().map(|text| (WARNINGS, text)));
-    }
+    headers.extend(warnings_header(&warnings(images)));
     response
 }
 

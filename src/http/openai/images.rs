@@ -1,24 +1,22 @@
 //! Generations and edits.
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 
 use super::form::Form;
-use super::render::{ImageUrls, common, data, now};
+use super::models::chosen;
+use super::render::{ImageUrls, ReplyOptions, common, data, now};
 use super::request::{self, OpenAiOptions, ResponseFormat};
-use super::stream::{ReplyOptions, stream};
+use super::stream::stream;
+use crate::engine::Previews;
 use crate::http::admission::Admitted;
 use crate::http::drawing::{Drawing, ReplyFormat};
 use crate::http::error::Result;
 use crate::http::links::Links;
 use crate::http::state::AppState;
 use crate::image::Format;
-use crate::request::{DrawRequest, Fields, ImageFile, MaskArea, ValidationError};
-
-/// Prefixes of OpenAI's model names. They mean the model of this server.
-const OPENAI_MODELS: [&str; 3] = ["dall-e-", "gpt-image-", "chatgpt-image-"];
+use crate::request::{DrawRequest, ImageFile, MaskArea, ValidationError};
 
 /// `POST /v1/images/generations`.
 pub(crate) async fn generations(
@@ -30,7 +28,7 @@ pub(crate) async fn generations(
     generate(state, links, admitted, options, draw, "image_generation").await
 }
 
-/// `POST /v1/images/edits`: a form with an image and a mask. Transparent areas of the mask, or else
+/// `POST /v1/images/edits`: a form or JSON with an image and a mask. Transparent areas of the mask, or else
 /// of the image, are inpainted. If there are none, the request is image-to-image.
 pub(crate) async fn edits(
     State(state): State<AppState>,
@@ -43,7 +41,7 @@ pub(crate) async fn edits(
     }
     // The native `mask_image` keeps its meaning: white areas are inpainted.
     if draw.mask.is_none() {
-        draw.mask = mask.map(ImageFile::Bytes);
+        draw.mask = mask;
         draw.mask_area = MaskArea::Transparent;
     }
     generate(state, links, admitted, options, draw, "image_edit").await
@@ -64,18 +62,18 @@ pub(crate) async fn variations(
     generate(state, links, admitted, options, draw, "image_variation").await
 }
 
-/// Reads a form with an image: its fields, which hold the image, and the file of a mask.
+/// Reads a request with an image: its fields, which hold the image, and the mask.
 async fn read_form(
     state: &AppState,
     admitted: &mut Admitted,
-) -> Result<(OpenAiOptions, DrawRequest, Option<Bytes>)> {
-    let Form { texts, image, mask } = Form::read(state, admitted).await?;
+) -> Result<(OpenAiOptions, DrawRequest, Option<ImageFile>)> {
+    let Form { fields, image, mask } = Form::read(state, admitted).await?;
     let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
-    let (options, mut draw) = request::read(Fields::form(texts)?, &state.settings.limits)?;
+    let (options, mut draw) = request::read(fields, &state.settings.limits)?;
     if draw.image.is_some() {
         return Err(ValidationError::malformed(draw.names.of("image"), "is given twice").into());
     }
-    draw.image = Some(ImageFile::Bytes(image));
+    draw.image = Some(image);
     Ok((options, draw, mask))
 }
 
@@ -89,15 +87,11 @@ async fn generate(
     kind: &'static str,
 ) -> Result<Response> {
     let Admitted { client, stream_deadline, mut slot, .. } = admitted;
-    let is_openai = |name: &String| OPENAI_MODELS.iter().any(|prefix| name.starts_with(prefix));
-    let state = match options.model.filter(|name| !is_openai(name)) {
-        Some(name) => state.choose(&name, slot.deadline).await?,
-        None => state,
-    };
+    let state = chosen(state, options.model, &slot).await?;
     let is_url = options.response_format == Some(ResponseFormat::Url);
     let urls = is_url.then(|| ImageUrls { base: links.base(), client: client.clone() });
-    let (compression, partial_images) = (options.output_compression, options.partial_images);
-    let options = ReplyOptions { kind, urls, partial_images: partial_images.unwrap_or(0) };
+    let (compression, parts) = (options.output_compression, options.partial_images.unwrap_or(0));
+    let options = ReplyOptions { kind, urls, quality: options.quality };
     let drawing = Drawing::prepare(&state, &mut slot, vec![draw], |draw, _| {
         let format = draw.format()?.unwrap_or(Format::Png);
         Ok(match draw.stream {
@@ -107,15 +101,17 @@ async fn generate(
     });
     let mut drawing = drawing.await?;
     drawing.quality = quality(compression, drawing.reply.format())?.unwrap_or(drawing.quality);
-    let mut response = common(&drawing);
+    let mut response = common(&drawing, options.quality.as_deref());
     if let ReplyFormat::Events(_) = drawing.reply {
+        drawing.previews = if parts > 0 { Previews::Parts(parts) } else { Previews::None };
         let ticket = drawing.submit(&client, stream_deadline)?;
         return Ok(stream(state, drawing, ticket, options, response, (stream_deadline, slot)));
     }
     let images = drawing.submit(&client, slot.deadline)?.wait().await;
     let images = images.map_err(|error| slot.deadline.name(error))?;
-    let data = data(&state, drawing, images, options.urls).await?;
+    let (data, usage) = data(&state, drawing, images, options).await?;
     response["created"] = now().into();
+    response["usage"] = usage.json(data.len());
     response["data"] = data.into();
     Ok(Json(response).into_response())
 }

@@ -11,6 +11,7 @@ mod models;
 mod render;
 mod request;
 mod stream;
+mod usage;
 
 use aide::axum::ApiRouter;
 use aide::axum::routing::{get_with, post_with};
@@ -22,7 +23,7 @@ pub(crate) use error::errors;
 
 /// The routes of OpenAI's API.
 pub(crate) fn routes() -> ApiRouter<AppState> {
-    const IMAGES: [&str; 2] = ["created", "data"];
+    const IMAGES: [&str; 3] = ["created", "data", "usage"];
     let generate = Docs::of("Generate images").takes::<request::Generation>();
     let generate = generate.gives(200, &IMAGES, &docs::EVENTS).describe();
     let edit = docs::schema::<request::Edit>();

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::request::{DrawRequest, Fields, Limits, ValidationError, brief};
 
 /// Fields that change nothing here, with a warning unless they are `auto`.
-const NO_EFFECT: [&str; 5] = ["quality", "style", "background", "input_fidelity", "moderation"];
+const NO_EFFECT: [&str; 4] = ["style", "background", "input_fidelity", "moderation"];
 
 /// Fields that say who asks. They change nothing anywhere.
 const USER: [&str; 2] = ["user", "safety_identifier"];
@@ -26,6 +26,10 @@ pub(crate) struct OpenAiOptions {
     /// Size as WIDTHxHEIGHT, or `auto` for the default of the model or input image.
     #[schemars(extend("maxLength" = 32))]
     size: Option<String>,
+    /// The quality by which the images are counted in `usage`. It changes nothing else here, of
+    /// which the response warns.
+    #[schemars(extend("maxLength" = 256))]
+    pub(crate) quality: Option<String>,
     /// JPEG quality in percent. PNG and WebP are lossless.
     #[schemars(extend("minimum" = 0, "maximum" = 100))]
     pub(crate) output_compression: Option<u8>,
@@ -105,11 +109,17 @@ pub(crate) fn read(
     mut fields: Fields,
     limits: &Limits,
 ) -> Result<(OpenAiOptions, DrawRequest), ValidationError> {
-    let means = |name: &&str| match fields.get(name).and_then(Value::as_str).map(str::trim) {
-        None | Some("" | "auto") => false,
-        Some(value) => !(*name == "background" && value == "opaque"),
+    let means = |name: &&str| match fields.get(name) {
+        None | Some(Value::Null | Value::Bool(false)) => false,
+        Some(Value::String(value)) => match value.trim() {
+            "" | "auto" => false,
+            value => !(*name == "background" && value == "opaque"),
+        },
+        Some(_) => true,
     };
-    let mut warnings: Vec<_> = NO_EFFECT.into_iter().filter(means).map(no_effect).collect();
+    let asked = ["quality", "preview"].into_iter().chain(NO_EFFECT).filter(means);
+    let mut warnings: Vec<_> = asked.map(no_effect).collect();
+    fields.drop_if("preview", |_| true);
     let options: OpenAiOptions = fields.read(limits)?;
     let (mut draw, unknown) = DrawRequest::read_known(fields, limits)?;
     let more = unknown.len().saturating_sub(MAX_UNKNOWN);
@@ -134,11 +144,8 @@ pub(crate) fn read(
         draw.names.insert("width", "size");
         draw.names.insert("height", "size");
     }
-    if options.partial_images > Some(0) {
-        draw.preview = Some(true);
-        if draw.stream != Some(true) {
-            draw.warnings.push("partial_images has no effect without stream".into());
-        }
+    if options.partial_images > Some(0) && draw.stream != Some(true) {
+        draw.warnings.push("partial_images has no effect without stream".into());
     }
     Ok((options, draw))
 }
@@ -146,6 +153,7 @@ pub(crate) fn read(
 fn no_effect(name: &str) -> String {
     match name {
         "background" => "background has no effect: images are opaque".into(),
+        "preview" => "preview has no effect: partial_images is the number of partial images".into(),
         name => format!("{name} has no effect"),
     }
 }

@@ -2,6 +2,7 @@
 //! on one connection, and poll and interrupt on another. A client sees its own requests only.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::SystemTime;
 
 use sd_models::{Pass, Spec};
 
@@ -19,8 +20,14 @@ pub(crate) struct InFlightRequest {
     client: Client,
     /// The client's name for it.
     pub(crate) task: Option<String>,
-    /// Number of steps of each of its images.
-    pub(crate) steps: usize,
+    /// When it arrived.
+    pub(crate) began: SystemTime,
+    /// Whether it has an input image.
+    pub(crate) is_img2img: bool,
+    /// Number of its batches, which clients see one after the other.
+    pub(crate) batches: usize,
+    /// Number of steps of each pass of its images.
+    pub(crate) passes: Vec<usize>,
     images: usize,
     pub(crate) monitor: JobMonitor,
 }
@@ -49,11 +56,15 @@ impl InFlightRequest {
         ticket: &Ticket,
         client: Client,
         task: Option<String>,
+        (began, batches): (SystemTime, usize),
         specs: &[Spec],
     ) -> Self {
-        let steps = specs.iter().map(|spec| spec.passes().map(Pass::calls).sum()).max();
-        let (images, monitor) = (specs.len(), engine.monitor(ticket));
-        Self { client, task, steps: steps.unwrap_or_default(), images, monitor }
+        let first = specs.first();
+        let passes = first.map(|spec| spec.passes().map(Pass::calls).collect());
+        let is_img2img = first.is_some_and(|spec| spec.img2img.is_some());
+        let (images, passes) = (specs.len(), passes.unwrap_or_default());
+        let monitor = engine.monitor(ticket);
+        Self { client, task, began, is_img2img, batches, passes, images, monitor }
     }
 
     /// The completed share of its steps, 0 to 1. Images that have not started are assumed to be

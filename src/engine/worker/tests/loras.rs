@@ -21,15 +21,15 @@ fn other_images_step_while_a_file_is_read() {
     }
     // New images are still accepted.
     let _last = test.submit(4, vec![spec(4, 1)]);
-    assert!(test.worker.wait());
+    assert_eq!(test.worker.wait(), Next::Turn);
     assert_eq!(stepped(&test.turn()), [4]);
     test.engine.drain();
     drop(file);
-    assert!(test.worker.wait(), "until the file has been read");
+    assert_eq!(test.worker.wait(), Next::Turn, "until the file has been read");
     let calls = test.turn();
     assert!(calls.contains(&Call::Begin(2)) && stepped(&calls) == [2], "{calls:?}");
     assert!(ticket.wait().now_or_never().expect("settled").is_ok());
-    assert!(!test.worker.wait(), "nothing is left");
+    assert_eq!(test.worker.wait(), Next::End, "nothing is left");
 }
 
 #[test]
@@ -50,7 +50,7 @@ fn readers_are_bounded_also_when_nobody_wants_their_images() {
     assert_eq!((test.worker.readers.len(), test.worker.reading.len()), (MAX_READERS, 0));
     drop(files);
     while !test.idle() || !test.worker.reading.is_empty() {
-        assert!(test.worker.wait());
+        assert_eq!(test.worker.wait(), Next::Turn);
         test.turn();
     }
     assert!(waits.wait().now_or_never().expect("settled").is_ok());
@@ -62,7 +62,7 @@ fn a_reader_that_panics_fails_its_image_alone() {
     drop(test.file());
     let ticket = test.submit(1, vec![Spec { prompt: "panic".into(), ..adapted(1, 1) }]);
     test.turn();
-    assert!(test.worker.wait());
+    assert_eq!(test.worker.wait(), Next::Turn);
     test.turn();
     assert_eq!(ticket.wait().now_or_never().expect("settled").err(), Some(JobError::Model));
     let _next = test.submit(2, vec![spec(2, 1)]);
@@ -86,7 +86,7 @@ fn an_image_that_waits_for_a_file_has_its_rows() {
     assert_eq!(leaves.wait().now_or_never().map(|images| images.map(|d| d.len())), Some(Ok(0)));
     drop((first, second));
     let ticket = test.submit(4, vec![adapted(4, 1)]);
-    while test.worker.wait() {
+    while test.worker.wait() == Next::Turn {
         test.turn();
         test.engine.drain();
     }

@@ -109,8 +109,8 @@ fn a_second_pass_that_never_fits_is_refused_at_once() {
     let test = TestWorker::new(4, 8);
     let mut info = test.worker.model.info.clone();
     info.memory.decode_bytes = 10;
-    let engine =
-        Engine::new(&DeviceScheduler::default(), test.engine.shared.settings, EngineState::Loading);
+    let (device, settings) = (DeviceScheduler::default(), test.engine.shared.settings);
+    let engine = Engine::new(&device, settings, EngineState::Loading, false);
     engine.shared.set_state(EngineState::Ready(Arc::new(info)));
     engine.shared.device.set_budget_bytes(10 * 64 * 64);
     let grows = |side| Spec { hires: Some(hires(side, 1)), ..spec(1, 1) };
