@@ -152,7 +152,7 @@ def test_a_field_that_is_out_of_sight_is_shown_where_it_is_wrong(browser, server
         page.click("#more summary")
         page.fill("#eta", "5")
         page.click("#more summary")
-        expect(page.locator("#more-told")).to_have_text("eta 5")
+        expect(page.locator("#more summary span")).to_have_text("eta 5")
         page.click("#draw")
         expect(page.locator("#eta")).to_be_focused()
 

@@ -2,12 +2,15 @@
 
 import base64
 import io
+import shutil
+from pathlib import Path
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import expect
 
 from browser import generate, generated, opened, sent, shoot
+from server import serving
 
 
 def paint(page):
@@ -132,11 +135,73 @@ def test_hires_fix_with_an_upscaler(browser, server):
         assert not [name for name in body if name.startswith("hires")]
 
 
+def test_a_hires_pass_with_a_prompt_and_a_sampler_of_its_own(browser, server, tmp_path):
+    with opened(browser, server) as page:
+        page.check("#hires")
+        page.fill("#hires-scale", "1.5")
+        page.click("#hires-own summary")
+        page.fill("#hires-prompt", "a blue house")
+        page.fill("#hires-negative", "grey")
+        page.fill("#hires-guidance", "5")
+        page.select_option("#hires-sampler", "ddim")
+        assert page.locator("#hires-schedule option[value=karras]").is_disabled()
+        page.select_option("#hires-sampler", "dpmpp_2m")
+        page.select_option("#hires-schedule", "karras")
+        expect(page.locator("#hires-own summary span")).to_have_text("prompt, negative prompt, guidance 5, dpmpp_2m, karras")
+        shoot(page, "hires-own")
+        body = sent(page, lambda: generate(page, "a red house", steps=4, seed="1"))
+        own = {name: value for name, value in body.items() if name.startswith("hires_") and name not in ["hires_width", "hires_height"]}
+        assert own == {
+            "hires_prompt": "a blue house", "hires_negative_prompt": "grey", "hires_guidance_scale": 5,
+            "hires_scheduler": "dpmpp_2m", "hires_schedule": "karras",
+        }
+        generated(page, 1)
+        with page.expect_download() as download:
+            page.click("#download")
+        download.value.save_as(tmp_path / "own.png")
+        page.reload()
+        page.set_input_files("#read-file", tmp_path / "own.png")
+        expect(page.locator("#notice")).to_have_text("Settings of own.png")
+        read = {name: page.input_value(f"#hires-{name}") for name in ["prompt", "negative", "guidance", "sampler", "schedule"]}
+        assert read == {"prompt": "a blue house", "negative": "grey", "guidance": "5", "sampler": "dpmpp_2m", "schedule": "karras"}
+
+
+def test_a_controlnet_steers_by_a_picture(browser, binary, tmp_path):
+    fixtures = Path(__file__).parents[2] / "models" / "tests" / "fixtures"
+    shutil.copytree(fixtures / "v1", tmp_path / "model")
+    shutil.copytree(fixtures / "control" / "v1", tmp_path / "model", dirs_exist_ok=True)
+    Image.linear_gradient("L").resize((64, 64)).save(tmp_path / "edges.png")
+    (tmp_path / "text.txt").touch()
+    nets = ("--controlnets-dir", str(fixtures / "control" / "nets"), "--dtype", "f32")
+    with serving(binary, tmp_path / "log", *nets, model=("--model", str(tmp_path / "model"))) as url:
+        with opened(browser, url, status="cpu") as page:
+            page.select_option("#control", index=0)
+            net = page.input_value("#control")
+            assert "[" not in net, "without its hash"
+            page.set_input_files("#control-file", tmp_path / "text.txt")
+            expect(page.locator("#error")).to_have_text("That file is not an image")
+            page.set_input_files("#control-file", tmp_path / "edges.png")
+            expect(page.get_by_label("low")).to_be_hidden()
+            page.get_by_label("preprocessor").select_option("canny")
+            page.get_by_label("low").fill("50")
+            page.get_by_label("scale", exact=True).fill("0.5")
+            page.get_by_label("end", exact=True).fill("0.8")
+            shoot(page, "controlnet")
+            body = sent(page, lambda: generate(page, "a house", width=64, height=64))
+            [control] = body["controlnets"]
+            assert Image.open(io.BytesIO(base64.b64decode(control.pop("image")))).size == (64, 64)
+            assert control == {"model": net, "preprocessor": "canny", "scale": 0.5, "end": 0.8, "low": 50}
+            generated(page, 1)
+            assert f"ControlNet {net}" in page.inner_text("#parameters")
+            page.get_by_label(f"Remove {net}").click()
+            assert "controlnets" not in sent(page, lambda: generate(page, "a house"))
+
+
 def test_everything_of_the_section_more(browser, server):
     with opened(browser, server) as page:
         page.click("#more summary")
         page.select_option("#syntax", "a1111")
-        fields = {"variation": "0.3", "variation-seed": "9", "rescale": "0.7", "clip-skip": "1", "eta": "0.5", "s-noise": "1.1"}
+        fields = {"variation": "0.3", "variation-seed": "9", "rescale": "0.7", "clip-skip": "1", "eta": "0.5", "s-noise": "1.1", "ensd": "31337"}
         for field, value in fields.items():
             page.fill(f"#{field}", value)
         shoot(page, "more")
@@ -146,7 +211,7 @@ def test_everything_of_the_section_more(browser, server):
         assert body == {
             "prompt": "a (red:1.3) house", "negative_prompt": "[grey]", "steps": 3, "seed": "5", "guidance_scale": 6, "n": 2,
             "scheduler": "euler_a", "schedule": "karras", "prompt_syntax": "a1111", "variation_strength": 0.3,
-            "variation_seed": "9", "guidance_rescale": 0.7, "clip_skip": 1, "eta": 0.5, "s_noise": 1.1,
+            "variation_seed": "9", "guidance_rescale": 0.7, "clip_skip": 1, "eta": 0.5, "s_noise": 1.1, "eta_noise_seed_delta": 31337,
             "stream": True, "preview": True, "output_format": "png",
         }
         generated(page, 2)
@@ -157,8 +222,8 @@ def test_everything_of_the_section_more(browser, server):
         # The second image is that of the next variation, and of the same seed.
         page.locator("#history button").first.click()
         expect(page.locator("#parameters")).to_contain_text("variation 0.3 of 10 · seed 5")
-        expect(page.locator("#more-told")).to_have_text(
-            "syntax a1111, variation 0.3, of seed 9, rescale 0.7, clip skip 1, eta 0.5, noise 1.1"
+        expect(page.locator("#more summary span")).to_have_text(
+            "syntax a1111, variation 0.3, of seed 9, rescale 0.7, clip skip 1, eta 0.5, noise 1.1, noise seed delta 31337"
         )
 
 

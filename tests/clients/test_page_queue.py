@@ -24,11 +24,14 @@ def test_generations_queue_and_each_can_be_cancelled(browser, server):
         # The keyboard goes on at the next card.
         assert page.evaluate("document.activeElement.closest('#queue') !== null")
         cards.nth(1).get_by_text("Cancel").click()
-        expect(cards.filter(has_text="a tree").locator(".told")).to_contain_text(re.compile("sent|starting|step"))
+        begun = re.compile("sent|starting|step")
+        cat = cards.filter(has_text="a cat")
+        expect(cat.locator(".told")).to_contain_text(begun)
         # What is looked at is what Esc ends.
-        cards.filter(has_text="a cat").locator(".look").click()
+        cat.locator(".look").click()
         page.keyboard.press("Escape")
-        expect(cards.filter(has_text="a cat")).to_have_count(0)
+        expect(cat).to_have_count(0)
+        expect(cards.filter(has_text="a tree").locator(".told")).to_contain_text(begun)
         generated(page, 2)
         prompts = page.locator("#history img").evaluate_all("images => images.map(image => image.alt)")
         assert sorted(prompts) == ["a red house", "a tree"]

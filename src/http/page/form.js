@@ -45,14 +45,15 @@ export function replace(given) {
 }
 
 const shared = ["prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler", "schedule", "n", "seed",
-  "prompt_syntax", "clip_skip", "eta", "s_noise", "guidance_rescale"];
+  "prompt_syntax", "clip_skip", "eta", "s_noise", "guidance_rescale", "eta_noise_seed_delta", "tiling"];
 const ofInput = ["strength"];
 const ofMask = ["mask_blur", "mask_fill", "mask_invert"];
-const ofHires = ["hires_upscaler", "hires_strength", "hires_steps"];
+const ofHires = ["hires_upscaler", "hires_strength", "hires_steps", "hires_prompt", "hires_negative_prompt", "hires_guidance_scale",
+  "hires_scheduler", "hires_schedule"];
 const ofVariation = ["variation_strength", "variation_seed"];
 
-/** The body of a request for these values, LoRAs, and input image and mask in base64. */
-export function bodyOf(given, loras, { image, mask } = {}) {
+/** The body of a request for these values, LoRAs, ControlNets, and input image and mask in base64. */
+export function bodyOf(given, loras, controlnets, { image, mask }) {
   const names = [...shared];
   if (image) names.push(...ofInput);
   if (mask) names.push(...ofMask, ...given.only_masked ? ["mask_padding"] : []);
@@ -61,8 +62,8 @@ export function bodyOf(given, loras, { image, mask } = {}) {
   const asked = ([name, value]) => names.includes(name) && (name === "prompt" || (value !== "" && value !== false));
   const body = Object.fromEntries(Object.entries(given).filter(asked));
   if (given.hires) [body.hires_width, body.hires_height] = hiresSize(given);
-  if (given.tiling) body.tiling = true;
   if (loras.length) body.loras = loras;
+  if (controlnets.length) body.controlnets = controlnets;
   return { ...body, ...image && { image }, ...mask && { mask }, stream: true, preview: true, output_format: "png" };
 }
 
@@ -109,7 +110,8 @@ export function bound(id, { max, fallback }) {
  * sampler runs on, and which sections have something in them. */
 export function refresh() {
   for (const field of form.querySelectorAll(".dial input")) {
-    if (field.slider) field.slider.value = field.value || Number(field.placeholder) || field.min;
+    const fallback = Number(field.placeholder) || $(field.dataset.like)?.slider.value || field.min;
+    if (field.slider) field.slider.value = field.value || fallback;
   }
   const given = values();
   $("hires-fields").hidden = !given.hires;
@@ -118,10 +120,18 @@ export function refresh() {
   const unknown = sides.some(Number.isNaN);
   $("hires-size").value = unknown || !sides.length ? "" : sides.join("×");
   $("width").setCustomValidity(unknown ? UNKNOWN_SIZE : "");
-  const runs = $("sampler").selectedOptions[0]?.schedules;
-  for (const option of $("schedule").options) option.disabled = Boolean(option.value && runs && !runs.includes(option.value));
-  if ($("schedule").selectedOptions[0]?.disabled) $("schedule").value = "";
-  $("more-told").textContent = [...$("more").querySelectorAll("[name]")].filter(isChanged).map(told).join(", ");
+  const own = $("sampler").selectedOptions[0]?.schedules;
+  limitTo($("schedule"), own);
+  limitTo($("hires-schedule"), $("hires-sampler").selectedOptions[0]?.schedules ?? own);
+  for (const section of form.querySelectorAll("details")) {
+    section.querySelector("span").textContent = [...section.querySelectorAll("[name]")].filter(isChanged).map(told).join(", ");
+  }
+}
+
+/** Lets only schedules be chosen that a sampler runs on, which are all if none is chosen. */
+function limitTo(list, runs) {
+  for (const option of list.options) option.disabled = Boolean(option.value && runs && !runs.includes(option.value));
+  if (list.selectedOptions[0]?.disabled) list.value = "";
 }
 
 function isChanged(field) {
@@ -129,7 +139,7 @@ function isChanged(field) {
   return field.options ? field.selectedIndex > 0 : field.value !== "" && field.value !== field.defaultValue;
 }
 
-const told = field => field.type === "checkbox" ? field.labels[0].textContent.trim().toLowerCase() : `${field.dataset.told} ${field.value}`;
+const told = ({ type, value, dataset }) => ["checkbox", "textarea"].includes(type) ? dataset.told : `${dataset.told} ${value}`.trim();
 
 /** Marks the field that a reply found wrong, until it changes. */
 export function mark(name) {

@@ -8,12 +8,13 @@ const FIELDS = {
   "Negative prompt": "negative_prompt", Steps: "steps", "CFG scale": "guidance_scale", Seed: "seed",
   "Size-1": "width", "Size-2": "height", Model: "model", "Variation seed": "variation_seed",
   "Variation seed strength": "variation_strength", "CFG Rescale phi": "guidance_rescale", Eta: "eta",
-  "Eta DDIM": "eta", "Sigma noise": "s_noise", "Hires upscaler": "hires_upscaler", "Mask blur": "mask_blur",
-  "Masked area padding": "mask_padding",
+  "Eta DDIM": "eta", "Sigma noise": "s_noise", "Hires upscaler": "hires_upscaler", "Mask blur": "mask_blur", ENSD: "eta_noise_seed_delta",
+  "Masked area padding": "mask_padding", "Hires prompt": "hires_prompt", "Hires negative prompt": "hires_negative_prompt",
+  "Hires CFG Scale": "hires_guidance_scale",
 };
 
 /** Parameters that are read below, or say nothing that the form could take. */
-const READ = ["Prompt", "Sampler", "Schedule type", "Size", "Clip skip", "Denoising strength", "Hires upscale", "Hires steps",
+const READ = ["Prompt", "Sampler", "Schedule type", "Size", "Clip skip", "Denoising strength", "Hires upscale", "Hires steps", "Hires sampler", "Hires schedule type",
   "Mask mode", "Masked content", "Inpaint area", "Lora hashes", "Version", "Model hash", "VAE", "VAE hash", "Prompt syntax", "Tiling", "RNG"];
 
 /** The sampler and schedule of a label such as `DPM++ 2M Karras`, by their names here. */
@@ -42,13 +43,17 @@ function scaleOf(parameters, { width, height }) {
   return wide * height === high * width ? wide / width : NaN;
 }
 
-function hiresOf(parameters, values) {
+function hiresOf(parameters, values, info) {
   const scale = scaleOf(parameters, values);
   if (!(scale > 0)) return { hires: false, strength: parameters["Denoising strength"] };
   const strength = Number(parameters["Denoising strength"]) || 0.75;
   // There it is the steps that are taken, here those of which the strength is the share.
   const steps = Number(parameters["Hires steps"]);
-  return { hires: true, hires_scale: scale, hires_strength: strength, hires_steps: steps ? Math.ceil(steps / strength) : "" };
+  const { scheduler, schedule } = samplerOf(parameters["Hires sampler"], parameters["Hires schedule type"], info);
+  return {
+    hires: true, hires_scale: scale, hires_strength: strength, hires_steps: steps ? Math.ceil(steps / strength) : "",
+    hires_scheduler: scheduler, hires_schedule: schedule,
+  };
 }
 
 /** The values of the form, its LoRAs, and the names of the parameters that it does not have. */
@@ -63,7 +68,7 @@ export function valuesOf(parameters, info) {
   ));
   values.prompt = prompt.replace(TAG, "").trim();
   values.negative_prompt ??= "";
-  Object.assign(values, samplerOf(parameters.Sampler, parameters["Schedule type"], info), hiresOf(parameters, values), maskOf(parameters));
+  Object.assign(values, samplerOf(parameters.Sampler, parameters["Schedule type"], info), hiresOf(parameters, values, info), maskOf(parameters));
   if (parameters["Clip skip"]) values.clip_skip = Math.max(0, Number(parameters["Clip skip"]) - 1);
   values.prompt_syntax = parameters["Prompt syntax"] ?? "a1111";
   values.tiling = parameters.Tiling === "True";

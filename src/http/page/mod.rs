@@ -18,10 +18,11 @@ const CSS: &str = "text/css; charset=utf-8";
 const SCRIPT: &str = "text/javascript; charset=utf-8";
 
 /// The files: path, media type and text.
-const FILES: [(&str, &str, &str); 15] = [
+const FILES: [(&str, &str, &str); 16] = [
     ("/", HTML, include_str!("index.html")),
     ("/page.css", CSS, include_str!("page.css")),
     ("/page.js", SCRIPT, include_str!("page.js")),
+    ("/page/controls.js", SCRIPT, include_str!("controls.js")),
     ("/page/elements.js", SCRIPT, include_str!("elements.js")),
     ("/page/form.js", SCRIPT, include_str!("form.js")),
     ("/page/history.js", SCRIPT, include_str!("history.js")),

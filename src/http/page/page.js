@@ -4,12 +4,13 @@
 
 import { $, announce, notice, warn } from "./page/elements.js";
 import { bodyOf, bound, form, isLocked, put, randomSeed, refresh, replace, setLock, values } from "./page/form.js";
+import * as controls from "./page/controls.js";
 import * as history from "./page/history.js";
 import { valuesOf } from "./page/infotext.js";
 import * as input from "./page/input.js";
 import * as loras from "./page/loras.js";
 import * as queue from "./page/queue.js";
-import { base64, key, lists, parametersIn, pathOf, read, setKey } from "./page/server.js";
+import { base64, events, key, lists, parametersIn, pathOf, read, setKey, upscaled } from "./page/server.js";
 import * as stage from "./page/stage.js";
 
 /** What /info says of the server. */
@@ -52,18 +53,23 @@ function tellDefaults() {
   for (const [id, max, fallback] of [
     ["width", undefined, own.width], ["height", undefined, own.height],
     ["steps", limits.max_steps, own.num_inference_steps], ["count", limits.max_images, 1], ["guidance", undefined, own.guidance_scale],
-    ["clip-skip", undefined, own.clip_skip], ["rescale", undefined, own.guidance_rescale], ["hires-steps", limits.max_steps, "as above"],
+    ["clip-skip", undefined, own.clip_skip], ["rescale", undefined, own.guidance_rescale], ["hires-steps", limits.max_steps, "same"],
   ]) bound(id, { max, fallback });
-  offer("sampler", schedulers, own.scheduler);
-  offer("schedule", schedules, own.schedule === "model" ? null : own.schedule);
+  const called = (entries, name) => {
+    const title = entries.find(entry => entry.name === name)?.title;
+    return title ? `Default: ${title}` : "Default";
+  };
+  offer("sampler", called(schedulers, own.scheduler), schedulers);
+  offer("schedule", own.schedule === "model" ? "Default" : called(schedules, own.schedule), schedules);
+  offer("hires-sampler", "as above", schedulers);
+  offer("hires-schedule", "as above", schedules);
 }
 
-/** Fills a list and keeps what was chosen; its first line is the model's own choice, blank in a request. */
-function offer(id, entries, own) {
-  const default_ = entries.find(({ name }) => name === own)?.title;
+/** Fills a list and keeps what was chosen; its first line is blank in a request. */
+function offer(id, blank, entries) {
   const options = entries.map(({ name, title, schedules }) => Object.assign(new Option(title, name), { schedules }));
   const chosen = $(id).value;
-  $(id).replaceChildren(new Option(default_ ? `Default: ${default_}` : "Default", ""), ...options);
+  $(id).replaceChildren(new Option(blank, ""), ...options);
   $(id).value = entries.some(({ name }) => name === chosen) ? chosen : "";
   refresh();
 }
@@ -75,15 +81,20 @@ async function list() {
     else $("open-key").hidden = false;
     // Without a first model there is nothing to do without the key.
     if (error.status === 401 && first === null) $("key-dialog").showModal();
-    return { models: first === null ? [] : [first], loras: [], upscalers: [] };
+    return { models: first === null ? [] : [first], loras: [], latent: [], upscalers: [], nets: [] };
   });
   const chosen = $("which").value;
   $("which").replaceChildren(...offered.models.map(name => new Option(name)));
   $("models").hidden = offered.models.length < 2 && first !== null;
   put({ model: chosen });
   tellDefaults();
-  offer("hires-upscaler", offered.upscalers.map(name => ({ name, title: name })), offered.upscalers[0]);
+  const { latent, upscalers } = offered;
+  const modes = [...latent, ...upscalers].map(name => ({ name, title: name }));
+  offer("hires-upscaler", latent.length ? `Default: ${latent[0]}` : "Default", modes);
+  $("upscaler").replaceChildren(...upscalers.map(name => new Option(name)));
+  $("upscale").hidden = !upscalers.length;
   loras.offer(offered.loras);
+  controls.offer(offered.nets, info.preprocessors ?? []);
 }
 
 // ---- generations
@@ -95,10 +106,24 @@ async function generate() {
   localStorage.setItem("choices", JSON.stringify({ ...given, seed: "", loras: chosen }));
   stage.unpin();
   notice("");
-  const body = bodyOf(given, chosen, await input.encoded());
-  queue.submit({ path: pathOf(given.model, first), body, request: { ...given, loras: chosen } });
+  const nets = await controls.encoded();
+  const body = bodyOf(given, chosen, nets, await input.encoded());
+  const path = pathOf(given.model, first);
+  queue.submit({ begin: signal => events(path, body, signal), request: { ...given, loras: chosen, nets: nets.map(({ model }) => model) } });
   announce("Added to the queue");
   if (matchMedia("(max-width: 46rem)").matches) $("stage").scrollIntoView();
+}
+
+/** Upscales the image that is shown; the result has its settings. */
+async function upscale() {
+  const { request, prompt, negative_prompt, model, loras, seed, blob } = stage.current();
+  const [upscaler, scale, image] = [$("upscaler").value, Number($("upscaling").value), await base64(blob)];
+  stage.unpin();
+  queue.submit({
+    begin: signal => upscaled(image, upscaler, scale, signal), first: `${upscaler}, ${scale} times the size`,
+    request: { ...request, prompt, negative_prompt, model, loras, seed },
+  });
+  announce("Added to the queue");
 }
 
 /** As much base64 of a file as holds its parameters, which are before its pixels. */
@@ -192,6 +217,8 @@ $("reuse").onclick = () => reuse(stage.current());
 $("reuse-seed").onclick = () => { put({ seed: stage.current().seed }); setLock(true); announce("Seed locked"); };
 $("begin").onclick = () => input.setInput(stage.current().blob);
 $("delete").onclick = async () => stage.deleted(await history.remove(stage.current()));
+$("upscale").onclick = () => $("upscale-dialog").showModal();
+$("upscale-dialog").onclose = () => { if ($("upscale-dialog").returnValue === "upscale") upscale(); };
 $("open-help").onclick = () => $("help-dialog").showModal();
 $("open-key").onclick = () => $("key-dialog").showModal();
 $("key-dialog").onclose = () => {

@@ -2,7 +2,6 @@
 
 import { $, announce, button, make, sentence } from "./elements.js";
 import { mark } from "./form.js";
-import { events } from "./server.js";
 
 /** Generations that the server has at once. The others wait here, since a browser opens no more than
  * six connections to a server, for all its tabs. */
@@ -17,9 +16,10 @@ export const connect = handlers => { tell = handlers; };
 
 const isLive = ({ state }) => ["waiting", "running", "busy"].includes(state);
 
-/** Adds a generation: its path and body, and what its pictures will be stored with. */
-export function submit({ path, body, request }) {
-  const job = { path, body, request, state: "waiting", previews: [], quarter: 0 };
+/** Adds a generation: `begin(signal)` yields its events, `first` is told until there are some, and its
+ * pictures are stored with the request. */
+export function submit({ begin, first = "sent", request }) {
+  const job = { begin, first, request, state: "waiting", previews: [], quarter: 0 };
   job.card = card(job);
   jobs.push(job);
   $("queue").append(job.card.item);
@@ -58,9 +58,9 @@ const ahead = (count, what) => count ? `waiting, ${count} ${what}${count === 1 ?
 async function run(job) {
   job.state = "running";
   job.abort = new AbortController();
-  showProgress(job, 0, "sent");
+  showProgress(job, 0, job.first);
   try {
-    for await (const [name, data] of events(job.path, job.body, job.abort.signal)) {
+    for await (const [name, data] of job.begin(job.abort.signal)) {
       if (name === "error") throw Object.assign(new Error(data.error.message), { param: data.error.param });
       if (name === "result") {
         await tell.result(job, data);

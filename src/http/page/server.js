@@ -75,16 +75,25 @@ export const parametersIn = async image => (await post("sdapi/v1/png-info", { im
 
 const named = list => list.map(({ name }) => name);
 
+/** Yields the result of upscaling an image as the one event of a generation. */
+export async function* upscaled(image, upscaler, scale, signal) {
+  const body = JSON.stringify({ image, upscaler_1: upscaler, upscaling_resize: scale });
+  const { image: data, warnings } = await (await call("sdapi/v1/extra-single-image", { method: "POST", body, signal })).json();
+  yield ["result", { images: [{ data }], content_type: "image/png", warnings }];
+}
+
 /** What the form offers beside /info. A list that the server has not is empty. */
 export async function lists() {
   const optional = path => read(path).catch(error => {
     if (error.status !== 404) throw error;
     return [];
   });
-  const [models, loras, latent, upscalers] = await Promise.all([
+  const [models, loras, latent, upscalers, nets] = await Promise.all([
     read("v1/models"), optional("sdapi/v1/loras"),
-    optional("sdapi/v1/latent-upscale-modes"), optional("sdapi/v1/upscalers"),
+    optional("sdapi/v1/latent-upscale-modes"), optional("sdapi/v1/upscalers"), optional("controlnet/model_list"),
   ]);
-  const upscale = [...named(latent), ...named(upscalers)].filter(name => name !== "None");
-  return { models: models.data.map(({ id }) => id), loras: named(loras), upscalers: [...new Set(upscale)] };
+  const ofPictures = named(upscalers).filter(name => name !== "None");
+  // Their names are followed by hashes.
+  const ofNets = (nets.model_list ?? []).map(name => name.replace(/ \[[0-9a-f]+\]$/, ""));
+  return { models: models.data.map(({ id }) => id), loras: named(loras), latent: named(latent), upscalers: ofPictures, nets: ofNets };
 }

@@ -94,10 +94,11 @@ function show(record, others = [record]) {
 /** The parameters in words: those in the file, where the server read them. */
 function describe(record) {
   const { width, height, seed, variation_seed: varied, negative_prompt: negative, model, parameters: read = {} } = record;
-  const guidance = read["CFG scale"] ?? record.guidance_scale;
+  const asked = record.request ?? record;
+  const [steps, guidance] = [read.Steps ?? asked.steps, read["CFG scale"] ?? asked.guidance_scale];
   const parts = [
-    model, `${width}×${height}`, `${read.Steps ?? record.steps} steps`, read.Sampler ?? record.scheduler, guidance && `guidance ${guidance}`,
-    ...(record.loras ?? []).map(({ name, scale }) => `${name} ${scale}`),
+    model, `${width}×${height}`, steps && `${steps} steps`, read.Sampler ?? asked.scheduler, guidance && `guidance ${guidance}`,
+    ...(asked.nets ?? []).map(name => `ControlNet ${name}`), ...(record.loras ?? []).map(({ name, scale }) => `${name} ${scale}`),
     read["Hires upscaler"] && `hires ${read["Hires upscaler"]}`, read["Clip skip"] && `clip skip ${read["Clip skip"] - 1}`,
     varied && `variation ${read["Variation seed strength"]} of ${varied}`, `seed ${seed}`,
   ];
