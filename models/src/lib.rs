@@ -27,10 +27,10 @@ pub use ops::{KernelStats, cpu_isa, keep_freed_memory, return_freed_memory};
 pub use picture::{CANNY, Preprocessor, Rgb, Size, THRESHOLD};
 pub use pipeline::{
     AddOns, Chosen, Control, ControlMode, ControlNets, ControlPasses, ControlRule, Defaults,
-    DeviceName, Extension, Hires, Img2Img, LoadOptions, MAX_CONTROL_SCALE, MAX_NOISE_SCALE,
-    MAX_STEPS, MaskedStart, MemoryEstimate, ModelInfo, NamedFiles, Pass, PassLoras, Pipeline,
-    Precision, PromptSyntax, SafetyMode, SingleFiles, Spec, Trajectory, Upscaler, Variation,
-    check_pipeline, parameters,
+    DeviceName, Enlarge, Enlargement, Extension, Hires, Img2Img, LatentUpscaler, LoadOptions,
+    MAX_CONTROL_SCALE, MAX_NOISE_SCALE, MAX_STEPS, MaskedStart, MemoryEstimate, ModelInfo,
+    NamedFiles, Pass, PassLoras, PictureUpscaler, Pipeline, Precision, PromptSyntax, SafetyMode,
+    SingleFiles, Spec, TILE_WORK, Trajectory, Upscaler, Variation, check_pipeline, parameters,
 };
 pub use sampling::{Churn, Sampler, SamplerName, SamplerOptions, SigmaSchedule};
 pub use text::{Embeddings, LoraUse, Loras, PlaceholderToken, PromptRole, unread};

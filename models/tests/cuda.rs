@@ -68,6 +68,8 @@ fn spec(sampler: Sampler, steps: usize, guidance_scale: f64) -> Spec {
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),
+        tiling: false,
+        enlarge: None,
         prompt_syntax: PromptSyntax::Plain,
     }
 }

@@ -2,7 +2,7 @@
 
     python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers samplers_2 tokenizer text
         unet vae start start_2 few_steps second emphasis hires single pickles safety lora
-        inversion knobs lcm forms quantized control canny]
+        inversion knobs lcm forms quantized control canny upscalers tiling]
 
 The committed files were made with torch 2.15.0, diffusers 0.42.1 and transformers 5.23.0 on a
 CPU. Everything is seeded: the same versions write the same numbers.
@@ -453,6 +453,37 @@ def start(_):
                 )
                 tensors[f"{kind}.{name}.{strength}"] = drawn.images
     save(tensors, HERE / "start.safetensors")
+
+
+# Tiling --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def tiling(_):
+    """Whole runs whose convolutions pad with the opposite edge, all those of UNet and VAE that pad."""
+    stream = generator(6)
+    picture = torch.randint(0, 256, (64, 96, 3), generator=stream, dtype=torch.uint8)
+    tensors = {"picture": picture}
+    kinds = {
+        "text": (diffusers.StableDiffusionPipeline, dict(width=96, height=64)),
+        "image": (diffusers.StableDiffusionImg2ImgPipeline,
+                  dict(image=Image.fromarray(picture.numpy()), strength=0.5)),
+    }
+    for kind, (pipeline, extra) in kinds.items():
+        pipeline = tiny(pipeline, HERE / "v1/unet", diffusers.PNDMScheduler.from_config(V1_4))
+        pipeline.set_progress_bar_config(disable=True)
+        for network in (pipeline.unet, pipeline.vae):
+            for layer in network.modules():
+                if isinstance(layer, torch.nn.Conv2d):
+                    layer.padding_mode = "circular"
+        for name in ("ddim", "euler_a"):
+            pipeline.scheduler = scheduler_of(name, V1_4)
+            drawn = pipeline("a red house", num_inference_steps=10, guidance_scale=3.0,
+                             generator=generator(11), output_type="latent", **extra).images
+            tensors[f"{kind}.{name}"] = drawn
+            image = pipeline.vae.decode(drawn / pipeline.vae.config.scaling_factor).sample
+            tensors[f"{kind}.{name}.decoded"] = image
+    save(tensors, HERE / "tiling.safetensors")
 
 
 # Emphasis ------------------------------------------------------------------------------------
@@ -1218,6 +1249,15 @@ def few_steps(_):
     start_fixtures.few_steps()
 
 
+# Upscalers -----------------------------------------------------------------------------------
+
+
+def upscalers(_):
+    import upscaler_fixtures
+
+    upscaler_fixtures.upscalers()
+
+
 # Quantized files -----------------------------------------------------------------------------
 
 # Where a block of each type that gguf does not quantize has its f16 scales, and their number.
@@ -1281,8 +1321,10 @@ def main():
         "start_2": start_2,
         "few_steps": few_steps,
         "second": second,
+        "tiling": tiling,
         "emphasis": emphasis,
         "hires": hires,
+        "upscalers": upscalers,
         "single": single,
         "pickles": pickles,
         "safety": safety,

@@ -52,8 +52,12 @@ mod schedules;
 mod second;
 #[path = "parity/single.rs"]
 mod single;
+#[path = "parity/tiling.rs"]
+mod tiling;
 #[path = "parity/tokenizer.rs"]
 mod tokenizer;
+#[path = "parity/upscalers.rs"]
+mod upscalers;
 
 /// The path of a fixture.
 fn path(name: &str) -> PathBuf {

@@ -111,6 +111,14 @@ pub(super) struct ModelArgs {
     #[arg(long, env = "SD_MAX_CONTROLNET_BYTES", default_value = "4294967296")]
     #[arg(value_parser = size::<0>)]
     pub(super) max_controlnet_bytes: usize,
+    /// Directory of upscalers (.safetensors, .pth, .pt of the ESRGAN family: ESRGAN, Real-ESRGAN,
+    /// BSRGAN) that requests can select by file name. A file is read when it is first requested
+    #[arg(long, env = "SD_UPSCALERS_DIR")]
+    pub(super) upscalers_dir: Option<PathBuf>,
+    /// Memory for the upscalers of each model, in bytes. At the limit, the least recently used one
+    /// is evicted, and read again on its next use. A file that would take more is refused
+    #[arg(long, env = "SD_MAX_UPSCALER_BYTES", default_value = "536870912", value_parser = size::<0>)]
+    pub(super) max_upscaler_bytes: usize,
     /// Directory of textual inversion embeddings (.safetensors, .pt, .bin in the AUTOMATIC1111 or
     /// diffusers format, .png pictures of AUTOMATIC1111), read with the model. The file name, or the
     /// placeholder token in the file, can be used in prompts
@@ -267,6 +275,9 @@ pub(super) struct GenerateArgs {
     /// Share of the second noise: 0 is the image of --seed, 1 that of --variation-seed. Default: 0
     #[arg(long, value_parser = finite)]
     pub(super) variation_strength: Option<f64>,
+    /// Make the opposite edges of the image meet, so that it can be laid beside itself
+    #[arg(long)]
+    pub(super) tiling: bool,
     /// Number of images; image k uses seed + k. Default: 1
     #[arg(short = 'n', long)]
     #[serde(rename = "num_images_per_prompt")]
@@ -299,7 +310,7 @@ pub(super) struct GenerateArgs {
     /// What is added to the seed for the noise that the sampler draws at its steps. Default: 0
     #[arg(long, allow_negative_numbers = true)]
     pub(super) eta_noise_seed_delta: Option<i64>,
-    /// Output width of the hires pass, which continues from the upscaled latents of the base pass.
+    /// Output width of the hires pass, which continues from the upscaled image of the base pass.
     /// Default: from --hires-height, in the aspect ratio of the base pass
     #[arg(long)]
     pub(super) hires_width: Option<u64>,
@@ -314,8 +325,8 @@ pub(super) struct GenerateArgs {
     /// Denoising strength of the hires pass, 0 to 1. Default: 0.75
     #[arg(long, value_parser = finite)]
     pub(super) hires_strength: Option<f64>,
-    /// Latent upscaler of the hires pass, by its AUTOMATIC1111 name: Latent, "Latent (nearest)",
-    /// ... Default: Latent
+    /// Upscaler of the hires pass: Latent, "Latent (nearest)" and others of AUTOMATIC1111's family
+    /// for its latents; Lanczos, Nearest or a file of --upscalers-dir for the picture. Default: Latent
     #[arg(long)]
     pub(super) hires_upscaler: Option<String>,
     /// Prompt of the hires pass. Default: PROMPT

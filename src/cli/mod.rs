@@ -235,6 +235,12 @@ impl ModelArgs {
                     )?
                 },
                 max_controlnet_bytes: self.max_controlnet_bytes as u64,
+                upscalers: assets(
+                    "--upscalers-dir",
+                    self.upscalers_dir,
+                    &["safetensors", "pth", "pt"],
+                )?,
+                max_upscaler_bytes: self.max_upscaler_bytes as u64,
                 embeddings: assets(
                     "--embeddings-dir",
                     self.embeddings_dir,

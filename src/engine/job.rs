@@ -321,9 +321,10 @@ impl ImageTask {
         (self.job, self.index)
     }
 
-    /// The work of the image: pixels times rows times steps.
+    /// The work of the image: pixels times rows times steps, and what upscalers take.
     pub(super) fn work(&self) -> u64 {
-        self.spec.passes().map(Pass::work).sum::<usize>() as u64
+        let drawn: usize = self.spec.passes().map(Pass::work).sum();
+        (drawn + self.spec.upscaling_work()) as u64
     }
 
     /// Whether the ticket still exists.

@@ -31,7 +31,7 @@ use crate::telemetry::{self, Metrics};
 pub use client::{Client, Priority};
 pub use device::DeviceScheduler;
 pub use job::{GeneratedImage, Job, JobError, Preview, Previews, Progress, Ticket, Uncounted};
-pub use model::{Model, ReadFiles, Trajectory};
+pub use model::{Model, ReadFiles, Running, Trajectory};
 pub use monitor::{Estimate, JobMonitor};
 use queue::{PushError, Queue};
 use shared::EngineShared;

@@ -1,6 +1,6 @@
 //! The interface between the worker and a model.
 
-use sd_models::{AssetFile, ModelInfo, NamedFiles, Rgb, Size, Spec};
+use sd_models::{AssetFile, Enlargement, Error, ModelInfo, NamedFiles, Rgb, Size, Spec};
 
 use crate::host::memory;
 
@@ -23,7 +23,8 @@ pub trait Model: 'static {
     fn begin_with(&self, spec: &Spec, _files: NamedFiles) -> sd_models::Result<Self::Trajectory> {
         self.begin(spec)
     }
-    /// One UNet call for the batch; all members have the same size.
+    /// One UNet call for the batch, whose members have the same size, or one step of a picture that
+    /// is enlarged.
     fn step(&self, batch: &mut [&mut Self::Trajectory]) -> sd_models::Result<()>;
     /// Decodes the image of a trajectory; of an unfinished one, its predicted x0.
     fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb>;
@@ -49,7 +50,11 @@ pub trait Model: 'static {
 pub trait Trajectory {
     /// Whether all steps are done and only decoding is left.
     fn done(&self) -> bool;
-    /// UNet calls completed, and in total.
+    /// Whether the next step is one of a picture that is enlarged, and no UNet call.
+    fn enlarging(&self) -> bool {
+        false
+    }
+    /// Steps completed, and in total.
     fn progress(&self) -> (usize, usize);
     /// Number of rows in a batch, in the current pass: two with guidance, else one; more if the
     /// prompt joins several.
@@ -78,14 +83,19 @@ macro_rules! forward {
     };
 }
 
+/// A running image of a pipeline.
+pub enum Running {
+    /// One that is drawn.
+    Drawing(Box<sd_models::Trajectory>),
+    /// One that is enlarged, which becomes this size.
+    Enlarging(Box<Enlargement>, Size),
+}
+
 impl Model for sd_models::Pipeline {
-    type Trajectory = sd_models::Trajectory;
+    type Trajectory = Running;
 
     forward! {
         fn info(&self) -> &ModelInfo;
-        fn begin(&self, spec: &Spec) -> sd_models::Result<Self::Trajectory>;
-        fn step(&self, batch: &mut [&mut Self::Trajectory]) -> sd_models::Result<()>;
-        fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb>;
         fn check_safety(&self, image: &Rgb) -> sd_models::Result<Option<bool>>;
         fn text_tokens(&self, text: &str) -> usize;
     }
@@ -94,12 +104,45 @@ impl Model for sd_models::Pipeline {
         self.read_files(spec).map(|read| Box::new(read) as ReadFiles)
     }
 
-    fn begin_with(&self, spec: &Spec, files: NamedFiles) -> sd_models::Result<Self::Trajectory> {
-        self.begin_with(spec, files)
+    fn begin(&self, spec: &Spec) -> sd_models::Result<Running> {
+        let read = self.read_files(spec).map(|read| read()).transpose()?;
+        Model::begin_with(self, spec, read.unwrap_or_default())
     }
 
-    fn preview(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Option<Rgb>> {
-        self.preview(trajectory).map(Some)
+    fn begin_with(&self, spec: &Spec, files: NamedFiles) -> sd_models::Result<Running> {
+        if spec.enlarge.is_some() {
+            let enlargement = self.begin_enlarging(spec, files)?;
+            return Ok(Running::Enlarging(Box::new(enlargement), spec.size));
+        }
+        Ok(Running::Drawing(Box::new(self.begin_with(spec, files)?)))
+    }
+
+    fn step(&self, batch: &mut [&mut Running]) -> sd_models::Result<()> {
+        if let [Running::Enlarging(enlargement, _)] = batch {
+            return self.enlarge(enlargement);
+        }
+        let drawing = batch.iter_mut().filter_map(|running| match running {
+            Running::Drawing(trajectory) => Some(&mut **trajectory),
+            Running::Enlarging(..) => None,
+        });
+        self.step(&mut drawing.collect::<Vec<_>>())
+    }
+
+    fn decode(&self, running: &Running) -> sd_models::Result<Rgb> {
+        match running {
+            Running::Drawing(trajectory) => self.decode(trajectory),
+            Running::Enlarging(enlargement, _) => enlargement.picture().cloned().ok_or_else(|| {
+                let reason = "was interrupted before it was enlarged".into();
+                Error::Spec { field: "image", reason }
+            }),
+        }
+    }
+
+    fn preview(&self, running: &Running) -> sd_models::Result<Option<Rgb>> {
+        match running {
+            Running::Drawing(trajectory) => self.preview(trajectory).map(Some),
+            Running::Enlarging(..) => Ok(None),
+        }
     }
 
     fn free_bytes(&self) -> Option<u64> {
@@ -110,14 +153,60 @@ impl Model for sd_models::Pipeline {
     }
 }
 
-impl Trajectory for sd_models::Trajectory {
-    forward! {
-        fn done(&self) -> bool;
-        fn progress(&self) -> (usize, usize);
-        fn rows(&self) -> usize;
-        fn size(&self) -> Size;
-        fn work_left(&self) -> usize;
-        fn warnings(&self) -> &[String];
-        fn lora_files(&self) -> Vec<AssetFile>;
+impl Trajectory for Running {
+    fn done(&self) -> bool {
+        match self {
+            Self::Drawing(trajectory) => trajectory.done(),
+            Self::Enlarging(enlargement, _) => enlargement.done(),
+        }
+    }
+
+    fn enlarging(&self) -> bool {
+        match self {
+            Self::Drawing(trajectory) => trajectory.enlarging(),
+            Self::Enlarging(..) => true,
+        }
+    }
+
+    fn progress(&self) -> (usize, usize) {
+        match self {
+            Self::Drawing(trajectory) => trajectory.progress(),
+            Self::Enlarging(enlargement, _) => enlargement.progress(),
+        }
+    }
+
+    fn rows(&self) -> usize {
+        match self {
+            Self::Drawing(trajectory) => trajectory.rows(),
+            Self::Enlarging(..) => 1,
+        }
+    }
+
+    fn size(&self) -> Size {
+        match self {
+            Self::Drawing(trajectory) => trajectory.size(),
+            Self::Enlarging(_, size) => *size,
+        }
+    }
+
+    fn work_left(&self) -> usize {
+        match self {
+            Self::Drawing(trajectory) => trajectory.work_left(),
+            Self::Enlarging(enlargement, _) => enlargement.work_left(),
+        }
+    }
+
+    fn warnings(&self) -> &[String] {
+        match self {
+            Self::Drawing(trajectory) => trajectory.warnings(),
+            Self::Enlarging(..) => &[],
+        }
+    }
+
+    fn lora_files(&self) -> Vec<AssetFile> {
+        match self {
+            Self::Drawing(trajectory) => trajectory.lora_files(),
+            Self::Enlarging(..) => Vec::new(),
+        }
     }
 }

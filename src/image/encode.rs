@@ -77,7 +77,7 @@ pub fn encode(rgb: &Rgb, format: Format, quality: u8, infotext: &str) -> anyhow:
     let height = u32::try_from(rgb.height).context("height")?;
     let mut file = Cursor::new(Vec::new());
     match format {
-        Format::Png => png(&mut file, rgb, (width, height), infotext)?,
+        Format::Png => png(&mut file, rgb, (width, height), &[("parameters", infotext)])?,
         Format::Jpeg => {
             let mut encoder = JpegEncoder::new_with_quality(&mut file, quality);
             encoder.set_exif_metadata(exif(infotext)?)?;
@@ -92,20 +92,31 @@ pub fn encode(rgb: &Rgb, format: Format, quality: u8, infotext: &str) -> anyhow:
     Ok(file.into_inner())
 }
 
+/// Encodes an image as PNG with texts by their keywords.
+pub(crate) fn encode_png(rgb: &Rgb, texts: &[(&str, &str)]) -> anyhow::Result<Vec<u8>> {
+    let width = u32::try_from(rgb.width).context("width")?;
+    let height = u32::try_from(rgb.height).context("height")?;
+    let mut file = Cursor::new(Vec::new());
+    png(&mut file, rgb, (width, height), texts)?;
+    Ok(file.into_inner())
+}
+
 /// PNG's plain text chunk (tEXt) holds Latin-1 only; the international one (iTXt) holds the rest.
 fn png(
     file: &mut Cursor<Vec<u8>>,
     rgb: &Rgb,
     (width, height): (u32, u32),
-    infotext: &str,
+    texts: &[(&str, &str)],
 ) -> anyhow::Result<()> {
     let mut encoder = png::Encoder::new(file, width, height);
     encoder.set_color(png::ColorType::Rgb);
     encoder.set_depth(png::BitDepth::Eight);
-    if infotext.chars().all(|c| u32::from(c) < 256) {
-        encoder.add_text_chunk("parameters".into(), infotext.into())?;
-    } else {
-        encoder.add_itxt_chunk("parameters".into(), infotext.into())?;
+    for (keyword, text) in texts.iter().map(|(keyword, text)| (keyword.to_string(), *text)) {
+        if text.chars().all(|c| u32::from(c) < 256) {
+            encoder.add_text_chunk(keyword, text.into())?;
+        } else {
+            encoder.add_itxt_chunk(keyword, text.into())?;
+        }
     }
     let mut writer = encoder.write_header()?;
     writer.write_image_data(&rgb.data)?;

@@ -111,12 +111,13 @@ pub(crate) fn extra_parameters(spec: &Spec) -> Vec<(&'static str, String)> {
     // The name is that of an extension.
     let rescale = (spec.guidance_rescale > 0.0)
         .then(|| ("CFG Rescale phi", spec.guidance_rescale.to_string()));
+    let tiling = spec.tiling.then(|| ("Tiling", "True".to_owned()));
     let hires = spec.hires.iter().flat_map(|hires| hires_parameters(spec, hires));
     // Theirs is the other, which needs no name.
     let syntax =
         (spec.prompt_syntax == PromptSyntax::Plain).then(|| ("Prompt syntax", "plain".to_owned()));
     let others = rescale.into_iter().chain(syntax);
-    sampler_parameters(spec).into_iter().chain(hires).chain(others).collect()
+    sampler_parameters(spec).into_iter().chain(tiling).chain(hires).chain(others).collect()
 }
 
 /// The ControlNets, as AUTOMATIC1111's extension names and writes them.
@@ -375,6 +376,8 @@ mod tests {
             warnings: Vec::new(),
             hires: None,
             controls: Vec::new(),
+            tiling: false,
+            enlarge: None,
         }
     }
 

@@ -16,6 +16,7 @@ mod mask;
 pub use blur::blurred;
 pub use control_map::{ControlMap, of_rgb, pixel_perfect, rgb};
 pub use decode::{decode, decoded_bytes, fit_mask, is_transparent, on_white, resize_to};
+pub(crate) use encode::encode_png;
 pub use encode::{Format, JPEG_QUALITY, encode};
 pub use fit::Fit;
 pub use hashes::Hashes;

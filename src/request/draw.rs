@@ -123,6 +123,9 @@ pub struct DrawRequest {
     /// What is added to the seed for the noise that the sampler draws at its steps. Default: 0.
     #[schemars(extend("minimum" = -MAX_SEED_DELTA, "maximum" = MAX_SEED_DELTA))]
     pub(crate) eta_noise_seed_delta: Option<i64>,
+    /// Whether the opposite edges of the images meet, so that an image can be laid beside itself.
+    /// Default: false.
+    pub(crate) tiling: Option<bool>,
     /// Width of the hires pass in pixels, which is the width of the images. Default: in the
     /// proportions of the base pass.
     #[schemars(extend("minimum" = MIN_SIDE, "maximum" = MAX_SIDE))]
@@ -138,7 +141,8 @@ pub struct DrawRequest {
     /// Denoising strength of the hires pass. Default: 0.75.
     #[schemars(extend("minimum" = 0, "maximum" = 1))]
     pub(crate) hires_strength: Option<f64>,
-    /// Upscaler of the latents: Latent, Latent (nearest), and others of AUTOMATIC1111's family.
+    /// Upscaler: of the latents Latent, Latent (nearest) and others of AUTOMATIC1111's family; of the
+    /// picture Lanczos, Nearest, None, or the name of a file of the server's directory.
     pub(crate) hires_upscaler: Option<String>,
     /// Prompt of the hires pass. Default: as the base pass.
     pub(crate) hires_prompt: Option<String>,

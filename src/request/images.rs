@@ -68,7 +68,7 @@ impl ImageFile {
 
     /// Memory that decoding the image takes, in bytes; 0 for a file that will not be decoded. If
     /// the file was base64, it is not any more.
-    pub(super) fn weigh(&mut self, max_pixels: usize) -> usize {
+    pub(crate) fn weigh(&mut self, max_pixels: usize) -> usize {
         let Ok(file) = self.bytes("") else { return 0 };
         let bytes = image::decoded_bytes(&file, max_pixels).unwrap_or(0);
         *self = Self::Bytes(file);
@@ -93,7 +93,7 @@ impl ImageFile {
     }
 
     /// The image in the field `name`, of at most so many pixels.
-    pub(super) fn decode(
+    pub(crate) fn decode(
         &self,
         name: &str,
         max_pixels: usize,

@@ -42,7 +42,7 @@ impl DrawRequest {
                 return self.reject_without("hires_width", dependent);
             }
         };
-        let upscaler = self.choice::<Upscaler>("hires_upscaler", self.hires_upscaler.as_ref())?;
+        let upscaler = self.hires_upscaler.as_deref().map(Upscaler::from);
         let strength = self.hires_strength.unwrap_or(DEFAULT_HIRES_STRENGTH);
         let fields =
             [("hires_scheduler", &self.hires_scheduler), ("hires_schedule", &self.hires_schedule)];

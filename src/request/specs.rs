@@ -26,12 +26,7 @@ impl DrawRequest {
         let prompt = self.checked_prompt(limits)?;
         let syntax = self.choice::<PromptSyntax>("prompt_syntax", self.prompt_syntax.as_ref())?;
         let syntax = syntax.unwrap_or_default();
-        let lora = |lora: &Lora| {
-            let scale = lora.scale.unwrap_or(1.0);
-            let text_encoder_scale = lora.text_encoder_scale.unwrap_or(scale);
-            LoraUse { name: lora.name.clone(), scale, text_encoder_scale }
-        };
-        let loras: Vec<_> = self.loras.iter().flatten().map(lora).collect();
+        let loras: Vec<_> = self.loras.iter().flatten().map(used).collect();
         // What is wrong with them is found below.
         let named = syntax.text(&prompt).map_or_else(|_| Vec::new(), |(_, named)| named);
         let (defaults, mut warnings) = self.defaults(model, loras.iter().chain(&named));
@@ -83,6 +78,8 @@ impl DrawRequest {
             eta_noise_seed_delta: self.eta_noise_seed_delta.unwrap_or(0),
             warnings,
             hires,
+            tiling: self.tiling.unwrap_or(false),
+            enlarge: None,
             img2img,
         };
         model.check(&spec).map_err(|error| self.refused(error))?;
@@ -136,7 +133,7 @@ impl DrawRequest {
 
     /// Rejects an image that a file of this format cannot hold.
     pub fn check_format(&self, spec: &Spec, format: Format) -> Result<(), ValidationError> {
-        let names = match spec.hires {
+        let names = match &spec.hires {
             Some(_) => ["hires_width", "hires_height"],
             None => ["width", "height"],
         };
@@ -270,4 +267,11 @@ impl DrawRequest {
         }
         Ok(())
     }
+}
+
+/// A LoRA of a request as the spec has it.
+fn used(lora: &Lora) -> LoraUse {
+    let scale = lora.scale.unwrap_or(1.0);
+    let text_encoder_scale = lora.text_encoder_scale.unwrap_or(scale);
+    LoraUse { name: lora.name.clone(), scale, text_encoder_scale }
 }

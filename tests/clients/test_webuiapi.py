@@ -94,7 +94,7 @@ def test_progress_and_interrupt(client):
     assert client.get_progress()["state"]["job_count"] == 0
 
 
-@pytest.mark.parametrize("feature", [{"restore_faces": True}, {"tiling": True}, {"styles": ["oil"]}])
+@pytest.mark.parametrize("feature", [{"restore_faces": True}, {"styles": ["oil"]}])
 def test_what_is_not_done_is_refused_by_name(client, feature):
     with pytest.raises(RuntimeError, match=next(iter(feature))):
         client.txt2img(prompt="x", steps=1, **feature)

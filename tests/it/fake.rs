@@ -206,6 +206,8 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),
+        tiling: false,
+        enlarge: None,
     }
 }
 

@@ -46,3 +46,4 @@ mod sdapi_routes; // its other routes, and what it passes over
 mod shelf; // a loader of fake models
 mod soak; // many mixed requests: nothing is lost, miscounted or leaked
 mod supply; // the bill of materials of the image
+mod upscalers; // upscalers by name, in hires passes and alone

@@ -244,7 +244,6 @@ async fn what_cannot_be_done_is_refused_by_name() -> Result<()> {
     let server = free().await;
     let table = [
         ("restore_faces", json!(true)),
-        ("tiling", json!(true)),
         ("subseed_strength", json!(1.5)),
         ("seed_resize_from_w", json!(512)),
         ("styles", json!(["oil"])),
@@ -331,8 +330,6 @@ async fn a_second_pass_is_what_automatic1111_makes_of_its_fields() -> Result<()>
     }
     for (name, value) in [
         ("hr_upscaler", json!("R-ESRGAN 4x+")),
-        // There it enlarges pixels.
-        ("hr_upscaler", json!("None")),
         ("hr_checkpoint_name", json!("another")),
         ("hr_sampler_name", json!("Ueler")),
         ("hr_scale", json!(100)),

@@ -26,6 +26,10 @@ pub(super) struct PickledTensor {
     pub(super) numbers: Numbers,
 }
 
+/// Keys under which training writes the tensors, those of upscalers last: the first that has any.
+const WRAPPERS: [&str; 7] =
+    ["state_dict", "string_to_param", "params_ema", "params-ema", "params", "model", "net"];
+
 /// Where the numbers of a tensor are.
 #[derive(Debug)]
 pub(super) enum Numbers {
@@ -88,7 +92,7 @@ fn tensors_of(
 fn inner(top: &[(Object, Object)]) -> Option<&[(Object, Object)]> {
     let has_tensors = |items: &[(Object, Object)]| items.iter().any(|(_, v)| call(v).is_some());
     let inside = |value| items(value).filter(|inner| has_tensors(inner));
-    let named = ["state_dict", "string_to_param"].into_iter().find_map(|wanted| {
+    let named = WRAPPERS.into_iter().find_map(|wanted| {
         let is_wanted = |key: &Object| matches!(key, Object::Unicode(key) if key == wanted);
         top.iter().filter(|(key, _)| is_wanted(key)).find_map(|(_, value)| inside(value))
     });

@@ -415,6 +415,12 @@ impl Weights {
         }
     }
 
+    /// The names of the tensors that were not read.
+    pub(crate) fn unread(&self) -> Vec<&str> {
+        let read = self.read.borrow();
+        self.names().filter(|name| !read.contains(*name)).collect()
+    }
+
     /// What is odd about the files and does not keep the network from being built, a sentence each.
     pub fn warnings(&self) -> Vec<String> {
         self.warnings.borrow().clone()

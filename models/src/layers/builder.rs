@@ -48,6 +48,12 @@ impl<'a> LayerBuilder<'a> {
         self.weights.shape(&self.pp(name).prefix).is_some()
     }
 
+    /// A side of the shape of a tensor; 0 if the file has none of this name, or it has no such side.
+    pub(crate) fn side(&self, name: &str, dim: usize) -> usize {
+        let shape = self.weights.shape(&self.pp(name).prefix);
+        shape.and_then(|shape| shape.get(dim).copied()).unwrap_or(0)
+    }
+
     /// The name under which the file has a weight: the second, of older files, or the first.
     pub(crate) fn either<'n>(&self, names: [&'n str; 2]) -> &'n str {
         if self.pp(names[1]).has("weight") { names[1] } else { names[0] }
@@ -134,6 +140,31 @@ impl<'a> LayerBuilder<'a> {
         let kernel = geometry.kernel;
         let weight = self.stored("weight", &[outputs, inputs, kernel, kernel])?;
         let bias = self.tensor("bias", &[outputs])?;
+        Ok(Conv2d::new(&weight, &bias, geometry, self.device, self.dtype)?)
+    }
+
+    /// A convolution whose outputs are multiplied by a factor: in its weights.
+    pub(crate) fn scaled_conv(
+        &self,
+        (inputs, outputs): (usize, usize),
+        geometry: Geometry,
+        factor: f64,
+    ) -> Result<Conv2d> {
+        let kernel = geometry.kernel;
+        let weight = (self.tensor("weight", &[outputs, inputs, kernel, kernel])? * factor)?;
+        let bias = (self.tensor("bias", &[outputs])? * factor)?;
+        Ok(Conv2d::new(&weight, &bias, geometry, self.device, self.dtype)?)
+    }
+
+    pub(crate) fn conv_without_bias(
+        &self,
+        inputs: usize,
+        outputs: usize,
+        geometry: Geometry,
+    ) -> Result<Conv2d> {
+        let kernel = geometry.kernel;
+        let weight = self.stored("weight", &[outputs, inputs, kernel, kernel])?;
+        let bias = Tensor::zeros(outputs, DType::F32, &Device::Cpu)?;
         Ok(Conv2d::new(&weight, &bias, geometry, self.device, self.dtype)?)
     }
 

@@ -4,10 +4,14 @@
 mod clip;
 mod config;
 mod controlnet;
+mod pixels;
 mod resnet;
+mod rrdb;
 mod safety;
+mod srvgg;
 mod text_encoder;
 mod unet;
+mod upscaler;
 mod vae;
 
 pub use self::config::{ClipConfig, ClipTextConfig, ControlNetConfig, UNetConfig, VaeConfig};
@@ -15,4 +19,5 @@ pub use self::controlnet::{ControlBatch, ControlNetModel};
 pub use self::safety::{SafetyChecker, SafetyResult};
 pub use self::text_encoder::ClipTextModel;
 pub use self::unet::{Conditioning, Residuals, UNet2DConditionModel};
+pub use self::upscaler::UpscalerNetwork;
 pub use self::vae::{Decoder, Encoder};

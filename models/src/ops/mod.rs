@@ -26,6 +26,7 @@ mod reference;
 mod runtime;
 #[cfg(test)]
 pub(crate) mod tests;
+mod tiling;
 mod types;
 
 pub(crate) use attention::{attention, self_attention};
@@ -42,5 +43,6 @@ pub(crate) use linear::Linear;
 pub(crate) use norm::{GroupNorm, LayerNorm};
 pub(crate) use runtime::in_pool;
 pub use runtime::return_freed_memory;
+pub(crate) use tiling::tiling;
 pub use types::KernelStats;
 pub(crate) use types::{Activation, Attention, Epilogue, Geometry};

@@ -13,6 +13,7 @@ pub(super) fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
         Activation::Silu => x.silu(),
         Activation::Gelu => x.gelu_erf(),
         Activation::QuickGelu => x * candle_nn::ops::sigmoid(&(x * 1.702)?)?,
+        Activation::LeakyRelu => x.maximum(&(x * 0.2)?),
     }
 }
 
@@ -80,7 +81,7 @@ impl TensorFilter {
 }
 
 /// The epilogue of y (B, .., out).
-fn finish(mut y: Tensor, epilogue: Epilogue<'_>) -> Result<Tensor> {
+pub(super) fn finish(mut y: Tensor, epilogue: Epilogue<'_>) -> Result<Tensor> {
     if let Some(shift) = epilogue.shift {
         y = y.broadcast_add(&shift.reshape((y.dim(0)?, 1, 1, ()))?)?;
     }

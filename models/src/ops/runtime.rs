@@ -2,6 +2,7 @@
 
 use candle_core::Device;
 
+use super::tiling::{is_tiling, tiling};
 use super::{cpu, cuda};
 
 /// Runs a network on a worker thread of rayon's pool. A parallel loop that begins outside of the
@@ -9,7 +10,8 @@ use super::{cpu, cuda};
 /// lock that a thread may hold while it waits for the pool. (On other devices there is nothing to
 /// gain.)
 pub(crate) fn in_pool<T: Send>(device: &Device, network: impl FnOnce() -> T + Send) -> T {
-    if device.is_cpu() { rayon::scope(|_| network()) } else { network() }
+    let is_tiling = is_tiling();
+    if device.is_cpu() { rayon::scope(|_| tiling(is_tiling, network)) } else { network() }
 }
 
 /// Returns to the kernel what [`keep_freed_memory`](super::keep_freed_memory) has kept, and unloads

@@ -11,6 +11,8 @@ pub(crate) enum Activation {
     Gelu,
     /// x * sigmoid(1.702 x)
     QuickGelu,
+    /// x, or 0.2 x below zero
+    LeakyRelu,
 }
 
 /// What follows a matrix multiplication or a convolution, and the bias of its layer, before the

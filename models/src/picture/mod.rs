@@ -4,8 +4,10 @@ mod pillow;
 mod preprocess;
 mod resample;
 mod rgb;
+mod tiles;
 
-pub(crate) use self::pillow::resized_part;
+pub(crate) use self::pillow::{blended, lanczos, nearest, resized_part};
 pub use self::preprocess::{CANNY, Preprocessor, THRESHOLD};
 pub(crate) use self::resample::{CUBIC, TRIANGLE, Taps, antialiased, cubic, interpolated};
 pub use self::rgb::{Rgb, Size};
+pub(crate) use self::tiles::{Canvas, TILE, Tiles};

@@ -12,6 +12,17 @@ pub(crate) struct Filter {
 pub(crate) const TRIANGLE: Filter = Filter { support: 1.0, value: |x| (1.0 - x.abs()).max(0.0) };
 pub(crate) const CUBIC: Filter = Filter { support: 2.0, value: |x| cubic(x, -0.5) };
 
+/// Lanczos' filter of three lobes.
+pub(crate) const LANCZOS: Filter = Filter {
+    support: 3.0,
+    value: |x| if (-3.0..3.0).contains(&x) { sinc(x) * sinc(x / 3.0) } else { 0.0 },
+};
+
+fn sinc(x: f64) -> f64 {
+    let x = x * std::f64::consts::PI;
+    if x == 0.0 { 1.0 } else { x.sin() / x }
+}
+
 /// The weights, of sum 1, of the input values from `first` on that make one output value.
 pub(crate) struct Taps {
     pub(crate) first: usize,

@@ -13,6 +13,28 @@ pub struct Rgb {
     pub data: Vec<u8>,
 }
 
+impl Rgb {
+    /// The middle of the image on a black canvas of (width, height), which may be smaller.
+    pub(crate) fn on_canvas(&self, (width, height): (usize, usize)) -> Self {
+        let mut data = vec![0; 3 * width * height];
+        // Where a line of the image begins on the canvas, where on itself, and how much is shown.
+        let place = |own: usize, canvas: usize| {
+            let half = own / 2;
+            let (on, from) = ((canvas / 2).saturating_sub(half), half.saturating_sub(canvas / 2));
+            (on, from, (own - from).min(canvas - on))
+        };
+        let (left, first, across) = place(self.width, width);
+        let (top, from, down) = place(self.height, height);
+        for y in 0..down {
+            let source = 3 * ((from + y) * self.width + first);
+            let target = 3 * ((top + y) * width + left);
+            data[target..target + 3 * across]
+                .copy_from_slice(&self.data[source..source + 3 * across]);
+        }
+        Self { width, height, data }
+    }
+}
+
 impl fmt::Debug for Rgb {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Rgb({}x{})", self.width, self.height)

@@ -3,14 +3,17 @@
 //!
 //! Reference: AUTOMATIC1111's `StableDiffusionProcessingTxt2Img.sample_hr_pass`. Latents are
 //! upscaled as by `torch.nn.functional.interpolate`, and the steps are those of diffusers' img2img.
+//! A picture is upscaled between the two passes (`between`), and its latents are the mean of what
+//! the encoder says of it, where AUTOMATIC1111 draws from that with noise of no seed.
 
 use std::ops::Range;
 
 use candle_core::{Device, Tensor};
 
 use super::control::ActiveControl;
+use super::enlarge::LoadedUpscaler;
 use super::rows::Rows;
-use super::spec::Upscaler;
+use super::upscaler::LatentUpscaler;
 use super::variation::Variation;
 use crate::error::Result;
 use crate::layers::LoraStack;
@@ -26,11 +29,37 @@ pub(crate) struct HiresPass {
     pub(crate) rows: Rows,
     pub(crate) loras: LoraStack,
     pub(crate) controls: Vec<ActiveControl>,
-    pub(crate) upscaler: Upscaler,
+    pub(crate) upscaler: HiresUpscaler,
     pub(crate) seed: u64,
     /// What is added to the seed for the sampler's noise.
     pub(crate) seed_delta: i64,
     pub(crate) variation: Option<Variation>,
+}
+
+/// How the image is upscaled.
+pub(crate) enum HiresUpscaler {
+    Latent(LatentUpscaler),
+    /// In so many steps between the passes.
+    Picture(LoadedUpscaler, usize),
+}
+
+impl HiresUpscaler {
+    /// Steps between the passes.
+    pub(crate) fn steps(&self) -> usize {
+        match self {
+            Self::Latent(_) => 0,
+            Self::Picture(_, steps) => *steps,
+        }
+    }
+
+    /// The work of a step between the passes, in pixels times rows times UNet calls.
+    pub(crate) fn step_work(&self, size: Size) -> usize {
+        match self {
+            // Decoding and encoding take about as long as a UNet call.
+            Self::Picture(upscaler, _) => upscaler.tile_work().max(size.pixels()),
+            Self::Latent(_) => 0,
+        }
+    }
 }
 
 /// The latents with which the hires pass begins: upscaled (1, C, h, w) f32, the same under noise,
@@ -42,15 +71,21 @@ pub(crate) struct UpscaledLatents {
 }
 
 impl HiresPass {
-    /// Upscales the latents of the base pass; `scale` is pixels per latent pixel. As in
-    /// AUTOMATIC1111, the noise is a new stream of the same seed, with the same variation.
+    /// Upscales the latents of the base pass; `scale` is pixels per latent pixel. `None` if it is
+    /// the picture that is upscaled.
     pub(crate) fn begin(
         &self,
         latents: &Tensor,
         from: Size,
         scale: usize,
-    ) -> Result<UpscaledLatents> {
-        let clean = self.upscaler.upscale(latents, (from, self.size), scale)?;
+    ) -> Result<Option<UpscaledLatents>> {
+        let HiresUpscaler::Latent(upscaler) = &self.upscaler else { return Ok(None) };
+        self.begin_with(upscaler.upscale(latents, (from, self.size), scale)?).map(Some)
+    }
+
+    /// Puts upscaled latents (1, C, h, w) f32 under noise. As in AUTOMATIC1111, it is a new stream
+    /// of the same seed, with the same variation.
+    pub(crate) fn begin_with(&self, clean: Tensor) -> Result<UpscaledLatents> {
         let mut noise = Noise::new(self.seed);
         let mut drawn = noise.normal(clean.elem_count());
         if let Some(variation) = self.variation {
@@ -66,7 +101,7 @@ impl HiresPass {
     }
 }
 
-impl Upscaler {
+impl LatentUpscaler {
     /// Latents (1, C, h, w) f32 of an image of one size -> (1, C, h', w') of another size on the
     /// same device: upscaled until they cover it, then cropped at the centre. `scale` is pixels per
     /// latent pixel.
@@ -126,7 +161,7 @@ fn resampled(plane: &[f32], w: usize, across: &[Taps], down: &[Taps]) -> Vec<f32
 }
 
 /// The smallest size with the aspect ratio of `from` that covers `to`.
-fn covering(from: Size, to: Size) -> (usize, usize) {
+pub(super) fn covering(from: Size, to: Size) -> (usize, usize) {
     let wider = to.width() * from.height() > from.width() * to.height();
     match wider {
         true => (to.width(), to.width() * from.height() / from.width()),

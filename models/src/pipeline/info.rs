@@ -6,9 +6,11 @@ use candle_core::{DType, Device};
 use super::control;
 use super::control_spec::Control;
 use super::defaults::Defaults;
+use super::enlarge::Enlarge;
 use super::options::AddOns;
 use super::pass::Pass;
 use super::spec::{Hires, Img2Img, MAX_STEPS, Spec};
+use super::upscaler::{PictureUpscaler, Upscaler};
 use super::vae::Vae;
 use crate::error::{Error, Result};
 use crate::files::AssetFile;
@@ -141,6 +143,10 @@ impl ModelInfo {
     /// over its images.
     pub fn step_bytes(&self, spec: &Spec, size: Size) -> u64 {
         let memory = self.memory;
+        if let Some(enlarge) = &spec.enlarge {
+            // The picture, and those that it becomes.
+            return 3 * (enlarge.picture.data.len() as u64 + 3 * size.pixels() as u64);
+        }
         let latent = size.pixels() as u64 / memory.scale.max(1).pow(2);
         let lora = if spec.has_loras() { memory.lora_bytes } else { 0 };
         let nets = spec.controls.len() as u64;
@@ -161,7 +167,8 @@ impl ModelInfo {
     pub fn peak_bytes(&self, spec: &Spec) -> u64 {
         let decode = |size: Size| size.pixels() as u64 * self.memory.decode_bytes;
         let peak = |size| self.step_bytes(spec, size).max(decode(size));
-        spec.passes().map(Pass::size).map(peak).max().unwrap_or_default()
+        let peaks = spec.passes().map(Pass::size).map(peak);
+        peaks.max().unwrap_or_else(|| self.step_bytes(spec, spec.size))
     }
 
     /// Whether image-to-image takes all steps, among the share of the noise levels that the strength
@@ -180,6 +187,9 @@ impl ModelInfo {
     /// Checks a spec against the model's limits. The error names the field.
     pub fn check(&self, spec: &Spec) -> Result<()> {
         let refuse = |field, reason: String| Err(Error::Spec { field, reason });
+        if let Some(enlarge) = &spec.enlarge {
+            return check_enlarge(enlarge, spec.size);
+        }
         let size = spec.size;
         let fits = |side: usize| side.is_multiple_of(self.multiple);
         if !fits(size.width()) || !fits(size.height()) {
@@ -280,6 +290,20 @@ impl ModelInfo {
                 reason: format!("names the ControlNet {reason}"),
             })?;
         }
+        for (field, upscaler) in spec.upscalers() {
+            let Some(name) = upscaler.file() else { continue };
+            self.add_ons.upscalers.find(name).map_err(|reason| {
+                let built_in: Vec<_> = match field {
+                    "hires_upscaler" => Upscaler::built_in().collect(),
+                    _ => PictureUpscaler::BUILT_IN.iter().map(PictureUpscaler::title).collect(),
+                };
+                let reason = format!(
+                    "names the upscaler {reason} in --upscalers-dir, beside {}",
+                    built_in.join(", ")
+                );
+                Error::Spec { field, reason }
+            })?;
+        }
         Ok(())
     }
 
@@ -332,6 +356,23 @@ impl ModelInfo {
         }
         Ok(())
     }
+}
+
+/// Checks a picture to enlarge.
+fn check_enlarge(enlarge: &Enlarge, size: Size) -> Result<()> {
+    let refuse = |field, reason: String| Err(Error::Spec { field, reason });
+    if !(enlarge.scale.is_finite() && enlarge.scale > 0.0) {
+        return refuse("scale", format!("must be above 0, not {}", enlarge.scale));
+    }
+    let (width, height) = enlarge.size();
+    if (width, height) != (size.width(), size.height()) {
+        return refuse("scale", format!("gives a picture of {width}x{height}, not {size}"));
+    }
+    let share = enlarge.second.as_ref().map_or(0.0, |(_, share)| *share);
+    if !(0.0..=1.0).contains(&share) {
+        return refuse("second_upscaler", format!("must have a share from 0 to 1, not {share}"));
+    }
+    Ok(())
 }
 
 /// Why a denoising strength is rejected.

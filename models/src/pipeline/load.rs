@@ -11,6 +11,7 @@ use super::index::PipelineIndex;
 use super::info::{MemoryEstimate, ModelInfo, SingleFiles};
 use super::options::{AddOns, LoadOptions, SafetyMode};
 use super::read_files::{ReadFiles, fingerprint_of, open_again, reopen};
+use super::upscaler_cache::UpscalerCache;
 use super::vae::Vae;
 use crate::error::{Error, Result};
 use crate::files::{AssetCache, AssetFile, Checkpoint, SAFETY_CHECKER, Source, Weights};
@@ -33,6 +34,7 @@ pub(super) struct LoadedModel {
     pub(super) scheduler: SchedulerConfig,
     pub(super) loras: Arc<LoraCache>,
     pub(super) controlnets: Arc<ControlNetCache>,
+    pub(super) upscalers: Arc<UpscalerCache>,
 }
 
 impl LoadedModel {
@@ -45,7 +47,6 @@ impl LoadedModel {
         let index = PipelineIndex::read(source)?;
         let half = dtype == DType::F16;
         let mut files = ReadFiles::default();
-        let AddOns { loras, max_lora_bytes, .. } = options.add_ons.clone();
         let weights = source.weights("text_encoder", "model", half)?;
         let (tokenizer, text_encoder, embeddings) =
             read_text(options, &weights, &device, dtype, &mut files)?;
@@ -93,10 +94,12 @@ impl LoadedModel {
             embeddings,
             warnings: files.warnings,
         };
+        let AddOns { loras, max_lora_bytes, .. } = options.add_ons.clone();
         let controlnets =
             ControlNetCache::new(&options.add_ons, (unet.config(), scale), (&device, dtype));
         Ok(Self {
             info,
+            upscalers: Arc::new(UpscalerCache::new(&options.add_ons, &device, dtype)),
             device,
             tokenizer,
             text_encoder,

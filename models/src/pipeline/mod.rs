@@ -5,10 +5,12 @@
 //! trajectory with guidance takes two (unconditional, conditional) and more if its prompt joins
 //! several, one without takes one.
 
+mod between;
 mod control;
 mod control_spec;
 mod defaults;
 mod device;
+mod enlarge;
 mod few_steps;
 mod hires;
 mod index;
@@ -24,6 +26,8 @@ mod read_files;
 mod rows;
 mod spec;
 mod trajectory;
+mod upscaler;
+mod upscaler_cache;
 mod vae;
 mod variation;
 
@@ -38,6 +42,8 @@ pub use self::control_spec::{
 };
 pub use self::defaults::{Chosen, Defaults};
 pub use self::device::{DeviceName, Precision};
+use self::enlarge::LoadedUpscaler;
+pub use self::enlarge::{Enlarge, Enlargement};
 use self::hires::HiresPass;
 pub use self::index::check_pipeline;
 pub use self::info::{MAX_NOISE_SCALE, MemoryEstimate, ModelInfo, SingleFiles};
@@ -51,14 +57,17 @@ use self::preview::Preview;
 pub use self::prompts::encode_chunks;
 use self::prompts::{Encoding, PromptCache};
 use self::rows::Rows;
-pub use self::spec::{Hires, Img2Img, MAX_STEPS, MaskedStart, PromptSyntax, Spec, Upscaler};
+pub use self::spec::{Hires, Img2Img, MAX_STEPS, MaskedStart, PromptSyntax, Spec};
+use self::trajectory::StepResult;
 pub use self::trajectory::Trajectory;
+pub use self::upscaler::{LatentUpscaler, PictureUpscaler, TILE_WORK, Upscaler};
 pub use self::variation::Variation;
 use crate::error::{Error, Result};
 use crate::layers::LoraStack;
 use crate::networks::Conditioning;
 use crate::ops::{
     KernelStats, device_kernels, device_name, device_stats, free_device_bytes, linear_combination,
+    tiling,
 };
 use crate::picture::Rgb;
 use crate::sampling::{Noise, Run, SamplerName, SamplerState};
@@ -121,8 +130,8 @@ impl Pipeline {
         self.model.info.check(spec)
     }
 
-    /// Reads what an image names, for another thread to run; `None` if it names nothing. It is
-    /// what [`Self::begin_with`] takes.
+    /// Reads what a spec names, for another thread to run; `None` if it names nothing. It is what
+    /// [`Self::begin_with`] and [`Self::begin_enlarging`] take.
     pub fn read_files(
         &self,
         spec: &Spec,
@@ -130,9 +139,14 @@ impl Pipeline {
         let loras = PassLoras::reader(&self.model.loras, spec);
         let nets: Vec<_> = spec.controls.iter().map(|control| control.model.clone()).collect();
         let controlnets = Arc::clone(&self.model.controlnets);
-        (loras.is_some() || !nets.is_empty()).then_some(move || {
+        let named: Vec<_> = spec.upscalers().map(|(field, name)| (field, name.clone())).collect();
+        let cache = Arc::clone(&self.model.upscalers);
+        let some = loras.is_some() || !nets.is_empty() || !named.is_empty();
+        some.then_some(move || {
             let loras = loras.map_or_else(|| Ok(PassLoras::default()), |read| read())?;
-            Ok(NamedFiles { loras, controlnets: controlnets.get(&nets)? })
+            let upscalers = named.iter().map(|(field, name)| cache.get(field, name));
+            let upscalers = upscalers.collect::<Result<_>>()?;
+            Ok(NamedFiles { loras, controlnets: controlnets.get(&nets)?, upscalers })
         })
     }
 
@@ -142,10 +156,27 @@ impl Pipeline {
         self.begin_with(spec, files?)
     }
 
+    /// Begins with the picture that a spec enlarges. Reads no file.
+    pub fn begin_enlarging(&self, spec: &Spec, files: NamedFiles) -> Result<Enlargement> {
+        self.check(spec)?;
+        let Some(enlarge) = &spec.enlarge else {
+            let reason = "is required of what is enlarged".into();
+            return Err(Error::Spec { field: "image", reason });
+        };
+        Enlargement::new(enlarge, files.upscalers, &self.model.device)
+    }
+
+    /// One step of a picture that is enlarged, which is unchanged after an error.
+    pub fn enlarge(&self, enlargement: &mut Enlargement) -> Result<()> {
+        let step = enlargement.step()?;
+        enlargement.advance(step);
+        Ok(())
+    }
+
     /// Encodes the prompts and the input image, and draws the noise. Reads no file.
     pub fn begin_with(&self, spec: &Spec, files: NamedFiles) -> Result<Trajectory> {
         self.check(spec)?;
-        let NamedFiles { loras, controlnets: nets } = files;
+        let NamedFiles { loras, controlnets: nets, upscalers } = files;
         let lora_files = loras.files();
         let PassLoras { base: loras, hires: of_hires } = loras;
         let mut warnings: Vec<_> = spec.warnings.iter().cloned().chain(loras.warnings()).collect();
@@ -159,11 +190,11 @@ impl Pipeline {
             self.model.unet.config().in_channels > self.model.unet.config().out_channels;
         let init = LatentInit { vae: &self.model.vae, device: &self.model.device, inpainting };
         let InitialLatents { latents, blend, mask_condition, step_noise } =
-            init.begin(spec, &sampler, &mut noise)?;
+            tiling(spec.tiling, || init.begin(spec, &sampler, &mut noise))?;
         let noise = step_noise.unwrap_or(noise);
         let time_embeddings = self.time_embeddings(&sampler, base, &loras)?;
         let controls = controls(base, &nets, &sampler)?;
-        let hires = self.hires_pass(spec, (of_hires, &nets), &mut warnings)?;
+        let hires = self.hires_pass(spec, (of_hires, &nets, &upscalers), &mut warnings)?;
         Ok(Trajectory {
             size: spec.size,
             latents,
@@ -178,6 +209,9 @@ impl Pipeline {
             noise,
             last_call: None,
             hires,
+            tiling: spec.tiling,
+            between: None,
+            steps_between: 0,
             base_evaluations: 0,
             warnings,
         })
@@ -231,7 +265,7 @@ impl Pipeline {
     fn hires_pass(
         &self,
         spec: &Spec,
-        (loras, nets): (LoraStack, &ControlNets),
+        (loras, nets, upscalers): (LoraStack, &ControlNets, &[LoadedUpscaler]),
         warnings: &mut Vec<String>,
     ) -> Result<Option<HiresPass>> {
         let (Some(pass), Some(hires)) = (Pass::hires(spec), &spec.hires) else { return Ok(None) };
@@ -253,7 +287,7 @@ impl Pipeline {
             sampler,
             rows,
             loras,
-            upscaler: hires.upscaler,
+            upscaler: between::upscaler(hires, spec.size, upscalers)?,
             seed: spec.seed,
             seed_delta: pass.seed_delta(),
             variation: spec.variation,
@@ -281,14 +315,44 @@ impl Pipeline {
         self.model.unet.guided_time_embeddings(&timesteps, pass.guidance_scale(), &loras)
     }
 
-    /// One UNet call for all trajectories that are not done; all must have one size. After an error
-    /// every trajectory is unchanged, so that the step can be repeated.
+    /// One step of all trajectories that are not done; all must have one size. It is one UNet call,
+    /// and for each whose picture is between two passes a step of that. After an error every
+    /// trajectory is unchanged, so that the step can be repeated.
     pub fn step(&self, batch: &mut [&mut Trajectory]) -> Result<()> {
+        let between = |t: &&mut Trajectory| match (&t.hires, &t.between) {
+            (Some(hires), Some(between)) => {
+                let decode = || self.decode(t);
+                between::step(&self.model, t, (hires, between), decode).map(Some)
+            }
+            _ => Ok(None),
+        };
+        let between = batch.iter().map(between).collect::<Result<Vec<_>>>()?;
+        let sampled = [self.sample(batch, false)?, self.sample(batch, true)?];
+        // Only now, when nothing can fail any more.
+        for (trajectory, step) in batch.iter_mut().zip(between) {
+            if let Some(step) = step {
+                trajectory.advance_between(step);
+            }
+        }
+        for (place, result) in sampled.into_iter().flatten() {
+            batch[place].advance(result);
+        }
+        Ok(())
+    }
+
+    /// One UNet call for the trajectories that have one next, of those whose opposite edges meet or
+    /// of the others: their places, and what it changes in each.
+    fn sample(
+        &self,
+        batch: &mut [&mut Trajectory],
+        is_tiling: bool,
+    ) -> Result<Vec<(usize, StepResult)>> {
         let (mut latents, mut times) = (Vec::new(), Vec::new());
         let (mut conditioning, mut loras) = (Vec::new(), Vec::new());
-        let mut active: Vec<&mut Trajectory> = Vec::new();
+        let mut active: Vec<(usize, &mut Trajectory)> = Vec::new();
         let mut controlled = Vec::new();
-        for trajectory in batch.iter_mut() {
+        let members = batch.iter_mut().enumerate().filter(|(_, t)| t.tiling == is_tiling);
+        for (place, trajectory) in members {
             let Some(evaluation) = trajectory.sampler.next() else { continue };
             let input = linear_combination(&[(evaluation.input_scale, &trajectory.latents)])?;
             let evaluation = trajectory.sampler.completed();
@@ -309,32 +373,30 @@ impl Pipeline {
                 times.push(time.clone());
                 loras.push(trajectory.loras.clone());
             }
-            active.push(trajectory);
+            active.push((place, trajectory));
         }
         if active.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let (latents, times) = (Tensor::cat(&latents, 0)?, Tensor::cat(&times, 0)?);
         let rows: Vec<_> = conditioning.iter().map(Arc::as_ref).collect();
         let conditioning = Conditioning::stack(&rows)?;
-        let mut nets: Vec<_> = active.iter_mut().map(|image| &mut image.controls).collect();
-        let residuals = residuals(&mut nets, &controlled)?;
-        let unet = &self.model.unet;
-        let output =
-            unet.forward_controlled(&latents, &times, &conditioning, &loras, &residuals)?;
+        let mut nets: Vec<_> = active.iter_mut().map(|(_, image)| &mut image.controls).collect();
+        let predict = || {
+            let residuals = residuals(&mut nets, &controlled)?;
+            let unet = &self.model.unet;
+            unet.forward_controlled(&latents, &times, &conditioning, &loras, &residuals)
+        };
+        let output = tiling(is_tiling, predict)?;
         let scale = self.model.vae.config().scale();
         let mut row = 0;
         let mut results = Vec::new();
-        for trajectory in &active {
+        for (place, trajectory) in active {
             let rows = trajectory.rows();
-            results.push(trajectory.step(&output.narrow(0, row, rows)?, scale)?);
+            results.push((place, trajectory.step(&output.narrow(0, row, rows)?, scale)?));
             row += rows;
         }
-        // Only now, when nothing can fail any more.
-        for (trajectory, result) in active.into_iter().zip(results) {
-            trajectory.advance(result);
-        }
-        Ok(())
+        Ok(results)
     }
 
     /// A live preview of a trajectory, one pixel per latent pixel: the predicted x0 of the last
@@ -358,7 +420,7 @@ impl Pipeline {
     /// call is decoded, as AUTOMATIC1111 does when it is interrupted.
     pub fn decode(&self, trajectory: &Trajectory) -> Result<Rgb> {
         let latents = (trajectory.predicted_x0()? / self.model.vae.config().scaling_factor)?;
-        let image = self.decode_latents(&latents)?; // (1, H, W, 3)
+        let image = tiling(trajectory.tiling, || self.decode_latents(&latents))?; // (1, H, W, 3)
         let (_, height, width, _) = image.dims4()?;
         let values = image.flatten_all()?.to_vec1::<f32>()?;
         // Rounds half to even, as numpy.
@@ -385,6 +447,15 @@ pub struct NamedFiles {
     pub loras: PassLoras,
     /// Its ControlNets.
     pub controlnets: ControlNets,
+    /// Those of [`Spec::upscalers`].
+    pub(crate) upscalers: Vec<LoadedUpscaler>,
+}
+
+impl NamedFiles {
+    /// An estimate of what a step of its upscalers takes beside the model, in bytes.
+    pub fn upscaling_bytes(&self) -> u64 {
+        self.upscalers.iter().map(LoadedUpscaler::tile_bytes).max().unwrap_or_default()
+    }
 }
 
 /// The ControlNets of a pass, which begins with the sampler.

@@ -41,6 +41,11 @@ pub struct AddOns {
     /// Maximum bytes of cached ControlNets; at the limit, the least recently used are evicted. A
     /// net, or those of one image, that would take more are refused.
     pub max_controlnet_bytes: u64,
+    /// Upscalers, read when a request names them.
+    pub upscalers: AssetDir,
+    /// Maximum bytes of cached upscalers; at the limit, the least recently used are evicted. One
+    /// that would take more is refused.
+    pub max_upscaler_bytes: u64,
     /// Textual inversion embeddings, read with the model.
     pub embeddings: AssetDir,
     /// Maximum bytes of embeddings; files beyond it are skipped.

@@ -27,9 +27,10 @@ const HIRES_FIELDS: [(&str, &str); 2] =
 pub(super) type Directions = Vec<(Schedule, f64)>;
 
 impl Spec {
-    /// The base pass, and the hires pass if there is one.
+    /// The base pass, and the hires pass if there is one. What is only enlarged has none.
     pub fn passes(&self) -> impl Iterator<Item = Pass<'_>> {
-        std::iter::once(Pass::base(self)).chain(Pass::hires(self))
+        let passes = std::iter::once(Pass::base(self)).chain(Pass::hires(self));
+        passes.filter(|_| self.enlarge.is_none())
     }
 
     /// Batch rows of one UNet call, in the pass that has the most.

@@ -213,6 +213,8 @@ mod tests {
                 warnings: Vec::new(),
                 hires: None,
                 controls: Vec::new(),
+                tiling: false,
+                enlarge: None,
             };
             let mut trajectory = pipeline.begin(&spec).expect("begun");
             let mut previews = vec![pipeline.preview(&trajectory).expect("of noise")];

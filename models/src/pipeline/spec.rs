@@ -7,6 +7,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use super::control_spec::Control;
+use super::enlarge::Enlarge;
+use super::upscaler::{PictureUpscaler, TILE_WORK, Upscaler};
 use super::variation::Variation;
 use crate::error::{Error, Result};
 use crate::picture::{Rgb, Size};
@@ -56,6 +58,9 @@ pub struct Spec {
     pub guidance_rescale: f64,
     /// Noise of a second seed that is mixed into the first noise; most images have none.
     pub variation: Option<Variation>,
+    /// Whether the opposite edges of the image meet, so that it can be laid beside itself: the
+    /// convolutions of UNet and VAE are padded with the other side.
+    pub tiling: bool,
     /// What the reply warns of before the image is begun.
     pub warnings: Vec<String>,
     /// Input image of image-to-image and inpainting; none for text-to-image.
@@ -64,6 +69,9 @@ pub struct Spec {
     pub hires: Option<Hires>,
     /// ControlNets, in the order in which what they add is summed.
     pub controls: Vec<Control>,
+    /// A picture to enlarge. Then nothing is drawn, `size` is what it becomes before it is laid on
+    /// a canvas, and nothing else of the spec has a meaning but its warnings.
+    pub enlarge: Option<Arc<Enlarge>>,
 }
 
 impl Spec {
@@ -90,7 +98,8 @@ impl Spec {
 
     /// Whether files of requests may have to be read for it.
     pub fn has_files(&self) -> bool {
-        !self.controls.is_empty() || self.has_loras()
+        let has_upscaler = || self.upscalers().any(|(_, upscaler)| upscaler.file().is_some());
+        !self.controls.is_empty() || self.has_loras() || has_upscaler()
     }
 
     /// Steps skipped because the latents begin as an input image.
@@ -103,6 +112,25 @@ impl Spec {
     pub fn share_of_levels(&self) -> f64 {
         let init = self.img2img.as_ref().filter(|init| init.takes_all_steps);
         init.map_or(1.0, |init| init.strength)
+    }
+
+    /// The upscalers of pictures that the spec names: of its hires pass, or of what it enlarges.
+    pub fn upscalers(&self) -> impl Iterator<Item = (&'static str, &PictureUpscaler)> {
+        let hires = self.hires.as_ref().and_then(|hires| match &hires.upscaler {
+            Upscaler::Picture(upscaler) => Some(("hires_upscaler", upscaler)),
+            Upscaler::Latent(_) => None,
+        });
+        let names = ["upscaler", "second_upscaler"];
+        let enlarge = self.enlarge.iter().flat_map(move |e| names.into_iter().zip(e.upscalers()));
+        hires.into_iter().chain(enlarge)
+    }
+
+    /// An estimate of the work of the upscalers, in pixels times rows times UNet calls.
+    pub fn upscaling_work(&self) -> usize {
+        let hires = self.hires.iter().map(|_| self.size.pixels());
+        let enlarge = self.enlarge.iter().map(|e| e.picture.width * e.picture.height);
+        let networks = self.upscalers().filter(|(_, upscaler)| upscaler.file().is_some()).count();
+        networks * TILE_WORK * hires.chain(enlarge).sum::<usize>()
     }
 
     /// Denoising strength of image-to-image or of the hires pass, if there is one.
@@ -132,7 +160,7 @@ pub struct Hires {
     pub steps: usize,
     /// Denoising strength, 0 to 1: the share of the steps that are taken.
     pub strength: f64,
-    /// How latents are upscaled.
+    /// How the image is upscaled.
     pub upscaler: Upscaler,
     /// Prompt of the pass, if it is another.
     pub prompt: Option<String>,
@@ -148,59 +176,6 @@ impl Hires {
     /// Steps skipped because the latents begin as the base pass's.
     pub fn skipped_steps(&self) -> usize {
         skipped(self.steps, self.strength)
-    }
-}
-
-/// How latents are upscaled: the modes of torch's `interpolate`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Upscaler {
-    /// `bilinear`
-    #[default]
-    Bilinear,
-    /// `bilinear`, antialiased
-    BilinearAntialiased,
-    /// `bicubic`
-    Bicubic,
-    /// `bicubic`, antialiased
-    BicubicAntialiased,
-    /// `nearest`
-    Nearest,
-    /// `nearest-exact`
-    NearestExact,
-}
-
-/// One row per upscaler: AUTOMATIC1111's name.
-const UPSCALERS: [(Upscaler, &str); 6] = [
-    (Upscaler::Bilinear, "Latent"),
-    (Upscaler::BilinearAntialiased, "Latent (antialiased)"),
-    (Upscaler::Bicubic, "Latent (bicubic)"),
-    (Upscaler::BicubicAntialiased, "Latent (bicubic antialiased)"),
-    (Upscaler::Nearest, "Latent (nearest)"),
-    (Upscaler::NearestExact, "Latent (nearest-exact)"),
-];
-
-impl Upscaler {
-    /// Every upscaler.
-    pub fn all() -> impl Iterator<Item = Self> {
-        UPSCALERS.iter().map(|row| row.0)
-    }
-
-    /// AUTOMATIC1111's name.
-    pub fn title(self) -> &'static str {
-        let row = UPSCALERS.iter().find(|row| row.0 == self);
-        row.expect("every variant has a row; a test walks them").1
-    }
-}
-
-impl FromStr for Upscaler {
-    type Err = String;
-
-    fn from_str(name: &str) -> std::result::Result<Self, String> {
-        let row = UPSCALERS.iter().find(|row| row.1.eq_ignore_ascii_case(name));
-        row.map(|row| row.0).ok_or_else(|| {
-            let known = UPSCALERS.map(|row| row.1).join(", ");
-            format!("{name:?} is unknown; known are {known}")
-        })
     }
 }
 
@@ -268,16 +243,4 @@ pub enum MaskedStart {
     Noise,
     /// Latents of zero.
     Zero,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_title_of_an_upscaler_finds_it() {
-        for upscaler in Upscaler::all() {
-            assert_eq!(upscaler.title().to_lowercase().parse(), Ok(upscaler));
-        }
-    }
 }

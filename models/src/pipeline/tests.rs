@@ -60,6 +60,8 @@ fn spec(loras: Loras) -> Spec {
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),
+        tiling: false,
+        enlarge: None,
     }
 }
 

@@ -2,6 +2,7 @@
 
 use candle_core::Tensor;
 
+use super::between::Between;
 use super::control::ActiveControl;
 use super::hires::{HiresPass, UpscaledLatents};
 use super::init::InpaintBlend;
@@ -33,7 +34,13 @@ pub struct Trajectory {
     pub(super) last_call: Option<(Tensor, Tensor)>,
     /// The hires pass, while the base pass runs.
     pub(super) hires: Option<HiresPass>,
-    /// Evaluations of the base pass, once the hires pass runs.
+    /// Whether the opposite edges of the image meet.
+    pub(super) tiling: bool,
+    /// The picture between the base pass and the hires pass, if it is what is upscaled.
+    pub(super) between: Option<Between>,
+    /// Steps of the picture between the passes that are done, until the hires pass runs.
+    pub(super) steps_between: usize,
+    /// Evaluations of the base pass and steps after it, once the hires pass runs.
     pub(super) base_evaluations: usize,
     pub(super) warnings: Vec<String>,
 }
@@ -48,10 +55,25 @@ pub(super) struct StepResult {
     pub(super) begins_hires: bool,
 }
 
+impl StepResult {
+    /// The first of a hires pass.
+    pub(super) fn of_hires(hires: &HiresPass, upscaled: UpscaledLatents) -> Self {
+        let UpscaledLatents { clean, latents, noise } = upscaled;
+        // Until there is an output, a preview shows the upscaled latents.
+        let last_call = (clean.clone(), clean);
+        Self { latents, last_call, sampler: hires.sampler.clone(), noise, begins_hires: true }
+    }
+}
+
 impl Trajectory {
     /// Whether nothing but decoding is left to do.
     pub fn done(&self) -> bool {
-        self.sampler.next().is_none()
+        self.sampler.next().is_none() && self.between.is_none()
+    }
+
+    /// Whether its next step is one of the picture between two passes, and no UNet call.
+    pub fn enlarging(&self) -> bool {
+        self.between.is_some()
     }
 
     /// The files of its LoRAs, in the versions that it uses.
@@ -59,19 +81,22 @@ impl Trajectory {
         self.lora_files.clone()
     }
 
-    /// Completed UNet evaluations, and their total. Heun takes two a step, PNDM one more than
-    /// steps.
+    /// Completed UNet evaluations and steps of a picture between two passes, and their total. Heun
+    /// takes two a step, PNDM one more than steps.
     pub fn progress(&self) -> (usize, usize) {
-        let hires = self.hires.as_ref().map_or(0, |hires| hires.sampler.evaluations());
-        let total = self.base_evaluations + self.sampler.evaluations() + hires;
-        (self.base_evaluations + self.sampler.completed(), total)
+        let left = |hires: &HiresPass| hires.sampler.evaluations() + hires.upscaler.steps();
+        let left = self.hires.as_ref().map_or(0, left);
+        let total = self.base_evaluations + self.sampler.evaluations() + left;
+        (self.base_evaluations + self.sampler.completed() + self.steps_between, total)
     }
 
     /// Pixels times rows times evaluations that are left.
     pub fn work_left(&self) -> usize {
         let left = self.sampler.evaluations() - self.sampler.completed();
         let work = |hires: &HiresPass| {
-            hires.size.pixels() * hires.rows.len() * hires.sampler.evaluations()
+            let between = hires.upscaler.steps().saturating_sub(self.steps_between);
+            between * hires.upscaler.step_work(hires.size)
+                + hires.size.pixels() * hires.rows.len() * hires.sampler.evaluations()
         };
         self.size.pixels() * self.rows() * left + self.hires.as_ref().map_or(0, work)
     }
@@ -100,7 +125,7 @@ impl Trajectory {
     /// if they are finished: (1, C, h, w) f32.
     pub(super) fn predicted_x0(&self) -> Result<Tensor> {
         match &self.last_call {
-            Some((x, output)) if !self.done() => {
+            Some((x, output)) if self.sampler.next().is_some() => {
                 let x0 = self.sampler.predicted_x0(x, output)?;
                 self.blend.as_ref().map_or(Ok(x0.clone()), |blend| blend.without_noise(&x0))
             }
@@ -118,26 +143,21 @@ impl Trajectory {
         if let Some(blend) = &self.blend {
             latents = blend.apply(&latents, &sampler)?;
         }
-        match self.hires.as_ref().filter(|_| sampler.next().is_none()) {
-            None => {
-                let last_call = (self.latents.clone(), output);
-                Ok(StepResult { latents, last_call, sampler, noise, begins_hires: false })
-            }
-            Some(hires) => {
-                let UpscaledLatents { clean, latents, noise } =
-                    hires.begin(&latents, self.size, scale)?;
-                // Until there is an output, a preview shows the upscaled latents.
-                let last_call = (clean.clone(), clean);
-                let sampler = hires.sampler.clone();
-                Ok(StepResult { latents, last_call, sampler, noise, begins_hires: true })
-            }
+        let hires = self.hires.as_ref().filter(|_| sampler.next().is_none());
+        let upscaled = hires.map(|hires| hires.begin(&latents, self.size, scale)).transpose()?;
+        if let (Some(hires), Some(upscaled)) = (hires, upscaled.flatten()) {
+            return Ok(StepResult::of_hires(hires, upscaled));
         }
+        let last_call = (self.latents.clone(), output);
+        Ok(StepResult { latents, last_call, sampler, noise, begins_hires: false })
     }
 
     pub(super) fn advance(&mut self, result: StepResult) {
         let StepResult { latents, last_call, sampler, noise, begins_hires } = result;
         if begins_hires && let Some(hires) = self.hires.take() {
-            self.base_evaluations = self.sampler.evaluations();
+            self.base_evaluations = self.sampler.evaluations() + self.steps_between;
+            self.steps_between = 0;
+            self.between = None;
             self.size = hires.size;
             self.time_embeddings = hires.time_embeddings;
             self.rows = hires.rows;
@@ -148,5 +168,8 @@ impl Trajectory {
         self.last_call = Some(last_call);
         self.sampler = sampler;
         self.noise = noise;
+        if !begins_hires && self.hires.is_some() && self.sampler.next().is_none() {
+            self.between = Some(Between::Decode);
+        }
     }
 }

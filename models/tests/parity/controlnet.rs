@@ -355,7 +355,7 @@ fn modes_of_the_extension_are_factors_of_layers_and_rows() {
         size,
         steps: 8,
         strength: 0.5,
-        upscaler: Upscaler::Bilinear,
+        upscaler: Upscaler::default(),
         prompt: None,
         negative_prompt: None,
         guidance_scale: None,

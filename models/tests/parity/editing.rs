@@ -117,7 +117,7 @@ fn hires(case: &str) -> Option<Hires> {
         size: Size::new(96, 80).unwrap(),
         steps: 10,
         strength: 0.5,
-        upscaler: Upscaler::Bilinear,
+        upscaler: Upscaler::default(),
         prompt: None,
         negative_prompt: None,
         guidance_scale: None,

@@ -20,6 +20,11 @@ pub(crate) fn load(root: PathBuf) -> Pipeline {
     open(Source::Directory(root), None).unwrap()
 }
 
+/// The model in a directory, with what requests can add to it.
+pub(crate) fn with_add_ons(root: PathBuf, add_ons: AddOns) -> Pipeline {
+    Pipeline::load(&LoadOptions { add_ons, ..options(Source::Directory(root)) }).unwrap()
+}
+
 pub(crate) fn open(source: Source, vae: Option<Source>) -> sd_models::Result<Pipeline> {
     Pipeline::load(&LoadOptions { vae, ..options(source) })
 }
@@ -85,6 +90,8 @@ pub(crate) fn spec(start: Option<Img2Img>) -> Spec {
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),
+        tiling: false,
+        enlarge: None,
     }
 }
 

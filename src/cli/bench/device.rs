@@ -188,6 +188,8 @@ impl DeviceBench {
             warnings: Vec::new(),
             hires: None,
             controls: Vec::new(),
+            tiling: false,
+            enlarge: None,
         }
     }
 

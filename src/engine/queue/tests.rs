@@ -29,6 +29,8 @@ fn job(client: u64, id: JobId, images: usize) -> (Ticket, Vec<ImageTask>) {
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),
+        tiling: false,
+        enlarge: None,
     };
     let client = Client::named(&client.to_string());
     let job = Job { client, ..Job::from(vec![spec; images]) };

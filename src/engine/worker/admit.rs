@@ -4,11 +4,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use sd_models::{NamedFiles, Size};
+use sd_models::{NamedFiles, Spec};
 use tracing::error;
 
 use super::files::{PendingFiles, Reader};
-use super::images::{SizeLoad, Slot, Worker, stepping};
+use super::images::{KindLoad, Slot, Worker, stepping};
+use crate::engine::batch::StepKind;
 use crate::engine::client::Client;
 use crate::engine::job::{ImageTask, JobError};
 use crate::engine::model::{Model, Trajectory as _};
@@ -17,7 +18,7 @@ use crate::engine::model::{Model, Trajectory as _};
 /// whether or not their images are still wanted; further images with files wait in the queue.
 pub(super) const MAX_READERS: usize = 4;
 
-/// Maximum number of image sizes that run at the same time, each with full batches. One client has at
+/// Maximum number of kinds of steps that run at the same time, each with full batches. One client has at
 /// most the rows of all but one, so that there is room for the next.
 pub(super) const MAX_BUCKETS: usize = 4;
 
@@ -33,7 +34,8 @@ impl<M: Model> Worker<M> {
             let queued = begun.saturating_duration_since(task.submitted);
             self.engine.metrics.queue_duration.time([], queued);
             // The budget may have become smaller since the image was accepted.
-            if self.model.info().peak_bytes(&task.spec) > self.engine.budget() {
+            let bytes = self.model.info().peak_bytes(&task.spec).max(files.upscaling_bytes());
+            if bytes > self.engine.budget() {
                 task.complete(Err(JobError::OutOfMemory));
                 continue;
             }
@@ -85,8 +87,8 @@ impl<M: Model> Worker<M> {
         }
     }
 
-    /// The first image for whose size there are rows. An image that waits for rows blocks later
-    /// ones of its size, so that a guided image is not overtaken by unguided ones forever.
+    /// The first image for whose kind there are rows. An image that waits for rows blocks later
+    /// ones of its kind, so that a guided image is not overtaken by unguided ones forever.
     fn next_task(&mut self) -> Option<ImageTask> {
         let (engine, info) = (&self.engine, self.model.info());
         let reading = || self.reading.iter().map(|reading| &reading.task.spec);
@@ -101,21 +103,21 @@ impl<M: Model> Worker<M> {
         let mut free = (MAX_BUCKETS * batch).saturating_sub(taken);
         let most = (MAX_BUCKETS - 1) * batch;
         let mut at_most: Vec<Client> = Vec::new();
-        let reading = reading().map(|spec| (spec.size, spec));
-        let loads = SizeLoad::all(info, stepping(&self.slots).chain(reading));
-        let mut held_back: Vec<Size> = Vec::new();
+        let reading = reading().map(|spec| (first_kind(spec), spec));
+        let loads = KindLoad::all(info, stepping(&self.slots).chain(reading));
+        let mut held_back: Vec<StepKind> = Vec::new();
         let mut queue = engine.queue();
         self.last_arrival = queue.arrivals();
         queue.next(|task| {
-            let (size, rows) = (task.spec.size, task.spec.rows());
-            let load = loads.iter().find(|load| load.size == size);
-            let joins = |load: &SizeLoad| {
-                let bytes = load.bytes + info.step_bytes(&task.spec, size);
-                load.rows + rows <= self.max_rows(size) && bytes <= engine.budget()
+            let (kind, rows) = (first_kind(&task.spec), task.spec.rows());
+            let load = loads.iter().find(|load| load.kind == kind);
+            let joins = |load: &KindLoad| {
+                let bytes = load.bytes + info.step_bytes(&task.spec, kind.size);
+                load.rows + rows <= self.max_rows(kind) && bytes <= engine.budget()
             };
             // An image alone may have more rows than a batch.
             let fits = (rows <= free || taken == 0) && load.is_none_or(joins);
-            if held_back.contains(&size) || at_most.contains(&task.client) {
+            if held_back.contains(&kind) || at_most.contains(&task.client) {
                 return false;
             }
             if self.readers.len() >= MAX_READERS && task.spec.has_files() {
@@ -126,10 +128,15 @@ impl<M: Model> Worker<M> {
                 return false;
             }
             if !fits {
-                held_back.push(size);
+                held_back.push(kind);
                 free = if rows > free { 0 } else { free };
             }
             fits
         })
     }
+}
+
+/// The kind of the first step of an image.
+fn first_kind(spec: &Spec) -> StepKind {
+    StepKind { size: spec.size, enlarging: spec.enlarge.is_some() }
 }

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use sd_models::{Error, ModelInfo, Rgb, Size, Spec};
+use sd_models::{Error, ModelInfo, Rgb, Spec};
 use tracing::error;
 
 use super::files::{PendingFiles, Reader};
-use crate::engine::batch::DeficitRoundRobin;
+use crate::engine::batch::{DeficitRoundRobin, StepKind};
 use crate::engine::job::{ImageTask, JobError};
 use crate::engine::model::{Model, Trajectory};
 use crate::engine::shared::EngineShared;
@@ -57,27 +57,33 @@ impl<T: Trajectory> Slot<T> {
     pub(super) fn done(&self) -> bool {
         self.interrupted || self.trajectory.done()
     }
+
+    /// The kind of its next step.
+    pub(super) fn kind(&self) -> StepKind {
+        let (size, enlarging) = (self.trajectory.size(), self.trajectory.enlarging());
+        StepKind { size, enlarging }
+    }
 }
 
-/// Rows and memory of the images of one size in a UNet call.
-pub(super) struct SizeLoad {
-    pub(super) size: Size,
+/// Rows and memory of the images of one kind of steps.
+pub(super) struct KindLoad {
+    pub(super) kind: StepKind,
     pub(super) rows: usize,
     pub(super) bytes: u64,
 }
 
-impl SizeLoad {
-    /// Sums rows and memory by size.
+impl KindLoad {
+    /// Sums rows and memory by kind.
     pub(super) fn all<'a>(
         info: &ModelInfo,
-        images: impl Iterator<Item = (Size, &'a Spec)>,
+        images: impl Iterator<Item = (StepKind, &'a Spec)>,
     ) -> Vec<Self> {
         let mut loads: Vec<Self> = Vec::new();
-        for (size, spec) in images {
-            let (rows, bytes) = (spec.rows(), info.step_bytes(spec, size));
-            match loads.iter_mut().find(|load| load.size == size) {
+        for (kind, spec) in images {
+            let (rows, bytes) = (spec.rows(), info.step_bytes(spec, kind.size));
+            match loads.iter_mut().find(|load| load.kind == kind) {
                 Some(load) => (load.rows, load.bytes) = (load.rows + rows, load.bytes + bytes),
-                None => loads.push(Self { size, rows, bytes }),
+                None => loads.push(Self { kind, rows, bytes }),
             }
         }
         loads
@@ -96,9 +102,9 @@ pub(super) struct Worker<M: Model> {
     /// Number of jobs that had arrived when the queue was last searched.
     pub(super) last_arrival: u64,
     pub(super) rotation: DeficitRoundRobin,
-    /// Maximum rows per size after the device was out of memory for more; until no image of that
-    /// size is left.
-    pub(super) caps: HashMap<Size, usize>,
+    /// Maximum rows per kind after the device was out of memory for more; until no image of that
+    /// kind is left.
+    pub(super) caps: HashMap<StepKind, usize>,
     /// The time that this model has used the device.
     pub(super) time_used: Duration,
     /// Duration of the last step, which limits the duration of one admission round.
@@ -128,15 +134,15 @@ impl<M: Model> Worker<M> {
         }
     }
 
-    /// Maximum number of rows per UNet call of this size.
-    pub(super) fn max_rows(&self, size: Size) -> usize {
+    /// Maximum number of rows per step of this kind.
+    pub(super) fn max_rows(&self, kind: StepKind) -> usize {
         let rows = self.engine.settings.max_batch_rows;
-        self.caps.get(&size).map_or(rows, |cap| rows.min(*cap))
+        self.caps.get(&kind).map_or(rows, |cap| rows.min(*cap))
     }
 
-    /// Rows and memory of the running images, by size.
-    pub(super) fn loads(&self) -> Vec<SizeLoad> {
-        SizeLoad::all(self.model.info(), stepping(&self.slots))
+    /// Rows and memory of the running images, by kind.
+    pub(super) fn loads(&self) -> Vec<KindLoad> {
+        KindLoad::all(self.model.info(), stepping(&self.slots))
     }
 
     /// Logs an error, only here, and returns what a client may know of it.
@@ -162,10 +168,12 @@ impl<M: Model> Worker<M> {
     }
 }
 
-/// The images that still step, and their sizes.
-pub(super) fn stepping<T: Trajectory>(slots: &[Slot<T>]) -> impl Iterator<Item = (Size, &Spec)> {
+/// The images that still step, and the kinds of their steps.
+pub(super) fn stepping<T: Trajectory>(
+    slots: &[Slot<T>],
+) -> impl Iterator<Item = (StepKind, &Spec)> {
     let stepping = slots.iter().filter(|slot| !slot.done());
-    stepping.map(|slot| (slot.trajectory.size(), &slot.task.spec))
+    stepping.map(|slot| (slot.kind(), &slot.task.spec))
 }
 
 /// An error and its causes, in one line.

@@ -1,7 +1,7 @@
 //! The thread that owns the model. It loads the model, warms it up and repeats three actions:
 //! *admit* waiting images into free rows, *step* the images of one size by one UNet call, *retire*
 //! one finished image. Between two steps images join, leave and are cancelled (continuous
-//! batching). LoRAs are read on other threads: an image that needs some keeps its rows meanwhile,
+//! batching). LoRAs and upscalers are read on other threads: an image that needs some keeps its rows meanwhile,
 //! and the others continue. This thread reads no file, since file systems may be slow.
 
 mod admit;
@@ -135,7 +135,7 @@ impl<M: Model> Worker<M> {
         self.stop_interrupted();
         self.admit();
         let loads = self.loads();
-        self.caps.retain(|size, _| loads.iter().any(|load| load.size == *size));
+        self.caps.retain(|kind, _| loads.iter().any(|load| load.kind == *kind));
         let work = self.step();
         self.retire();
         drop(turn);

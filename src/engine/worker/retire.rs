@@ -15,15 +15,17 @@ use crate::image;
 const NSFW_WARNING: &str = "the safety checker flags this image as NSFW";
 
 impl<M: Model> Worker<M> {
-    /// Stops interrupted images, and ends those without a finished step.
+    /// Stops interrupted images, and ends those of which there is nothing to show.
     pub(super) fn stop_interrupted(&mut self) {
         let skipped = self.slots.iter().filter(|slot| slot.task.take_skip());
         let skipped: Vec<_> = skipped.map(|slot| slot.task.key().0).collect();
         for slot in &mut self.slots {
             slot.interrupted |= slot.task.interrupted() || skipped.contains(&slot.task.key().0);
         }
-        let empty =
-            |slot: &mut Slot<M::Trajectory>| slot.interrupted && slot.trajectory.progress().0 == 0;
+        let empty = |slot: &mut Slot<M::Trajectory>| {
+            let enlarges = slot.task.spec.enlarge.is_some() && !slot.trajectory.done();
+            slot.interrupted && (enlarges || slot.trajectory.progress().0 == 0)
+        };
         let empty = self.slots.extract_if(.., empty).map(|slot| slot.task);
         let unread = self.reading.extract_if(.., |reading| reading.task.interrupted());
         empty.chain(unread.map(|reading| reading.task)).for_each(ImageTask::skip);

@@ -116,5 +116,7 @@ pub(super) fn warm_up_params(defaults: &Defaults, size: Size) -> Spec {
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),
+        tiling: false,
+        enlarge: None,
     }
 }

@@ -1,40 +1,41 @@
-//! A step: one UNet call for the images of one size, and their previews.
+//! A step: one UNet call for the images of one size, and their previews, or one step of a picture
+//! that is enlarged.
 
 use std::time::Instant;
 
 use sd_models::Error;
 use tracing::{debug, warn};
 
-use super::images::{SizeLoad, Slot, Worker, chain};
+use super::images::{KindLoad, Slot, Worker, chain};
 use crate::engine::batch::BucketLoad;
 use crate::engine::model::{Model, Trajectory as _};
 use crate::engine::state::Safety;
 use crate::image;
 
 impl<M: Model> Worker<M> {
-    /// One UNet call for the size whose turn it is, with its oldest images if not all fit. Returns
-    /// the work done.
+    /// One step of the kind whose turn it is, with its oldest images if not all fit; of pictures
+    /// that are enlarged the oldest. Returns the work done.
     pub(super) fn step(&mut self) -> u64 {
-        let loads = self.loads().into_iter().map(|SizeLoad { size, rows, .. }| {
+        let loads = self.loads().into_iter().map(|KindLoad { kind, rows, .. }| {
             let members = self.slots.iter().filter(|slot| !slot.done());
-            let members = members.filter(|slot| slot.trajectory.size() == size);
+            let members = members.filter(|slot| slot.kind() == kind);
             let clients = members.map(|slot| slot.task.client.clone()).collect();
-            BucketLoad { size, rows, clients }
+            BucketLoad { kind, rows, clients }
         });
         let loads: Vec<_> = loads.collect();
-        let Some(size) = self.rotation.next(&loads) else { return 0 };
+        let Some(kind) = self.rotation.next(&loads) else { return 0 };
         let (max_rows, budget, info) =
-            (self.max_rows(size), self.engine.budget(), self.model.info());
+            (self.max_rows(kind), self.engine.budget(), self.model.info());
         let (mut taken, mut bytes) = (0, 0);
         let mut members: Vec<_> = self
             .slots
             .iter_mut()
-            .filter(|slot| slot.trajectory.size() == size && !slot.done())
+            .filter(|slot| slot.kind() == kind && !slot.done())
             .take_while(|slot| {
                 let first = taken == 0;
                 taken += slot.trajectory.rows();
-                bytes += info.step_bytes(&slot.task.spec, size);
-                first || taken <= max_rows && bytes <= budget
+                bytes += info.step_bytes(&slot.task.spec, kind.size);
+                first || !kind.enlarging && taken <= max_rows && bytes <= budget
             })
             .collect();
         let began = Instant::now();
@@ -44,8 +45,11 @@ impl<M: Model> Worker<M> {
         let shrunk = len < members.len();
         members.truncate(len);
         let rows: usize = members.iter().map(|slot| slot.trajectory.rows()).sum();
-        self.engine.metrics.stage_duration.time(["step"], self.last_step);
-        self.engine.metrics.batch_size.with([]).observe(rows as f64);
+        let stage = if kind.enlarging { "upscale" } else { "step" };
+        self.engine.metrics.stage_duration.time([stage], self.last_step);
+        if !kind.enlarging {
+            self.engine.metrics.batch_size.with([]).observe(rows as f64);
+        }
         match stepped {
             Ok(()) => {
                 for slot in members {
@@ -55,7 +59,7 @@ impl<M: Model> Worker<M> {
             }
             Err(error) => {
                 let members: Vec<_> = members.iter().map(|slot| slot.task.key()).collect();
-                let failure = self.failure(&error, "step");
+                let failure = self.failure(&error, stage);
                 let failed = |slot: &mut Slot<_>| members.contains(&slot.task.key());
                 for slot in self.slots.extract_if(.., failed) {
                     slot.task.complete(Err(failure.clone()));
@@ -63,11 +67,11 @@ impl<M: Model> Worker<M> {
             }
         }
         if shrunk {
-            warn!(%size, rows, "out of memory, batch size reduced");
+            warn!(size = %kind.size, rows, "out of memory, batch size reduced");
             self.engine.metrics.batch_oom_retries.with([]).inc();
-            self.caps.insert(size, rows);
+            self.caps.insert(kind, rows);
         }
-        (size.pixels() * rows) as u64
+        kind.cost(rows) as u64
     }
 }
 

@@ -8,9 +8,9 @@ use std::sync::mpsc::{self, Receiver, Sender};
 
 use futures_util::FutureExt as _;
 use sd_models::{
-    AddOns, Chosen, Defaults, Embeddings, Error, Hires, LoraUse, MemoryEstimate, ModelInfo,
-    NamedFiles, Pass, PromptSyntax, Rgb, Sampler, SamplerOptions, SigmaSchedule, SingleFiles, Size,
-    Spec, Upscaler,
+    AddOns, Chosen, Defaults, Embeddings, Enlarge, Error, Hires, LoraUse, MemoryEstimate,
+    ModelInfo, NamedFiles, Pass, PictureUpscaler, PromptSyntax, Rgb, Sampler, SamplerOptions,
+    SigmaSchedule, SingleFiles, Size, Spec, Upscaler,
 };
 use tokio::time::{Instant as Clock, advance};
 
@@ -43,6 +43,9 @@ struct RecordingModel {
     flags: Option<bool>,
 }
 
+/// Steps of a picture that is enlarged.
+const TILES: usize = 3;
+
 struct FakeTrajectory {
     spec: Spec,
     made: usize,
@@ -54,7 +57,12 @@ impl Trajectory for FakeTrajectory {
     }
 
     fn progress(&self) -> (usize, usize) {
-        (self.made, self.spec.passes().map(Pass::calls).sum())
+        let tiles = if self.spec.enlarge.is_some() { TILES } else { 0 };
+        (self.made, tiles + self.spec.passes().map(Pass::calls).sum::<usize>())
+    }
+
+    fn enlarging(&self) -> bool {
+        self.spec.enlarge.is_some()
     }
 
     fn rows(&self) -> usize {
@@ -253,6 +261,8 @@ fn spec(seed: u64, steps: usize) -> Spec {
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),
+        tiling: false,
+        enlarge: None,
     }
 }
 
@@ -262,7 +272,7 @@ fn hires(side: usize, steps: usize) -> Hires {
         size: square(side),
         steps,
         strength: 1.0,
-        upscaler: Upscaler::Bilinear,
+        upscaler: Upscaler::default(),
         prompt: None,
         negative_prompt: None,
         guidance_scale: None,

@@ -45,7 +45,7 @@ pub(crate) struct HiresPass {
     /// Number of steps that are taken. Default, and at 0: as in the base pass.
     #[schemars(extend("minimum" = 0, "maximum" = Limits::STEPS))]
     hr_second_pass_steps: Option<usize>,
-    /// Upscaler of the latents: Latent, Latent (nearest), and others of its family.
+    /// Upscaler: one of `/sdapi/v1/latent-upscale-modes` or of `/sdapi/v1/upscalers`.
     hr_upscaler: Option<String>,
     /// Denoising strength of the hires pass. Default: 0.75.
     #[schemars(extend("minimum" = 0, "maximum" = 1))]

@@ -1,11 +1,12 @@
 //! The lists that clients request when they start.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use sd_models::{ModelInfo, Sampler, SigmaSchedule, Upscaler};
+use sd_models::{AddOns, LatentUpscaler, ModelInfo, PictureUpscaler, Sampler, SigmaSchedule};
 use serde_json::{Map, Value, json};
 use tokio::time::Instant;
 
@@ -81,20 +82,15 @@ pub(crate) async fn vaes(State(state): State<AppState>) -> Result<Json<Vec<Value
 
 /// `GET /sdapi/v1/loras`: what `<lora:name:1>` in a prompt can name.
 pub(crate) async fn loras(State(state): State<AppState>) -> Result<Json<Vec<Value>>> {
-    let model = current_model(&state)?;
-    let add_ons = model.map_or_else(|| state.models.add_ons(), |model| model.add_ons.clone());
-    let most = state.settings.request_timeout;
-    let timeout = Timeout::within(most, "--request-timeout-ms", most);
-    let deadline = timeout.after(Instant::now());
-    let list = move || {
+    let list = |add_ons: &AddOns| {
         let lora = |(name, path): (String, PathBuf)| {
-            let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let file = path.file_name().map(file_text);
             let alias = add_ons.loras.alias(&path).unwrap_or_else(|| name.clone());
             json!({ "name": name, "alias": alias, "path": file, "metadata": {} })
         };
-        Ok(add_ons.loras.list().into_iter().map(lora).collect())
+        add_ons.loras.list().into_iter().map(lora).collect()
     };
-    Ok(Json(state.reader.look_up(deadline, (), list).await?))
+    look_up(&state, list).await
 }
 
 /// Lists that are always empty. Clients require them when they start.
@@ -107,9 +103,45 @@ pub(crate) async fn refresh() -> Json<Value> {
     Json(Value::Null)
 }
 
+/// `GET /sdapi/v1/upscalers`: of pictures. The scale of a file is known when it is read; that of the
+/// others is any.
+pub(crate) async fn upscalers(State(state): State<AppState>) -> Result<Json<Vec<Value>>> {
+    let item = |name: &str, path: Option<String>| {
+        json!({
+            "name": name, "model_name": null, "model_path": path, "model_url": null, "scale": 4,
+        })
+    };
+    let list = move |add_ons: &AddOns| {
+        let built_in = PictureUpscaler::BUILT_IN;
+        let built_in = built_in.iter().map(|upscaler| item(upscaler.title(), None));
+        let files = add_ons.upscalers.list().into_iter();
+        let files = files.map(|(name, path)| item(&name, path.file_name().map(file_text)));
+        built_in.chain(files).collect()
+    };
+    look_up(&state, list).await
+}
+
+fn file_text(name: &OsStr) -> String {
+    name.to_string_lossy().into_owned()
+}
+
+/// A list of what there is to add to the selected model.
+async fn look_up(
+    state: &AppState,
+    list: impl FnOnce(&AddOns) -> Vec<Value> + Send + 'static,
+) -> Result<Json<Vec<Value>>> {
+    let model = current_model(state)?;
+    let add_ons = model.map_or_else(|| state.models.add_ons(), |model| model.add_ons.clone());
+    let most = state.settings.request_timeout;
+    let timeout = Timeout::within(most, "--request-timeout-ms", most);
+    let deadline = timeout.after(Instant::now());
+    let listed = state.reader.look_up(deadline, (), move || Ok(list(&add_ons))).await?;
+    Ok(Json(listed))
+}
+
 /// `GET /sdapi/v1/latent-upscale-modes`.
-pub(crate) async fn upscalers() -> Json<Vec<Value>> {
-    Json(Upscaler::all().map(|upscaler| json!({ "name": upscaler.title() })).collect())
+pub(crate) async fn latent_upscalers() -> Json<Vec<Value>> {
+    Json(LatentUpscaler::all().map(|upscaler| json!({ "name": upscaler.title() })).collect())
 }
 
 /// `GET /sdapi/v1/embeddings`: the textual inversion embeddings that prompts can name.

@@ -3,6 +3,8 @@
 //! one progress and one interrupt for all; here each client has its own.
 
 mod controlnet;
+mod extras;
+mod extras_fields;
 mod hires;
 mod info;
 mod init_image;
@@ -47,6 +49,10 @@ pub(crate) fn routes() -> ApiRouter<AppState> {
     let options = get_with(options::get_options, Docs::of("Options").describe());
     let png_info = Docs::of("Generation parameters of an image file").takes::<png_info::PngInfo>();
     let png_info = png_info.gives(200, &["info"], &[]).describe();
+    let extra = Docs::of("Upscale an image").takes::<extras::ExtraSingleImage>();
+    let extra = extra.gives(200, &["html_info", "image"], &[]).describe();
+    let extras = Docs::of("Upscale images").takes::<extras::ExtraBatchImages>();
+    let extras = extras.gives(200, &["html_info", "images"], &[]).describe();
     let interrupt = Docs::of("Interrupt the client's requests").describe();
     let list = |summary| Docs::of(summary).describe();
     let routes = ApiRouter::new()
@@ -59,6 +65,8 @@ pub(crate) fn routes() -> ApiRouter<AppState> {
             post_with(progress::skip, list("End the running images of the oldest request")),
         )
         .api_route("/sdapi/v1/options", options.post_with(options::set_options, set_options))
+        .api_route("/sdapi/v1/extra-single-image", post_with(extras::single, extra))
+        .api_route("/sdapi/v1/extra-batch-images", post_with(extras::batch, extras))
         .api_route("/sdapi/v1/png-info", post_with(png_info::png_info, png_info))
         .api_route("/internal/progress", post_with(progress::task, task))
         .api_route(
@@ -79,7 +87,6 @@ fn add_lists(mut routes: ApiRouter<AppState>) -> ApiRouter<AppState> {
         ("/sdapi/v1/prompt-styles", "Styles: none"),
         ("/sdapi/v1/script-info", "Scripts in detail: none"),
         ("/sdapi/v1/extensions", "Extensions: none"),
-        ("/sdapi/v1/upscalers", "Upscalers"),
     ] {
         routes = routes.api_route(path, get_with(lists::empty_list, list(summary)));
     }
@@ -95,9 +102,10 @@ fn add_lists(mut routes: ApiRouter<AppState>) -> ApiRouter<AppState> {
         .api_route("/sdapi/v1/schedulers", get_with(lists::schedulers, list("Schedules")))
         .api_route("/sdapi/v1/sd-models", get_with(lists::models, list("Models")))
         .api_route("/sdapi/v1/sd-vae", get_with(lists::vaes, list("VAEs")))
+        .api_route("/sdapi/v1/upscalers", get_with(lists::upscalers, list("Upscalers")))
         .api_route(
             "/sdapi/v1/latent-upscale-modes",
-            get_with(lists::upscalers, list("Latent upscalers")),
+            get_with(lists::latent_upscalers, list("Latent upscalers")),
         )
         .api_route("/sdapi/v1/loras", get_with(lists::loras, list("LoRAs")))
         .api_route("/sdapi/v1/embeddings", get_with(lists::embeddings, list("Embeddings")))

@@ -16,9 +16,8 @@ use crate::request::{
 };
 
 /// Fields that would change the image. Clients send most of them with values that have no effect.
-const REJECTED: [&str; 12] = [
+const REJECTED: [&str; 11] = [
     "restore_faces",
-    "tiling",
     "seed_resize_from_w",
     "seed_resize_from_h",
     "styles",
@@ -97,6 +96,8 @@ pub(crate) struct Common {
     /// The largest sigma at which noise is added. No limit at 0.
     #[schemars(extend("minimum" = 0, "maximum" = MAX_CHURN))]
     s_tmax: Option<f64>,
+    /// Whether the opposite edges of the images meet. Default: false.
+    tiling: Option<bool>,
     /// Number of images, multiplied by `n_iter`.
     #[schemars(extend("minimum" = 1, "maximum" = Limits::IMAGES))]
     pub(crate) batch_size: Option<usize>,
@@ -218,6 +219,7 @@ impl Common {
             // Clients send a seed whether there is a variation or not.
             variation_seed: self.subseed.filter(|_| self.subseed_strength.is_some()),
             variation_strength: self.subseed_strength,
+            tiling: self.tiling,
             scheduler,
             schedule,
             eta: self.eta,

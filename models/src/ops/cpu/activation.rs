@@ -10,6 +10,7 @@ pub(super) fn activate(x: &mut [f32], activation: Activation) {
         Activation::Silu => silu(x),
         Activation::Gelu => gelu(x),
         Activation::QuickGelu => quick_gelu(x),
+        Activation::LeakyRelu => x.iter_mut().for_each(|x| *x = x.max(0.2 * *x)),
     }
 }
 
@@ -66,7 +67,9 @@ mod tests {
     #[test]
     fn activations_agree_with_candle() {
         let x = (tensor(&[3, 7, 129], 1) * 6.0).unwrap();
-        for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
+        for activation in
+            [Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::LeakyRelu]
+        {
             let mut values = x.flatten_all().unwrap().to_vec1().unwrap();
             activate(&mut values, activation);
             let got = Tensor::from_vec(values, x.shape(), x.device()).unwrap();

@@ -7,7 +7,7 @@
 
 #include "common.cuh"
 
-enum Activation { NONE, SILU, GELU, QUICK_GELU, GEGLU };
+enum Activation { NONE, SILU, GELU, QUICK_GELU, LEAKY_RELU, GEGLU };
 
 /// Mirrored by `ProductArgs` in product.rs.
 template <typename T> struct Product {
@@ -40,6 +40,7 @@ __device__ __noinline__ float activate(float x, int activation) {
     case SILU: return x / (1.f + expf(-x));
     case GELU: return gelu(x);
     case QUICK_GELU: return x / (1.f + expf(-1.702f * x));
+    case LEAKY_RELU: return fmaxf(x, 0.2f * x);
     default: return x;
     }
 }

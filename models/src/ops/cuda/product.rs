@@ -42,7 +42,7 @@ const _: () = assert!(size_of::<ProductArgs>() == 120);
 unsafe impl DeviceRepr for ProductArgs {}
 
 /// The last of `Activation` in `product.cu`.
-const GEGLU: i32 = 4;
+const GEGLU: i32 = 5;
 
 /// As `Activation` in `product.cu`.
 fn activation(activation: Option<Activation>) -> i32 {
@@ -51,6 +51,7 @@ fn activation(activation: Option<Activation>) -> i32 {
         Some(Activation::Silu) => 1,
         Some(Activation::Gelu) => 2,
         Some(Activation::QuickGelu) => 3,
+        Some(Activation::LeakyRelu) => 4,
     }
 }
 

@@ -185,7 +185,9 @@ fn linear_layers_agree_with_the_cpu() {
             let got = ours.forward(&placed, Epilogue::residual(&on_device)).unwrap();
             let want = cpu.forward(&x, Epilogue::residual(&residual)).unwrap();
             close(&got, &want, allowed, &what);
-            for activation in [Activation::Silu, Activation::Gelu, Activation::QuickGelu] {
+            for activation in
+                [Activation::Silu, Activation::Gelu, Activation::QuickGelu, Activation::LeakyRelu]
+            {
                 let epilogue = Epilogue::activation(activation);
                 let got = ours.forward(&placed, epilogue).unwrap();
                 let want = cpu.forward(&x, epilogue).unwrap();

@@ -162,3 +162,29 @@ fn the_memory_of_a_prompt_counts_in_its_step() {
     let expected: [&[u64]; 6] = [&[1], &[1], &[2], &[2], &[3, 4], &[3, 4]];
     assert_eq!(steps, expected);
 }
+
+#[tokio::test]
+async fn pictures_that_are_enlarged_take_turns_and_leave_others_theirs() {
+    let mut test = TestWorker::new(8, 8);
+    let picture = Rgb { width: 32, height: 32, data: vec![0; 3 * 32 * 32] };
+    let upscaler = PictureUpscaler::Lanczos;
+    let enlarge = Enlarge { picture, scale: 2.0, canvas: None, upscaler, second: None };
+    let enlarge = |seed| Spec { enlarge: Some(Arc::new(enlarge.clone())), ..spec(seed, 1) };
+    let enlarged = test.submit(0, vec![enlarge(0), enlarge(0)]);
+    let drawn = test.submit(1, vec![spec(1, 1000)]);
+    let mut steps = Vec::new();
+    while enlarged.progress().borrow().completed < 2 * TILES {
+        for call in test.turn() {
+            let Call::Step(specs) = call else { continue };
+            assert!(specs.len() == 1 || specs.iter().all(|spec| spec.enlarge.is_none()), "alone");
+            steps.push(specs[0].enlarge.is_some());
+        }
+    }
+    // A tile takes as long as 54 UNet calls of two rows of 64 x 64 pixels.
+    let between = drawn.progress().borrow().completed;
+    assert!((4 * 50..7 * 60).contains(&between), "{between} UNet calls");
+    let waits = steps.split(|tile| *tile).map(<[bool]>::len);
+    assert!(waits.max() < Some(120), "no tile waits for long");
+    test.engine.abort();
+    drop((enlarged, drawn));
+}

@@ -1,0 +1,181 @@
+//! Upscalers of `--upscalers-dir`: listed, in the hires pass of every dialect, and alone ("extras").
+
+use std::path::Path;
+
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
+use image::{ImageFormat, RgbImage};
+use serde_json::{Value, json};
+
+use crate::harness::Server;
+use crate::loras::{file, pixels};
+
+fn server(more: &[&str]) -> Server {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tests/fixtures/upscalers");
+    let folder = folder.to_str().expect("UTF-8");
+    Server::ready(&[&["--upscalers-dir", folder, "--dtype", "f32"], more].concat())
+}
+
+fn post(server: &Server, path: &str, body: &Value) -> (u16, Value) {
+    let request = server.client.post(server.url(path)).body(body.to_string());
+    let reply = request.header("content-type", "application/json").send().expect("an answer");
+    (reply.status().as_u16(), reply.json().expect("JSON"))
+}
+
+fn get(server: &Server, path: &str) -> Value {
+    let reply = server.client.get(server.url(path)).send().expect("an answer");
+    reply.json().expect("JSON")
+}
+
+/// A PNG file with waves, in base64.
+fn waves(width: u32, height: u32) -> String {
+    let wave = |x: u32, y: u32| {
+        let value = |a: u32, b: u32| (127.0 + 120.0 * f64::from(x * a + y * b).sin()) as u8;
+        image::Rgb([value(1, 2), value(2, 1), value(3, 5)])
+    };
+    let mut png = std::io::Cursor::new(Vec::new());
+    RgbImage::from_fn(width, height, wave).write_to(&mut png, ImageFormat::Png).expect("a file");
+    BASE64_STANDARD.encode(png.into_inner())
+}
+
+fn size(file: &[u8]) -> (u32, u32) {
+    let picture = image::load_from_memory(file).expect("a picture");
+    (picture.width(), picture.height())
+}
+
+#[test]
+fn upscalers_are_listed() {
+    let server = server(&[]);
+    let names = |path: &str| -> Vec<String> {
+        let list = get(&server, path);
+        let name = |item: &Value| item["name"].as_str().expect("a name").to_owned();
+        list.as_array().expect("a list").iter().map(name).collect()
+    };
+    let listed = names("/sdapi/v1/upscalers");
+    assert_eq!(listed[..3], ["None", "Lanczos", "Nearest"]);
+    assert!(listed.contains(&"old-4x".into()) && listed.contains(&"compact-3x".into()));
+    assert_eq!(names("/sdapi/v1/latent-upscale-modes").len(), 6);
+    assert!(names("/sdapi/v1/realesrgan-models").is_empty());
+}
+
+#[test]
+fn the_hires_pass_of_every_dialect_takes_them() {
+    let server = server(&[]);
+    let native = |upscaler: &str| {
+        server.json(&json!({
+            "prompt": "a red house", "seed": 3, "steps": 2, "width": 64, "height": 64,
+            "scheduler": "euler", "output_format": "png", "prompt_syntax": "a1111",
+            "hires_width": 128, "hires_upscaler": upscaler, "hires_steps": 2, "hires_strength": 0.5,
+        }))
+    };
+    let mut drawn: Vec<Vec<u8>> = Vec::new();
+    for upscaler in ["Latent", "None", "Lanczos", "nearest", "old-4x", "new-2x"] {
+        let reply = native(upscaler);
+        assert_eq!(reply.status, 200, "{upscaler}: {}", reply.json());
+        let file = file(&reply.json()["data"]);
+        assert_eq!(size(&file), (128, 128), "{upscaler}");
+        let text = crate::invocations::infotext(&file);
+        let said =
+            text.to_lowercase().contains(&format!("hires upscaler: {upscaler}").to_lowercase());
+        assert!(said, "{text}");
+        let pixels = pixels(&file);
+        assert!(!drawn.contains(&pixels) || upscaler == "Lanczos", "{upscaler}");
+        drawn.push(pixels);
+    }
+    let body = json!({
+        "prompt": "a red house", "seed": 3, "steps": 2, "width": 64, "height": 64, "cfg_scale": 7.5,
+        "sampler_name": "Euler", "enable_hr": true, "hr_scale": 2, "hr_upscaler": "old-4x",
+        "hr_second_pass_steps": 1, "denoising_strength": 0.5,
+    });
+    let (status, reply) = post(&server, "/sdapi/v1/txt2img", &body);
+    assert_eq!(status, 200, "{reply}");
+    assert_eq!(size(&file(&reply["images"][0])), (128, 128));
+    let unknown = native("old-5x");
+    assert_eq!(unknown.status, 422);
+    let message = unknown.json()["error"]["message"].to_string();
+    assert!(message.contains("old-5x") && message.contains("old-4x"), "{message}");
+    let (status, reply) = post(&server, "/sdapi/v1/txt2img", &{
+        let mut body = body;
+        body["hr_upscaler"] = "pictures".into();
+        body
+    });
+    assert_eq!(status, 422, "{reply}");
+    assert!(reply["detail"].to_string().contains("ESRGAN family"), "{reply}");
+}
+
+#[test]
+fn pictures_are_upscaled_alone() {
+    let server = server(&[]);
+    let single = |more: Value| {
+        let mut body = json!({ "image": waves(50, 41), "upscaler_1": "Lanczos" });
+        body.as_object_mut().expect("fields").extend(more.as_object().expect("fields").clone());
+        let (status, reply) = post(&server, "/sdapi/v1/extra-single-image", &body);
+        assert_eq!(status, 200, "{reply}");
+        (file(&reply["image"]), reply)
+    };
+    for (more, expected, info) in [
+        (json!({}), (96, 80), "Postprocess upscale by: 2.0, Postprocess upscaler: Lanczos"),
+        (
+            json!({ "upscaling_resize": 3.3, "upscaler_1": "old-4x" }),
+            (160, 128),
+            "Postprocess upscale by: 3.3, Postprocess upscaler: old-4x",
+        ),
+        (
+            json!({ "resize_mode": 1, "upscaling_resize_w": 61, "upscaling_resize_h": 40 }),
+            (61, 40),
+            "Postprocess upscale to: 61x40, Postprocess crop to: 61x40, Postprocess upscaler: Lanczos",
+        ),
+        (
+            json!({ "resize_mode": 1, "upscaling_resize_w": 64, "upscaling_resize_h": 64,
+                    "upscaling_crop": false, "upscaler_2": "Nearest",
+                    "extras_upscaler_2_visibility": 0.5, "gfpgan_visibility": 0, "upscale_first": true,
+                    "show_extras_results": true, "codeformer_weight": 0.7 }),
+            (72, 64),
+            "Postprocess upscale to: 64x64, Postprocess upscaler: Lanczos, Postprocess upscaler 2: Nearest",
+        ),
+        (json!({ "upscaler_1": "None" }), (50, 41), ""),
+        (json!({ "upscaler_1": "" }), (50, 41), ""),
+    ] {
+        let (file, reply) = single(more.clone());
+        assert_eq!(size(&file), expected, "{more}");
+        assert_eq!(reply["html_info"], format!("<p>{info}</p>"));
+    }
+    let (unchanged, _) = single(json!({ "upscaler_1": null }));
+    assert_eq!(pixels(&unchanged), pixels(&BASE64_STANDARD.decode(waves(50, 41)).expect("base64")));
+    let list =
+        json!([{ "data": waves(50, 41), "name": "a" }, { "data": waves(16, 24), "name": "b" }]);
+    let body = json!({ "imageList": list, "upscaler_1": "new-2x" });
+    let (status, reply) = post(&server, "/sdapi/v1/extra-batch-images", &body);
+    assert_eq!(status, 200, "{reply}");
+    let sizes: Vec<_> = [0, 1].map(|i| size(&file(&reply["images"][i]))).to_vec();
+    assert_eq!(sizes, [(96, 80), (32, 48)]);
+}
+
+#[test]
+fn what_extras_cannot_do_is_refused_by_name() {
+    let server = server(&["--max-pixels", "65536"]);
+    for (more, field) in [
+        (json!({ "gfpgan_visibility": 0.5 }), "gfpgan_visibility"),
+        (json!({ "codeformer_visibility": 1 }), "codeformer_visibility"),
+        (json!({ "upscaler_1": "old-5x" }), "upscaler_1"),
+        (json!({ "upscaler_1": "pictures" }), "upscaler_1"),
+        (json!({ "upscaler_2": "old-5x", "extras_upscaler_2_visibility": 1 }), "upscaler_2"),
+        (json!({ "upscaling_resize": 8 }), "upscaling_resize"),
+        (json!({ "upscaling_resize": 0.1 }), "upscaling_resize"),
+        (json!({ "resize_mode": 2 }), "resize_mode"),
+        (
+            json!({ "resize_mode": 1, "upscaling_resize_w": 500, "upscaling_resize_h": 500 }),
+            "upscaling_resize_w",
+        ),
+        (json!({ "image": "AAAA" }), "image"),
+        (json!({ "image": null }), "image"),
+    ] {
+        let mut body = json!({ "image": waves(50, 41), "upscaler_1": "Lanczos" });
+        body.as_object_mut().expect("fields").extend(more.as_object().expect("fields").clone());
+        let (status, reply) = post(&server, "/sdapi/v1/extra-single-image", &body);
+        assert!([400, 422].contains(&status), "{more}: {status} {reply}");
+        assert!(reply["detail"].as_str().expect("a sentence").contains(field), "{more}: {reply}");
+    }
+    let (status, reply) = post(&server, "/sdapi/v1/extra-batch-images", &json!({}));
+    assert!(status == 400 && reply["detail"].to_string().contains("imageList"), "{reply}");
+}
