@@ -1,4 +1,4 @@
-//! Stable Diffusion v1.x and v2.x, from the files of a model to the pixels of an image.
+//! Stable Diffusion 1.x, 2.x and XL, from the files of a model to the pixels of an image.
 //!
 //! A [`Spec`] goes into [`Pipeline::begin`], which encodes the prompt ([`text`],
 //! [`networks::ClipTextModel`]) and draws the noise ([`sampling::Noise`]), for image-to-image on
@@ -29,8 +29,9 @@ pub use pipeline::{
     AddOns, Chosen, Control, ControlMode, ControlNets, ControlPasses, ControlRule, Defaults,
     DeviceName, Enlarge, Enlargement, Extension, Hires, Img2Img, LatentUpscaler, LoadOptions,
     MAX_CONTROL_SCALE, MAX_NOISE_SCALE, MAX_STEPS, MaskedStart, MemoryEstimate, ModelInfo,
-    NamedFiles, Pass, PassLoras, PictureUpscaler, Pipeline, Precision, PromptSyntax, SafetyMode,
-    SingleFiles, Spec, TILE_WORK, Trajectory, Upscaler, Variation, check_pipeline, parameters,
+    NamedFiles, Pass, PassLoras, PictureUpscaler, Pipeline, PipelineParts, Precision, PromptSyntax,
+    SafetyMode, SingleFiles, Spec, TILE_WORK, Trajectory, Upscaler, Variation, XlOptions,
+    check_pipeline, parameters,
 };
 pub use sampling::{Churn, Sampler, SamplerName, SamplerOptions, SigmaSchedule};
 pub use text::{Embeddings, LoraUse, Loras, PlaceholderToken, PromptRole, unread};

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use sd_models::{
     AddOns, AssetDir, DeviceName, LoadOptions, LoraUse, Pipeline, Precision, PromptSyntax, Rgb,
-    SafetyMode, Sampler, SamplerOptions, SigmaSchedule, Size, Source, Spec, Trajectory,
+    SafetyMode, Sampler, SamplerOptions, SigmaSchedule, Size, Source, Spec, Trajectory, XlOptions,
 };
 use serde_json::{Value, json};
 
@@ -65,6 +65,7 @@ fn spec(sampler: Sampler, steps: usize, guidance_scale: f64) -> Spec {
         guidance_rescale: 0.0,
         variation: None,
         eta_noise_seed_delta: 0,
+        xl: XlOptions::default(),
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),

@@ -58,6 +58,8 @@ mod tiling;
 mod tokenizer;
 #[path = "parity/upscalers.rs"]
 mod upscalers;
+#[path = "parity/xl.rs"]
+mod xl;
 
 /// The path of a fixture.
 fn path(name: &str) -> PathBuf {

@@ -184,6 +184,12 @@ pub(super) struct GenerateArgs {
     /// Negative prompt: what the image should not show
     #[arg(long)]
     pub(super) negative_prompt: Option<String>,
+    /// Prompt of the second text encoder of Stable Diffusion XL. Default: the prompt
+    #[arg(long)]
+    pub(super) prompt_2: Option<String>,
+    /// Negative prompt of its second text encoder. Default: --negative-prompt
+    #[arg(long)]
+    pub(super) negative_prompt_2: Option<String>,
     /// Prompt syntax: plain, or a1111 for (emphasis:1.3), [less], BREAK, <lora:name:0.8> and
     /// prompts of more than 77 tokens. Default: plain
     #[arg(long)]

@@ -350,7 +350,7 @@ fn value(text: &str) -> (String, &str) {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use sd_models::{SigmaSchedule, Size};
+    use sd_models::{SigmaSchedule, Size, XlOptions};
 
     use super::*;
 
@@ -373,6 +373,7 @@ mod tests {
             guidance_rescale: 0.0,
             variation: None,
             eta_noise_seed_delta: 0,
+            xl: XlOptions::default(),
             warnings: Vec::new(),
             hires: None,
             controls: Vec::new(),

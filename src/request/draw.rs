@@ -48,6 +48,22 @@ pub struct DrawRequest {
     /// Text that describes what the images should not show. It has an effect only if the guidance
     /// scale is above 1.
     pub(crate) negative_prompt: Option<String>,
+    /// Prompt of the second text encoder of Stable Diffusion XL. Default: the prompt.
+    pub(crate) prompt_2: Option<String>,
+    /// Negative prompt of its second text encoder. Default: the negative prompt.
+    pub(crate) negative_prompt_2: Option<String>,
+    /// Height and width in pixels of the picture that an image of Stable Diffusion XL is to look as
+    /// if made from. Default: those of the image.
+    #[schemars(extend("maxItems" = 2))]
+    pub(crate) original_size: Option<Vec<usize>>,
+    /// Top and left in pixels of the part of that picture that the image is to look as if it were.
+    /// Default: 0, 0.
+    #[schemars(extend("maxItems" = 2, "x-aliases" = ["crops_coords_top_left"]))]
+    pub(crate) crop: Option<Vec<usize>>,
+    /// Height and width in pixels for which Stable Diffusion XL is to take the image. Default: those
+    /// of the image.
+    #[schemars(extend("maxItems" = 2))]
+    pub(crate) target_size: Option<Vec<usize>>,
     /// LoRAs of the server's directory.
     #[schemars(extend("maxItems" = Limits::LORAS))]
     pub(crate) loras: Option<Vec<Lora>>,

@@ -159,9 +159,10 @@ impl Fields {
             let names = [vec![name.as_str()], schema::aliases(schema)].concat();
             let Some((spelt, value)) = self.take(&names)? else { continue };
             let is_blank = value.as_str().is_some_and(|text| text.trim().is_empty());
-            // A field that a client leaves blank is not given. A prompt may be empty, and an image
-            // that is was not read by the client.
-            if is_blank && name != "prompt" && schema["contentEncoding"].is_null() {
+            // A field that a client leaves blank is not given. Prompts may be empty, and an image that
+            // is was not read by the client.
+            let is_prompt = ["prompt", "negative_prompt"].contains(&name.as_str());
+            if is_blank && !is_prompt && schema["contentEncoding"].is_null() {
                 continue;
             }
             let field = FieldSchema { name: &spelt, schema, limits };

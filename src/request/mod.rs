@@ -14,6 +14,7 @@ mod passes;
 mod schema;
 mod specs;
 mod values;
+mod xl;
 
 pub(crate) use controlnet::{ControlMaps, ControlNet, Resolution, Unit};
 pub use draw::DrawRequest;

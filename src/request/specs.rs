@@ -76,6 +76,7 @@ impl DrawRequest {
             guidance_rescale: self.rescale(&defaults, guided),
             variation: self.variation(random_seed)?,
             eta_noise_seed_delta: self.eta_noise_seed_delta.unwrap_or(0),
+            xl: self.xl()?,
             warnings,
             hires,
             tiling: self.tiling.unwrap_or(false),
@@ -99,6 +100,8 @@ impl DrawRequest {
             ("negative_prompt", &self.negative_prompt),
             ("hires_prompt", &self.hires_prompt),
             ("hires_negative_prompt", &self.hires_negative_prompt),
+            ("prompt_2", &self.prompt_2),
+            ("negative_prompt_2", &self.negative_prompt_2),
         ];
         for (name, text) in texts {
             let bytes = text.as_ref().map_or(0, String::len);
@@ -161,6 +164,8 @@ impl DrawRequest {
             ("negative_prompt", &self.negative_prompt, A1111Negative),
             ("hires_prompt", &self.hires_prompt, A1111),
             ("hires_negative_prompt", &self.hires_negative_prompt, A1111Negative),
+            ("prompt_2", &self.prompt_2, A1111Negative),
+            ("negative_prompt_2", &self.negative_prompt_2, A1111Negative),
         ];
         let warnings = texts.map(|(name, text, role)| {
             let role = if syntax == PromptSyntax::Plain { Plain } else { role };

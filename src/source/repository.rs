@@ -12,6 +12,9 @@ const NETWORKS: [(&str, &str); 3] =
 
 const VAE: (&str, &str) = ("vae", "diffusion_pytorch_model");
 
+/// The second text encoder of Stable Diffusion XL.
+const SECOND_ENCODER: (&str, &str) = ("text_encoder_2", "model");
+
 /// The safety checker, which only some models have.
 const CHECKER: (&str, &str) = ("safety_checker", "model");
 
@@ -19,19 +22,26 @@ const CHECKER: (&str, &str) = ("safety_checker", "model");
 const PREPROCESSOR: &str = "feature_extractor/preprocessor_config.json";
 
 /// Other files that the pipeline reads if they exist.
-const SMALL_FILES: [&str; 14] = [
+const SMALL_FILES: [&str; 21] = [
     PREPROCESSOR,
     "model_index.json",
     "safety_checker/config.json",
     "scheduler/scheduler_config.json",
     "sd-server.json",
     "text_encoder/config.json",
+    "text_encoder_2/config.json",
     "tokenizer/added_tokens.json",
     "tokenizer/merges.txt",
     "tokenizer/special_tokens_map.json",
     "tokenizer/tokenizer.json",
     "tokenizer/tokenizer_config.json",
     "tokenizer/vocab.json",
+    "tokenizer_2/added_tokens.json",
+    "tokenizer_2/merges.txt",
+    "tokenizer_2/special_tokens_map.json",
+    "tokenizer_2/tokenizer.json",
+    "tokenizer_2/tokenizer_config.json",
+    "tokenizer_2/vocab.json",
     "unet/config.json",
     "vae/config.json",
 ];
@@ -64,11 +74,12 @@ impl Parts {
 pub(super) fn is_complete(model: &Path, parts: Parts) -> bool {
     let network = |folder: &str| is_network(&model.join(folder));
     // An invalid index is reported when it is loaded.
-    let named = || check_pipeline(&Source::Directory(model.into())).unwrap_or(false);
-    let checked = parts.checking != SafetyMode::Never && named();
+    let named = check_pipeline(&Source::Directory(model.into())).unwrap_or_default();
+    let checked = parts.checking != SafetyMode::Never && named.safety_checker;
     model.join("model_index.json").is_file()
         && model.join("scheduler/scheduler_config.json").is_file()
         && parts.networks().all(|(folder, _)| network(folder))
+        && (!named.second_text_encoder || network(SECOND_ENCODER.0))
         && (!checked || network(CHECKER.0) && model.join(PREPROCESSOR).is_file())
 }
 
@@ -142,7 +153,8 @@ pub(crate) fn files_to_fetch(files: &[String], parts: Parts) -> Result<Vec<Strin
     chosen.retain(|file| {
         has(file) && (checked || !file.starts_with(CHECKER.0) && file != PREPROCESSOR)
     });
-    for (folder, stem) in parts.networks().chain(checked.then_some(CHECKER)) {
+    let second = has("text_encoder_2/config.json").then_some(SECOND_ENCODER);
+    for (folder, stem) in parts.networks().chain(second).chain(checked.then_some(CHECKER)) {
         let weights = weights_to_fetch(files, &format!("{folder}/"), stem, half);
         let advice = match (folder, stem) == CHECKER {
             true => "; --safety-checker off omits it",
@@ -183,6 +195,28 @@ mod tests {
             |left: &str| all.iter().filter(|file| *file != left).cloned().collect::<Vec<_>>();
         assert_eq!(fetched(false, true), without("unet/diffusion_pytorch_model.safetensors"));
         assert_eq!(fetched(true, false), without("vae/diffusion_pytorch_model.safetensors"));
+    }
+
+    #[test]
+    fn both_text_encoders_of_xl_are_needed() {
+        let files = listing(
+            "model_index.json scheduler/scheduler_config.json text_encoder/config.json
+             text_encoder/model.safetensors text_encoder_2/config.json
+             text_encoder_2/model.fp16.safetensors text_encoder_2/model.safetensors
+             tokenizer/vocab.json tokenizer_2/vocab.json tokenizer_2/merges.txt unet/config.json
+             unet/diffusion_pytorch_model.safetensors vae/config.json
+             vae/diffusion_pytorch_model.safetensors vae_1_0/config.json
+             vae_1_0/diffusion_pytorch_model.safetensors sd_xl_base_1.0.safetensors",
+        );
+        let fetched = files_to_fetch(&files, parts(true, SafetyMode::IfPresent)).expect("complete");
+        for wanted in ["text_encoder_2/model.fp16.safetensors", "tokenizer_2/merges.txt"] {
+            assert!(fetched.contains(&wanted.into()), "{fetched:?}");
+        }
+        assert_eq!(fetched.iter().filter(|file| file.ends_with(".safetensors")).count(), 4);
+        let half: Vec<String> =
+            files.into_iter().filter(|file| !file.starts_with("text_encoder_2/model")).collect();
+        let error = files_to_fetch(&half, parts(true, SafetyMode::Never)).expect_err("incomplete");
+        assert!(error.to_string().contains("text_encoder_2 has no safetensors"), "{error}");
     }
 
     #[test]

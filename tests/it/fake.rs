@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use sd_models::{
     AddOns, Chosen, Defaults, Embeddings, Error, MemoryEstimate, ModelInfo, Pass, PromptSyntax,
-    Result, Rgb, Sampler, SamplerOptions, SigmaSchedule, SingleFiles, Size, Spec,
+    Result, Rgb, Sampler, SamplerOptions, SigmaSchedule, SingleFiles, Size, Spec, XlOptions,
 };
 use sd_server::engine::{Model, Trajectory};
 use sd_server::request::Limits;
@@ -95,6 +95,7 @@ impl Fake {
             gives_strength_to_scheduler: false,
             text_layers: 12,
             text_width: 768,
+            is_xl: false,
             most_steps: (1000, 50),
             checked: false,
             memory: MemoryEstimate { scale: 8, ..MemoryEstimate::default() },
@@ -203,6 +204,7 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
         guidance_rescale: 0.0,
         variation: None,
         eta_noise_seed_delta: 0,
+        xl: XlOptions::default(),
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),

@@ -1,4 +1,4 @@
-//! What a file of tensors holds that is no Stable Diffusion 1.x or 2.x, by the names and shapes of
+//! What a file of tensors holds that is no Stable Diffusion 1.x, 2.x or XL, by the names and shapes of
 //! its tensors. Reference: diffusers 0.42 `loaders/single_file_utils.py`, and ComfyUI's
 //! `supported_models.py` for the widths of the UNets.
 
@@ -24,8 +24,8 @@ const MARKS: [(&str, &str); 38] = [
     ("controlnet_cond_embedding.", "a ControlNet"),
     ("input_hint_block.", "a ControlNet"),
     ("motion_modules.", "a motion module of AnimateDiff"),
-    ("conditioner.embedders.1.", XL),
-    ("add_embedding.", XL),
+    ("edm_mean", EDM),
+    ("edm_vpred.", EDM),
     ("joint_blocks.", "Stable Diffusion 3"),
     ("distilled_guidance_layer.", "Chroma"),
     ("individual_token_refiner.", "HunyuanVideo"),
@@ -52,8 +52,19 @@ const MARKS: [(&str, &str); 38] = [
     ("RDB1.", "an upscaler"),
 ];
 
-/// What a checkpoint of Stable Diffusion XL is called.
-pub(super) const XL: &str = "Stable Diffusion XL";
+/// A model that was trained on other noise levels.
+const EDM: &str = "a model of the noise levels of EDM, such as Playground 2.5 or CosXL";
+
+const XL: &str = "Stable Diffusion XL";
+
+/// Of the second text encoder of Stable Diffusion XL.
+pub(super) const SECOND_TOWER: &str = "conditioner.embedders.1.model.";
+
+/// The first layer of what Stable Diffusion XL adds to its time embedding.
+pub(super) const LABEL: &str = "label_emb.0.0.weight";
+
+/// Channels of the prompts of Stable Diffusion XL.
+const XL_WIDTH: usize = 2048;
 
 const LORA: &str = "a LoRA, which adds to a model: --loras-dir takes it";
 /// How the description of a file begins of which nothing is known.
@@ -72,7 +83,19 @@ const PARTS: [(&str, &str); 5] = [
     ("patch_embedding.weight", "an image encoder"),
 ];
 
-/// What a file is, a checkpoint of Stable Diffusion 1.x or 2.x included, if its names tell.
+/// Whether a checkpoint or its UNet is of Stable Diffusion XL: with a second text encoder, or else by
+/// the width of its prompts.
+pub(super) fn is_xl(weights: &Weights) -> bool {
+    let conditioned = weights.shape(&format!("{UNET}{LABEL}")).is_some();
+    let second = weights.shape(&second_embedding()).is_some();
+    conditioned && (second || context_width(weights) == Some(XL_WIDTH))
+}
+
+fn second_embedding() -> String {
+    format!("{SECOND_TOWER}token_embedding.weight")
+}
+
+/// What a file is, a checkpoint of Stable Diffusion 1.x, 2.x or XL included, if its names tell.
 pub(crate) fn what(weights: &Weights) -> Option<String> {
     match other(weights) {
         None => Some("a whole model: --models-dir takes it".into()),
@@ -80,7 +103,7 @@ pub(crate) fn what(weights: &Weights) -> Option<String> {
     }
 }
 
-/// What a file is that is no checkpoint of Stable Diffusion 1.x or 2.x; `None` of those that are.
+/// What a file is that is no checkpoint of Stable Diffusion 1.x, 2.x or XL; `None` of those that are.
 pub(super) fn other(weights: &Weights) -> Option<String> {
     let first = format!("{UNET}input_blocks.0.0.weight");
     let inputs = weights.shape(&first).map(|shape| shape.get(1).copied().unwrap_or_default());
@@ -120,7 +143,11 @@ pub(super) fn other(weights: &Weights) -> Option<String> {
         (8, ..) => "InstructPix2Pix, whose UNet of 8 input channels takes the image to edit".into(),
         (5, ..) => "the depth model, whose UNet of 5 input channels takes a depth map".into(),
         (7, ..) => "the upscaler, whose UNet of 7 input channels takes the image to enlarge".into(),
-        (_, Some(2048), _) | (.., Some(2816)) => XL.into(),
+        _ if is_xl(weights) => return None,
+        (.., Some(2816)) => format!("{XL} without its second text encoder"),
+        (.., None) if weights.shape(&second_embedding()).is_some() => {
+            format!("{XL} with a UNet that takes no sizes")
+        }
         (_, Some(1280), _) | (.., Some(2560)) => "the refiner of Stable Diffusion XL".into(),
         (.., Some(_)) => "an unCLIP model, which takes images as prompts".into(),
         _ if weights.shape(&format!("{UNET}label_emb.weight")).is_some() => {

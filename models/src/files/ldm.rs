@@ -3,9 +3,9 @@
 //! checkpoint lacks, from the shapes of its tensors.
 //!
 //! Reference: diffusers 0.42 `loaders/single_file_utils.py`. Inferred from shapes: widths, levels
-//! and attention of UNet and VAE, SD 1.x or 2.x, inpainting. Assumed, since no shape shows it: 8
-//! heads (1.x) or heads of 64 channels (2.x), norms of 32 groups (or the largest power of two that
-//! divides all widths), 64 latent pixels a side (2.x with v-prediction: 96). For the prediction see
+//! and attention of UNet and VAE, SD 1.x, 2.x or XL, inpainting. Assumed, since no shape shows it: 8
+//! heads (1.x) or heads of 64 channels (2.x, XL), norms of 32 groups (or the largest power of two that
+//! divides all widths), 64 latent pixels a side (2.x with v-prediction: 96; XL: 128). For the prediction see
 //! [`LdmCheckpoint::prediction`]. A file of the Diffusers format beside the checkpoint, such as
 //! `unet/config.json`, overrides all of it.
 
@@ -17,6 +17,10 @@ use super::original_config::OriginalConfig;
 use super::tensors::{Renamed, Weights};
 use crate::error::{Error, Result};
 
+/// Scaling factors of the latents of Stable Diffusion 1.x and 2.x, and of XL.
+const SCALING: f64 = 0.18215;
+const XL_SCALING: f64 = 0.13025;
+
 /// Prefixes of CLIP's and OpenCLIP's text towers.
 const CLIP: [&str; 2] = ["cond_stage_model.transformer.", "conditioner.embedders.0.transformer."];
 const OPEN_CLIP: [&str; 2] = ["cond_stage_model.model.", "conditioner.embedders.0.model."];
@@ -26,6 +30,10 @@ const OPEN_CLIP_LAYERS: usize = 23;
 
 /// Deviation of [`VELOCITY_BIAS`] above which ComfyUI takes a UNet of SD 2.x for one of velocities.
 const VELOCITY_DEVIATION: f64 = 0.09;
+/// Tensors without elements that say of a model of Stable Diffusion XL that it predicts velocities,
+/// and that it was trained with a last timestep of noise alone.
+const VELOCITY: &str = "v_pred";
+const ZERO_SNR: &str = "ztsnr";
 const VELOCITY_BIAS: &str = "output_blocks.11.1.transformer_blocks.0.norm1.bias";
 
 /// A checkpoint, as far as the names and shapes of its tensors tell.
@@ -66,7 +74,7 @@ impl<'a> LdmCheckpoint<'a> {
     /// Fails if this is not a checkpoint of a whole model, and says what it is instead.
     pub(super) fn check(&self) -> Result<()> {
         let Some(what) = family::other(self.weights) else { return Ok(()) };
-        let wanted = "a model must be a checkpoint of Stable Diffusion 1.x or 2.x";
+        let wanted = "a model must be a checkpoint of Stable Diffusion 1.x, 2.x or XL";
         Err(Error::config(&self.file, format!("this is {what}; {wanted}")))
     }
 
@@ -75,7 +83,7 @@ impl<'a> LdmCheckpoint<'a> {
         let shape = self.find(name).ok_or_else(|| Error::Tensor {
             file: self.file.clone(),
             tensor: name.to_owned(),
-            reason: "missing; this is no checkpoint of Stable Diffusion 1.x or 2.x".into(),
+            reason: "missing; this is no checkpoint of Stable Diffusion 1.x, 2.x or XL".into(),
         })?;
         Ok(shape.get(dimension).copied().unwrap_or(1))
     }
@@ -85,10 +93,16 @@ impl<'a> LdmCheckpoint<'a> {
         (0..).find(|i| !self.has(&name(*i))).unwrap_or_default()
     }
 
+    /// Whether it is of Stable Diffusion XL.
+    fn is_xl(&self) -> bool {
+        family::is_xl(self.weights)
+    }
+
     /// Whether the UNet is one of SD 2.x: by the width of its prompts, or in models of other widths
     /// by its linear projections. The names of the text encoder do not tell.
     fn is_second(&self) -> bool {
         match family::context_width(self.weights) {
+            _ if self.is_xl() => false,
             Some(768) => false,
             Some(1024) => true,
             _ => {
@@ -124,12 +138,20 @@ impl<'a> LdmCheckpoint<'a> {
     /// A configuration file of the Diffusers format; none if it is optional.
     pub(super) fn describe(&self, name: &str) -> Result<Option<Value>> {
         Ok(Some(match name {
+            "model_index.json" if self.is_xl() => {
+                json!({ "_class_name": "StableDiffusionXLPipeline" })
+            }
             "model_index.json" => json!({ "_class_name": "StableDiffusionPipeline" }),
             "unet/config.json" => self.unet()?,
             "vae/config.json" => self.vae()?,
-            "text_encoder/config.json" => self.text_encoder()?,
+            "text_encoder/config.json" => self.text_encoder(self.text_tower())?,
+            "text_encoder_2/config.json" if self.is_xl() => {
+                let tower = family::SECOND_TOWER.to_owned();
+                self.text_encoder(Some(TextTower::OpenClip(tower)))?
+            }
             "scheduler/scheduler_config.json" => self.scheduler()?,
             "tokenizer/special_tokens_map.json" if self.is_second() => json!({ "pad_token": "!" }),
+            "tokenizer_2/special_tokens_map.json" if self.is_xl() => json!({ "pad_token": "!" }),
             _ => return Ok(None),
         }))
     }
@@ -166,31 +188,80 @@ impl<'a> LdmCheckpoint<'a> {
     fn unet(&self) -> Result<Value> {
         let Levels { channels, down_attention, up_attention, layers } = self.levels();
         let second = self.is_second();
-        let middle = self.has(&format!("{UNET}middle_block.0.in_layers.0.weight"));
+        let middle = match ["0.in_layers.0.weight", "1.norm.weight"]
+            .map(|name| self.has(&format!("{UNET}middle_block.{name}")))
+        {
+            [_, true] => Some("UNetMidBlock2DCrossAttn"),
+            [true, false] => Some("UNetMidBlock2D"),
+            [false, false] => None,
+        };
         let blocks = |attention: Vec<bool>, way: &str| -> Vec<String> {
             let name = |cross| format!("{}{way}Block2D", if cross { "CrossAttn" } else { "" });
             attention.into_iter().map(name).collect()
         };
-        let heads = match second {
+        let heads = match second || self.is_xl() {
             true => channels.iter().map(|c| (c / 64).max(1)).collect(),
             false => vec![8; channels.len()],
         };
         let projection = |name: &&str| name.starts_with(UNET) && name.ends_with("proj_in.weight");
         let projection = self.weights.names().find(projection).and_then(|name| self.find(name));
+        let mut down_depths = self.depths("input_blocks", 1, (channels.len(), layers));
+        // The number of the last level is that of the middle block too.
+        if let Some(last) = down_depths.last_mut().filter(|depths| depths.first() == Some(&0)) {
+            let block = |k| format!("{UNET}middle_block.1.transformer_blocks.{k}.norm1.weight");
+            last.fill(self.count(block));
+        }
         Ok(json!({
             "in_channels": self.side(&format!("{UNET}input_blocks.0.0.weight"), 1)?,
             "out_channels": self.side(&format!("{UNET}out.2.weight"), 0)?,
             "cross_attention_dim": family::context_width(self.weights),
             "down_block_types": blocks(down_attention, "Down"),
-            "mid_block_type": middle.then_some("UNetMidBlock2DCrossAttn"),
+            "mid_block_type": middle,
             "up_block_types": blocks(up_attention, "Up"),
             "layers_per_block": layers,
             "attention_head_dim": heads,
             "norm_num_groups": groups(&channels),
             "use_linear_projection": projection.is_some_and(|shape| shape.len() == 2),
-            "sample_size": if second && self.prediction()? == "v_prediction" { 96 } else { 64 },
+            "sample_size": match second && self.prediction()? == "v_prediction" {
+                _ if self.is_xl() => 128,
+                true => 96,
+                false => 64,
+            },
+            "transformer_layers_per_block": down_depths,
+            "reverse_transformer_layers_per_block":
+                self.depths("output_blocks", 0, (channels.len(), layers + 1)),
+            "addition_embed_type": self.is_xl().then_some("text_time"),
+            "addition_time_embed_dim": self.is_xl().then(|| self.size_width()),
+            "projection_class_embeddings_input_dim": self.added_inputs(),
             "block_out_channels": channels,
         }))
+    }
+
+    /// Transformer blocks of the layers of each level, whose blocks follow each other from `first`
+    /// on.
+    fn depths(&self, way: &str, first: usize, (levels, layers): (usize, usize)) -> Vec<Vec<usize>> {
+        // A block between the levels of the way down, none between those of the way up.
+        let between = usize::from(way == "input_blocks");
+        let depth = |level: usize, layer: usize| {
+            let block = first + level * (layers + between) + layer;
+            self.count(|k| format!("{UNET}{way}.{block}.1.transformer_blocks.{k}.norm1.weight"))
+        };
+        (0..levels).map(|level| (0..layers).map(|layer| depth(level, layer)).collect()).collect()
+    }
+
+    /// Width of the pooled prompt and the sizes of Stable Diffusion XL.
+    fn added_inputs(&self) -> Option<usize> {
+        let shape = self.find(&format!("{UNET}{}", family::LABEL)).filter(|_| self.is_xl())?;
+        shape.get(1).copied()
+    }
+
+    /// Width of the embedding of each size: what the pooled prompt leaves to the six of them.
+    fn size_width(&self) -> usize {
+        const USUAL: usize = 256;
+        let pooled = self.find(&format!("{}text_projection", family::SECOND_TOWER));
+        let pooled = pooled.and_then(|shape| shape.get(1).copied());
+        let left = pooled.and_then(|pooled| self.added_inputs()?.checked_sub(pooled));
+        left.map_or(USUAL, |left| left / 6)
     }
 
     fn vae(&self) -> Result<Value> {
@@ -209,11 +280,6 @@ impl<'a> LdmCheckpoint<'a> {
                     }
                 },
             )?;
-        // Of other latents, in the same shape.
-        if let Some(what) = family::other(self.weights).filter(|what| what.contains(family::XL)) {
-            let reason = format!("this is {what}, whose VAE has latents of another scale");
-            return Err(Error::config(&self.file, reason));
-        }
         let attention = match self.vae_is_renamed() {
             true => "encoder.mid_block.attentions.0.group_norm.weight",
             false => "encoder.mid.attn_1.norm.weight",
@@ -223,6 +289,10 @@ impl<'a> LdmCheckpoint<'a> {
             .map(|i| self.side(&block(i, 0), 0))
             .collect::<Result<Vec<_>>>()?;
         let scale = self.config.as_ref().and_then(|config| config.scale_factor);
+        // Nothing tells it of a VAE alone.
+        let whole = self.has(&format!("{UNET}input_blocks.0.0.weight"));
+        let known = whole.then(|| if self.is_xl() { XL_SCALING } else { SCALING });
+        let scale = scale.or(known);
         Ok(json!({
             "latent_channels": latent.get(1),
             "layers_per_block": self.count(|j| block(0, j)),
@@ -253,9 +323,11 @@ impl<'a> LdmCheckpoint<'a> {
         }
     }
 
-    fn text_encoder(&self) -> Result<Value> {
+    fn text_encoder(&self, tower: Option<TextTower>) -> Result<Value> {
         let second = self.is_second();
-        let (tokens, positions, inner, layers) = match self.text_tower() {
+        let mut projection = None;
+        let is_open = matches!(tower, Some(TextTower::OpenClip(_)));
+        let (tokens, positions, inner, layers) = match tower {
             Some(TextTower::OpenClip(tower)) => {
                 let inner = |i| format!("{tower}transformer.resblocks.{i}.mlp.c_fc.weight");
                 let layers = self.count(inner);
@@ -263,6 +335,7 @@ impl<'a> LdmCheckpoint<'a> {
                 let whole = self.has(&format!("{tower}text_projection"));
                 let last = usize::from(second && whole && layers < OPEN_CLIP_LAYERS);
                 let token = format!("{tower}token_embedding.weight");
+                projection = self.find(&format!("{tower}text_projection"));
                 (
                     token,
                     format!("{tower}positional_embedding"),
@@ -288,7 +361,10 @@ impl<'a> LdmCheckpoint<'a> {
             "intermediate_size": self.side(&inner, 0)?,
             "num_hidden_layers": if second { layers.min(OPEN_CLIP_LAYERS) } else { layers },
             "num_attention_heads": (width / 64).max(1),
-            "hidden_act": if second { "gelu" } else { "quick_gelu" },
+            "hidden_act": if second || self.is_xl() && is_open { "gelu" } else { "quick_gelu" },
+            "projection_dim": projection.and_then(|shape| shape.get(1)),
+            // As the published configurations have it.
+            "eos_token_id": (self.is_xl() && is_open).then_some(2),
         }))
     }
 
@@ -298,6 +374,9 @@ impl<'a> LdmCheckpoint<'a> {
     fn prediction(&self) -> Result<&'static str> {
         if let Some(config) = &self.config {
             return config.prediction().map_err(|reason| Error::config(&self.file, reason));
+        }
+        if self.has(VELOCITY) {
+            return Ok("v_prediction");
         }
         let inputs = self.side(&format!("{UNET}input_blocks.0.0.weight"), 1)?;
         if !self.is_second() || inputs == 9 {
@@ -315,8 +394,16 @@ impl<'a> LdmCheckpoint<'a> {
 
     fn scheduler(&self) -> Result<Value> {
         let config = self.config.clone().unwrap_or_default();
+        // Trained to the last timestep, where sampling is to begin.
+        let zero_snr = self.has(ZERO_SNR);
         Ok(json!({
-            "_class_name": if self.is_second() { "DDIMScheduler" } else { "PNDMScheduler" },
+            "_class_name": match self.is_second() {
+                _ if self.is_xl() => "EulerDiscreteScheduler",
+                true => "DDIMScheduler",
+                false => "PNDMScheduler",
+            },
+            "rescale_betas_zero_snr": zero_snr,
+            "timestep_spacing": if zero_snr { "trailing" } else { "leading" },
             "prediction_type": self.prediction()?,
             "num_train_timesteps": config.timesteps.unwrap_or(1000),
             "beta_schedule": config.betas().map_err(|reason| Error::config(&self.file, reason))?,
@@ -331,7 +418,11 @@ impl<'a> LdmCheckpoint<'a> {
     /// and unused ones.
     pub(super) fn renamer(&self, folder: &str) -> impl Fn(&str, &[usize]) -> Vec<Renamed> + use<> {
         let (folder, prefix) = (folder.to_owned(), self.vae_prefix().to_owned());
-        let (layers, text) = (self.levels().layers, self.text_tower());
+        let text = match folder.as_str() {
+            SECOND_ENCODER => Some(TextTower::OpenClip(family::SECOND_TOWER.to_owned())),
+            _ => self.text_tower(),
+        };
+        let layers = self.levels().layers;
         let (levels, renamed) = (self.count(|i| self.vae_block(i, 0)), self.vae_is_renamed());
         move |name, shape| {
             let whole = |name: Option<String>| -> Vec<Renamed> {
@@ -354,9 +445,10 @@ impl<'a> LdmCheckpoint<'a> {
                     }
                     renamed
                 }
-                (_, Some(TextTower::OpenClip(tower))) => {
+                (folder, Some(TextTower::OpenClip(tower))) => {
+                    let projected = folder == SECOND_ENCODER;
                     let name = name.strip_prefix(tower);
-                    name.map_or_else(Vec::new, |name| names::open_clip(name, shape))
+                    name.map_or_else(Vec::new, |name| names::open_clip(name, shape, projected))
                 }
                 (_, Some(TextTower::Clip(tower))) => {
                     let name = name.strip_prefix(tower);
@@ -367,6 +459,9 @@ impl<'a> LdmCheckpoint<'a> {
         }
     }
 }
+
+/// Folder of the second text encoder.
+const SECOND_ENCODER: &str = "text_encoder_2";
 
 /// Number of groups of the norms, for these channels.
 fn groups(channels: &[usize]) -> usize {

@@ -12,6 +12,8 @@ pub(crate) fn unet(name: &str, layers: usize) -> String {
     let fixed = [
         ("time_embed.0.", "time_embedding.linear_1."),
         ("time_embed.2.", "time_embedding.linear_2."),
+        ("label_emb.0.0.", "add_embedding.linear_1."),
+        ("label_emb.0.2.", "add_embedding.linear_2."),
         ("input_blocks.0.0.", "conv_in."),
         ("middle_block.0.", "mid_block.resnets.0."),
         ("middle_block.1.", "mid_block.attentions.0."),
@@ -126,12 +128,14 @@ fn projections(layer: &str, kind: &str, shape: &[usize]) -> Vec<Renamed> {
 }
 
 /// The names in the Diffusers format of a tensor of OpenCLIP's text tower; none of those that are
-/// not needed.
-pub(super) fn open_clip(name: &str, shape: &[usize]) -> Vec<Renamed> {
+/// not needed, as the projection is not where nothing is `projected`. It keeps its name: it is the
+/// other way round there.
+pub(super) fn open_clip(name: &str, shape: &[usize], projected: bool) -> Vec<Renamed> {
     let whole = |name: String| vec![Renamed { name, shape: shape.to_vec(), part: (0, 1) }];
     match name {
         "positional_embedding" => return whole("embeddings.position_embedding.weight".into()),
         "token_embedding.weight" => return whole("embeddings.token_embedding.weight".into()),
+        "text_projection" if projected => return whole(name.to_owned()),
         "text_projection" | "logit_scale" => return Vec::new(),
         _ => {}
     }

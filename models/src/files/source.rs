@@ -14,6 +14,9 @@ use super::tensors::Weights;
 use super::unet_file;
 use crate::error::{Error, Result};
 
+/// Files of a tokenizer's words.
+const WORDS: [&str; 3] = ["added_tokens.json", "merges.txt", "vocab.json"];
+
 /// Folder of the safety checker, which may be beside a single-file checkpoint.
 pub(crate) const SAFETY_CHECKER: &str = "safety_checker";
 
@@ -67,6 +70,13 @@ impl Checkpoint {
     fn read(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
         let vocabulary = name.strip_prefix("tokenizer/").zip(self.vocabulary.as_ref());
         let vocabulary = vocabulary.map(|(name, directory)| directory.join(name));
+        // The words of both tokenizers of Stable Diffusion XL are the same.
+        if let Some(words) = name.strip_prefix("tokenizer_2/").filter(|name| WORDS.contains(name)) {
+            return match read(self.beside(name))? {
+                Some(bytes) => Ok(Some(bytes)),
+                None => self.read(&format!("tokenizer/{words}")),
+            };
+        }
         for path in [Some(self.beside(name)), vocabulary].into_iter().flatten() {
             if let Some(bytes) = read(path)? {
                 return Ok(Some(bytes));

@@ -56,10 +56,6 @@ fn open(path: &Path) -> Result<Tensors> {
         };
     }
     if let Some(prefix) = starting(&DIFFUSERS_PREFIXES, "down_blocks.0.resnets.0.conv1.weight") {
-        // The first of a UNet of Stable Diffusion XL.
-        if starting(&[prefix], "add_embedding.linear_1.weight").is_some() {
-            return Err(refused(&weights, "Stable Diffusion XL"));
-        }
         let weights = weights.renamed(|name, shape| under("", name.strip_prefix(prefix), shape));
         return Ok(Tensors::Diffusers(weights));
     }
@@ -78,6 +74,6 @@ fn under(prefix: &str, name: Option<&str>, shape: &[usize]) -> Vec<Renamed> {
 }
 
 fn refused(weights: &Weights, what: &str) -> Error {
-    let reason = format!("this is {what}; --unet takes a UNet of Stable Diffusion 1.x or 2.x");
+    let reason = format!("this is {what}; --unet takes a UNet of Stable Diffusion 1.x, 2.x or XL");
     Error::config(weights.file_names(), reason)
 }

@@ -24,14 +24,19 @@ impl LinearPart<'_> {
 pub(crate) struct LayerBuilder<'a> {
     weights: &'a Weights,
     prefix: String,
+    /// What the names of the weights begin with for LoRAs: those of two text encoders are the same.
+    scope: &'static str,
     device: &'a Device,
     dtype: DType,
 }
 
+/// The scope of a second text encoder.
+pub(super) const SECOND_ENCODER: &str = "text_encoder_2.";
+
 impl<'a> LayerBuilder<'a> {
     /// The root of the tree.
     pub(crate) fn new(weights: &'a Weights, device: &'a Device, dtype: DType) -> Self {
-        Self { weights, prefix: String::new(), device, dtype }
+        Self { weights, prefix: String::new(), scope: "", device, dtype }
     }
 
     /// A child: `pp("down_blocks").pp(0)` is `down_blocks.0`.
@@ -41,6 +46,21 @@ impl<'a> LayerBuilder<'a> {
             prefix => format!("{prefix}.{name}"),
         };
         Self { prefix, ..self.clone() }
+    }
+
+    /// The root of the tree of a second text encoder.
+    pub(crate) fn second_encoder(&self) -> Self {
+        Self { scope: SECOND_ENCODER, ..self.clone() }
+    }
+
+    /// The tensors that layers are built from.
+    pub(crate) fn weights(&self) -> &'a Weights {
+        self.weights
+    }
+
+    /// The device that layers are built for.
+    pub(crate) fn device(&self) -> &'a Device {
+        self.device
     }
 
     /// Whether the file has this tensor.
@@ -62,7 +82,8 @@ impl<'a> LayerBuilder<'a> {
     /// Registers the weight of this prefix as a LoRA target, and returns its name.
     pub(crate) fn lora_target(&self, target: LoraTarget) -> String {
         // Only some files of text encoders have this prefix.
-        let name = self.prefix.strip_prefix("text_model.").unwrap_or(&self.prefix).to_owned();
+        let name = self.prefix.strip_prefix("text_model.").unwrap_or(&self.prefix);
+        let name = format!("{}{name}", self.scope);
         self.weights.add_lora_target(name.clone(), target);
         name
     }
@@ -121,6 +142,17 @@ impl<'a> LayerBuilder<'a> {
         let bias = biases.map(|biases| Tensor::cat(&biases, 0)).transpose()?;
         let weight = Weight::Data(TensorData::Parts(&numbers), &shape);
         Linear::new(weight, bias.as_ref(), self.device, self.dtype)
+    }
+
+    /// A linear layer without a bias that the file may store transposed, under the name of the layer.
+    pub(crate) fn projection(&self, inputs: usize, outputs: usize) -> Result<Linear> {
+        if self.has("weight") {
+            return Ok(self.stack(&[self.part(inputs, outputs, false)?])?);
+        }
+        let shape = [inputs, outputs];
+        let stored = self.weights.weight(&self.prefix, &shape)?;
+        let weight = Tensor::from_vec(stored.floats(), &shape, &Device::Cpu)?.t()?.contiguous()?;
+        Ok(Linear::new(&weight, None, self.device, self.dtype)?)
     }
 
     /// A linear layer that the file may store as a 1x1 convolution.

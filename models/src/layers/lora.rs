@@ -11,8 +11,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{DType, Device, Tensor};
 
+use super::builder::SECOND_ENCODER;
 use super::lora_delta::{Delta, WeightDelta};
-use super::lora_names::{Network, Role, TargetNames, family, refused, split};
+use super::lora_names::{Network, Role, TargetNames, family, split};
 use super::lora_parts::{Parts, TOO_LARGE};
 use super::lora_peft::Settings;
 use super::placed_delta::PlacedDelta;
@@ -77,15 +78,15 @@ impl LoraCache {
 impl TargetIndex {
     pub(crate) fn new(
         (unet, layers): (LoraTargets, usize),
-        text: LoraTargets,
+        texts: Vec<LoraTargets>,
         base: Reopen,
         device: &Device,
         dtype: DType,
     ) -> Self {
         Self {
-            names: TargetNames::new(&unet, layers, &text),
+            names: TargetNames::new(&unet, layers, &texts),
             // The networks have no name in common.
-            targets: unet.into_iter().chain(text).collect(),
+            targets: unet.into_iter().chain(texts.into_iter().flatten()).collect(),
             base,
             device: device.clone(),
             dtype,
@@ -101,7 +102,12 @@ impl Lora {
         let (found, skipped) = sort(&weights, index)?;
         let mut warnings: Vec<_> = skipped.into_iter().collect();
         let settings = Settings::read(&weights, &from.path)?;
-        let base = BaseWeights { open: &index.base, unet: OnceCell::new(), text: OnceCell::new() };
+        let base = BaseWeights {
+            open: &index.base,
+            unet: OnceCell::new(),
+            text: OnceCell::new(),
+            text_2: OnceCell::new(),
+        };
         let (mut deltas, mut bytes, mut unused) = (HashMap::new(), 0_u64, Vec::new());
         for ((network, name), tensors) in found {
             let (target, setting) = (index.targets[name], settings.of(network, name)?);
@@ -170,7 +176,7 @@ fn sort<'i>(weights: &Weights, index: &'i TargetIndex) -> Result<Sorted<'i>> {
     let mut found: BTreeMap<_, BTreeMap<Role, String>> = BTreeMap::new();
     let (mut skipped, mut is_lora) = (Vec::new(), false);
     for tensor in weights.names() {
-        if let Some(kind) = refused(tensor) {
+        if let Some(kind) = index.names.refused(tensor) {
             return refuse(tensor, format!("is of {kind}, which is not supported"));
         }
         let role = split(tensor, weights);
@@ -269,6 +275,7 @@ struct BaseWeights<'a> {
     open: &'a Reopen,
     unet: OnceCell<Weights>,
     text: OnceCell<Weights>,
+    text_2: OnceCell<Weights>,
 }
 
 impl BaseWeights<'_> {
@@ -277,10 +284,12 @@ impl BaseWeights<'_> {
         let cell = match network {
             Network::UNet => &self.unet,
             Network::TextEncoder => &self.text,
+            Network::TextEncoder2 => &self.text_2,
         };
         if cell.get().is_none() {
             let _ = cell.set((self.open)(network)?);
         }
+        let name = name.strip_prefix(SECOND_ENCODER).unwrap_or(name);
         // Only some files of text encoders have this prefix.
         let names = [format!("{name}.weight"), format!("text_model.{name}.weight")];
         let found = cell.get().and_then(|weights| {

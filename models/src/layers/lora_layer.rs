@@ -160,6 +160,17 @@ impl LoraLayer<Linear> {
         Ok(Self::new(p.linears(names, inputs, outputs, bias)?, parts))
     }
 
+    /// Without a bias, from a weight that may be stored the other way round, without `.weight` in its
+    /// name.
+    pub(crate) fn projection(
+        p: &LayerBuilder<'_>,
+        inputs: usize,
+        outputs: usize,
+    ) -> error::Result<Self> {
+        let part = Part::at(p, LoraTarget::linear(inputs, outputs));
+        Ok(Self::new(p.projection(inputs, outputs)?, vec![part]))
+    }
+
     pub(crate) fn linear_or_conv(
         p: &LayerBuilder<'_>,
         inputs: usize,

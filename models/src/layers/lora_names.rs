@@ -6,12 +6,15 @@
 
 use std::collections::HashMap;
 
+use super::builder::SECOND_ENCODER;
 use crate::files::{LoraTargets, Weights, names};
 
 /// A network that LoRAs add to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Network {
     TextEncoder,
+    /// That of Stable Diffusion XL.
+    TextEncoder2,
     UNet,
 }
 
@@ -120,10 +123,13 @@ const REFUSED: [(&str, &str); 13] = [
     (".bm.weight", "GLoRA with a third factor"),
     (".lora_embedding_", "a LoRA of token embeddings"),
     ("bundle_emb.", "an embedding beside a LoRA"),
-    ("lora_te2_", "Stable Diffusion XL (its second text encoder)"),
-    ("text_encoder_2.", "Stable Diffusion XL (its second text encoder)"),
     ("lora_controlnet_", "a ControlNet"),
+    ("lora_te2_", SECOND_TEXT_ENCODER),
+    ("text_encoder_2.", SECOND_TEXT_ENCODER),
 ];
+
+/// Rejected only for models that have none.
+const SECOND_TEXT_ENCODER: &str = "Stable Diffusion XL (its second text encoder)";
 
 /// The module and the role of a tensor, if its name has the form of one of a LoRA.
 pub(super) fn split<'t>(tensor: &'t str, weights: &Weights) -> Option<(&'t str, Role)> {
@@ -144,24 +150,34 @@ pub(super) fn split<'t>(tensor: &'t str, weights: &Weights) -> Option<(&'t str, 
     })
 }
 
-/// The kind of a tensor that is rejected.
-pub(super) fn refused(tensor: &str) -> Option<&'static str> {
-    REFUSED.iter().find(|(mark, _)| tensor.contains(mark)).map(|(_, kind)| *kind)
-}
-
 /// The names of a model's weights as LoRA files write them.
 pub(super) struct TargetNames {
     unet: HashMap<String, String>,
     text: HashMap<String, String>,
+    /// Of the second text encoder, if there is one.
+    text_2: Option<HashMap<String, String>>,
     /// Residual blocks per level of the UNet.
     layers: usize,
 }
 
 impl TargetNames {
-    pub(super) fn new(unet: &LoraTargets, layers: usize, text: &LoraTargets) -> Self {
-        let flat =
-            |targets: &LoraTargets| targets.keys().map(|name| (flat(name), name.clone())).collect();
-        Self { unet: flat(unet), text: flat(text), layers }
+    /// The names of the weights of the UNet, whose levels have so many residual blocks, and of the
+    /// text encoders.
+    pub(super) fn new(unet: &LoraTargets, layers: usize, texts: &[LoraTargets]) -> Self {
+        let flat = |targets: &LoraTargets| -> HashMap<_, _> {
+            let own = |name: &str| flat(name.strip_prefix(SECOND_ENCODER).unwrap_or(name));
+            targets.keys().map(|name| (own(name), name.clone())).collect()
+        };
+        let mut texts = texts.iter().map(flat);
+        let (text, text_2) = (texts.next().unwrap_or_default(), texts.next());
+        Self { unet: flat(unet), text, text_2, layers }
+    }
+
+    /// The kind of a tensor that is rejected.
+    pub(super) fn refused(&self, tensor: &str) -> Option<&'static str> {
+        let found = REFUSED.iter().find(|(mark, _)| tensor.contains(mark));
+        let kind = found.map(|(_, kind)| *kind);
+        kind.filter(|kind| *kind != SECOND_TEXT_ENCODER || self.text_2.is_none())
     }
 
     /// The network and the name of a module's weight.
@@ -172,7 +188,15 @@ impl TargetNames {
         for start in ["base_model_model_", "lycoris_", "model_diffusion_model_"] {
             name = name.strip_prefix(start).unwrap_or(name);
         }
-        const TEXT: [&str; 8] = [
+        const TEXT_2: [&str; 6] = [
+            "lora_te2_",
+            "text_encoder_2_",
+            "te2_",
+            "conditioner_embedders_1_model_transformer_",
+            "clip_g_",
+            "text_encoders_clip_g_transformer_",
+        ];
+        const TEXT: [&str; 9] = [
             "lora_te_",
             "lora_te1_",
             "text_encoder_",
@@ -180,10 +204,14 @@ impl TargetNames {
             "te1_",
             "clip_l_",
             "cond_stage_model_transformer_",
+            "conditioner_embedders_0_transformer_",
             "text_encoders_clip_l_transformer_",
         ];
         const UNET: [&str; 3] = ["lora_unet_", "unet_", "diffusion_model_"];
         let of = |starts: &[&str]| starts.iter().find_map(|start| name.strip_prefix(start));
+        if let (Some(name), Some(second)) = (of(&TEXT_2), &self.text_2) {
+            return Some((Network::TextEncoder2, of_text(second, name)?));
+        }
         if let Some(name) = of(&TEXT) {
             return self.of_text(name);
         }
@@ -194,13 +222,7 @@ impl TargetNames {
     }
 
     fn of_text(&self, name: &str) -> Option<(Network, &str)> {
-        let name = name.strip_prefix("text_model_").unwrap_or(name);
-        let found = self.text.get(name).or_else(|| {
-            let (layer, part) = name.split_once("_self_attn_to_")?;
-            let part = if part == "out" { "out_proj" } else { &format!("{part}_proj") };
-            self.text.get(&format!("{layer}_self_attn_{part}"))
-        });
-        Some((Network::TextEncoder, found?))
+        Some((Network::TextEncoder, of_text(&self.text, name)?))
     }
 
     fn of_unet(&self, name: &str) -> Option<(Network, &str)> {
@@ -213,6 +235,17 @@ impl TargetNames {
         let found = found.or_else(|| find(&original(name, self.layers)?));
         Some((Network::UNet, found?))
     }
+}
+
+/// The name of a text encoder's weight, among those of the encoder.
+fn of_text<'n>(names: &'n HashMap<String, String>, name: &str) -> Option<&'n str> {
+    let name = name.strip_prefix("text_model_").unwrap_or(name);
+    let found = names.get(name).or_else(|| {
+        let (layer, part) = name.split_once("_self_attn_to_")?;
+        let part = if part == "out" { "out_proj" } else { &format!("{part}_proj") };
+        names.get(&format!("{layer}_self_attn_{part}"))
+    });
+    found.map(String::as_str)
 }
 
 /// Kohya's scripts write every dot as an underscore.
@@ -231,11 +264,12 @@ fn original(name: &str, layers: usize) -> Option<String> {
         numbers.iter().all(digits).then(|| format!("{}.{rest}", numbers.join(".")))
     };
     let blocks = [("input_blocks", 2), ("output_blocks", 2), ("middle_block", 1)];
-    let found =
-        blocks.iter().chain(&[("time_embed", 1), ("out", 1)]).find_map(|(block, count)| {
+    let found = blocks.iter().chain(&[("time_embed", 1), ("label_emb", 2), ("out", 1)]).find_map(
+        |(block, count)| {
             let rest = name.strip_prefix(block)?.strip_prefix('_')?;
             Some(format!("{block}.{}", parts(rest, *count)?))
-        })?;
+        },
+    )?;
     let mut dotted = found;
     for layer in ["in_layers", "out_layers", "emb_layers"] {
         dotted = dotted.replace(&format!("{layer}_"), &format!("{layer}."));
@@ -302,6 +336,11 @@ mod tests {
             ("output_blocks_5_2_conv", "up_blocks_1_upsamplers_0_conv"),
             ("output_blocks_5_1_proj_out", "up_blocks_1_attentions_2_proj_out"),
             ("time_embed_2", "time_embedding_linear_2"),
+            ("label_emb_0_0", "add_embedding_linear_1"),
+            (
+                "input_blocks_8_1_transformer_blocks_9_ff_net_0_proj",
+                "down_blocks_2_attentions_1_transformer_blocks_9_ff_net_0_proj",
+            ),
             ("out_2", "conv_out"),
         ];
         for (theirs, ours) in table {

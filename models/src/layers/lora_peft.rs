@@ -10,6 +10,7 @@ use std::path::Path;
 use regex::{Regex, RegexBuilder};
 use serde_json::Value;
 
+use super::builder::SECOND_ENCODER;
 use super::lora_names::Network;
 use crate::error::{Error, Result};
 use crate::files::{PEFT_SETTINGS, Weights, open, peft_settings};
@@ -55,6 +56,7 @@ pub(super) struct Settings {
     file: String,
     unet: Option<Adapter>,
     text: Option<Adapter>,
+    text_2: Option<Adapter>,
 }
 
 /// The settings of one network.
@@ -91,19 +93,22 @@ impl Settings {
                 false => Ok(None),
             };
             let (unet, text) = (of("unet.").map_err(refuse)?, of("text_encoder.").map_err(refuse)?);
-            return Ok(Self { file, unet, text });
+            let text_2 = of("text_encoder_2.").map_err(refuse)?;
+            return Ok(Self { file, unet, text, text_2 });
         }
         let Some(text) = beside(path)? else { return Ok(Self::default()) };
         let refuse = |reason| Error::config(PEFT_SETTINGS, reason);
         let settings = parse(&text).map_err(refuse)?;
         let of = || Adapter::of(|name| &settings[name]).map(Some).map_err(refuse);
-        Ok(Self { file: PEFT_SETTINGS.into(), unet: of()?, text: of()? })
+        Ok(Self { file: PEFT_SETTINGS.into(), unet: of()?, text: of()?, text_2: of()? })
     }
 
     /// The settings of a weight.
     pub(super) fn of(&self, network: Network, weight: &str) -> Result<Option<Setting>> {
+        let weight = weight.strip_prefix(SECOND_ENCODER).unwrap_or(weight);
         let (adapter, whole) = match network {
             Network::TextEncoder => (&self.text, format!("text_model.{weight}")),
+            Network::TextEncoder2 => (&self.text_2, format!("text_model.{weight}")),
             Network::UNet => (&self.unet, weight.to_owned()),
         };
         let Some(Adapter { alpha, rank, root }) = adapter else { return Ok(None) };

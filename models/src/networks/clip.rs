@@ -42,7 +42,15 @@ impl ClipTransformer {
     /// (B, L, hidden) and the LoRAs of the rows, or none at all -> (B, L, hidden), without the last
     /// `skip` layers
     pub(super) fn forward(&self, x: Tensor, skip: usize, loras: &[LoraStack]) -> Result<Tensor> {
-        let layers = &self.layers[..self.layers.len().saturating_sub(skip)];
+        self.run(&self.layers[..self.layers.len().saturating_sub(skip)], x, loras)
+    }
+
+    /// The last `skipped` layers, which [`Self::forward`] has left out.
+    pub(super) fn rest(&self, x: Tensor, skipped: usize, loras: &[LoraStack]) -> Result<Tensor> {
+        self.run(&self.layers[self.layers.len().saturating_sub(skipped)..], x, loras)
+    }
+
+    fn run(&self, layers: &[ClipLayer], x: Tensor, loras: &[LoraStack]) -> Result<Tensor> {
         layers.iter().try_fold(x, |x, layer| {
             let n = layer.layer_norm1.forward(&x)?;
             let qkv = layer.qkv_proj.forward(&n, Epilogue::NONE, loras)?; // (B, L, 3 hidden)

@@ -7,6 +7,7 @@
 //!
 //! Shapes: B batch rows, H and W latent pixels of a level, C its channels.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use candle_core::{DType, Device, Tensor};
@@ -71,6 +72,9 @@ impl ControlNetModel {
             None => ControlNetConfig::infer(&weights, unet, file.pools())?,
         };
         let refuse = |reason| Error::config(weights.file_names(), reason);
+        if config.unet.added.is_some() || unet.added.is_some() {
+            return Err(refuse("ControlNets of Stable Diffusion XL are not supported".into()));
+        }
         config.check(unet, scale).map_err(refuse)?;
         let bytes = bytes_of(&weights, dtype);
         if bytes > max_bytes {
@@ -170,7 +174,7 @@ impl ControlNetModel {
     pub fn condition(&self, row: &Conditioning) -> Result<Conditioning> {
         let context = row.context()?;
         let kv = in_pool(&self.device, || self.to_kv.forward(context, Epilogue::NONE, &[]))?;
-        Ok(Conditioning::new(kv, context.clone()))
+        Ok(Conditioning::new(Arc::new(kv), context.clone()))
     }
 
     /// T timesteps -> the time embeddings of all residual blocks (T, time_width).

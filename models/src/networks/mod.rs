@@ -14,10 +14,13 @@ mod unet;
 mod upscaler;
 mod vae;
 
-pub use self::config::{ClipConfig, ClipTextConfig, ControlNetConfig, UNetConfig, VaeConfig};
+pub use self::config::{
+    AddedConfig, ClipConfig, ClipTextConfig, ControlNetConfig, MidBlock, UNetConfig, VaeConfig,
+};
 pub use self::controlnet::{ControlBatch, ControlNetModel};
 pub use self::safety::{SafetyChecker, SafetyResult};
-pub use self::text_encoder::ClipTextModel;
+pub use self::text_encoder::{ClipTextModel, PooledStates, PooledToken};
+pub(crate) use self::unet::SIZES;
 pub use self::unet::{Conditioning, Residuals, UNet2DConditionModel};
 pub use self::upscaler::UpscalerNetwork;
 pub use self::vae::{Decoder, Encoder};

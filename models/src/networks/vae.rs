@@ -18,6 +18,41 @@ use crate::ops::{
 const DOWN: Geometry = Geometry { kernel: 3, stride: 2, before: 0, after: 1 };
 const EPS: f64 = 1e-6;
 
+impl VaeConfig {
+    /// Latents (B, C, h, w) f32 of the encoder -> those that the UNet is trained on.
+    pub(crate) fn scaled(&self, latents: &Tensor) -> Result<Tensor> {
+        match &self.latents {
+            None => Ok((latents * self.scaling_factor)?),
+            Some(known) => {
+                let [means, deviations] = by_channel(known, latents.device())?;
+                let centred = latents.broadcast_sub(&means)?;
+                Ok((centred * self.scaling_factor)?.broadcast_div(&deviations)?)
+            }
+        }
+    }
+
+    /// Latents (B, C, h, w) f32 of the UNet -> those that the decoder takes.
+    pub(crate) fn unscaled(&self, latents: &Tensor) -> Result<Tensor> {
+        match &self.latents {
+            None => Ok((latents / self.scaling_factor)?),
+            Some(known) => {
+                let [means, deviations] = by_channel(known, latents.device())?;
+                let spread = latents.broadcast_mul(&deviations)?;
+                Ok((spread / self.scaling_factor)?.broadcast_add(&means)?)
+            }
+        }
+    }
+}
+
+/// Means and deviations, each (1, C, 1, 1) f32.
+fn by_channel(known: &[(f64, f64)], device: &Device) -> Result<[Tensor; 2]> {
+    let shape = (1, known.len(), 1, 1);
+    let tensor = |values: Vec<f32>| Tensor::from_vec(values, shape, device);
+    let means = known.iter().map(|(mean, _)| *mean as f32).collect();
+    let deviations = known.iter().map(|(_, deviation)| *deviation as f32).collect();
+    Ok([tensor(means)?, tensor(deviations)?])
+}
+
 /// Latents to images.
 pub struct Decoder {
     config: VaeConfig,

@@ -91,7 +91,7 @@ fn encoded(model: &LoadedModel, picture: &Rgb) -> Result<Tensor> {
     let pixels: Vec<f32> = picture.data.iter().map(value).collect();
     let shape = (1, picture.height, picture.width, 3);
     let (mean, _) = model.vae.encode(&Tensor::from_vec(pixels, shape, &model.device)?)?;
-    Ok((mean * model.vae.config().scaling_factor)?)
+    model.vae.config().scaled(&mean)
 }
 
 impl Trajectory {

@@ -21,7 +21,7 @@ pub struct Defaults {
     pub size: Size,
     /// Sampler steps; 50 as in diffusers, unless the model was distilled to few.
     pub steps: usize,
-    /// Guidance scale; 7.5 as in diffusers, unless the model was distilled to do without.
+    /// Guidance scale; 7.5 as in diffusers, and 5 of Stable Diffusion XL, unless the model was distilled to do without.
     pub guidance_scale: f64,
     /// The sampler of the model's scheduler configuration, or of its kind.
     pub sampler: Sampler,
@@ -72,7 +72,7 @@ impl Defaults {
         let mut defaults = Self {
             size,
             steps: 50,
-            guidance_scale: 7.5,
+            guidance_scale: if unet.added.is_some() { 5.0 } else { 7.5 },
             sampler,
             schedule,
             clip_skip: 0,

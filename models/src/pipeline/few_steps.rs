@@ -53,8 +53,17 @@ const SD_TURBO: Kind = Kind {
     sampler: "euler_sgm_uniform",
 };
 
+/// The same of Stable Diffusion XL.
+const SDXL_TURBO: Kind = Kind {
+    title: "SDXL-Turbo",
+    words: &["sdxl", "turbo"],
+    is_usual: false,
+    steps: 1,
+    sampler: "euler_a_sgm_uniform",
+};
+
 /// The kinds that names tell, the longer names first.
-const KINDS: [Kind; 7] = [
+const KINDS: [Kind; 9] = [
     LCM,
     TCD,
     // Ren et al. 2024.
@@ -73,6 +82,8 @@ const KINDS: [Kind; 7] = [
         sampler: "ddim_sgm_uniform",
     },
     SD_TURBO,
+    SDXL_TURBO,
+    Kind { words: &["sd", "xl", "turbo"], ..SDXL_TURBO },
     // Lin et al. 2024, "SDXL-Lightning".
     Kind {
         title: "Lightning",
@@ -96,16 +107,18 @@ impl FewSteps {
         if unet.time_cond_proj_dim.is_some() {
             return Some(Self { guidance_scale: EMBEDDED_GUIDANCE, ..Self::of(&LCM, LCM.steps) });
         }
-        let is_turbo = unet.cross_attention_dim == SD_2_WIDTH
-            && scheduler.timestep_spacing.as_deref() == Some("trailing")
+        let is_turbo = scheduler.timestep_spacing.as_deref() == Some("trailing")
             && scheduler.prediction_type.as_deref().is_none_or(|value| value == "epsilon");
         match scheduler.class_name.as_deref().unwrap_or_default() {
             "LCMScheduler" => Some(Self::of(&LCM, LCM.steps)),
             "TCDScheduler" => Some(Self::of(&TCD, TCD.steps)),
             // The only published models of this width whose scheduler is so; those of zero terminal
             // SNR, which is the other reason for this spacing, predict the velocity.
-            "EulerDiscreteScheduler" if is_turbo => {
+            "EulerDiscreteScheduler" if is_turbo && unet.cross_attention_dim == SD_2_WIDTH => {
                 Some(Self { sampler: None, ..Self::of(&SD_TURBO, SD_TURBO.steps) })
+            }
+            "EulerAncestralDiscreteScheduler" if is_turbo && unet.added.is_some() => {
+                Some(Self { sampler: None, ..Self::of(&SDXL_TURBO, SDXL_TURBO.steps) })
             }
             _ => None,
         }
@@ -184,6 +197,10 @@ mod tests {
             ("Hyper-SD15-12steps-CFG-lora", Some(("Hyper-SD", 12, 7.5))),
             ("HyperSD15_1step", Some(("Hyper-SD", 1, 1.0))),
             ("sd_turbo", Some(("SD-Turbo", 1, 1.0))),
+            ("stabilityai/sdxl-turbo", Some(("SDXL-Turbo", 1, 1.0))),
+            ("sd_xl_turbo_1.0_fp16", Some(("SDXL-Turbo", 1, 1.0))),
+            ("sdxl_lightning_8step", Some(("Lightning", 8, 1.0))),
+            ("dreamshaperXL_v21TurboDPMSDE", None),
             ("sd15_lightning_4step_lora", Some(("Lightning", 4, 1.0))),
             ("v1-5-pruned-emaonly", None),
             ("lcm-labs/lightning-art", None),

@@ -13,13 +13,18 @@ pub(super) struct PipelineIndex {
     pub(super) has_checker: bool,
     /// diffusers' class of the scheduler.
     pub(super) scheduler: Option<String>,
+    /// Whether an absent negative prompt is zeros, and not the encoding of an empty one.
+    pub(super) zeros_for_absent: bool,
 }
+
+/// How the classes of Stable Diffusion XL begin.
+const XL: &str = "StableDiffusionXL";
 
 /// A library and a class of it; null, or a pair of nulls, where the pipeline has no such part.
 type Part = [Option<String>; 2];
 
 impl PipelineIndex {
-    /// Reads the file. Rejects pipelines that are not Stable Diffusion 1.x or 2.x.
+    /// Reads the file. Rejects pipelines that are not Stable Diffusion 1.x, 2.x or XL.
     pub(super) fn read(source: &Source) -> Result<Self> {
         let mut keys = Keys::read(source, "model_index.json")?;
         let class = keys.text("_class_name").unwrap_or("StableDiffusionPipeline").to_owned();
@@ -30,10 +35,21 @@ impl PipelineIndex {
             "StableDiffusionInpaintPipeline",
             "LatentConsistencyModelPipeline",
             "LatentConsistencyModelImg2ImgPipeline",
+            "StableDiffusionXLPipeline",
+            "StableDiffusionXLImg2ImgPipeline",
+            "StableDiffusionXLInpaintPipeline",
         ];
         keys.only("_class_name", &classes.map(|class| json!(class)))?;
+        let is_xl = class.starts_with(XL);
+        let names_first = keys.has("text_encoder");
+        let zeros_for_absent = keys.take("force_zeros_for_empty_prompt", true)? && is_xl;
         let mut part = |name| keys.take::<Part>(name, [None, None]).map(|[_, class]| class);
         let (checker, scheduler) = (part("safety_checker")?, part("scheduler")?);
+        if is_xl && names_first && part("text_encoder")?.is_none() {
+            let reason = "text_encoder: without the first text encoder this is the refiner of Stable \
+                          Diffusion XL, which draws no image alone and is not supported";
+            return Err(Error::config("model_index.json", reason));
+        }
         let has_checker = match checker.as_deref() {
             None => false,
             Some("StableDiffusionSafetyChecker") => true,
@@ -42,12 +58,18 @@ impl PipelineIndex {
                 return Err(Error::config("model_index.json", reason));
             }
         };
-        Ok(Self { class, has_checker, scheduler })
+        Ok(Self { class, has_checker, scheduler, zeros_for_absent })
+    }
+
+    /// Whether it is of Stable Diffusion XL: with two text encoders, and a UNet that takes pooled
+    /// prompts and sizes.
+    pub(super) fn is_xl(&self) -> bool {
+        self.class.starts_with(XL)
     }
 
     /// Whether the pipeline sets `steps_offset` to 1, whatever the scheduler's file says.
     pub(super) fn sets_steps_offset(&self) -> bool {
-        self.class.starts_with("StableDiffusion")
+        self.class.starts_with("StableDiffusion") && !self.is_xl()
     }
 
     /// Whether the pipeline sets `clip_sample` to false, whatever the scheduler's file says.
@@ -62,14 +84,25 @@ impl PipelineIndex {
 
     /// Whether the pipeline sets `skip_prk_steps` to true, whatever the scheduler's file says.
     pub(super) fn sets_skip_prk_steps(&self) -> bool {
-        self.class.contains("Inpaint")
+        self.class.contains("Inpaint") && !self.is_xl()
     }
 }
 
-/// Rejects a `model_index.json` of a pipeline that is not Stable Diffusion 1.x or 2.x. Returns
-/// whether the pipeline has a safety checker.
-pub fn check_pipeline(source: &Source) -> Result<bool> {
-    Ok(PipelineIndex::read(source)?.has_checker)
+/// What a model has beside the networks that all have.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PipelineParts {
+    /// A safety checker.
+    pub safety_checker: bool,
+    /// A second text encoder: it is of Stable Diffusion XL.
+    pub second_text_encoder: bool,
+}
+
+/// Rejects a `model_index.json` of a pipeline that is not Stable Diffusion 1.x, 2.x or XL. Returns
+/// what the pipeline has.
+pub fn check_pipeline(source: &Source) -> Result<PipelineParts> {
+    let index = PipelineIndex::read(source)?;
+    let (safety_checker, second_text_encoder) = (index.has_checker, index.is_xl());
+    Ok(PipelineParts { safety_checker, second_text_encoder })
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use crate::layers::activation_dtype;
 use crate::networks::UNet2DConditionModel;
 use crate::picture::{Rgb, Size};
 use crate::sampling::{Sampler, SamplerName, SamplerOptions, share_of};
-use crate::text::{ClipTokenizer, Embeddings, LoraUse};
+use crate::text::{Embeddings, LoraUse};
 
 /// Maximum scale of the noise that a sampler draws. More only leaves noise.
 pub const MAX_NOISE_SCALE: f64 = 2.0;
@@ -50,10 +50,13 @@ pub struct ModelInfo {
     pub embeds_guidance: bool,
     /// Whether its pipeline gives the strength of image-to-image to the scheduler.
     pub gives_strength_to_scheduler: bool,
-    /// Layers of the text encoder.
+    /// The most layers of the text encoder that can be skipped.
     pub text_layers: usize,
-    /// Width of the text encoder: 1024 of OpenCLIP, with which Stable Diffusion 2 is trained.
+    /// Width of the prompts that the UNet attends to: 1024 of OpenCLIP, with which Stable Diffusion 2
+    /// is trained.
     pub text_width: usize,
+    /// Whether it is of Stable Diffusion XL: it has a second text encoder, and takes sizes.
+    pub is_xl: bool,
     /// The most sampler steps: of the training, and with the samplers of distilled models.
     pub most_steps: (usize, usize),
     /// Whether the safety checker is loaded.
@@ -105,7 +108,7 @@ impl MemoryEstimate {
     /// outputs. The delta of a LoRA on the feed forward is as wide as its output.
     pub(super) fn of(
         unet: &UNet2DConditionModel,
-        tokenizer: &ClipTokenizer,
+        max_length: usize,
         vae: &Vae,
         device: &Device,
         dtype: DType,
@@ -129,7 +132,7 @@ impl MemoryEstimate {
             lora_bytes: (8 * first * bytes) as u64,
             // What a net adds to each skip, and once more where it is summed; and the hint.
             control_bytes: ((2 * skips + first) * bytes) as u64,
-            chunk_bytes: (unet.kv_width() * tokenizer.max_length() * bytes) as u64,
+            chunk_bytes: (unet.kv_width() * max_length * bytes) as u64,
             time_bytes: (unet.time_width() * bytes) as u64,
             score_bytes: scores as u64,
             decode_bytes: (decode * bytes_of_decoder) as u64,

@@ -126,7 +126,7 @@ impl LatentInit<'_> {
         let (mean, logvar) = self.vae.encode(&pixels)?;
         let drawn = self.draw(size, noise)?;
         let sample = (mean + ((logvar * 0.5)?.exp()? * drawn)?)?;
-        Ok((sample * self.vae.config().scaling_factor)?)
+        self.vae.config().scaled(&sample)
     }
 
     /// Noise in the shape of the latents (1, C, h, w).

@@ -11,23 +11,33 @@ use super::index::PipelineIndex;
 use super::info::{MemoryEstimate, ModelInfo, SingleFiles};
 use super::options::{AddOns, LoadOptions, SafetyMode};
 use super::read_files::{ReadFiles, fingerprint_of, open_again, reopen};
+use super::text_encoders::{TextEncoder, TextEncoders};
 use super::upscaler_cache::UpscalerCache;
 use super::vae::Vae;
 use crate::error::{Error, Result};
-use crate::files::{AssetCache, AssetFile, Checkpoint, SAFETY_CHECKER, Source, Weights};
+use crate::files::{AssetCache, AssetFile, Checkpoint, LoraTargets, SAFETY_CHECKER, Source};
 use crate::layers::{LoraCache, TargetIndex};
 use crate::networks::{
-    ClipTextConfig, ClipTextModel, SafetyChecker, UNet2DConditionModel, UNetConfig, VaeConfig,
+    AddedConfig, ClipTextConfig, ClipTextModel, SIZES, SafetyChecker, UNet2DConditionModel,
+    UNetConfig, VaeConfig,
 };
 use crate::sampling::SchedulerConfig;
 use crate::text::{ClipTokenizer, Embeddings};
+
+/// Scaling factors of the latents of Stable Diffusion 1.x and 2.x, and of XL.
+const SCALING: f64 = 0.18215;
+const XL_SCALING: f64 = 0.13025;
+
+/// Folder of the second text encoder.
+const SECOND: &str = "text_encoder_2";
 
 /// A model in memory.
 pub(super) struct LoadedModel {
     pub(super) info: ModelInfo,
     pub(super) device: Device,
-    pub(super) tokenizer: ClipTokenizer,
-    pub(super) text_encoder: ClipTextModel,
+    pub(super) texts: TextEncoders,
+    /// Whether an absent negative prompt is zeros.
+    pub(super) zeros_for_absent: bool,
     pub(super) unet: UNet2DConditionModel,
     pub(super) vae: Vae,
     pub(super) safety_checker: Option<SafetyChecker>,
@@ -47,31 +57,31 @@ impl LoadedModel {
         let index = PipelineIndex::read(source)?;
         let half = dtype == DType::F16;
         let mut files = ReadFiles::default();
-        let weights = source.weights("text_encoder", "model", half)?;
-        let (tokenizer, text_encoder, embeddings) =
-            read_text(options, &weights, &device, dtype, &mut files)?;
-        let (text_targets, text_print) = (weights.lora_targets(), files.note(&weights)?);
+        let ReadTexts { texts, embeddings, networks } =
+            read_texts(options, &index, (&device, dtype), &mut files)?;
         let unet_source = options.unet.as_ref().unwrap_or(source);
         let weights = unet_source.weights("unet", "diffusion_pytorch_model", half)?;
         let described = unet_source.read("unet/config.json")?.is_some();
         let unet = UNetConfig::read(if described { unet_source } else { source })?;
+        check_texts(&texts, &unet)?;
         let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype);
         let unet = if described { unet? } else { unet.map_err(of_another_shape)? };
         let unet_targets = (weights.lora_targets(), unet.config().layers_per_block);
-        let base = reopen([source, unet_source], half, [text_print, files.note(&weights)?]);
+        let unet_print = files.note(&weights)?;
+        let (text_targets, text_prints): (Vec<_>, Vec<_>) = networks.into_iter().unzip();
+        let base = reopen([source, unet_source], half, text_prints, unet_print);
         let targets = TargetIndex::new(unet_targets, text_targets, base, &device, dtype);
         let vae_source = options.vae.as_ref().unwrap_or(source);
-        let vae = read_vae(vae_source, half, &device, dtype, &mut files)?;
-        let memory = MemoryEstimate::of(&unet, &tokenizer, &vae, &device, dtype);
-        check_widths(&text_encoder, &unet, vae.config())?;
+        let vae = read_vae(vae_source, index.is_xl(), &device, dtype, &mut files)?;
+        let memory = MemoryEstimate::of(&unet, texts.max_length(), &vae, &device, dtype);
+        check_latents(unet.config(), vae.config())?;
         let checked = options.safety.loads_checker(index.has_checker)?;
         let checker = checked.then(|| read_checker(source, half, &device, dtype, &mut files));
         let safety_checker = checker.transpose()?;
         let scheduler = read_scheduler(source, &index, &mut files)?;
         let scale = vae.config().scale();
         let name = options.name.clone().unwrap_or_else(|| name(source));
-        let text = &text_encoder.config().transformer;
-        let sizes = (unet.config(), scale, text.num_hidden_layers);
+        let sizes = (unet.config(), scale, texts.most_skipped());
         let (defaults, named) = Defaults::read(source, &name, sizes, &scheduler)?;
         files.warnings.extend(named);
         let info = ModelInfo {
@@ -85,8 +95,9 @@ impl LoadedModel {
             unsuited: scheduler.unsuited(),
             embeds_guidance: unet.config().time_cond_proj_dim.is_some(),
             gives_strength_to_scheduler: index.gives_strength_to_scheduler(),
-            text_layers: text.num_hidden_layers,
-            text_width: text.hidden_size,
+            text_layers: texts.most_skipped(),
+            text_width: texts.width(),
+            is_xl: index.is_xl(),
             most_steps: scheduler.most_steps(),
             checked,
             memory,
@@ -101,8 +112,8 @@ impl LoadedModel {
             info,
             upscalers: Arc::new(UpscalerCache::new(&options.add_ons, &device, dtype)),
             device,
-            tokenizer,
-            text_encoder,
+            texts,
+            zeros_for_absent: index.zeros_for_absent,
             unet,
             vae,
             safety_checker,
@@ -208,17 +219,44 @@ fn read_checker(
     Ok(checker)
 }
 
-/// The VAE.
+/// The type of the VAE of a model in this type: that of Stable Diffusion XL overflows in f16, and says
+/// so. The pipelines of 1.x and 2.x do not ask.
+fn vae_dtype(is_xl: bool, config: &VaeConfig, dtype: DType) -> DType {
+    match dtype {
+        DType::F16 if is_xl && config.force_upcast => DType::F32,
+        dtype => dtype,
+    }
+}
+
+/// The VAE. That of Stable Diffusion XL is in f32 where its configuration asks for it.
 fn read_vae(
     source: &Source,
-    half: bool,
+    is_xl: bool,
     device: &Device,
     dtype: DType,
     files: &mut ReadFiles,
 ) -> Result<Vae> {
     let advice = "--vae names another VAE";
+    // A file with a VAE alone does not tell how its latents are scaled: they are the model's.
+    let is_file = matches!(source, Source::Checkpoint(_));
+    let (own, other) = if is_xl { (XL_SCALING, SCALING) } else { (SCALING, XL_SCALING) };
+    let config = VaeConfig::read_scaled(source, if is_file { own } else { SCALING });
+    let config = advise(config, advice)?;
+    if is_file && config.scaling_factor == other {
+        let (this, models) = if is_xl { ("1.x or 2.x", "XL") } else { ("XL", "1.x or 2.x") };
+        let reason = format!(
+            "scaling_factor: {other}: this is a VAE of Stable Diffusion {this}, whose latents are \
+             not those of a model of {models}"
+        );
+        return Err(Error::config("vae/config.json", reason));
+    }
+    if config.latents.is_some() && !is_xl {
+        let reason = "latents_mean: is of the pipelines of Stable Diffusion XL only";
+        return Err(Error::config("vae/config.json", reason));
+    }
+    let half = dtype == DType::F16;
+    let dtype = vae_dtype(is_xl, &config, dtype);
     let weights = advise(source.weights("vae", "diffusion_pytorch_model", half), advice)?;
-    let config = advise(VaeConfig::read(source), advice)?;
     let (source, known) = (source.clone(), fingerprint_of(&weights)?);
     let open = move || open_again(&source, ("vae", "diffusion_pytorch_model"), half, &known);
     let (vae, warning) = Vae::load(config, &weights, device, dtype, Box::new(open))?;
@@ -227,46 +265,109 @@ fn read_vae(
     Ok(vae)
 }
 
-/// Tokenizer and text encoder, with the textual inversion embeddings added to both.
-fn read_text(
-    LoadOptions { source, add_ons, .. }: &LoadOptions,
-    weights: &Weights,
-    device: &Device,
-    dtype: DType,
-    files: &mut ReadFiles,
-) -> Result<(ClipTokenizer, ClipTextModel, Embeddings)> {
-    let config = ClipTextConfig::read(source)?;
-    let (ids, width) = (config.vocab_size, config.transformer.hidden_size);
-    let mut tokenizer = ClipTokenizer::load(source, config.max_position_embeddings)?;
-    files.warnings.extend(tokenizer.limit(ids)?);
-    let mut encoder = ClipTextModel::load(config, weights, device, dtype)?;
-    let (room, most) = (tokenizer.max_length() - 2, add_ons.max_embedding_bytes);
-    let (embeddings, vectors) = Embeddings::read(&add_ons.embeddings, most, width, room)?;
-    if let Some(vectors) = vectors {
-        encoder.add_embeddings(&vectors)?;
-        tokenizer.add_placeholders(&embeddings.words, ids);
-    }
-    Ok((tokenizer, encoder, embeddings))
+/// The text encoders, the textual inversion embeddings that were added to them, and by encoder what
+/// LoRAs may add to and the fingerprint of its files.
+struct ReadTexts {
+    texts: TextEncoders,
+    embeddings: Embeddings,
+    networks: Vec<(LoraTargets, String)>,
 }
 
-/// Checks that the output of each network fits the next.
-fn check_widths(text: &ClipTextModel, unet: &UNet2DConditionModel, vae: &VaeConfig) -> Result<()> {
-    let (unet, text) = (unet.config(), text.config());
-    let refuse = |key: &str, found: usize, other: &str, wanted: usize| {
-        let reason = format!("{key}: {found}, but {other} is {wanted}");
+fn read_texts(
+    LoadOptions { source, add_ons, .. }: &LoadOptions,
+    index: &PipelineIndex,
+    (device, dtype): (&Device, DType),
+    files: &mut ReadFiles,
+) -> Result<ReadTexts> {
+    let mut networks = Vec::new();
+    let mut read = |folder: &str, tokenizer: &str| -> Result<TextEncoder> {
+        let weights = source.weights(folder, "model", dtype == DType::F16)?;
+        let config = ClipTextConfig::read_in(source, folder)?;
+        let mut tokenizer =
+            ClipTokenizer::load_in(source, tokenizer, config.max_position_embeddings)?;
+        files.warnings.extend(tokenizer.limit(config.vocab_size)?);
+        let load = match folder == SECOND {
+            true => ClipTextModel::load_projected,
+            false => ClipTextModel::load,
+        };
+        let model = load(config, &weights, device, dtype)?;
+        networks.push((weights.lora_targets(), files.note(&weights)?));
+        Ok(TextEncoder { tokenizer, model })
+    };
+    let mut first = read("text_encoder", "tokenizer")?;
+    let mut second = index.is_xl().then(|| read(SECOND, "tokenizer_2")).transpose()?;
+    let length = first.tokenizer.max_length();
+    if let Some(other) = second.as_ref().map(|second| second.tokenizer.max_length())
+        && other != length
+    {
+        let reason = format!("model_max_length: {other}, but that of tokenizer is {length}");
+        return Err(Error::config("tokenizer_2/tokenizer_config.json", reason));
+    }
+    let width = |encoder: &TextEncoder| encoder.model.config().transformer.hidden_size;
+    let widths = (width(&first), second.as_ref().map(width));
+    let most = add_ons.max_embedding_bytes;
+    let (embeddings, vectors) = Embeddings::read(&add_ons.embeddings, most, widths, length - 2)?;
+    let encoders = std::iter::once(&mut first).chain(second.as_mut());
+    for (encoder, vectors) in encoders.zip(vectors.iter().flatten()) {
+        let ids = encoder.model.config().vocab_size;
+        encoder.model.add_embeddings(vectors)?;
+        encoder.tokenizer.add_placeholders(&embeddings.words, ids);
+    }
+    Ok(ReadTexts { texts: TextEncoders { first, second }, embeddings, networks })
+}
+
+/// Checks that the text encoders are those that the UNet was trained with.
+fn check_texts(texts: &TextEncoders, unet: &UNetConfig) -> Result<()> {
+    let refuse = |reason: String| Err(Error::config("unet/config.json", reason));
+    let (found, wanted) = (unet.cross_attention_dim, texts.width());
+    if found != wanted {
+        let of = match texts.second {
+            None => "the text encoder's hidden_size is",
+            Some(_) => "the text encoders' hidden_size together is",
+        };
+        return refuse(format!("cross_attention_dim: {found}, but {of} {wanted}"));
+    }
+    match (unet.added, &texts.second) {
+        (None, None) => Ok(()),
+        (Some(_), None) => refuse(
+            "addition_embed_type: text_time is of Stable Diffusion XL, which model_index.json does \
+             not name"
+                .into(),
+        ),
+        (None, Some(_)) => refuse(
+            "addition_embed_type: must be text_time in a model of Stable Diffusion XL".into(),
+        ),
+        (Some(AddedConfig { size_width, inputs }), Some(second)) => {
+            let pooled = second.model.config().projection_dim;
+            let wanted = pooled + SIZES * size_width;
+            if inputs == wanted {
+                return Ok(());
+            }
+            let what = match inputs == wanted - size_width {
+                true => ", as that of the refiner, which is not supported",
+                false => "",
+            };
+            refuse(format!(
+                "projection_class_embeddings_input_dim: {inputs}{what}; it must be {wanted}: the \
+                 projection_dim of text_encoder_2 and {SIZES} sizes"
+            ))
+        }
+    }
+}
+
+/// Checks that the VAE's latents are those of the UNet.
+fn check_latents(unet: &UNetConfig, vae: &VaeConfig) -> Result<()> {
+    let latent = vae.latent_channels;
+    let refuse = |key: &str, found: usize| {
+        let reason = format!("{key}: {found}, but the VAE's latent_channels is {latent}");
         Err(Error::config("unet/config.json", reason))
     };
-    if unet.cross_attention_dim != text.transformer.hidden_size {
-        let (found, wanted) = (unet.cross_attention_dim, text.transformer.hidden_size);
-        return refuse("cross_attention_dim", found, "the text encoder's hidden_size", wanted);
-    }
-    let latent = vae.latent_channels;
     if unet.out_channels != latent {
-        return refuse("out_channels", unet.out_channels, "the VAE's latent_channels", latent);
+        return refuse("out_channels", unet.out_channels);
     }
     // Latents alone; for inpainting also a mask and the latents of the masked image.
     if ![latent, 2 * latent + 1].contains(&unet.in_channels) {
-        return refuse("in_channels", unet.in_channels, "the VAE's latent_channels", latent);
+        return refuse("in_channels", unet.in_channels);
     }
     Ok(())
 }
@@ -290,7 +391,11 @@ pub fn parameters(options: &LoadOptions, half: bool) -> Result<u64> {
         (unet.as_ref().unwrap_or(source), "unet", "diffusion_pytorch_model"),
         (vae.as_ref().unwrap_or(source), "vae", "diffusion_pytorch_model"),
     ];
-    if *safety != SafetyMode::Never && PipelineIndex::read(source)?.has_checker {
+    let index = PipelineIndex::read(source)?;
+    if index.is_xl() {
+        networks.push((source, SECOND, "model"));
+    }
+    if *safety != SafetyMode::Never && index.has_checker {
         networks.push((source, SAFETY_CHECKER, "model"));
     }
     let count = |(source, folder, stem): (&Source, _, _)| {
@@ -300,4 +405,24 @@ pub fn parameters(options: &LoadOptions, half: bool) -> Result<u64> {
         Ok(weights?.parameters())
     };
     networks.into_iter().map(count).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_vae_of_xl_is_wide_where_it_asks_for_it() {
+        let asks = VaeConfig::read(&Source::Demo).expect("a configuration");
+        let fixed = VaeConfig { force_upcast: false, ..asks.clone() };
+        assert!(asks.force_upcast, "the default of its class");
+        for (is_xl, config, dtype, wanted) in [
+            (true, &asks, DType::F16, DType::F32),
+            (true, &asks, DType::BF16, DType::BF16),
+            (true, &fixed, DType::F16, DType::F16),
+            (false, &asks, DType::F16, DType::F16),
+        ] {
+            assert_eq!(vae_dtype(is_xl, config, dtype), wanted);
+        }
+    }
 }

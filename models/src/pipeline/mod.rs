@@ -25,11 +25,13 @@ mod prompts;
 mod read_files;
 mod rows;
 mod spec;
+mod text_encoders;
 mod trajectory;
 mod upscaler;
 mod upscaler_cache;
 mod vae;
 mod variation;
+mod xl;
 
 use std::sync::{Arc, OnceLock};
 
@@ -45,7 +47,7 @@ pub use self::device::{DeviceName, Precision};
 use self::enlarge::LoadedUpscaler;
 pub use self::enlarge::{Enlarge, Enlargement};
 use self::hires::HiresPass;
-pub use self::index::check_pipeline;
+pub use self::index::{PipelineParts, check_pipeline};
 pub use self::info::{MAX_NOISE_SCALE, MemoryEstimate, ModelInfo, SingleFiles};
 use self::init::{InitialLatents, LatentInit};
 use self::load::LoadedModel;
@@ -54,14 +56,15 @@ pub use self::options::{AddOns, LoadOptions, SafetyMode};
 pub use self::pass::Pass;
 pub use self::pass_loras::PassLoras;
 use self::preview::Preview;
-pub use self::prompts::encode_chunks;
 use self::prompts::{Encoding, PromptCache};
 use self::rows::Rows;
 pub use self::spec::{Hires, Img2Img, MAX_STEPS, MaskedStart, PromptSyntax, Spec};
+pub use self::text_encoders::encode_chunks;
 use self::trajectory::StepResult;
 pub use self::trajectory::Trajectory;
 pub use self::upscaler::{LatentUpscaler, PictureUpscaler, TILE_WORK, Upscaler};
 pub use self::variation::Variation;
+pub use self::xl::XlOptions;
 use crate::error::{Error, Result};
 use crate::layers::LoraStack;
 use crate::networks::Conditioning;
@@ -95,7 +98,7 @@ impl Pipeline {
     /// Number of tokens of a text, without those that mark its ends; of one that has none that are
     /// known, 0.
     pub fn text_tokens(&self, text: &str) -> usize {
-        let words = self.model.tokenizer.words(text).unwrap_or_default();
+        let words = self.model.texts.first.tokenizer.words(text).unwrap_or_default();
         words.iter().map(Vec::len).sum()
     }
 
@@ -181,6 +184,9 @@ impl Pipeline {
         let PassLoras { base: loras, hires: of_hires } = loras;
         let mut warnings: Vec<_> = spec.warnings.iter().cloned().chain(loras.warnings()).collect();
         warnings.extend(nets.warnings());
+        if !self.model.info.is_xl {
+            warnings.extend(spec.xl.without_effect([&spec.prompt, &spec.negative_prompt]));
+        }
         let base = Pass::base(spec);
         warnings.extend(base.idle_options());
         let sampler = self.sampler(base)?;
@@ -218,22 +224,41 @@ impl Pipeline {
     }
 
     /// The batch rows of a pass; adds to the warnings.
-    fn rows(&self, pass: Pass<'_>, loras: &LoraStack, warnings: &mut Vec<String>) -> Result<Rows> {
+    fn rows<'a>(
+        &'a self,
+        pass: Pass<'a>,
+        loras: &'a LoraStack,
+        warnings: &mut Vec<String>,
+    ) -> Result<Rows> {
         let spec = pass.spec;
-        let encoding = |skip| Encoding {
+        let is_xl = self.model.info.is_xl;
+        let encoding = |skip, second: Option<&'a str>| Encoding {
             cache: &self.prompts,
             model: &self.model,
             syntax: spec.prompt_syntax,
+            second: second.filter(|_| is_xl),
             skip,
+            sizes: spec.xl.sizes(pass.size()),
             loras,
             warnings: Vec::new(),
             has_truncated: false,
+            second_warnings: Vec::new(),
         };
+        // AUTOMATIC1111 always takes the last layer but one of Stable Diffusion XL's encoders.
+        let skips = !(is_xl && spec.prompt_syntax == PromptSyntax::A1111);
+        if spec.clip_skip > 0 && !skips {
+            let why = "has no effect on Stable Diffusion XL, as in AUTOMATIC1111";
+            warnings.push(format!("clip_skip {why}"));
+        }
+        let skip = |layers| if skips { layers } else { 0 };
         let mut warn = |field: &'static str, encoding: Encoding<'_>| {
             let own = encoding.warnings.into_iter();
             warnings.extend(own.map(|warning| format!("{} {warning}", pass.field(field))));
+            // Of several texts the first.
+            let second = encoding.second_warnings.into_iter().next();
+            warnings.extend(second.map(|warning| format!("{field}_2 {warning}")));
         };
-        let mut prompt = encoding(spec.clip_skip);
+        let mut prompt = encoding(skip(spec.clip_skip), pass.second_prompt());
         let directions = pass.directions()?;
         if let [(_, weight)] = &directions[..]
             && *weight != 1.0
@@ -245,15 +270,24 @@ impl Pipeline {
         }
         let conditional = prompt.rows(&directions)?;
         warn("prompt", prompt);
+        let zeros = self.model.zeros_for_absent && pass.negative_is_absent();
         let unconditional = match pass.is_guided() {
             true => {
-                let mut negative = encoding(spec.negative_clip_skip());
-                let row = negative.row(&pass.negative_directions()?)?;
+                let second = pass.second_negative_prompt();
+                let mut negative = encoding(skip(spec.negative_clip_skip()), second);
+                let row = match zeros {
+                    true => negative.zeros()?,
+                    false => negative.row(&pass.negative_directions()?)?,
+                };
                 warn("negative_prompt", negative);
+                if zeros && second.is_some() {
+                    let why = "without a negative_prompt the model takes zeros for both";
+                    warnings.push(format!("negative_prompt_2 has no effect: {why}"));
+                }
                 Some(row)
             }
             false => {
-                warnings.extend(without_guidance(pass));
+                warnings.extend(without_guidance(pass, is_xl));
                 None
             }
         };
@@ -419,7 +453,7 @@ impl Pipeline {
     /// The image of a trajectory. If the trajectory is not done, the predicted x0 of the last UNet
     /// call is decoded, as AUTOMATIC1111 does when it is interrupted.
     pub fn decode(&self, trajectory: &Trajectory) -> Result<Rgb> {
-        let latents = (trajectory.predicted_x0()? / self.model.vae.config().scaling_factor)?;
+        let latents = self.model.vae.config().unscaled(&trajectory.predicted_x0()?)?;
         let image = tiling(trajectory.tiling, || self.decode_latents(&latents))?; // (1, H, W, 3)
         let (_, height, width, _) = image.dims4()?;
         let values = image.flatten_all()?.to_vec1::<f32>()?;
@@ -428,7 +462,7 @@ impl Pipeline {
         Ok(Rgb { width, height, data: values.into_iter().map(byte).collect() })
     }
 
-    /// Latents (1, C, h, w), divided by the scaling factor -> the image (1, H, W, 3) on the CPU.
+    /// Latents (1, C, h, w), unscaled -> the image (1, H, W, 3) on the CPU.
     fn decode_latents(&self, latents: &Tensor) -> Result<Tensor> {
         self.model.vae.decode(latents)
     }
@@ -469,9 +503,10 @@ fn controls(
 }
 
 /// Warnings for what has no effect in a pass without an unconditional row.
-fn without_guidance(pass: Pass<'_>) -> impl Iterator<Item = String> {
+fn without_guidance(pass: Pass<'_>, is_xl: bool) -> impl Iterator<Item = String> {
     let idle = [
         (pass.field("negative_prompt"), !pass.negative_prompt().trim().is_empty()),
+        ("negative_prompt_2", is_xl && pass.second_negative_prompt().is_some()),
         ("guidance_rescale", pass.spec.guidance_rescale > 0.0),
     ];
     let why = match pass.spec.embeds_guidance {

@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 
 use super::spec::{Hires, PromptSyntax, Spec};
+use super::xl::XlOptions;
 use crate::error::{Error, Result};
 use crate::picture::Size;
 use crate::sampling::{SamplerName, SamplerOptions};
@@ -159,6 +160,24 @@ impl<'a> Pass<'a> {
         own.unwrap_or(&self.spec.negative_prompt)
     }
 
+    /// The prompt of the second text encoder of Stable Diffusion XL, if it is another.
+    pub(super) fn second_prompt(self) -> Option<&'a str> {
+        let own = self.hires.is_some_and(|hires| hires.prompt.is_some());
+        XlOptions::second(&self.spec.xl.prompt_2, self.prompt()).filter(|_| !own)
+    }
+
+    /// Its negative prompt, if it is another.
+    pub(super) fn second_negative_prompt(self) -> Option<&'a str> {
+        let own = self.hires.is_some_and(|hires| hires.negative_prompt.is_some());
+        let second = &self.spec.xl.negative_prompt_2;
+        XlOptions::second(second, self.negative_prompt()).filter(|_| !own)
+    }
+
+    /// Whether there is no negative prompt, not even an empty one.
+    pub(super) fn negative_is_absent(self) -> bool {
+        self.negative_prompt().is_empty() && !self.spec.xl.encodes_empty
+    }
+
     /// The prompt with its tags.
     pub(super) fn prompt(self) -> &'a str {
         let own = self.hires.and_then(|hires| hires.prompt.as_deref());
@@ -249,9 +268,12 @@ impl<'a> Pass<'a> {
         let parts = self.parts().unwrap_or_default();
         // At an evaluation the parts are as long as the longest of them.
         let longest = parts.iter().map(|part| max_chunks(&part.text)).max().unwrap_or(1);
+        let longest = longest.max(self.second_prompt().map_or(0, max_chunks));
         let texts: usize = parts.iter().map(|part| most_texts(&part.text, evaluations)).sum();
         let negative = self.is_guided().then(|| self.negative_prompt());
         let of_negative = negative.map_or(0, max_chunks);
+        let second = negative.and(self.second_negative_prompt());
+        let of_negative = of_negative.max(second.map_or(0, max_chunks));
         let texts_of_negative = negative.map_or(0, |text| most_texts(text, evaluations));
         self.new_chunks(
             texts * longest + texts_of_negative * of_negative,

@@ -30,14 +30,14 @@ pub(crate) struct Preview {
 }
 
 impl Preview {
-    /// Fits the map to the output of the VAE's decoder for random latents. `decode` takes them divided
-    /// by the scaling factor, and returns the images on the CPU.
+    /// Fits the map to the output of the VAE's decoder for random latents. `decode` takes them unscaled,
+    /// and returns the images on the CPU.
     pub(crate) fn fit(
         config: &VaeConfig,
         decode: impl FnOnce(&Tensor) -> Result<Tensor>,
     ) -> Result<Self> {
         let latents = octaves(config.latent_channels)?;
-        let scaled = (&latents / config.scaling_factor)?;
+        let scaled = config.unscaled(&latents)?;
         let pictures = decode(&scaled)?.clamp(-1f32, 1f32)?;
         let pixels = pictures.permute((0, 3, 1, 2))?.avg_pool2d(config.scale())?;
         let pixels = pixels.squeeze(0)?.flatten_from(1)?.to_vec2::<f32>()?; // (3, h * w)
@@ -163,6 +163,7 @@ mod tests {
     use crate::picture::Size;
     use crate::pipeline::spec::Spec;
     use crate::pipeline::tests::demo;
+    use crate::pipeline::xl::XlOptions;
     use crate::sampling::{Sampler, SamplerOptions, SigmaSchedule};
 
     /// The correlation of a preview with an image whose squares of pixels are averaged.
@@ -210,6 +211,7 @@ mod tests {
                 guidance_rescale: 0.0,
                 variation: None,
                 eta_noise_seed_delta: 0,
+                xl: XlOptions::default(),
                 warnings: Vec::new(),
                 hires: None,
                 controls: Vec::new(),

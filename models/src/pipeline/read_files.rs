@@ -34,13 +34,21 @@ pub(super) fn fingerprint_of(weights: &Weights) -> Result<String> {
     Ok(fingerprint.finish())
 }
 
-/// Opens the files of text encoder and UNet again, which are in these sources and have these
+/// Opens the files of text encoders and UNet again, which are in these sources and have these
 /// fingerprints: the layers keep the weights only as they compute with them.
-pub(super) fn reopen(sources: [&Source; 2], half: bool, prints: [String; 2]) -> Reopen {
+pub(super) fn reopen(
+    sources: [&Source; 2],
+    half: bool,
+    text_prints: Vec<String>,
+    unet_print: String,
+) -> Reopen {
     let [text, unet] = sources.map(Clone::clone);
-    let [text_print, unet_print] = prints;
+    let text_print = move |k: usize| text_prints.get(k).cloned().unwrap_or_default();
     Box::new(move |network| match network {
-        Network::TextEncoder => open_again(&text, ("text_encoder", "model"), half, &text_print),
+        Network::TextEncoder => open_again(&text, ("text_encoder", "model"), half, &text_print(0)),
+        Network::TextEncoder2 => {
+            open_again(&text, ("text_encoder_2", "model"), half, &text_print(1))
+        }
         Network::UNet => open_again(&unet, ("unet", "diffusion_pytorch_model"), half, &unet_print),
     })
 }

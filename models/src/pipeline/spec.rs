@@ -10,6 +10,7 @@ use super::control_spec::Control;
 use super::enlarge::Enlarge;
 use super::upscaler::{PictureUpscaler, TILE_WORK, Upscaler};
 use super::variation::Variation;
+use super::xl::XlOptions;
 use crate::error::{Error, Result};
 use crate::picture::{Rgb, Size};
 use crate::sampling::{Sampler, SamplerName, SamplerOptions, SigmaSchedule, share_of};
@@ -61,6 +62,8 @@ pub struct Spec {
     /// Whether the opposite edges of the image meet, so that it can be laid beside itself: the
     /// convolutions of UNet and VAE are padded with the other side.
     pub tiling: bool,
+    /// What only Stable Diffusion XL takes.
+    pub xl: XlOptions,
     /// What the reply warns of before the image is begun.
     pub warnings: Vec<String>,
     /// Input image of image-to-image and inpainting; none for text-to-image.

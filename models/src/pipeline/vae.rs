@@ -86,7 +86,7 @@ impl Vae {
     fn tried(mut self) -> Result<(Self, Option<String>)> {
         let Some(wide) = &mut self.wide else { return Ok((self, None)) };
         let latents = octaves(wide.config.latent_channels)?.to_device(&wide.device)?;
-        let latents = (latents / wide.config.scaling_factor)?;
+        let latents = wide.config.unscaled(&latents)?;
         if is_finite(&self.decoder.forward(&latents)?)? {
             return Ok((self, None));
         }

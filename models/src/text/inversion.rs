@@ -25,7 +25,7 @@ pub struct Embeddings {
     pub words: Vec<PlaceholderToken>,
     /// Files of which something is not used, and why: the whole file, or a word that it names.
     pub skipped: Vec<(String, String)>,
-    /// Numbers of a vector: the text encoder's hidden size.
+    /// Numbers of a vector: the text encoder's hidden size, of two encoders the sum.
     pub width: usize,
 }
 
@@ -41,21 +41,29 @@ pub struct PlaceholderToken {
 }
 
 impl Embeddings {
-    /// Reads the embeddings for a text encoder with `width` channels, whose chunks have room for
-    /// `room` tokens: the placeholder tokens, and the vectors (n, width) f32, or `None` if there
-    /// are none.
+    /// Reads the embeddings for a text encoder of this width, or for a first and a second one, whose
+    /// chunks have room for `room` tokens: the placeholder tokens, and the vectors (n, width) f32 of
+    /// each encoder, or `None` if there are none.
     pub(crate) fn read(
         folder: &AssetDir,
         max_bytes: u64,
-        width: usize,
+        widths: (usize, Option<usize>),
         room: usize,
-    ) -> Result<(Self, Option<Tensor>)> {
+    ) -> Result<(Self, Option<Vec<Tensor>>)> {
+        let width = widths.0 + widths.1.unwrap_or_default();
         let mut embeddings = Self { width, ..Self::default() };
         let (mut vectors, mut count) = (Vec::new(), 0);
         for (stem, path) in folder.list() {
-            let Some(read) = read(&path, width).transpose() else { continue };
+            let read = match widths {
+                (width, None) => {
+                    let read = read(&path, width).transpose();
+                    read.map(|read| read.map(|(word, vectors)| (word, vec![vectors])))
+                }
+                (first, Some(second)) => read_pair(&path, [first, second]).transpose(),
+            };
+            let Some(read) = read else { continue };
             let read = read.and_then(|(word, vectors)| {
-                let rows = vectors.dims()[0];
+                let rows = vectors.first().map_or(0, |vectors| vectors.dims()[0]);
                 let bytes = ((count + rows) * width * size_of::<f32>()) as u64;
                 match rows {
                     rows if rows > room => {
@@ -77,8 +85,15 @@ impl Embeddings {
                 }
             }
         }
-        let vectors = (!vectors.is_empty()).then(|| Tensor::cat(&vectors, 0)).transpose()?;
-        Ok((embeddings, vectors))
+        if vectors.is_empty() {
+            return Ok((embeddings, None));
+        }
+        let encoders = 0..=usize::from(widths.1.is_some());
+        let of = |encoder: usize| {
+            let own: Vec<_> = vectors.iter().filter_map(|vectors| vectors.get(encoder)).collect();
+            Ok(Tensor::cat(&own, 0)?)
+        };
+        Ok((embeddings, Some(encoders.map(of).collect::<Result<_>>()?)))
     }
 
     /// Adds the words of a file: its stem and the token that it names. Whether there are any.
@@ -156,6 +171,49 @@ fn read(
     Ok(Some((word, fitting(shape, || weights.widened(name), width, &file)?)))
 }
 
+/// Names of the vectors of the first and of the second text encoder of Stable Diffusion XL, as
+/// AUTOMATIC1111 and diffusers write them, and as diffusers' training script does.
+const PAIRS: [[&str; 2]; 2] = [["clip_l", "clip_g"], ["text_encoders_0", "text_encoders_1"]];
+
+/// The token that a file names, if it does, and its vectors (n, width) f32 of each text encoder.
+type Learned = (Option<String>, Vec<Tensor>);
+
+/// A file of Stable Diffusion XL: no token, and the vectors (n, width) f32 of both text encoders; none
+/// if the file is a picture without any.
+fn read_pair(path: &Path, widths: [usize; 2]) -> std::result::Result<Option<Learned>, String> {
+    let file = path.file_name().unwrap_or_default().to_string_lossy();
+    let is_picture = path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("png"));
+    let none = || {
+        let [first, second] = widths;
+        format!(
+            "{file}: is no embedding of Stable Diffusion XL, which holds clip_l of {first} numbers \
+             and clip_g of {second}"
+        )
+    };
+    if is_picture {
+        let picture = inversion_png::read(path).map_err(|error| format!("{file}: {error}"))?;
+        return picture.map_or(Ok(None), |_| Err(none()));
+    }
+    let weights = Weights::copied(path).map_err(|error| error.to_string())?;
+    let has = |names: &&[&str; 2]| names.iter().all(|name| weights.shape(name).is_some());
+    let names = PAIRS.iter().find(has).ok_or_else(none)?;
+    let read = |(name, width): (&&str, usize)| {
+        let shape = weights.shape(name).unwrap_or_default();
+        fitting(shape, || weights.widened(name), width, &format!("{file}: {name}"))
+    };
+    let vectors: Vec<_> =
+        names.iter().zip(widths).map(read).collect::<std::result::Result<_, _>>()?;
+    let rows: Vec<_> = vectors.iter().map(|vectors| vectors.dims()[0]).collect();
+    if rows.windows(2).any(|pair| pair[0] != pair[1]) {
+        let [first, second] = names;
+        return Err(format!(
+            "{file}: has {} vectors of {first}, but {} of {second}",
+            rows[0], rows[1]
+        ));
+    }
+    Ok(Some((None, vectors)))
+}
+
 /// The vectors (n, width) or the one vector (width) of a file as (n, width), if they are of this
 /// width and finite. Read only if the shape fits.
 fn fitting(
@@ -210,9 +268,9 @@ mod tests {
     fn read(folder: &Path) -> Embeddings {
         let directory = Some(folder.to_owned());
         let files = AssetDir { directory, endings: &["safetensors", "png"], ..AssetDir::default() };
-        let (embeddings, vectors) = Embeddings::read(&files, 1 << 20, WIDTH, 75).unwrap();
+        let (embeddings, vectors) = Embeddings::read(&files, 1 << 20, (WIDTH, None), 75).unwrap();
         let count = embeddings.words.iter().map(|word| word.first + word.count).max();
-        assert_eq!(vectors.map(|all| all.dims()[0]), count);
+        assert_eq!(vectors.map(|all| all[0].dims()[0]), count);
         embeddings
     }
 

@@ -15,7 +15,6 @@ use crate::files::Source;
 /// How CLIP splits text into words before byte pairs are merged.
 const WORDS: &str =
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
-const CONFIG: &str = "tokenizer/tokenizer_config.json";
 
 /// The tokens of a plain prompt.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,38 +51,41 @@ struct Piece {
 impl ClipTokenizer {
     /// Reads the files of `tokenizer/`; `positions` is the text encoder's maximum length.
     pub fn load(source: &Source, positions: usize) -> Result<Self> {
-        let mut config = object(source, CONFIG)?;
+        Self::load_in(source, "tokenizer", positions)
+    }
+
+    /// The same of another folder.
+    pub fn load_in(source: &Source, folder: &str, positions: usize) -> Result<Self> {
+        let file = |name: &str| format!("{folder}/{name}");
+        let config_file = file("tokenizer_config.json");
+        let mut config = object(source, &config_file)?;
         // As transformers: the map wins, and is not read beside a config that lists all tokens.
         if !config.contains_key("added_tokens_decoder") {
-            config.extend(object(source, "tokenizer/special_tokens_map.json")?);
+            config.extend(object(source, &file("special_tokens_map.json"))?);
         }
         let special = |key: &str, default: &str| special_token(&config, key, default);
         let begin = special("bos_token", "<|startoftext|>");
         let end = special("eos_token", "<|endoftext|>");
         let unknown = special("unk_token", "<|endoftext|>");
         let pad = special("pad_token", &end);
-        let mut tokenizer = match source.read("tokenizer/tokenizer.json")? {
-            Some(bytes) => {
-                parse(&bytes).map_err(|reason| Error::config("tokenizer/tokenizer.json", reason))?
-            }
-            None => assemble(source, &config, &unknown, [&begin, &end, &pad])?,
+        let whole = file("tokenizer.json");
+        let mut tokenizer = match source.read(&whole)? {
+            Some(bytes) => parse(&bytes).map_err(|reason| Error::config(whole, reason))?,
+            None => assemble((source, folder), &config, &unknown, [&begin, &end, &pad])?,
         };
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| Error::Tokenizer(e.to_string()))?;
         let id = |token: &str| {
-            tokenizer
-                .token_to_id(token)
-                .ok_or_else(|| Error::config(CONFIG, format!("{token:?} is not in the vocabulary")))
+            let missing = || format!("{token:?} is not in the vocabulary");
+            tokenizer.token_to_id(token).ok_or_else(|| Error::config(&config_file, missing()))
         };
         let (begin, end, pad) = (id(&begin)?, id(&end)?, id(&pad)?);
         let max_length = config.get("model_max_length").and_then(Value::as_u64);
         let max_length =
             max_length.map_or(positions, |w| positions.min(usize::try_from(w).unwrap_or(77)));
         if max_length < 3 {
-            return Err(Error::config(
-                CONFIG,
-                format!("model_max_length: {max_length} is too short"),
-            ));
+            let reason = format!("model_max_length: {max_length} is too short");
+            return Err(Error::config(config_file, reason));
         }
         let comma = tokenizer.token_to_id(",</w>");
         Ok(Self {
@@ -220,6 +222,11 @@ impl ClipTokenizer {
         self.max_length
     }
 
+    /// The id of the token that ends a prompt.
+    pub fn end(&self) -> u32 {
+        self.end
+    }
+
     /// The id of a comma at the end of a word.
     pub fn comma(&self) -> Option<u32> {
         self.comma
@@ -254,9 +261,11 @@ fn special_token(config: &Map<String, Value>, key: &str, default: &str) -> Strin
 }
 
 /// Ids and texts of tokens that were added to the vocabulary, such as those of textual inversion.
-fn more_tokens(source: &Source, config: &Map<String, Value>) -> Result<Vec<(u64, String)>> {
-    let file = "tokenizer/added_tokens.json";
-    let by_text = object(source, file)?;
+fn more_tokens(
+    (source, folder): (&Source, &str),
+    config: &Map<String, Value>,
+) -> Result<Vec<(u64, String)>> {
+    let by_text = object(source, &format!("{folder}/added_tokens.json"))?;
     let by_text = by_text.into_iter().filter_map(|(token, id)| Some((id.as_u64()?, token)));
     let by_id = config.get("added_tokens_decoder").and_then(Value::as_object);
     let by_id = by_id.into_iter().flatten().filter_map(|(id, token)| {
@@ -267,24 +276,26 @@ fn more_tokens(source: &Source, config: &Map<String, Value>) -> Result<Vec<(u64,
 
 /// The tokenizer of CLIP's vocabulary and merges, assembled as its `tokenizer.json`.
 fn assemble(
-    source: &Source,
+    (source, folder): (&Source, &str),
     config: &Map<String, Value>,
     unknown: &str,
     special: [&String; 3],
 ) -> Result<Tokenizer> {
-    let (vocab_file, merges_file) = ("tokenizer/vocab.json", "tokenizer/merges.txt");
-    let vocab: Map<String, Value> = serde_json::from_slice(&source.require(vocab_file)?)
+    let file = |name: &str| format!("{folder}/{name}");
+    let (vocab_file, merges_file) = (file("vocab.json"), file("merges.txt"));
+    let vocab: Map<String, Value> = serde_json::from_slice(&source.require(&vocab_file)?)
         .map_err(|e| Error::config(vocab_file, format!("not a JSON object: {e}")))?;
-    let merges = source.require(merges_file)?;
+    let merges = source.require(&merges_file)?;
     let merges = std::str::from_utf8(&merges)
-        .map_err(|e| Error::config(merges_file, format!("not UTF-8: {e}")))?;
+        .map_err(|e| Error::config(&merges_file, format!("not UTF-8: {e}")))?;
     let merges: Vec<&str> =
         merges.lines().filter(|line| !line.starts_with("#version") && !line.is_empty()).collect();
     let mut added: Vec<Value> = Vec::new();
     for token in special {
-        let id = vocab
-            .get(token.as_str())
-            .ok_or_else(|| Error::config(CONFIG, format!("{token:?} is not in the vocabulary")))?;
+        let id = vocab.get(token.as_str()).ok_or_else(|| {
+            let reason = format!("{token:?} is not in the vocabulary");
+            Error::config(file("tokenizer_config.json"), reason)
+        })?;
         if added.iter().all(|a| a["id"] != *id) {
             added.push(json!({
                 "id": id, "content": token, "special": true, "normalized": false,
@@ -292,7 +303,7 @@ fn assemble(
             }));
         }
     }
-    for (id, token) in more_tokens(source, config)? {
+    for (id, token) in more_tokens((source, folder), config)? {
         if !vocab.contains_key(&token) && added.iter().all(|a| a["id"] != id) {
             added.push(json!({
                 "id": id, "content": token, "special": false, "normalized": true,

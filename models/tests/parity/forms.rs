@@ -106,7 +106,7 @@ fn special_tokens_are_those_of_transformers() {
 fn a_unet_may_have_no_middle_block() {
     let source = Source::Directory(path("forms"));
     let config = UNetConfig::read(&source).unwrap();
-    assert!(!config.mid_block);
+    assert_eq!(config.mid_block, sd_models::networks::MidBlock::Absent);
     let weights = source.weights("unet", "diffusion_pytorch_model", false).unwrap();
     let unet = UNet2DConditionModel::load(config, &weights, &Device::Cpu, DType::F32).unwrap();
     let expected = fixture("forms/unet/expected.safetensors");
@@ -349,7 +349,7 @@ fn files_of_other_families_are_named() {
     for (tensors, words) in cases {
         let file = place("family", "a.safetensors", &bytes(&tensors));
         let error = Checkpoint { file, vocabulary: None }.check().unwrap_err().to_string();
-        let wanted = "a model must be a checkpoint of Stable Diffusion 1.x or 2.x";
+        let wanted = "a model must be a checkpoint of Stable Diffusion 1.x, 2.x or XL";
         assert!(error.starts_with("a.safetensors: this is ") && error.ends_with(wanted), "{error}");
         assert!(error.contains(words), "{words}: {error}");
     }

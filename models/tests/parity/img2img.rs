@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 use sd_models::{
     AddOns, DeviceName, Error, Img2Img, LoadOptions, MaskedStart, Pipeline, Precision,
     PromptSyntax, Rgb, SafetyMode, Sampler, SamplerName, SamplerOptions, SigmaSchedule, Size,
-    Source, Spec, Trajectory,
+    Source, Spec, Trajectory, XlOptions,
 };
 
 use crate::{fixture, path, relative_error};
@@ -87,6 +87,7 @@ pub(crate) fn spec(start: Option<Img2Img>) -> Spec {
         guidance_rescale: 0.0,
         variation: None,
         eta_noise_seed_delta: 0,
+        xl: XlOptions::default(),
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use sd_models::{
     DeviceName, KernelStats, LoadOptions, Pipeline, Precision, Rgb, Sampler, SamplerOptions,
-    SigmaSchedule, Size, Spec, Trajectory,
+    SigmaSchedule, Size, Spec, Trajectory, XlOptions,
 };
 use serde::Serialize;
 use tracing::warn;
@@ -185,6 +185,7 @@ impl DeviceBench {
             guidance_rescale: 0.0,
             variation: None,
             eta_noise_seed_delta: 0,
+            xl: XlOptions::default(),
             warnings: Vec::new(),
             hires: None,
             controls: Vec::new(),

@@ -1,6 +1,6 @@
 //! The order of the queue, and who makes room in it.
 
-use sd_models::{PromptSyntax, Sampler, SamplerOptions, SigmaSchedule, Size, Spec};
+use sd_models::{PromptSyntax, Sampler, SamplerOptions, SigmaSchedule, Size, Spec, XlOptions};
 
 use super::*;
 use crate::engine::job::{self, Job, Ticket};
@@ -26,6 +26,7 @@ fn job(client: u64, id: JobId, images: usize) -> (Ticket, Vec<ImageTask>) {
         guidance_rescale: 0.0,
         variation: None,
         eta_noise_seed_delta: 0,
+        xl: XlOptions::default(),
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),

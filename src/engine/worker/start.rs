@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use sd_models::{Defaults, PromptSyntax, SamplerOptions, Size, Spec};
+use sd_models::{Defaults, PromptSyntax, SamplerOptions, Size, Spec, XlOptions};
 use tracing::{info, warn};
 
 use crate::engine::model::{Model, Trajectory as _};
@@ -113,6 +113,7 @@ pub(super) fn warm_up_params(defaults: &Defaults, size: Size) -> Spec {
         guidance_rescale: 0.0,
         variation: None,
         eta_noise_seed_delta: 0,
+        xl: XlOptions::default(),
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),

@@ -10,7 +10,7 @@ use futures_util::FutureExt as _;
 use sd_models::{
     AddOns, Chosen, Defaults, Embeddings, Enlarge, Error, Hires, LoraUse, MemoryEstimate,
     ModelInfo, NamedFiles, Pass, PictureUpscaler, PromptSyntax, Rgb, Sampler, SamplerOptions,
-    SigmaSchedule, SingleFiles, Size, Spec, Upscaler,
+    SigmaSchedule, SingleFiles, Size, Spec, Upscaler, XlOptions,
 };
 use tokio::time::{Instant as Clock, advance};
 
@@ -180,6 +180,7 @@ impl TestWorker {
             gives_strength_to_scheduler: false,
             text_layers: 12,
             text_width: 768,
+            is_xl: false,
             most_steps: (1000, 50),
             checked: false,
             memory: MemoryEstimate { scale: 8, ..MemoryEstimate::default() },
@@ -258,6 +259,7 @@ fn spec(seed: u64, steps: usize) -> Spec {
         guidance_rescale: 0.0,
         variation: None,
         eta_noise_seed_delta: 0,
+        xl: XlOptions::default(),
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),

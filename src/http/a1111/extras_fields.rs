@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use schemars::JsonSchema;
 use sd_models::{
-    Enlarge, ModelInfo, PictureUpscaler, PromptSyntax, Rgb, SamplerOptions, Size, Spec,
+    Enlarge, ModelInfo, PictureUpscaler, PromptSyntax, Rgb, SamplerOptions, Size, Spec, XlOptions,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -177,6 +177,7 @@ fn spec(enlarge: Enlarge, size: Size, model: &ModelInfo) -> Spec {
         warnings: Vec::new(),
         hires: None,
         tiling: false,
+        xl: XlOptions::default(),
         enlarge: Some(Arc::new(enlarge)),
         controls: Vec::new(),
         eta_noise_seed_delta: 0,

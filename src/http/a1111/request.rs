@@ -207,7 +207,8 @@ impl Common {
             eta_noise_seed_delta: delta.or(self.eta_noise_seed_delta),
             prompt: Some(self.prompt.unwrap_or_default()),
             prompt_syntax: Some("a1111".into()),
-            negative_prompt: self.negative_prompt,
+            // Of Stable Diffusion XL an empty one is no prompt there.
+            negative_prompt: self.negative_prompt.filter(|text| !text.is_empty()),
             width,
             height,
             num_inference_steps: self.steps,
@@ -295,9 +296,12 @@ pub(crate) fn check_clip_skip(
             let (most, given) = (model.text_layers + 1, skipped + 1);
             Err(ValidationError::range(name, format!("must be from 1 to {most}, not {given}")))
         }
-        Some(skipped) if skipped > 0 && model.text_width == OPEN_CLIP => {
-            let why = "has no effect, as in AUTOMATIC1111: the model's text encoder is OpenCLIP";
-            draw.warnings.push(format!("{name} {why}"));
+        Some(skipped) if skipped > 0 && (model.is_xl || model.text_width == OPEN_CLIP) => {
+            let why = match model.is_xl {
+                true => "the model is of Stable Diffusion XL",
+                false => "the model's text encoder is OpenCLIP",
+            };
+            draw.warnings.push(format!("{name} has no effect, as in AUTOMATIC1111: {why}"));
             draw.clip_skip = None;
             Ok(())
         }

@@ -1,4 +1,4 @@
-//! `text_encoder/config.json`, and what it has in common with that of the safety checker's vision
+//! `text_encoder/config.json` and `text_encoder_2/config.json`, and what it has in common with that of the safety checker's vision
 //! tower.
 
 use serde_json::json;
@@ -92,7 +92,7 @@ impl ClipConfig {
     }
 }
 
-/// `text_encoder/config.json` of a `CLIPTextModel`.
+/// `text_encoder/config.json` of a `CLIPTextModel` or `CLIPTextModelWithProjection`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ClipTextConfig {
     /// Tokens of the vocabulary.
@@ -101,18 +101,44 @@ pub struct ClipTextConfig {
     pub max_position_embeddings: usize,
     /// The layers between embeddings and final norm.
     pub transformer: ClipConfig,
+    /// Channels of the projection of the pooled state, of a second text encoder; 0 of a first, which
+    /// has none.
+    pub projection_dim: usize,
+    /// The token whose state is pooled there.
+    pub(crate) end: EndToken,
+}
+
+/// The token whose state is pooled: the first of them in a sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EndToken {
+    /// That of the greatest id, in files whose `eos_token_id` is 2, as those of Stable Diffusion XL.
+    Greatest,
+    /// This one.
+    Id(u32),
 }
 
 impl ClipTextConfig {
     /// Reads `text_encoder/config.json`.
     pub fn read(source: &Source) -> Result<Self> {
-        let mut keys = Keys::read(source, "text_encoder/config.json")?;
+        Self::read_in(source, "text_encoder")
+    }
+
+    /// Reads `config.json` in the folder of the encoder.
+    pub fn read_in(source: &Source, folder: &str) -> Result<Self> {
+        let mut keys = Keys::read(source, &format!("{folder}/config.json"))?;
+        let is_first = folder == "text_encoder";
         keys.only("model_type", &[json!("clip_text_model")])?;
         keys.only("use_attention_mask", &[json!(false)])?;
         let config = Self {
             vocab_size: keys.count("vocab_size", 1, 49408)?,
             max_position_embeddings: keys.count("max_position_embeddings", 1, 77)?,
             transformer: ClipConfig::take(&mut keys, (512, 2048, 8))?,
+            projection_dim: if is_first { 0 } else { keys.count("projection_dim", 1, 512)? },
+            end: match keys.take("eos_token_id", json!(49407))?.as_u64() {
+                Some(2) => EndToken::Greatest,
+                _ if is_first => EndToken::Greatest,
+                id => EndToken::Id(id.and_then(|id| u32::try_from(id).ok()).unwrap_or(u32::MAX)),
+            },
         };
         keys.drop_idle(&IDLE_TEXT_KEYS);
         keys.finish()?;

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::unet::UNetConfig;
+use super::unet::{MidBlock, UNetConfig};
 use crate::error::{Error, Result};
 use crate::files::{Keys, Weights};
 
@@ -48,7 +48,7 @@ impl ControlNetConfig {
             "_class_name": "UNet2DConditionModel", "up_block_types": vec!["UpBlock2D"; levels],
         });
         keys.overlay(Keys::new("config.json", way_up)?);
-        let unet = UNetConfig::parse(keys)?;
+        let unet = UNetConfig { up_depths: Vec::new(), ..UNetConfig::parse(keys)? };
         Ok(Self { unet, hint_channels, global_pool_conditions, is_bgr })
     }
 
@@ -76,13 +76,9 @@ impl ControlNetConfig {
         let depth = |level| count(&|i| transformer(level, i));
         let mid_depth =
             count(&|i| format!("mid_block.attentions.0.transformer_blocks.{i}.norm1.weight"));
-        let mut depths: Vec<_> = (0..levels).map(depth).collect();
+        let depths: Vec<_> = (0..levels).map(depth).collect();
         let down_cross_attention = depths.iter().map(|depth| *depth > 0).collect();
-        // The middle has as many as the last level, which in SD 1.x and 2.x has none.
-        if let Some(last) = depths.last_mut() {
-            *last = (*last).max(mid_depth);
-        }
-        depths.iter_mut().for_each(|depth| *depth = (*depth).max(1));
+        let layers = count(&|i| conv(0, i)).max(1);
         let ends = |end: &str| weights.names().find(|name| name.ends_with(end));
         let width = ends("attn2.to_k.weight").map(|name| side(name, 1)).transpose()?;
         let projection = ends("proj_in.weight").and_then(|name| weights.shape(name));
@@ -95,10 +91,16 @@ impl ControlNetConfig {
         Ok(Self {
             unet: UNetConfig {
                 in_channels: side("conv_in.weight", 1)?,
-                layers_per_block: count(&|i| conv(0, i)).max(1),
+                layers_per_block: layers,
                 down_cross_attention,
-                mid_block: middle("resnets.0.conv1.weight"),
-                transformer_layers_per_block: depths,
+                mid_block: match [middle("resnets.0.conv1.weight"), mid_depth > 0] {
+                    [false, _] => MidBlock::Absent,
+                    [true, false] => MidBlock::Plain,
+                    [true, true] => MidBlock::CrossAttention,
+                },
+                down_depths: depths.into_iter().map(|depth| vec![depth; layers]).collect(),
+                mid_depth,
+                up_depths: Vec::new(),
                 cross_attention_dim: width.unwrap_or(unet.cross_attention_dim),
                 use_linear_projection: projection.is_some_and(|shape| shape.len() == 2),
                 time_cond_proj_dim: None,

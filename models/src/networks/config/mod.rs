@@ -9,10 +9,11 @@ mod levels;
 mod unet;
 mod vae;
 
+pub(super) use self::clip::EndToken;
 pub(super) use self::clip::IDLE_TEXT_KEYS;
 pub use self::clip::{ClipConfig, ClipTextConfig};
 pub use self::controlnet::ControlNetConfig;
-pub use self::unet::UNetConfig;
+pub use self::unet::{AddedConfig, MidBlock, UNetConfig};
 pub use self::vae::VaeConfig;
 
 #[cfg(test)]

@@ -23,6 +23,12 @@ pub struct VaeConfig {
     pub norm_num_groups: usize,
     /// Factor of the latents after encoding.
     pub scaling_factor: f64,
+    /// Mean and standard deviation of the latents by channel, which Stable Diffusion XL's pipelines
+    /// take out of them.
+    pub latents: Option<Vec<(f64, f64)>>,
+    /// Whether Stable Diffusion XL's pipelines compute it in f32 where the model is in f16, in which
+    /// it would overflow.
+    pub force_upcast: bool,
     /// Whether the mid block has attention.
     pub mid_block_add_attention: bool,
     /// Whether a 1x1 convolution follows the encoder.
@@ -34,6 +40,11 @@ pub struct VaeConfig {
 impl VaeConfig {
     /// Reads `vae/config.json`.
     pub fn read(source: &Source) -> Result<Self> {
+        Self::read_scaled(source, 0.18215)
+    }
+
+    /// The same, with the scaling factor of files that do not tell it.
+    pub(crate) fn read_scaled(source: &Source, scaling_factor: f64) -> Result<Self> {
         let mut keys = Keys::read(source, "vae/config.json")?;
         keys.only("_class_name", &[json!("AutoencoderKL")])?;
         let block_out_channels: Vec<usize> = keys.take("block_out_channels", vec![64])?;
@@ -47,19 +58,20 @@ impl VaeConfig {
             }
         }
         keys.only("act_fn", &[json!("silu"), json!("swish")])?;
-        keys.only("latents_mean", &[])?;
-        keys.only("latents_std", &[])?;
         keys.only("shift_factor", &[json!(0), json!(0.0)])?;
-        let scaling_factor: f64 = keys.take("scaling_factor", 0.18215)?;
+        let scaling_factor: f64 = keys.take("scaling_factor", scaling_factor)?;
         // In f32, in which latents are divided by it.
         let in_f32 = scaling_factor as f32;
         if in_f32 == 0.0 || !in_f32.is_finite() || !in_f32.recip().is_finite() {
             return Err(keys.invalid("scaling_factor", format!("{scaling_factor} is no scale")));
         }
+        let latent_channels = keys.count("latent_channels", 1, 4)?;
         let config = Self {
+            latents: latents(&mut keys, latent_channels)?,
+            force_upcast: keys.take("force_upcast", true)?,
             in_channels: keys.count("in_channels", 1, 3)?,
             out_channels: keys.count("out_channels", 1, 3)?,
-            latent_channels: keys.count("latent_channels", 1, 4)?,
+            latent_channels,
             layers_per_block: keys.count("layers_per_block", 0, 1)?,
             norm_num_groups: keys.count("norm_num_groups", 1, 32)?,
             scaling_factor,
@@ -79,7 +91,7 @@ impl VaeConfig {
         if config.out_channels != 3 || config.in_channels != 3 {
             return Err(keys.invalid("out_channels", "must be 3, the channels of an image"));
         }
-        keys.drop_idle(&["force_upcast", "sample_size"]);
+        keys.drop_idle(&["sample_size"]);
         keys.finish()?;
         Ok(config)
     }
@@ -88,4 +100,25 @@ impl VaeConfig {
     pub fn scale(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)
     }
+}
+
+/// `latents_mean` and `latents_std`, of which diffusers uses both or none.
+fn latents(keys: &mut Keys, channels: usize) -> Result<Option<Vec<(f64, f64)>>> {
+    let mut take = |key| -> Result<Option<Vec<f64>>> {
+        let values: Option<Vec<f64>> = keys.take(key, None)?;
+        if values.as_ref().is_some_and(|values| values.len() != channels) {
+            return Err(keys.invalid(key, format!("must have {channels} numbers, one a channel")));
+        }
+        Ok(values)
+    };
+    let (means, deviations) = (take("latents_mean")?, take("latents_std")?);
+    let (Some(means), Some(deviations)) = (means, deviations) else { return Ok(None) };
+    let is_scale = |value: f64| (value as f32) > 0.0 && (value as f32).recip().is_finite();
+    if let Some(value) = deviations.iter().find(|value| !is_scale(**value)) {
+        return Err(keys.invalid("latents_std", format!("{value} is no deviation")));
+    }
+    if let Some(value) = means.iter().find(|value| !(**value as f32).is_finite()) {
+        return Err(keys.invalid("latents_mean", format!("{value} is no mean")));
+    }
+    Ok(Some(means.into_iter().zip(deviations).collect()))
 }

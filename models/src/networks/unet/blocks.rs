@@ -3,7 +3,7 @@
 use super::transformer::Transformer;
 use crate::error::Result;
 use crate::layers::{LayerBuilder, LoraLayer};
-use crate::networks::config::UNetConfig;
+use crate::networks::config::{MidBlock, UNetConfig};
 use crate::networks::resnet::{Norm, Resnet, Stack};
 use crate::ops::{Conv2d, Geometry};
 
@@ -14,6 +14,12 @@ pub(in crate::networks) const DOWN: Geometry =
 pub(super) struct DownBlock {
     pub(super) layers: Vec<(Resnet, Option<Transformer>)>,
     pub(super) downsample: Option<LoraLayer<Conv2d>>,
+}
+
+/// A residual block, and a transformer and a second one, where there are.
+pub(super) struct MiddleBlock {
+    pub(super) first: Resnet,
+    pub(super) rest: Option<(Transformer, Resnet)>,
 }
 
 pub(super) struct UpBlock {
@@ -39,7 +45,15 @@ impl<'w> BlockBuilder<'_, 'w> {
             for i in 0..self.config.layers_per_block {
                 let resnet = self.resnet(&p.pp("resnets").pp(i), inputs, outputs)?;
                 let cross = self.config.down_cross_attention[level];
-                layers.push((resnet, self.maybe_transformer(&p, i, level, cross)?));
+                layers.push((
+                    resnet,
+                    self.maybe_transformer(
+                        &p,
+                        i,
+                        level,
+                        cross.then_some(self.config.down_depths[level][i]),
+                    )?,
+                ));
                 inputs = outputs;
             }
             let last = level + 1 == channels.len();
@@ -49,6 +63,21 @@ impl<'w> BlockBuilder<'_, 'w> {
             blocks.push(DownBlock { layers, downsample });
         }
         Ok(blocks)
+    }
+
+    pub(super) fn mid_block(&self, p: &LayerBuilder<'w>) -> Result<Option<MiddleBlock>> {
+        let level = self.config.block_out_channels.len() - 1;
+        let channels = self.config.block_out_channels[level];
+        let resnet = |i| self.resnet(&p.pp("resnets").pp(i), channels, channels);
+        Ok(match self.config.mid_block {
+            MidBlock::Absent => None,
+            MidBlock::Plain => Some(MiddleBlock { first: resnet(0)?, rest: None }),
+            MidBlock::CrossAttention => {
+                let (p, first) = (p.pp("attentions").pp(0), resnet(0)?);
+                let transformer = self.transformer(&p, level, self.config.mid_depth)?;
+                Some(MiddleBlock { first, rest: Some((transformer, resnet(1)?)) })
+            }
+        })
     }
 
     pub(super) fn up_blocks(&self, p: &LayerBuilder<'w>) -> Result<Vec<UpBlock>> {
@@ -70,7 +99,15 @@ impl<'w> BlockBuilder<'_, 'w> {
                 let skip = skips.pop().unwrap_or_default();
                 let resnet = self.resnet(&p.pp("resnets").pp(j), inputs + skip, outputs)?;
                 let cross = self.config.up_cross_attention[i];
-                layers.push((resnet, self.maybe_transformer(&p, j, level, cross)?));
+                layers.push((
+                    resnet,
+                    self.maybe_transformer(
+                        &p,
+                        j,
+                        level,
+                        cross.then_some(self.config.up_depths[i][j]),
+                    )?,
+                ));
                 inputs = outputs;
             }
             let p = p.pp("upsamplers").pp(0).pp("conv");
@@ -81,12 +118,7 @@ impl<'w> BlockBuilder<'_, 'w> {
         Ok(blocks)
     }
 
-    pub(super) fn resnet(
-        &self,
-        p: &LayerBuilder<'w>,
-        inputs: usize,
-        outputs: usize,
-    ) -> Result<Resnet> {
+    fn resnet(&self, p: &LayerBuilder<'w>, inputs: usize, outputs: usize) -> Result<Resnet> {
         let norm = Norm { groups: self.config.norm_num_groups, eps: self.config.norm_eps };
         Resnet::load(p, inputs, outputs, Some(&self.time_proj), norm)
     }
@@ -96,13 +128,14 @@ impl<'w> BlockBuilder<'_, 'w> {
         p: &LayerBuilder<'w>,
         index: usize,
         level: usize,
-        cross: bool,
+        depth: Option<usize>,
     ) -> Result<Option<Transformer>> {
         let p = p.pp("attentions").pp(index);
-        cross.then(|| self.transformer(&p, level)).transpose()
+        depth.map(|depth| self.transformer(&p, level, depth)).transpose()
     }
 
-    pub(super) fn transformer(&self, p: &LayerBuilder<'w>, level: usize) -> Result<Transformer> {
-        Transformer::load(p, self.config, level, &self.to_kv)
+    /// A transformer of so many blocks.
+    fn transformer(&self, p: &LayerBuilder<'w>, level: usize, depth: usize) -> Result<Transformer> {
+        Transformer::load(p, self.config, (level, depth), &self.to_kv)
     }
 }

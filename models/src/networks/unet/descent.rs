@@ -2,12 +2,10 @@
 
 use candle_core::Tensor;
 
-use super::blocks::{BlockBuilder, DownBlock};
+use super::blocks::{BlockBuilder, DownBlock, MiddleBlock};
 use super::conditioning::Conditioning;
-use super::transformer::Transformer;
 use crate::error::Result;
 use crate::layers::{LayerBuilder, LoraLayer, LoraStack};
-use crate::networks::resnet::Resnet;
 use crate::ops::{Conv2d, Epilogue, Geometry};
 
 /// `conv_in`, the down blocks and the middle block.
@@ -15,7 +13,7 @@ pub(in crate::networks) struct Descent {
     conv_in: LoraLayer<Conv2d>,
     down: Vec<DownBlock>,
     /// Distilled models have none.
-    mid: Option<(Resnet, Transformer, Resnet)>,
+    mid: Option<MiddleBlock>,
 }
 
 /// What is computed on the way down.
@@ -32,20 +30,9 @@ impl Descent {
         p: &LayerBuilder<'w>,
     ) -> Result<Self> {
         let config = builder.config;
-        let channels = &config.block_out_channels;
-        let (first, last) = (channels[0], channels[channels.len() - 1]);
-        let middle = p.pp("mid_block");
+        let first = config.block_out_channels[0];
         let down = builder.down_blocks(&p.pp("down_blocks"))?;
-        let resnet = |i| builder.resnet(&middle.pp("resnets").pp(i), last, last);
-        let mid = match config.mid_block {
-            true => {
-                let p = middle.pp("attentions").pp(0);
-                let first = resnet(0)?;
-                let transformer = builder.transformer(&p, channels.len() - 1)?;
-                Some((first, transformer, resnet(1)?))
-            }
-            false => None,
-        };
+        let mid = builder.mid_block(&p.pp("mid_block"))?;
         let conv_in = p.pp("conv_in");
         let conv_in = LoraLayer::conv(&conv_in, config.in_channels, first, Geometry::SAME)?;
         Ok(Self { conv_in, down, mid })
@@ -76,10 +63,12 @@ impl Descent {
                 skips.push(x.clone());
             }
         }
-        if let Some((first, transformer, second)) = &self.mid {
+        if let Some(MiddleBlock { first, rest }) = &self.mid {
             x = first.forward(&(&x).into(), time_embeddings, loras)?;
-            x = transformer.forward(&x, conditioning, loras)?;
-            x = second.forward(&(&x).into(), time_embeddings, loras)?;
+            if let Some((transformer, second)) = rest {
+                x = transformer.forward(&x, conditioning, loras)?;
+                x = second.forward(&(&x).into(), time_embeddings, loras)?;
+            }
         }
         Ok(Descended { middle: x, skips })
     }

@@ -1,4 +1,4 @@
-//! UNet2DConditionModel of Stable Diffusion 1.x and 2.x, but for the residual block, which is in
+//! UNet2DConditionModel of Stable Diffusion 1.x, 2.x and XL, but for the residual block, which is in
 //! [`super::resnet`].
 //!
 //! Reference: diffusers 0.42 `models/unets/unet_2d_condition.py`, `unet_2d_blocks.py`,
@@ -15,6 +15,8 @@ mod residuals;
 mod time;
 mod transformer;
 
+use std::sync::Arc;
+
 use candle_core::{DType, Device, Tensor};
 
 use self::blocks::UpBlock;
@@ -22,6 +24,7 @@ pub(super) use self::blocks::{BlockBuilder, DOWN};
 pub use self::conditioning::Conditioning;
 pub(super) use self::descent::{Descended, Descent};
 pub use self::residuals::Residuals;
+use self::time::AddedEmbedding;
 pub(super) use self::time::TimeEmbedding;
 use crate::error::Result;
 use crate::files::Weights;
@@ -33,12 +36,17 @@ use crate::ops::{
     in_pool,
 };
 
+/// Numbers of the sizes that a UNet of Stable Diffusion XL is conditioned on.
+pub(crate) const SIZES: usize = 6;
+
 /// The denoising network.
 pub struct UNet2DConditionModel {
     config: UNetConfig,
     device: Device,
     dtype: DType,
     time: TimeEmbedding,
+    /// Of Stable Diffusion XL.
+    added: Option<AddedEmbedding>,
     /// The time projections of all residual blocks: (.., 4 first) -> (.., time_width)
     time_proj: LoraLayer<Linear>,
     /// The key and value projections of all cross attentions: (.., D) -> (.., kv_width)
@@ -69,7 +77,11 @@ impl UNet2DConditionModel {
         };
         let descent = Descent::load(&builder, &p)?;
         let up = builder.up_blocks(&p.pp("up_blocks"))?;
+        let added = config.added.map(|added| {
+            AddedEmbedding::load(&p.pp("add_embedding"), &config, added, device, activation)
+        });
         let model = Self {
+            added: added.transpose()?,
             time_proj: builder.time_proj.build(&p)?,
             to_kv: builder.to_kv.build(&p)?,
             time: TimeEmbedding::load(&p.pp("time_embedding"), &config, device, activation)?,
@@ -105,23 +117,52 @@ impl UNet2DConditionModel {
         self.to_kv.outputs()
     }
 
-    /// Width of the time embeddings of all residual blocks together, the last dimension of
-    /// [`Self::time_embeddings`].
+    /// The last dimension of [`Self::time_embeddings`].
     pub(crate) fn time_width(&self) -> usize {
-        self.time_proj.outputs()
+        match self.added {
+            None => self.time_proj.outputs(),
+            Some(_) => 4 * self.config.block_out_channels[0],
+        }
     }
 
-    /// The conditioning for [`Self::forward`], which is the same at every step, from the text
-    /// encoder's hidden states (B, M, D) f32.
-    pub fn condition(&self, context: &Tensor, loras: &[LoraStack]) -> Result<Conditioning> {
+    /// Keys and values of all cross attentions (B, M, kv_width), which are the same at every step,
+    /// from the text encoders' hidden states (B, M, D) f32.
+    pub(crate) fn keys_values(&self, context: &Tensor, loras: &[LoraStack]) -> Result<Tensor> {
         let context = context.to_dtype(self.dtype)?.contiguous()?;
-        let kv = in_pool(&self.device, || self.to_kv.forward(&context, Epilogue::NONE, loras))?;
-        Ok(Conditioning::new(kv, context))
+        in_pool(&self.device, || Ok(self.to_kv.forward(&context, Epilogue::NONE, loras)?))
     }
 
-    /// T timesteps -> the time embeddings of all residual blocks (T, time_width) for
-    /// [`Self::forward`]. Those of a schedule are known before its first step. A UNet that takes
-    /// the guidance scale as an input gets 1.
+    /// The conditioning on a prompt whose keys and values are known, with its hidden states
+    /// (B, M, D) f32.
+    pub(crate) fn on_prompt(&self, kv: Arc<Tensor>, context: &Tensor) -> Result<Conditioning> {
+        Ok(Conditioning::new(kv, context.to_dtype(self.dtype)?.contiguous()?))
+    }
+
+    /// The conditioning for [`Self::forward`] from the text encoders' hidden states (B, M, D) f32.
+    /// A UNet that takes pooled prompts and sizes needs [`Self::add`] too.
+    pub fn condition(&self, context: &Tensor, loras: &[LoraStack]) -> Result<Conditioning> {
+        self.on_prompt(Arc::new(self.keys_values(context, loras)?), context)
+    }
+
+    /// The conditioning of one row with a pooled prompt (1, P) f32 and its sizes in pixels: height
+    /// and width of the original, top and left of the crop, height and width of the target. A UNet
+    /// that takes none is given none.
+    pub fn add(
+        &self,
+        mut conditioning: Conditioning,
+        pooled: &Tensor,
+        sizes: [f64; SIZES],
+        loras: &[LoraStack],
+    ) -> Result<Conditioning> {
+        let embed =
+            |added: &AddedEmbedding| in_pool(&self.device, || added.forward(pooled, &sizes, loras));
+        conditioning.added = self.added.as_ref().map(embed).transpose()?;
+        Ok(conditioning)
+    }
+
+    /// T timesteps -> what [`Self::forward`] takes of them (T, width): the time embeddings of all
+    /// residual blocks, or that to which the conditions are added. Those of a schedule are known
+    /// before its first step. A UNet that takes the guidance scale as an input gets 1.
     pub fn time_embeddings(&self, timesteps: &[f64], loras: &[LoraStack]) -> Result<Tensor> {
         self.guided_time_embeddings(timesteps, 1.0, loras)
     }
@@ -135,11 +176,14 @@ impl UNet2DConditionModel {
     ) -> Result<Tensor> {
         in_pool(&self.device, || {
             let embedded = self.time.forward(timesteps, guidance_scale, loras)?;
-            Ok(self.time_proj.forward(&embedded, Epilogue::NONE, loras)?)
+            match self.added {
+                None => Ok(self.time_proj.forward(&embedded, Epilogue::NONE, loras)?),
+                Some(_) => Ok(embedded),
+            }
         })
     }
 
-    /// Latents (B, C, H, W) f32, time embeddings (B, time_width) and the conditioning of the rows
+    /// Latents (B, C, H, W) f32, [`Self::time_embeddings`] (B, width) and the conditioning of the rows
     /// in their order, whose entries may differ in M -> the prediction (B, C, H, W) f32.
     pub fn forward(
         &self,
@@ -166,6 +210,21 @@ impl UNet2DConditionModel {
         })
     }
 
+    /// Time embeddings (B, 4 first) with what the rows' conditioning adds -> those of all residual
+    /// blocks (B, time_width)
+    fn project_times(
+        &self,
+        time_embeddings: &Tensor,
+        conditioning: &[Conditioning],
+        loras: &[LoraStack],
+    ) -> Result<Tensor> {
+        let added: Option<Vec<_>> = conditioning.iter().map(|rows| rows.added.as_ref()).collect();
+        let none = || candle_core::Error::msg("rows have no pooled prompt and sizes");
+        let added = Tensor::cat(&added.ok_or_else(none)?, 0)?;
+        let embedded = (time_embeddings + added)?.silu()?;
+        Ok(self.time_proj.forward(&embedded, Epilogue::NONE, loras)?)
+    }
+
     fn predict(
         &self,
         latents: &Tensor,
@@ -174,6 +233,11 @@ impl UNet2DConditionModel {
         loras: &[LoraStack],
         residuals: &Residuals,
     ) -> Result<Tensor> {
+        let projected = match self.added {
+            None => time_embeddings.clone(),
+            Some(_) => self.project_times(time_embeddings, conditioning, loras)?,
+        };
+        let time_embeddings = &projected;
         // 1. In, down and the middle
         let x = channels_last(latents, self.dtype)?;
         let mut descended = self.descent.forward(&x, None, time_embeddings, conditioning, loras)?;

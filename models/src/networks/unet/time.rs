@@ -1,10 +1,11 @@
-//! The embedding of timesteps, and of the guidance scale of UNets that take it as an input.
+//! The embeddings of timesteps, of the guidance scale of UNets that take it as an input, and of the
+//! pooled prompt and the sizes of those that take these.
 
 use candle_core::{DType, Device, Tensor};
 
 use crate::error::Result;
 use crate::layers::{LayerBuilder, LoraLayer, LoraStack};
-use crate::networks::config::UNetConfig;
+use crate::networks::config::{AddedConfig, UNetConfig};
 use crate::ops::{Activation, Epilogue, Linear};
 
 /// A sinusoidal embedding and two linear layers.
@@ -15,9 +16,10 @@ pub(in crate::networks) struct TimeEmbedding {
     linear: [LoraLayer<Linear>; 2],
     device: Device,
     dtype: DType,
-    width: usize,
-    flip_sin_to_cos: bool,
-    freq_shift: f64,
+    sinusoids: Sinusoids,
+    /// Whether the SiLU with which every residual block begins follows: not where something is
+    /// added first.
+    ends_in_silu: bool,
 }
 
 impl TimeEmbedding {
@@ -40,22 +42,20 @@ impl TimeEmbedding {
             ],
             device: device.clone(),
             dtype,
-            width: first,
-            flip_sin_to_cos: config.flip_sin_to_cos,
-            freq_shift: config.freq_shift,
+            sinusoids: sinusoids(config, first),
+            ends_in_silu: config.added.is_none(),
         })
     }
 
-    /// T timesteps, all at one guidance scale -> their embeddings (T, 4 first), with the SiLU with
-    /// which every residual block begins.
+    /// T timesteps, all at one guidance scale -> their embeddings (T, 4 first).
     pub(in crate::networks) fn forward(
         &self,
         timesteps: &[f64],
         guidance_scale: f64,
         loras: &[LoraStack],
     ) -> Result<Tensor> {
-        let values = self.sinusoids(timesteps.iter().copied());
-        let x = Tensor::from_vec(values, (timesteps.len(), self.width), &self.device)?;
+        let shape = (timesteps.len(), self.sinusoids.width);
+        let x = Tensor::from_vec(self.sinusoids.of(timesteps), shape, &self.device)?;
         let mut x = x.to_dtype(self.dtype)?;
         if let Some((width, cond_proj)) = &self.guidance {
             let guidance = guidance_embedding(guidance_scale, *width).repeat(timesteps.len());
@@ -64,27 +64,90 @@ impl TimeEmbedding {
             x = (x + cond_proj.forward(&guidance, Epilogue::NONE, loras)?)?;
         }
         let silu = Epilogue::activation(Activation::Silu);
-        Ok(self.linear[1].forward(&self.linear[0].forward(&x, silu, loras)?, silu, loras)?)
+        let x = self.linear[0].forward(&x, silu, loras)?;
+        let end = if self.ends_in_silu { silu } else { Epilogue::NONE };
+        Ok(self.linear[1].forward(&x, end, loras)?)
     }
+}
 
-    /// The sinusoids (n, width) of n values, row by row. Angles are computed in f32, as in the
-    /// reference.
-    fn sinusoids(&self, values: impl Iterator<Item = f64>) -> Vec<f32> {
+/// How numbers become sinusoids.
+#[derive(Clone, Copy)]
+struct Sinusoids {
+    width: usize,
+    flip_sin_to_cos: bool,
+    freq_shift: f64,
+}
+
+impl Sinusoids {
+    /// n numbers -> their sinusoids (n, width), row by row. Angles are computed in f32, as in the
+    /// reference. An odd width ends in a zero.
+    fn of(self, values: &[f64]) -> Vec<f32> {
         let half = self.width / 2;
         let scale = -(10_000f64.ln()) / (half as f64 - self.freq_shift);
         let frequencies: Vec<f32> = (0..half).map(|i| (i as f64 * scale).exp() as f32).collect();
-        let mut embedded = Vec::new();
+        let mut embedded = Vec::with_capacity(values.len() * self.width);
         for value in values {
-            let angles = frequencies.iter().map(|f| value as f32 * f);
+            let angles = frequencies.iter().map(|f| *value as f32 * f);
             let (sines, cosines) = (angles.clone().map(f32::sin), angles.map(f32::cos));
             if self.flip_sin_to_cos {
                 embedded.extend(cosines.chain(sines));
             } else {
                 embedded.extend(sines.chain(cosines));
             }
+            embedded.extend((2 * half < self.width).then_some(0.0));
         }
         embedded
     }
+}
+
+/// The embedding of what a UNet of Stable Diffusion XL is conditioned on beside timestep and prompt.
+pub(super) struct AddedEmbedding {
+    linear: [LoraLayer<Linear>; 2],
+    device: Device,
+    dtype: DType,
+    sizes: Sinusoids,
+}
+
+impl AddedEmbedding {
+    pub(super) fn load(
+        p: &LayerBuilder<'_>,
+        config: &UNetConfig,
+        added: AddedConfig,
+        device: &Device,
+        dtype: DType,
+    ) -> Result<Self> {
+        let temb = 4 * config.block_out_channels[0];
+        Ok(Self {
+            linear: [
+                LoraLayer::linear(&p.pp("linear_1"), added.inputs, temb)?,
+                LoraLayer::linear(&p.pp("linear_2"), temb, temb)?,
+            ],
+            device: device.clone(),
+            dtype,
+            sizes: sinusoids(config, added.size_width),
+        })
+    }
+
+    /// The pooled prompt (1, P) f32 and the sizes of a row -> (1, 4 first)
+    pub(super) fn forward(
+        &self,
+        pooled: &Tensor,
+        sizes: &[f64],
+        loras: &[LoraStack],
+    ) -> Result<Tensor> {
+        let embedded = self.sizes.of(sizes);
+        let width = embedded.len();
+        let embedded = Tensor::from_vec(embedded, (1, width), &self.device)?;
+        let x = Tensor::cat(&[pooled, &embedded], 1)?.to_dtype(self.dtype)?;
+        let silu = Epilogue::activation(Activation::Silu);
+        let x = self.linear[0].forward(&x, silu, loras)?;
+        Ok(self.linear[1].forward(&x, Epilogue::NONE, loras)?)
+    }
+}
+
+fn sinusoids(config: &UNetConfig, width: usize) -> Sinusoids {
+    let UNetConfig { flip_sin_to_cos, freq_shift, .. } = *config;
+    Sinusoids { width, flip_sin_to_cos, freq_shift }
 }
 
 /// The sinusoidal embedding of a guidance scale (diffusers' `get_guidance_scale_embedding`), in

@@ -29,11 +29,11 @@ struct TransformerBlock {
 }
 
 impl Transformer {
-    /// Builds one of a level; its cross attentions add their projections to `to_kv`.
+    /// Builds one of a level, of `depth` blocks; its cross attentions add their projections to `to_kv`.
     pub(super) fn load<'w>(
         p: &LayerBuilder<'w>,
         config: &UNetConfig,
-        level: usize,
+        (level, depth): (usize, usize),
         to_kv: &Stack<'w>,
     ) -> Result<Self> {
         let channels = config.block_out_channels[level];
@@ -41,7 +41,6 @@ impl Transformer {
         let conv = !config.use_linear_projection;
         let block =
             |i| TransformerBlock::load(&p.pp("transformer_blocks").pp(i), channels, heads, to_kv);
-        let depth = config.transformer_layers_per_block[level];
         Ok(Self {
             norm: p.pp("norm").group_norm(channels, config.norm_num_groups, 1e-6)?,
             proj_in: LoraLayer::linear_or_conv(&p.pp("proj_in"), channels, channels, conv)?,
