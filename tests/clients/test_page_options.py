@@ -117,6 +117,7 @@ def test_hires_fix_with_an_upscaler(browser, server):
         expect(page.locator("#hires-size")).to_have_text("192×192")
         options = page.locator("#hires-upscaler option")
         assert options.first.inner_text() == "Default: Latent"
+        assert "Lanczos" in options.all_inner_texts()
         page.select_option("#hires-upscaler", "Latent (nearest)")
         page.fill("#hires-strength", "0.6")
         page.fill("#hires-steps", "5")
@@ -197,6 +198,24 @@ def test_a_controlnet_steers_by_a_picture(browser, binary, tmp_path):
             assert "controlnets" not in sent(page, lambda: generate(page, "a house"))
 
 
+def test_a_picture_is_upscaled(browser, server):
+    with opened(browser, server) as page:
+        generate(page, "a house", seed="5", width=64, height=64)
+        generated(page, 1)
+        page.click("#upscale")
+        assert page.locator("#upscaler option").all_inner_texts()[0] == "Lanczos"
+        page.fill("#upscaling", "1.5")
+        shoot(page, "upscale")
+        body = sent(page, lambda: page.click("#upscale-dialog button[value=upscale]"), "sdapi/v1/extra-single-image")
+        assert (body["upscaler_1"], body["upscaling_resize"]) == ("Lanczos", 1.5)
+        generated(page, 2)
+        parameters = page.inner_text("#parameters")
+        assert parameters.startswith("96×96 · 2 steps") and parameters.endswith("seed 5")
+        page.fill("#prompt", "")
+        page.click("#reuse")
+        assert (page.input_value("#prompt"), page.input_value("#width"), page.input_value("#seed")) == ("a house", "64", "5")
+
+
 def test_everything_of_the_section_more(browser, server):
     with opened(browser, server) as page:
         page.click("#more summary")
@@ -204,6 +223,7 @@ def test_everything_of_the_section_more(browser, server):
         fields = {"variation": "0.3", "variation-seed": "9", "rescale": "0.7", "clip-skip": "1", "eta": "0.5", "s-noise": "1.1", "ensd": "31337"}
         for field, value in fields.items():
             page.fill(f"#{field}", value)
+        page.check("#tiling")
         shoot(page, "more")
         page.select_option("#sampler", "euler_a")
         page.select_option("#schedule", "karras")
@@ -211,7 +231,7 @@ def test_everything_of_the_section_more(browser, server):
         assert body == {
             "prompt": "a (red:1.3) house", "negative_prompt": "[grey]", "steps": 3, "seed": "5", "guidance_scale": 6, "n": 2,
             "scheduler": "euler_a", "schedule": "karras", "prompt_syntax": "a1111", "variation_strength": 0.3,
-            "variation_seed": "9", "guidance_rescale": 0.7, "clip_skip": 1, "eta": 0.5, "s_noise": 1.1, "eta_noise_seed_delta": 31337,
+            "variation_seed": "9", "guidance_rescale": 0.7, "clip_skip": 1, "eta": 0.5, "s_noise": 1.1, "tiling": True, "eta_noise_seed_delta": 31337,
             "stream": True, "preview": True, "output_format": "png",
         }
         generated(page, 2)
@@ -223,7 +243,7 @@ def test_everything_of_the_section_more(browser, server):
         page.locator("#history button").first.click()
         expect(page.locator("#parameters")).to_contain_text("variation 0.3 of 10 · seed 5")
         expect(page.locator("#more summary span")).to_have_text(
-            "syntax a1111, variation 0.3, of seed 9, rescale 0.7, clip skip 1, eta 0.5, noise 1.1, noise seed delta 31337"
+            "syntax a1111, variation 0.3, of seed 9, rescale 0.7, clip skip 1, eta 0.5, noise 1.1, noise seed delta 31337, tiling"
         )
 
 
