@@ -259,6 +259,9 @@ fn what_cannot_be_done_is_refused_by_name() {
         assert!([400, 422].contains(&status) && message.contains(words), "{words}: {message}");
     }
     // What is off asks for nothing.
+    let nothing = json!({ "enabled": true, "model": "edges", "image": picture, "mask": null,
+                          "mask_image": "", "input_image": null, "advanced_weighting": [] });
+    assert_eq!(post(&server, "/sdapi/v1/txt2img", &sdapi(&nothing)).0, 200);
     for off in [json!({ "enabled": false, "model": "x" }), json!({}), json!(null)] {
         let (status, reply) = post(&server, "/sdapi/v1/txt2img", &sdapi(&off));
         assert_eq!((status, reply["images"].as_array().map(Vec::len)), (200, Some(1)), "{reply}");

@@ -66,9 +66,11 @@ impl ControlNetModel {
         (device, dtype): (&Device, DType),
         max_bytes: u64,
     ) -> Result<Self> {
+        // Before the weights: another class has them in other files.
+        let described = file.config()?.map(ControlNetConfig::parse).transpose()?;
         let weights = file.weights(dtype == DType::F16)?;
-        let config = match file.config()? {
-            Some(keys) => ControlNetConfig::parse(keys)?,
+        let config = match described {
+            Some(config) => config,
             None => ControlNetConfig::infer(&weights, unet, file.pools())?,
         };
         let refuse = |reason| Error::config(weights.file_names(), reason);

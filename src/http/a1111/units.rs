@@ -60,7 +60,9 @@ pub(super) fn read(
     for (key, value) in unit {
         fields.add(&key, format!("{name}.{key}"), value);
     }
-    fields.drop_if("advanced_weighting", is_off);
+    for name in ["advanced_weighting", "image", "input_image", "mask", "mask_image"] {
+        fields.drop_if(name, is_off);
+    }
     for (theirs, ours) in [("guidance", "guidance_end"), ("input_image", "image")] {
         fields.rename(theirs, ours);
     }
@@ -186,10 +188,9 @@ struct Pictures {
 /// `mask_image` are the same.
 fn pictures(fields: &mut Fields) -> Result<Pictures, ValidationError> {
     let mask = fields.take(&["mask", "mask_image"])?;
-    let mask = mask.filter(|(_, value)| !is_off(value));
     let mut found = match fields.take(&["image"])? {
-        Some((name, value)) if !is_off(&value) => picture(&name, value)?,
-        _ => Pictures::default(),
+        Some((name, value)) => picture(&name, value)?,
+        None => Pictures::default(),
     };
     match mask {
         Some((name, _)) if found.image.is_none() => {
