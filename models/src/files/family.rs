@@ -115,6 +115,11 @@ pub(super) fn other(weights: &Weights) -> Option<String> {
     let Some(inputs) = inputs else {
         let part = || {
             let has = |end: &str| weights.names().any(|name| name.ends_with(end));
+            let others = ["decoder.conv_in.weight", "token_embedding.weight"];
+            if has("input_blocks.0.0.weight") && others.into_iter().any(has) {
+                let first = weights.names().next().unwrap_or_default();
+                return Some(format!("a model whose tensors have other names, such as {first:?}"));
+            }
             PARTS.iter().find(|(end, _)| has(end)).map(|(_, what)| (*what).to_owned())
         };
         return marked(&mut weights.names()).or_else(part).or_else(|| {

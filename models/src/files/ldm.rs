@@ -25,6 +25,26 @@ const XL_SCALING: f64 = 0.13025;
 const CLIP: [&str; 2] = ["cond_stage_model.transformer.", "conditioner.embedders.0.transformer."];
 const OPEN_CLIP: [&str; 2] = ["cond_stage_model.model.", "conditioner.embedders.0.model."];
 
+/// Beginnings of names of what training leaves in a checkpoint, and of its text encoders.
+const OF_TRAINING: [&str; 16] = [
+    "cond_stage_model.",
+    "conditioner.",
+    "model_ema.",
+    "denoiser.",
+    "optimizer",
+    "alphas_",
+    "betas",
+    "sqrt_",
+    "log_one_minus_",
+    "posterior_",
+    "lvlb_weights",
+    "logvar",
+    "scale_factor",
+    "embedding_manager.",
+    "v_pred",
+    "ztsnr",
+];
+
 /// Layers of OpenCLIP's ViT-H text tower that SD 2.x uses: all but the last.
 const OPEN_CLIP_LAYERS: usize = 23;
 
@@ -76,6 +96,21 @@ impl<'a> LdmCheckpoint<'a> {
         let Some(what) = family::other(self.weights) else { return Ok(()) };
         let wanted = "a model must be a checkpoint of Stable Diffusion 1.x, 2.x or XL";
         Err(Error::config(&self.file, format!("this is {what}; {wanted}")))
+    }
+
+    /// A warning for tensors of the checkpoint that are of no network and of nothing that training
+    /// leaves in it, if there are any.
+    pub(super) fn strays(&self) -> Option<String> {
+        let known = [UNET, self.vae_prefix()].into_iter().chain(OF_TRAINING);
+        let known: Vec<_> = known.filter(|start| !start.is_empty()).collect();
+        let is_stray = |name: &&str| !known.iter().any(|start| name.starts_with(start));
+        let mut strays = self.weights.names().filter(is_stray);
+        let first = strays.next()?;
+        let more = match strays.count() {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        Some(format!("{}: {first}{more}: of no part of the model, and not used", self.file))
     }
 
     /// One dimension of a tensor that every checkpoint has.

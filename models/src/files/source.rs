@@ -172,7 +172,9 @@ impl Source {
         if let Self::Checkpoint(checkpoint) = self
             && folder != SAFETY_CHECKER
         {
-            let whole = Weights::whole(&checkpoint.file)?;
+            let mut whole = Weights::whole(&checkpoint.file)?;
+            let strays = LdmCheckpoint::new(&whole, None).strays().filter(|_| folder == "unet");
+            strays.into_iter().for_each(|warning| whole.warn(warning));
             let rename = LdmCheckpoint::new(&whole, None).renamer(folder);
             return Ok(whole.renamed(rename));
         }

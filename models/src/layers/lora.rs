@@ -195,6 +195,7 @@ fn sort<'i>(weights: &Weights, index: &'i TargetIndex) -> Result<Sorted<'i>> {
         (true, None) => Err(Error::config(file, "holds no LoRA")),
         (true, Some(first)) if !is_lora => {
             let reason = match what(weights) {
+                Some(what) if what.starts_with("a LoRA") => format!("is {what}"),
                 Some(what) => format!("is no LoRA: this is {what}"),
                 None => format!("holds no LoRA but {count} other tensors, the first {first:?}"),
             };

@@ -14,6 +14,9 @@ use crate::networks::{Decoder, Encoder, VaeConfig};
 /// How the files of the VAE are opened again, if they are still those that were loaded.
 pub(super) type Reopen = Box<dyn Fn() -> Result<Weights> + Send + Sync>;
 
+/// Side of the latents that a decoder is tried on.
+const TRIED_SIDE: usize = 8;
+
 /// Encoder and decoder.
 pub(super) struct Vae {
     /// Always loaded, also for text-to-image alone: it is a thirtieth of the model, and what is
@@ -58,8 +61,8 @@ fn get<T>(cell: &OnceLock<T>, load: impl FnOnce() -> Result<T>) -> Result<&T> {
 }
 
 impl Vae {
-    /// Builds both from the weights, which `open` opens again. If the decoder overflows in f16 on the
-    /// latents that previews are fitted to, it is the one in f32 from now on, and a warning says so:
+    /// Builds both from the weights, which `open` opens again. If the decoder overflows in f16 on a
+    /// corner of the latents that previews are fitted to, it is the one in f32 from now on, and a warning says so:
     /// which of the two draws an image may not depend on the images before it.
     pub(super) fn load(
         config: VaeConfig,
@@ -85,8 +88,9 @@ impl Vae {
 
     fn tried(mut self) -> Result<(Self, Option<String>)> {
         let Some(wide) = &mut self.wide else { return Ok((self, None)) };
-        let latents = octaves(wide.config.latent_channels)?.to_device(&wide.device)?;
-        let latents = wide.config.unscaled(&latents)?;
+        let latents = octaves(wide.config.latent_channels)?;
+        let corner = latents.narrow(2, 0, TRIED_SIDE)?.narrow(3, 0, TRIED_SIDE)?.contiguous()?;
+        let latents = wide.config.unscaled(&corner.to_device(&wide.device)?)?;
         if is_finite(&self.decoder.forward(&latents)?)? {
             return Ok((self, None));
         }

@@ -107,6 +107,28 @@ fn networks_of_sd_2_are_found_under_their_names() {
 }
 
 #[test]
+fn tensors_of_no_part_of_a_model_are_told_of() {
+    let vae = || Some(checkpoint(path("single/vae.safetensors")));
+    let source = beside("v1.safetensors", &path("v1"));
+    // It holds what training leaves: a table of the noise, and a number of the averaged weights.
+    assert_eq!(open(source.clone(), vae()).unwrap().info().warnings, [""; 0]);
+    let Source::Checkpoint(Checkpoint { file, .. }) = &source else { unreachable!() };
+    let mut tensors = candle_core::safetensors::load(file, &Device::Cpu).unwrap();
+    let one = tensors.values().next().unwrap().clone();
+    tensors.insert("safety_checker.weight".into(), one.clone());
+    tensors.insert("x.weight".into(), one);
+    candle_core::safetensors::save(&tensors, file).unwrap();
+    let warnings = open(source.clone(), vae()).unwrap().info().warnings.clone();
+    let words = "safety_checker.weight and 1 more: of no part of the model, and not used";
+    assert!(warnings.len() == 1 && warnings[0].contains(words), "{warnings:?}");
+    let wrapped = tensors.into_iter().map(|(name, tensor)| (format!("module.{name}"), tensor));
+    let wrapped = wrapped.collect::<std::collections::HashMap<_, _>>();
+    candle_core::safetensors::save(&wrapped, file).unwrap();
+    let error = Checkpoint { file: file.clone(), vocabulary: None }.check().unwrap_err();
+    assert!(error.to_string().contains("other names, such as \"module."), "{error}");
+}
+
+#[test]
 fn files_that_are_no_checkpoints_are_refused_by_name() {
     let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("broken");
     std::fs::create_dir_all(&root).unwrap();
