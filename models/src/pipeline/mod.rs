@@ -265,7 +265,7 @@ impl Pipeline {
         {
             // "a photo, 16:9"
             prompt.warnings.push(format!(
-                "ends in the weight {weight}, by which its guidance is multiplied, as in AUTOMATIC1111"
+                "is weighed by {weight}: its guidance is multiplied by that, as in AUTOMATIC1111"
             ));
         }
         let conditional = prompt.rows(&directions)?;

@@ -215,3 +215,61 @@ fn keys_and_values_are_there_while_a_picture_needs_them() {
     let kept = pipeline.prompts.encoded.lock().expect("unpoisoned");
     assert!(kept.iter().all(|(_, encoded)| encoded.kv.upgrade().is_none()));
 }
+
+#[test]
+fn texts_of_a_prompt_are_encoded_once_shared_and_estimated() {
+    let pipeline = demo();
+    let of = |prompt: &str, negative: &str| Spec {
+        prompt: prompt.into(),
+        negative_prompt: negative.into(),
+        prompt_syntax: PromptSyntax::A1111,
+        steps: 12,
+        ..spec(vec![])
+    };
+    let kept = |begun: &Trajectory| {
+        let mut all: Vec<Arc<Conditioning>> = Vec::new();
+        for row in (0..=12).flat_map(|evaluation| begun.rows.at(evaluation)) {
+            if !all.iter().any(|known| Arc::ptr_eq(known, row)) {
+                all.push(Arc::clone(row));
+            }
+        }
+        all
+    };
+    let (info, plain) = (pipeline.info(), of("a cat", ""));
+    let chunk = info.memory.chunk_bytes;
+    // Of the plain prompt and its negative one, two are kept and two stacked.
+    let rest = info.step_bytes(&plain, plain.size) - 4 * chunk;
+    for (prompt, negative, texts, stacked) in [
+        ("a [cat|dog|cat] x", "", 3, 2),
+        ("[a|b] [c|d|e]", "[f:g:4]", 8, 2),
+        ("[a:b:3] AND [c:d:5]:0.5", "e", 5, 3),
+        ("[a:b:30]", "[c:d:0]", 2, 2),
+    ] {
+        let spec = of(prompt, negative);
+        let (begun, again) = (pipeline.begin(&spec), pipeline.begin(&spec));
+        let (begun, again) = (begun.expect("begun"), again.expect("begun"));
+        let (first, second) = (kept(&begun), kept(&again));
+        assert_eq!((first.len(), begun.rows()), (texts, stacked), "{prompt}");
+        let shared = first.iter().zip(&second).all(|(a, b)| Arc::ptr_eq(a, b));
+        assert!(shared && second.len() == texts, "{prompt}");
+        let rows = (stacked as u64 - 2) * (rest - 13 * info.memory.time_bytes) / 2;
+        let least = rest + rows + (texts + stacked) as u64 * chunk;
+        let estimate = info.step_bytes(&spec, spec.size);
+        assert!((least..=least + 2 * chunk).contains(&estimate), "{prompt}: {estimate} {least}");
+    }
+    let hires = |prompt: Option<&str>| crate::Hires {
+        size: plain.size,
+        steps: 12,
+        strength: 1.0,
+        upscaler: crate::Upscaler::Bilinear,
+        prompt: prompt.map(str::to_owned),
+        negative_prompt: None,
+        guidance_scale: None,
+        sampler: None,
+    };
+    let bytes = |prompt| {
+        let spec = Spec { hires: Some(hires(prompt)), ..plain.clone() };
+        info.step_bytes(&spec, spec.size)
+    };
+    assert_eq!(bytes(Some("a [dog|fox]")) - bytes(None), 3 * chunk, "and its negative prompt");
+}
