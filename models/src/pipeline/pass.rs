@@ -234,7 +234,12 @@ impl<'a> Pass<'a> {
             }
             Ok((self.schedule(field, &text)?, weight))
         };
-        parts.into_iter().map(scheduled).collect()
+        let directions = parts.into_iter().map(scheduled).collect::<Result<Directions>>()?;
+        // All are encoded before the first evaluation, while other images wait.
+        if directions.iter().map(|(schedule, _)| schedule.texts.len()).sum::<usize>() > MAX_TEXTS {
+            return Err(too_many_texts(field));
+        }
+        Ok(directions)
     }
 
     /// What the negative prompt stands for in the pass.
@@ -250,12 +255,7 @@ impl<'a> Pass<'a> {
             PromptSyntax::Plain => return Ok(Schedule::plain(text)),
             PromptSyntax::A1111 => Schedule::new(text, self.counted()),
         };
-        schedule.map_err(|_| Error::Spec {
-            field,
-            reason: format!(
-                "stands for more than {MAX_TEXTS} different texts, the most there can be"
-            ),
-        })
+        schedule.map_err(|_| too_many_texts(field))
     }
 
     /// An estimate of the chunks of tokens whose keys and values the pass needs.
@@ -305,6 +305,11 @@ impl<'a> Pass<'a> {
             },
         }
     }
+}
+
+fn too_many_texts(field: &'static str) -> Error {
+    let reason = format!("stands for more than {MAX_TEXTS} different texts, the most there can be");
+    Error::Spec { field, reason }
 }
 
 /// Chunks of tokens of a pass.

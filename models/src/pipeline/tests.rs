@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::pass::Pass;
 use super::prompts::CACHED_CHUNKS;
 use super::*;
 use crate::files::{AssetDir, Source};
@@ -272,4 +273,22 @@ fn texts_of_a_prompt_are_encoded_once_shared_and_estimated() {
         info.step_bytes(&spec, spec.size)
     };
     assert_eq!(bytes(Some("a [dog|fox]")) - bytes(None), 3 * chunk, "and its negative prompt");
+}
+
+#[test]
+fn joined_prompts_stand_for_few_texts_together() {
+    let texts = |counts: [usize; 2]| {
+        let part = |(k, count): (usize, usize)| {
+            let options: Vec<_> = (0..count).map(|n| format!("{k}x{n}")).collect();
+            format!("[{}]", options.join("|"))
+        };
+        let parts: Vec<_> = counts.into_iter().enumerate().map(part).collect();
+        let prompt_syntax = PromptSyntax::A1111;
+        let spec = Spec { prompt: parts.join(" AND "), prompt_syntax, steps: 100, ..spec(vec![]) };
+        let directions = Pass::base(&spec).directions().map_err(|error| error.to_string())?;
+        Ok(directions.iter().map(|(schedule, _)| schedule.texts.len()).sum())
+    };
+    assert_eq!(texts([40, 24]), Ok(64));
+    let refused = "prompt: stands for more than 64 different texts, the most there can be";
+    assert_eq!(texts([40, 25]), Err(refused.to_owned()));
 }
