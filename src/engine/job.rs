@@ -203,6 +203,9 @@ pub(super) struct ImageTask {
     /// Number of images of the job.
     pub(super) siblings: usize,
     pub(super) submitted: Instant,
+    /// The work of the image: pixels times rows times steps, and what upscalers take. Computed once:
+    /// it takes reading the prompt.
+    pub(super) work: u64,
     index: usize,
     results: mpsc::Sender<TaskResult>,
     progress: watch::Sender<Progress>,
@@ -236,7 +239,8 @@ pub(super) fn open(
     let seen = shown.as_ref().map(watch::Sender::subscribe);
     let stops = Arc::<Stops>::default();
     let submitted = Instant::now();
-    let task = |(index, spec)| ImageTask {
+    let task = |(index, spec): (usize, Spec)| ImageTask {
+        work: (spec.passes().map(Pass::work).sum::<usize>() + spec.upscaling_work()) as u64,
         spec,
         client: client.clone(),
         job: id,
@@ -319,12 +323,6 @@ impl ImageTask {
     /// Job and index of the image.
     pub(super) fn key(&self) -> (JobId, usize) {
         (self.job, self.index)
-    }
-
-    /// The work of the image: pixels times rows times steps, and what upscalers take.
-    pub(super) fn work(&self) -> u64 {
-        let drawn: usize = self.spec.passes().map(Pass::work).sum();
-        (drawn + self.spec.upscaling_work()) as u64
     }
 
     /// Whether the ticket still exists.

@@ -72,7 +72,7 @@ impl Queue {
 
     /// The work of all waiting images.
     pub(super) fn work(&self) -> u64 {
-        self.tasks.iter().map(|waiting| waiting.task.work()).sum()
+        self.tasks.iter().map(|waiting| waiting.task.work).sum()
     }
 
     /// Number of images ahead of the first image of a job, and the work up to its last image.
@@ -80,7 +80,7 @@ impl Queue {
         let first = self.tasks.iter().position(|waiting| waiting.task.job == job)?;
         let last = self.tasks.iter().rposition(|waiting| waiting.task.job == job)?;
         let ahead = self.tasks.iter().take(last + 1);
-        Some((first, ahead.map(|waiting| waiting.task.work()).sum()))
+        Some((first, ahead.map(|waiting| waiting.task.work).sum()))
     }
 
     /// Adds all images of a job or none. A job larger than the queue is accepted if the queue is
@@ -102,7 +102,7 @@ impl Queue {
         for task in job.drain(..) {
             let end = self.ends.entry(task.client.clone()).or_default();
             let start = self.now.max(*end);
-            *end = start.saturating_add(task.work());
+            *end = start.saturating_add(task.work);
             let place = self.tasks.partition_point(|waiting| waiting.start <= start);
             self.tasks.insert(place, Waiting { task, start });
         }
@@ -125,7 +125,7 @@ impl Queue {
         own.make_contiguous().sort_by_key(|waiting| Reverse(waiting.task.priority));
         for Waiting { task, .. } in own {
             let place = self.tasks.partition_point(|waiting| waiting.start <= start);
-            let end = start.saturating_add(task.work());
+            let end = start.saturating_add(task.work);
             self.tasks.insert(place, Waiting { task, start });
             start = end;
         }
@@ -144,9 +144,9 @@ impl Queue {
         let mut jobs: BTreeMap<JobId, WaitingJob<'_>> = BTreeMap::new();
         for Waiting { task, .. } in &self.tasks {
             let job = jobs.entry(task.job).or_insert(WaitingJob { task, images: 0, work: 0 });
-            (job.images, job.work) = (job.images + 1, job.work + task.work());
+            (job.images, job.work) = (job.images + 1, job.work + task.work);
         }
-        let new: u64 = job.iter().map(ImageTask::work).sum();
+        let new: u64 = job.iter().map(|task| task.work).sum();
         let all = (self.work() + new).max(1) as f64;
         let share = |(images, work): (usize, u64)| {
             (images as f64 / self.capacity.max(1) as f64).max(work as f64 / all)
@@ -201,7 +201,7 @@ impl Queue {
         self.tasks = kept;
         for Waiting { task, .. } in &taken {
             if let Some(end) = self.ends.get_mut(&task.client) {
-                *end = end.saturating_sub(task.work());
+                *end = end.saturating_sub(task.work);
             }
         }
         taken.into_iter().map(|waiting| waiting.task).collect()

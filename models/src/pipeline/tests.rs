@@ -262,7 +262,7 @@ fn texts_of_a_prompt_are_encoded_once_shared_and_estimated() {
         size: plain.size,
         steps: 12,
         strength: 1.0,
-        upscaler: crate::Upscaler::Bilinear,
+        upscaler: crate::Upscaler::default(),
         prompt: prompt.map(str::to_owned),
         negative_prompt: None,
         guidance_scale: None,

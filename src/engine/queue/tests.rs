@@ -157,7 +157,7 @@ fn a_large_image_is_not_evicted_for_many_small_ones_nor_kept_out_by_them() {
     let mut queue = Queue::new(4);
     let large = |client, id| {
         let (ticket, mut one) = job(client, id, 1);
-        one[0].spec.steps = 1000;
+        one[0].work *= 1000;
         (ticket, one)
     };
     let mut tickets = Vec::new();
@@ -178,7 +178,7 @@ fn a_few_large_images_are_a_large_share() {
     let (_a, mut small) = job(1, 0, 3);
     queue.push(&mut small).expect("room");
     let (_b, mut large) = job(2, 1, 1);
-    large[0].spec.steps = 1000;
+    large[0].work *= 1000;
     queue.push(&mut large).expect("room");
     let (_c, mut one) = job(3, 2, 1);
     let evicted = queue.push(&mut one).expect("room is made");

@@ -149,7 +149,7 @@ impl<M: Model> Worker<M> {
         let mut pace = self.engine.pace.lock().unwrap_or_else(PoisonError::into_inner);
         pace.measure(elapsed, work);
         let stepping = self.slots.iter().filter(|slot| !slot.done()).map(left);
-        let reading = self.reading.iter().map(|reading| reading.task.work());
+        let reading = self.reading.iter().map(|reading| reading.task.work);
         pace.work_left = stepping.chain(reading).sum();
         pace.running = self.slots.len() + self.reading.len();
         pace.sizes = self.loads().len();
