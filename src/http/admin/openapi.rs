@@ -1,12 +1,15 @@
 //! `/openapi.json`: the document that the routers make, with the operator's limits in it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use aide::axum::ApiRouter;
 use aide::openapi::OpenApi;
+use axum::body::Bytes;
 use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
-use axum::{Extension, Json, Router};
+use axum::{Extension, Router};
 use serde_json::{Map, Value, json};
 
 use crate::http::error::Result;
@@ -33,7 +36,29 @@ pub(crate) fn with_document(routes: ApiRouter<AppState>, state: &AppState) -> Ro
     if let Some(paths) = document["paths"].as_object_mut() {
         *paths = std::mem::take(paths).into_iter().map(with_parameter).collect();
     }
-    routes.route("/openapi.json", get(describe).layer(Extension(Arc::new(document))))
+    let document = Arc::new(Document { value: document, written: Mutex::default() });
+    routes.route("/openapi.json", get(describe).layer(Extension(document)))
+}
+
+/// The document, which is not written for each request: that takes milliseconds of an async thread.
+struct Document {
+    value: Value,
+    /// The model that was named last, and the text with its name.
+    written: Mutex<Option<(String, Bytes)>>,
+}
+
+impl Document {
+    fn text(&self, model: &str) -> Bytes {
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, text)) = written.as_ref().filter(|(known, _)| known == model) {
+            return text.clone();
+        }
+        let mut document = self.value.clone();
+        document["info"]["description"] = format!("Image generation with {model}.").into();
+        let text = Bytes::from(document.to_string());
+        *written = Some((model.to_owned(), text.clone()));
+        text
+    }
 }
 
 /// A path with its parameter described. OpenAPI has no wildcards.
@@ -52,11 +77,9 @@ fn with_parameter((path, mut item): (String, Value)) -> (String, Value) {
 /// `GET /openapi.json`.
 async fn describe(
     State(state): State<AppState>,
-    Extension(document): Extension<Arc<Value>>,
-) -> Result<Json<Value>> {
+    Extension(document): Extension<Arc<Document>>,
+) -> Result<Response> {
     let model = model_of(&state.engine)?;
     let model = model.as_ref().map_or("the models that GET /v1/models lists", |model| &model.name);
-    let mut document = Value::clone(&document);
-    document["info"]["description"] = format!("Image generation with {model}.").into();
-    Ok(Json(document))
+    Ok(([(CONTENT_TYPE, "application/json")], document.text(model)).into_response())
 }
