@@ -13,7 +13,7 @@ use sd_models::sampling::SchedulerConfig;
 use sd_models::text::{ClipTokenizer, Counted, Part, Schedule, chunks, parts};
 use sd_models::{
     AddOns, AssetDir, Checkpoint, DeviceName, LoadOptions, LoraUse, Pipeline, Precision,
-    PromptSyntax, SafetyMode, Source, Spec,
+    PromptRole, PromptSyntax, SafetyMode, Source, Spec, unread,
 };
 use tempfile::TempDir;
 use zip::write::SimpleFileOptions;
@@ -214,6 +214,10 @@ pub fn prompt(data: &[u8]) {
             };
             assert!((0..20).all(|k| schedule.at(k) < schedule.texts.len()), "{schedule:?}");
         }
+    }
+    for role in [PromptRole::Plain, PromptRole::A1111, PromptRole::A1111Negative] {
+        let told = unread(&prompt, role);
+        assert!(told.is_none_or(|told| told.len() < prompt.len() + 200), "{role:?}");
     }
     assert!(loras.iter().all(|lora| lora.scale.is_finite() && lora.text_encoder_scale.is_finite()));
     let (chunks, _) = short(chunks(&text, &TOKENIZER)).expect("any text has tokens");
