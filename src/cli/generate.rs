@@ -95,7 +95,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
             Some(overlay) => &overlay.over(&generated.rgb),
             None => &generated.rgb,
         };
-        let file = image::encode(rgb, config.format, image::JPEG_QUALITY, &infotext)?;
+        let file = image::encode(rgb, config.format, None, &infotext)?;
         std::fs::write(&path, file).with_context(|| format!("cannot write {}", path.display()))?;
         for warning in request.warnings.iter().chain(&generated.warnings) {
             tracing::warn!("{warning}");

@@ -21,7 +21,7 @@ use crate::engine::{
     Client, Engine, GeneratedImage, Job, JobError, JobMonitor, Preview, Previews, Priority, Ticket,
     Uncounted,
 };
-use crate::image::{self, Format, Hashes, JPEG_QUALITY, Origin, Overlay};
+use crate::image::{self, Format, Hashes, Origin, Overlay};
 use crate::registry::ModelLease;
 use crate::request::{ControlMaps, DrawRequest, Limits, ValidationError};
 
@@ -52,8 +52,8 @@ impl ReplyFormat {
 pub(crate) struct Drawing {
     pub(crate) specs: Vec<Spec>,
     pub(crate) reply: ReplyFormat,
-    /// JPEG quality, 1 to 100.
-    pub(crate) quality: u8,
+    /// Quality of JPEG and WebP, 1 to 100, if one is asked for.
+    pub(crate) quality: Option<u8>,
     /// The previews that the client receives.
     pub(crate) previews: Previews,
     /// What is laid over each image.
@@ -166,7 +166,7 @@ impl Drawing {
         if settings.log_prompts {
             info!(prompt = specs[0].prompt, "accepted");
         }
-        let (quality, hashes) = (JPEG_QUALITY, state.hashes.clone());
+        let (quality, hashes) = (None, state.hashes.clone());
         hash_files(&hashes, &model);
         let (_accepted, slot) = (slot.accept(), Some(slot.clone()));
         let (priority, _lease) = (Priority::default(), state.lease.clone());
@@ -354,7 +354,11 @@ pub(crate) async fn next_preview(previews: Option<&mut watch::Receiver<Vec<Previ
 }
 
 /// The file of a preview, in base64.
-pub(crate) async fn encode_preview(rgb: Arc<Rgb>, format: Format, quality: u8) -> Option<String> {
+pub(crate) async fn encode_preview(
+    rgb: Arc<Rgb>,
+    format: Format,
+    quality: Option<u8>,
+) -> Option<String> {
     let encode = move || image::encode(&rgb, format, quality, "");
     let file = tokio::task::spawn_blocking(encode).await.ok()?.ok()?;
     Some(BASE64_STANDARD.encode(file))

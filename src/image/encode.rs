@@ -11,7 +11,7 @@ use image::{ExtendedColorType, ImageEncoder};
 use sd_models::Rgb;
 
 /// Quality of JPEG: visually lossless at a quarter of PNG's size.
-pub const JPEG_QUALITY: u8 = 92;
+const JPEG_QUALITY: u8 = 92;
 
 /// An image file format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub enum Format {
     Png,
     /// Lossy and small.
     Jpeg,
-    /// Lossless WebP.
+    /// Lossless unless a quality is asked for.
     Webp,
 }
 
@@ -71,19 +71,31 @@ impl std::str::FromStr for Format {
 }
 
 /// Encodes an image with its infotext: a text chunk in PNG, EXIF in JPEG and WebP. `quality`, 1 to
-/// 100, is for JPEG only.
-pub fn encode(rgb: &Rgb, format: Format, quality: u8, infotext: &str) -> anyhow::Result<Vec<u8>> {
+/// 100, is for JPEG and WebP; without one that of JPEG is 92 and WebP is lossless.
+pub fn encode(
+    rgb: &Rgb,
+    format: Format,
+    quality: Option<u8>,
+    infotext: &str,
+) -> anyhow::Result<Vec<u8>> {
     let width = u32::try_from(rgb.width).context("width")?;
     let height = u32::try_from(rgb.height).context("height")?;
     let mut file = Cursor::new(Vec::new());
-    match format {
-        Format::Png => png(&mut file, rgb, (width, height), &[("parameters", infotext)])?,
-        Format::Jpeg => {
+    match (format, quality) {
+        (Format::Png, _) => png(&mut file, rgb, (width, height), &[("parameters", infotext)])?,
+        (Format::Jpeg, quality) => {
+            let quality = quality.unwrap_or(JPEG_QUALITY);
             let mut encoder = JpegEncoder::new_with_quality(&mut file, quality);
             encoder.set_exif_metadata(exif(infotext)?)?;
             encoder.write_image(&rgb.data, width, height, ExtendedColorType::Rgb8)?;
         }
-        Format::Webp => {
+        (Format::Webp, Some(quality)) => {
+            let encoder = webp::Encoder::from_rgb(&rgb.data, width, height);
+            let encoded = encoder.encode_simple(false, quality.into());
+            let encoded = encoded.map_err(|error| anyhow::anyhow!("WebP: {error:?}"))?;
+            return with_exif(&encoded, &exif(infotext)?, (width, height));
+        }
+        (Format::Webp, None) => {
             let mut encoder = WebPEncoder::new_lossless(&mut file);
             encoder.set_exif_metadata(exif(infotext)?)?;
             encoder.write_image(&rgb.data, width, height, ExtendedColorType::Rgb8)?;
@@ -99,6 +111,32 @@ pub(crate) fn encode_png(rgb: &Rgb, texts: &[(&str, &str)]) -> anyhow::Result<Ve
     let mut file = Cursor::new(Vec::new());
     png(&mut file, rgb, (width, height), texts)?;
     Ok(file.into_inner())
+}
+
+/// A WebP file with EXIF out of one without. The extended format begins with the sides and with what
+/// there is (<https://developers.google.com/speed/webp/docs/riff_container>).
+fn with_exif(simple: &[u8], exif: &[u8], (width, height): (u32, u32)) -> anyhow::Result<Vec<u8>> {
+    /// Length of `RIFF`, the length of the rest, and `WEBP`.
+    const HEADER: usize = 12;
+    /// The flag of EXIF.
+    const HAS_EXIF: u32 = 1 << 3;
+    let picture = simple.get(HEADER..).context("WebP without a header")?;
+    let mut file = b"RIFF\0\0\0\0WEBP".to_vec();
+    let add = |file: &mut Vec<u8>, name: &[u8; 4], data: &[u8]| {
+        file.extend_from_slice(name);
+        file.extend((data.len() as u32).to_le_bytes());
+        file.extend_from_slice(data);
+        // Parts have even lengths.
+        file.extend(&[0][..data.len() % 2]);
+    };
+    let side = |side: u32| side.saturating_sub(1).to_le_bytes();
+    let described = [&HAS_EXIF.to_le_bytes()[..], &side(width)[..3], &side(height)[..3]].concat();
+    add(&mut file, b"VP8X", &described);
+    file.extend_from_slice(picture);
+    add(&mut file, b"EXIF", exif);
+    let length = (file.len() - 8) as u32;
+    file[4..8].copy_from_slice(&length.to_le_bytes());
+    Ok(file)
 }
 
 /// PNG's plain text chunk (tEXt) holds Latin-1 only; the international one (iTXt) holds the rest.

@@ -17,7 +17,7 @@ pub use blur::blurred;
 pub use control_map::{ControlMap, of_rgb, pixel_perfect, rgb};
 pub use decode::{decode, decoded_bytes, fit_mask, is_transparent, on_white, resize_to};
 pub(crate) use encode::encode_png;
-pub use encode::{Format, JPEG_QUALITY, encode};
+pub use encode::{Format, encode};
 pub use fit::Fit;
 pub use hashes::Hashes;
 pub(crate) use infotext::{LORA_HASHES, control_parameters, extra_parameters, find, parse};

@@ -62,10 +62,11 @@ def test_formats(client, kind):
     assert opened(reply.data[0].b64_json).format == kind.upper()
 
 
-def test_compression(client):
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_compression(client, kind):
     def size(compression):
         reply = client.images.generate(
-            prompt="a car", output_format="jpeg", output_compression=compression, **SMALL
+            prompt="a car", output_format=kind, output_compression=compression, **SMALL
         )
         return len(reply.data[0].b64_json)
 

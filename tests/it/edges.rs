@@ -278,7 +278,7 @@ async fn an_unread_response_is_weighed_until_it_is_read() -> Result<()> {
     // A response of about twice the text, which is more than fits in the buffers of both sides.
     let text: String = (0..400_000_u64).map(|n| char::from(b'a' + (n * n % 23) as u8)).collect();
     let picture = sd_models::Rgb { width: 8, height: 8, data: vec![0; 8 * 8 * 3] };
-    let file = sd_server::image::encode(&picture, sd_server::image::Format::Png, 90, &text)?;
+    let file = sd_server::image::encode(&picture, sd_server::image::Format::Png, None, &text)?;
     let body = format!(r#"{{"image":"{}"}}"#, BASE64_STANDARD.encode(file));
     let length = body.len();
     let head = format!("POST /sdapi/v1/png-info HTTP/1.1\r\n{HEAD}Content-Length: {length}\r\n");

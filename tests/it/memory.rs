@@ -14,6 +14,9 @@ use crate::harness::{Server, sd_server};
 /// The rounds after which the memory is first measured: caches and allocators are warm.
 const WARM: usize = 5;
 
+/// Less than the weights of the built-in model take, in MB.
+const WEIGHTS_MB: f64 = 10.0;
+
 /// Draws round after round, and compares the memory after the last with that after the fifth.
 fn assert_level(server: &Server, draw: impl Fn(usize)) {
     let rounds = std::env::var("MEMORY_ROUNDS").ok().and_then(|rounds| rounds.parse().ok());
@@ -66,4 +69,23 @@ fn loras_that_are_replaced_leave_nothing() {
         fs::rename(&new, folder.path().join("a.safetensors")).expect("renamed");
         assert_eq!(server.json(&body).status, 200);
     });
+}
+
+#[test]
+fn a_model_that_is_unloaded_takes_no_memory() {
+    let server = Server::ready(&[]);
+    let resident = || server.metric("process_resident_memory_bytes") / 1e6;
+    let unload = || {
+        let request = server.client.post(server.url("/sdapi/v1/unload-checkpoint"));
+        assert_eq!(request.send().expect("an answer").status(), 200);
+    };
+    assert_level(&server, |_| {
+        assert_eq!(server.json(&picture()).status, 200);
+        unload();
+    });
+    assert_eq!(server.json(&picture()).status, 200);
+    let loaded = resident();
+    unload();
+    let freed = loaded - resident();
+    assert!(freed > WEIGHTS_MB, "{freed:.1} MB of {loaded:.1} MB");
 }

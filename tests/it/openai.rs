@@ -75,7 +75,23 @@ async fn formats_and_their_quality() -> Result<()> {
     let (low, default, high) =
         (sized(json!(5)).await?, sized(json!(null)).await?, sized(json!(100)).await?);
     assert!(low > default && default > high, "{low} {default} {high}");
-    let body = json!({ "prompt": "a cat", "output_format": "webp", "output_compression": 50 });
+    for compression in [json!(100), json!(50), json!(0)] {
+        let body = json!({
+            "prompt": "a cat", "output_format": "webp", "output_compression": compression,
+            "seed": 7, "size": "64x72",
+        });
+        let (status, reply) = post(&server, &body).await?;
+        assert_eq!(status, 200, "{reply}");
+        let file = picture(&reply["data"][0])?;
+        let has = |chunk: &[u8]| file.windows(4).any(|bytes| bytes == chunk);
+        assert_eq!((has(b"VP8L"), has(b"VP8 ")), (compression == 100, compression != 100));
+        assert!(infotext(&file).contains("Seed: 7, Size: 64x72"));
+        let shown = image::load_from_memory(&file)?.to_rgb8();
+        assert_eq!(shown.dimensions(), (64, 72));
+        let far = shown.pixels().flat_map(|pixel| pixel.0).map(|value| value.abs_diff(7)).max();
+        assert!(far <= Some(if compression == 100 { 0 } else { 4 }), "{far:?}");
+    }
+    let body = json!({ "prompt": "a cat", "output_format": "png", "output_compression": 50 });
     let (status, reply) = post(&server, &body).await?;
     assert_eq!((status, &reply["error"]["param"]), (400, &"output_compression".into()));
     Ok(())

@@ -131,3 +131,21 @@ async fn images_may_be_in_json() -> Result<()> {
     }
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_size_may_be_written_as_people_do() -> Result<()> {
+    let server = server().await;
+    for (size, drawn) in [
+        ("64x72", "64x72"),
+        ("64X72", "64x72"),
+        (" 64 x 72 ", "64x72"),
+        ("64*72", "64x72"),
+        ("64\u{d7}72", "64x72"),
+        ("Auto", "64x64"),
+        ("", "64x64"),
+    ] {
+        let body = json!({ "prompt": "a", "steps": 1, "size": size });
+        assert_eq!(post(&server, "generations", &body).await?.1["size"], drawn, "{size:?}");
+    }
+    Ok(())
+}

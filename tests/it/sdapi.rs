@@ -107,6 +107,7 @@ async fn samplers_and_schedules_go_by_their_names() -> Result<()> {
     let server = free().await;
     let table = [
         (json!({ "sampler_name": "DPM++ 2M" }), Some("DPM++ 2M Karras")),
+        (json!({ "sampler_name": "Default", "sampler_index": "Heun" }), Some("Heun")),
         (json!({ "sampler_name": "DPM++ 2M", "scheduler": "Automatic" }), Some("DPM++ 2M Karras")),
         (json!({ "sampler_name": "DPM++ 2M", "scheduler": "Karras" }), Some("DPM++ 2M Karras")),
         (json!({ "sampler_name": "DPM++ 2M", "scheduler": "Uniform" }), Some("DPM++ 2M")),

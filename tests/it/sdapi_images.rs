@@ -238,3 +238,49 @@ fn img2img_begins_with_a_picture() {
         assert!(error["detail"].as_str().is_some_and(|detail| detail.contains(name)), "{error}");
     }
 }
+
+#[test]
+fn how_a_mask_was_used_is_among_the_parameters() {
+    let server = harness::Server::ready(&[]);
+    let picture = BASE64_STANDARD.encode(png(&gradient(64, 72), ImageFormat::Png));
+    let post = |path: &str, body: &Value| -> Value {
+        let request = server.client.post(server.url(path)).body(body.to_string());
+        request.send().expect("an answer").json().expect("JSON")
+    };
+    for (changes, wanted) in [
+        (
+            json!({}),
+            json!({ "Mask blur": "4", "Inpaint area": "Only masked", "Masked area padding": "0",
+                    "Masked content": "fill" }),
+        ),
+        (json!({ "mask_blur": 0, "inpaint_full_res": false, "inpainting_fill": 1 }), json!({})),
+        (
+            json!({ "mask_blur": 2.5, "inpaint_full_res_padding": 8, "inpainting_fill": 2,
+                    "inpainting_mask_invert": 1 }),
+            json!({ "Mask mode": "Inpaint not masked", "Mask blur": "2.5",
+                    "Inpaint area": "Only masked", "Masked area padding": "8",
+                    "Masked content": "latent noise" }),
+        ),
+        (
+            json!({ "inpaint_full_res": 0, "inpainting_fill": 3 }),
+            json!({ "Mask blur": "4", "Masked content": "latent nothing" }),
+        ),
+        (json!({ "mask": null }), json!({})),
+    ] {
+        let mut body = json!({ "prompt": "a", "steps": 2, "seed": 3, "init_images": [picture],
+                               "mask": half(255, 0) });
+        let changes = changes.as_object().expect("an object").clone();
+        body.as_object_mut().expect("an object").extend(changes);
+        let reply = post("/sdapi/v1/img2img", &body);
+        let read = post("/sdapi/v1/png-info", &json!({ "image": reply["images"][0] }));
+        let names =
+            ["Mask mode", "Mask blur", "Inpaint area", "Masked area padding", "Masked content"];
+        let found = names
+            .into_iter()
+            .filter_map(|name| Some((name.to_owned(), read["parameters"].get(name)?.clone())));
+        assert_eq!(Value::Object(found.collect()), wanted, "{body}");
+        let info: Value =
+            serde_json::from_str(reply["info"].as_str().expect("a string")).expect("JSON");
+        assert_eq!(info["extra_generation_params"].get("Mask blur"), wanted.get("Mask blur"));
+    }
+}

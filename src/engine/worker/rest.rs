@@ -15,10 +15,8 @@ use crate::engine::state::{EngineState, is_out_of_memory};
 impl<M: Model> Worker<M> {
     /// Frees the memory of the model.
     pub(super) fn unload(self) -> PanicGuard {
-        let engine = {
-            let Self { engine, .. } = self;
-            engine
-        };
+        let Self { engine, model, .. } = self;
+        drop(model);
         sd_models::return_freed_memory();
         // The other models have more, and this one will have another.
         engine.device.forget_budget();

@@ -22,7 +22,7 @@ use crate::http::deadline::Timeout;
 use crate::http::drawing::base64;
 use crate::http::error::Result;
 use crate::http::state::AppState;
-use crate::image::{self, ControlMap, Format, JPEG_QUALITY};
+use crate::image::{self, ControlMap, Format};
 use crate::request::{ImageFile, ValidationError};
 
 /// The version of the extension's API.
@@ -212,7 +212,7 @@ pub(crate) async fn detect(
             let picture = image::on_white(file.decoded(&name, &limits)?);
             let map = ControlMap::new(&picture, preprocessor, shorter, limits.most_of_a_map());
             let map = image::rgb(&map.map_err(refuse)?.whole().into());
-            let map = image::encode(&map, Format::Png, JPEG_QUALITY, "");
+            let map = image::encode(&map, Format::Png, None, "");
             maps.push(map.map_err(|error| refuse(format!("cannot be written: {error}")))?);
         }
         Ok(base64(&maps))

@@ -13,7 +13,7 @@ use crate::http::error::Result;
 use crate::http::extract::QueryFields;
 use crate::http::state::AppState;
 use crate::http::store::InFlightRequest;
-use crate::image::{Format, JPEG_QUALITY};
+use crate::image::Format;
 
 /// The query of a request for progress.
 #[derive(Debug, Deserialize, JsonSchema)]
@@ -62,7 +62,7 @@ pub(crate) async fn progress(
 
 /// The latest preview, as PNG.
 async fn preview(request: &InFlightRequest) -> Option<String> {
-    encode_preview(request.monitor.preview()?.rgb, Format::Png, JPEG_QUALITY).await
+    encode_preview(request.monitor.preview()?.rgb, Format::Png, None).await
 }
 
 /// The state of a client without a request.

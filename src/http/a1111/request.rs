@@ -260,7 +260,11 @@ impl Common {
     /// The fields of the sampler. Older versions of AUTOMATIC1111 had one for it and its schedule.
     pub(crate) fn sampler(&self) -> SamplerFields {
         let names = [&self.sampler_name, &self.sampler_index];
-        let sampler = names.into_iter().flatten().find(|name| !name.is_empty()).cloned();
+        // Names of no sampler, as some clients' menus have them.
+        let is_none = |name: &str| {
+            ["", "none", "default", "automatic"].contains(&&*name.trim().to_ascii_lowercase())
+        };
+        let sampler = names.into_iter().flatten().find(|name| !is_none(name)).cloned();
         let is_named = |name: &&String| {
             !name.trim().is_empty() && !name.trim().eq_ignore_ascii_case("automatic")
         };

@@ -16,7 +16,7 @@ use crate::http::deadline::Deadline;
 use crate::http::drawing::{encode_preview, next_preview};
 use crate::http::error::ApiError;
 use crate::http::streaming::{EventSender, event_stream};
-use crate::image::{Format, JPEG_QUALITY};
+use crate::image::Format;
 
 /// Interval at which the position in the queue is checked.
 const POSITION_INTERVAL: Duration = Duration::from_secs(1);
@@ -88,7 +88,7 @@ async fn send_progress(monitor: &mut JobMonitor, events: &EventSender) {
             }
             Preview { index, rgb } = next_preview(previews.as_mut()) => {
                 let format = Format::Jpeg;
-                if let Some(data) = encode_preview(rgb, format, JPEG_QUALITY).await {
+                if let Some(data) = encode_preview(rgb, format, None).await {
                     let media_type = format.media_type();
                     let event = json!({ "index": index, "content_type": media_type, "data": data });
                     events.send("preview", event.to_string()).await;

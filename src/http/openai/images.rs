@@ -100,7 +100,7 @@ async fn generate(
         })
     });
     let mut drawing = drawing.await?;
-    drawing.quality = quality(compression, drawing.reply.format())?.unwrap_or(drawing.quality);
+    drawing.quality = quality(compression, drawing.reply.format())?;
     let mut response = common(&drawing, options.quality.as_deref());
     if let ReplyFormat::Events(_) = drawing.reply {
         drawing.previews = if parts > 0 { Previews::Parts(parts) } else { Previews::None };
@@ -116,13 +116,13 @@ async fn generate(
     Ok(Json(response).into_response())
 }
 
-/// The JPEG quality of an `output_compression`. Our PNG and WebP are lossless.
+/// The quality of an `output_compression`. As there, PNG has none. WebP of 100 is lossless.
 fn quality(compression: Option<u8>, format: Format) -> Result<Option<u8>, ValidationError> {
     match (compression, format) {
-        (None | Some(100), Format::Png | Format::Webp) | (None, Format::Jpeg) => Ok(None),
-        (Some(percent), Format::Jpeg) => Ok(Some(percent.max(1))),
-        (Some(_), Format::Png | Format::Webp) => {
-            let reason = "is for jpeg only; png and webp are lossless here";
+        (None, _) | (Some(100), Format::Png | Format::Webp) => Ok(None),
+        (Some(percent), Format::Jpeg | Format::Webp) => Ok(Some(percent.max(1))),
+        (Some(_), Format::Png) => {
+            let reason = "is for jpeg and webp: png is lossless";
             Err(ValidationError::range("output_compression", reason))
         }
     }

@@ -30,7 +30,7 @@ pub(crate) struct OpenAiOptions {
     /// which the response warns.
     #[schemars(extend("maxLength" = 256))]
     pub(crate) quality: Option<String>,
-    /// JPEG quality in percent. PNG and WebP are lossless.
+    /// Quality of JPEG and WebP in percent. WebP is lossless at 100, its default; that of JPEG is 92.
     #[schemars(extend("minimum" = 0, "maximum" = 100))]
     pub(crate) output_compression: Option<u8>,
     /// Whether the response holds the images or URLs, which expire.
@@ -129,13 +129,15 @@ pub(crate) fn read(
         warnings.push(format!("{more} more fields are unknown and were ignored"));
     }
     draw.warnings = warnings;
-    if let Some(size) = options.size.as_deref().filter(|size| *size != "auto") {
+    if let Some(size) =
+        options.size.as_deref().filter(|size| !size.trim().eq_ignore_ascii_case("auto"))
+    {
         if draw.width.is_some() || draw.height.is_some() {
             return Err(ValidationError::malformed("size", "is given beside width or height"));
         }
-        let sides = size.split_once('x');
-        let sides =
-            sides.and_then(|(width, height)| Some((width.parse().ok()?, height.parse().ok()?)));
+        // As people write it, too.
+        let sides = size.split_once(['x', 'X', '*', '×']);
+        let sides = sides.and_then(|(w, h)| Some((w.trim().parse().ok()?, h.trim().parse().ok()?)));
         let (width, height) = sides.ok_or_else(|| {
             let reason = format!("must be auto or like 512x512, not {size:?}");
             ValidationError::malformed("size", reason)
