@@ -85,7 +85,11 @@ async fn formats_and_their_quality() -> Result<()> {
         let file = picture(&reply["data"][0])?;
         let has = |chunk: &[u8]| file.windows(4).any(|bytes| bytes == chunk);
         assert_eq!((has(b"VP8L"), has(b"VP8 ")), (compression == 100, compression != 100));
-        assert!(infotext(&file).contains("Seed: 7, Size: 64x72"));
+        let request = reqwest::Client::new().post(format!("{}/sdapi/v1/png-info", server.url));
+        let body = json!({ "image": reply["data"][0]["b64_json"] });
+        let read: Value = request.body(body.to_string()).send().await?.json().await?;
+        let [seed, height] = ["Seed", "Size-2"].map(|name| &read["parameters"][name]);
+        assert_eq!((seed, height), (&"7".into(), &"72".into()));
         let shown = image::load_from_memory(&file)?.to_rgb8();
         assert_eq!(shown.dimensions(), (64, 72));
         let far = shown.pixels().flat_map(|pixel| pixel.0).map(|value| value.abs_diff(7)).max();

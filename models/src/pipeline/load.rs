@@ -67,9 +67,8 @@ impl LoadedModel {
         let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype);
         let unet = if described { unet? } else { unet.map_err(of_another_shape)? };
         let unet_targets = (weights.lora_targets(), unet.config().layers_per_block);
-        let unet_print = files.note(&weights)?;
         let (text_targets, text_prints): (Vec<_>, Vec<_>) = networks.into_iter().unzip();
-        let base = reopen([source, unet_source], half, text_prints, unet_print);
+        let base = reopen([source, unet_source], half, text_prints, files.note(&weights)?);
         let targets = TargetIndex::new(unet_targets, text_targets, base, &device, dtype);
         let vae_source = options.vae.as_ref().unwrap_or(source);
         let vae = read_vae(vae_source, index.is_xl(), &device, dtype, &mut files)?;
