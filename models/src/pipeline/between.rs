@@ -7,7 +7,6 @@ use super::enlarge::{Enlarge, EnlargeStep, Enlargement, LoadedUpscaler};
 use super::hires::{HiresPass, HiresUpscaler, UpscaledLatents, covering};
 use super::load::LoadedModel;
 use super::spec::Hires;
-use super::trajectory::{StepResult, Trajectory};
 use super::upscaler::{PictureUpscaler, Upscaler};
 use crate::error::Result;
 use crate::ops::tiling;
@@ -55,16 +54,16 @@ pub(super) fn upscaler(
     Ok(HiresUpscaler::Picture(picture, steps + 2))
 }
 
-/// The next step of a picture between two passes. Changes nothing.
+/// The next step of a picture between two passes, whose base pass had this size. Changes nothing.
 pub(super) fn step(
     model: &LoadedModel,
-    trajectory: &Trajectory,
+    (from, is_tiling): (Size, bool),
     (hires, between): (&HiresPass, &Between),
     decode: impl FnOnce() -> Result<Rgb>,
 ) -> Result<BetweenStep> {
     Ok(match between {
         Between::Decode => {
-            let (picture, scale) = (decode()?, scale(trajectory.size, hires.size));
+            let (picture, scale) = (decode()?, scale(from, hires.size));
             BetweenStep::Decoded(match &hires.upscaler {
                 HiresUpscaler::Picture(upscaler, 3..) => {
                     let name = PictureUpscaler::None;
@@ -78,8 +77,8 @@ pub(super) fn step(
         }
         Between::Enlarge(enlargement) => BetweenStep::Enlarged(enlargement.step()?),
         Between::Encode(picture) => {
-            let picture = fitted(picture, trajectory.size, hires.size);
-            let latents = tiling(trajectory.tiling, || encoded(model, &picture))?;
+            let picture = fitted(picture, from, hires.size);
+            let latents = tiling(is_tiling, || encoded(model, &picture))?;
             BetweenStep::Encoded(Box::new(hires.begin_with(latents)?))
         }
     })
@@ -92,29 +91,6 @@ fn encoded(model: &LoadedModel, picture: &Rgb) -> Result<Tensor> {
     let shape = (1, picture.height, picture.width, 3);
     let (mean, _) = model.vae.encode(&Tensor::from_vec(pixels, shape, &model.device)?)?;
     model.vae.config().scaled(&mean)
-}
-
-impl Trajectory {
-    /// Takes a step that was computed.
-    pub(super) fn advance_between(&mut self, step: BetweenStep) {
-        self.steps_between += 1;
-        match step {
-            BetweenStep::Decoded(next) => self.between = Some(next),
-            BetweenStep::Enlarged(step) => {
-                if let Some(Between::Enlarge(enlargement)) = &mut self.between {
-                    enlargement.advance(step);
-                    if let Some(picture) = enlargement.picture() {
-                        self.between = Some(Between::Encode(picture.clone()));
-                    }
-                }
-            }
-            BetweenStep::Encoded(upscaled) => {
-                if let Some(hires) = &self.hires {
-                    self.advance(StepResult::of_hires(hires, *upscaled));
-                }
-            }
-        }
-    }
 }
 
 /// A picture in the size of the hires pass: covering it, and cropped at the centre.

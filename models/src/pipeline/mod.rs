@@ -356,7 +356,7 @@ impl Pipeline {
         let between = |t: &&mut Trajectory| match (&t.hires, &t.between) {
             (Some(hires), Some(between)) => {
                 let decode = || self.decode(t);
-                between::step(&self.model, t, (hires, between), decode).map(Some)
+                between::step(&self.model, (t.size, t.tiling), (hires, between), decode).map(Some)
             }
             _ => Ok(None),
         };

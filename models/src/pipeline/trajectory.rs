@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::between::Between;
+use super::between::{Between, BetweenStep};
 use super::control::ActiveControl;
 use super::hires::{HiresPass, UpscaledLatents};
 use super::init::InpaintBlend;
@@ -170,6 +170,27 @@ impl Trajectory {
         self.noise = noise;
         if !begins_hires && self.hires.is_some() && self.sampler.next().is_none() {
             self.between = Some(Between::Decode);
+        }
+    }
+
+    /// Takes a step that was computed.
+    pub(super) fn advance_between(&mut self, step: BetweenStep) {
+        self.steps_between += 1;
+        match step {
+            BetweenStep::Decoded(next) => self.between = Some(next),
+            BetweenStep::Enlarged(step) => {
+                if let Some(Between::Enlarge(enlargement)) = &mut self.between {
+                    enlargement.advance(step);
+                    if let Some(picture) = enlargement.picture() {
+                        self.between = Some(Between::Encode(picture.clone()));
+                    }
+                }
+            }
+            BetweenStep::Encoded(upscaled) => {
+                if let Some(hires) = &self.hires {
+                    self.advance(StepResult::of_hires(hires, *upscaled));
+                }
+            }
         }
     }
 }
