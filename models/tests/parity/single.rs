@@ -18,7 +18,11 @@ fn checkpoint(file: PathBuf) -> Source {
 /// A checkpoint with a directory's vocabulary beside it, and what no shape of these small networks
 /// tells: the number of heads.
 fn beside(file: &str, model: &Path) -> Source {
-    let name = file.replace('.', "-");
+    placed(&file.replace('.', "-"), file, model)
+}
+
+/// The same in a folder of this name.
+fn placed(name: &str, file: &str, model: &Path) -> Source {
     let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("single-{name}"));
     let _ = std::fs::remove_dir_all(&root);
     copy(&path("v1/tokenizer"), &root.join("tokenizer"));
@@ -109,7 +113,7 @@ fn networks_of_sd_2_are_found_under_their_names() {
 #[test]
 fn tensors_of_no_part_of_a_model_are_told_of() {
     let vae = || Some(checkpoint(path("single/vae.safetensors")));
-    let source = beside("v1.safetensors", &path("v1"));
+    let source = placed("strays", "v1.safetensors", &path("v1"));
     // It holds what training leaves: a table of the noise, and a number of the averaged weights.
     assert_eq!(open(source.clone(), vae()).unwrap().info().warnings, [""; 0]);
     let Source::Checkpoint(Checkpoint { file, .. }) = &source else { unreachable!() };
