@@ -220,7 +220,8 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use clap::Parser as _;
-    use tokio::task::JoinSet;
+    use tokio::runtime::Handle;
+    use tokio::task::{JoinSet, spawn_blocking};
 
     use super::*;
     use crate::engine::{DeviceScheduler, Engine, EngineConfig};
@@ -235,6 +236,14 @@ mod tests {
         http: HttpConfig,
     }
 
+    /// Sets it when the store's thread has answered what it was asked before. Beside a blocking task
+    /// the paused clock stands still, which else would run ahead of that thread.
+    async fn set_read_only(state: &AppState, is_read_only: bool) {
+        let (state, runtime) = (state.clone(), Handle::current());
+        let set = move || runtime.block_on(state.jobs.set_read_only(is_read_only));
+        spawn_blocking(set).await.expect("it is set");
+    }
+
     #[tokio::test(start_paused = true)]
     async fn while_nothing_can_be_stored_one_job_tries_for_all() -> Result<()> {
         const JOBS: usize = 20;
@@ -244,19 +253,22 @@ mod tests {
         let Options { engine, http } = Options::parse_from(["serve"]);
         let engine = Engine::absent(&DeviceScheduler::default(), engine);
         let state = AppState::new(engine.into(), http, store);
-        state.jobs.set_read_only(true).await;
+        set_read_only(&state, true).await;
         let before = asked.load(Ordering::Relaxed);
         let mut ends = JoinSet::new();
         for job in jobs.clone() {
             let state = state.clone();
             ends.spawn(async move { finish(&state, &job, Err(ApiError::Abandoned(5))).await });
         }
-        sleep(Duration::from_secs(600)).await;
+        for _ in 0..600 {
+            set_read_only(&state, true).await;
+            sleep(Duration::from_secs(1)).await;
+        }
         assert_eq!(ends.len(), JOBS, "none has ended");
         // Each tries once. Then one does: 1, 3, 7, 15, 31, 63 s later, and every minute.
         let attempts = (asked.load(Ordering::Relaxed) - before) / 2;
         assert!((JOBS + 10..JOBS + 20).contains(&attempts), "{attempts} attempts");
-        state.jobs.set_read_only(false).await;
+        set_read_only(&state, false).await;
         sleep(MAX_STORE_INTERVAL + STORE_INTERVAL).await;
         while ends.join_next().await.is_some() {}
         for job in jobs {
