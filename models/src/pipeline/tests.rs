@@ -230,7 +230,7 @@ fn texts_of_a_prompt_are_encoded_once_shared_and_estimated() {
     let kept = |begun: &Trajectory| {
         let mut all: Vec<Arc<Conditioning>> = Vec::new();
         for row in (0..=12).flat_map(|evaluation| begun.rows.at(evaluation)) {
-            if !all.iter().any(|known| Arc::ptr_eq(known, row)) {
+            if !all.iter().any(|known| known.has_prompt_of(row)) {
                 all.push(Arc::clone(row));
             }
         }
@@ -251,7 +251,7 @@ fn texts_of_a_prompt_are_encoded_once_shared_and_estimated() {
         let (begun, again) = (begun.expect("begun"), again.expect("begun"));
         let (first, second) = (kept(&begun), kept(&again));
         assert_eq!((first.len(), begun.rows()), (texts, stacked), "{prompt}");
-        let shared = first.iter().zip(&second).all(|(a, b)| Arc::ptr_eq(a, b));
+        let shared = first.iter().zip(&second).all(|(a, b)| a.has_prompt_of(b));
         assert!(shared && second.len() == texts, "{prompt}");
         let rows = (stacked as u64 - 2) * (rest - 13 * info.memory.time_bytes) / 2;
         let least = rest + rows + (texts + stacked) as u64 * chunk;
