@@ -134,9 +134,9 @@ fn files_of_all_names_hold_the_same_net() {
     assert!(lone.name() == "edges" && whole.name() == "edges" && original.name() == "edges-ldm");
     // Of another UNet, and no net at all.
     let refusals = [
-        (path("v1/vae/diffusion_pytorch_model.safetensors"), "this is a VAE"),
+        (path("v1/vae/diffusion_pytorch_model.safetensors"), "\"AutoencoderKL\" is not supported"),
         (path("single/v1.safetensors"), "a checkpoint of a whole model"),
-        (path("v1/unet/diffusion_pytorch_model.safetensors"), "a UNet alone"),
+        (path("v1/unet/diffusion_pytorch_model.safetensors"), "\"UNet2DConditionModel\" is not"),
     ];
     for (file, words) in refusals {
         let error = read(&file).err().map(|error| error.to_string()).unwrap_or_default();
