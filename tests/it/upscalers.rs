@@ -140,6 +140,8 @@ fn pictures_are_upscaled_alone() {
         assert_eq!(size(&file), expected, "{more}");
         assert_eq!(reply["html_info"], format!("<p>{info}</p>"));
     }
+    let (_, reply) = single(json!({ "upscaler_3": "Lanczos", "codeformer_weight": 1 }));
+    assert_eq!(reply["warnings"], json!(["upscaler_3 has no effect here and was ignored"]));
     let (unchanged, _) = single(json!({ "upscaler_1": null }));
     assert_eq!(pixels(&unchanged), pixels(&BASE64_STANDARD.decode(waves(50, 41)).expect("base64")));
     let list =

@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::extras_fields::{Extras, client_name, refused};
+use super::unread;
 use crate::engine::{Client, Job, JobError};
 use crate::http::admission::{Admitted, RequestSlot};
 use crate::http::drawing::base64;
@@ -76,8 +77,10 @@ pub(crate) async fn single(
     let extras = Extras::read(&mut fields, &state.settings.limits)?;
     let Single { image } = fields.read(&state.settings.limits)?;
     let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
+    let unread = unread::warnings(&fields, None);
     let upscaled = extras.upscale(&state, admitted, vec![("image".into(), image)]).await?;
     let Upscaled { mut files, html_info, warnings } = upscaled;
+    let warnings = [unread, warnings].concat();
     // As in txt2img, 200 also if it was interrupted.
     let image = files.pop().unwrap_or_default();
     Ok(reply(json!({ "html_info": html_info, "image": image }), warnings))
@@ -94,7 +97,9 @@ pub(crate) async fn batch(
     let images = images.ok_or_else(|| ValidationError::malformed("imageList", "is required"))?;
     let named = |(i, file): (usize, NamedFile)| (format!("imageList[{i}].data"), file.data);
     let images = images.into_iter().enumerate().map(named).collect();
+    let unread = unread::warnings(&fields, None);
     let Upscaled { files, html_info, warnings } = extras.upscale(&state, admitted, images).await?;
+    let warnings = [unread, warnings].concat();
     Ok(reply(json!({ "html_info": html_info, "images": files }), warnings))
 }
 

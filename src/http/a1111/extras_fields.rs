@@ -16,6 +16,9 @@ use crate::request::{Fields, Limits, MAX_SIDE, ValidationError};
 /// Fields that ask for a restoration of faces, which there is not.
 const RESTORATION: [&str; 2] = ["gfpgan_visibility", "codeformer_visibility"];
 
+/// Fields that change nothing without a restoration of faces and a folder of results.
+const WITHOUT_EFFECT: [&str; 3] = ["codeformer_weight", "upscale_first", "show_extras_results"];
+
 /// The largest scale: nothing is computed that is so much larger.
 const MAX_SCALE: u32 = 64;
 
@@ -55,6 +58,9 @@ impl Extras {
                 let reason = "is not supported: there is no restoration of faces";
                 return Err(ValidationError::range(&name, reason));
             }
+        }
+        for name in WITHOUT_EFFECT {
+            fields.take(&[name])?;
         }
         fields.read(limits)
     }
