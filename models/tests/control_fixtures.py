@@ -234,3 +234,60 @@ def canny():
         tensors[f"{i}.edges"] = torch.from_numpy(found)
         tensors[f"{i}.thresholds"] = torch.tensor([low, high], dtype=torch.float64)
     save(tensors, ROOT / "canny.safetensors")
+
+
+# Stable Diffusion XL ---------------------------------------------------------------------------
+
+# A net without attention is half as large, and published so.
+XL_NETS = {
+    "full": {},
+    "small": {"down_block_types": ("DownBlock2D",) * 3, "mid_block_type": "UNetMidBlock2D",
+              "transformer_layers_per_block": [1, 1, 1]},
+}
+XL_CASES = [
+    ("text.full", ["full"], {}),
+    ("text.small", ["small"], {"controlnet_conditioning_scale": 0.7}),
+    ("text.both", ["full", "small"], {"controlnet_conditioning_scale": [0.8, 0.5],
+                                      "negative_prompt": "the sea", "control_guidance_end": 0.7}),
+    ("text.guess", ["full"], {"guess_mode": True, "negative_prompt": "the sea",
+                              "original_size": (512, 768), "crops_coords_top_left": (8, 16)}),
+    ("image.full", ["full"], {"strength": 0.6, "controlnet_conditioning_scale": 0.9}),
+    ("hole.full", ["full"], {"strength": 0.6, "controlnet_conditioning_scale": 0.9}),
+]
+
+
+@torch.no_grad()
+def control_xl():
+    """Nets of the small model of xl_fixtures.py, and latents of whole runs."""
+    from xl_fixtures import DRAWN, XL, pipeline
+
+    shape = {k: x for k, x in XL.items() if k not in ("sample_size", "up_block_types")}
+    found = {}
+    for seed, (name, changes) in enumerate(XL_NETS.items()):
+        net = diffusers.ControlNetModel(**{**shape, **HINT, **changes})
+        found[name] = halved(randomise(net, 730 + seed), ROOT / f"nets-xl/{name}")
+    kinds = {
+        "text": diffusers.StableDiffusionXLControlNetPipeline,
+        "image": diffusers.StableDiffusionXLControlNetImg2ImgPipeline,
+        "hole": diffusers.StableDiffusionXLControlNetInpaintPipeline,
+    }
+    picture = painted(64, 64, 1)
+    mask = (painted(8, 8, 2)[:, :, 0] // 128 * 255).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    tensors, rows = {"picture": picture, "mask": mask}, []
+    for case, used, settings in XL_CASES:
+        kind, nets_of_case = case.split(".")[0], [found[net] for net in used]
+        net = nets_of_case if len(used) > 1 else nets_of_case[0]
+        pictures = [control_picture(k + 2) for k in range(len(used))]
+        pictures = pictures if len(used) > 1 else pictures[0]
+        given = {"image": pictures}
+        if kind != "text":
+            given = {"image": Image.fromarray(picture.numpy()), "control_image": pictures}
+        if kind == "hole":
+            given["mask_image"] = Image.fromarray(mask.numpy())
+        drawn = pipeline(kinds[kind], controlnet=net)(
+            "a red house", generator=generator(11), output_type="latent",
+            **{**DRAWN, **given, **settings})
+        tensors[case] = drawn.images
+        rows.append({"case": case, "nets": used, **settings})
+    save(tensors, ROOT / "runs-xl.safetensors")
+    (ROOT / "runs-xl.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")

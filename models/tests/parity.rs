@@ -10,6 +10,8 @@ use candle_core::{DType, Device, Tensor};
 
 #[path = "parity/controlnet.rs"]
 mod controlnet;
+#[path = "parity/controlnet_xl.rs"]
+mod controlnet_xl;
 #[path = "parity/editing.rs"]
 mod editing;
 #[path = "parity/emphasis.rs"]

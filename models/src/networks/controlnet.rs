@@ -1,4 +1,4 @@
-//! ControlNetModel of Stable Diffusion 1.x and 2.x: a copy of the UNet's way down that sees a
+//! ControlNetModel of Stable Diffusion 1.x, 2.x and XL: a copy of the UNet's way down that sees a
 //! control picture, and steers the UNet by what it adds to the skips and to the middle.
 //!
 //! Zhang, Rao and Agrawala 2023, "Adding Conditional Control to Text-to-Image Diffusion Models".
@@ -14,7 +14,9 @@ use candle_core::{DType, Device, Tensor};
 
 use super::config::{ControlNetConfig, UNetConfig};
 use super::resnet::Stack;
-use super::unet::{BlockBuilder, Conditioning, DOWN, Descended, Descent, TimeEmbedding};
+use super::unet::{
+    AddedEmbedding, BlockBuilder, Conditioning, DOWN, Descended, Descent, Inputs, TimeEmbedding,
+};
 use crate::error::{Error, Result};
 use crate::files::{ControlNetFile, Weights};
 use crate::layers::{LayerBuilder, LoraLayer, activation_dtype};
@@ -29,10 +31,12 @@ pub struct ControlNetModel {
     device: Device,
     dtype: DType,
     time: TimeEmbedding,
+    /// Of Stable Diffusion XL.
+    added: Option<AddedEmbedding>,
     /// (.., 4 first) -> (.., time_width)
     time_proj: LoraLayer<Linear>,
-    /// (.., D) -> (.., kv_width)
-    to_kv: LoraLayer<Linear>,
+    /// (.., D) -> (.., kv_width); none of a net without attention to the prompt.
+    to_kv: Option<LoraLayer<Linear>>,
     hint: Vec<Conv2d>,
     descent: Descent,
     /// Of each skip, and of the middle.
@@ -74,9 +78,6 @@ impl ControlNetModel {
             None => ControlNetConfig::infer(&weights, unet, file.pools())?,
         };
         let refuse = |reason| Error::config(weights.file_names(), reason);
-        if config.unet.added.is_some() || unet.added.is_some() {
-            return Err(refuse("ControlNets of Stable Diffusion XL are not supported".into()));
-        }
         config.check(unet, scale).map_err(refuse)?;
         let bytes = bytes_of(&weights, dtype);
         if bytes > max_bytes {
@@ -106,12 +107,17 @@ impl ControlNetModel {
             to_kv: Stack::new(unet.cross_attention_dim),
         };
         let descent = Descent::load(&builder, &p)?;
+        let to_kv = Some(builder.to_kv).filter(|stack| !stack.is_empty());
+        let added = unet.added.map(|added| {
+            AddedEmbedding::load(&p.pp("add_embedding"), unet, added, device, activation)
+        });
         let model = Self {
             id: IDS.fetch_add(1, Ordering::Relaxed),
             name,
             time: TimeEmbedding::load(&p.pp("time_embedding"), unet, device, activation)?,
+            added: added.transpose()?,
             time_proj: builder.time_proj.build(&p)?,
-            to_kv: builder.to_kv.build(&p)?,
+            to_kv: to_kv.map(|stack| stack.build(&p)).transpose()?,
             hint: hint_network(&p.pp("controlnet_cond_embedding"), &config)?,
             descent,
             zero_convs: zero_convs(&p, unet)?,
@@ -174,16 +180,32 @@ impl ControlNetModel {
 
     /// The conditioning of a batch row by its keys and values here.
     pub fn condition(&self, row: &Conditioning) -> Result<Conditioning> {
-        let context = row.context()?;
-        let kv = in_pool(&self.device, || self.to_kv.forward(context, Epilogue::NONE, &[]))?;
-        Ok(Conditioning::new(Arc::new(kv), context.clone()))
+        let Inputs { context, added } = row.inputs()?;
+        let narrow = context.to_dtype(self.dtype)?.contiguous()?;
+        in_pool(&self.device, || {
+            let kv = match &self.to_kv {
+                Some(to_kv) => to_kv.forward(&narrow, Epilogue::NONE, &[])?,
+                // Nothing of it is read.
+                None => narrow,
+            };
+            let own = match (&self.added, added) {
+                (Some(own), Some((pooled, sizes))) => Some(own.forward(pooled, sizes, &[])?),
+                _ => None,
+            };
+            let mut conditioning = Conditioning::new(Arc::new(kv), context.clone());
+            conditioning.added = own;
+            Ok(conditioning)
+        })
     }
 
-    /// T timesteps -> the time embeddings of all residual blocks (T, time_width).
+    /// T timesteps -> what [`Self::forward`] takes of them (T, width), as of the UNet.
     pub fn time_embeddings(&self, timesteps: &[f64]) -> Result<Tensor> {
         in_pool(&self.device, || {
             let embedded = self.time.forward(timesteps, 1.0, &[])?;
-            Ok(self.time_proj.forward(&embedded, Epilogue::NONE, &[])?)
+            match self.added {
+                None => Ok(self.time_proj.forward(&embedded, Epilogue::NONE, &[])?),
+                Some(_) => Ok(embedded),
+            }
         })
     }
 
@@ -191,14 +213,16 @@ impl ControlNetModel {
     /// pools.
     pub fn forward(&self, batch: &ControlBatch<'_>) -> Result<Vec<Tensor>> {
         in_pool(&self.device, || {
+            let times = match self.added {
+                None => batch.time_embeddings.clone(),
+                Some(_) => {
+                    let times = Conditioning::added_to(batch.time_embeddings, batch.conditioning)?;
+                    self.time_proj.forward(&times, Epilogue::NONE, &[])?
+                }
+            };
             let x = channels_last(batch.latents, self.dtype)?;
-            let Descended { middle, mut skips } = self.descent.forward(
-                &x,
-                Some(batch.hints),
-                batch.time_embeddings,
-                batch.conditioning,
-                &[],
-            )?;
+            let Descended { middle, mut skips } =
+                self.descent.forward(&x, Some(batch.hints), &times, batch.conditioning, &[])?;
             skips.push(middle);
             let residual = |(k, (x, conv)): (usize, (Tensor, &Linear))| {
                 let residual = scaled(&conv.forward(&x, Epilogue::NONE)?, batch.scales, k)?;

@@ -123,6 +123,11 @@ impl<'w> Stack<'w> {
         Ok(StackSlice { first, count: outputs })
     }
 
+    /// Whether no layer was added.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.layers.borrow().is_empty()
+    }
+
     pub(crate) fn build(self, p: &LayerBuilder<'w>) -> Result<LoraLayer<Linear>> {
         Ok(LoraLayer::new(p.stack(&self.layers.into_inner())?, self.parts.into_inner()))
     }

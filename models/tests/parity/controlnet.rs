@@ -1,7 +1,7 @@
 //! ControlNets with small random weights against diffusers: what they add, and whole runs.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
@@ -23,7 +23,7 @@ use crate::{fixture, floats, path, read, relative_error};
 const TOLERANCE: f32 = 1e-4;
 const CPU: &Device = &Device::Cpu;
 
-fn assert_close(what: &str, ours: &Tensor, reference: &Tensor) {
+pub(crate) fn assert_close(what: &str, ours: &Tensor, reference: &Tensor) {
     let error = relative_error(ours, reference);
     println!("{what}: {error:.1e}");
     assert!(error <= TOLERANCE, "{what}: {error:.1e}");
@@ -112,6 +112,7 @@ fn files_of_all_names_hold_the_same_net() {
     // Of the way up nothing is used.
     let shape = |net: &ControlNetModel| UNetConfig {
         up_cross_attention: Vec::new(),
+        up_depths: Vec::new(),
         sample_size: 0,
         ..net.config().unet.clone()
     };
@@ -134,7 +135,9 @@ fn files_of_all_names_hold_the_same_net() {
     assert!(lone.name() == "edges" && whole.name() == "edges" && original.name() == "edges-ldm");
     // Of another UNet, and no net at all.
     let refusals = [
+        // By the configuration beside it.
         (path("v1/vae/diffusion_pytorch_model.safetensors"), "\"AutoencoderKL\" is not supported"),
+        (path("single/vae.safetensors"), "this is a VAE"),
         (path("single/v1.safetensors"), "a checkpoint of a whole model"),
         (path("v1/unet/diffusion_pytorch_model.safetensors"), "\"UNet2DConditionModel\" is not"),
     ];
@@ -152,21 +155,10 @@ fn files_of_all_names_hold_the_same_net() {
     assert!(error.contains("at most 1000 are allowed (--max-controlnet-bytes)"), "{error}");
 }
 
-/// The model of SD 1.x with a UNet that the nets fit, and the nets; each test has its own.
-fn model(test: &str, unet: &Path, scheduler: Option<(&str, &str)>) -> Pipeline {
-    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("controlnet-{test}"));
-    let _ = std::fs::remove_dir_all(&root);
-    copy(&path("v1"), &root);
-    std::fs::remove_dir_all(root.join("unet")).unwrap();
-    copy(unet, &root.join("unet"));
-    if let Some((key, value)) = scheduler {
-        let file = root.join("scheduler/scheduler_config.json");
-        let mut config: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
-        config[key] = value.into();
-        std::fs::write(file, config.to_string()).unwrap();
-    }
+/// A model with nets.
+pub(crate) fn with_nets(root: PathBuf, nets: &str) -> Pipeline {
     let controlnets = AssetDir {
-        directory: Some(path("control/nets")),
+        directory: Some(path(nets)),
         endings: &["safetensors"],
         folders: true,
         ..AssetDir::default()
@@ -186,8 +178,24 @@ fn model(test: &str, unet: &Path, scheduler: Option<(&str, &str)>) -> Pipeline {
     .unwrap()
 }
 
+/// The model of SD 1.x with a UNet that the nets fit, and the nets; each test has its own.
+fn model(test: &str, unet: &Path, scheduler: Option<(&str, &str)>) -> Pipeline {
+    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("controlnet-{test}"));
+    let _ = std::fs::remove_dir_all(&root);
+    copy(&path("v1"), &root);
+    std::fs::remove_dir_all(root.join("unet")).unwrap();
+    copy(unet, &root.join("unet"));
+    if let Some((key, value)) = scheduler {
+        let file = root.join("scheduler/scheduler_config.json");
+        let mut config: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        config[key] = value.into();
+        std::fs::write(file, config.to_string()).unwrap();
+    }
+    with_nets(root, "control/nets")
+}
+
 /// The picture that `control_fixtures.py` paints, in whole numbers only.
-fn painted(width: usize, height: usize, k: usize) -> Rgb {
+pub(crate) fn painted(width: usize, height: usize, k: usize) -> Rgb {
     let byte = |i: usize| {
         let (x, y, channel) = (i / 3 % width, i / 3 / width, i % 3);
         let shapes = 255 * x * (k % 3) / width + 255 * y * (2 - k % 3) / height + 85 * channel * k;
@@ -221,13 +229,13 @@ struct Run {
 
 #[derive(Deserialize)]
 #[serde(untagged)]
-enum OneOrEach {
+pub(crate) enum OneOrEach {
     One(f64),
     Each(Vec<f64>),
 }
 
 impl OneOrEach {
-    fn of(value: &Option<Self>, k: usize, default: f64) -> f64 {
+    pub(crate) fn of(value: &Option<Self>, k: usize, default: f64) -> f64 {
         match value {
             None => default,
             Some(Self::One(value)) => *value,
@@ -255,9 +263,9 @@ impl Run {
         let start = (kind != "text").then(|| Img2Img {
             picture: picture(&expected["picture"]),
             strength: self.strength.unwrap(),
-            takes_all_steps: false,
             mask: has_mask.then(|| mask().to_vec1().unwrap()),
             masked_start: MaskedStart::Picture,
+            takes_all_steps: false,
         });
         let SamplerName { sampler, schedule } = self.sampler.parse().unwrap();
         Spec {

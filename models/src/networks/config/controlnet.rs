@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::unet::{MidBlock, UNetConfig};
+use super::unet::{AddedConfig, MidBlock, UNetConfig};
 use crate::error::{Error, Result};
 use crate::files::{Keys, Weights};
 
@@ -70,15 +70,18 @@ impl ControlNetConfig {
         let levels = count(&|level| conv(level, 0));
         let channels = (0..levels).map(|level| side(&conv(level, 0), 0));
         let block_out_channels = channels.collect::<Result<Vec<_>>>()?;
-        let transformer = |level: usize, i: usize| {
-            format!("down_blocks.{level}.attentions.0.transformer_blocks.{i}.norm1.weight")
+        let layers_per_block = count(&|i| conv(0, i)).max(1);
+        let depth = |p: &str| count(&|i| format!("{p}.transformer_blocks.{i}.norm1.weight"));
+        let depths = |level: usize| {
+            (0..layers_per_block)
+                .map(|layer| depth(&format!("down_blocks.{level}.attentions.{layer}")))
+                .collect::<Vec<_>>()
         };
-        let depth = |level| count(&|i| transformer(level, i));
-        let mid_depth =
-            count(&|i| format!("mid_block.attentions.0.transformer_blocks.{i}.norm1.weight"));
-        let depths: Vec<_> = (0..levels).map(depth).collect();
-        let down_cross_attention = depths.iter().map(|depth| *depth > 0).collect();
-        let layers = count(&|i| conv(0, i)).max(1);
+        let down_depths: Vec<_> = (0..levels).map(depths).collect();
+        let mid_depth = depth("mid_block.attentions.0");
+        let has_middle = weights.shape("mid_block.resnets.0.conv1.weight").is_some();
+        let inputs = weights.shape("add_embedding.linear_1.weight").and_then(|shape| shape.get(1));
+        let size_width = unet.added.map_or(1, |added| added.size_width);
         let ends = |end: &str| weights.names().find(|name| name.ends_with(end));
         let width = ends("attn2.to_k.weight").map(|name| side(name, 1)).transpose()?;
         let projection = ends("proj_in.weight").and_then(|name| weights.shape(name));
@@ -87,20 +90,20 @@ impl ControlNetConfig {
             _ => side(&format!("controlnet_cond_embedding.blocks.{}.weight", 2 * level - 1), 0),
         };
         let blocks = count(&|i| format!("controlnet_cond_embedding.blocks.{i}.weight"));
-        let middle = |part: &str| weights.shape(&format!("mid_block.{part}")).is_some();
         Ok(Self {
             unet: UNetConfig {
                 in_channels: side("conv_in.weight", 1)?,
-                layers_per_block: layers,
-                down_cross_attention,
-                mid_block: match [middle("resnets.0.conv1.weight"), mid_depth > 0] {
-                    [false, _] => MidBlock::Absent,
-                    [true, false] => MidBlock::Plain,
-                    [true, true] => MidBlock::CrossAttention,
+                layers_per_block,
+                down_cross_attention: down_depths.iter().map(|depths| depths[0] > 0).collect(),
+                mid_block: match (has_middle, mid_depth) {
+                    (false, _) => MidBlock::Absent,
+                    (true, 0) => MidBlock::Plain,
+                    (true, _) => MidBlock::CrossAttention,
                 },
-                down_depths: depths.into_iter().map(|depth| vec![depth; layers]).collect(),
+                down_depths,
                 mid_depth,
                 up_depths: Vec::new(),
+                added: inputs.map(|inputs| AddedConfig { size_width, inputs: *inputs }),
                 cross_attention_dim: width.unwrap_or(unet.cross_attention_dim),
                 use_linear_projection: projection.is_some_and(|shape| shape.len() == 2),
                 time_cond_proj_dim: None,
@@ -136,6 +139,14 @@ impl ControlNetConfig {
         if own.cross_attention_dim != unet.cross_attention_dim {
             let key = "cross_attention_dim";
             return same(key, &own.cross_attention_dim, &unet.cross_attention_dim);
+        }
+        if own.added != unet.added {
+            let words = |xl| if xl { "takes" } else { "does not take" };
+            let (own, model) = (words(own.added.is_some()), words(unet.added.is_some()));
+            return Err(format!(
+                "is no ControlNet of this model: it {own} the pooled prompts and sizes of Stable \
+                 Diffusion XL in its form, the UNet {model} them"
+            ));
         }
         if own.in_channels != unet.out_channels {
             let (channels, latents) = (own.in_channels, unet.out_channels);

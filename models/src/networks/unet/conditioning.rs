@@ -6,30 +6,50 @@ use candle_core::Tensor;
 
 use crate::error::Result;
 
+/// Numbers of the sizes that a UNet of Stable Diffusion XL is conditioned on.
+pub(crate) const SIZES: usize = 6;
+
 /// What batch rows are conditioned on, beside the timestep.
 #[derive(Debug, Clone)]
 pub struct Conditioning {
     /// Keys and values of all cross attentions (B, M, kv_width): those of a prompt are shared by all
     /// rows that have it.
     pub(super) kv: Arc<Tensor>,
-    /// The text encoders' hidden states (B, M, D), which ControlNets have keys and values of, too.
-    /// None of a batch.
-    context: Option<Tensor>,
     /// What is added to the time embedding (B, 4 first), for a UNet that takes pooled prompts and
     /// sizes.
-    pub(super) added: Option<Tensor>,
+    pub(in crate::networks) added: Option<Tensor>,
+    /// What a row is made of. None of a batch.
+    pub(super) inputs: Option<Inputs>,
+}
+
+/// What a row's conditioning is made of, from which ControlNets make their own.
+#[derive(Debug, Clone)]
+pub(in crate::networks) struct Inputs {
+    /// The text encoders' hidden states (1, M, D).
+    pub(in crate::networks) context: Tensor,
+    /// The pooled prompt (1, P) f32, and the sizes.
+    pub(in crate::networks) added: Option<(Tensor, [f64; SIZES])>,
 }
 
 impl Conditioning {
     /// The conditioning of a row on its prompt alone.
     pub(crate) fn new(kv: Arc<Tensor>, context: Tensor) -> Self {
-        Self { kv, context: Some(context), added: None }
+        Self { kv, added: None, inputs: Some(Inputs { context, added: None }) }
     }
 
-    /// The hidden states (1, M, D) of a row.
-    pub(in crate::networks) fn context(&self) -> Result<&Tensor> {
-        let none = || candle_core::Error::msg("a batch has no context of its own");
-        Ok(self.context.as_ref().ok_or_else(none)?)
+    /// What a row is made of.
+    pub(in crate::networks) fn inputs(&self) -> Result<&Inputs> {
+        let none = || candle_core::Error::msg("a batch has no inputs of its own");
+        Ok(self.inputs.as_ref().ok_or_else(none)?)
+    }
+
+    /// Time embeddings (B, 4 first) with what the conditioning of the rows adds, and the SiLU with which
+    /// every residual block begins.
+    pub(in crate::networks) fn added_to(times: &Tensor, conditioning: &[Self]) -> Result<Tensor> {
+        let added: Option<Vec<_>> = conditioning.iter().map(|rows| rows.added.as_ref()).collect();
+        let none = || candle_core::Error::msg("rows have no pooled prompt and sizes");
+        let added = Tensor::cat(&added.ok_or_else(none)?, 0)?;
+        Ok((times + added)?.silu()?)
     }
 
     /// The conditioning of a batch from that of its rows: one entry for each run of rows that have
@@ -39,7 +59,7 @@ impl Conditioning {
             let kv: Vec<_> = run.iter().map(|row| &*row.kv).collect();
             let added: Option<Vec<_>> = run.iter().map(|row| row.added.as_ref()).collect();
             let added = added.map(|added| Tensor::cat(&added, 0)).transpose()?;
-            Ok(Self { kv: Arc::new(Tensor::cat(&kv, 0)?), context: None, added })
+            Ok(Self { kv: Arc::new(Tensor::cat(&kv, 0)?), added, inputs: None })
         };
         rows.chunk_by(|a, b| a.kv.dims() == b.kv.dims()).map(stacked).collect()
     }

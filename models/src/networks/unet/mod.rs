@@ -22,10 +22,11 @@ use candle_core::{DType, Device, Tensor};
 use self::blocks::UpBlock;
 pub(super) use self::blocks::{BlockBuilder, DOWN};
 pub use self::conditioning::Conditioning;
+pub(super) use self::conditioning::Inputs;
+pub(crate) use self::conditioning::SIZES;
 pub(super) use self::descent::{Descended, Descent};
 pub use self::residuals::Residuals;
-use self::time::AddedEmbedding;
-pub(super) use self::time::TimeEmbedding;
+pub(super) use self::time::{AddedEmbedding, TimeEmbedding};
 use crate::error::Result;
 use crate::files::Weights;
 use crate::layers::{LayerBuilder, LoraLayer, LoraStack, activation_dtype};
@@ -35,9 +36,6 @@ use crate::ops::{
     ChannelConcat, Conv2d, Epilogue, Geometry, GroupNorm, Linear, channels_first, channels_last,
     in_pool,
 };
-
-/// Numbers of the sizes that a UNet of Stable Diffusion XL is conditioned on.
-pub(crate) const SIZES: usize = 6;
 
 /// The denoising network.
 pub struct UNet2DConditionModel {
@@ -157,6 +155,9 @@ impl UNet2DConditionModel {
         let embed =
             |added: &AddedEmbedding| in_pool(&self.device, || added.forward(pooled, &sizes, loras));
         conditioning.added = self.added.as_ref().map(embed).transpose()?;
+        if let Some(inputs) = &mut conditioning.inputs {
+            inputs.added = Some((pooled.clone(), sizes));
+        }
         Ok(conditioning)
     }
 
@@ -210,21 +211,6 @@ impl UNet2DConditionModel {
         })
     }
 
-    /// Time embeddings (B, 4 first) with what the rows' conditioning adds -> those of all residual
-    /// blocks (B, time_width)
-    fn project_times(
-        &self,
-        time_embeddings: &Tensor,
-        conditioning: &[Conditioning],
-        loras: &[LoraStack],
-    ) -> Result<Tensor> {
-        let added: Option<Vec<_>> = conditioning.iter().map(|rows| rows.added.as_ref()).collect();
-        let none = || candle_core::Error::msg("rows have no pooled prompt and sizes");
-        let added = Tensor::cat(&added.ok_or_else(none)?, 0)?;
-        let embedded = (time_embeddings + added)?.silu()?;
-        Ok(self.time_proj.forward(&embedded, Epilogue::NONE, loras)?)
-    }
-
     fn predict(
         &self,
         latents: &Tensor,
@@ -235,7 +221,10 @@ impl UNet2DConditionModel {
     ) -> Result<Tensor> {
         let projected = match self.added {
             None => time_embeddings.clone(),
-            Some(_) => self.project_times(time_embeddings, conditioning, loras)?,
+            Some(_) => {
+                let embedded = Conditioning::added_to(time_embeddings, conditioning)?;
+                self.time_proj.forward(&embedded, Epilogue::NONE, loras)?
+            }
         };
         let time_embeddings = &projected;
         // 1. In, down and the middle

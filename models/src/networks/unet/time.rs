@@ -101,7 +101,7 @@ impl Sinusoids {
 }
 
 /// The embedding of what a UNet of Stable Diffusion XL is conditioned on beside timestep and prompt.
-pub(super) struct AddedEmbedding {
+pub(in crate::networks) struct AddedEmbedding {
     linear: [LoraLayer<Linear>; 2],
     device: Device,
     dtype: DType,
@@ -109,7 +109,7 @@ pub(super) struct AddedEmbedding {
 }
 
 impl AddedEmbedding {
-    pub(super) fn load(
+    pub(in crate::networks) fn load(
         p: &LayerBuilder<'_>,
         config: &UNetConfig,
         added: AddedConfig,
@@ -129,7 +129,7 @@ impl AddedEmbedding {
     }
 
     /// The pooled prompt (1, P) f32 and the sizes of a row -> (1, 4 first)
-    pub(super) fn forward(
+    pub(in crate::networks) fn forward(
         &self,
         pooled: &Tensor,
         sizes: &[f64],
