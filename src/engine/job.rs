@@ -54,6 +54,9 @@ pub enum JobError {
     /// The model was unloaded, and cannot be loaded again.
     #[error("the model was unloaded and cannot be loaded again; the reason is in the log")]
     Unloaded,
+    /// The model was unloaded, and the device has no memory for it now.
+    #[error("the model was unloaded and the device has not enough free memory to load it again")]
+    NoRoom,
     /// The model failed, or its thread panicked.
     #[error("the model failed to generate the image")]
     Model,

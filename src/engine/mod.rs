@@ -186,16 +186,22 @@ impl Engine {
         let _ = rest.wait_for(|rest| rest.unloaded || !rest.unload).await;
     }
 
-    /// Loads the model if it is unloaded.
+    /// Loads the model if it is unloaded. An error if there is none, or the engine ends.
     pub async fn reload(&self) -> Result<(), JobError> {
+        self.model()?;
         let mut rest = self.shared.rest.subscribe();
+        let mut state = self.shared.state.subscribe();
         let failures = rest.borrow().failures;
         self.shared.wish(|rest| (rest.unload, rest.reload) = (false, rest.unloaded));
-        let settled = rest.wait_for(|rest| !rest.unloaded || rest.failures > failures).await;
-        match settled {
-            Ok(rest) if rest.unloaded => Err(JobError::Unloaded),
-            _ => Ok(()),
-        }
+        let settled = rest.wait_for(|rest| !rest.unloaded || rest.failures > failures);
+        let ended = state.wait_for(|state| !matches!(state, EngineState::Ready(_)));
+        // The senders live as long as `self`.
+        let has_failed = tokio::select! {
+            biased;
+            rest = settled => rest.is_ok_and(|rest| rest.unloaded),
+            _ = ended => true,
+        };
+        if has_failed { Err(self.model().err().unwrap_or(JobError::Unloaded)) } else { Ok(()) }
     }
 
     /// Queues a job: all of its images or none.

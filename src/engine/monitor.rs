@@ -67,7 +67,7 @@ impl JobMonitor {
     }
 
     /// Ends the images of the job that run after the current step, partly denoised; the others
-    /// follow. Without a running image it does nothing.
+    /// follow. Without a running image the wish ends when the next one is admitted.
     pub fn skip(&self) {
         if self.progress.borrow().started > 0 {
             self.stops.skipped.store(true, Ordering::Relaxed);

@@ -106,6 +106,14 @@ impl From<anyhow::Error> for WorkerError {
 
 /// Whether the cause of an error is that the device is out of memory.
 pub(crate) fn is_out_of_memory(error: &anyhow::Error) -> bool {
-    let full = |cause: &sd_models::Error| matches!(cause, sd_models::Error::OutOfMemory(_));
-    error.chain().filter_map(|cause| cause.downcast_ref()).any(full)
+    is_caused_by(error, |cause| matches!(cause, sd_models::Error::OutOfMemory(_)))
+}
+
+/// Whether the cause of an error is that the device is lost.
+pub(super) fn is_device_lost(error: &anyhow::Error) -> bool {
+    is_caused_by(error, |cause| matches!(cause, sd_models::Error::DeviceLost(_)))
+}
+
+fn is_caused_by(error: &anyhow::Error, is: impl Fn(&sd_models::Error) -> bool) -> bool {
+    error.chain().filter_map(|cause| cause.downcast_ref()).any(is)
 }

@@ -184,7 +184,7 @@ impl ApiError {
             Self::ModelChanged => (S::CONFLICT, "model_changed"),
             Self::Random(_) => (S::INTERNAL_SERVER_ERROR, "random_failed"),
             Self::Encode => (S::INTERNAL_SERVER_ERROR, "encode_failed"),
-            Self::Registry(Registry::NoRoom(_)) | Self::Job(Job::OutOfMemory) => {
+            Self::Registry(Registry::NoRoom(_)) | Self::Job(Job::OutOfMemory | Job::NoRoom) => {
                 (S::INSUFFICIENT_STORAGE, "out_of_memory")
             }
             Self::Registry(Registry::Busy { .. }) => (S::SERVICE_UNAVAILABLE, "models_busy"),

@@ -392,6 +392,22 @@ async fn a_model_that_does_not_load_again_fails_what_waits_and_is_tried_again() 
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_keeps_a_model_from_loading_again_is_named() -> Result<()> {
+    let (first, _) = Fake::new();
+    let full = sd_models::Error::OutOfMemory("weights".into());
+    let lost = sd_models::Error::DeviceLost("unplugged".into());
+    let (engine, _) = reloading(vec![Ok(first), Err(full.into()), Err(lost.into())], None)?;
+    engine.ready().await?;
+    engine.unload().await;
+    assert_eq!(engine.submit(vec![spec(1, 1)])?.wait().await.err(), Some(JobError::NoRoom));
+    assert_eq!(engine.reload().await, Err(JobError::DeviceLost));
+    assert_eq!(engine.reload().await, Err(JobError::DeviceLost), "at once");
+    let absent = Engine::absent(&DeviceScheduler::default(), ENGINE);
+    assert_eq!(absent.reload().await, Err(JobError::Absent));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_idle_model_is_unloaded_after_a_while() -> Result<()> {
     let fakes = (0..5).map(|_| Ok(Fake::new().0)).collect();
     let (engine, loads) = reloading(fakes, Some(Duration::from_millis(30)))?;

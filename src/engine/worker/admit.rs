@@ -45,6 +45,10 @@ impl<M: Model> Worker<M> {
                 Ok(trajectory) => {
                     task.advance(0, trajectory.progress().1);
                     let (decoded, interrupted) = (None, false);
+                    // A wish to skip what ran before is no wish to skip this one.
+                    if !self.slots.iter().any(|slot| slot.task.job == task.job) {
+                        task.take_skip();
+                    }
                     self.slots.push(Slot { task, trajectory, begun, decoded, interrupted });
                 }
                 Err(error) => task.complete(Err(self.failure(&error, "begin"))),

@@ -10,7 +10,7 @@ use super::start::open;
 use crate::engine::job::JobError;
 use crate::engine::model::Model;
 use crate::engine::shared::EngineShared;
-use crate::engine::state::{EngineState, is_out_of_memory};
+use crate::engine::state::{EngineState, is_device_lost, is_out_of_memory};
 
 impl<M: Model> Worker<M> {
     /// Frees the memory of the model.
@@ -26,7 +26,8 @@ impl<M: Model> Worker<M> {
 }
 
 /// Waits until an image or a client needs the model, and loads it again. None if the engine ends. If
-/// the model cannot be loaded, the waiting images fail, and the next one tries again.
+/// the model cannot be loaded, the waiting images fail, and the next one tries again, unless the
+/// device is lost.
 pub(super) fn wake<M: Model>(
     engine: &EngineShared,
     load: &mut impl FnMut() -> anyhow::Result<M>,
@@ -38,10 +39,18 @@ pub(super) fn wake<M: Model>(
                 engine.rest.send_modify(|rest| (rest.unloaded, rest.reload) = (false, false));
                 return Some(model);
             }
+            Err(error) if is_device_lost(&error) => {
+                error!("device lost, restart required: {error:#}");
+                // Before any client receives the error, so that `/ping` already returns 503.
+                engine.set_state(EngineState::DeviceLost);
+                let waiting = engine.queue().clear();
+                waiting.into_iter().for_each(|task| task.complete(Err(JobError::DeviceLost)));
+                return None;
+            }
             Err(error) => {
                 error!("the model cannot be loaded again: {error:#}");
                 let failure = match is_out_of_memory(&error) {
-                    true => JobError::OutOfMemory,
+                    true => JobError::NoRoom,
                     false => JobError::Unloaded,
                 };
                 let waiting = engine.queue().take_all();

@@ -29,6 +29,20 @@ fn checked(
     (ticket.wait().now_or_never().expect("settled"), turns)
 }
 
+#[tokio::test]
+async fn a_skip_while_no_image_runs_ends_none_of_those_that_follow() {
+    let mut test = TestWorker::new(4, 2);
+    let ticket = test.submit(1, vec![spec(1, 1), spec(2, 2)]);
+    let monitor = test.engine.monitor(&ticket);
+    while stepped(&test.turn()) != [1] {}
+    monitor.skip();
+    while !test.idle() {
+        test.turn();
+    }
+    let images = ticket.wait().await.expect("completed");
+    assert_eq!(images.iter().map(|image| image.warnings.len()).collect::<Vec<_>>(), [0, 0]);
+}
+
 #[test]
 fn a_picture_is_judged_a_turn_after_it_is_decoded() {
     let mut test = TestWorker::with(4, 8, Safety::Blur);
