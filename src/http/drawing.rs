@@ -257,7 +257,7 @@ impl Drawing {
         self.control_maps.iter().filter_map(file).collect()
     }
 
-    /// The generation parameters of an image. Blocks: reads the model's file, once.
+    /// The generation parameters of an image.
     pub(crate) fn infotext(&self, spec: &Spec, loras: &str) -> String {
         let (model_hash, vae) = (self.model_hash(), self.vae_hash());
         let origin = Origin {
@@ -270,15 +270,15 @@ impl Drawing {
         image::infotext(spec, origin)
     }
 
-    /// SHA-256 of the model's file. Blocks: reads it, once.
+    /// SHA-256 of the model's file, once it is known: it is read beside the first images.
     pub(crate) fn model_hash(&self) -> Option<String> {
-        self.hashes.whole(self.model.files.checkpoint.as_ref()?)
+        self.hashes.known(self.model.files.checkpoint.as_ref()?)
     }
 
-    /// Name and SHA-256 of the VAE's file. Blocks: reads it, once.
+    /// Name and SHA-256 of the VAE's file, once that is known.
     pub(crate) fn vae_hash(&self) -> Option<(&str, String)> {
         let file = self.model.files.vae.as_ref()?;
-        Some((&file.name, self.hashes.whole(file)?))
+        Some((&file.name, self.hashes.known(file)?))
     }
 
     fn files(&self, images: &[GeneratedImage]) -> Result<Vec<Vec<u8>>> {

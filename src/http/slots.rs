@@ -94,6 +94,11 @@ impl Slots {
         Arc::new(Self { most, most_of_client, of_bytes, held, freed })
     }
 
+    /// The bytes that one client may hold at most.
+    pub(crate) fn most_of_client(&self) -> usize {
+        self.most_of_client.bytes
+    }
+
     /// Takes bytes of the client of a share, of those that one client may have at most.
     pub(crate) fn take_for(self: &Arc<Self>, share: &Share, bytes: usize) -> Result<Share, Limit> {
         let bytes = bytes.min(self.most_of_client.bytes);

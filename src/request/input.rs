@@ -28,7 +28,12 @@ impl DrawRequest {
         const OVERLAY: usize = 4;
         let sides = self.width.zip(self.height).map(|(width, height)| width.saturating_mul(height));
         let pixels = sides.map_or(limits.max_pixels, |pixels| pixels.min(limits.max_pixels));
-        let overlay = self.inpaint.map_or(0, |_| OVERLAY.saturating_mul(limits.max_pixels));
+        // Of other APIs' masks, and of ours once its options are read.
+        let is_laid_over = self.inpaint.is_some()
+            || self.mask_blur.is_some()
+            || self.mask_padding.is_some()
+            || self.mask_fill.is_some();
+        let overlay = if is_laid_over { OVERLAY.saturating_mul(limits.max_pixels) } else { 0 };
         let input = self.image.as_ref().map_or(0, |_| pixels.saturating_mul(COLORS + MASK));
         let nets = self.controlnets.as_ref().map_or(0, Vec::len);
         let has_hires = self.hires_width.is_some() || self.hires_height.is_some();

@@ -14,9 +14,9 @@ use serde_json::{Value, json};
 
 use super::extras_fields::{Extras, client_name, refused};
 use super::unread;
-use crate::engine::{Client, Job, JobError};
+use crate::engine::{Client, GeneratedImage, Job, JobError};
 use crate::http::admission::{Admitted, RequestSlot};
-use crate::http::drawing::base64;
+use crate::http::drawing::{base64, warnings};
 use crate::http::error::{ApiError, Result};
 use crate::http::state::AppState;
 use crate::http::store::InFlightRequest;
@@ -77,7 +77,7 @@ pub(crate) async fn single(
     let extras = Extras::read(&mut fields, &state.settings.limits)?;
     let Single { image } = fields.read(&state.settings.limits)?;
     let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
-    let unread = unread::warnings(&fields, None);
+    let unread = unread::warnings(&fields, None, true);
     let upscaled = extras.upscale(&state, admitted, vec![("image".into(), image)]).await?;
     let Upscaled { mut files, html_info, warnings } = upscaled;
     let warnings = [unread, warnings].concat();
@@ -97,7 +97,7 @@ pub(crate) async fn batch(
     let images = images.ok_or_else(|| ValidationError::malformed("imageList", "is required"))?;
     let named = |(i, file): (usize, NamedFile)| (format!("imageList[{i}].data"), file.data);
     let images = images.into_iter().enumerate().map(named).collect();
-    let unread = unread::warnings(&fields, None);
+    let unread = unread::warnings(&fields, None, true);
     let Upscaled { files, html_info, warnings } = extras.upscale(&state, admitted, images).await?;
     let warnings = [unread, warnings].concat();
     Ok(reply(json!({ "html_info": html_info, "images": files }), warnings))
@@ -152,36 +152,50 @@ impl Extras {
         let mut warnings = self.without_effect();
         let info = self.info();
         let (images, bytes) = weighed(&state, &slot, images).await?;
+        // A single image is always let in. All of a list are held at once.
+        let most = state.inputs.most_of_client();
+        if images.len() > 1 && bytes > most {
+            let reason = format!(
+                "takes {bytes} bytes when decoded; the maximum is {most}, half of --max-decoded-bytes"
+            );
+            return Err(ValidationError::range("imageList", reason).into());
+        }
         let room = slot.hold_inputs(&state, bytes).await?;
         let (work, found) = self.prepare(&state, &mut slot, &model, images).await?;
         warnings.extend(found);
+        warnings.extend(slot.unread().iter().cloned());
         let pictures = match work {
             Work::Nothing(pictures) => pictures,
             Work::Enlarge(specs, parameters) => {
+                let asked = specs.len();
                 let upscaled = submit(&state, &slot, client, specs).await?;
-                let pair = |(index, rgb): (usize, Rgb)| {
-                    let parameters = parameters.get(index).cloned().flatten();
-                    Picture { rgb, parameters }
+                warnings.extend(of_images(&upscaled, asked));
+                let pair = |image: GeneratedImage| {
+                    let parameters = parameters.get(image.index).cloned().flatten();
+                    Picture { rgb: image.rgb, parameters }
                 };
                 upscaled.into_iter().map(pair).collect()
             }
         };
         let postprocessing = info.clone();
+        // They are held until the images are encoded, even if the client has disconnected.
+        let held = (slot.accept(), slot, room);
         let encode = move || {
+            let _held = held;
             let file = |picture: &Picture| {
                 let own = picture.parameters.as_deref().map(|text| ("parameters", text));
                 let done =
                     (!postprocessing.is_empty()).then_some(("postprocessing", &*postprocessing));
                 let texts: Vec<_> = own.into_iter().chain(done).collect();
-                image::encode_png(&picture.rgb, &texts).map_err(|_| ApiError::Encode)
+                let file = image::encode_png(&picture.rgb, &texts);
+                file.map(|file| base64(&[file])).map_err(|_| ApiError::Encode)
             };
-            pictures.iter().map(file).collect::<Result<Vec<_>>>()
+            let files = pictures.iter().map(file).collect::<Result<Vec<_>>>()?;
+            Ok::<_, ApiError>(files.concat())
         };
-        let accepted = slot.accept();
         let files = tokio::task::spawn_blocking(encode).await.map_err(|_| ApiError::Encode)??;
-        drop((accepted, room));
         let html_info = format!("<p>{}</p>", escaped(&info));
-        Ok(Upscaled { files: base64(&files), html_info, warnings })
+        Ok(Upscaled { files, html_info, warnings })
     }
 
     /// Decodes the pictures, and says what is done with them, with warnings.
@@ -262,14 +276,22 @@ async fn weighed(
     state.reader.run(slot.deadline, slot.clone(), weigh).await
 }
 
-/// Upscales pictures, and waits for them: their numbers and pixels. Those of an interrupted request
-/// may be missing.
+/// What is said of upscaled images, of which so many were asked for.
+fn of_images(images: &[GeneratedImage], asked: usize) -> Vec<String> {
+    let missing = asked.saturating_sub(images.len());
+    let interrupted =
+        (missing > 0).then(|| format!("interrupted: {missing} of {asked} images are missing"));
+    let own = warnings(images).into_iter().map(str::to_owned);
+    own.chain(interrupted).collect()
+}
+
+/// Upscales pictures, and waits for them. Those of an interrupted request may be missing.
 async fn submit(
     state: &AppState,
     slot: &RequestSlot,
     client: Client,
     specs: Vec<Spec>,
-) -> Result<Vec<(usize, Rgb)>> {
+) -> Result<Vec<GeneratedImage>> {
     let named = |error| match error {
         JobError::Spec { field, reason } => {
             ValidationError::range(client_name(field), reason).into()
@@ -281,8 +303,7 @@ async fn submit(
     let (ticket, known) = (state.engine.submit(job)?, (SystemTime::now(), specs.len()));
     let request = InFlightRequest::new(&state.engine, &ticket, client, None, known, &specs);
     let _in_flight = state.in_flight.insert(request);
-    let images = ticket.wait().await.map_err(named)?;
-    Ok(images.into_iter().map(|image| (image.index, image.rgb)).collect())
+    ticket.wait().await.map_err(named)
 }
 
 /// A text in HTML.
@@ -299,4 +320,25 @@ fn escaped(text: &str) -> String {
         }
     }
     html
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_said_of_images_is_said_once_and_missing_ones_are_counted() {
+        let image = |warnings: &[&str]| GeneratedImage {
+            index: 0,
+            rgb: Rgb { width: 0, height: 0, data: Vec::new() },
+            warnings: warnings.iter().map(|text| (*text).to_owned()).collect(),
+            nsfw: None,
+            loras: Vec::new(),
+            text_tokens: 0,
+        };
+        let images = [image(&["blurred"]), image(&["blurred", "other"])];
+        assert_eq!(of_images(&images, 2), ["blurred", "other"]);
+        let missing = "interrupted: 2 of 3 images are missing";
+        assert_eq!(of_images(&images[..1], 3), ["blurred", missing]);
+    }
 }

@@ -43,13 +43,30 @@ fn options(state: &AppState) -> Result<Object> {
 /// Rejects options that differ from their values, except the model. Returns those that are unknown.
 pub(crate) fn check(state: &AppState, mut changes: Object) -> Result<Object> {
     for (name, value) in options(state)? {
-        let Some(new) = changes.remove(&name).filter(|new| !is_noop(new)) else { continue };
-        if new != value && name != "sd_model_checkpoint" {
+        let is_negative = |new: &Value| new.as_f64().is_some_and(|number| number < 0.0);
+        let asks = |new: &Value| !is_noop(new) || is_negative(new);
+        let Some(new) = changes.remove(&name).filter(asks) else { continue };
+        if name == "sd_model_checkpoint" {
+            if !new.is_string() {
+                let reason =
+                    format!("must be the name of a model, not {}", brief(&new.to_string()));
+                return Err(ValidationError::malformed(&name, reason).into());
+            }
+        } else if !is_same(&new, &value) {
             let reason = format!("cannot be set to {}; it is {value}", brief(&new.to_string()));
             return Err(ValidationError::range(&name, reason).into());
         }
     }
     Ok(changes)
+}
+
+/// Whether a client's value is that of an option. Clients write 1 as `1.0` and `"1"`, too.
+fn is_same(new: &Value, value: &Value) -> bool {
+    let number = |value: &Value| match value {
+        Value::String(text) => text.trim().parse().ok(),
+        other => other.as_f64(),
+    };
+    new == value || value.is_number() && number(new) == number(value)
 }
 
 /// The name of a model out of one of AUTOMATIC1111's titles, `file.safetensors [0123456789]`.
@@ -89,4 +106,20 @@ pub(crate) async fn set_options(
         }
     }
     Ok((warnings_header(&unread), Json(Value::Null)).into_response())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_is_the_same_however_it_is_written() {
+        for new in [json!(1), json!(1.0), json!("1"), json!(" 1.0 ")] {
+            assert!(is_same(&new, &json!(1)), "{new}");
+        }
+        for (new, value) in [(json!(2), json!(1)), (json!(true), json!(1)), (json!(1), json!("1"))]
+        {
+            assert!(!is_same(&new, &value), "{new}");
+        }
+    }
 }

@@ -180,7 +180,8 @@ impl Common {
             fields.drop_if(name, |side| number(side) == Some(0.0));
         }
         for name in ["subseed_strength", "clip_skip"] {
-            fields.drop_if(name, is_off);
+            let is_negative = |value: &Value| number(value).is_some_and(|number| number < 0.0);
+            fields.drop_if(name, |value| is_off(value) && !is_negative(value));
         }
         fields.read(limits)
     }

@@ -75,7 +75,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     if draw.clip_skip.is_some() {
         check_clip_skip(&mut draw, &*state.engine.model()?)?;
     }
-    draw.warnings.extend(unread::warnings(&fields, options.as_ref()));
+    draw.warnings.extend(unread::warnings(&fields, options.as_ref(), has_hires));
     // What is unknown may be large.
     drop(fields);
     let json = |draw: &DrawRequest, _| Ok(ReplyFormat::Json(draw.format()?.unwrap_or(Format::Png)));

@@ -28,9 +28,15 @@ const SILENT: [&str; 12] = [
     "initial_noise_multiplier",
 ];
 
-/// The warnings of the fields that remain, and of the options of the request.
-pub(super) fn warnings(fields: &Fields, options: Option<&Object>) -> Vec<String> {
-    let is_silent = |name: &str| SILENT.contains(&name) || name.starts_with("hr_");
+/// The warnings of the fields that remain, and of the options of the request. Without `warns_of_hires`
+/// the fields of the hires pass are those of a pass that is switched off.
+pub(super) fn warnings(
+    fields: &Fields,
+    options: Option<&Object>,
+    warns_of_hires: bool,
+) -> Vec<String> {
+    let is_of_hires = |name: &str| !warns_of_hires && name.starts_with("hr_");
+    let is_silent = |name: &str| SILENT.contains(&name) || is_of_hires(name);
     let fields = fields.rest().filter(|(name, _)| !is_silent(name));
     let fields = fields.map(|(name, value)| (brief(name).into_owned(), value));
     let options = options.into_iter().flatten();
