@@ -99,7 +99,8 @@ impl Defaults {
             defaults = defaults.overridden(keys, scale.max(8), layers)?;
             let SamplerName { sampler, schedule } = defaults.sampler_name();
             let (options, steps) = (SamplerOptions::default(), defaults.steps);
-            let run = Run { sampler, schedule, options, steps, skipped: 0, share: 1.0 };
+            let run =
+                Run { sampler, schedule, options, steps, skipped: 0, share: 1.0, is_xl: false };
             if let Err(Error::Spec { reason, .. }) = SamplerState::new(scheduler, run) {
                 return Err(Error::config(file, format!("steps: {reason}")));
             }

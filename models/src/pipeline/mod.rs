@@ -333,7 +333,8 @@ impl Pipeline {
         let SamplerName { sampler, schedule } = pass.sampler();
         let (steps, skipped) = (pass.steps(), pass.skipped_steps());
         let (options, share) = (pass.sampler_options(), pass.share_of_levels());
-        let run = Run { sampler, schedule, options, steps, skipped, share };
+        let is_xl = self.model.info.is_xl;
+        let run = Run { sampler, schedule, options, steps, skipped, share, is_xl };
         SamplerState::new(&self.model.scheduler, run)
     }
 

@@ -33,6 +33,8 @@ pub struct Run {
     /// Of the samplers of distilled models: the share of the distillation's timesteps among which
     /// those of the run are, diffusers' `LCMScheduler.set_timesteps(strength=...)`. 1 is all.
     pub share: f64,
+    /// Whether the model is Stable Diffusion XL, which has steps of its own in `align_your_steps`.
+    pub is_xl: bool,
 }
 
 impl SamplerState {
@@ -42,7 +44,7 @@ impl SamplerState {
     /// [`Error::Spec`] if the sampler does not run on the schedule or in so many steps;
     /// [`Error::Config`] if the configuration asks the sampler for what is not supported.
     pub fn new(config: &SchedulerConfig, run: Run) -> Result<Self> {
-        let Run { sampler, schedule, options, steps, skipped, share } = run;
+        let Run { sampler, schedule, options, steps, skipped, share, is_xl } = run;
         sampler.check(schedule)?;
         let row = sampler.algorithm();
         config.check(row)?;
@@ -51,7 +53,7 @@ impl SamplerState {
             return Err(out_of_range(format!("must be 1 to {}", alphas_cumprod.len())));
         }
         let schedule = config.schedule(row, schedule);
-        let spacing = match schedule.levels() {
+        let spacing = match schedule.levels(is_xl) {
             Levels::Trailing => Spacing::Trailing,
             _ => config.spacing(row)?,
         };
@@ -65,6 +67,7 @@ impl SamplerState {
             steps,
             skipped,
             share,
+            is_xl,
             spacing,
             alphas_cumprod,
         };
@@ -96,6 +99,7 @@ struct Plan<'a> {
     steps: usize,
     skipped: usize,
     share: f64,
+    is_xl: bool,
     spacing: Spacing,
     /// The product of the alphas up to each timestep of the training.
     alphas_cumprod: Vec<f32>,
@@ -173,7 +177,7 @@ impl Plan<'_> {
         let skipped = if restarts { 0 } else { self.skipped };
         // diffusers lowers the order at the end of short runs, k-diffusion does not.
         const SHORT: usize = 15;
-        let of_training = matches!(self.schedule.levels(), Levels::Training(_));
+        let of_training = matches!(self.schedule.levels(self.is_xl), Levels::Training(_));
         let short = ways.len() < SHORT && !of_training;
         let mut table_of_run = Vec::with_capacity(2 * ways.len());
         let mut skipped_steps = 0;
@@ -258,7 +262,7 @@ impl Plan<'_> {
         let times_of = |sigmas: &[f64]| -> Vec<f64> {
             sigmas.iter().map(|&sigma| timestep_of(table, sigma)).collect()
         };
-        let (times, mut sigmas) = match self.schedule.levels() {
+        let (times, mut sigmas) = match self.schedule.levels(self.is_xl) {
             Levels::Training(levels) => {
                 let mut sigmas = levels(table, self.steps);
                 let end = sigmas.pop().unwrap_or_default();

@@ -47,7 +47,8 @@ impl Sampler {
     /// A sampler on timesteps has no sigmas to choose, and that of a distilled model no timesteps.
     pub(super) fn runs_on(self, schedule: SigmaSchedule) -> bool {
         let row = self.algorithm();
-        match schedule.levels() {
+        // The same of all models.
+        match schedule.levels(false) {
             Levels::Timesteps => true,
             Levels::Trailing => row.timesteps.is_none(),
             Levels::Between(_) | Levels::Training(_) => row.grid != LevelGrid::Timesteps,

@@ -97,7 +97,7 @@ static SCHEDULES: [Row; 11] = [
     row(
         SigmaSchedule::AlignYourSteps,
         ["align_your_steps", "Align Your Steps"],
-        Levels::Training(align_your_steps),
+        Levels::Training(|_, n| align_your_steps(&OF_SD, n)),
     ),
 ];
 
@@ -137,9 +137,12 @@ impl SigmaSchedule {
         Self::all().map(Self::name).collect::<Vec<_>>().join(", ")
     }
 
-    /// Where the sigmas come from.
-    pub(super) fn levels(self) -> Levels {
-        self.row().levels
+    /// Where the sigmas come from, of a model that is Stable Diffusion XL or not.
+    pub(super) fn levels(self, is_xl: bool) -> Levels {
+        match self {
+            Self::AlignYourSteps if is_xl => Levels::Training(|_, n| align_your_steps(&OF_XL, n)),
+            _ => self.row().levels,
+        }
     }
 
     /// The number of steps that a run of `n` steps takes on it.
@@ -240,13 +243,17 @@ fn kl_optimal(table: &[f64], n: usize) -> Vec<f64> {
     (0..=n).map(|i| between(max, min, i, n + 1).tan()).collect()
 }
 
-/// The ten steps of Sabour et al. 2024 for Stable Diffusion 1.5, interpolated in logarithms.
-fn align_your_steps(_: &[f64], n: usize) -> Vec<f64> {
-    const SIGMAS: [f64; 11] =
-        [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029];
-    let logarithms = SIGMAS.map(f64::ln);
+/// The ten steps of Sabour et al. 2024 for Stable Diffusion 1.5, and for XL.
+const OF_SD: [f64; 11] =
+    [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029];
+const OF_XL: [f64; 11] =
+    [14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029];
+
+/// As many steps as asked, interpolated in logarithms.
+fn align_your_steps(sigmas: &[f64; 11], n: usize) -> Vec<f64> {
+    let logarithms = sigmas.map(f64::ln);
     let sigma =
-        |i: usize| interpolate(&logarithms, between(0.0, (SIGMAS.len() - 1) as f64, i, n)).exp();
+        |i: usize| interpolate(&logarithms, between(0.0, (sigmas.len() - 1) as f64, i, n)).exp();
     ended((0..n).map(sigma).collect())
 }
 
@@ -279,5 +286,22 @@ mod tests {
         }
         assert_eq!("SGMUniform".parse(), Ok(SigmaSchedule::SgmUniform));
         assert!("turbo".parse::<SigmaSchedule>().unwrap_err().contains("align_your_steps"));
+    }
+
+    #[test]
+    fn the_steps_of_each_family_are_its_own() {
+        let sigmas = |is_xl, n| match SigmaSchedule::AlignYourSteps.levels(is_xl) {
+            Levels::Training(levels) => levels(&[], n),
+            _ => panic!("no sigmas of the training"),
+        };
+        for (is_xl, published, third_of_five) in [(false, OF_SD, 1.396), (true, OF_XL, 0.862)] {
+            let eleven = sigmas(is_xl, 11);
+            let near = |(a, b): (&f64, &f64)| (a - b).abs() < 1e-9;
+            assert!(eleven.iter().zip(published.iter().chain(&[0.0])).all(near), "{eleven:?}");
+            assert_eq!(eleven.len(), 12);
+            assert!(near((&sigmas(is_xl, 5)[2], &(third_of_five))), "{is_xl}");
+        }
+        // numpy.interp of the logarithms at 2.5, which is between the third and the fourth.
+        assert!((sigmas(true, 5)[1] - (3.771_f64 * 2.181).sqrt()).abs() < 1e-9);
     }
 }

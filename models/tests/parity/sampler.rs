@@ -35,7 +35,7 @@ fn fixtures() -> Fixtures {
 fn begin(name: &str, config: &SchedulerConfig, steps: usize) -> Result<SamplerState> {
     let SamplerName { sampler, schedule } = name.parse().unwrap();
     let options = SamplerOptions::default();
-    let run = Run { sampler, schedule, options, steps, skipped: 0, share: 1.0 };
+    let run = Run { sampler, schedule, options, steps, skipped: 0, share: 1.0, is_xl: false };
     SamplerState::new(config, run)
 }
 

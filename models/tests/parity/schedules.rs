@@ -51,7 +51,7 @@ fn run(case: &Case, config: &SchedulerConfig, inputs: &Tensor, times: &[f32]) ->
         Churn { amount: case.s_churn, from: case.s_tmin, to: case.s_tmax.unwrap_or(f64::INFINITY) };
     let options = SamplerOptions { eta: case.eta, s_noise: case.s_noise, churn };
     let (schedule, steps, skipped) = (case.schedule.parse().unwrap(), case.steps, case.skipped);
-    let run = Run { sampler, schedule, options, steps, skipped, share: 1.0 };
+    let run = Run { sampler, schedule, options, steps, skipped, share: 1.0, is_xl: false };
     let mut state = SamplerState::new(config, run).unwrap();
     let mut noise = Noise::new(7);
     let shape = (1, 4, 2, 2);
