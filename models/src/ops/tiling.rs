@@ -1,7 +1,8 @@
 //! Images whose opposite edges meet: convolutions are padded with the pixels of the other side.
 //!
 //! As in torch with `padding_mode="circular"`, and in AUTOMATIC1111's "tiling", it is a property of a
-//! whole network while it runs, and of no layer: the thread that runs the network knows it.
+//! whole network while it runs, and of no layer: the thread that runs the network knows it. It is one
+//! of the UNet and the VAE; ControlNets are no layers of the model there, and run without it.
 
 use std::cell::Cell;
 

@@ -417,11 +417,11 @@ impl Pipeline {
         let rows: Vec<_> = conditioning.iter().map(Arc::as_ref).collect();
         let conditioning = Conditioning::stack(&rows)?;
         let mut nets: Vec<_> = active.iter_mut().map(|(_, image)| &mut image.controls).collect();
-        let predict = || {
-            let residuals = residuals(&mut nets, &controlled)?;
-            let unet = &self.model.unet;
-            unet.forward_controlled(&latents, &times, &conditioning, &loras, &residuals)
-        };
+        // As in AUTOMATIC1111, a ControlNet's own convolutions do not wrap.
+        let residuals = residuals(&mut nets, &controlled)?;
+        let unet = &self.model.unet;
+        let predict =
+            || unet.forward_controlled(&latents, &times, &conditioning, &loras, &residuals);
         let output = tiling(is_tiling, predict)?;
         let scale = self.model.vae.config().scale();
         let mut row = 0;
