@@ -16,6 +16,9 @@ use crate::ops::{Activation, ChannelConcat, Conv2d, Epilogue, Geometry, linear_c
 /// How much of what a block computes is added to its input.
 const RESIDUAL: f64 = 0.2;
 
+/// The most channels of a layer; published networks have 64.
+const MAX_CHANNELS: usize = 4096;
+
 const LEAKY: Epilogue<'static> =
     Epilogue { shift: None, residual: None, activation: Some(Activation::LeakyRelu) };
 
@@ -120,8 +123,10 @@ impl Rrdb {
             48 => 4,
             other => return refuse(format!("reads {other} channels; expected 3, 12 or 48")),
         };
-        if features == 0 || growth == 0 {
-            return refuse(format!("has layers of {features} and {growth} channels"));
+        if ![features, growth].iter().all(|channels| (1..=MAX_CHANNELS).contains(channels)) {
+            return refuse(format!(
+                "has layers of {features} and {growth} channels; 1 to {MAX_CHANNELS} are supported"
+            ));
         }
         let enlarged = 1_usize << up.len().min(16);
         if enlarged < unshuffle {

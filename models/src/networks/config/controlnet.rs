@@ -90,6 +90,13 @@ impl ControlNetConfig {
             _ => side(&format!("controlnet_cond_embedding.blocks.{}.weight", 2 * level - 1), 0),
         };
         let blocks = count(&|i| format!("controlnet_cond_embedding.blocks.{i}.weight"));
+        if blocks / 2 >= MAX_HINT_LEVELS {
+            let reason = format!(
+                "its controlnet_cond_embedding has {blocks} blocks, more than {MAX_HINT_LEVELS} \
+                 levels have"
+            );
+            return Err(Error::config(weights.file_names(), reason));
+        }
         Ok(Self {
             unet: UNetConfig {
                 in_channels: side("conv_in.weight", 1)?,
