@@ -113,7 +113,7 @@ impl MemoryEstimate {
         device: &Device,
         dtype: DType,
     ) -> Self {
-        let bytes_of_decoder = vae.decoder_dtype.size_in_bytes();
+        let bytes_of_decoder = vae.widest_dtype().size_in_bytes();
         let vae = vae.config();
         let bytes = activation_dtype(device, dtype).size_in_bytes();
         let config = unet.config();
@@ -126,7 +126,10 @@ impl MemoryEstimate {
         // Our kernels never store scores. candle's composition, used on GPUs in f32, stores them
         // twice.
         let stored = !device.is_cpu() && dtype == DType::F32;
-        let scores = if stored { config.heads[0] * 8 } else { 0 };
+        // Per pair of latent pixels: a level has a quarter of the pixels of the one before.
+        let attention = (0..).zip(config.heads.iter().zip(&config.down_cross_attention));
+        let scores = attention.filter(|(_, (_, attends))| stored && **attends);
+        let scores = scores.map(|(level, (heads, _))| (heads * 8) >> (4 * level)).max();
         Self {
             row_bytes: ((skips + 16 * first) * bytes) as u64,
             lora_bytes: (8 * first * bytes) as u64,
@@ -134,7 +137,7 @@ impl MemoryEstimate {
             control_bytes: ((2 * skips + first) * bytes) as u64,
             chunk_bytes: (unet.kv_width() * max_length * bytes) as u64,
             time_bytes: (unet.time_width() * bytes) as u64,
-            score_bytes: scores as u64,
+            score_bytes: scores.unwrap_or(0) as u64,
             decode_bytes: (decode * bytes_of_decoder) as u64,
             scale: vae.scale() as u64,
         }

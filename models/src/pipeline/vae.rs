@@ -101,6 +101,12 @@ impl Vae {
         Ok((self, Some("the VAE's decoder overflows in f16: it computes in f32".into())))
     }
 
+    /// The widest type that an image may be decoded in: f32 where the decoder is in f16, which may
+    /// overflow.
+    pub(super) fn widest_dtype(&self) -> DType {
+        if self.wide.is_some() { DType::F32 } else { self.decoder_dtype }
+    }
+
     pub(super) fn config(&self) -> &VaeConfig {
         self.decoder.config()
     }

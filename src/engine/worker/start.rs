@@ -66,11 +66,17 @@ pub(super) fn budget<M: Model>(model: &M, engine: &EngineShared) -> u64 {
     engine.settings.memory_budget_bytes.or(model.free_bytes().map(share)).unwrap_or(u64::MAX)
 }
 
-/// What of the free memory is kept for the ControlNets that requests may name: at most half.
+/// What of the free memory is kept for the ControlNets, LoRAs and upscalers that requests may name:
+/// at most half.
 fn reserved<M: Model>(model: &M, free: u64) -> u64 {
     let add_ons = &model.info().add_ons;
-    let nets = add_ons.controlnets.directory.as_ref().map_or(0, |_| add_ons.max_controlnet_bytes);
-    nets.min(free / 2)
+    let caches = [
+        (&add_ons.controlnets, add_ons.max_controlnet_bytes),
+        (&add_ons.loras, add_ons.max_lora_bytes),
+        (&add_ons.upscalers, add_ons.max_upscaler_bytes),
+    ];
+    let named = caches.iter().filter(|(files, _)| files.directory.is_some());
+    named.fold(0, |sum: u64, (_, most)| sum.saturating_add(*most)).min(free / 2)
 }
 
 /// Generates a small image and drops it: the first image pays for lazy initialization of the
