@@ -8,7 +8,7 @@ use super::tensors::Weights;
 pub(super) const UNET: &str = "model.diffusion_model.";
 
 /// Parts of names that only one kind of file has, and what it is. The first that is found counts.
-const MARKS: [(&str, &str); 38] = [
+const MARKS: [(&str, &str); 39] = [
     ("lora_down", LORA),
     ("lora_up", LORA),
     ("lora_A", LORA),
@@ -50,6 +50,11 @@ const MARKS: [(&str, &str); 38] = [
     ("clip_g", EMBEDDING),
     ("SelfAttention.", "the text encoder T5"),
     ("RDB1.", "an upscaler"),
+    (
+        "cond_stage_model.1.",
+        "Stable Diffusion XL with its second text encoder in the names of stable-diffusion.cpp \
+         (cond_stage_model.1.), which are not read",
+    ),
 ];
 
 /// A model that was trained on other noise levels.

@@ -293,10 +293,18 @@ impl<'a> LdmCheckpoint<'a> {
     /// Width of the embedding of each size: what the pooled prompt leaves to the six of them.
     fn size_width(&self) -> usize {
         const USUAL: usize = 256;
-        let pooled = self.find(&format!("{}text_projection", family::SECOND_TOWER));
-        let pooled = pooled.and_then(|shape| shape.get(1).copied());
+        let pooled = self.projection(family::SECOND_TOWER);
         let left = pooled.and_then(|pooled| self.added_inputs()?.checked_sub(pooled));
         left.map_or(USUAL, |left| left / 6)
+    }
+
+    /// Channels that the projection of an OpenCLIP tower gives, if it has one: a matrix (in, out), or
+    /// a linear layer (out, in).
+    fn projection(&self, tower: &str) -> Option<usize> {
+        let side = |name: &str, dimension: usize| {
+            self.find(&format!("{tower}text_projection{name}"))?.get(dimension).copied()
+        };
+        side("", 1).or_else(|| side(".weight", 0))
     }
 
     fn vae(&self) -> Result<Value> {
@@ -362,15 +370,14 @@ impl<'a> LdmCheckpoint<'a> {
         let second = self.is_second();
         let mut projection = None;
         let is_open = matches!(tower, Some(TextTower::OpenClip(_)));
-        let (tokens, positions, inner, layers) = match tower {
+        let (tokens, positions, inner, layers) = match &tower {
             Some(TextTower::OpenClip(tower)) => {
                 let inner = |i| format!("{tower}transformer.resblocks.{i}.mlp.c_fc.weight");
                 let layers = self.count(inner);
                 // A whole tower has its projection behind the layer that the UNet does not use.
-                let whole = self.has(&format!("{tower}text_projection"));
-                let last = usize::from(second && whole && layers < OPEN_CLIP_LAYERS);
+                projection = self.projection(tower);
+                let last = usize::from(second && projection.is_some() && layers < OPEN_CLIP_LAYERS);
                 let token = format!("{tower}token_embedding.weight");
-                projection = self.find(&format!("{tower}text_projection"));
                 (
                     token,
                     format!("{tower}positional_embedding"),
@@ -397,7 +404,7 @@ impl<'a> LdmCheckpoint<'a> {
             "num_hidden_layers": if second { layers.min(OPEN_CLIP_LAYERS) } else { layers },
             "num_attention_heads": (width / 64).max(1),
             "hidden_act": if second || self.is_xl() && is_open { "gelu" } else { "quick_gelu" },
-            "projection_dim": projection.and_then(|shape| shape.get(1)),
+            "projection_dim": projection,
             // As the published configurations have it.
             "eos_token_id": (self.is_xl() && is_open).then_some(2),
         }))

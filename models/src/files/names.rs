@@ -128,15 +128,15 @@ fn projections(layer: &str, kind: &str, shape: &[usize]) -> Vec<Renamed> {
 }
 
 /// The names in the Diffusers format of a tensor of OpenCLIP's text tower; none of those that are
-/// not needed, as the projection is not where nothing is `projected`. It keeps its name: it is the
-/// other way round there.
+/// not needed, as the projection is not where nothing is `projected`. It keeps its name: without
+/// `.weight`, it is the other way round.
 pub(super) fn open_clip(name: &str, shape: &[usize], projected: bool) -> Vec<Renamed> {
     let whole = |name: String| vec![Renamed { name, shape: shape.to_vec(), part: (0, 1) }];
     match name {
         "positional_embedding" => return whole("embeddings.position_embedding.weight".into()),
         "token_embedding.weight" => return whole("embeddings.token_embedding.weight".into()),
-        "text_projection" if projected => return whole(name.to_owned()),
-        "text_projection" | "logit_scale" => return Vec::new(),
+        "text_projection" | "text_projection.weight" if projected => return whole(name.to_owned()),
+        "text_projection" | "text_projection.weight" | "logit_scale" => return Vec::new(),
         _ => {}
     }
     if let Some(rest) = name.strip_prefix("ln_final.") {

@@ -297,6 +297,13 @@ impl BaseWeights<'_> {
             let name = names.iter().find(|name| weights.shape(name).is_some())?;
             Some((weights, name))
         });
+        let bare = || cell.get().filter(|weights| weights.shape(name).is_some());
+        if let (None, Some(weights)) = (&found, bare()) {
+            // OpenCLIP's projection: a matrix (in, out).
+            let matrix = weights.widened(name)?.reshape((target.inputs, target.outputs))?;
+            let weight = matrix.t()?.contiguous()?;
+            return Ok(weight.reshape((target.outputs, target.inputs, 1, 1))?);
+        }
         let Some((weights, name)) = found else {
             return Err(Error::config(&names[0], "is not in the model's files any more"));
         };

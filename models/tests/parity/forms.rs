@@ -335,6 +335,10 @@ fn files_of_other_families_are_named() {
         (with(&[(label, &[8, 2560])]), "refiner"),
         (with(&[(label, &[8, 1536])]), "unCLIP"),
         (with(&[("conditioner.embedders.1.model.token_embedding.weight", &[4, 4])]), "XL"),
+        (
+            with(&[("cond_stage_model.1.transformer.text_model.text_projection", &[4, 4])]),
+            "names of stable-diffusion.cpp",
+        ),
         (with(&[("control_model.time_embed.0.weight", &[4, 4])]), "ControlNet"),
         (alone("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"), "Diffusion 3"),
         (alone("double_blocks.0.img_attn.norm.key_norm.scale"), "Flux"),

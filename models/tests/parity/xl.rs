@@ -411,6 +411,21 @@ fn a_single_file_is_the_model() {
     assert!(model.info().is_xl && model.info().warnings.is_empty(), "{:?}", model.info().warnings);
     assert_eq!(model.info().defaults.sampler.name(), "euler");
     from_picture("told", &model);
+    // As a linear layer, the projection is the other way round.
+    let mut tensors =
+        candle_core::safetensors::load(root.join("a.safetensors"), &Device::Cpu).unwrap();
+    let name = "conditioner.embedders.1.model.text_projection";
+    let matrix = tensors.remove(name).unwrap();
+    let turned = matrix.t().unwrap().contiguous().unwrap();
+    tensors.insert(format!("{name}.weight"), turned);
+    let other = single("turned");
+    for folder in ["unet", "text_encoder", "text_encoder_2", "vae"] {
+        copy(&root.join(folder), &other.join(folder));
+    }
+    candle_core::safetensors::save(&tensors, other.join("a.safetensors")).unwrap();
+    let vae_too = Some(checkpoint(vae));
+    let model = crate::img2img::open(checkpoint(other.join("a.safetensors")), vae_too).unwrap();
+    from_picture("told", &model);
     // As the VAE of a model of another family neither.
     let whole = path("single/v1.safetensors");
     let error = crate::img2img::open(file(), Some(checkpoint(whole))).err().unwrap().to_string();
