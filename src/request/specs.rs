@@ -12,6 +12,7 @@ use super::draw::{DrawRequest, Lora};
 use super::error::ValidationError;
 use super::input::share_of_steps;
 use super::limits::Limits;
+use super::xl::another;
 use crate::image::{Format, Overlay};
 
 impl DrawRequest {
@@ -158,18 +159,20 @@ impl DrawRequest {
 
     /// Warns of syntax in the prompts that is drawn as words.
     fn warn_of_unread(&mut self, syntax: PromptSyntax) {
-        use PromptRole::{A1111, A1111Negative, Plain};
+        use PromptRole::{A1111, A1111Negative, A1111Second, Plain};
+        let second = another(&self.prompt_2, &self.prompt);
+        let negative_second = another(&self.negative_prompt_2, &self.negative_prompt);
         let texts = [
-            ("prompt", &self.prompt, A1111),
-            ("negative_prompt", &self.negative_prompt, A1111Negative),
-            ("hires_prompt", &self.hires_prompt, A1111),
-            ("hires_negative_prompt", &self.hires_negative_prompt, A1111Negative),
-            ("prompt_2", &self.prompt_2, A1111Negative),
-            ("negative_prompt_2", &self.negative_prompt_2, A1111Negative),
+            ("prompt", self.prompt.as_ref(), A1111),
+            ("negative_prompt", self.negative_prompt.as_ref(), A1111Negative),
+            ("hires_prompt", self.hires_prompt.as_ref(), A1111),
+            ("hires_negative_prompt", self.hires_negative_prompt.as_ref(), A1111Negative),
+            ("prompt_2", second, A1111Second),
+            ("negative_prompt_2", negative_second, A1111Second),
         ];
         let warnings = texts.map(|(name, text, role)| {
             let role = if syntax == PromptSyntax::Plain { Plain } else { role };
-            let unread = unread(text.as_ref()?, role);
+            let unread = unread(text?, role);
             unread.map(|what| format!("{} {what}", self.names.of(name)))
         });
         self.warnings.extend(warnings.into_iter().flatten());

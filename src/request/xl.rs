@@ -5,14 +5,19 @@ use sd_models::XlOptions;
 use super::draw::{DrawRequest, MAX_SIDE};
 use super::error::ValidationError;
 
+/// A text of the second text encoder that is not the first's again.
+pub(super) fn another<'a>(own: &'a Option<String>, first: &Option<String>) -> Option<&'a String> {
+    own.as_ref().filter(|own| Some(*own) != first.as_ref())
+}
+
 impl DrawRequest {
     /// What only Stable Diffusion XL takes.
     pub(super) fn xl(&self) -> Result<XlOptions, ValidationError> {
-        let text = |text: &Option<String>| text.clone().unwrap_or_default();
+        let text = |own: Option<&String>| own.cloned().unwrap_or_default();
         let crop = self.pair("crop", self.crop.as_deref(), 0)?;
         Ok(XlOptions {
-            prompt_2: text(&self.prompt_2),
-            negative_prompt_2: text(&self.negative_prompt_2),
+            prompt_2: text(another(&self.prompt_2, &self.prompt)),
+            negative_prompt_2: text(another(&self.negative_prompt_2, &self.negative_prompt)),
             encodes_empty: self.negative_prompt.is_some(),
             original_size: self.pair("original_size", self.original_size.as_deref(), 1)?,
             crop: crop.unwrap_or_default(),

@@ -14,6 +14,8 @@ pub enum PromptRole {
     A1111,
     /// In AUTOMATIC1111's syntax, as a negative prompt, which `AND` does not join.
     A1111Negative,
+    /// In AUTOMATIC1111's syntax, for the second text encoder alone: only its weights are read.
+    A1111Second,
 }
 
 /// What a prompt has that is drawn as words; the sentence reads on from the field's name.
@@ -22,13 +24,18 @@ pub fn unread(prompt: &str, role: PromptRole) -> Option<String> {
     let loose = |part: &str| edited(&first_text(part)).map(|what| says(what, LOOSE));
     match role {
         PromptRole::Plain => {
-            let found = tagged(prompt).or_else(|| edited(prompt)).or_else(|| joined(prompt));
-            found.map(|what| says(what, HINT))
+            let found = tagged(prompt).or_else(|| weighed(prompt)).or_else(|| edited(prompt));
+            found.or_else(|| joined(prompt)).map(|what| says(what, HINT))
         }
         PromptRole::A1111 => parts(prompt).iter().find_map(|part| loose(&part.text)),
         PromptRole::A1111Negative => {
             let joined = || whole_words(prompt, AND).next().map(|_| says(AND, JOINED));
             loose(prompt).or_else(joined)
+        }
+        PromptRole::A1111Second => {
+            let and = || whole_words(prompt, AND).next().map(|_| AND);
+            let found = tagged(prompt).or_else(|| edited(prompt)).or_else(and);
+            found.map(|what| says(what, SECOND))
         }
     }
 }
@@ -36,6 +43,7 @@ pub fn unread(prompt: &str, role: PromptRole) -> Option<String> {
 const HINT: &str = "that is AUTOMATIC1111's syntax, request prompt_syntax a1111";
 const LOOSE: &str = "the brackets, colons and bars around it do not fit AUTOMATIC1111's grammar";
 const JOINED: &str = "as in AUTOMATIC1111, negative prompts are not joined";
+const SECOND: &str = "of the second text encoder's own prompts only weights are read";
 
 /// Prompt editing (`[a:b:0.5]`) or alternation (`[a|b]`).
 fn edited(prompt: &str) -> Option<&str> {
@@ -60,7 +68,7 @@ fn joined(prompt: &str) -> Option<&str> {
     Some(&prompt[at..at + AND.len()])
 }
 
-/// Tags and weights in a plain prompt.
+/// A tag.
 fn tagged(prompt: &str) -> Option<&str> {
     for tag in ["<lora:", "<lyco:", "<hypernet:"] {
         if let Some(at) = prompt.find(tag) {
@@ -68,6 +76,11 @@ fn tagged(prompt: &str) -> Option<&str> {
             return Some(&prompt[at..at + length]);
         }
     }
+    None
+}
+
+/// A weight in a plain prompt.
+fn weighed(prompt: &str) -> Option<&str> {
     let mut rest = prompt;
     while let Some((_, after)) = rest.split_once('(') {
         rest = after;
@@ -87,13 +100,17 @@ mod tests {
 
     #[test]
     fn what_is_drawn_as_words_is_quoted() {
-        use PromptRole::{A1111, A1111Negative, Plain};
+        use PromptRole::{A1111, A1111Negative, A1111Second, Plain};
         for (prompt, role, quoted) in [
             ("a | [red:blue:0.5] house", A1111, "[red:blue:0.5]"),
             ("[cat:dog:5] [a:b:c:5]", A1111, "[a:b:c:5]"),
             ("a AND [a|(b|c)]", A1111, "[a|(b|c)]"),
             ("a cat AND a dog :1.2", A1111Negative, "AND"),
             ("[a:b|c:5]", A1111Negative, "[a:b|c:5]"),
+            ("a <lora:sepia:1> house", A1111Second, "<lora:sepia:1>"),
+            ("a [red:blue:0.5] house", A1111Second, "[red:blue:0.5]"),
+            ("a [cat|dog] house", A1111Second, "[cat|dog]"),
+            ("A RED AND BLUE HOUSE", A1111Second, "AND"),
             ("a house <lora:sepia:1> at night", Plain, "<lora:sepia:1>"),
             ("<hypernet:x:1>", Plain, "<hypernet:x:1>"),
             ("a (red:1.3) house", Plain, "(red:1.3)"),
@@ -120,6 +137,7 @@ mod tests {
             assert_eq!(unread(prompt, A1111Negative), None, "{prompt}");
         }
         assert_eq!(unread("a cat AND a [dog|fox] :1.2", A1111), None);
+        assert_eq!(unread("a (red:1.2) [house] in SAND", A1111Second), None);
         for prompt in ["a (red) house", "[A:B] AND C", "(a: b)", "a < b", "((é"] {
             assert_eq!(unread(prompt, Plain), None, "{prompt}");
         }
