@@ -48,6 +48,9 @@ pub enum Error {
     /// The device is lost: nothing will run on it again.
     #[error("the device failed: {0}")]
     DeviceLost(String),
+    /// A computation overflowed.
+    #[error("computation failed: {0}: NaN or infinite numbers")]
+    NotFinite(&'static str),
     /// A computation failed.
     #[error("computation failed: {}", first_line(&.0.to_string()))]
     Compute(candle_core::Error),

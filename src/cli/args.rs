@@ -332,7 +332,8 @@ pub(super) struct GenerateArgs {
     #[arg(long, value_parser = finite)]
     pub(super) hires_strength: Option<f64>,
     /// Upscaler of the hires pass: Latent, "Latent (nearest)" and others of AUTOMATIC1111's family
-    /// for its latents; Lanczos, Nearest or a file of --upscalers-dir for the picture. Default: Latent
+    /// for its latents; Lanczos, Nearest or a file (of --upscalers-dir by its name) for the picture.
+    /// Default: Latent
     #[arg(long)]
     pub(super) hires_upscaler: Option<String>,
     /// Prompt of the hires pass. Default: PROMPT

@@ -36,7 +36,9 @@ impl GenerateArgs {
             ("--control-preprocessor", self.control_preprocessor.len()),
         ] {
             if values > count {
-                return Err(usage(format!("{option}: has {values} values for {count} nets")));
+                return Err(usage(format!(
+                    "{option}: is given {values} times, --controlnet {count} times; each value is of one net"
+                )));
             }
         }
         let mut files: Vec<PathBuf> = Vec::new();

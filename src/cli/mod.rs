@@ -172,7 +172,15 @@ impl ServeArgs {
 }
 
 impl GenerateArgs {
-    fn resolve(self) -> Result<Generate, clap::Error> {
+    /// The file of the upscaler, if one was typed, which is then selected by its name.
+    fn upscaler_file(&mut self) -> Option<PathBuf> {
+        let typed = self.hires_upscaler.as_mut()?;
+        let file = PathBuf::from(&*typed).canonicalize().ok().filter(|path| path.is_file())?;
+        *typed = file.file_name()?.to_str()?.to_owned();
+        Some(file)
+    }
+
+    fn resolve(mut self) -> Result<Generate, clap::Error> {
         let extension = self.output.extension().unwrap_or_default().to_string_lossy();
         let format = extension.parse::<Format>().map_err(|_| {
             usage(format!("{}: the name must end in .png, .jpg or .webp", self.output.display()))
@@ -194,12 +202,14 @@ impl GenerateArgs {
             loras.push(json!({ "name": name, "scale": scale }));
         }
         let nets = self.nets()?;
+        let upscaler = self.upscaler_file();
         let mut fields = json!(self);
         fields["loras"] = loras.into();
         fields["controlnets"] = nets.fields.into();
         let (mut model, safety) = self.model.resolve()?;
         model.add_ons.loras.files = files;
         model.add_ons.controlnets.files = nets.files;
+        model.add_ons.upscalers.files = upscaler.into_iter().collect();
         let image = self.image.as_deref().map(read_file).transpose()?;
         let mask = self.mask.as_deref().map(read_file).transpose()?;
         let controls = nets.pictures;

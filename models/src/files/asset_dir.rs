@@ -74,7 +74,8 @@ impl AssetDir {
         self.aliases.of(path)
     }
 
-    /// The file of a name, or the only one that has this name in its header or this stem. The error
+    /// The file of a name, or the only one that has this name in its header or this stem, or this
+    /// name in other letters or with a known ending. The error
     /// reads on from the field's name. Blocks: reads the directory, and for an unknown name the
     /// headers.
     pub fn find(&self, name: &str) -> std::result::Result<PathBuf, String> {
@@ -99,11 +100,30 @@ impl AssetDir {
                 return Err(format!("{name:?}, which {first} and {second} have in their headers"));
             }
         }
+        let bare = self.without_ending(name);
+        let is_exact = files.iter().filter(|(known, _)| known == bare).count() == 1;
+        let is_named = |known: &str| match is_exact {
+            true => known == bare,
+            false => known.to_lowercase() == bare.to_lowercase(),
+        };
+        match files.iter().filter(|(known, _)| is_named(known)).collect::<Vec<_>>()[..] {
+            [] => {}
+            [file] => return Ok(file.clone()),
+            [(first, _), (second, _), ..] => {
+                return Err(format!("{name:?}, which {first} and {second} are in other letters"));
+            }
+        }
         if files.is_empty() {
             return Err(format!("{name:?}, which is unknown; there are none"));
         }
         let names: Vec<_> = files.into_iter().map(|(name, _)| name).collect();
         Err(format!("{name:?}, which is unknown; known are {}", names.join(", ")))
+    }
+
+    /// A name without one of the extensions, if it ends with one.
+    fn without_ending<'a>(&self, name: &'a str) -> &'a str {
+        let known = |end: &str| self.endings.iter().any(|known| known.eq_ignore_ascii_case(end));
+        name.rsplit_once('.').filter(|(_, end)| known(end)).map_or(name, |(stem, _)| stem)
     }
 }
 
@@ -112,8 +132,8 @@ const MAX_DEPTH: usize = 8;
 const MAX_FOLDERS: usize = 1 << 12;
 
 /// The files of a directory and of the folders below it, with the number of folders between, and if
-/// `networks` those that have one network. As in AUTOMATIC1111, links are followed and hidden folders
-/// are not.
+/// `networks` those that have one network. As in AUTOMATIC1111, links are followed and what is
+/// hidden is not.
 fn assets_below(directory: &Path, networks: bool) -> Vec<(usize, PathBuf)> {
     let mut files = Vec::new();
     let mut folders = VecDeque::from([(0, directory.to_owned())]);
@@ -128,7 +148,7 @@ fn assets_below(directory: &Path, networks: bool) -> Vec<(usize, PathBuf)> {
             let path = entry.path();
             let is_hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
             match path.metadata() {
-                Ok(data) if data.is_file() => files.push((depth, path)),
+                Ok(data) if data.is_file() && !is_hidden => files.push((depth, path)),
                 Ok(data) if data.is_dir() && networks && path.join(CONFIG).is_file() => {
                     files.push((depth, path));
                 }
@@ -143,7 +163,12 @@ fn assets_below(directory: &Path, networks: bool) -> Vec<(usize, PathBuf)> {
 }
 
 /// Stems that training gives every file: in a folder of its own it goes by the folder's name.
-const USUAL_STEMS: [&str; 2] = ["adapter_model", "pytorch_lora_weights"];
+const USUAL_STEMS: [&str; 4] = [
+    "adapter_model",
+    "pytorch_lora_weights",
+    "diffusion_pytorch_model",
+    "diffusion_pytorch_model.fp16",
+];
 
 /// The name by which requests select a file, or a directory.
 fn name(path: &Path, depth: usize) -> Option<String> {
@@ -272,7 +297,10 @@ impl<T> AssetCache<T> {
         // A file that cannot be used is an error of the request that names it.
         let of_request = |error| match error {
             Error::File { .. } | Error::Config { .. } | Error::Tensor { .. } => {
-                refuse(error.to_string())
+                // A file of a directory does not tell which one it is of.
+                let reason = error.to_string();
+                let is_told = reason.contains(&listed);
+                refuse(if is_told { reason } else { format!("{listed}: {reason}") })
             }
             other => other,
         };
@@ -340,8 +368,11 @@ mod tests {
         assert!(names.is_sorted() && names.contains(&"euler".to_owned()));
         assert!(names.contains(&"asset_dir".to_owned()) && !names.contains(&"json".to_owned()));
         assert_eq!(assets.find("euler"), Ok(root.join("sampling/euler.rs")));
+        for name in ["euler.rs", "EULER", "Euler.RS"] {
+            assert_eq!(assets.find(name), Ok(root.join("sampling/euler.rs")), "{name}");
+        }
         assert_eq!(assets.find("mod"), Ok(root.join("ops/mod.rs")), "files come first");
-        for name in ["../Cargo", "sampling/euler", "json", "euler.rs", "", "/etc/passwd"] {
+        for name in ["../Cargo", "sampling/euler", "json", "euler.pt", "", "/etc/passwd"] {
             assert!(assets.find(name).is_err_and(|reason| reason.contains("euler")), "{name}");
         }
     }
@@ -356,7 +387,9 @@ mod tests {
             ("style", "top.x"),
             ("style/cat", "adapter_model.x"),
             ("style/dog", "pytorch_lora_weights.x"),
+            ("style/net", "diffusion_pytorch_model.x"),
             (".hidden", "hidden.x"),
+            ("", ".top.x"),
         ] {
             std::fs::create_dir_all(at(folder)).expect("a folder");
             std::fs::write(at(folder).join(file), file).expect("a file");
@@ -365,7 +398,7 @@ mod tests {
         let directory = Some(root.path().to_owned());
         let assets = AssetDir { directory, endings: &["x"], ..AssetDir::default() };
         let names: Vec<_> = assets.list().into_iter().map(|(name, _)| name).collect();
-        assert_eq!(names, ["cat", "deep", "dog", "top"]);
+        assert_eq!(names, ["cat", "deep", "dog", "net", "top"]);
         assert_eq!(assets.find("deep"), Ok(at("style/old/deep.x")));
         assert_eq!(assets.find("top"), Ok(at("top.x")), "the less deep one");
         for name in ["cat", "adapter_model"] {

@@ -18,7 +18,7 @@ const FOLDER: (&str, &str) = ("controlnet", "diffusion_pytorch_model");
 
 /// Prefixes of the names in single files; some have none.
 const ORIGINAL_PREFIXES: [&str; 2] = ["control_model.", ""];
-const DIFFUSERS_PREFIXES: [&str; 2] = ["controlnet.", ""];
+const DIFFUSERS_PREFIXES: [&str; 3] = ["controlnet.", "control_model.", ""];
 
 /// Parts of names that files of other families have, and what they are. The first counts.
 const OTHERS: [(&str, &str); 13] = [
@@ -45,9 +45,17 @@ pub struct ControlNetFile {
 }
 
 impl ControlNetFile {
-    /// Its name: that of the directory, or the file's stem.
+    /// Its name: that of the directory, or the file's stem; a file of diffusers' usual stem has that of
+    /// its folder.
     pub(crate) fn name(&self) -> String {
-        let end = if self.path.is_dir() { self.path.file_name() } else { self.path.file_stem() };
+        let stem = self.path.file_stem().unwrap_or_default();
+        let end = if self.path.is_dir() {
+            self.path.file_name()
+        } else if stem.as_encoded_bytes().starts_with(FOLDER.1.as_bytes()) {
+            self.path.parent().and_then(Path::file_name).or(Some(stem))
+        } else {
+            Some(stem)
+        };
         end.unwrap_or_default().to_string_lossy().into_owned()
     }
 
@@ -87,11 +95,11 @@ fn of_file(path: &Path) -> Result<Weights> {
     if let Some(what) = other(&weights) {
         return Err(refused(&weights, what));
     }
-    let starting = |prefixes: [&'static str; 2], name: &str| {
+    let starting = |prefixes: &[&'static str], name: &str| {
         let has = |prefix: &&str| weights.shape(&format!("{prefix}{name}")).is_some();
-        prefixes.into_iter().find(has)
+        prefixes.iter().copied().find(has)
     };
-    if let Some(prefix) = starting(ORIGINAL_PREFIXES, "input_hint_block.0.weight") {
+    if let Some(prefix) = starting(&ORIGINAL_PREFIXES, "input_hint_block.0.weight") {
         // Its copy of the UNet as that of a checkpoint, whose names are known.
         let weights = weights.renamed(|name, shape| {
             let name = name.strip_prefix(prefix).map(|name| match ours(name) {
@@ -110,7 +118,7 @@ fn of_file(path: &Path) -> Result<Weights> {
         }));
     }
     let name = "controlnet_cond_embedding.conv_in.weight";
-    if let Some(prefix) = starting(DIFFUSERS_PREFIXES, name) {
+    if let Some(prefix) = starting(&DIFFUSERS_PREFIXES, name) {
         return Ok(weights.renamed(|name, shape| {
             renamed(name.strip_prefix(prefix).map(ToOwned::to_owned), shape)
         }));
@@ -159,6 +167,10 @@ fn renamed(name: Option<String>, shape: &[usize]) -> Vec<Renamed> {
 }
 
 fn refused(weights: &Weights, what: &str) -> Error {
+    if what == "a ControlNet" {
+        let reason = "this is a ControlNet whose tensors have unknown names";
+        return Error::config(weights.file_names(), reason);
+    }
     let reason = format!("this is {what}; what is wanted is a ControlNet of Stable Diffusion");
     Error::config(weights.file_names(), reason)
 }

@@ -23,8 +23,10 @@ impl Keys {
     /// Reads a file of the model.
     pub fn read(source: &Source, file: &str) -> Result<Self> {
         let text = source.require(file)?;
-        let value = serde_json::from_slice(&text)
-            .map_err(|error| Error::config(file, format!("not JSON: {error}")))?;
+        let value = serde_json::from_slice(&text).map_err(|error: serde_json::Error| {
+            let (line, column) = (error.line(), error.column());
+            Error::config(file, format!("not JSON, from line {line}, column {column} on"))
+        })?;
         if let Ok(Pairs(Some(key))) = serde_json::from_slice(&text) {
             return Err(Error::config(file, format!("{key}: is given twice")));
         }

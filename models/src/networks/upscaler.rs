@@ -45,6 +45,8 @@ const OTHERS: [(&str, &str); 16] = [
 
 /// An upscaler in memory.
 pub struct UpscalerNetwork {
+    /// The name of its file.
+    file: String,
     network: Network,
     dtype: DType,
     scale: usize,
@@ -102,7 +104,13 @@ impl UpscalerNetwork {
             Network::Srvgg(srvgg) => srvgg.bytes(),
         };
         let bytes = bytes as u64;
-        Ok(Self { network, dtype: activation_dtype(device, dtype), scale, bytes })
+        let file = weights.file_names();
+        Ok(Self { file, network, dtype: activation_dtype(device, dtype), scale, bytes })
+    }
+
+    /// The name of its file.
+    pub fn file(&self) -> &str {
+        &self.file
     }
 
     /// How many pixels each side of a pixel becomes: 1, 2, 4 or 8 with RRDBNet, 1 to 8 with

@@ -8,7 +8,7 @@ use super::hires::{HiresPass, HiresUpscaler, UpscaledLatents, covering};
 use super::load::LoadedModel;
 use super::spec::Hires;
 use super::upscaler::{PictureUpscaler, Upscaler};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::tiling;
 use crate::picture::{Rgb, Size, lanczos};
 
@@ -75,7 +75,12 @@ pub(super) fn step(
                 _ => Between::Encode(picture),
             })
         }
-        Between::Enlarge(enlargement) => BetweenStep::Enlarged(enlargement.step()?),
+        Between::Enlarge(enlargement) => {
+            BetweenStep::Enlarged(enlargement.step().map_err(|error| match error {
+                Error::Spec { reason, .. } => Error::Spec { field: "hires_upscaler", reason },
+                other => other,
+            })?)
+        }
         Between::Encode(picture) => {
             let picture = fitted(picture, from, hires.size);
             let latents = tiling(is_tiling, || encoded(model, &picture))?;

@@ -105,12 +105,13 @@ pub(super) struct ActiveControl {
 
 impl ActiveControl {
     /// The nets of an image in a pass, which begins with the sampler; `stages` is the evaluations
-    /// of a step.
+    /// of a step. Warns of those that act at none.
     pub(super) fn begin(
         ControlNets(nets): &ControlNets,
         controls: &[Control],
         hires: bool,
         (sampler, stages): (&SamplerState, usize),
+        warnings: &mut Vec<String>,
     ) -> Result<Vec<Self>> {
         if nets.len() != controls.len() {
             let reason = "were not read".into();
@@ -129,10 +130,20 @@ impl ActiveControl {
             if scales.iter().all(|scale| *scale == 0.0) {
                 continue;
             }
+            let active = active(control, timesteps.len(), stages);
+            if !active.contains(&true) {
+                let Control { model, start, end, .. } = control;
+                let pass = if hires { " of the hires pass" } else { "" };
+                warnings.push(format!(
+                    "controlnets: {model:?} has no effect: no step{pass} is between its start \
+                     {start} and its end {end}"
+                ));
+                continue;
+            }
             begun.push(Self {
                 hint: net.hint(picture)?,
                 time_embeddings: net.time_embeddings(&timesteps)?,
-                active: active(control, timesteps.len(), stages),
+                active,
                 scales,
                 prompted_only,
                 net: Arc::clone(net),
@@ -140,6 +151,11 @@ impl ActiveControl {
             });
         }
         Ok(begun)
+    }
+
+    /// The name of its net.
+    pub(super) fn name(&self) -> String {
+        self.net.name().to_string()
     }
 
     /// Computes the keys and values of a row's prompt, unless they are known.
@@ -177,7 +193,10 @@ fn scales(
     if let Some(layers) = layers {
         if layers.len() != count {
             let found = layers.len();
-            let reason = format!("have {found} advanced weights, but {:?} has {count}", net.name());
+            let reason = format!(
+                "names {:?}, which takes {count} advanced weights, not {found}",
+                net.name()
+            );
             return Err(Error::Spec { field: "controlnets", reason });
         }
         return Ok((layers.clone(), prompted_only));

@@ -133,9 +133,10 @@ impl Enlargement {
         upscalers: Vec<LoadedUpscaler>,
         device: &Device,
     ) -> Result<Self> {
-        let run = |upscaler| Run::new(upscaler, &enlarge.picture, enlarge.scale);
+        let named = ["upscaler", "second_upscaler"].into_iter().zip(upscalers);
+        let run = |(field, upscaler)| Run::new(field, upscaler, enlarge);
         Ok(Self {
-            runs: upscalers.into_iter().map(run).collect::<Result<_>>()?,
+            runs: named.map(run).collect::<Result<_>>()?,
             share: enlarge.second.as_ref().map_or(0.0, |(_, share)| *share),
             canvas: enlarge.canvas,
             device: device.clone(),
@@ -196,6 +197,8 @@ impl Enlargement {
 
 /// A picture on the way to another size by one upscaler.
 struct Run {
+    /// The field that names its upscaler.
+    field: &'static str,
     upscaler: LoadedUpscaler,
     /// As the passes that are done have made it.
     picture: Rgb,
@@ -209,10 +212,11 @@ struct Run {
 }
 
 impl Run {
-    fn new(upscaler: LoadedUpscaler, picture: &Rgb, scale: f64) -> Result<Self> {
-        let of = (picture.width, picture.height);
-        let (left, target) = (upscaler.tiles("upscaler", of, scale)?, target(of, scale));
-        Ok(Self { upscaler, picture: picture.clone(), scale, target, pass: None, left })
+    fn new(field: &'static str, upscaler: LoadedUpscaler, enlarge: &Enlarge) -> Result<Self> {
+        let Enlarge { picture, scale, .. } = enlarge;
+        let (scale, of) = (*scale, (picture.width, picture.height));
+        let (left, target) = (upscaler.tiles(field, of, scale)?, target(of, scale));
+        Ok(Self { field, upscaler, picture: picture.clone(), scale, target, pass: None, left })
     }
 
     /// Computes the next tile.
@@ -224,7 +228,7 @@ impl Run {
             Some((index, tiles, _)) => tiles.cut(&self.picture, *index),
             None => Tiles::of(self.size(), TILE).cut(&self.picture, 0),
         };
-        enlarged(network, &tile, device)
+        enlarged(self.field, network, &tile, device)
     }
 
     fn lay(&mut self, tile: &Rgb) {
@@ -293,16 +297,21 @@ fn passes(
     passes
 }
 
-/// A picture enlarged by a network, as a whole.
-fn enlarged(network: &UpscalerNetwork, picture: &Rgb, device: &Device) -> Result<Rgb> {
+/// A picture enlarged by the network that a field names, as a whole.
+fn enlarged(
+    field: &'static str,
+    network: &UpscalerNetwork,
+    picture: &Rgb,
+    device: &Device,
+) -> Result<Rgb> {
     let values: Vec<f32> = picture.data.iter().map(|byte| f32::from(*byte) / 255.0).collect();
     let pixels = Tensor::from_vec(values, (1, picture.height, picture.width, 3), device)?;
     let enlarged = network.forward(&pixels)?.to_device(&Device::Cpu)?;
     let (_, height, width, _) = enlarged.dims4()?;
     let values = enlarged.flatten_all()?.to_vec1::<f32>()?;
     if !values.iter().all(|value| value.is_finite()) {
-        let reason = "the upscaler computes NaN or infinite numbers";
-        return Err(Error::Compute(candle_core::Error::Msg(reason.into())));
+        let reason = format!("{} computes NaN or infinite numbers", network.file());
+        return Err(Error::Spec { field, reason });
     }
     // Rounds half to even, as numpy.
     let byte = |v: f32| (v.clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
@@ -402,7 +411,11 @@ mod tests {
             let mut canvas = Canvas::new(size, &tiles, network.scale());
             for index in 0..tiles.count() {
                 let tile = tiles.cut(picture, index);
-                canvas.lay(&tiles, index, &enlarged(&network, &tile, &Device::Cpu).unwrap());
+                canvas.lay(
+                    &tiles,
+                    index,
+                    &enlarged("upscaler", &network, &tile, &Device::Cpu).unwrap(),
+                );
             }
             let want = &pictures[&format!("tiled.{name}.{}.{}", sides.0, sides.1)];
             assert_close(name, &canvas.into_picture(), want);
@@ -435,5 +448,22 @@ mod tests {
         let refused = Enlargement::new(&enlarge, vec![network("old-8x")], &Device::Cpu);
         let refused = refused.err().map(|error| error.to_string()).unwrap_or_default();
         assert!(refused.contains("at most 67108864"), "{refused}");
+    }
+    #[test]
+    fn an_upscaler_that_overflows_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path_of_huge = folder.path().join("huge.safetensors");
+        let tensors = candle_core::safetensors::load(path("old-1x.safetensors"), &Device::Cpu);
+        let huge =
+            |(name, x): (String, Tensor)| (name, (x.to_dtype(DType::F32).unwrap() * 1e20).unwrap());
+        let tensors: HashMap<_, _> = tensors.unwrap().into_iter().map(huge).collect();
+        candle_core::safetensors::save(&tensors, &path_of_huge).unwrap();
+        let network = UpscalerNetwork::read(&path_of_huge, &Device::Cpu, DType::F32).unwrap();
+        let picture = Rgb { width: 16, height: 16, data: vec![200; 3 * 16 * 16] };
+        let error = enlarged("second_upscaler", &network, &picture, &Device::Cpu).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "second_upscaler: huge.safetensors computes NaN or infinite numbers"
+        );
     }
 }

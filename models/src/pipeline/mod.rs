@@ -199,9 +199,13 @@ impl Pipeline {
             tiling(spec.tiling, || init.begin(spec, &sampler, &mut noise))?;
         let noise = step_noise.unwrap_or(noise);
         let time_embeddings = self.time_embeddings(&sampler, base, &loras)?;
-        let controls = controls(base, &nets, &sampler)?;
+        let controls = controls(base, &nets, &sampler, &mut warnings)?;
         let hires = self.hires_pass(spec, (of_hires, &nets, &upscalers), &mut warnings)?;
+        let of_hires = hires.iter().flat_map(|hires| &hires.controls);
+        let mut nets: Vec<_> = controls.iter().chain(of_hires).map(ActiveControl::name).collect();
+        nets.dedup();
         Ok(Trajectory {
+            nets,
             size: spec.size,
             latents,
             rows,
@@ -317,7 +321,7 @@ impl Pipeline {
         Ok(Some(HiresPass {
             size: hires.size,
             time_embeddings: self.time_embeddings(&sampler, pass, &loras)?,
-            controls: controls(pass, nets, &sampler)?,
+            controls: controls(pass, nets, &sampler, warnings)?,
             sampler,
             rows,
             loras,
@@ -455,7 +459,16 @@ impl Pipeline {
     /// call is decoded, as AUTOMATIC1111 does when it is interrupted.
     pub fn decode(&self, trajectory: &Trajectory) -> Result<Rgb> {
         let latents = self.model.vae.config().unscaled(&trajectory.predicted_x0()?)?;
-        let image = tiling(trajectory.tiling, || self.decode_latents(&latents))?; // (1, H, W, 3)
+        let image = tiling(trajectory.tiling, || self.decode_latents(&latents));
+        let image = image.map_err(|error| match error {
+            // A model alone draws finite numbers: what was added to it is the request's.
+            Error::NotFinite(what) if !trajectory.nets.is_empty() => {
+                let nets = trajectory.nets.join(", ");
+                let reason = format!("{what}: NaN or infinite numbers, drawn with {nets}");
+                Error::Spec { field: "controlnets", reason }
+            }
+            other => other,
+        })?; // (1, H, W, 3)
         let (_, height, width, _) = image.dims4()?;
         let values = image.flatten_all()?.to_vec1::<f32>()?;
         // Rounds half to even, as numpy.
@@ -498,9 +511,10 @@ fn controls(
     pass: Pass<'_>,
     nets: &ControlNets,
     sampler: &SamplerState,
+    warnings: &mut Vec<String>,
 ) -> Result<Vec<ActiveControl>> {
     let stages = pass.sampler().sampler.evaluations_of_a_step();
-    ActiveControl::begin(nets, &pass.spec.controls, pass.is_hires(), (sampler, stages))
+    ActiveControl::begin(nets, &pass.spec.controls, pass.is_hires(), (sampler, stages), warnings)
 }
 
 /// Warnings for what has no effect in a pass without an unconditional row.

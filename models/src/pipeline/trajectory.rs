@@ -23,6 +23,8 @@ pub struct Trajectory {
     /// The files of the LoRAs of all passes.
     pub(super) lora_files: Vec<AssetFile>,
     pub(super) controls: Vec<ActiveControl>,
+    /// The names of the nets of its passes.
+    pub(super) nets: Vec<String>,
     pub(super) blend: Option<InpaintBlend>,
     /// Mask and masked image (1, 1 + C, h, w), concatenated to the latents of an inpainting UNet.
     pub(super) mask_condition: Option<Tensor>,

@@ -37,7 +37,9 @@ impl UpscalerCache {
                     let network = UpscalerNetwork::read(&file.path, &self.device, self.dtype)?;
                     let (bytes, most) = (network.bytes(), self.cache.max_bytes());
                     if bytes > most {
-                        let reason = format!("takes {bytes} bytes; at most {most} are kept");
+                        let reason = format!(
+                            "takes {bytes} bytes; at most {most} are allowed (--max-upscaler-bytes)"
+                        );
                         return Err(Error::config(name.to_string(), reason));
                     }
                     Ok((network, bytes))

@@ -125,14 +125,14 @@ impl Vae {
         }
         match encoded {
             (mean, logvar, true) => Ok((mean, logvar)),
-            _ => Err(not_finite("the latents of the input image")),
+            _ => Err(Error::NotFinite("the latents of the input image")),
         }
     }
 
     /// Latents (1, C, h, w), divided by the scaling factor -> the image (1, H, W, 3) on the CPU.
     pub(super) fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         if !is_finite(latents)? {
-            return Err(not_finite("the latents"));
+            return Err(Error::NotFinite("the latents"));
         }
         let decode = |decoder: &Decoder| -> Result<(Tensor, bool)> {
             let image = decoder.forward(latents)?.to_device(&Device::Cpu)?;
@@ -146,7 +146,7 @@ impl Vae {
         }
         match decoded {
             (image, true) => Ok(image),
-            _ => Err(not_finite("the image")),
+            _ => Err(Error::NotFinite("the image")),
         }
     }
 }
@@ -154,10 +154,6 @@ impl Vae {
 fn is_finite(x: &Tensor) -> Result<bool> {
     let values = x.flatten_all()?.to_vec1::<f32>()?;
     Ok(values.iter().all(|value| value.is_finite()))
-}
-
-fn not_finite(what: &str) -> Error {
-    Error::Compute(candle_core::Error::Msg(format!("{what}: NaN or infinite numbers")))
 }
 
 #[cfg(test)]

@@ -413,11 +413,52 @@ fn what_a_net_cannot_do_is_refused_by_name() {
                 let layers = Some(vec![1.0; 13]);
                 c.rule = ControlRule::Extension(Extension { layers, ..Extension::default() });
             },
-            "have 13 advanced weights, but \"edges\" has 5",
+            "names \"edges\", which takes 5 advanced weights, not 13",
         ),
     ];
     for (change, words) in cases {
         let error = run(change);
         assert!(error.starts_with("controlnets: ") && error.contains(words), "{words}: {error}");
     }
+}
+
+/// A spec with the net of the fixtures whose control is changed.
+fn changed(change: impl Fn(&mut Control)) -> Spec {
+    let mut control = Control {
+        model: "edges".into(),
+        preprocessor: Preprocessor::None,
+        picture: Arc::new(painted(64, 64, 2)),
+        hires_picture: None,
+        scale: 1.0,
+        start: 0.0,
+        end: 1.0,
+        rule: ControlRule::Extension(Extension::default()),
+    };
+    change(&mut control);
+    Spec { controls: vec![control], ..spec(None) }
+}
+
+#[test]
+fn a_net_that_acts_at_no_step_is_told() {
+    let model = model("idle", &path("control/v1/unet"), None);
+    let told = |start| {
+        let trajectory = model.begin(&changed(|control| control.start = start)).unwrap();
+        trajectory.warnings().iter().any(|warning| warning.contains("\"edges\" has no effect"))
+    };
+    assert!(told(0.99) && !told(0.0));
+}
+
+#[test]
+fn an_image_that_overflows_with_a_net_names_it() {
+    let model = model("overflow", &path("control/v1/unet"), None);
+    let spec = changed(|control| {
+        let layers = Some(vec![1e38; 5]);
+        control.rule = ControlRule::Extension(Extension { layers, ..Extension::default() });
+    });
+    let mut trajectory = model.begin(&spec).unwrap();
+    while !trajectory.done() {
+        model.step(&mut [&mut trajectory]).unwrap();
+    }
+    let error = model.decode(&trajectory).unwrap_err().to_string();
+    assert!(error.starts_with("controlnets: ") && error.contains("drawn with edges"), "{error}");
 }

@@ -40,9 +40,9 @@ impl<M: Model> Worker<M> {
             .collect();
         let began = Instant::now();
         let mut batch: Vec<_> = members.iter_mut().map(|slot| &mut slot.trajectory).collect();
-        let (stepped, len) = step_with_oom_fallback(&self.model, &mut batch);
+        let (stepped, len, is_short_of_memory) = step_with_fallback(&self.model, &mut batch);
         self.last_step = began.elapsed();
-        let shrunk = len < members.len();
+        let shrunk = len < members.len() && is_short_of_memory;
         members.truncate(len);
         let rows: usize = members.iter().map(|slot| slot.trajectory.rows()).sum();
         let stage = if kind.enlarging { "upscale" } else { "step" };
@@ -75,17 +75,21 @@ impl<M: Model> Worker<M> {
     }
 }
 
-/// Steps the batch; if the device is out of memory, half of it, and so on down to one image. A
-/// failed step changes nothing. Returns the number of images stepped.
-fn step_with_oom_fallback<M: Model>(
+/// Steps the batch; if the device is out of memory or an image names what cannot be computed, half of
+/// it, and so on down to one image, so that no image fails for another. A failed step changes nothing.
+/// Returns the number of images stepped, and whether memory was short.
+fn step_with_fallback<M: Model>(
     model: &M,
     batch: &mut [&mut M::Trajectory],
-) -> (sd_models::Result<()>, usize) {
-    let mut len = batch.len();
+) -> (sd_models::Result<()>, usize, bool) {
+    let (mut len, mut is_short) = (batch.len(), false);
     loop {
         match model.step(&mut batch[..len]) {
-            Err(Error::OutOfMemory(_)) if len > 1 => len /= 2,
-            stepped => return (stepped, len),
+            Err(error @ (Error::OutOfMemory(_) | Error::Spec { .. })) if len > 1 => {
+                is_short |= matches!(error, Error::OutOfMemory(_));
+                len /= 2;
+            }
+            stepped => return (stepped, len, is_short),
         }
     }
 }

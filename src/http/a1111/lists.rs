@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use sd_models::{AddOns, LatentUpscaler, ModelInfo, PictureUpscaler, Sampler, SigmaSchedule};
+use sd_models::{
+    AddOns, LatentUpscaler, ModelInfo, PictureUpscaler, Sampler, SigmaSchedule, Upscaler,
+};
 use serde_json::{Map, Value, json};
 use tokio::time::Instant;
 
@@ -103,19 +105,27 @@ pub(crate) async fn refresh() -> Json<Value> {
     Json(Value::Null)
 }
 
-/// `GET /sdapi/v1/upscalers`: of pictures. The scale of a file is known when it is read; that of the
-/// others is any.
+/// `GET /sdapi/v1/upscalers`: of pictures. The scale of a file is known when it is read, and null
+/// here.
 pub(crate) async fn upscalers(State(state): State<AppState>) -> Result<Json<Vec<Value>>> {
     let item = |name: &str, path: Option<String>| {
         json!({
-            "name": name, "model_name": null, "model_path": path, "model_url": null, "scale": 4,
+            "name": name, "model_name": null, "model_path": path, "model_url": null,
+            // As there, any that is asked for.
+            "scale": path.is_none().then_some(4),
         })
     };
     let list = move |add_ons: &AddOns| {
         let built_in = PictureUpscaler::BUILT_IN;
         let built_in = built_in.iter().map(|upscaler| item(upscaler.title(), None));
         let files = add_ons.upscalers.list().into_iter();
-        let files = files.map(|(name, path)| item(&name, path.file_name().map(file_text)));
+        let files = files.map(|(name, path)| {
+            let file = path.file_name().map(file_text);
+            // A file of a built-in name is selected by its name with the ending.
+            let is_built_in = Upscaler::built_in().any(|own| own.eq_ignore_ascii_case(&name));
+            let name = file.clone().filter(|_| is_built_in).unwrap_or(name);
+            item(&name, file)
+        });
         built_in.chain(files).collect()
     };
     look_up(&state, list).await
