@@ -74,9 +74,9 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
         net.image = Some(ImageFile::Bytes(file.into()));
     }
     let seed = getrandom::u32().map_err(|error| anyhow!("no random numbers: {error}"))?;
-    let mut specs = request.specs(&LIMITS, &model, seed.into())?;
+    let specs = request.specs(&LIMITS, &model, seed.into())?;
     specs.iter().try_for_each(|spec| request.check_format(spec, config.format))?;
-    request.check_files(&mut specs, &model)?;
+    request.check_files(&specs, &model)?;
     let began = Instant::now();
     let ticket = engine.submit(specs.clone())?;
     let bar = tokio::spawn(show(ticket.progress()));

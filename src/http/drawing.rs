@@ -117,13 +117,24 @@ impl Drawing {
     pub(crate) async fn prepare(
         state: &AppState,
         slot: &mut RequestSlot,
-        requests: Vec<DrawRequest>,
+        mut requests: Vec<DrawRequest>,
         choose: impl FnOnce(&DrawRequest, usize) -> Result<ReplyFormat>,
     ) -> Result<Self> {
         let (engine, settings) = (state.engine.clone(), &state.settings);
         let (model, seed) = (engine.model()?, ids::seed()?);
         let (limits, own, reader) = (settings.limits, Arc::clone(&model), state.reader.clone());
         let deadline = slot.deadline;
+        // Before their pictures are decoded. Each request is an image at least; more are refused.
+        if requests.iter().any(|request| request.controlnets.is_some()) {
+            let own = Arc::clone(&model);
+            let find = move || {
+                let nets = &own.add_ons.controlnets;
+                let mut first = requests.iter_mut().take(limits.max_images);
+                first.try_for_each(|request| request.find_controlnets(nets, &limits))?;
+                Ok(requests)
+            };
+            requests = state.reader.look_up(deadline, slot.clone(), find).await?;
+        }
         let room = slot.hold_inputs(state, most_input_bytes(&requests, &limits)).await?;
         let read = move || {
             let specs = |request: &mut DrawRequest| {
@@ -132,7 +143,7 @@ impl Drawing {
             };
             specs_of(requests, specs)
         };
-        let (mut specs, mut request) = state.reader.run(deadline, slot.clone(), read).await?;
+        let (specs, mut request) = state.reader.run(deadline, slot.clone(), read).await?;
         slot.release_body();
         let (count, most) = (specs.len(), settings.limits.max_images);
         if count > most {
@@ -147,7 +158,7 @@ impl Drawing {
             true => {
                 let own = Arc::clone(&model);
                 let check = move || {
-                    request.check_files(&mut specs, &own)?;
+                    request.check_files(&specs, &own)?;
                     Ok((specs, request))
                 };
                 state.reader.look_up(deadline, slot.clone(), check).await?
@@ -252,9 +263,9 @@ impl Drawing {
     }
 
     /// The files of the control pictures. Blocks.
-    pub(crate) fn map_files(&self) -> Vec<Vec<u8>> {
-        let file = |map: &Arc<Rgb>| image::encode(map, self.reply.format(), self.quality, "").ok();
-        self.control_maps.iter().filter_map(file).collect()
+    pub(crate) fn map_files(&self) -> Result<Vec<Vec<u8>>> {
+        let file = |map: &Arc<Rgb>| image::encode(map, self.reply.format(), self.quality, "");
+        self.control_maps.iter().map(|map| file(map).map_err(unwritten)).collect()
     }
 
     /// The generation parameters of an image.
@@ -287,10 +298,7 @@ impl Drawing {
             let infotext = self.infotext(spec, &self.loras(generated));
             let file = image::encode(&generated.rgb, self.reply.format(), self.quality, &infotext);
             self.engine.metrics().stage_duration.time(["image_encode"], began.elapsed());
-            file.map_err(|error| {
-                error!("{error:#}");
-                ApiError::Encode
-            })
+            file.map_err(unwritten)
         };
         self.specs.iter().zip(images).map(file).collect()
     }
@@ -324,6 +332,12 @@ fn hash_files(hashes: &Hashes, model: &ModelInfo) {
         let (hashes, file) = (hashes.clone(), file.clone());
         tokio::task::spawn_blocking(move || hashes.whole(&file));
     }
+}
+
+/// The error of an image that cannot be encoded.
+fn unwritten(error: impl std::fmt::Display) -> ApiError {
+    error!("{error:#}");
+    ApiError::Encode
 }
 
 /// The files in base64.

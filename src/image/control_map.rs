@@ -4,11 +4,10 @@
 //! Reference: sd-webui-controlnet 1.1.455 `resize_image_with_pad` and `detectmap_proc`. Other than
 //! there, pictures are resized by a Lanczos filter, and lines of one pixel are not thinned.
 
-use image::imageops::FilterType;
 use image::{DynamicImage, GenericImageView as _, RgbImage};
 use sd_models::{Preprocessor, Rgb, Size};
 
-use super::fit::{Fit, fitted};
+use super::fit::{Fit, cropped, fitted};
 
 /// The preprocessors' pictures have sides that are multiples of this.
 const MULTIPLE: u32 = 64;
@@ -39,10 +38,49 @@ pub fn pixel_perfect(image: &DynamicImage, size: Size, fit: Fit) -> usize {
     (scale * width.min(height)).round_ties_even() as usize
 }
 
+/// Checks that a picture of these sides has at most `most` pixels, where a preprocessor makes
+/// something of it in its own size. The error reads on from the picture's name.
+pub fn check_own_size(
+    image: &DynamicImage,
+    preprocessor: Preprocessor,
+    most: usize,
+) -> Result<(), String> {
+    let ((width, height), name) = (image.dimensions(), preprocessor.name());
+    if area((width, height)) > most {
+        return Err(format!(
+            "is {width}x{height}; at most {most} pixels are processed by the preprocessor {name}"
+        ));
+    }
+    Ok(())
+}
+
+/// The sides of a picture whose shorter side is made `shorter` pixels long, and those of the picture
+/// that a preprocessor of the extension sees.
+fn sides((width, height): (u32, u32), shorter: usize) -> [(u32, u32); 2] {
+    let scale = shorter.max(1) as f64 / f64::from(width.min(height).max(1));
+    let side = |side: u32| ((f64::from(side) * scale).round_ties_even() as u32).max(1);
+    let padded = |side: u32| side.checked_next_multiple_of(MULTIPLE).unwrap_or(side);
+    let (width, height) = (side(width), side(height));
+    [(width, height), (padded(width), padded(height))]
+}
+
+/// The number of pixels of an image of these sides.
+fn area((width, height): (u32, u32)) -> usize {
+    (width as usize).saturating_mul(height as usize)
+}
+
+/// The number of pixels that a preprocessor of the extension sees of a picture of these sides.
+pub fn processed(own: (u32, u32), preprocessor: Preprocessor, shorter: usize) -> usize {
+    match preprocessor {
+        Preprocessor::None | Preprocessor::Invert => area(own),
+        Preprocessor::Canny { .. } | Preprocessor::Threshold { .. } => area(sides(own, shorter)[1]),
+    }
+}
+
 impl ControlMap {
     /// What a preprocessor makes of a picture whose shorter side is made `shorter` pixels long, if
-    /// it has at most `most` pixels then. Those that look at each pixel alone work in its own size.
-    /// The error reads on from the picture's name.
+    /// it has at most `most` pixels then, with those that make its sides multiples. None and invert
+    /// work in its own size, of any number of pixels. The error reads on from the picture's name.
     pub fn new(
         image: &DynamicImage,
         preprocessor: Preprocessor,
@@ -52,19 +90,15 @@ impl ControlMap {
         if matches!(preprocessor, Preprocessor::None | Preprocessor::Invert) {
             return Ok(Self(of_rgb(preprocessor.apply(&rgb(image))).into_rgb8()));
         }
-        let (width, height) = image.dimensions();
-        let scale = shorter.max(1) as f64 / f64::from(width.min(height));
-        let side = |side: u32| ((f64::from(side) * scale).round_ties_even() as u32).max(1);
-        let (width, height) = (side(width), side(height));
-        if u64::from(width) * u64::from(height) > most as u64 {
-            let name = preprocessor.name();
+        let [(width, height), padded] = sides(image.dimensions(), shorter);
+        if area(padded) > most {
+            let (name, (w, h)) = (preprocessor.name(), padded);
             return Err(format!(
-                "is {width}x{height} at the resolution of {name}; at most {most} pixels are processed"
+                "is {w}x{h} at the resolution of {name}; at most {most} pixels are processed"
             ));
         }
         let resized = fitted(image, (width, height), Fit::Stretch).into_rgb8();
-        let padded = |side: u32| side.next_multiple_of(MULTIPLE);
-        let continued = RgbImage::from_fn(padded(width), padded(height), |x, y| {
+        let continued = RgbImage::from_fn(padded.0, padded.1, |x, y| {
             *resized.get_pixel(x.min(width - 1), y.min(height - 1))
         });
         let made = of_rgb(preprocessor.apply(&rgb(&continued.into())));
@@ -80,15 +114,19 @@ impl ControlMap {
     pub fn fitted(&self, size: Size, fit: Fit) -> Rgb {
         let Self(map) = self;
         let (width, height) = (size.width() as u32, size.height() as u32);
+        match fit {
+            Fit::Stretch => return rgb(&self.resized(map, width, height).into()),
+            Fit::Crop => {
+                // Cropped first: what is cut off takes no memory.
+                let part = cropped(&map.clone().into(), (width, height)).into_rgb8();
+                return rgb(&self.resized(&part, width, height).into());
+            }
+            Fit::Pad => {}
+        }
         let (w, h) = (f64::from(map.width()), f64::from(map.height()));
-        let (across, down) = (f64::from(width) / w, f64::from(height) / h);
-        let scale = match fit {
-            Fit::Stretch => return rgb(&self.resized(width, height).into()),
-            Fit::Crop => across.max(down),
-            Fit::Pad => across.min(down),
-        };
+        let scale = (f64::from(width) / w).min(f64::from(height) / h);
         let side = |side: f64| ((side * scale).round_ties_even() as u32).max(1);
-        let inner = self.resized(side(w), side(h));
+        let inner = self.resized(map, side(w), side(h));
         let mut outer = RgbImage::from_pixel(width, height, self.border());
         let middle = |outer: u32, inner: u32| (i64::from(outer) - i64::from(inner)) / 2;
         let (left, top) = (middle(width, inner.width()), middle(height, inner.height()));
@@ -96,14 +134,15 @@ impl ControlMap {
         rgb(&outer.into())
     }
 
-    /// The map in these sides: areas keep their colours, and a map of black and white stays one.
-    fn resized(&self, width: u32, height: u32) -> RgbImage {
-        let Self(map) = self;
-        if map.dimensions() == (width, height) {
-            return map.clone();
+    /// A part of the map in these sides: areas keep their colours, and a map of black and white
+    /// stays one.
+    fn resized(&self, part: &RgbImage, width: u32, height: u32) -> RgbImage {
+        let (w, h) = part.dimensions();
+        if (w, h) == (width, height) {
+            return part.clone();
         }
         let mut colours: Vec<_> = Vec::new();
-        for pixel in map.pixels() {
+        for pixel in self.0.pixels() {
             if !colours.contains(pixel) {
                 colours.push(*pixel);
                 if colours.len() == FEW_COLOURS {
@@ -112,9 +151,16 @@ impl ControlMap {
             }
         }
         if (3..FEW_COLOURS).contains(&colours.len()) {
-            return image::imageops::resize(map, width, height, FilterType::Nearest);
+            // The nearest pixel. What the image library holds between the two directions may be large.
+            let place = |at: u32, side: u32, of: u32| {
+                let twice = (2 * u64::from(at) + 1) * u64::from(side) / (2 * u64::from(of));
+                (twice as u32).min(side - 1)
+            };
+            return RgbImage::from_fn(width, height, |x, y| {
+                *part.get_pixel(place(x, w, width), place(y, h, height))
+            });
         }
-        let mut resized = fitted(&map.clone().into(), (width, height), Fit::Stretch).into_rgb8();
+        let mut resized = fitted(&part.clone().into(), (width, height), Fit::Stretch).into_rgb8();
         let of = |value: fn(&u8) -> bool| colours.iter().any(|colour| colour.0.iter().any(value));
         if colours.len() == 2 && of(|byte| *byte < 16) && of(|byte| *byte > 240) {
             for pixel in resized.pixels_mut() {
@@ -173,16 +219,42 @@ mod tests {
     }
 
     #[test]
+    fn thin_maps_take_no_more_memory_than_the_images() {
+        // Scaled as a whole, each of these would take gigabytes; with a few colours, with many, and
+        // with two.
+        let colours: [fn(u32) -> [u8; 3]; 3] = [
+            |k| [(k % 3) as u8 * 90, 7, 9],
+            |k| [k as u8, (k / 256) as u8, 9],
+            |k| [(k % 2) as u8 * 255; 3],
+        ];
+        for colour in colours {
+            for (w, h) in [(1, 32768), (32768, 1)] {
+                let map = ControlMap(RgbImage::from_fn(w, h, |x, y| Pixel(colour(x + y))));
+                for fit in [Fit::Stretch, Fit::Crop, Fit::Pad] {
+                    let fitted = map.fitted(size(512, 512), fit);
+                    assert_eq!((fitted.width, fitted.height), (512, 512));
+                }
+            }
+        }
+    }
+
+    #[test]
     fn preprocessors_work_at_their_resolution() {
         let image = DynamicImage::from(RgbImage::from_fn(40, 20, |x, _| {
             Pixel([if x < 20 { 9 } else { 222 }; 3])
         }));
         let canny = Preprocessor::Canny { low: 100.0, high: 200.0 };
+        assert_eq!(processed((40, 20), canny, 70), 192 * 128);
+        assert_eq!(processed((40, 20), Preprocessor::Invert, 70), 800);
+        assert_eq!(check_own_size(&image, canny, 800), Ok(()));
+        let refused = check_own_size(&image, canny, 799);
+        assert!(refused.is_err_and(|reason| reason.starts_with("is 40x20; at most 799")));
         let sides = |preprocessor, most| {
             ControlMap::new(&image, preprocessor, 70, most).map(|map| map.whole().dimensions())
         };
-        assert_eq!(sides(canny, 9800), Ok((140, 70)));
-        assert!(sides(canny, 9799).is_err_and(|reason| reason.starts_with("is 140x70")));
+        assert_eq!(sides(canny, 192 * 128), Ok((140, 70)));
+        let refused = sides(canny, 192 * 128 - 1);
+        assert!(refused.is_err_and(|reason| reason.starts_with("is 192x128 at the resolution")));
         assert_eq!(sides(Preprocessor::Invert, 0), Ok((40, 20)));
         assert_eq!(pixel_perfect(&image, size(80, 80), Fit::Crop), 80);
         assert_eq!(pixel_perfect(&image, size(80, 80), Fit::Pad), 40);

@@ -28,6 +28,11 @@ pub fn decoded_bytes(file: &[u8], max_pixels: usize) -> Result<usize, String> {
     Ok(usize::try_from(bytes).unwrap_or(usize::MAX))
 }
 
+/// Width and height of a file, from its header.
+pub fn dimensions(file: &[u8], max_pixels: usize) -> Result<(u32, u32), String> {
+    Ok(open(file, max_pixels)?.dimensions())
+}
+
 /// Reads the header of a file, and rejects more pixels than `max_pixels`.
 fn open(file: &[u8], max_pixels: usize) -> Result<impl ImageDecoder, String> {
     /// Bytes of a pixel of four 16-bit channels; a decoder may hold a second copy.

@@ -23,19 +23,10 @@ pub(super) fn fitted(image: &DynamicImage, (width, height): (u32, u32), fit: Fit
     }
     // Whether the image is wider than the size.
     let wider = u64::from(w) * u64::from(height) > u64::from(h) * u64::from(width);
-    let scaled = |side: u32, by: u32, of: u32| {
-        u32::try_from(u64::from(side) * u64::from(by) / u64::from(of)).unwrap_or(side).max(1)
-    };
     let (inner_width, inner_height) = match (fit, wider) {
         (Fit::Stretch, _) => return resized(image, (width, height)),
-        (Fit::Crop, _) => {
-            // Cropped first: what is cut off takes no memory.
-            let part =
-                if wider { (scaled(h, width, height), h) } else { (w, scaled(w, height, width)) };
-            let part = (part.0.min(w), part.1.min(h));
-            let (left, top) = ((w - part.0) / 2, (h - part.1) / 2);
-            return resized(&image.crop_imm(left, top, part.0, part.1), (width, height));
-        }
+        // Cropped first: what is cut off takes no memory.
+        (Fit::Crop, _) => return resized(&cropped(image, (width, height)), (width, height)),
         (Fit::Pad, true) => (width, scaled(h, width, w)),
         (Fit::Pad, false) => (scaled(w, height, h), height),
     };
@@ -48,6 +39,18 @@ pub(super) fn fitted(image: &DynamicImage, (width, height): (u32, u32), fit: Fit
         true => outer.into(),
         false => DynamicImage::from(outer).into_rgb8().into(),
     }
+}
+
+/// The middle of an image that has the proportions of this size.
+pub(super) fn cropped(image: &DynamicImage, (width, height): (u32, u32)) -> DynamicImage {
+    let (w, h) = image.dimensions();
+    let part = (scaled(h, width, height).min(w), scaled(w, height, width).min(h));
+    image.crop_imm((w - part.0) / 2, (h - part.1) / 2, part.0, part.1)
+}
+
+/// `side * by / of`, a side again.
+fn scaled(side: u32, by: u32, of: u32) -> u32 {
+    u32::try_from(u64::from(side) * u64::from(by) / u64::from(of)).unwrap_or(side).max(1)
 }
 
 /// An image in this size. The side that shrinks more is resized first, so that what is between the

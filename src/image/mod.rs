@@ -14,8 +14,10 @@ mod inpaint;
 mod mask;
 
 pub use blur::blurred;
-pub use control_map::{ControlMap, of_rgb, pixel_perfect, rgb};
-pub use decode::{decode, decoded_bytes, fit_mask, is_transparent, on_white, resize_to};
+pub use control_map::{ControlMap, check_own_size, of_rgb, pixel_perfect, processed, rgb};
+pub use decode::{
+    decode, decoded_bytes, dimensions, fit_mask, is_transparent, on_white, resize_to,
+};
 pub(crate) use encode::encode_png;
 pub use encode::{Format, encode};
 pub use fit::Fit;

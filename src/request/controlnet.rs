@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::error::ValidationError;
 use super::images::ImageFile;
 use super::limits::Limits;
-use crate::image::Fit;
+use crate::image::{self, Fit};
 
 /// Maximum of a preprocessor's threshold: the largest gradient of OpenCV's Sobel filter.
 const MAX_THRESHOLD: u32 = 2040;
@@ -66,6 +66,8 @@ pub(crate) struct Unit {
     /// Whether the reply has the picture as the net saw it.
     pub(crate) is_returned: bool,
     pub(crate) rule: Extension,
+    /// What of it has no effect.
+    pub(crate) warnings: Vec<String>,
 }
 
 /// The size in which a preprocessor works.
@@ -80,20 +82,53 @@ pub(crate) enum Resolution {
 /// The control pictures of a reply.
 pub(crate) type ControlMaps = Vec<Arc<Rgb>>;
 
+/// Memory that a preprocessor takes for a picture of these sides, in bytes: in its own size, or at a
+/// resolution of the extension.
+pub(crate) fn processed(
+    own: (u32, u32),
+    preprocessor: Preprocessor,
+    resolution: Option<Resolution>,
+    limits: &Limits,
+) -> usize {
+    /// Bytes of a pixel: two copies, and where edges are found also gradients and marks.
+    const COPIES: usize = 6;
+    const PIXEL_BYTES: usize = 16;
+    let each = if preprocessor == Preprocessor::None { COPIES } else { PIXEL_BYTES };
+    let whole = image::processed(own, Preprocessor::None, 0);
+    let pixels = match (resolution, preprocessor) {
+        (None, _) | (_, Preprocessor::None | Preprocessor::Invert) => whole,
+        // More are refused.
+        (Some(Resolution::Shorter(side)), _) => {
+            image::processed(own, preprocessor, side).min(limits.most_of_a_map())
+        }
+        (Some(Resolution::PixelPerfect), _) => limits.most_of_a_map(),
+    };
+    pixels.saturating_mul(each)
+}
+
 impl ControlNet {
-    /// Memory that decoding its pictures takes, in bytes.
-    pub(super) fn weigh(&mut self, limits: &Limits) -> usize {
-        /// Bytes of a pixel while a preprocessor works: copies, gradients and marks.
-        const PIXEL_BYTES: usize = 16;
-        let mask = self.unit.as_mut().and_then(|unit| unit.mask.as_mut());
-        let images = [self.image.as_mut(), mask].into_iter().flatten();
-        let decoded: usize = images.map(|image| image.weigh(limits.max_input_pixels)).sum();
-        let resolution = self.unit.as_ref().map(|unit| match unit.resolution {
-            Resolution::Shorter(side) => 2 * side * side,
-            Resolution::PixelPerfect => 2 * limits.max_pixels,
-        });
-        let pixels = resolution.unwrap_or(decoded / 6).min(limits.most_of_a_map());
-        decoded + if self.preprocessor.is_some() { PIXEL_BYTES * pixels } else { 0 }
+    /// Memory that its pictures take, decoded and processed, in bytes. `input` is the request's input
+    /// image, which a unit without a picture decodes for itself.
+    pub(super) fn weigh(&mut self, limits: &Limits, input: Option<&ImageFile>) -> usize {
+        let most = limits.max_input_pixels;
+        let mut input = input.filter(|_| self.unit.is_some()).cloned();
+        let image = self.image.as_mut().or(input.as_mut());
+        let Some(image) = image else { return 0 };
+        let decoded = image.weigh(most);
+        let Some(own) = image.dimensions(most) else { return 0 };
+        // One that is unknown is refused.
+        let preprocessor = self.preprocessor("").unwrap_or_default();
+        let (mask, resolution) = match &mut self.unit {
+            Some(unit) => (unit.mask.as_mut(), Some(unit.resolution)),
+            None => (None, None),
+        };
+        let mask = mask.map_or(0, |mask| mask.weigh(most));
+        decoded.saturating_add(mask).saturating_add(processed(
+            own,
+            preprocessor,
+            resolution,
+            limits,
+        ))
     }
 
     /// The preprocessor with its thresholds.

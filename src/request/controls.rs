@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use ::image::DynamicImage;
-use sd_models::{Control, ControlRule, ModelInfo, Preprocessor, Size};
+use sd_models::{AssetDir, Control, ControlRule, ModelInfo, Preprocessor, Size};
 
 use super::controlnet::{ControlNet, Resolution, Unit};
 use super::draw::DrawRequest;
-use super::error::ValidationError;
+use super::error::{ValidationError, brief};
 use super::images::Transparency;
 use super::input::{Input, size_of};
 use super::limits::Limits;
@@ -27,6 +27,39 @@ pub(super) struct DecodedControl {
 }
 
 impl DrawRequest {
+    /// Gives the units of AUTOMATIC1111's extension, whose nets' names may end in a hash or be a part
+    /// of one, the names that files have, and checks that there are those of all. Blocks, on a network
+    /// folder for as long as that does.
+    pub(crate) fn find_controlnets(
+        &mut self,
+        files: &AssetDir,
+        limits: &Limits,
+    ) -> Result<(), ValidationError> {
+        let field = self.names.of("controlnets").to_owned();
+        // More are refused.
+        let nets = self.controlnets.iter_mut().flatten().take(limits.max_controlnets);
+        for ControlNet { model, unit, .. } in nets {
+            let Some(name) = model else { continue };
+            let field = match unit {
+                Some(unit) => format!("{}.model", unit.name),
+                None => field.clone(),
+            };
+            if unit.is_some()
+                && let Some((found, is_same)) = files.closest(name)
+            {
+                if !is_same {
+                    let asked = brief(name);
+                    self.warnings.push(format!("{field} {asked:?} was taken for {found:?}"));
+                }
+                *name = found;
+            }
+            files.find(name).map_err(|reason| {
+                ValidationError::range(&field, format!("names the ControlNet {reason}"))
+            })?;
+        }
+        Ok(())
+    }
+
     /// Decodes the control pictures.
     pub(super) fn controls(
         &mut self,
@@ -51,7 +84,7 @@ impl DrawRequest {
         k: usize,
         net: &ControlNet,
         limits: &Limits,
-    ) -> Result<(DecodedControl, Option<String>), ValidationError> {
+    ) -> Result<(DecodedControl, Vec<String>), ValidationError> {
         let name = match &net.unit {
             Some(unit) => unit.name.clone(),
             None => format!("{}[{k}]", self.names.of("controlnets")),
@@ -63,11 +96,11 @@ impl DrawRequest {
         let required = || ValidationError::malformed(&image_name, "is required");
         let most = limits.max_input_pixels;
         let mut image = file.ok_or_else(required)?.decode(&image_name, most)?;
-        let mut warning = None;
+        let mut warnings = net.unit.as_ref().map_or_else(Vec::new, |unit| unit.warnings.clone());
         match self.transparency {
             Transparency::White => image = image::on_white(image),
             Transparency::Ignored if image::is_transparent(&image) => {
-                warning = Some(format!(
+                warnings.push(format!(
                     "{image_name} is transparent in places: their hidden colours were used"
                 ));
             }
@@ -90,10 +123,16 @@ impl DrawRequest {
             (Some(_), None) => self.fit,
             (None, _) => Fit::Stretch,
         };
+        let preprocessor = net.preprocessor(&name)?;
+        // A unit has a resolution of its own.
+        if net.unit.is_none() && preprocessor != Preprocessor::None {
+            image::check_own_size(&image, preprocessor, limits.most_of_a_map())
+                .map_err(|reason| ValidationError::range(&image_name, reason))?;
+        }
         let decoded = DecodedControl {
             image,
             model: net.model.clone().unwrap_or_default(),
-            preprocessor: net.preprocessor(&name)?,
+            preprocessor,
             scale: net.scale.unwrap_or(1.0),
             start: net.start.unwrap_or(0.0),
             end: net.end.unwrap_or(1.0),
@@ -101,7 +140,7 @@ impl DrawRequest {
             unit: net.unit.clone(),
             fit,
         };
-        Ok((decoded, warning))
+        Ok((decoded, warnings))
     }
 
     /// The controls in the size of the images.

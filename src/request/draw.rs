@@ -264,8 +264,9 @@ impl DrawRequest {
     pub fn weigh(&mut self, limits: &Limits) -> usize {
         let images = [&mut self.image, &mut self.mask].into_iter().flatten();
         let images = images.map(|image| image.weigh(limits.max_input_pixels));
-        let nets = self.controlnets.iter_mut().flatten().map(|net| net.weigh(limits));
-        images.chain(nets).sum()
+        let images = images.fold(0, usize::saturating_add);
+        let (nets, input) = (self.controlnets.iter_mut().flatten(), self.image.as_ref());
+        nets.map(|net| net.weigh(limits, input)).fold(images, usize::saturating_add)
     }
 
     /// The format of the image files, if the request names one.

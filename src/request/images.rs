@@ -75,12 +75,9 @@ impl ImageFile {
         bytes
     }
 
-    /// Memory that a preprocessor takes for the image at a resolution, in bytes.
-    pub(crate) fn weighed(&mut self, limits: &Limits, shorter: usize) -> usize {
-        /// Bytes of a pixel: copies, gradients and marks.
-        const PIXEL_BYTES: usize = 16;
-        let pixels = (2 * shorter * shorter).min(limits.most_of_a_map());
-        self.weigh(limits.max_input_pixels) + PIXEL_BYTES * pixels
+    /// Width and height of the image, if it will be decoded.
+    pub(crate) fn dimensions(&self, max_pixels: usize) -> Option<(u32, u32)> {
+        image::dimensions(&self.bytes("").ok()?, max_pixels).ok()
     }
 
     /// The image in the field `name`.

@@ -16,7 +16,7 @@ mod specs;
 mod values;
 mod xl;
 
-pub(crate) use controlnet::{ControlMaps, ControlNet, Resolution, Unit};
+pub(crate) use controlnet::{ControlMaps, ControlNet, Resolution, Unit, processed};
 pub use draw::DrawRequest;
 pub(crate) use draw::{MAX_GUIDANCE, MAX_SEED_DELTA, MAX_SIDE};
 pub use error::ValidationError;

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use sd_models::{
-    ControlRule, Defaults, LoraUse, ModelInfo, PromptRole, PromptSyntax, SamplerName,
-    SamplerOptions, SigmaSchedule, Spec, Variation, unread,
+    Defaults, LoraUse, ModelInfo, PromptRole, PromptSyntax, SamplerName, SamplerOptions,
+    SigmaSchedule, Spec, Variation, unread,
 };
 
 use super::controls::own_size;
@@ -116,21 +116,9 @@ impl DrawRequest {
         self.prompt.clone().ok_or_else(required)
     }
 
-    /// Checks that the files which the request's specs name exist, and gives the ControlNets of
-    /// AUTOMATIC1111's extension, whose names may end in a hash or be a part of one, the names that
-    /// files have. Blocks, on a network folder for as long as that does.
-    pub fn check_files(
-        &self,
-        specs: &mut [Spec],
-        model: &ModelInfo,
-    ) -> Result<(), ValidationError> {
-        for control in specs.iter_mut().flat_map(|spec| &mut spec.controls) {
-            if let ControlRule::Extension(_) = control.rule
-                && let Some(name) = model.add_ons.controlnets.closest(&control.model)
-            {
-                control.model = name;
-            }
-        }
+    /// Checks that the files which the request's specs name exist. Blocks, on a network folder for as
+    /// long as that does.
+    pub fn check_files(&self, specs: &[Spec], model: &ModelInfo) -> Result<(), ValidationError> {
         let check = |spec: &Spec| model.check_files(spec).map_err(|error| self.refused(error));
         specs.iter().try_for_each(check)
     }

@@ -58,15 +58,16 @@ impl AssetDir {
     }
 
     /// The name that AUTOMATIC1111's extension for ControlNets takes for another: the same without
-    /// a hash in brackets, in other letters, or the shortest that has it as a part. Blocks: reads
-    /// the directory.
-    pub fn closest(&self, name: &str) -> Option<String> {
+    /// a hash in brackets, in other letters, or the shortest that has it as a part; and whether it is
+    /// the same. Blocks: reads the directory.
+    pub fn closest(&self, name: &str) -> Option<(String, bool)> {
         let bare = name.rsplit_once(" [").filter(|(_, hash)| hash.ends_with(']'));
         let bare = bare.map_or(name, |(bare, _)| bare).trim().to_lowercase();
         let known = || self.list().into_iter().map(|(known, _)| known);
         let same = known().find(|known| known.to_lowercase() == bare);
         let parts = || known().filter(|known| known.to_lowercase().contains(&bare));
-        same.or_else(|| parts().min_by_key(String::len).filter(|_| !bare.is_empty()))
+        let shortest = || parts().min_by_key(String::len).filter(|_| !bare.is_empty());
+        same.map(|same| (same, true)).or_else(|| Some((shortest()?, false)))
     }
 
     /// The name that a file's header gives it, if it does. Blocks: reads the header, once.
@@ -429,8 +430,11 @@ mod tests {
         let directory = Some(folder.path().to_owned());
         let assets = AssetDir { directory, endings: &["x"], folders: true, ..AssetDir::default() };
         assert_eq!(assets.list(), [("canny-1.0".to_owned(), net.clone())]);
-        for typed in ["canny-1.0", "Canny-1.0 [0123abcd]", "CANNY", "nny"] {
-            assert_eq!(assets.closest(typed).as_deref(), Some("canny-1.0"), "{typed}");
+        for (typed, is_same) in
+            [("canny-1.0", true), ("Canny-1.0 [0123abcd]", true), ("CANNY", false), ("nny", false)]
+        {
+            let closest = Some(("canny-1.0".to_owned(), is_same));
+            assert_eq!(assets.closest(typed), closest, "{typed}");
         }
         assert_eq!(assets.closest("depth"), None);
         let none = AssetDir { folders: false, ..assets };

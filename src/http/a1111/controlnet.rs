@@ -17,13 +17,14 @@ use tokio::time::Instant;
 
 use super::lists::current_model;
 use super::units::{RESOLUTION, thresholds, within};
+use super::unread;
 use crate::http::admission::Admitted;
 use crate::http::deadline::Timeout;
 use crate::http::drawing::base64;
 use crate::http::error::Result;
 use crate::http::state::AppState;
 use crate::image::{self, ControlMap, Format};
-use crate::request::{ImageFile, ValidationError};
+use crate::request::{ImageFile, Resolution, ValidationError, processed};
 
 /// The version of the extension's API.
 const VERSION: u32 = 3;
@@ -180,6 +181,9 @@ pub(crate) async fn detect(
     let mut fields = admitted.json(&state).await?;
     let limits = state.settings.limits;
     let read: Detect = fields.read(&limits)?;
+    // How the extension computes.
+    fields.drop_if("low_vram", |_| true);
+    let mut warnings = unread::warnings(&fields, None);
     drop(fields);
     let mut files = read.controlnet_input_images.unwrap_or_default();
     const IMAGES: &str = "controlnet_input_images";
@@ -194,13 +198,18 @@ pub(crate) async fn detect(
     let refuse = |reason: String| ValidationError::range("controlnet_module", reason);
     let module = read.controlnet_module.unwrap_or_else(|| "none".into());
     let named: Preprocessor = module.parse().map_err(refuse)?;
-    let given = [read.controlnet_threshold_a, read.controlnet_threshold_b];
-    let preprocessor = match (named, thresholds(named, given)) {
+    let given = [
+        ("controlnet_threshold_a", read.controlnet_threshold_a),
+        ("controlnet_threshold_b", read.controlnet_threshold_b),
+    ];
+    let preprocessor = match (named, thresholds(named, given, "", &mut warnings)) {
         (Preprocessor::Canny { .. }, (Some(low), Some(high))) => Preprocessor::Canny { low, high },
         (Preprocessor::Threshold { .. }, (Some(above), _)) => Preprocessor::Threshold { above },
         (other, _) => other,
     };
-    let shorter = within(read.controlnet_processor_res, RESOLUTION) as usize;
+    const SIDE: &str = "controlnet_processor_res";
+    let side = within(SIDE, read.controlnet_processor_res, RESOLUTION, &mut warnings);
+    let (shorter, most) = (side as usize, limits.most_of_a_map());
     let (reader, slot) = (state.reader.clone(), admitted.slot);
     let deadline = slot.deadline;
     let work = move || {
@@ -208,9 +217,18 @@ pub(crate) async fn detect(
         for (k, file) in files.iter_mut().enumerate() {
             let name = format!("{IMAGES}[{k}]");
             let refuse = |reason: String| ValidationError::range(&name, reason);
-            let _weighed = reader.weigh(deadline, file.weighed(&limits, shorter))?;
+            let decoded = file.weigh(limits.max_input_pixels);
+            let resolution = Some(Resolution::Shorter(shorter));
+            let made = file
+                .dimensions(limits.max_input_pixels)
+                .map_or(0, |own| processed(own, preprocessor, resolution, &limits));
+            let _weighed = reader.weigh(deadline, decoded.saturating_add(made))?;
             let picture = image::on_white(file.decoded(&name, &limits)?);
-            let map = ControlMap::new(&picture, preprocessor, shorter, limits.most_of_a_map());
+            // Those that work in the picture's own size, too: the reply holds what they make.
+            if matches!(preprocessor, Preprocessor::None | Preprocessor::Invert) {
+                image::check_own_size(&picture, preprocessor, most).map_err(refuse)?;
+            }
+            let map = ControlMap::new(&picture, preprocessor, shorter, most);
             let map = image::rgb(&map.map_err(refuse)?.whole().into());
             let map = image::encode(&map, Format::Png, None, "");
             maps.push(map.map_err(|error| refuse(format!("cannot be written: {error}")))?);
@@ -218,5 +236,9 @@ pub(crate) async fn detect(
         Ok(base64(&maps))
     };
     let images = state.reader.run(deadline, slot, work).await?;
-    Ok(Json(json!({ "info": "Success", "images": images })))
+    let mut reply = json!({ "info": "Success", "images": images });
+    if !warnings.is_empty() {
+        reply["warnings"] = warnings.into();
+    }
+    Ok(Json(reply))
 }

@@ -5,7 +5,10 @@ use serde_json::Value;
 /// Whether the value of a switch, or of a field that is not supported, asks for nothing. Clients
 /// send numbers and booleans as text, too.
 pub(super) fn is_off(value: &Value) -> bool {
+    // Whatever is longer is something, such as an image file.
+    const LONGEST: usize = 64;
     let text = match value {
+        Value::String(text) if text.trim().len() > LONGEST => return false,
         Value::String(text) => text,
         Value::Array(values) => return values.iter().all(is_off),
         other => return is_noop(other),

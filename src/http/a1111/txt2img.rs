@@ -97,13 +97,13 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     let response = drawing.encode(images, move |drawing, images, files| {
         let mut images_of_reply = if send_images { base64(&files) } else { Vec::new() };
         if send_images {
-            images_of_reply.extend(base64(&drawing.map_files()));
+            images_of_reply.extend(base64(&drawing.map_files()?));
         }
-        json!({
+        Result::Ok(json!({
             "images": images_of_reply,
             "parameters": parameters,
             "info": info(drawing, images, batches).to_string(),
-        })
+        }))
     });
-    Ok(Json(response.await?).into_response())
+    Ok(Json(response.await??).into_response())
 }

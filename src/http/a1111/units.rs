@@ -1,7 +1,7 @@
 //! `alwayson_scripts.controlnet`: the units of AUTOMATIC1111's extension, as native ControlNets.
 //!
 //! Reference: sd-webui-controlnet 1.1.455 `internal_controlnet/args.py`. As there, unknown fields
-//! are ignored, and numbers of a preprocessor that are out of range mean its defaults.
+//! are ignored, and numbers of a preprocessor that are out of range mean its defaults; a warning says so.
 
 use schemars::JsonSchema;
 use sd_models::{ControlMode, ControlPasses, Extension, Preprocessor};
@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::nothing::is_off;
+use super::unread;
 use crate::image::Fit;
 use crate::request::{
     ControlNet, Fields, ImageFile, Limits, Object, Resolution, Unit, ValidationError,
@@ -24,6 +25,17 @@ const REJECTED: [(&str, &str); 5] = [
     ("animatediff_batch", "is not supported"),
     ("batch_images", "is not supported: send a request for each image"),
     ("batch_image_files", "is not supported: send a request for each image"),
+];
+
+/// Fields that change no image: how the extension computes, what its page shows, and the kind of a
+/// union, a net that is refused.
+const SILENT: [&str; 6] = [
+    "lowvram",
+    "low_vram",
+    "is_ui",
+    "use_preview_as_input",
+    "generated_image",
+    "union_control_type",
 ];
 
 /// The fields of a unit.
@@ -87,7 +99,16 @@ pub(super) fn read(
     let module = read.module.unwrap_or_else(|| "none".into());
     let refuse = |reason: String| ValidationError::range(&of("module"), reason);
     let preprocessor: Preprocessor = module.parse().map_err(refuse)?;
-    let (low, high) = thresholds(preprocessor, [read.threshold_a, read.threshold_b]);
+    for silent in SILENT {
+        fields.drop_if(silent, |_| true);
+    }
+    let mut warnings = unread::warnings(&fields, None);
+    let (low, high) = thresholds(
+        preprocessor,
+        [("threshold_a", read.threshold_a), ("threshold_b", read.threshold_b)],
+        name,
+        &mut warnings,
+    );
     let unknown = |reason: String| ValidationError::range(&of("hr_option"), reason);
     let passes = read.hr_option.as_deref().map(passes).transpose().map_err(unknown)?;
     let (start, end) = (read.guidance_start.unwrap_or(0.0), read.guidance_end.unwrap_or(1.0));
@@ -97,7 +118,10 @@ pub(super) fn read(
     }
     let resolution = match read.pixel_perfect.unwrap_or(false) {
         true => Resolution::PixelPerfect,
-        false => Resolution::Shorter(within(read.processor_res, RESOLUTION) as usize),
+        false => {
+            let side = within(&of("processor_res"), read.processor_res, RESOLUTION, &mut warnings);
+            Resolution::Shorter(side as usize)
+        }
     };
     Ok(Some(ControlNet {
         model: Some(model),
@@ -123,6 +147,7 @@ pub(super) fn read(
                 is_soft_in_hires: preprocessor.name() == "canny",
                 layers: read.advanced_weighting,
             },
+            warnings,
         }),
     }))
 }
@@ -155,11 +180,17 @@ fn passes(name: &str) -> Result<ControlPasses, String> {
     }
 }
 
-/// The thresholds of a preprocessor.
+/// The thresholds of a preprocessor, given by two fields of a unit or of a body.
 pub(super) fn thresholds(
     preprocessor: Preprocessor,
-    [a, b]: [Option<f64>; 2],
+    [a, b]: [(&str, Option<f64>); 2],
+    unit: &str,
+    warnings: &mut Vec<String>,
 ) -> (Option<f64>, Option<f64>) {
+    let mut within = |(field, value): (&str, _), range| {
+        let field = if unit.is_empty() { field.into() } else { format!("{unit}.{field}") };
+        within(&field, value, range, warnings)
+    };
     match preprocessor {
         Preprocessor::Canny { low, high } => {
             let bounds = [1.0, 255.0];
@@ -172,9 +203,24 @@ pub(super) fn thresholds(
     }
 }
 
-/// A number, or the default where it is out of range.
-pub(super) fn within(value: Option<f64>, (default, [low, high]): (f64, [f64; 2])) -> f64 {
-    value.filter(|value| (low..=high).contains(value)).unwrap_or(default)
+/// A number, or the default where it is out of range, with a warning unless it is negative, which
+/// means the default.
+pub(super) fn within(
+    field: &str,
+    value: Option<f64>,
+    (default, [low, high]): (f64, [f64; 2]),
+    warnings: &mut Vec<String>,
+) -> f64 {
+    match value {
+        Some(value) if (low..=high).contains(&value) => value,
+        Some(value) if value >= 0.0 => {
+            warnings.push(format!(
+                "{field} of {value} is not from {low} to {high}: the default, {default}, was taken"
+            ));
+            default
+        }
+        _ => default,
+    }
 }
 
 /// The control picture of a unit, and what was drawn over it.
@@ -321,6 +367,11 @@ mod tests {
         assert_eq!((net.scale, net.start, net.end), (Some(0.5), Some(0.1), Some(0.9)));
         assert_eq!((net.low, net.high), (Some(50.0), Some(200.0)), "999 is out of range");
         let unit_of = net.unit.expect("a unit");
+        let warnings = [
+            "unit.other has no effect here and was ignored",
+            "unit.threshold_b of 999 is not from 1 to 255: the default, 200, was taken",
+        ];
+        assert_eq!(unit_of.warnings, warnings);
         assert_eq!(unit_of.fit, Fit::Pad);
         assert!(matches!(unit_of.resolution, Resolution::Shorter(64)) && !unit_of.is_returned);
         assert_eq!(unit_of.rule.mode, ControlMode::Control);
