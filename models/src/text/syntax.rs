@@ -20,7 +20,7 @@ const NEAR: usize = 20;
 /// Maximum number of chunks; every step attends to all of them, so a longer prompt is truncated.
 const MAX_CHUNKS: usize = 8;
 /// Maximum absolute weight: far below overflow, far above any use.
-const MAX_WEIGHT: f64 = 1e4;
+pub(super) const MAX_WEIGHT: f64 = 1e4;
 
 /// A chunk of tokens (75 plus begin and end) and their weights.
 #[derive(Debug, Clone, PartialEq)]
@@ -213,13 +213,26 @@ impl<'a> Token<'a> {
     }
 }
 
+/// Whether a prompt has words whose weight is out of bounds.
+pub(super) fn is_overweight(prompt: &str) -> bool {
+    let over = |span: &Span| match span {
+        Span::Text { weight, .. } => weight.abs() > MAX_WEIGHT,
+        Span::Break => false,
+    };
+    parse(prompt).iter().any(over)
+}
+
+/// Whether a text is a number of emphasis.
+pub(super) fn is_number(text: &str) -> bool {
+    let digits = text.strip_prefix(['+', '-']).unwrap_or(text);
+    digits.chars().all(|c| c == '.' || c.is_ascii_digit()) && text.parse::<f64>().is_ok()
+}
+
 /// The weight of a `:1.3)`, and its length in bytes.
 fn weight(text: &str) -> Option<(f64, usize)> {
     let end = text.find(')')?;
     let number = text[1..end].trim();
-    let digits = number.strip_prefix(['+', '-']).unwrap_or(number);
-    let only_digits = digits.chars().all(|c| c == '.' || c.is_ascii_digit());
-    Some((number.parse().ok().filter(|_| only_digits)?, end + 1))
+    Some((number.parse().ok().filter(|_| is_number(number))?, end + 1))
 }
 
 #[cfg(test)]
