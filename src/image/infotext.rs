@@ -148,18 +148,20 @@ pub(crate) fn control_parameters(spec: &Spec) -> Vec<(String, String)> {
     spec.controls.iter().enumerate().map(unit).collect()
 }
 
-/// AUTOMATIC1111's names and values of the sampler's parameters that the request gives.
+/// AUTOMATIC1111's names and values of the sampler's parameters that the request gives and that
+/// have an effect.
 fn sampler_parameters(spec: &Spec) -> Vec<(&'static str, String)> {
     let SamplerOptions { eta, s_noise, churn } = spec.sampler_options;
     let eta_name = if spec.sampler == Sampler::Ddim { "Eta DDIM" } else { "Eta" };
-    let added = churn.amount > 0.0;
+    let idle = |option| spec.passes().all(|pass| pass.is_idle(option));
+    let added = churn.amount > 0.0 && !idle("s_churn");
     let delta = spec.passes().map(Pass::seed_delta).find(|delta| *delta != 0);
     let given = [
-        (eta_name, eta),
+        (eta_name, eta.filter(|_| !idle("eta"))),
         ("Sigma churn", added.then_some(churn.amount)),
         ("Sigma tmin", (added && churn.from > 0.0).then_some(churn.from)),
         ("Sigma tmax", (added && churn.to.is_finite()).then_some(churn.to)),
-        ("Sigma noise", s_noise),
+        ("Sigma noise", s_noise.filter(|_| !idle("s_noise"))),
     ];
     let given = given.into_iter().filter_map(|(name, value)| Some((name, value?.to_string())));
     given.chain(delta.map(|delta| ("ENSD", delta.to_string()))).collect()

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use sd_models::{
-    Defaults, LoraUse, ModelInfo, PromptRole, PromptSyntax, SamplerName, SamplerOptions,
-    SigmaSchedule, Spec, Variation, unread,
+    ControlRule, Defaults, LoraUse, ModelInfo, Pass, PromptRole, PromptSyntax, SamplerName,
+    SamplerOptions, SigmaSchedule, Spec, Variation, unread,
 };
 
 use super::controls::own_size;
@@ -85,6 +85,7 @@ impl DrawRequest {
             img2img,
         };
         model.check(&spec).map_err(|error| self.refused(error))?;
+        self.warn_of_low_guidance(&spec, defaults.guidance_scale);
         self.check_loras(&spec, limits)?;
         let numbered = |k: u64| {
             let mut image = spec.clone();
@@ -142,6 +143,17 @@ impl DrawRequest {
                 Err(self.range(name, reason))
             }
             None => Ok(()),
+        }
+    }
+
+    /// Warns of a guidance scale below 1 where AUTOMATIC1111, unlike diffusers, guides by it.
+    fn warn_of_low_guidance(&mut self, spec: &Spec, usual: f64) {
+        let asked = self.guidance_scale.filter(|scale| *scale < 1.0 && *scale != usual);
+        let is_off = !spec.embeds_guidance && !spec.passes().next().is_some_and(Pass::is_guided);
+        if let (Some(scale), PromptSyntax::A1111, true) = (asked, spec.prompt_syntax, is_off) {
+            let name = self.names.of("guidance_scale");
+            let why = "there is no guidance at 1 or less";
+            self.warnings.push(format!("{name} {scale} was drawn as 1: {why}"));
         }
     }
 

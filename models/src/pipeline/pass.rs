@@ -117,6 +117,11 @@ impl<'a> Pass<'a> {
         if draws { self.spec.eta_noise_seed_delta } else { 0 }
     }
 
+    /// Whether an option, `eta`, `s_noise` or `s_churn`, has no effect on the sampler.
+    pub fn is_idle(self, option: &str) -> bool {
+        self.sampler().sampler.idle(&self.sampler_options()).any(|idle| idle == option)
+    }
+
     /// Warnings for what has no effect on the sampler.
     pub(super) fn idle_options(self) -> Vec<String> {
         let sampler = self.sampler().sampler;
@@ -148,7 +153,7 @@ impl<'a> Pass<'a> {
 
     /// Whether there is an unconditional row. Prompts that are joined or weighed need one at every
     /// scale, as in AUTOMATIC1111.
-    pub(super) fn is_guided(self) -> bool {
+    pub fn is_guided(self) -> bool {
         let by_scale = self.guidance_scale() > 1.0 || self.sampler().sampler.needs_unguided();
         by_scale && !self.spec.embeds_guidance
             || self.parts().is_ok_and(|parts| is_composed(&parts))

@@ -108,6 +108,15 @@ impl Sampler {
     /// Which options have no effect on the sampler, as sentences for the user. A value that holds
     /// anyway asks for nothing.
     pub fn without_effect(self, options: &SamplerOptions) -> Vec<String> {
+        let idle = self.idle(options);
+        idle.map(|name| format!("{name} has no effect on the sampler {self}")).collect()
+    }
+
+    /// The names of the options that have no effect on the sampler.
+    pub(crate) fn idle(
+        self,
+        options: &SamplerOptions,
+    ) -> impl Iterator<Item = &'static str> + use<> {
         let row = self.algorithm();
         let churns = row.churns && options.churn.amount > 0.0;
         let asked = [
@@ -118,8 +127,7 @@ impl Sampler {
             ),
             ("s_churn", !row.churns && options.churn.amount > 0.0),
         ];
-        let asked = asked.into_iter().filter(|(_, asked)| *asked);
-        asked.map(|(name, _)| format!("{name} has no effect on the sampler {self}")).collect()
+        asked.into_iter().filter(|(_, asked)| *asked).map(|(name, _)| name)
     }
 }
 
