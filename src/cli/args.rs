@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 use sd_models::{DeviceName, Precision, SamplerName, SigmaSchedule};
 use serde::Serialize;
+use serde_json::Number;
 
 use crate::engine::EngineConfig;
 use crate::http::HttpConfig;
@@ -264,9 +265,9 @@ pub(super) struct GenerateArgs {
     /// have one. Default: the sampler's own
     #[arg(long, value_parser = finite)]
     pub(super) eta: Option<f64>,
-    /// Seed; the same seed gives the same image. Default: random
-    #[arg(long)]
-    pub(super) seed: Option<u64>,
+    /// Seed; the same seed gives the same image. Default, and at -1: random
+    #[arg(long, value_parser = seed)]
+    pub(super) seed: Option<Number>,
     /// Layers of the text encoder to skip at its end; 1 is AUTOMATIC1111's clip skip 2. Applies to
     /// the prompt, and with --prompt-syntax a1111 to the negative prompt too. Default: 0
     #[arg(long)]
@@ -275,9 +276,9 @@ pub(super) struct GenerateArgs {
     /// overexposure. Default: 0
     #[arg(long, value_parser = finite)]
     pub(super) guidance_rescale: Option<f64>,
-    /// Seed of a second noise that is mixed into the first noise. Default: random
-    #[arg(long, requires = "variation_strength")]
-    pub(super) variation_seed: Option<u64>,
+    /// Seed of a second noise that is mixed into the first noise. Default, and at -1: random
+    #[arg(long, requires = "variation_strength", value_parser = seed)]
+    pub(super) variation_seed: Option<Number>,
     /// Share of the second noise: 0 is the image of --seed, 1 that of --variation-seed. Default: 0
     #[arg(long, value_parser = finite)]
     pub(super) variation_strength: Option<f64>,
@@ -413,6 +414,12 @@ pub(super) struct HealthcheckArgs {
     /// Port of the server. Default: as for `serve`
     #[arg(long)]
     pub(super) port: Option<u16>,
+}
+
+fn seed(text: &str) -> Result<Number, String> {
+    let seed =
+        text.parse::<u64>().map(Number::from).or_else(|_| text.parse::<i64>().map(Into::into));
+    seed.map_err(|_| format!("must be a whole number of at most {}, or -1", u64::MAX))
 }
 
 fn finite(text: &str) -> Result<f64, String> {

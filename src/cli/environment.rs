@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fmt;
+use std::num::{IntErrorKind, ParseIntError};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -67,6 +68,11 @@ pub(super) fn command() -> clap::Command {
             _ => arg,
         }
     };
+    // A number below the least is refused as that, not as an option.
+    let signed = |arg: clap::Arg| {
+        let takes = arg.get_action().takes_values() && !arg.is_positional();
+        if takes { arg.allow_negative_numbers(true) } else { arg }
+    };
     // An option names the unit of its value, else its last word is the kind of its value.
     let placeholder = |arg: clap::Arg| {
         let derived = arg.get_id().as_str().to_uppercase();
@@ -76,7 +82,9 @@ pub(super) fn command() -> clap::Command {
         let word = words.find(|word| *word == "bytes").unwrap_or(last).to_uppercase();
         if is_derived && !word.is_empty() { arg.value_name(word) } else { arg }
     };
-    Args::command().mut_subcommands(|subcommand| subcommand.mut_args(trimmed).mut_args(placeholder))
+    Args::command().mut_subcommands(|subcommand| {
+        subcommand.mut_args(trimmed).mut_args(placeholder).mut_args(signed)
+    })
 }
 
 /// Names the environment variable that an invalid value is from, if it is from one.
@@ -97,6 +105,21 @@ pub(super) fn name_variable(mut error: clap::Error, args: &[OsString]) -> clap::
         error.insert(ContextKind::InvalidArg, ContextValue::String(variable));
     }
     error
+}
+
+/// Says what a whole number must be in words of ours, not in those of Rust's parser.
+pub(super) fn in_words(error: clap::Error) -> clap::Error {
+    let source = std::error::Error::source(&error);
+    let Some(cause) = source.and_then(|cause| cause.downcast_ref::<ParseIntError>()) else {
+        return error;
+    };
+    let reason = match cause.kind() {
+        IntErrorKind::PosOverflow => "is too large",
+        _ => "must be a whole number of at least 0",
+    };
+    let text = |kind| error.get(kind).map(ToString::to_string).unwrap_or_default();
+    let (option, value) = (text(ContextKind::InvalidArg), text(ContextKind::InvalidValue));
+    usage(format!("invalid value '{value}' for '{option}': {reason}"))
 }
 
 /// A sentence for each variable that is named like those of the options and is none of them.

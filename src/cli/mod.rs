@@ -14,8 +14,8 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::FromArgMatches as _;
 use clap::parser::ValueSource::DefaultValue;
+use clap::{ArgMatches, FromArgMatches as _};
 use sd_models::{AddOns, AssetDir, DeviceName, Precision, SafetyMode};
 use serde_json::{Value, json};
 
@@ -30,7 +30,8 @@ use crate::telemetry::LogFormat;
 use args::{Args, Command, GenerateArgs, ModelArgs, SafetyChecker, ServeArgs};
 pub use environment::library_path;
 use environment::{
-    command, hub, name_variable, port, read_file, unknown_variables, usage, with_trimmed_variables,
+    command, hub, in_words, name_variable, port, read_file, unknown_variables, usage,
+    with_trimmed_variables,
 };
 use generate::Generate;
 
@@ -59,10 +60,12 @@ pub(crate) type Action = Box<dyn FnOnce() -> anyhow::Result<()>>;
 pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Error> {
     let args = with_command(args.into_iter().collect());
     let read = command().try_get_matches_from(with_trimmed_variables(args.clone()));
-    let mut matches = read.map_err(|error| name_variable(error, &args))?;
+    let mut matches = read.map_err(|error| in_words(name_variable(error, &args)))?;
     let serving = matches.subcommand_matches("serve");
     let is_default = |limit| serving.is_some_and(|m| m.value_source(limit) == Some(DefaultValue));
     let open = ["max_pixels", "max_images"].map(is_default);
+    let mut warnings = unknown_variables();
+    warnings.extend(unused_revision(&matches));
     let args = Args::from_arg_matches_mut(&mut matches)?;
     let mut log_format = LogFormat::Text;
     let mut log_filter = "warn".to_owned();
@@ -116,7 +119,21 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Config, clap::Er
             Box::new(move || healthcheck::run(&address))
         }
     };
-    Ok(Config { action, log_format, log_filter, warnings: unknown_variables() })
+    Ok(Config { action, log_format, log_filter, warnings })
+}
+
+/// The warning of a revision beside a model that is no id on the hub.
+fn unused_revision(matches: &ArgMatches) -> Option<String> {
+    let (_, chosen) = matches.subcommand()?;
+    let model = chosen.try_get_one::<String>("model").ok()??;
+    let revision = chosen.try_get_one::<String>("revision").ok()??;
+    if chosen.value_source("revision") == Some(DefaultValue) {
+        return None;
+    }
+    let found = location(Some(model.clone()), revision.clone()).ok()?;
+    let is_hub = matches!(found, ModelLocation::Hub { .. });
+    let warning = || format!("--revision {revision} has no effect: {model} is no id on the hub");
+    (!is_hub).then(warning)
 }
 
 fn block_on(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {

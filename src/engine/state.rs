@@ -96,12 +96,27 @@ pub struct WorkerError {
     reason: String,
     /// Whether the device was out of memory, so that unloading another model may help.
     pub out_of_memory: bool,
+    /// Whether a file of the model is damaged, or no model.
+    pub of_files: bool,
 }
 
 impl From<anyhow::Error> for WorkerError {
     fn from(error: anyhow::Error) -> Self {
-        Self { reason: format!("{error:#}"), out_of_memory: is_out_of_memory(&error) }
+        Self {
+            reason: format!("{error:#}"),
+            out_of_memory: is_out_of_memory(&error),
+            of_files: is_of_files(&error),
+        }
     }
+}
+
+/// Whether the cause of an error is a file of the model.
+fn is_of_files(error: &anyhow::Error) -> bool {
+    use sd_models::Error::{Config, File, Tensor, Tokenizer};
+    let damaged = |cause: &sd_models::Error| {
+        matches!(cause, File { .. } | Config { .. } | Tensor { .. } | Tokenizer(_))
+    };
+    error.chain().filter_map(|cause| cause.downcast_ref()).any(damaged)
 }
 
 /// Whether the cause of an error is that the device is out of memory.

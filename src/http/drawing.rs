@@ -105,6 +105,38 @@ fn input_bytes(specs: &[Spec]) -> usize {
     inputs.into_iter().map(|input| bytes(input)).sum::<usize>() + controls
 }
 
+/// The requests, with the ControlNets that they name. Each is an image at least; those beyond the
+/// most images are refused later.
+async fn with_controlnets(
+    state: &AppState,
+    slot: &RequestSlot,
+    mut requests: Vec<DrawRequest>,
+    model: Arc<ModelInfo>,
+) -> Result<Vec<DrawRequest>> {
+    let limits = state.settings.limits;
+    let find = move || {
+        let nets = &model.add_ons.controlnets;
+        let mut first = requests.iter_mut().take(limits.max_images);
+        first.try_for_each(|request| request.find_controlnets(nets, &limits))?;
+        Ok(requests)
+    };
+    state.reader.look_up(slot.deadline, slot.clone(), find).await
+}
+
+/// The images and their request, once the files that they name are there.
+async fn with_files(
+    state: &AppState,
+    slot: &RequestSlot,
+    (specs, request): (Vec<Spec>, DrawRequest),
+    model: Arc<ModelInfo>,
+) -> Result<(Vec<Spec>, DrawRequest)> {
+    let check = move || {
+        request.check_files(&specs, &model)?;
+        Ok((specs, request))
+    };
+    state.reader.look_up(slot.deadline, slot.clone(), check).await
+}
+
 impl Drawing {
     /// Whether it holds input images.
     pub(crate) fn has_inputs(&self) -> bool {
@@ -124,16 +156,9 @@ impl Drawing {
         let (model, seed) = (engine.model()?, ids::seed()?);
         let (limits, own, reader) = (settings.limits, Arc::clone(&model), state.reader.clone());
         let deadline = slot.deadline;
-        // Before their pictures are decoded. Each request is an image at least; more are refused.
+        // Before their pictures are decoded.
         if requests.iter().any(|request| request.controlnets.is_some()) {
-            let own = Arc::clone(&model);
-            let find = move || {
-                let nets = &own.add_ons.controlnets;
-                let mut first = requests.iter_mut().take(limits.max_images);
-                first.try_for_each(|request| request.find_controlnets(nets, &limits))?;
-                Ok(requests)
-            };
-            requests = state.reader.look_up(deadline, slot.clone(), find).await?;
+            requests = with_controlnets(state, slot, requests, Arc::clone(&model)).await?;
         }
         let room = slot.hold_inputs(state, most_input_bytes(&requests, &limits)).await?;
         let read = move || {
@@ -155,14 +180,7 @@ impl Drawing {
         let parameters = std::mem::take(&mut request.parameters);
         let (mut specs, mut request) = match specs.iter().any(Spec::has_files) {
             false => (specs, request),
-            true => {
-                let own = Arc::clone(&model);
-                let check = move || {
-                    request.check_files(&specs, &own)?;
-                    Ok((specs, request))
-                };
-                state.reader.look_up(deadline, slot.clone(), check).await?
-            }
+            true => with_files(state, slot, (specs, request), Arc::clone(&model)).await?,
         };
         // Several prompts are one request, whose images have consecutive seeds.
         if let Some(first) = specs.first().cloned() {

@@ -129,7 +129,7 @@ pub(crate) enum ApiError {
     /// 503: of the connections that are reserved for probes.
     #[error("too many connections are open; only health checks are answered on this one")]
     Connections,
-    /// 404, 409, 500, 503, 504 and 507: the model is not available.
+    /// 404, 409, 422, 500, 503, 504 and 507: the model is not available.
     #[error(transparent)]
     Registry(#[from] RegistryError),
     /// 400 and 422.
@@ -195,6 +195,7 @@ impl ApiError {
             | Self::Job(Job::Deadline) => (S::GATEWAY_TIMEOUT, "deadline_exceeded"),
             Self::Registry(Registry::Stopping) => (S::SERVICE_UNAVAILABLE, "shutting_down"),
             Self::Registry(Registry::Loaded(_)) => (S::CONFLICT, "model_loaded"),
+            Self::Registry(Registry::Damaged(_)) => (S::UNPROCESSABLE_ENTITY, "model_load_failed"),
             Self::Registry(Registry::Broken(_)) | Self::Job(Job::Unloaded) => {
                 (S::INTERNAL_SERVER_ERROR, "model_load_failed")
             }
@@ -229,7 +230,7 @@ impl ApiError {
                 ValidationError::OutOfRange { param, .. } | ValidationError::Unknown { param },
             ) => Some(param),
             Self::Job(JobError::Spec { field, .. }) => Some(field),
-            Self::NoModel(_) => Some("model"),
+            Self::NoModel(_) | Self::Registry(RegistryError::Damaged(_)) => Some("model"),
             _ => None,
         }
     }

@@ -28,7 +28,10 @@ pub enum RegistryError {
     /// The server is draining.
     #[error("the server is shutting down")]
     Stopping,
-    /// The files cannot be loaded.
+    /// The files of the model are damaged, or no model.
+    #[error("the model cannot be loaded: {0}")]
+    Damaged(String),
+    /// The model cannot be loaded, for another reason than its files.
     #[error("the model cannot be loaded: {0}")]
     Broken(String),
 }
@@ -41,7 +44,12 @@ impl RegistryError {
         Self::Unknown(name.into())
     }
 
-    /// The files cannot be loaded, for this reason.
+    /// The files are damaged, or no model, for this reason.
+    pub(super) fn damaged(error: impl std::fmt::Display) -> Self {
+        Self::Damaged(format!("{error:#}"))
+    }
+
+    /// The model cannot be loaded, for this reason.
     pub(super) fn broken(error: impl std::fmt::Display) -> Self {
         Self::Broken(format!("{error:#}"))
     }

@@ -31,7 +31,7 @@ impl RegistryShared {
 
     /// Measures a model. Blocks.
     pub(super) fn newcomer(&self, name: String, path: PathBuf) -> Result<Newcomer> {
-        let bytes = self.loader()?.estimate_bytes(&path).map_err(RegistryError::broken)?;
+        let bytes = self.loader()?.estimate_bytes(&path).map_err(RegistryError::damaged)?;
         Ok(Newcomer { name, path, bytes, full: false, wanted: None })
     }
 
@@ -68,7 +68,7 @@ impl RegistryShared {
             }
             match self.start(&model.path).await {
                 Err(RegistryError::NoRoom(_)) if evict && self.has_models() => model.full = true,
-                Err(error @ RegistryError::Broken(_)) => {
+                Err(error @ (RegistryError::Broken(_) | RegistryError::Damaged(_))) => {
                     let (path, failure) = (model.path.clone(), error.clone());
                     let remember = move |shared: &Self| {
                         shared.remember_failure(path, failure);
@@ -107,8 +107,11 @@ impl RegistryShared {
             return Err(RegistryError::Stopping);
         }
         engine.retire(Duration::ZERO).await;
-        let full = error.downcast_ref().is_some_and(|death: &WorkerError| death.out_of_memory);
-        let refuse = if full { RegistryError::NoRoom } else { RegistryError::Broken };
+        let refuse = match error.downcast_ref() {
+            Some(WorkerError { out_of_memory: true, .. }) => RegistryError::NoRoom,
+            Some(WorkerError { of_files: true, .. }) => RegistryError::Damaged,
+            _ => RegistryError::Broken,
+        };
         Err(refuse(error.to_string()))
     }
 }

@@ -162,6 +162,16 @@ pub(super) fn share_of_steps(
 }
 
 impl Input {
+    /// The warning that the image gives the images a size other than its own, as no image has sides
+    /// that are no multiples of 8.
+    pub(super) fn rounded(&self, name: &str, size: Size) -> Option<String> {
+        let [width, height] = [self.image.width(), self.image.height()];
+        let is_whole = width.is_multiple_of(8) && height.is_multiple_of(8);
+        let drawn = format!("{}x{}", size.width(), size.height());
+        let warning = || format!("{name} is {width}x{height}, no multiples of 8: {drawn} is drawn");
+        (!is_whole).then(warning)
+    }
+
     /// The size of the images, if the request gives none.
     pub(super) fn size(&self, limits: &Limits, model: &ModelInfo) -> Size {
         size_of(&self.image, limits, model)

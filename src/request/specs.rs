@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use sd_models::{
-    ControlRule, Defaults, LoraUse, ModelInfo, Pass, PromptRole, PromptSyntax, SamplerName,
-    SamplerOptions, SigmaSchedule, Spec, Variation, unread,
+    Defaults, LoraUse, ModelInfo, Pass, PromptRole, PromptSyntax, SamplerName, SamplerOptions,
+    SigmaSchedule, Spec, Variation, unread,
 };
 
 use super::controls::own_size;
@@ -14,6 +14,16 @@ use super::input::share_of_steps;
 use super::limits::Limits;
 use super::xl::another;
 use crate::image::{Format, Overlay};
+
+/// So many images, of which the first is this.
+fn numbered(first: &Spec, count: usize) -> Vec<Spec> {
+    let image = |k: u64| {
+        let mut image = first.clone();
+        image.set_number(first, k);
+        image
+    };
+    (0..count as u64).map(image).collect()
+}
 
 impl DrawRequest {
     /// One spec for each image. Omitted values come from the model, an omitted seed from
@@ -37,6 +47,9 @@ impl DrawRequest {
         let size = own_size(input.as_ref(), &decoded, limits, model).unwrap_or(defaults.size);
         let sides = [self.width.unwrap_or(size.width()), self.height.unwrap_or(size.height())];
         let size = self.sides(["width", "height"], sides, limits)?;
+        if let (None, None, Some(input)) = (self.width, self.height, &input) {
+            warnings.extend(input.rounded(self.names.of("image"), size));
+        }
         let fields = [("scheduler", &self.scheduler), ("schedule", &self.schedule)];
         let name = self.sampler_of(fields, defaults.sampler_name())?;
         let SamplerName { sampler, schedule } = name;
@@ -87,12 +100,7 @@ impl DrawRequest {
         model.check(&spec).map_err(|error| self.refused(error))?;
         self.warn_of_low_guidance(&spec, defaults.guidance_scale);
         self.check_loras(&spec, limits)?;
-        let numbered = |k: u64| {
-            let mut image = spec.clone();
-            image.set_number(&spec, k);
-            image
-        };
-        Ok((0..count as u64).map(numbered).collect())
+        Ok(numbered(&spec, count))
     }
 
     /// The prompt, once the lengths of all prompts are checked.

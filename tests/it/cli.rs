@@ -480,3 +480,31 @@ fn bench_reports_what_became_of_its_load() {
     assert!(table.contains("throughput") && table.contains("p99"), "{table}");
     assert_eq!(run(&["bench", "http://127.0.0.1:9"]).status.code(), Some(1));
 }
+
+#[test]
+fn numbers_are_refused_in_words_and_a_seed_may_be_random() {
+    let file = std::env::temp_dir().join(format!("seed-{}.png", std::process::id()));
+    let path = file.to_str().expect("UTF-8");
+    let generate = |more: &[&str]| {
+        let args = ["generate", "a cat", "-o", path, "--steps", "1", "--model", "demo"];
+        run(&[&args[..], more].concat())
+    };
+    let drawn = generate(&["--seed", "-1", "--revision", "old"]);
+    assert!(drawn.status.success(), "{}", text(&drawn.stderr));
+    assert!(
+        text(&drawn.stderr).contains("--revision old has no effect"),
+        "{}",
+        text(&drawn.stderr)
+    );
+    std::fs::remove_file(&file).expect("the picture");
+    for (args, expected) in [
+        (["--seed", "x"], "must be a whole number"),
+        (["--width", "2.0"], "must be a whole number"),
+        (["--height", "-5"], "must be a whole number"),
+        (["--width", "99999999999999999999999"], "is too large"),
+    ] {
+        let refused = generate(&args);
+        let words = text(&refused.stderr);
+        assert!(words.contains(args[0]) && words.contains(expected), "{words}");
+    }
+}

@@ -36,7 +36,7 @@ fn sagemaker_loads_uses_and_unloads_models() {
     assert_eq!(load("one", &demo()).status, 409);
     assert_eq!(load("two", &demo()).status, 200);
     let broken = load("three", &root.join("no-such-model"));
-    assert_eq!((broken.status, broken.error().0), (500, "model_load_failed".into()));
+    assert_eq!((broken.status, broken.error().0), (422, "model_load_failed".into()));
     for outside in [Path::new("/etc"), &root, &demo().join("../../src"), Path::new("demo")] {
         let refused = load("four", outside);
         assert_eq!((refused.status, refused.error()), (400, ("malformed".into(), "url".into())));

@@ -179,10 +179,10 @@ impl<'a> LdmCheckpoint<'a> {
             "model_index.json" => json!({ "_class_name": "StableDiffusionPipeline" }),
             "unet/config.json" => self.unet()?,
             "vae/config.json" => self.vae()?,
-            "text_encoder/config.json" => self.text_encoder(self.text_tower())?,
+            "text_encoder/config.json" => self.text_encoder(self.text_tower().as_ref())?,
             "text_encoder_2/config.json" if self.is_xl() => {
                 let tower = family::SECOND_TOWER.to_owned();
-                self.text_encoder(Some(TextTower::OpenClip(tower)))?
+                self.text_encoder(Some(&TextTower::OpenClip(tower)))?
             }
             "scheduler/scheduler_config.json" => self.scheduler()?,
             "tokenizer/special_tokens_map.json" if self.is_second() => json!({ "pad_token": "!" }),
@@ -366,11 +366,11 @@ impl<'a> LdmCheckpoint<'a> {
         }
     }
 
-    fn text_encoder(&self, tower: Option<TextTower>) -> Result<Value> {
+    fn text_encoder(&self, tower: Option<&TextTower>) -> Result<Value> {
         let second = self.is_second();
         let mut projection = None;
         let is_open = matches!(tower, Some(TextTower::OpenClip(_)));
-        let (tokens, positions, inner, layers) = match &tower {
+        let (tokens, positions, inner, layers) = match tower {
             Some(TextTower::OpenClip(tower)) => {
                 let inner = |i| format!("{tower}transformer.resblocks.{i}.mlp.c_fc.weight");
                 let layers = self.count(inner);

@@ -129,7 +129,7 @@ pub(super) static ALGORITHMS: [Algorithm; 27] = [
         ..multistep(Sampler::Dpmpp2mHeun, ["dpmpp_2m_heun", "DPM++ 2M Heun"], dpmpp::dpmpp_2m_heun)
     },
     Algorithm {
-        aliases: &["k_dpmpp_2m_sde"],
+        aliases: &["k_dpmpp_2m_sde", "dpmpp_2m_sde_gpu"],
         class_keys: &[SDE, SECOND_ORDER, ("solver_type", MIDPOINT)],
         automatic: SigmaSchedule::Exponential,
         noise: StepNoise::Sde,
@@ -151,7 +151,7 @@ pub(super) static ALGORITHMS: [Algorithm; 27] = [
         )
     },
     Algorithm {
-        aliases: &["k_dpmpp_3m_sde"],
+        aliases: &["k_dpmpp_3m_sde", "dpmpp_3m_sde_gpu"],
         class_keys: &[SDE, ("solver_order", &["3"]), ("solver_type", MIDPOINT)],
         automatic: SigmaSchedule::Exponential,
         noise: StepNoise::Sde,
@@ -184,7 +184,7 @@ pub(super) static ALGORITHMS: [Algorithm; 27] = [
         )
     },
     Algorithm {
-        aliases: &["k_dpmpp_sde"],
+        aliases: &["k_dpmpp_sde", "dpmpp_sde_gpu"],
         stages: Stages::NoisyMiddle,
         karras_timesteps: KarrasTimesteps::Fractions,
         noise: StepNoise::Ancestral,

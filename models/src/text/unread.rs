@@ -206,17 +206,13 @@ mod tests {
 
     #[test]
     fn what_is_drawn_as_words_is_quoted() {
-        use PromptRole::{A1111, A1111Negative, A1111Second, Plain};
+        use PromptRole::{A1111, A1111Negative, Plain};
         for (prompt, role, quoted) in [
             ("a | [red:blue:0.5] house", A1111, "[red:blue:0.5]"),
             ("[cat:dog:5] [a:b:c:5]", A1111, "[a:b:c:5]"),
             ("a AND [a|(b|c)]", A1111, "[a|(b|c)]"),
             ("a cat AND a dog :1.2", A1111Negative, "AND"),
             ("[a:b|c:5]", A1111Negative, "[a:b|c:5]"),
-            ("a <lora:sepia:1> house", A1111Second, "<lora:sepia:1>"),
-            ("a [red:blue:0.5] house", A1111Second, "[red:blue:0.5]"),
-            ("a [cat|dog] house", A1111Second, "[cat|dog]"),
-            ("A RED AND BLUE HOUSE", A1111Second, "AND"),
             ("a house <lora:sepia:1> at night", Plain, "<lora:sepia:1>"),
             ("<hypernet:x:1>", Plain, "<hypernet:x:1>"),
             ("a (red:1.3) house", Plain, "(red:1.3)"),
@@ -275,9 +271,22 @@ mod tests {
         assert!(reason.ends_with("at most 10000"), "{reason}");
         assert_eq!(unread("a <lora:x:1> <lyco:y>", A1111), None);
         assert_eq!(unread("a cat AND a [dog|fox] :1.2", A1111), None);
-        assert_eq!(unread("a (red:1.2) [house] in SAND", A1111Second), None);
         for prompt in ["a (red) house", "[A:B] AND C", "(a: b)", "a < b", "((é"] {
             assert_eq!(unread(prompt, Plain), None, "{prompt}");
         }
+    }
+
+    #[test]
+    fn only_weights_are_read_of_the_second_encoders_prompts() {
+        for (prompt, quoted) in [
+            ("a <lora:sepia:1> house", "<lora:sepia:1>"),
+            ("a [red:blue:0.5] house", "[red:blue:0.5]"),
+            ("a [cat|dog] house", "[cat|dog]"),
+            ("A RED AND BLUE HOUSE", "AND"),
+        ] {
+            let reason = unread(prompt, PromptRole::A1111Second).expect("a reason");
+            assert!(reason.starts_with(&format!("has {quoted:?}, which")), "{reason}");
+        }
+        assert_eq!(unread("a (red:1.2) [house] in SAND", PromptRole::A1111Second), None);
     }
 }

@@ -183,7 +183,7 @@ pub(crate) async fn detect(
     let read: Detect = fields.read(&limits)?;
     // How the extension computes.
     fields.drop_if("low_vram", |_| true);
-    let mut warnings = unread::warnings(&fields, None);
+    let mut warnings = unread::warnings(&fields, None, true);
     drop(fields);
     let mut files = read.controlnet_input_images.unwrap_or_default();
     const IMAGES: &str = "controlnet_input_images";

@@ -84,7 +84,10 @@ impl HiresPass {
         }
         for (name, same) in SAME {
             fields.drop_if(name, |value| match value {
-                Value::String(text) => is_off(value) || text.trim().eq_ignore_ascii_case(same),
+                Value::String(text) => {
+                    let is = |known: &str| text.trim().eq_ignore_ascii_case(known);
+                    is_off(value) || is(same) || name == "hr_sampler_name" && is("automatic")
+                }
                 value => is_off(value),
             });
         }
@@ -122,6 +125,12 @@ impl HiresPass {
         };
         // Latents have whole pixels.
         let [wide, high] = target.map(|side| (side / model.multiple).max(1) * model.multiple);
+        if [wide, high] != target {
+            let ([x, y], multiple) = (target, model.multiple);
+            draw.warnings.push(format!(
+                "{name} asks for {x}x{y}, no multiples of {multiple}: the hires pass is of {wide}x{high}"
+            ));
+        }
         if (wide, high) == (width, height) {
             return Ok(());
         }
@@ -210,6 +219,7 @@ mod tests {
         for body in [
             json!({ "hr_prompt": "", "hr_negative_prompt": " ", "hr_cfg": 0, "hr_sampler_name": null }),
             json!({ "hr_sampler_name": "Use same sampler", "hr_scheduler": "use same scheduler" }),
+            json!({ "hr_sampler_name": "Automatic", "hr_scheduler": "None" }),
             json!({ "hr_prompt": [""], "hr_cfg": "None", "hr_additional_modules": ["Use same choices"] }),
             json!({ "hr_checkpoint_name": "Use same checkpoint", "hr_scheduler": "" }),
         ] {

@@ -21,11 +21,10 @@ impl SamplerFields {
         &self,
         [sampler, scheduler]: [&str; 2],
     ) -> Result<(Option<String>, Option<String>), ValidationError> {
-        let asked = self.scheduler.as_ref();
-        let asked = asked.filter(|name| !name.trim().eq_ignore_ascii_case("automatic"));
+        let asked = self.scheduler.as_ref().filter(|name| !is_automatic(name));
         let asked = asked.map(|name| name.parse::<SigmaSchedule>()).transpose();
         let asked = asked.map_err(|reason| ValidationError::range(scheduler, reason))?;
-        let Some(name) = &self.sampler else {
+        let Some(name) = self.sampler.as_ref().filter(|name| !is_automatic(name)) else {
             return Ok((None, asked.map(|schedule| schedule.to_string())));
         };
         let unknown = |reason: String| ValidationError::range(sampler, reason);
@@ -37,4 +36,10 @@ impl SamplerFields {
         };
         Ok((Some(named.to_string()), Some(schedule.to_string())))
     }
+}
+
+/// Whether a name leaves the choice to the server.
+fn is_automatic(name: &str) -> bool {
+    let name = name.trim();
+    ["", "none", "automatic"].iter().any(|automatic| name.eq_ignore_ascii_case(automatic))
 }

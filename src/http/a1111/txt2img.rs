@@ -5,7 +5,8 @@ use std::time::SystemTime;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
-use serde_json::json;
+use sd_models::ModelInfo;
+use serde_json::{Value, json};
 
 use super::hires::HiresPass;
 use super::info::{Batches, info};
@@ -15,12 +16,13 @@ use super::request::{Common, check_clip_skip};
 use super::{scripts, unread};
 use crate::engine::Previews;
 use crate::http::admission::Admitted;
+use crate::http::deadline::Deadline;
 use crate::http::drawing::{Drawing, ReplyFormat, base64};
 use crate::http::error::Result;
 use crate::http::state::AppState;
 use crate::http::store::InFlightRequest;
 use crate::image::Format;
-use crate::request::{DrawRequest, Transparency, ValidationError};
+use crate::request::{DrawRequest, Fields, Object, Transparency, ValidationError};
 
 /// `POST /sdapi/v1/txt2img`.
 pub(crate) async fn txt2img(State(state): State<AppState>, admitted: Admitted) -> Result<Response> {
@@ -33,6 +35,34 @@ pub(crate) async fn img2img(State(state): State<AppState>, admitted: Admitted) -
 }
 
 /// Generates images and responds as AUTOMATIC1111 does.
+/// The model of this title, or else that of the options.
+async fn chosen(state: &AppState, title: Option<String>, deadline: Deadline) -> Result<AppState> {
+    let model = match title.filter(|title| !title.trim().is_empty()) {
+        Some(title) => Some(model_of_title(state, title).await?),
+        None => state.checkpoint.get(),
+    };
+    match model {
+        Some(model) => state.choose(&model, deadline).await,
+        None => Ok(state.clone()),
+    }
+}
+
+/// Takes the checkpoint of the hires pass out of the fields if it is the model itself.
+async fn take_own_checkpoint(
+    state: &AppState,
+    fields: &mut Fields,
+    parameters: &Object,
+    model: &ModelInfo,
+) -> Result<()> {
+    let title = parameters.get("hr_checkpoint_name").and_then(Value::as_str);
+    if let Some(title) = title
+        && model_of_title(state, title.to_owned()).await? == model.name
+    {
+        fields.take(&["hr_checkpoint_name"])?;
+    }
+    Ok(())
+}
+
 async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Result<Response> {
     let began = SystemTime::now();
     let mut fields = admitted.json(&state).await?;
@@ -45,14 +75,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     let batches = Batches { size, count, began };
     let options = common.override_settings.as_mut();
     let model = options.and_then(|options| options.sd_model_checkpoint.take());
-    let model = match model.filter(|name| !name.trim().is_empty()) {
-        Some(title) => Some(model_of_title(&state, title).await?),
-        None => state.checkpoint.get(),
-    };
-    let state = match model {
-        Some(model) => state.choose(&model, slot.deadline).await?,
-        None => state.clone(),
-    };
+    let state = chosen(&state, model, slot.deadline).await?;
     let options = common.override_settings.as_mut();
     let options = options.map(|options| std::mem::take(&mut options.others));
     let options = options.map(|options| check(&state, options)).transpose()?;
@@ -70,6 +93,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
         parameters.retain(|name, _| !["init_images", "mask"].contains(&name.as_str()));
     } else if has_hires {
         let model = state.engine.model()?;
+        take_own_checkpoint(&state, &mut fields, &parameters, &model).await?;
         HiresPass::read(&mut fields, &parameters, limits)?.add_to(&mut draw, &sampler, &model)?;
     }
     if draw.clip_skip.is_some() {
@@ -94,12 +118,12 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     } else {
         drawing.specs = images.iter().map(|image| drawing.specs[image.index].clone()).collect();
     }
-    let response = drawing.encode(images, move |drawing, images, files| {
+    let response = drawing.encode(images, move |drawing, images, files| -> Result<_> {
         let mut images_of_reply = if send_images { base64(&files) } else { Vec::new() };
         if send_images {
             images_of_reply.extend(base64(&drawing.map_files()?));
         }
-        Result::Ok(json!({
+        Ok(json!({
             "images": images_of_reply,
             "parameters": parameters,
             "info": info(drawing, images, batches).to_string(),

@@ -96,13 +96,9 @@ pub(super) fn read(
     let model = model.ok_or_else(|| {
         ValidationError::range(&of("model"), "must name a ControlNet: the unit is enabled")
     })?;
-    let module = read.module.unwrap_or_else(|| "none".into());
-    let refuse = |reason: String| ValidationError::range(&of("module"), reason);
-    let preprocessor: Preprocessor = module.parse().map_err(refuse)?;
-    for silent in SILENT {
-        fields.drop_if(silent, |_| true);
-    }
-    let mut warnings = unread::warnings(&fields, None);
+    let preprocessor = preprocessor(read.module.as_deref(), name)?;
+    SILENT.iter().for_each(|silent| fields.drop_if(silent, |_| true));
+    let mut warnings = unread::warnings(&fields, None, true);
     let (low, high) = thresholds(
         preprocessor,
         [("threshold_a", read.threshold_a), ("threshold_b", read.threshold_b)],
@@ -111,17 +107,11 @@ pub(super) fn read(
     );
     let unknown = |reason: String| ValidationError::range(&of("hr_option"), reason);
     let passes = read.hr_option.as_deref().map(passes).transpose().map_err(unknown)?;
-    let (start, end) = (read.guidance_start.unwrap_or(0.0), read.guidance_end.unwrap_or(1.0));
-    if start > end {
-        let reason = format!("of {start} must not be after guidance_end, {end}");
-        return Err(ValidationError::range(&of("guidance_start"), reason));
-    }
+    let (start, end) = window([read.guidance_start, read.guidance_end], name)?;
+    let mut side = || within(&of("processor_res"), read.processor_res, RESOLUTION, &mut warnings);
     let resolution = match read.pixel_perfect.unwrap_or(false) {
         true => Resolution::PixelPerfect,
-        false => {
-            let side = within(&of("processor_res"), read.processor_res, RESOLUTION, &mut warnings);
-            Resolution::Shorter(side as usize)
-        }
+        false => Resolution::Shorter(side() as usize),
     };
     Ok(Some(ControlNet {
         model: Some(model),
@@ -150,6 +140,21 @@ pub(super) fn read(
             warnings,
         }),
     }))
+}
+
+fn preprocessor(module: Option<&str>, unit: &str) -> Result<Preprocessor, ValidationError> {
+    let refuse = |reason: String| ValidationError::range(&format!("{unit}.module"), reason);
+    module.unwrap_or("none").parse().map_err(refuse)
+}
+
+/// The shares of the steps at which the unit begins and ends.
+fn window(asked: [Option<f64>; 2], unit: &str) -> Result<(f64, f64), ValidationError> {
+    let (start, end) = (asked[0].unwrap_or(0.0), asked[1].unwrap_or(1.0));
+    if start > end {
+        let reason = format!("of {start} must not be after guidance_end, {end}");
+        return Err(ValidationError::range(&format!("{unit}.guidance_start"), reason));
+    }
+    Ok((start, end))
 }
 
 /// Rejects what would change the image and is not supported.

@@ -28,6 +28,29 @@ const SILENT: [&str; 12] = [
     "initial_noise_multiplier",
 ];
 
+/// Options that are on by default, whose other values ask for something even where they are off.
+const ON: [(&str, &str); 9] = [
+    ("emphasis", "original"),
+    ("enable_emphasis", "true"),
+    ("enable_batch_seeds", "true"),
+    ("comma_padding_backtrack", "20"),
+    ("ESRGAN_tile", "192"),
+    ("ESRGAN_tile_overlap", "8"),
+    ("initial_noise_multiplier", "1"),
+    ("extra_networks_default_multiplier", "1"),
+    ("uni_pc_lower_order_final", "true"),
+];
+
+/// Whether an option has no effect there, either.
+fn asks_for_nothing(name: &str, value: &Value) -> bool {
+    let name = name.rsplit('.').next().unwrap_or(name);
+    let Some((_, default)) = ON.iter().find(|(on, _)| *on == name) else { return is_off(value) };
+    let text = value.as_str().map_or_else(|| value.to_string(), str::to_ascii_lowercase);
+    value.is_null()
+        || text.trim() == *default
+        || matches!((text.trim().parse::<f64>(), default.parse::<f64>()), (Ok(a), Ok(b)) if a == b)
+}
+
 /// The warnings of the fields that remain, and of the options of the request. Without `warns_of_hires`
 /// the fields of the hires pass are those of a pass that is switched off.
 pub(super) fn warnings(
@@ -51,8 +74,10 @@ pub(super) fn of_options(options: &Object) -> Vec<String> {
 }
 
 fn said<'a>(unread: impl Iterator<Item = (String, &'a Value)>) -> Vec<String> {
-    let mut names: Vec<_> =
-        unread.filter(|(_, value)| !is_off(value)).map(|(name, _)| name).collect();
+    let mut names: Vec<_> = unread
+        .filter(|(name, value)| !asks_for_nothing(name, value))
+        .map(|(name, _)| name)
+        .collect();
     let more = names.len().saturating_sub(MAX);
     names.truncate(MAX);
     let mut warnings: Vec<_> =

@@ -95,6 +95,13 @@ fn no_image(name: &str) -> ValidationError {
     ValidationError::malformed(name, "must be an image file in base64, bare or as a data URL")
 }
 
+/// The name of a part without the brackets of a list, `image[]` or `image[0]`, as clients send it.
+fn plain(name: &str) -> &str {
+    let listed = name.strip_suffix(']').and_then(|name| name.rsplit_once('['));
+    let listed = listed.filter(|(_, index)| index.bytes().all(|byte| byte.is_ascii_digit()));
+    listed.map(|(name, _)| name).filter(|name| ["image", "mask"].contains(name)).unwrap_or(name)
+}
+
 impl Parts {
     async fn read(request: Request) -> Result<Self> {
         let mut parts = Multipart::from_request(request, &()).await.map_err(|_| {
@@ -105,16 +112,15 @@ impl Parts {
         };
         let mut form = Self::default();
         while let Some(part) = parts.next_field().await.map_err(broken)? {
-            let name = part.name().unwrap_or_default().to_owned();
+            let name = plain(part.name().unwrap_or_default()).to_owned();
             let data = part.bytes().await.map_err(broken)?;
             // Browsers send a part for a file that was not chosen.
-            if data.is_empty() && ["image", "image[]", "mask"].contains(&name.as_str()) {
+            if data.is_empty() && ["image", "mask"].contains(&name.as_str()) {
                 continue;
             }
             match name.as_str() {
-                // OpenAI's clients use the second name for a list.
-                "image" | "image[]" if form.image.is_none() => form.image = Some(data),
-                "image" | "image[]" => {
+                "image" if form.image.is_none() => form.image = Some(data),
+                "image" => {
                     return Err(ValidationError::range("image", "must be a single image").into());
                 }
                 "mask" if form.mask.is_none() => form.mask = Some(data),
@@ -124,8 +130,10 @@ impl Parts {
                     return Err(ValidationError::body(message).into());
                 }
                 _ => {
-                    let text = String::from_utf8(data.into())
-                        .map_err(|_| ValidationError::body(format!("{name:?} is not UTF-8")))?;
+                    let text = String::from_utf8(data.into()).map_err(|_| {
+                        let reason = "is no field that takes a file, and is not UTF-8 text";
+                        ValidationError::malformed(&name, reason)
+                    })?;
                     form.texts.push((name, text));
                 }
             }
