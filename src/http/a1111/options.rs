@@ -66,7 +66,9 @@ fn is_same(new: &Value, value: &Value) -> bool {
         Value::String(text) => text.trim().parse().ok(),
         other => other.as_f64(),
     };
-    new == value || value.is_number() && number(new) == number(value)
+    let text = |value: &Value| value.as_str().map(|text| text.trim().to_ascii_lowercase());
+    let is_same_text = text(value).is_some_and(|known| text(new) == Some(known));
+    new == value || is_same_text || value.is_number() && number(new) == number(value)
 }
 
 /// The name of a model out of one of AUTOMATIC1111's titles, `file.safetensors [0123456789]`.
