@@ -251,7 +251,7 @@ fn what_cannot_be_done_is_refused_by_name() {
         ),
         (
             json!({ "model": "edges", "image": picture, "advanced_weighting": [1, 2] }),
-            "have 2 advanced weights, but \"edges\" has 5",
+            "which takes 5 advanced weights, not 2",
         ),
     ] {
         let (status, reply) = post(&server, "/sdapi/v1/txt2img", &sdapi(&unit));
@@ -303,7 +303,7 @@ fn the_command_line_says_what_is_wrong_with_nets() {
                 "--control-end",
                 "1",
             ],
-            "--control-end: has 2 values for 1 nets",
+            "--control-end: is given 2 times, --controlnet 1 times",
         ),
     ] {
         let output = sd_server(&["generate", "a", "--model", "demo"]).args(args).output();

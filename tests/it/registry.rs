@@ -35,7 +35,7 @@ async fn models_are_loaded_while_there_is_room() {
     assert!(matches!(full, RegistryError::NoRoom(_)));
     assert!(full.to_string().contains("within --models-memory-bytes; unload another"), "{full}");
     assert_eq!(models.load("b", "/40".into()).await, Ok(()));
-    assert!(matches!(models.load("c", "/broken".into()).await, Err(RegistryError::Broken(_))));
+    assert!(matches!(models.load("c", "/broken".into()).await, Err(RegistryError::Damaged(_))));
     assert_eq!(models.unload("a").await, Ok(()));
     assert_eq!(shelf.alive.load(Ordering::SeqCst), 1, "the memory is free when it returns");
     assert_eq!(models.unload("a").await, Err(RegistryError::Unknown("a".into())));

@@ -54,11 +54,12 @@ pub(super) fn wake<M: Model>(
                     false => JobError::Unloaded,
                 };
                 let waiting = engine.queue().take_all();
-                waiting.into_iter().for_each(|task| task.complete(Err(failure.clone())));
+                // Before any client receives the error and asks again.
                 engine.rest.send_modify(|rest| {
                     rest.reload = false;
                     rest.failures += 1;
                 });
+                waiting.into_iter().for_each(|task| task.complete(Err(failure.clone())));
             }
         }
     }
