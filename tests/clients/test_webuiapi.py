@@ -59,7 +59,9 @@ def test_what_is_asked_first(client):
     assert client.util_get_current_model() == "demo"
     assert {"Euler a", "DPM++ 2M", "UniPC"} <= set(client.util_get_sampler_names())
     assert "karras" in [name.lower() for name in client.util_get_scheduler_names()]
-    assert client.get_sd_vae() == client.get_upscalers() == client.get_loras() == []
+    assert client.get_sd_vae() == client.get_loras() == []
+    upscalers = [upscaler["name"] for upscaler in client.get_upscalers()]
+    assert upscalers == ["None", "Lanczos", "Nearest"]
     client.util_set_model("demo")
     client.util_wait_for_ready(check_interval=0.1)
 
