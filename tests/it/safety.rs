@@ -202,7 +202,9 @@ fn a_checker_that_is_asked_for_must_be_there() {
     let mut command = sd_server(&["--device", "cpu", "--port", "0"]);
     let done = command.arg("--model").arg(&model).output().expect("it starts");
     let said = String::from_utf8_lossy(&done.stderr);
-    assert!(said.contains("safety_checker/") && !done.status.success(), "{said}");
+    assert!(said.contains("safety_checker/model.safetensors: no such file"), "{said}");
+    assert!(said.contains("--safety-checker off goes without it"), "{said}");
+    assert!(!done.status.success(), "{said}");
 }
 
 #[test]
