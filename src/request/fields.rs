@@ -200,17 +200,8 @@ mod tests {
     use serde_json::json;
 
     use super::super::draw::DrawRequest;
+    use super::super::limits::LIMITS;
     use super::*;
-
-    const LIMITS: Limits = Limits {
-        max_pixels: 1 << 20,
-        max_steps: 50,
-        max_images: 4,
-        max_prompt_bytes: 100,
-        max_input_pixels: 1 << 20,
-        max_loras: 2,
-        max_controlnets: 2,
-    };
 
     fn error(read: Result<DrawRequest, ValidationError>) -> String {
         read.expect_err("an error").to_string()

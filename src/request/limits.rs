@@ -93,6 +93,18 @@ impl Limits {
     }
 }
 
+/// Those of the tests of fields.
+#[cfg(test)]
+pub(super) const LIMITS: Limits = Limits {
+    max_pixels: 1 << 20,
+    max_steps: 50,
+    max_images: 4,
+    max_prompt_bytes: 100,
+    max_input_pixels: 1 << 20,
+    max_loras: 2,
+    max_controlnets: 2,
+};
+
 #[cfg(test)]
 mod tests {
     use super::*;

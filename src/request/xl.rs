@@ -48,18 +48,8 @@ impl DrawRequest {
 #[cfg(test)]
 mod tests {
     use super::super::fields::Fields;
-    use super::super::limits::Limits;
+    use super::super::limits::LIMITS;
     use super::*;
-
-    const LIMITS: Limits = Limits {
-        max_pixels: 1 << 20,
-        max_steps: 50,
-        max_images: 4,
-        max_prompt_bytes: 100,
-        max_input_pixels: 1 << 20,
-        max_loras: 2,
-        max_controlnets: 2,
-    };
 
     fn read(fields: &str) -> Result<XlOptions, ValidationError> {
         let body = format!(r#"{{"prompt":"a",{fields}}}"#);
