@@ -23,15 +23,16 @@ pub mod text;
 pub use error::{Error, Result};
 pub use files::{AssetDir, AssetFile, Checkpoint, FileVersion, Source};
 pub use layers::LoraStack;
+pub use networks::UNetPart;
 pub use ops::{KernelStats, cpu_isa, keep_freed_memory, return_freed_memory};
 pub use picture::{CANNY, Preprocessor, Rgb, Size, THRESHOLD};
 pub use pipeline::{
-    AddOns, Chosen, Control, ControlMode, ControlNets, ControlPasses, ControlRule, Defaults,
-    DeviceName, Enlarge, Enlargement, Extension, Hires, Img2Img, LatentUpscaler, LoadOptions,
-    MAX_CONTROL_SCALE, MAX_NOISE_SCALE, MAX_STEPS, MaskedStart, MemoryEstimate, ModelInfo,
-    NamedFiles, Pass, PassLoras, PictureUpscaler, Pipeline, PipelineParts, Precision, PromptSyntax,
-    SafetyMode, SingleFiles, Spec, TILE_WORK, Trajectory, Upscaler, Variation, XlOptions,
-    check_pipeline, parameters,
+    AddOns, BlockScale, Chosen, Control, ControlMode, ControlNets, ControlPasses, ControlRule,
+    Defaults, DeviceName, Enlarge, Enlargement, Extension, Hires, Img2Img, IpAdapter, IpAdapters,
+    IpScale, LatentUpscaler, LoadOptions, MAX_CONTROL_SCALE, MAX_IP_SCALE, MAX_NOISE_SCALE,
+    MAX_STEPS, MaskedStart, MemoryEstimate, ModelInfo, NamedFiles, Pass, PassLoras,
+    PictureUpscaler, Pipeline, PipelineParts, Precision, PromptSyntax, SafetyMode, SingleFiles,
+    Spec, TILE_WORK, Trajectory, Upscaler, Variation, XlOptions, check_pipeline, parameters,
 };
 pub use sampling::{Churn, Sampler, SamplerName, SamplerOptions, SigmaSchedule};
 pub use text::{Embeddings, LoraUse, Loras, PlaceholderToken, PromptRole, unread};

@@ -70,6 +70,7 @@ fn spec(sampler: Sampler, steps: usize, guidance_scale: f64) -> Spec {
         hires: None,
         controls: Vec::new(),
         tiling: false,
+        ip_adapters: Vec::new(),
         enlarge: None,
         prompt_syntax: PromptSyntax::Plain,
     }

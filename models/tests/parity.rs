@@ -26,6 +26,8 @@ mod hires;
 mod img2img;
 #[path = "parity/inversion.rs"]
 mod inversion;
+#[path = "parity/ip_adapter.rs"]
+mod ip_adapter;
 #[path = "parity/knobs.rs"]
 mod knobs;
 #[path = "parity/lcm.rs"]

@@ -112,6 +112,18 @@ pub(super) struct ModelArgs {
     #[arg(long, env = "SD_MAX_CONTROLNET_BYTES", default_value = "4294967296")]
     #[arg(value_parser = size::<0>)]
     pub(super) max_controlnet_bytes: usize,
+    /// Directory of IP-Adapters (.safetensors, .bin: plain, Plus and full ones) that requests can select
+    /// by file name. A file is read when it is first requested, with the image encoder beside it: a
+    /// folder image_encoder with config.json and model.safetensors in the file's folder, in the one
+    /// above, or in models or sdxl_models there
+    #[arg(long, env = "SD_IP_ADAPTERS_DIR")]
+    pub(super) ip_adapters_dir: Option<PathBuf>,
+    /// Memory for the IP-Adapters of each model and their image encoders, in bytes. At the limit, the
+    /// least recently used adapter is evicted, and read again on its next use. An adapter, or those of
+    /// one image, that would take more are refused
+    #[arg(long, env = "SD_MAX_IP_ADAPTER_BYTES", default_value = "6442450944")]
+    #[arg(value_parser = size::<0>)]
+    pub(super) max_ip_adapter_bytes: usize,
     /// Directory of upscalers (.safetensors, .pth, .pt of the ESRGAN family: ESRGAN, Real-ESRGAN,
     /// BSRGAN) that requests can select by file name. A file is read when it is first requested
     #[arg(long, env = "SD_UPSCALERS_DIR")]
@@ -229,6 +241,28 @@ pub(super) struct GenerateArgs {
     #[arg(long, requires = "controlnet", action = clap::ArgAction::Count)]
     #[serde(skip)]
     pub(super) guess_mode: u8,
+    /// IP-Adapter: a file, or a name in --ip-adapters-dir. Can be repeated; the k-th value of each of
+    /// the following options is the k-th adapter's
+    #[arg(long, value_name = "FILE", requires = "ip_image")]
+    #[serde(skip)]
+    pub(super) ip_adapter: Vec<PathBuf>,
+    /// The picture that the image is to look like, of which an IP-Adapter sees the middle square; each
+    /// adapter has one
+    #[arg(long, value_name = "FILE", requires = "ip_adapter")]
+    #[serde(skip)]
+    pub(super) ip_image: Vec<PathBuf>,
+    /// Factor of what an IP-Adapter adds. Default: 1
+    #[arg(long, requires = "ip_adapter", value_parser = finite, allow_negative_numbers = true)]
+    #[serde(skip)]
+    pub(super) ip_scale: Vec<f64>,
+    /// Share of the steps before which an IP-Adapter adds nothing, 0 to 1. Default: 0
+    #[arg(long, requires = "ip_adapter", value_parser = finite)]
+    #[serde(skip)]
+    pub(super) ip_start: Vec<f64>,
+    /// Share of the steps after which an IP-Adapter adds nothing, 0 to 1. Default: 1
+    #[arg(long, requires = "ip_adapter", value_parser = finite)]
+    #[serde(skip)]
+    pub(super) ip_end: Vec<f64>,
     /// Width in pixels, a multiple of 8. Default: the model's own, or the width of --image or of the
     /// first --control-image
     #[arg(short = 'W', long)]

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 
 use crate::engine::{Engine, EngineConfig, Progress, Safety};
 use crate::image::{self, Format, Origin};
-use crate::request::{DrawRequest, Fields, ImageFile, Limits, Names, ValidationError};
+use crate::request::{DrawRequest, Fields, ImageFile, Limits, Names, OneOrMany, ValidationError};
 use crate::source::{self, ModelConfig};
 
 /// No limits except the model's own: the user's own machine.
@@ -40,16 +40,25 @@ pub(crate) struct Generate {
     pub(crate) safety: Safety,
     /// The fields of the request, as a JSON object.
     pub(crate) fields: Value,
-    /// The file of the input image.
-    pub(crate) image: Option<Vec<u8>>,
-    /// The file of the mask.
-    pub(crate) mask: Option<Vec<u8>>,
-    /// The files of the control pictures.
-    pub(crate) controls: Vec<Vec<u8>>,
+    /// The files that were read.
+    pub(crate) inputs: Inputs,
     /// The output file.
     pub(crate) output: PathBuf,
     /// The format, from the extension of the file.
     pub(crate) format: Format,
+}
+
+/// The files of the pictures of a command line.
+#[derive(Debug)]
+pub(crate) struct Inputs {
+    /// The input image.
+    pub(crate) image: Option<Vec<u8>>,
+    /// The mask.
+    pub(crate) mask: Option<Vec<u8>>,
+    /// The control pictures.
+    pub(crate) controls: Vec<Vec<u8>>,
+    /// The pictures of the IP-Adapters.
+    pub(crate) adapters: Vec<Vec<u8>>,
 }
 
 pub(crate) async fn run(config: Generate) -> Result<()> {
@@ -68,11 +77,8 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     spinner.finish_and_clear();
 
     let mut request = request(config.fields)?;
-    request.image = config.image.map(|file| ImageFile::Bytes(file.into()));
-    request.mask = config.mask.map(|file| ImageFile::Bytes(file.into()));
-    for (net, file) in request.controlnets.iter_mut().flatten().zip(config.controls) {
-        net.image = Some(ImageFile::Bytes(file.into()));
-    }
+    config.inputs.add_to(&mut request);
+    request.find_ip_adapters(&model.add_ons.ip_adapters)?;
     let seed = getrandom::u32().map_err(|error| anyhow!("no random numbers: {error}"))?;
     let specs = request.specs(&LIMITS, &model, seed.into())?;
     specs.iter().try_for_each(|spec| request.check_format(spec, config.format))?;
@@ -104,6 +110,21 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     }
     writeln!(out, "{:.1} s", began.elapsed().as_secs_f64())?;
     Ok(())
+}
+
+impl Inputs {
+    fn add_to(self, request: &mut DrawRequest) {
+        let file = |bytes: Vec<u8>| ImageFile::Bytes(bytes.into());
+        request.image = self.image.map(file);
+        request.mask = self.mask.map(file);
+        for (net, bytes) in request.controlnets.iter_mut().flatten().zip(self.controls) {
+            net.image = Some(file(bytes));
+        }
+        let adapters = request.ip_adapter.iter_mut().flat_map(OneOrMany::all_mut);
+        for (adapter, bytes) in adapters.zip(self.adapters) {
+            adapter.image = Some(OneOrMany::One(file(bytes)));
+        }
+    }
 }
 
 /// The request of these fields, whose errors name the options.

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use clap::parser::ValueSource::DefaultValue;
 use clap::{ArgMatches, FromArgMatches as _};
+use sd_models::files::IpAdapterFile;
 use sd_models::{AddOns, AssetDir, DeviceName, Precision, SafetyMode};
 use serde_json::{Value, json};
 
@@ -33,7 +34,7 @@ use environment::{
     command, hub, in_words, name_variable, port, read_file, unknown_variables, usage,
     with_trimmed_variables,
 };
-use generate::Generate;
+use generate::{Generate, Inputs};
 
 /// The default model.
 const DEFAULT_MODEL: &str = "CompVis/stable-diffusion-v1-4";
@@ -219,18 +220,23 @@ impl GenerateArgs {
             loras.push(json!({ "name": name, "scale": scale }));
         }
         let nets = self.nets()?;
+        let adapters = self.adapters()?;
         let upscaler = self.upscaler_file();
         let mut fields = json!(self);
         fields["loras"] = loras.into();
         fields["controlnets"] = nets.fields.into();
+        if !adapters.fields.is_empty() {
+            fields["ip_adapter"] = adapters.fields.into();
+        }
         let (mut model, safety) = self.model.resolve()?;
         model.add_ons.loras.files = files;
         model.add_ons.controlnets.files = nets.files;
+        model.add_ons.ip_adapters.files = adapters.files;
         model.add_ons.upscalers.files = upscaler.into_iter().collect();
         let image = self.image.as_deref().map(read_file).transpose()?;
         let mask = self.mask.as_deref().map(read_file).transpose()?;
-        let controls = nets.pictures;
-        Ok(Generate { model, safety, fields, image, mask, controls, output: self.output, format })
+        let inputs = Inputs { image, mask, controls: nets.pictures, adapters: adapters.pictures };
+        Ok(Generate { model, safety, fields, inputs, output: self.output, format })
     }
 }
 
@@ -262,6 +268,15 @@ impl ModelArgs {
                     )?
                 },
                 max_controlnet_bytes: self.max_controlnet_bytes as u64,
+                ip_adapters: AssetDir {
+                    skipped: IpAdapterFile::ENCODER_FOLDERS,
+                    ..assets(
+                        "--ip-adapters-dir",
+                        self.ip_adapters_dir,
+                        &["safetensors", "bin", "pth", "pt"],
+                    )?
+                },
+                max_ip_adapter_bytes: self.max_ip_adapter_bytes as u64,
                 upscalers: assets(
                     "--upscalers-dir",
                     self.upscalers_dir,

@@ -102,12 +102,16 @@ fn input_bytes(specs: &[Spec]) -> usize {
         control.picture.data.len() + hires
     };
     let controls: usize = controls.into_iter().map(of_control).sum();
-    inputs.into_iter().map(|input| bytes(input)).sum::<usize>() + controls
+    let adapters = specs.iter().flat_map(|spec| &spec.ip_adapters);
+    let mut seen: Vec<_> = adapters.flat_map(|adapter| &adapter.pictures).collect();
+    seen.dedup_by(|a, b| Arc::ptr_eq(a, b));
+    let adapters: usize = seen.into_iter().map(|picture| picture.data.len()).sum();
+    inputs.into_iter().map(|input| bytes(input)).sum::<usize>() + controls + adapters
 }
 
-/// The requests, with the ControlNets that they name. Each is an image at least; those beyond the
-/// most images are refused later.
-async fn with_controlnets(
+/// The requests, with the ControlNets and IP-Adapters that they name. Each is an image at least; those
+/// beyond the most images are refused later.
+async fn with_nets(
     state: &AppState,
     slot: &RequestSlot,
     mut requests: Vec<DrawRequest>,
@@ -115,9 +119,12 @@ async fn with_controlnets(
 ) -> Result<Vec<DrawRequest>> {
     let limits = state.settings.limits;
     let find = move || {
-        let nets = &model.add_ons.controlnets;
+        let (nets, adapters) = (&model.add_ons.controlnets, &model.add_ons.ip_adapters);
         let mut first = requests.iter_mut().take(limits.max_images);
-        first.try_for_each(|request| request.find_controlnets(nets, &limits))?;
+        first.try_for_each(|request| {
+            request.find_controlnets(nets, &limits)?;
+            request.find_ip_adapters(adapters)
+        })?;
         Ok(requests)
     };
     state.reader.look_up(slot.deadline, slot.clone(), find).await
@@ -140,7 +147,8 @@ async fn with_files(
 impl Drawing {
     /// Whether it holds input images.
     pub(crate) fn has_inputs(&self) -> bool {
-        self.specs.iter().any(|spec| spec.img2img.is_some() || !spec.controls.is_empty())
+        let has_nets = |spec: &Spec| !spec.controls.is_empty() || !spec.ip_adapters.is_empty();
+        self.specs.iter().any(|spec| spec.img2img.is_some() || has_nets(spec))
     }
 
     /// Validates requests, one for each prompt, on a blocking thread that decodes their images.
@@ -157,8 +165,8 @@ impl Drawing {
         let (limits, own, reader) = (settings.limits, Arc::clone(&model), state.reader.clone());
         let deadline = slot.deadline;
         // Before their pictures are decoded.
-        if requests.iter().any(|request| request.controlnets.is_some()) {
-            requests = with_controlnets(state, slot, requests, Arc::clone(&model)).await?;
+        if requests.iter().any(|own| own.controlnets.is_some() || own.ip_adapter.is_some()) {
+            requests = with_nets(state, slot, requests, Arc::clone(&model)).await?;
         }
         let room = slot.hold_inputs(state, most_input_bytes(&requests, &limits)).await?;
         let read = move || {

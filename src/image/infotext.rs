@@ -7,8 +7,8 @@ use anyhow::{Context as _, Result, bail};
 use exif::{Exif, In, Tag, Value};
 use image::{ImageDecoder as _, ImageFormat, ImageReader};
 use sd_models::{
-    Control, ControlRule, Hires, LoraUse, Pass, Preprocessor, PromptSyntax, Sampler,
-    SamplerOptions, Spec, Variation,
+    Control, ControlRule, Hires, IpAdapter, IpScale, LoraUse, Pass, Preprocessor, PromptSyntax,
+    Sampler, SamplerOptions, Spec, Variation,
 };
 
 /// AUTOMATIC1111's name of the list of LoRAs with their hashes.
@@ -120,7 +120,7 @@ pub(crate) fn extra_parameters(spec: &Spec) -> Vec<(&'static str, String)> {
     sampler_parameters(spec).into_iter().chain(tiling).chain(hires).chain(others).collect()
 }
 
-/// The ControlNets, as AUTOMATIC1111's extension names and writes them.
+/// The ControlNets and IP-Adapters, as AUTOMATIC1111's extension names and writes its units.
 pub(crate) fn control_parameters(spec: &Spec) -> Vec<(String, String)> {
     let unit = |(k, control): (usize, &Control)| {
         let mode = match &control.rule {
@@ -129,7 +129,7 @@ pub(crate) fn control_parameters(spec: &Spec) -> Vec<(String, String)> {
             ControlRule::Diffusers { guess: true } => "Guess",
             ControlRule::Diffusers { guess: false } => "Balanced",
         };
-        let model = control.model.replace([',', ':', '"'], "");
+        let model = bare(&control.model);
         let Control { preprocessor, scale, start, end, .. } = control;
         let thresholds = match *preprocessor {
             Preprocessor::Canny { low, high } => {
@@ -145,7 +145,32 @@ pub(crate) fn control_parameters(spec: &Spec) -> Vec<(String, String)> {
         );
         (format!("ControlNet {k}"), value)
     };
-    spec.controls.iter().enumerate().map(unit).collect()
+    let controls = spec.controls.iter().enumerate().map(unit);
+    controls.chain(adapter_parameters(spec)).collect()
+}
+
+/// The IP-Adapters, whose numbers follow those of the ControlNets.
+fn adapter_parameters(spec: &Spec) -> impl Iterator<Item = (String, String)> {
+    let unit = |(k, adapter): (usize, &IpAdapter)| {
+        let IpAdapter { model, scale, start, end, .. } = adapter;
+        let scale = match scale {
+            IpScale::All(scale) => scale.to_string(),
+            // There is no name for it there.
+            IpScale::Blocks(_) | IpScale::Transformers(_) => "by block".to_owned(),
+        };
+        let value = format!(
+            "Module: ip-adapter-auto, Model: {}, Weight: {scale}, Guidance Start: {start}, \
+             Guidance End: {end}, Control Mode: Balanced",
+            bare(model),
+        );
+        (format!("ControlNet {k}"), value)
+    };
+    (spec.controls.len()..).zip(&spec.ip_adapters).map(unit)
+}
+
+/// A name without what ends a value.
+fn bare(name: &str) -> String {
+    name.replace([',', ':', '"'], "")
 }
 
 /// AUTOMATIC1111's names and values of the sampler's parameters that the request gives and that
@@ -380,6 +405,7 @@ mod tests {
             hires: None,
             controls: Vec::new(),
             tiling: false,
+            ip_adapters: Vec::new(),
             enlarge: None,
         }
     }

@@ -14,6 +14,7 @@ use super::controlnet::{ControlMaps, ControlNet};
 use super::error::ValidationError;
 use super::fields::{Fields, Names};
 use super::images::{ImageFile, MaskArea, Transparency};
+use super::ip_adapter::{IpAdapterFields, MAX_IP_ADAPTERS, OneOrMany};
 use super::limits::Limits;
 use crate::image::{Fit, Format, InpaintOptions, Overlay};
 
@@ -70,6 +71,9 @@ pub struct DrawRequest {
     /// ControlNets of the server's directory, each with the picture by which it steers.
     #[schemars(extend("maxItems" = Limits::CONTROLNETS))]
     pub(crate) controlnets: Option<Vec<ControlNet>>,
+    /// IP-Adapter of the server's directory, with the picture that the images are to look like; or a
+    /// list of them.
+    pub(crate) ip_adapter: Option<OneOrMany<IpAdapterFields, MAX_IP_ADAPTERS>>,
     /// Input image of image-to-image, in base64 or as a data URL. Its size is the default size.
     #[schemars(extend("x-aliases" = ["init_image"]))]
     pub(crate) image: Option<ImageFile>,
@@ -266,7 +270,8 @@ impl DrawRequest {
         let images = images.map(|image| image.weigh(limits.max_input_pixels));
         let images = images.fold(0, usize::saturating_add);
         let (nets, input) = (self.controlnets.iter_mut().flatten(), self.image.as_ref());
-        nets.map(|net| net.weigh(limits, input)).fold(images, usize::saturating_add)
+        let nets = nets.map(|net| net.weigh(limits, input)).fold(images, usize::saturating_add);
+        nets.saturating_add(self.weigh_ip_pictures(limits))
     }
 
     /// The format of the image files, if the request names one.

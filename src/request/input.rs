@@ -39,7 +39,8 @@ impl DrawRequest {
         let has_hires = self.hires_width.is_some() || self.hires_height.is_some();
         let of_net = pixels.saturating_add(if has_hires { limits.max_pixels } else { 0 });
         let controls = nets.saturating_mul(COLORS).saturating_mul(of_net);
-        input.saturating_add(overlay).saturating_add(controls)
+        let all = input.saturating_add(overlay).saturating_add(controls);
+        all.saturating_add(self.ip_picture_bytes())
     }
 
     /// Decodes the input image and its mask.

@@ -44,6 +44,7 @@ impl DrawRequest {
         self.warn_of_unread(syntax);
         let input = self.input(limits)?;
         let decoded = self.controls(limits)?;
+        let ip_adapters = self.ip_adapters(limits)?;
         let size = own_size(input.as_ref(), &decoded, limits, model).unwrap_or(defaults.size);
         let sides = [self.width.unwrap_or(size.width()), self.height.unwrap_or(size.height())];
         let size = self.sides(["width", "height"], sides, limits)?;
@@ -94,6 +95,7 @@ impl DrawRequest {
             warnings,
             hires,
             tiling: self.tiling.unwrap_or(false),
+            ip_adapters,
             enlarge: None,
             img2img,
         };

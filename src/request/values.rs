@@ -127,8 +127,8 @@ impl FieldSchema<'_> {
     }
 
     fn wrong(&self, found: &str) -> ValidationError {
-        let expected =
-            TYPES.iter().find(|(name, _)| self.allows(name)).map_or("", |(_, title)| title);
+        let titles = TYPES.iter().filter(|(name, _)| self.allows(name)).map(|(_, title)| *title);
+        let expected = titles.collect::<Vec<_>>().join(" or ");
         ValidationError::malformed(self.name, format!("must be {expected}, not {found}"))
     }
 

@@ -209,6 +209,7 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
         hires: None,
         controls: Vec::new(),
         tiling: false,
+        ip_adapters: Vec::new(),
         enlarge: None,
     }
 }

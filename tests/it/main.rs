@@ -19,6 +19,7 @@ mod hostile; // malformed requests: a clear answer, and the next one works
 mod hub; // a hub on this host: what is fetched, what is cached
 mod inputs; // pictures that come in: formats, sizes, masks, and files that mean harm
 mod invocations; // every form of body and reply
+mod ip_adapters; // IP-Adapters by name
 mod jobs; // what survives the process, priorities, lists, webhooks
 mod lines; // JSON lines and batch transform
 mod loras; // LoRAs by name

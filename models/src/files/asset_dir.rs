@@ -24,6 +24,8 @@ pub struct AssetDir {
     pub endings: &'static [&'static str],
     /// Whether its subdirectories in the Diffusers format are files, too, by the directory's name.
     pub folders: bool,
+    /// What the names of subdirectories begin with that hold none of its files, in small letters.
+    pub skipped: &'static [&'static str],
     /// The names in the headers of the files.
     pub aliases: Aliases,
 }
@@ -42,7 +44,7 @@ impl AssetDir {
             let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
             self.endings.iter().position(|known| known.eq_ignore_ascii_case(ending))
         };
-        let found = self.directory.iter().flat_map(|root| assets_below(root, self.folders));
+        let found = self.directory.iter().flat_map(|root| assets_below(root, self));
         let mut found: Vec<_> =
             found.filter_map(|(depth, path)| Some((depth, rank(&path)?, path))).collect();
         found.sort();
@@ -132,10 +134,11 @@ impl AssetDir {
 const MAX_DEPTH: usize = 8;
 const MAX_FOLDERS: usize = 1 << 12;
 
-/// The files of a directory and of the folders below it, with the number of folders between, and if
-/// `networks` those that have one network. As in AUTOMATIC1111, links are followed and what is
+/// The files of a directory and of the folders below it, with the number of folders between, and if it
+/// has `folders` those that have one network. As in AUTOMATIC1111, links are followed and what is
 /// hidden is not.
-fn assets_below(directory: &Path, networks: bool) -> Vec<(usize, PathBuf)> {
+fn assets_below(directory: &Path, assets: &AssetDir) -> Vec<(usize, PathBuf)> {
+    let AssetDir { folders: networks, skipped, .. } = *assets;
     let mut files = Vec::new();
     let mut folders = VecDeque::from([(0, directory.to_owned())]);
     // A folder may be linked below itself.
@@ -148,12 +151,14 @@ fn assets_below(directory: &Path, networks: bool) -> Vec<(usize, PathBuf)> {
         for entry in folder.read_dir().into_iter().flatten().flatten() {
             let path = entry.path();
             let is_hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
+            let name = entry.file_name().to_string_lossy().to_lowercase();
+            let is_skipped = is_hidden || skipped.iter().any(|skipped| name.starts_with(skipped));
             match path.metadata() {
                 Ok(data) if data.is_file() && !is_hidden => files.push((depth, path)),
                 Ok(data) if data.is_dir() && networks && path.join(CONFIG).is_file() => {
                     files.push((depth, path));
                 }
-                Ok(data) if data.is_dir() && !is_hidden && depth < MAX_DEPTH => {
+                Ok(data) if data.is_dir() && !is_skipped && depth < MAX_DEPTH => {
                     folders.push_back((depth + 1, path));
                 }
                 _ => {}

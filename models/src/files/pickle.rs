@@ -65,7 +65,9 @@ fn tensors_of(
 ) -> Result<Vec<PickledTensor>, String> {
     let Object::Dict(top) = content else { return Err("holds no tensors by name".into()) };
     let mut tensors = Vec::new();
-    for (name, value) in inner(top).unwrap_or(top) {
+    let groups = groups(top);
+    let all = groups.iter().flat_map(|(group, items)| items.iter().map(move |item| (group, item)));
+    for (group, (name, value)) in all {
         let Object::Unicode(name) = name else { continue };
         let (shape, numbers) = match (call(value), number(value)) {
             (Some(args), _) => match StorageView::read(args) {
@@ -82,9 +84,27 @@ fn tensors_of(
             (None, Some(number)) if name.ends_with("alpha") => (Vec::new(), Numbers::Given(number)),
             _ => continue,
         };
-        tensors.push(PickledTensor { name: name.clone(), shape, numbers });
+        tensors.push(PickledTensor { name: format!("{group}{name}"), shape, numbers });
     }
     Ok(tensors)
+}
+
+/// The tensors by name, and what their names begin with: nothing, or the key of each of several
+/// dictionaries, as in files of IP-Adapters.
+fn groups(top: &[(Object, Object)]) -> Vec<(String, &[(Object, Object)])> {
+    if let Some(inner) = inner(top) {
+        return vec![(String::new(), inner)];
+    }
+    let has_tensor = |items: &[(Object, Object)]| items.iter().any(|(_, v)| call(v).is_some());
+    let mut groups = Vec::new();
+    for (key, value) in top {
+        if let (Object::Unicode(key), Some(items)) = (key, items(value))
+            && has_tensor(items)
+        {
+            groups.push((format!("{key}."), items));
+        }
+    }
+    if has_tensor(top) || groups.is_empty() { vec![(String::new(), top)] } else { groups }
 }
 
 /// The tensors by name where they are not at the top: training writes them under a key of its own,

@@ -63,6 +63,11 @@ impl<'a> LayerBuilder<'a> {
         self.device
     }
 
+    /// The type of the network.
+    pub(crate) fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// Whether the file has this tensor.
     pub(crate) fn has(&self, name: &str) -> bool {
         self.weights.shape(&self.pp(name).prefix).is_some()

@@ -4,7 +4,10 @@
 mod clip;
 mod config;
 mod controlnet;
+mod image_encoder;
+mod ip_adapter;
 mod pixels;
+mod resampler;
 mod resnet;
 mod rrdb;
 mod safety;
@@ -13,11 +16,16 @@ mod text_encoder;
 mod unet;
 mod upscaler;
 mod vae;
+mod vision;
 
+pub(crate) use self::config::CrossAttentionPlace;
 pub use self::config::{
-    AddedConfig, ClipConfig, ClipTextConfig, ControlNetConfig, MidBlock, UNetConfig, VaeConfig,
+    AddedConfig, ClipConfig, ClipTextConfig, ControlNetConfig, MidBlock, UNetConfig, UNetPart,
+    VaeConfig,
 };
 pub use self::controlnet::{ControlBatch, ControlNetModel};
+pub use self::image_encoder::{EncoderFolder, ImageEncoder};
+pub use self::ip_adapter::IpAdapterModel;
 pub use self::safety::{SafetyChecker, SafetyResult};
 pub use self::text_encoder::{ClipTextModel, PooledStates, PooledToken};
 pub(crate) use self::unet::SIZES;

@@ -6,7 +6,7 @@ mod resample;
 mod rgb;
 mod tiles;
 
-pub(crate) use self::pillow::{blended, lanczos, nearest, resized_part};
+pub(crate) use self::pillow::{blended, clip_crop, lanczos, nearest};
 pub use self::preprocess::{CANNY, Preprocessor, THRESHOLD};
 pub(crate) use self::resample::{CUBIC, TRIANGLE, Taps, antialiased, cubic, interpolated};
 pub use self::rgb::{Rgb, Size};

@@ -1,4 +1,4 @@
-//! Pillow's resizing of bytes, byte-identical: bicubic because the safety checker was tuned on it,
+//! Pillow's resizing of bytes, byte-identical: bicubic because CLIP's vision towers were tuned on it,
 //! Lanczos and nearest neighbours as AUTOMATIC1111 resizes pictures. The image crate's filters of the
 //! same names keep floats between their two passes; Pillow rounds to bytes there and computes in
 //! fixed point. Its blending of pictures too.
@@ -20,17 +20,18 @@ struct FixedTaps {
     weights: Vec<i32>,
 }
 
-/// The crop of `side` x `side` pixels at (left, top) of an image resized to (width, height) by
-/// bicubic interpolation. Only the crop is computed.
-pub(crate) fn resized_part(
-    picture: &Rgb,
-    (width, height): (usize, usize),
-    (left, top): (usize, usize),
-    side: usize,
-) -> Vec<u8> {
+/// The middle of `side` x `side` pixels of a picture whose shorter side is resized to `edge` by bicubic
+/// interpolation, as transformers' `CLIPImageProcessor` shows it. Only the crop is computed.
+pub(crate) fn clip_crop(picture: &Rgb, edge: usize, side: usize) -> Rgb {
+    let longer = |long: usize, short: usize| edge * long / short;
+    let (width, height) = match (picture.width, picture.height) {
+        (w, h) if w <= h => (edge, longer(h, w)),
+        (w, h) => (longer(w, h), edge),
+    };
+    let (left, top) = ((width - side) / 2, (height - side) / 2);
     let columns = fixed_taps(picture.width, width, left..left + side, &CUBIC);
     let rows = fixed_taps(picture.height, height, top..top + side, &CUBIC);
-    resampled(picture, &columns, &rows)
+    Rgb { width: side, height: side, data: resampled(picture, &columns, &rows) }
 }
 
 /// A picture resized to (width, height) with Lanczos' filter.

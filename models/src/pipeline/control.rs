@@ -130,7 +130,8 @@ impl ActiveControl {
             if scales.iter().all(|scale| *scale == 0.0) {
                 continue;
             }
-            let active = active(control, timesteps.len(), stages);
+            let (shares, is_unit) = ((control.start, control.end), control.is_unit());
+            let active = active(shares, is_unit, timesteps.len(), stages);
             if !active.contains(&true) {
                 let Control { model, start, end, .. } = control;
                 let pass = if hires { " of the hires pass" } else { "" };
@@ -206,20 +207,23 @@ fn scales(
     Ok(((0..count).map(|i| scale * factor(i)).collect(), prompted_only))
 }
 
-/// Whether a net takes part in each of `evaluations`, of which a step has `stages`.
-fn active(control: &Control, evaluations: usize, stages: usize) -> Vec<bool> {
-    let Control { start, end, rule, .. } = control;
+/// Whether what acts from a share of the steps to another takes part in each of `evaluations`, of which
+/// a step has `stages`; a unit of AUTOMATIC1111's extension counts them as there.
+pub(super) fn active(
+    (start, end): (f64, f64),
+    is_unit: bool,
+    evaluations: usize,
+    stages: usize,
+) -> Vec<bool> {
     let of = |i: usize, n: usize| i as f64 / n as f64;
-    let takes_part = |i: usize| match rule {
-        ControlRule::Diffusers { .. } => {
-            *start <= of(i, evaluations) && of(i + 1, evaluations) <= *end
+    let takes_part = |i: usize| {
+        if !is_unit {
+            return start <= of(i, evaluations) && of(i + 1, evaluations) <= end;
         }
-        ControlRule::Extension(_) => {
-            // AUTOMATIC1111 counts a step when its first evaluation is done.
-            let (step, stage) = (i / stages, i % stages);
-            let counted = if stage > 0 { step } else { step.saturating_sub(1) };
-            (*start..=*end).contains(&of(counted, evaluations.div_ceil(stages)))
-        }
+        // AUTOMATIC1111 counts a step when its first evaluation is done.
+        let (step, stage) = (i / stages, i % stages);
+        let counted = if stage > 0 { step } else { step.saturating_sub(1) };
+        (start..=end).contains(&of(counted, evaluations.div_ceil(stages)))
     };
     (0..evaluations).map(takes_part).collect()
 }

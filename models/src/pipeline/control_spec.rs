@@ -114,6 +114,11 @@ pub enum ControlPasses {
 }
 
 impl Control {
+    /// Whether it is a unit of AUTOMATIC1111's extension.
+    pub(super) fn is_unit(&self) -> bool {
+        matches!(self.rule, ControlRule::Extension(_))
+    }
+
     /// Whether it takes part in a pass.
     pub(super) fn is_in(&self, hires: bool) -> bool {
         let passes = match &self.rule {

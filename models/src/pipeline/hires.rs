@@ -12,6 +12,7 @@ use candle_core::{Device, Tensor};
 
 use super::control::ActiveControl;
 use super::enlarge::LoadedUpscaler;
+use super::ip_adapter::ActiveImages;
 use super::rows::Rows;
 use super::upscaler::LatentUpscaler;
 use super::variation::Variation;
@@ -29,6 +30,7 @@ pub(crate) struct HiresPass {
     pub(crate) rows: Rows,
     pub(crate) loras: LoraStack,
     pub(crate) controls: Vec<ActiveControl>,
+    pub(crate) images: ActiveImages,
     pub(crate) upscaler: HiresUpscaler,
     pub(crate) seed: u64,
     /// What is added to the seed for the sampler's noise.

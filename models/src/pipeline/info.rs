@@ -7,6 +7,8 @@ use super::control;
 use super::control_spec::Control;
 use super::defaults::Defaults;
 use super::enlarge::Enlarge;
+use super::ip_adapter;
+use super::ip_adapter_spec::IpAdapter;
 use super::options::AddOns;
 use super::pass::Pass;
 use super::spec::{Hires, Img2Img, MAX_STEPS, Spec};
@@ -163,9 +165,12 @@ impl ModelInfo {
         let kept: u64 = chunks.iter().map(|chunks| chunks.kept as u64).sum();
         let stacked = chunks.iter().map(|chunks| chunks.stacked as u64).max().unwrap_or_default();
         let evaluations = spec.passes().map(|pass| pass.calls() as u64 + 1).sum::<u64>();
+        // A picture is at most as many tokens as a chunk, but for full adapters.
+        let pictures = spec.ip_adapters.iter().map(|adapter| adapter.pictures.len() as u64);
+        let pictures = pictures.sum::<u64>() * (2 + spec.rows() as u64);
         spec.rows() as u64 * row
             // A net's keys and values are those of half a UNet.
-            + (1 + nets) * (kept + stacked) * memory.chunk_bytes
+            + ((1 + nets) * (kept + stacked) + pictures) * memory.chunk_bytes
             + evaluations * memory.time_bytes
     }
 
@@ -249,6 +254,7 @@ impl ModelInfo {
             self.check_hires(hires, spec)?;
         }
         control::check(&spec.controls, size, spec.hires.as_ref().map(|hires| hires.size))?;
+        ip_adapter::check(&spec.ip_adapters)?;
         spec.img2img.as_ref().map_or(Ok(()), |init| self.check_start(init, spec))
     }
 
@@ -294,6 +300,12 @@ impl ModelInfo {
             self.add_ons.controlnets.find(model).map_err(|reason| Error::Spec {
                 field: "controlnets",
                 reason: format!("names the ControlNet {reason}"),
+            })?;
+        }
+        for IpAdapter { model, .. } in &spec.ip_adapters {
+            self.add_ons.ip_adapters.find(model).map_err(|reason| Error::Spec {
+                field: "ip_adapter",
+                reason: format!("names the IP-Adapter {reason}"),
             })?;
         }
         for (field, upscaler) in spec.upscalers() {

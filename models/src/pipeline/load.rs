@@ -9,6 +9,7 @@ use super::control::ControlNetCache;
 use super::defaults::Defaults;
 use super::index::PipelineIndex;
 use super::info::{MemoryEstimate, ModelInfo, SingleFiles};
+use super::ip_adapter::IpAdapterCache;
 use super::options::{AddOns, LoadOptions, SafetyMode};
 use super::read_files::{ReadFiles, fingerprint_of, open_again, reopen};
 use super::text_encoders::{TextEncoder, TextEncoders};
@@ -44,6 +45,7 @@ pub(super) struct LoadedModel {
     pub(super) scheduler: SchedulerConfig,
     pub(super) loras: Arc<LoraCache>,
     pub(super) controlnets: Arc<ControlNetCache>,
+    pub(super) ip_adapters: Arc<IpAdapterCache>,
     pub(super) upscalers: Arc<UpscalerCache>,
 }
 
@@ -51,7 +53,7 @@ impl LoadedModel {
     /// Reads a model from its files. Takes seconds.
     pub(super) fn load(options: &LoadOptions) -> Result<Self> {
         set_threads(options.threads);
-        let source = &options.source;
+        let LoadOptions { source, add_ons, .. } = options;
         let device = options.device.open()?;
         let dtype = options.precision.resolve(&device)?;
         let index = PipelineIndex::read(source)?;
@@ -76,7 +78,6 @@ impl LoadedModel {
         check_latents(unet.config(), vae.config())?;
         let checked = options.safety.loads_checker(index.has_checker)?;
         let checker = checked.then(|| read_checker(source, half, &device, dtype, &mut files));
-        let safety_checker = checker.transpose()?;
         let scheduler = read_scheduler(source, &index, &mut files)?;
         let scale = vae.config().scale();
         let name = options.name.clone().unwrap_or_else(|| name(source));
@@ -100,25 +101,26 @@ impl LoadedModel {
             most_steps: scheduler.most_steps(),
             checked,
             memory,
-            add_ons: options.add_ons.clone(),
+            add_ons: add_ons.clone(),
             embeddings,
             warnings: files.warnings,
         };
-        let AddOns { loras, max_lora_bytes, .. } = options.add_ons.clone();
-        let controlnets =
-            ControlNetCache::new(&options.add_ons, (unet.config(), scale), (&device, dtype));
+        let AddOns { loras, max_lora_bytes, .. } = add_ons.clone();
+        let controlnets = ControlNetCache::new(add_ons, (unet.config(), scale), (&device, dtype));
+        let ip_adapters = IpAdapterCache::new(add_ons, unet.config(), (&device, dtype));
         Ok(Self {
             info,
-            upscalers: Arc::new(UpscalerCache::new(&options.add_ons, &device, dtype)),
+            upscalers: Arc::new(UpscalerCache::new(add_ons, &device, dtype)),
             device,
             texts,
             zeros_for_absent: index.zeros_for_absent,
             unet,
             vae,
-            safety_checker,
+            safety_checker: checker.transpose()?,
             scheduler,
             loras: Arc::new(LoraCache { cache: AssetCache::new(loras, max_lora_bytes), targets }),
             controlnets: Arc::new(controlnets),
+            ip_adapters: Arc::new(ip_adapters),
         })
     }
 }

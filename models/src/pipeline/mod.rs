@@ -16,6 +16,8 @@ mod hires;
 mod index;
 mod info;
 mod init;
+mod ip_adapter;
+mod ip_adapter_spec;
 mod load;
 mod options;
 mod pass;
@@ -50,6 +52,9 @@ use self::hires::HiresPass;
 pub use self::index::{PipelineParts, check_pipeline};
 pub use self::info::{MAX_NOISE_SCALE, MemoryEstimate, ModelInfo, SingleFiles};
 use self::init::{InitialLatents, LatentInit};
+use self::ip_adapter::ActiveImages;
+pub use self::ip_adapter::IpAdapters;
+pub use self::ip_adapter_spec::{BlockScale, IpAdapter, IpScale, MAX_IP_SCALE};
 use self::load::LoadedModel;
 pub use self::load::parameters;
 pub use self::options::{AddOns, LoadOptions, SafetyMode};
@@ -142,14 +147,18 @@ impl Pipeline {
         let loras = PassLoras::reader(&self.model.loras, spec);
         let nets: Vec<_> = spec.controls.iter().map(|control| control.model.clone()).collect();
         let controlnets = Arc::clone(&self.model.controlnets);
+        let adapters: Vec<_> = spec.ip_adapters.iter().map(|own| own.model.clone()).collect();
+        let ip_adapters = Arc::clone(&self.model.ip_adapters);
         let named: Vec<_> = spec.upscalers().map(|(field, name)| (field, name.clone())).collect();
         let cache = Arc::clone(&self.model.upscalers);
-        let some = loras.is_some() || !nets.is_empty() || !named.is_empty();
+        let has_nets = !nets.is_empty() || !adapters.is_empty();
+        let some = loras.is_some() || has_nets || !named.is_empty();
         some.then_some(move || {
             let loras = loras.map_or_else(|| Ok(PassLoras::default()), |read| read())?;
             let upscalers = named.iter().map(|(field, name)| cache.get(field, name));
             let upscalers = upscalers.collect::<Result<_>>()?;
-            Ok(NamedFiles { loras, controlnets: controlnets.get(&nets)?, upscalers })
+            let (controlnets, ip_adapters) = (controlnets.get(&nets)?, ip_adapters.get(&adapters)?);
+            Ok(NamedFiles { loras, controlnets, ip_adapters, upscalers })
         })
     }
 
@@ -179,11 +188,11 @@ impl Pipeline {
     /// Encodes the prompts and the input image, and draws the noise. Reads no file.
     pub fn begin_with(&self, spec: &Spec, files: NamedFiles) -> Result<Trajectory> {
         self.check(spec)?;
-        let NamedFiles { loras, controlnets: nets, upscalers } = files;
+        let NamedFiles { loras, controlnets: nets, ip_adapters, upscalers } = files;
         let lora_files = loras.files();
         let PassLoras { base: loras, hires: of_hires } = loras;
         let mut warnings: Vec<_> = spec.warnings.iter().cloned().chain(loras.warnings()).collect();
-        warnings.extend(nets.warnings());
+        warnings.extend(nets.warnings().chain(ip_adapters.warnings()));
         if !self.model.info.is_xl {
             warnings.extend(spec.xl.without_effect([&spec.prompt, &spec.negative_prompt]));
         }
@@ -200,7 +209,9 @@ impl Pipeline {
         let noise = step_noise.unwrap_or(noise);
         let time_embeddings = self.time_embeddings(&sampler, base, &loras)?;
         let controls = controls(base, &nets, &sampler, &mut warnings)?;
-        let hires = self.hires_pass(spec, (of_hires, &nets, &upscalers), &mut warnings)?;
+        let images = self.images(base, &ip_adapters, &sampler, &mut warnings)?;
+        let files = (of_hires, &nets, &ip_adapters, &upscalers[..]);
+        let hires = self.hires_pass(spec, files, &mut warnings)?;
         let of_hires = hires.iter().flat_map(|hires| &hires.controls);
         let mut nets: Vec<_> = controls.iter().chain(of_hires).map(ActiveControl::name).collect();
         nets.dedup();
@@ -212,6 +223,7 @@ impl Pipeline {
             loras,
             lora_files,
             controls,
+            images,
             blend,
             mask_condition,
             sampler,
@@ -303,7 +315,12 @@ impl Pipeline {
     fn hires_pass(
         &self,
         spec: &Spec,
-        (loras, nets, upscalers): (LoraStack, &ControlNets, &[LoadedUpscaler]),
+        (loras, nets, adapters, upscalers): (
+            LoraStack,
+            &ControlNets,
+            &IpAdapters,
+            &[LoadedUpscaler],
+        ),
         warnings: &mut Vec<String>,
     ) -> Result<Option<HiresPass>> {
         let (Some(pass), Some(hires)) = (Pass::hires(spec), &spec.hires) else { return Ok(None) };
@@ -322,6 +339,7 @@ impl Pipeline {
             size: hires.size,
             time_embeddings: self.time_embeddings(&sampler, pass, &loras)?,
             controls: controls(pass, nets, &sampler, warnings)?,
+            images: self.images(pass, adapters, &sampler, warnings)?,
             sampler,
             rows,
             loras,
@@ -330,6 +348,17 @@ impl Pipeline {
             seed_delta: pass.seed_delta(),
             variation: spec.variation,
         }))
+    }
+
+    /// The pictures that the rows of a pass see, which begins with the sampler; adds to the warnings.
+    fn images(
+        &self,
+        pass: Pass<'_>,
+        adapters: &IpAdapters,
+        sampler: &SamplerState,
+        warnings: &mut Vec<String>,
+    ) -> Result<ActiveImages> {
+        ActiveImages::begin((adapters, &*self.model.ip_adapters), pass, sampler, warnings)
     }
 
     /// The sampler of a pass.
@@ -387,7 +416,7 @@ impl Pipeline {
         is_tiling: bool,
     ) -> Result<Vec<(usize, StepResult)>> {
         let (mut latents, mut times) = (Vec::new(), Vec::new());
-        let (mut conditioning, mut loras) = (Vec::new(), Vec::new());
+        let (mut conditioning, mut seen, mut loras) = (Vec::new(), Vec::new(), Vec::new());
         let mut active: Vec<(usize, &mut Trajectory)> = Vec::new();
         let mut controlled = Vec::new();
         let members = batch.iter_mut().enumerate().filter(|(_, t)| t.tiling == is_tiling);
@@ -406,8 +435,10 @@ impl Pipeline {
                 None => input,
             };
             let time = trajectory.time_embeddings.narrow(0, trajectory.sampler.completed(), 1)?;
-            for row in trajectory.rows.at(trajectory.sampler.completed()) {
+            let is_guided = trajectory.rows.unconditional.is_some();
+            for (k, row) in trajectory.rows.at(evaluation).enumerate() {
                 latents.push(input.clone());
+                seen.push(trajectory.images.at(evaluation, is_guided && k == 0));
                 conditioning.push(Arc::clone(row));
                 times.push(time.clone());
                 loras.push(trajectory.loras.clone());
@@ -419,7 +450,7 @@ impl Pipeline {
         }
         let (latents, times) = (Tensor::cat(&latents, 0)?, Tensor::cat(&times, 0)?);
         let rows: Vec<_> = conditioning.iter().map(Arc::as_ref).collect();
-        let conditioning = Conditioning::stack(&rows)?;
+        let conditioning = Conditioning::stack_seeing(&rows, &seen)?;
         let mut nets: Vec<_> = active.iter_mut().map(|(_, image)| &mut image.controls).collect();
         // As in AUTOMATIC1111, a ControlNet's own convolutions do not wrap.
         let residuals = residuals(&mut nets, &controlled)?;
@@ -495,6 +526,8 @@ pub struct NamedFiles {
     pub loras: PassLoras,
     /// Its ControlNets.
     pub controlnets: ControlNets,
+    /// Its IP-Adapters.
+    pub ip_adapters: IpAdapters,
     /// Those of [`Spec::upscalers`].
     pub(crate) upscalers: Vec<LoadedUpscaler>,
 }

@@ -41,6 +41,11 @@ pub struct AddOns {
     /// Maximum bytes of cached ControlNets; at the limit, the least recently used are evicted. A
     /// net, or those of one image, that would take more are refused.
     pub max_controlnet_bytes: u64,
+    /// IP-Adapters, read when a request names them, each with the image encoder beside it.
+    pub ip_adapters: AssetDir,
+    /// Maximum bytes of cached IP-Adapters and their image encoders; at the limit, the least recently
+    /// used are evicted. An adapter, or those of one image, that would take more are refused.
+    pub max_ip_adapter_bytes: u64,
     /// Upscalers, read when a request names them.
     pub upscalers: AssetDir,
     /// Maximum bytes of cached upscalers; at the limit, the least recently used are evicted. One

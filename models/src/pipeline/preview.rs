@@ -216,6 +216,7 @@ mod tests {
                 hires: None,
                 controls: Vec::new(),
                 tiling: false,
+                ip_adapters: Vec::new(),
                 enlarge: None,
             };
             let mut trajectory = pipeline.begin(&spec).expect("begun");

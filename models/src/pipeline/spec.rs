@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::control_spec::Control;
 use super::enlarge::Enlarge;
+use super::ip_adapter_spec::IpAdapter;
 use super::upscaler::{PictureUpscaler, TILE_WORK, Upscaler};
 use super::variation::Variation;
 use super::xl::XlOptions;
@@ -72,6 +73,8 @@ pub struct Spec {
     pub hires: Option<Hires>,
     /// ControlNets, in the order in which what they add is summed.
     pub controls: Vec<Control>,
+    /// IP-Adapters, in the order in which what they add is summed.
+    pub ip_adapters: Vec<IpAdapter>,
     /// A picture to enlarge. Then nothing is drawn, `size` is what it becomes before it is laid on
     /// a canvas, and nothing else of the spec has a meaning but its warnings.
     pub enlarge: Option<Arc<Enlarge>>,
@@ -102,7 +105,8 @@ impl Spec {
     /// Whether files of requests may have to be read for it.
     pub fn has_files(&self) -> bool {
         let has_upscaler = || self.upscalers().any(|(_, upscaler)| upscaler.file().is_some());
-        !self.controls.is_empty() || self.has_loras() || has_upscaler()
+        let has_nets = !self.controls.is_empty() || !self.ip_adapters.is_empty();
+        has_nets || self.has_loras() || has_upscaler()
     }
 
     /// Steps skipped because the latents begin as an input image.

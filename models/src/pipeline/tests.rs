@@ -63,6 +63,7 @@ fn spec(loras: Loras) -> Spec {
         hires: None,
         controls: Vec::new(),
         tiling: false,
+        ip_adapters: Vec::new(),
         enlarge: None,
     }
 }

@@ -6,6 +6,7 @@ use super::between::{Between, BetweenStep};
 use super::control::ActiveControl;
 use super::hires::{HiresPass, UpscaledLatents};
 use super::init::InpaintBlend;
+use super::ip_adapter::ActiveImages;
 use super::rows::{Combined, Rows};
 use crate::error::Result;
 use crate::files::AssetFile;
@@ -23,6 +24,8 @@ pub struct Trajectory {
     /// The files of the LoRAs of all passes.
     pub(super) lora_files: Vec<AssetFile>,
     pub(super) controls: Vec<ActiveControl>,
+    /// The pictures of IP-Adapters that its rows see.
+    pub(super) images: ActiveImages,
     /// The names of the nets of its passes.
     pub(super) nets: Vec<String>,
     pub(super) blend: Option<InpaintBlend>,
@@ -165,6 +168,7 @@ impl Trajectory {
             self.rows = hires.rows;
             self.loras = hires.loras;
             self.controls = hires.controls;
+            self.images = hires.images;
         }
         self.latents = latents;
         self.last_call = Some(last_call);

@@ -92,6 +92,7 @@ pub(crate) fn spec(start: Option<Img2Img>) -> Spec {
         hires: None,
         controls: Vec::new(),
         tiling: false,
+        ip_adapters: Vec::new(),
         enlarge: None,
     }
 }

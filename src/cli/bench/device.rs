@@ -190,6 +190,7 @@ impl DeviceBench {
             hires: None,
             controls: Vec::new(),
             tiling: false,
+            ip_adapters: Vec::new(),
             enlarge: None,
         }
     }

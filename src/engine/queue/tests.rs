@@ -31,6 +31,7 @@ fn job(client: u64, id: JobId, images: usize) -> (Ticket, Vec<ImageTask>) {
         hires: None,
         controls: Vec::new(),
         tiling: false,
+        ip_adapters: Vec::new(),
         enlarge: None,
     };
     let client = Client::named(&client.to_string());

@@ -1,4 +1,4 @@
-//! Threads that read LoRAs, ControlNets and upscalers for the images that wait for them.
+//! Threads that read LoRAs, ControlNets, IP-Adapters and upscalers for the images that wait for them.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -66,12 +66,13 @@ pub(super) fn budget<M: Model>(model: &M, engine: &EngineShared) -> u64 {
     engine.settings.memory_budget_bytes.or(model.free_bytes().map(share)).unwrap_or(u64::MAX)
 }
 
-/// What of the free memory is kept for the ControlNets, LoRAs and upscalers that requests may name:
-/// at most half.
+/// What of the free memory is kept for the ControlNets, IP-Adapters, LoRAs and upscalers that requests
+/// may name: at most half.
 fn reserved<M: Model>(model: &M, free: u64) -> u64 {
     let add_ons = &model.info().add_ons;
     let caches = [
         (&add_ons.controlnets, add_ons.max_controlnet_bytes),
+        (&add_ons.ip_adapters, add_ons.max_ip_adapter_bytes),
         (&add_ons.loras, add_ons.max_lora_bytes),
         (&add_ons.upscalers, add_ons.max_upscaler_bytes),
     ];
@@ -124,6 +125,7 @@ pub(super) fn warm_up_params(defaults: &Defaults, size: Size) -> Spec {
         hires: None,
         controls: Vec::new(),
         tiling: false,
+        ip_adapters: Vec::new(),
         enlarge: None,
     }
 }

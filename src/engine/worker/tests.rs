@@ -264,6 +264,7 @@ fn spec(seed: u64, steps: usize) -> Spec {
         hires: None,
         controls: Vec::new(),
         tiling: false,
+        ip_adapters: Vec::new(),
         enlarge: None,
     }
 }

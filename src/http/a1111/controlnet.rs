@@ -10,13 +10,13 @@ use axum::Json;
 use axum::extract::State;
 use ring::digest::{SHA256, digest};
 use schemars::JsonSchema;
-use sd_models::{CANNY, Preprocessor, THRESHOLD};
+use sd_models::{AssetDir, CANNY, Preprocessor, THRESHOLD};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tokio::time::Instant;
 
 use super::lists::current_model;
-use super::units::{RESOLUTION, thresholds, within};
+use super::units::{ADAPTER_MODULES, RESOLUTION, thresholds, within};
 use super::unread;
 use crate::http::admission::Admitted;
 use crate::http::deadline::Timeout;
@@ -92,33 +92,48 @@ pub(crate) async fn module_list() -> Json<Value> {
         };
         json!({ "model_free": false, "sliders": sliders })
     };
-    let names: Vec<_> = Preprocessor::names().collect();
+    let names = modules();
     let details: Map<String, Value> =
         names.iter().map(|name| ((*name).to_owned(), detail(name))).collect();
     Json(json!({ "module_list": names, "module_detail": details }))
+}
+
+/// The preprocessors, and those of IP-Adapters.
+fn modules() -> Vec<&'static str> {
+    Preprocessor::names().chain(ADAPTER_MODULES).collect()
 }
 
 fn slider(name: &str, (value, [min, max]): (f64, [f64; 2]), step: f64) -> Value {
     json!({ "name": name, "value": value, "min": min, "max": max, "step": step })
 }
 
-/// `GET /controlnet/model_list`: the nets, with hashes as there.
+/// `GET /controlnet/model_list`: the nets and IP-Adapters, with hashes as there.
 pub(crate) async fn model_list(State(state): State<AppState>) -> Result<Json<Value>> {
-    Ok(Json(json!({ "model_list": names(&state).await? })))
+    let Listed { nets, adapters } = names(&state).await?;
+    let all = [nets, adapters].concat();
+    Ok(Json(json!({ "model_list": all })))
 }
 
 /// `GET /controlnet/control_types`.
 pub(crate) async fn control_types(State(state): State<AppState>) -> Result<Json<Value>> {
-    let nets = names(&state).await?;
+    let Listed { nets, adapters } = names(&state).await?;
     let none = || std::iter::once("None".to_owned());
-    let all: Vec<_> = none().chain(nets.iter().cloned()).collect();
-    let modules: Vec<_> = Preprocessor::names().collect();
+    let all: Vec<_> = none().chain(nets.iter().cloned()).chain(adapters.iter().cloned()).collect();
     let mut types = Map::new();
     types.insert(
         "All".into(),
         json!({
-            "module_list": modules, "model_list": all, "default_option": "none",
+            "module_list": modules(), "model_list": all, "default_option": "none",
             "default_model": "None",
+        }),
+    );
+    let modules: Vec<_> = std::iter::once("none").chain(ADAPTER_MODULES).collect();
+    types.insert(
+        "IP-Adapter".into(),
+        json!({
+            "module_list": modules, "default_option": ADAPTER_MODULES[0],
+            "default_model": adapters.first().cloned().unwrap_or_else(|| "None".into()),
+            "model_list": none().chain(adapters).collect::<Vec<_>>(),
         }),
     );
     for (kind, parts, modules) in TYPES {
@@ -143,8 +158,13 @@ pub(crate) async fn control_types(State(state): State<AppState>) -> Result<Json<
     Ok(Json(json!({ "control_types": types })))
 }
 
-/// The names of the nets with their hashes.
-async fn names(state: &AppState) -> Result<Vec<String>> {
+/// The names of nets and IP-Adapters with their hashes.
+struct Listed {
+    nets: Vec<String>,
+    adapters: Vec<String>,
+}
+
+async fn names(state: &AppState) -> Result<Listed> {
     let model = current_model(state)?;
     let add_ons = model.map_or_else(|| state.models.add_ons(), |model| model.add_ons.clone());
     let most = state.settings.request_timeout;
@@ -154,7 +174,8 @@ async fn names(state: &AppState) -> Result<Vec<String>> {
             Some(hash) => format!("{name} [{hash}]"),
             None => name,
         };
-        Ok(add_ons.controlnets.list().into_iter().map(named).collect())
+        let all = |files: &AssetDir| files.list().into_iter().map(named).collect();
+        Ok(Listed { nets: all(&add_ons.controlnets), adapters: all(&add_ons.ip_adapters) })
     };
     state.reader.look_up(deadline, (), list).await
 }

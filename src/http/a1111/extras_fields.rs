@@ -186,6 +186,7 @@ fn spec(enlarge: Enlarge, size: Size, model: &ModelInfo) -> Spec {
         xl: XlOptions::default(),
         enlarge: Some(Arc::new(enlarge)),
         controls: Vec::new(),
+        ip_adapters: Vec::new(),
         eta_noise_seed_delta: 0,
     }
 }

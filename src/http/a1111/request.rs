@@ -248,6 +248,7 @@ impl Common {
                 ("hires_steps", "hr_second_pass_steps"),
                 ("hires_upscaler", "hr_upscaler"),
                 ("controlnets", "alwayson_scripts.controlnet.args"),
+                ("ip_adapter", "alwayson_scripts.controlnet.args"),
                 ("hires_prompt", "hr_prompt"),
                 ("hires_negative_prompt", "hr_negative_prompt"),
                 ("hires_guidance_scale", "hr_cfg"),

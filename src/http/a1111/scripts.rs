@@ -5,8 +5,8 @@
 use serde_json::Value;
 
 use super::nothing::is_off;
-use super::units;
-use crate::request::{ControlNet, Fields, Limits, ValidationError, brief};
+use super::units::{self, ReadUnit};
+use crate::request::{ControlNet, Fields, IpAdapterFields, Limits, ValidationError, brief};
 
 /// The extension for ControlNets, in small letters.
 const CONTROLNET: &str = "controlnet";
@@ -18,30 +18,34 @@ const ONLY_OF_THE_PAGE: [&str; 2] = ["seed", "sampler"];
 const SWITCHES: [&str; 6] =
     ["enabled", "enable", "is_enabled", "active", "ad_tab_enable", "ad_model"];
 
-/// Takes the scripts out. Returns the ControlNets; an error names the first other that is on.
-pub(super) fn read(
-    fields: &mut Fields,
-    limits: &Limits,
-) -> Result<Vec<ControlNet>, ValidationError> {
-    let Some((field, value)) = fields.take(&["alwayson_scripts"])? else { return Ok(Vec::new()) };
+/// The units that scripts ask for.
+#[derive(Debug, Default)]
+pub(super) struct Units {
+    pub(super) nets: Vec<ControlNet>,
+    pub(super) adapters: Vec<IpAdapterFields>,
+}
+
+/// Takes the scripts out. Returns the units; an error names the first other script that is on.
+pub(super) fn read(fields: &mut Fields, limits: &Limits) -> Result<Units, ValidationError> {
+    let mut units = Units::default();
+    let Some((field, value)) = fields.take(&["alwayson_scripts"])? else { return Ok(units) };
     let mut scripts = match value {
         Value::Object(scripts) => scripts,
-        off if is_off(&off) => return Ok(Vec::new()),
+        off if is_off(&off) => return Ok(units),
         _ => return Err(ValidationError::malformed(&field, "must be an object")),
     };
     let names = scripts.keys().filter(|name| name.trim().eq_ignore_ascii_case(CONTROLNET));
     let names: Vec<_> = names.cloned().collect();
-    let mut nets = Vec::new();
     for name in names {
         let settings = scripts.remove(&name).unwrap_or_default();
-        nets.extend(controlnets(&format!("{field}.{}", brief(&name)), settings, limits)?);
+        units.read(&format!("{field}.{}", brief(&name)), settings, limits)?;
     }
     let on = |(name, settings): &(&String, &Value)| {
         let name = name.trim().to_ascii_lowercase();
         !ONLY_OF_THE_PAGE.contains(&name.as_str()) && !is_idle(settings)
     };
     match scripts.iter().find(on) {
-        None => Ok(nets),
+        None => Ok(units),
         Some((name, _)) => {
             let reason = format!("asks for the script {:?}, which is not supported", brief(name));
             Err(ValidationError::range(&field, reason))
@@ -49,32 +53,38 @@ pub(super) fn read(
     }
 }
 
-/// The ControlNets of the extension's settings: `{"args": [...]}`, or the units alone.
-fn controlnets(
-    name: &str,
-    settings: Value,
-    limits: &Limits,
-) -> Result<Vec<ControlNet>, ValidationError> {
-    let (name, args) = match settings {
-        Value::Object(mut members) if members.contains_key("args") => {
-            (format!("{name}.args"), members.remove("args").unwrap_or_default())
+impl Units {
+    /// Adds those of the extension's settings: `{"args": [...]}`, or the units alone.
+    fn read(
+        &mut self,
+        name: &str,
+        settings: Value,
+        limits: &Limits,
+    ) -> Result<(), ValidationError> {
+        let (name, args) = match settings {
+            Value::Object(mut members) if members.contains_key("args") => {
+                (format!("{name}.args"), members.remove("args").unwrap_or_default())
+            }
+            args => (name.to_owned(), args),
+        };
+        let args = match args {
+            Value::Array(args) => args,
+            one => vec![one],
+        };
+        for (k, unit) in args.into_iter().enumerate() {
+            let name = format!("{name}[{k}]");
+            match unit {
+                Value::Object(unit) => match units::read(&name, unit, limits)? {
+                    Some(ReadUnit::Net(net)) => self.nets.push(*net),
+                    Some(ReadUnit::Adapter(adapter)) => self.adapters.push(adapter),
+                    None => {}
+                },
+                off if is_off(&off) => {}
+                _ => return Err(ValidationError::malformed(&name, "must be a unit, an object")),
+            }
         }
-        args => (name.to_owned(), args),
-    };
-    let args = match args {
-        Value::Array(args) => args,
-        one => vec![one],
-    };
-    let mut nets = Vec::new();
-    for (k, unit) in args.into_iter().enumerate() {
-        let name = format!("{name}[{k}]");
-        match unit {
-            Value::Object(unit) => nets.extend(units::read(&name, unit, limits)?),
-            off if is_off(&off) => {}
-            _ => return Err(ValidationError::malformed(&name, "must be a unit, an object")),
-        }
+        Ok(())
     }
-    Ok(nets)
 }
 
 /// Whether a script with these settings does nothing: `{"args": [...]}`, or the arguments alone.
@@ -120,7 +130,8 @@ mod tests {
             max_loras: 2,
             max_controlnets: 3,
         };
-        read(&mut fields, &limits).map(|nets| nets.len()).map_err(|error| error.to_string())
+        let units = read(&mut fields, &limits).map_err(|error| error.to_string())?;
+        Ok(units.nets.len() + units.adapters.len())
     }
 
     #[test]

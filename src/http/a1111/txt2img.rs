@@ -13,7 +13,8 @@ use super::info::{Batches, info};
 use super::init_image::InitImage;
 use super::options::{check, model_of_title};
 use super::request::{Common, check_clip_skip};
-use super::{scripts, unread};
+use super::scripts::{self, Units};
+use super::unread;
 use crate::engine::Previews;
 use crate::http::admission::Admitted;
 use crate::http::deadline::Deadline;
@@ -22,7 +23,7 @@ use crate::http::error::Result;
 use crate::http::state::AppState;
 use crate::http::store::InFlightRequest;
 use crate::image::Format;
-use crate::request::{DrawRequest, Fields, Object, Transparency, ValidationError};
+use crate::request::{DrawRequest, Fields, Object, OneOrMany, Transparency, ValidationError};
 
 /// `POST /sdapi/v1/txt2img`.
 pub(crate) async fn txt2img(State(state): State<AppState>, admitted: Admitted) -> Result<Response> {
@@ -69,7 +70,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     let Admitted { client, mut slot, .. } = admitted;
     let mut parameters = fields.object();
     let limits = &state.settings.limits;
-    let nets = scripts::read(&mut fields, limits)?;
+    let Units { nets, adapters } = scripts::read(&mut fields, limits)?;
     let mut common = Common::read(&mut fields, limits)?;
     let (size, count) = (common.batch_size.unwrap_or(1), common.n_iter.unwrap_or(1));
     let batches = Batches { size, count, began };
@@ -83,6 +84,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     let (has_hires, sampler) = (common.has_hires(), common.sampler());
     let mut draw = common.into_draw()?;
     draw.controlnets = Some(nets).filter(|nets| !nets.is_empty());
+    draw.ip_adapter = Some(OneOrMany::Many(adapters)).filter(|own| !own.all().is_empty());
     // Of control pictures; those of img2img follow.
     draw.transparency = Transparency::White;
     if is_img2img && has_hires {

@@ -1,4 +1,5 @@
-//! `alwayson_scripts.controlnet`: the units of AUTOMATIC1111's extension, as native ControlNets.
+//! `alwayson_scripts.controlnet`: the units of AUTOMATIC1111's extension, as native ControlNets and
+//! IP-Adapters.
 //!
 //! Reference: sd-webui-controlnet 1.1.455 `internal_controlnet/args.py`. As there, unknown fields
 //! are ignored, and numbers of a preprocessor that are out of range mean its defaults; a warning says so.
@@ -12,16 +13,29 @@ use super::nothing::is_off;
 use super::unread;
 use crate::image::Fit;
 use crate::request::{
-    ControlNet, Fields, ImageFile, Limits, Object, Resolution, Unit, ValidationError,
+    ControlNet, Fields, ImageFile, IpAdapterFields, IpUnit, Limits, Object, OneOrMany, Resolution,
+    Scale, Unit, ValidationError, brief,
 };
 
 /// Default length of the shorter side at which a preprocessor works, and its bounds.
 pub(super) const RESOLUTION: (f64, [f64; 2]) = (512.0, [64.0, 2048.0]);
 
+/// What the names of preprocessors of IP-Adapters begin with, and those that are not of faces. They say
+/// which image encoder is meant; here it is the one that fits.
+const ADAPTER: &str = "ip-adapter";
+pub(super) const ADAPTER_MODULES: [&str; 6] = [
+    "ip-adapter-auto",
+    "ip-adapter_clip_h",
+    "ip-adapter_clip_g",
+    "ip-adapter_clip_sd15",
+    "ip-adapter_clip_sdxl",
+    "ip-adapter_clip_sdxl_plus_vith",
+];
+
 /// Fields of a unit that would change the image.
 const REJECTED: [(&str, &str); 5] = [
     ("effective_region_mask", "is not supported: a net steers the whole image"),
-    ("ipadapter_input", "is not supported: it is for IP-Adapters"),
+    ("ipadapter_input", "is not supported: it holds tensors; give the picture as image"),
     ("animatediff_batch", "is not supported"),
     ("batch_images", "is not supported: send a request for each image"),
     ("batch_image_files", "is not supported: send a request for each image"),
@@ -62,12 +76,29 @@ struct UnitFields {
     advanced_weighting: Option<Vec<f64>>,
 }
 
+/// A unit: of a ControlNet or of an IP-Adapter.
+#[derive(Debug)]
+pub(super) enum ReadUnit {
+    Net(Box<ControlNet>),
+    Adapter(IpAdapterFields),
+}
+
+/// What units of both kinds have.
+struct Common<'a> {
+    name: &'a str,
+    model: String,
+    pictures: Pictures,
+    window: (f64, f64),
+    passes: ControlPasses,
+    warnings: Vec<String>,
+}
+
 /// The unit of this name, if it is on.
 pub(super) fn read(
     name: &str,
     unit: Object,
     limits: &Limits,
-) -> Result<Option<ControlNet>, ValidationError> {
+) -> Result<Option<ReadUnit>, ValidationError> {
     let mut fields = Fields::default();
     for (key, value) in unit {
         fields.add(&key, format!("{name}.{key}"), value);
@@ -82,38 +113,59 @@ pub(super) fn read(
     if switch.as_ref().is_some_and(|(_, switch)| is_off(switch)) {
         return Ok(None);
     }
-    let Pictures { image, mask } = pictures(&mut fields)?;
+    let pictures = pictures(&mut fields)?;
     // Without a switch, a unit that names nothing is off.
-    if switch.is_none() && image.is_none() && fields.get("model").is_none_or(is_off) {
+    if switch.is_none() && pictures.image.is_none() && fields.get("model").is_none_or(is_off) {
         return Ok(None);
     }
     check_unsupported(&mut fields)?;
     let fit = choice(&mut fields, "resize_mode", fit)?.unwrap_or(Fit::Crop);
-    let mode = choice(&mut fields, "control_mode", str::parse::<ControlMode>)?;
-    let read: UnitFields = fields.read(limits)?;
+    let mode = choice(&mut fields, "control_mode", str::parse::<ControlMode>)?.unwrap_or_default();
+    let mut read: UnitFields = fields.read(limits)?;
     let of = |field: &str| format!("{name}.{field}");
-    let model = read.model.filter(|model| !model.trim().eq_ignore_ascii_case("none"));
+    let model = read.model.take().filter(|model| !model.trim().eq_ignore_ascii_case("none"));
     let model = model.ok_or_else(|| {
         ValidationError::range(&of("model"), "must name a ControlNet: the unit is enabled")
     })?;
-    let preprocessor = preprocessor(read.module.as_deref(), name)?;
     SILENT.iter().for_each(|silent| fields.drop_if(silent, |_| true));
-    let mut warnings = unread::warnings(&fields, None, true);
+    let unknown = |reason: String| ValidationError::range(&of("hr_option"), reason);
+    let passes = read.hr_option.as_deref().map(passes).transpose().map_err(unknown)?;
+    let common = Common {
+        name,
+        model,
+        pictures,
+        window: window([read.guidance_start, read.guidance_end], name)?,
+        passes: passes.unwrap_or_default(),
+        warnings: unread::warnings(&fields, None, true),
+    };
+    if is_of_adapter(&read, name)? {
+        return adapter(common, read, mode).map(|unit| Some(ReadUnit::Adapter(unit)));
+    }
+    let net = net(common, read, (fit, mode))?;
+    Ok(Some(ReadUnit::Net(Box::new(net))))
+}
+
+/// The ControlNet of a unit.
+fn net(
+    Common { name, model, pictures, window: (start, end), passes, mut warnings }: Common<'_>,
+    read: UnitFields,
+    (fit, mode): (Fit, ControlMode),
+) -> Result<ControlNet, ValidationError> {
+    let Pictures { image, mask } = pictures;
+    let preprocessor = preprocessor(read.module.as_deref(), name)?;
     let (low, high) = thresholds(
         preprocessor,
         [("threshold_a", read.threshold_a), ("threshold_b", read.threshold_b)],
         name,
         &mut warnings,
     );
-    let unknown = |reason: String| ValidationError::range(&of("hr_option"), reason);
-    let passes = read.hr_option.as_deref().map(passes).transpose().map_err(unknown)?;
-    let (start, end) = window([read.guidance_start, read.guidance_end], name)?;
-    let mut side = || within(&of("processor_res"), read.processor_res, RESOLUTION, &mut warnings);
+    let field = format!("{name}.processor_res");
+    let mut side = || within(&field, read.processor_res, RESOLUTION, &mut warnings);
     let resolution = match read.pixel_perfect.unwrap_or(false) {
         true => Resolution::PixelPerfect,
         false => Resolution::Shorter(side() as usize),
     };
-    Ok(Some(ControlNet {
+    Ok(ControlNet {
         model: Some(model),
         image,
         scale: Some(read.weight.unwrap_or(1.0)),
@@ -131,15 +183,61 @@ pub(super) fn read(
             is_cropped: read.inpaint_crop_input_image.unwrap_or(true),
             is_returned: read.save_detected_map.unwrap_or(true),
             rule: Extension {
-                mode: mode.unwrap_or_default(),
-                passes: passes.unwrap_or_default(),
+                mode,
+                passes,
                 // Lines of one pixel are too hard for the second pass.
                 is_soft_in_hires: preprocessor.name() == "canny",
                 layers: read.advanced_weighting,
             },
             warnings,
         }),
-    }))
+    })
+}
+
+/// Whether a unit is of an IP-Adapter, by its preprocessor.
+fn is_of_adapter(read: &UnitFields, unit: &str) -> Result<bool, ValidationError> {
+    let module = read.module.as_deref().unwrap_or_default().trim().to_ascii_lowercase();
+    if !module.starts_with(ADAPTER) {
+        return Ok(false);
+    }
+    if ADAPTER_MODULES.contains(&module.as_str()) {
+        return Ok(true);
+    }
+    let known = ADAPTER_MODULES.join(", ");
+    let module = brief(&module).into_owned();
+    let reason = format!(
+        "{module:?} is not supported: it needs a network for faces that is not part of the server; \
+         known are {known}"
+    );
+    Err(ValidationError::range(&format!("{unit}.module"), reason))
+}
+
+/// The IP-Adapter of a unit. The image encoder is the one that fits the adapter.
+fn adapter(
+    Common { name, model, pictures, window: (start, end), passes, mut warnings }: Common<'_>,
+    read: UnitFields,
+    mode: ControlMode,
+) -> Result<IpAdapterFields, ValidationError> {
+    if pictures.mask.is_some() {
+        let reason = "is not supported for IP-Adapters: the whole picture is seen";
+        return Err(ValidationError::range(&format!("{name}.mask"), reason));
+    }
+    if mode != ControlMode::Balanced {
+        warnings.push(format!("{name}.control_mode has no effect on IP-Adapters, as there"));
+    }
+    let scale = match read.advanced_weighting {
+        Some(weights) => Scale::each(&weights),
+        None => read.weight.unwrap_or(1.0).into(),
+    };
+    Ok(IpAdapterFields {
+        model: Some(model),
+        image: pictures.image.map(OneOrMany::One),
+        scale: Some(scale),
+        start: Some(start),
+        end: Some(end),
+        unit: Some(IpUnit { name: name.to_owned(), passes, warnings }),
+        side: None,
+    })
 }
 
 fn preprocessor(module: Option<&str>, unit: &str) -> Result<Preprocessor, ValidationError> {
@@ -354,8 +452,39 @@ mod tests {
     }
 
     fn unit(value: Value) -> Result<Option<ControlNet>, String> {
+        match any(value)? {
+            Some(ReadUnit::Net(net)) => Ok(Some(*net)),
+            Some(ReadUnit::Adapter(_)) => panic!("a ControlNet"),
+            None => Ok(None),
+        }
+    }
+
+    fn any(value: Value) -> Result<Option<ReadUnit>, String> {
         let Value::Object(unit) = value else { panic!("an object") };
         read("unit", unit, &limits()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_unit_of_an_adapter_is_told_by_its_preprocessor() {
+        for module in ["ip-adapter-auto", "IP-Adapter_CLIP_SD15", "ip-adapter_clip_sdxl"] {
+            let unit = any(json!({
+                "module": module, "model": "ip-adapter_sd15", "image": "QUJD", "weight": 0.5,
+                "guidance_start": 0.1, "hr_option": "Low res only", "control_mode": 1,
+                "processor_res": 512, "threshold_a": 64,
+            }));
+            let Ok(Some(ReadUnit::Adapter(own))) = unit else { panic!("{module}: {unit:?}") };
+            assert_eq!((own.start, own.end), (Some(0.1), Some(1.0)));
+            let unit = own.unit.expect("a unit");
+            assert_eq!(unit.passes, ControlPasses::Base);
+            let warning = "unit.control_mode has no effect on IP-Adapters, as there";
+            assert_eq!(unit.warnings, [warning]);
+        }
+        for (field, value) in [("module", json!("ip-adapter_face_id")), ("mask", json!("QUJD"))] {
+            let mut body = json!({ "module": "ip-adapter-auto", "model": "x", "image": "QUJD" });
+            body[field] = value;
+            let error = any(body).expect_err(field);
+            assert!(error.starts_with(&format!("unit.{field} ")), "{error}");
+        }
     }
 
     #[test]

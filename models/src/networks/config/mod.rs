@@ -3,18 +3,22 @@
 //! Unknown keys and unsupported values are errors that name file and key: nothing that could change
 //! the image is ignored. Keys that only record how a file was made or trained are listed as such.
 
+mod attentions;
 mod clip;
 mod controlnet;
 mod levels;
 mod unet;
 mod vae;
+mod vision;
 
+pub(crate) use self::attentions::CrossAttentionPlace;
+pub use self::attentions::UNetPart;
 pub(super) use self::clip::EndToken;
-pub(super) use self::clip::IDLE_TEXT_KEYS;
 pub use self::clip::{ClipConfig, ClipTextConfig};
 pub use self::controlnet::ControlNetConfig;
 pub use self::unet::{AddedConfig, MidBlock, UNetConfig};
 pub use self::vae::VaeConfig;
+pub(super) use self::vision::VisionConfig;
 
 #[cfg(test)]
 mod tests {

@@ -4,52 +4,12 @@ use serde_json::{Value, json};
 
 use crate::error::Result;
 use crate::files::{Keys, Source};
-use crate::networks::config::{ClipConfig, IDLE_TEXT_KEYS};
+use crate::networks::config::VisionConfig;
+use crate::networks::vision::Normalization;
 
 /// `safety_checker/config.json` of a `StableDiffusionSafetyChecker`: CLIP's vision tower.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) struct SafetyConfig {
-    pub(super) transformer: ClipConfig,
-    /// Pixels of an image, along one side.
-    pub(super) image_size: usize,
-    /// Pixels of a patch, along one side.
-    pub(super) patch_size: usize,
-    /// Channels of the embeddings that are compared.
-    pub(super) projection_dim: usize,
-}
-
-impl SafetyConfig {
-    pub(super) fn read(source: &Source) -> Result<Self> {
-        Self::parse(Keys::read(source, "safety_checker/config.json")?)
-    }
-
-    fn parse(mut keys: Keys) -> Result<Self> {
-        keys.only("model_type", &[json!("clip")])?;
-        let projection_dim = keys.take("projection_dim", 512)?;
-        let mut vision = keys.nested("vision_config")?;
-        // In transformers the older key takes precedence.
-        vision.overlay(keys.nested("vision_config_dict")?);
-        keys.drop_idle(&["text_config", "text_config_dict", "logit_scale_init_value"]);
-        keys.drop_idle(&IDLE_TEXT_KEYS);
-        keys.finish()?;
-        vision.only("model_type", &[json!("clip_vision_model")])?;
-        vision.only("num_channels", &[json!(3)])?;
-        vision.only("pruned_heads", &[json!({})])?;
-        let config = Self {
-            transformer: ClipConfig::take(&mut vision, (768, 3072, 12))?,
-            image_size: vision.take("image_size", 224)?,
-            patch_size: vision.take("patch_size", 32)?,
-            projection_dim,
-        };
-        let patch = config.patch_size;
-        if patch == 0 || config.image_size < patch {
-            let reason = format!("{patch} is no part of {} pixels", config.image_size);
-            return Err(vision.invalid("patch_size", reason));
-        }
-        vision.drop_idle(&IDLE_TEXT_KEYS);
-        vision.finish()?;
-        Ok(config)
-    }
+pub(super) fn tower(source: &Source) -> Result<VisionConfig> {
+    VisionConfig::parse_clip(Keys::read(source, "safety_checker/config.json")?)
 }
 
 /// `feature_extractor/preprocessor_config.json` of a `CLIPImageProcessor`.
@@ -57,10 +17,7 @@ impl SafetyConfig {
 pub(super) struct Preprocessor {
     /// The shorter side after resizing.
     pub(super) shortest_edge: usize,
-    /// Of red, green and blue.
-    pub(super) mean: [f32; 3],
-    pub(super) std: [f32; 3],
-    pub(super) rescale_factor: f64,
+    pub(super) normalization: Normalization,
 }
 
 impl Preprocessor {
@@ -83,11 +40,11 @@ impl Preprocessor {
             let reason = format!("{size} must be a shortest edge of at least {side} pixels");
             return Err(keys.invalid("size", reason));
         };
-        let config = Self {
-            shortest_edge,
-            mean: keys.take("image_mean", [0.481_454_66, 0.457_827_5, 0.408_210_73])?,
-            std: keys.take("image_std", [0.268_629_54, 0.261_302_6, 0.275_777_1])?,
-            rescale_factor: keys.take("rescale_factor", 1.0 / 255.0)?,
+        let Normalization { rescale_factor, mean, std } = Normalization::default();
+        let normalization = Normalization {
+            mean: keys.take("image_mean", mean)?,
+            std: keys.take("image_std", std)?,
+            rescale_factor: keys.take("rescale_factor", rescale_factor)?,
         };
         keys.drop_idle(&[
             "do_convert_rgb",
@@ -96,7 +53,7 @@ impl Preprocessor {
             "processor_class",
         ]);
         keys.finish()?;
-        Ok(config)
+        Ok(Self { shortest_edge, normalization })
     }
 }
 
@@ -104,8 +61,8 @@ impl Preprocessor {
 mod tests {
     use super::*;
 
-    fn config(file: Value) -> Result<SafetyConfig> {
-        SafetyConfig::parse(Keys::new("safety_checker/config.json", file)?)
+    fn config(file: Value) -> Result<VisionConfig> {
+        VisionConfig::parse_clip(Keys::new("safety_checker/config.json", file)?)
     }
 
     fn preprocessor(file: Value) -> Result<Preprocessor> {
@@ -143,7 +100,7 @@ mod tests {
             (1024, 14, 768)
         );
         let read = preprocessor(extractor.clone()).unwrap();
-        assert_eq!((read.shortest_edge, read.mean), (224, [0.5; 3]));
+        assert_eq!((read.shortest_edge, read.normalization.mean), (224, [0.5; 3]));
 
         let (mut mish, mut nearest) = (checker, extractor);
         mish["vision_config"]["hidden_act"] = "mish".into();

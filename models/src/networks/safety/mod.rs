@@ -9,13 +9,12 @@ mod config;
 
 use candle_core::{D, DType, Device, Tensor};
 
-use self::config::{Preprocessor, SafetyConfig};
-use super::clip::ClipTransformer;
+use self::config::{Preprocessor, tower};
+use super::vision::VisionTower;
 use crate::error::{Error, Result};
 use crate::files::{Source, Weights};
 use crate::layers::LayerBuilder;
-use crate::ops::{Epilogue, LayerNorm, Linear, in_pool};
-use crate::picture::{Rgb, resized_part};
+use crate::picture::{Rgb, clip_crop};
 
 /// Number of NSFW concepts.
 const CONCEPTS: usize = 17;
@@ -26,17 +25,8 @@ const SPECIAL_CARE: f32 = 0.01;
 
 /// The checker.
 pub struct SafetyChecker {
-    config: SafetyConfig,
     preprocessor: Preprocessor,
-    device: Device,
-    /// (3 p p) -> hidden
-    patch_embedding: Linear,
-    class_embedding: Tensor,
-    position_embedding: Tensor,
-    pre_layernorm: LayerNorm,
-    transformer: ClipTransformer,
-    post_layernorm: LayerNorm,
-    visual_projection: Linear,
+    tower: VisionTower,
     concepts: ConceptEmbeds,
     special: ConceptEmbeds,
 }
@@ -82,34 +72,15 @@ impl SafetyResult {
 impl SafetyChecker {
     /// Builds the checker from `safety_checker/` and `feature_extractor/`.
     pub fn load(source: &Source, weights: &Weights, device: &Device, dtype: DType) -> Result<Self> {
-        let config = SafetyConfig::read(source)?;
+        let config = tower(source)?;
         let preprocessor = Preprocessor::read(source, config.image_size)?;
         let root = LayerBuilder::new(weights, device, dtype);
-        // transformers 5 writes the tower with one prefix less than older files have.
-        let new = root.pp("vision_model");
-        let p = if new.has("pre_layrnorm.weight") { new } else { new.pp("vision_model") };
-        let (width, eps) = (config.transformer.hidden_size, config.transformer.layer_norm_eps);
-        let patch = config.patch_size;
-        let embeddings = p.pp("embeddings");
-        let shape = [width, 3, patch, patch];
-        let kernel = embeddings.tensor("patch_embedding.weight", &shape)?.flatten_from(1)?;
-        let patches = (config.image_size / patch).pow(2);
         let outputs = config.projection_dim;
         let checker = Self {
-            patch_embedding: Linear::new(&kernel, None, device, dtype)?,
-            class_embedding: embeddings.placed("class_embedding", &[width])?,
-            position_embedding: embeddings
-                .placed("position_embedding.weight", &[patches + 1, width])?,
-            // Spelled so in the files.
-            pre_layernorm: p.pp("pre_layrnorm").layer_norm(width, eps)?,
-            transformer: ClipTransformer::load(&p, &config.transformer, false)?,
-            post_layernorm: p.pp("post_layernorm").layer_norm(width, eps)?,
-            visual_projection: root.linears(&["visual_projection"], width, outputs, false)?,
+            preprocessor,
+            tower: VisionTower::load(&root, config)?,
             concepts: ConceptEmbeds::load(&root, "concept_embeds", CONCEPTS, outputs)?,
             special: ConceptEmbeds::load(&root, "special_care_embeds", SPECIAL_CONCEPTS, outputs)?,
-            device: device.clone(),
-            config,
-            preprocessor,
         };
         weights.finish(|name| name.ends_with("embeddings.position_ids"));
         Ok(checker)
@@ -129,42 +100,13 @@ impl SafetyChecker {
     /// The preprocessed image (3, S, S) f32 on the CPU: resized, cropped at the centre to S pixels,
     /// normalized.
     pub fn preprocess(&self, picture: &Rgb) -> Result<Tensor> {
-        let (edge, side) = (self.preprocessor.shortest_edge, self.config.image_size);
-        let longer = |long: usize, short: usize| edge * long / short;
-        let (width, height) = match (picture.width, picture.height) {
-            (w, h) if w <= h => (edge, longer(h, w)),
-            (w, h) => (longer(w, h), edge),
-        };
-        let corner = ((width - side) / 2, (height - side) / 2);
-        let bytes = resized_part(picture, (width, height), corner, side);
-        let value = |i: usize| {
-            let (channel, pixel) = (i / (side * side), i % (side * side));
-            let byte = bytes[3 * pixel + channel];
-            let rescaled = (f64::from(byte) * self.preprocessor.rescale_factor) as f32;
-            (rescaled - self.preprocessor.mean[channel]) / self.preprocessor.std[channel]
-        };
-        let values = (0..3 * side * side).map(value).collect();
-        Ok(Tensor::from_vec(values, (3, side, side), &Device::Cpu)?)
+        let Preprocessor { shortest_edge, normalization } = &self.preprocessor;
+        normalization.of(&clip_crop(picture, *shortest_edge, self.tower.config().image_size))
     }
 
     /// A preprocessed image (3, S, S) -> its embedding (1, D) f32.
     pub fn embed(&self, pixels: &Tensor) -> Result<Tensor> {
-        let (p, width) = (self.config.patch_size, self.config.transformer.hidden_size);
-        let n = self.config.image_size / p;
-        let pixels = pixels.narrow(1, 0, n * p)?.narrow(2, 0, n * p)?.contiguous()?;
-        let patches = pixels.reshape((3, n, p, n, p))?.permute((1, 3, 0, 2, 4))?;
-        let patches = patches.contiguous()?.reshape((1, n * n, 3 * p * p))?;
-        let dtype = self.position_embedding.dtype();
-        let patches = patches.to_device(&self.device)?.to_dtype(dtype)?;
-        let patches = self.patch_embedding.forward(&patches, Epilogue::NONE)?;
-        let class = self.class_embedding.reshape((1, 1, width))?;
-        let tokens = Tensor::cat(&[&class, &patches], 1)?; // (1, 1 + n n, hidden)
-        let x = self.pre_layernorm.forward(&tokens.broadcast_add(&self.position_embedding)?)?;
-        let x = in_pool(&self.device, || self.transformer.forward(x, 0, &[]))?;
-        let pooled = self.post_layernorm.forward(&x.narrow(1, 0, 1)?.contiguous()?)?;
-        let embedding =
-            self.visual_projection.forward(&pooled, Epilogue::NONE)?.to_dtype(DType::F32)?;
-        Ok(embedding.reshape((1, self.config.projection_dim))?)
+        self.tower.embed(pixels)
     }
 }
 

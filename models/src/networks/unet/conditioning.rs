@@ -20,6 +20,17 @@ pub struct Conditioning {
     pub(in crate::networks) added: Option<Tensor>,
     /// What a row is made of. None of a batch.
     pub(super) inputs: Option<Inputs>,
+    /// Of a batch, what its rows see beside their prompts, in the order in which that is summed.
+    pub(super) seen: Vec<Seen>,
+}
+
+/// Pictures of IP-Adapters that rows of a batch see, which follow each other.
+#[derive(Debug, Clone)]
+pub(super) struct Seen {
+    pub(super) first: usize,
+    pub(super) rows: usize,
+    /// Keys and values of all cross attentions (rows, N, kv_width).
+    pub(super) kv: Tensor,
 }
 
 /// What a row's conditioning is made of, from which ControlNets make their own.
@@ -34,7 +45,8 @@ pub(in crate::networks) struct Inputs {
 impl Conditioning {
     /// The conditioning of a row on its prompt alone.
     pub(crate) fn new(kv: Arc<Tensor>, context: Tensor) -> Self {
-        Self { kv, added: None, inputs: Some(Inputs { context, added: None }) }
+        let inputs = Some(Inputs { context, added: None });
+        Self { kv, added: None, inputs, seen: Vec::new() }
     }
 
     /// What a row is made of.
@@ -55,11 +67,19 @@ impl Conditioning {
     /// The conditioning of a batch from that of its rows: one entry for each run of rows that have
     /// equally many tokens.
     pub(crate) fn stack(rows: &[&Self]) -> Result<Vec<Self>> {
+        Self::stack_seeing(rows, &vec![Vec::new(); rows.len()])
+    }
+
+    /// The same with the keys and values of pictures that each row sees, (1, N, kv_width) each.
+    pub(crate) fn stack_seeing(rows: &[&Self], seen: &[Vec<Arc<Tensor>>]) -> Result<Vec<Self>> {
+        let mut first = 0;
         let stacked = |run: &[&Self]| {
             let kv: Vec<_> = run.iter().map(|row| &*row.kv).collect();
             let added: Option<Vec<_>> = run.iter().map(|row| row.added.as_ref()).collect();
             let added = added.map(|added| Tensor::cat(&added, 0)).transpose()?;
-            Ok(Self { kv: Arc::new(Tensor::cat(&kv, 0)?), added, inputs: None })
+            let seen = Seen::stack(&seen[first..first + run.len()])?;
+            first += run.len();
+            Ok(Self { kv: Arc::new(Tensor::cat(&kv, 0)?), added, inputs: None, seen })
         };
         rows.chunk_by(|a, b| a.kv.dims() == b.kv.dims()).map(stacked).collect()
     }
@@ -73,5 +93,26 @@ impl Conditioning {
     #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.kv.elem_count() + self.added.as_ref().map_or(0, Tensor::elem_count)
+    }
+}
+
+impl Seen {
+    /// The first pictures of all rows, then the second ones, ..: one entry for each run of rows that
+    /// have one of equally many tokens.
+    fn stack(rows: &[Vec<Arc<Tensor>>]) -> Result<Vec<Self>> {
+        let most = rows.iter().map(Vec::len).max().unwrap_or(0);
+        let mut all = Vec::new();
+        for k in 0..most {
+            let tokens = |row: &Vec<Arc<Tensor>>| row.get(k).map(|kv| kv.dims().to_vec());
+            let mut first = 0;
+            for run in rows.chunk_by(|a, b| tokens(a) == tokens(b)) {
+                let kv: Vec<_> = run.iter().filter_map(|row| row.get(k)).map(|kv| &**kv).collect();
+                if !kv.is_empty() {
+                    all.push(Self { first, rows: run.len(), kv: Tensor::cat(&kv, 0)? });
+                }
+                first += run.len();
+            }
+        }
+        Ok(all)
     }
 }

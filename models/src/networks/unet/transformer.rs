@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::conditioning::Conditioning;
+use super::conditioning::{Conditioning, Seen};
 use crate::error::Result;
 use crate::layers::{LayerBuilder, LoraLayer, LoraStack};
 use crate::networks::config::UNetConfig;
@@ -127,6 +127,7 @@ impl SelfAttention {
     }
 }
 
+/// Attention to the prompt, and to the pictures of IP-Adapters.
 struct CrossAttention {
     to_q: LoraLayer<Linear>,
     k: StackSlice,
@@ -163,9 +164,11 @@ impl CrossAttention {
         let kind = Attention { heads: self.heads, causal: false, amx: self.to_out.uses_amx() };
         let mut outputs = Vec::with_capacity(conditioning.len());
         let mut row = 0;
-        for Conditioning { kv, .. } in conditioning {
+        for Conditioning { kv, seen, .. } in conditioning {
             let (rows, k, v) = (kv.dim(0)?, self.k.of(kv)?, self.v.of(kv)?);
-            outputs.push(attention(&q.narrow(0, row, rows)?, &k, &v, kind)?);
+            let q = q.narrow(0, row, rows)?;
+            let y = attention(&q, &k, &v, kind)?;
+            outputs.push(seen.iter().try_fold(y, |y, seen| self.add_seen(&y, &q, seen, kind))?);
             row += rows;
         }
         let y = match &outputs[..] {
@@ -173,5 +176,20 @@ impl CrossAttention {
             several => Tensor::cat(several, 0)?,
         };
         Ok(self.to_out.forward(&y, Epilogue::residual(residual), loras)?)
+    }
+
+    /// y (B, L, C) of queries (B, L, C), and added to the rows that see pictures what attends to these.
+    fn add_seen(&self, y: &Tensor, q: &Tensor, seen: &Seen, kind: Attention) -> Result<Tensor> {
+        let Seen { first, rows, kv } = seen;
+        let (k, v) = (self.k.of(kv)?, self.v.of(kv)?);
+        let added = attention(&q.narrow(0, *first, *rows)?, &k, &v, kind)?;
+        let (all, end) = (y.dim(0)?, first + rows);
+        if *rows == all {
+            return Ok((y + added)?);
+        }
+        let sum = (y.narrow(0, *first, *rows)? + added)?;
+        let parts = [y.narrow(0, 0, *first)?, sum, y.narrow(0, end, all - end)?];
+        let parts: Vec<_> = parts.iter().filter(|part| part.elem_count() > 0).collect();
+        Ok(Tensor::cat(&parts, 0)?)
     }
 }
