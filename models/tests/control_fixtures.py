@@ -209,6 +209,25 @@ def control():
     (ROOT / "runs.json").write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
 
 
+@torch.no_grad()
+def control_tiling():
+    """Latents of whole runs where the convolutions of the UNet pad with the opposite edge, and those of the net do
+    not, as in AUTOMATIC1111, which changes the layers of the model alone."""
+    unet = diffusers.UNet2DConditionModel.from_pretrained(ROOT / "v1/unet", torch_dtype=torch.float32)
+    net = diffusers.ControlNetModel.from_pretrained(ROOT / "nets/edges", torch_dtype=torch.float32)
+    for layer in unet.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.padding_mode = "circular"
+    tensors = {}
+    for sampler in ("ddim", "euler_a"):
+        pipeline = model_of(diffusers.StableDiffusionControlNetPipeline, unet, net, scheduler_of(sampler, V1_4))
+        pipeline.set_progress_bar_config(disable=True)
+        tensors[sampler] = pipeline(
+            "a red house", image=control_picture(2), width=64, height=64, num_inference_steps=10, guidance_scale=3.0,
+            generator=generator(11), output_type="latent").images
+    save(tensors, ROOT / "tiling.safetensors")
+
+
 # Width, height, a number that makes the pictures different, and the thresholds.
 EDGES = [
     (64, 64, 1, 100, 200), (40, 72, 1, 100, 200), (96, 48, 2, 50, 150), (24, 24, 3, 100, 200),

@@ -293,3 +293,41 @@ fn joined_prompts_stand_for_few_texts_together() {
     let refused = "prompt: stands for more than 64 different texts, the most there can be";
     assert_eq!(texts([40, 25]), Err(refused.to_owned()));
 }
+
+#[test]
+fn an_estimate_counts_scores_decoding_and_what_is_enlarged() {
+    let mut info = demo().info().clone();
+    info.memory =
+        MemoryEstimate { row_bytes: 5, score_bytes: 3, scale: 8, ..MemoryEstimate::default() };
+    let base = Spec { guidance_scale: 1.0, ..spec(vec![]) };
+    // Scores are of pairs of latents.
+    assert_eq!(info.peak_bytes(&base), 64 * (5 + 64 * 3));
+    let upscaler = Upscaler::Picture(PictureUpscaler::Lanczos);
+    let hires = Hires {
+        size: Size::new(128, 128).expect("multiples of 8"),
+        steps: 1,
+        strength: 1.0,
+        upscaler,
+        prompt: None,
+        negative_prompt: None,
+        guidance_scale: None,
+        sampler: None,
+    };
+    let enlarged = Spec { hires: Some(hires), ..base.clone() };
+    assert_eq!(info.peak_bytes(&enlarged), 256 * (5 + 256 * 3));
+    info.memory.decode_bytes = 100;
+    assert_eq!(info.peak_bytes(&base), 64 * 64 * 100);
+    assert_eq!(info.peak_bytes(&enlarged), 128 * 128 * 100);
+    // Nothing is decoded of a picture that is only enlarged.
+    let picture = Rgb { width: 64, height: 64, data: vec![0; 3 * 64 * 64] };
+    let enlarge = Enlarge {
+        picture,
+        scale: 2.0,
+        canvas: None,
+        upscaler: PictureUpscaler::Lanczos,
+        second: None,
+    };
+    let size = Size::new(128, 128).expect("multiples of 8");
+    let alone = Spec { size, enlarge: Some(Arc::new(enlarge)), ..base };
+    assert_eq!(info.peak_bytes(&alone), 3 * 3 * (64 * 64 + 128 * 128));
+}

@@ -245,6 +245,22 @@ impl OneOrEach {
 }
 
 impl Run {
+    /// Text with the net `edges`.
+    fn of_edges() -> Self {
+        Self {
+            case: "text".into(),
+            model: "v1".into(),
+            sampler: "ddim".into(),
+            nets: vec!["edges".into()],
+            controlnet_conditioning_scale: None,
+            control_guidance_start: None,
+            control_guidance_end: None,
+            guess_mode: false,
+            guidance_scale: None,
+            strength: None,
+        }
+    }
+
     fn spec(&self, expected: &HashMap<String, Tensor>) -> Spec {
         let control = |(k, model): (usize, &String)| Control {
             model: model.clone(),
@@ -318,21 +334,24 @@ fn whole_runs_are_those_of_diffusers() {
     assert_eq!(drawn_runs, runs.len());
 }
 
+#[test]
+fn in_images_that_tile_a_nets_own_convolutions_do_not_wrap() {
+    let expected = fixture("control/tiling.safetensors");
+    let model = model("tiling", &path("control/v1/unet"), None);
+    for name in ["ddim", "euler_a"] {
+        let run = Run { sampler: name.into(), ..Run::of_edges() };
+        let tiled = Spec { tiling: true, ..run.spec(&HashMap::new()) };
+        let plain = Spec { tiling: false, ..tiled.clone() };
+        let begun = [&tiled, &plain].map(|spec| model.begin(spec).unwrap());
+        let drawn = finish(&model, begun.into());
+        assert_close(name, &drawn[0], &expected[name]);
+        assert!(relative_error(&drawn[0], &drawn[1]) > 1e-2);
+    }
+}
+
 /// The run of an image with the net `edges` by the extension's rule, and without.
 fn extended(model: &Pipeline, rule: Extension, hires: Option<Hires>) -> Tensor {
-    let run = Run {
-        case: "text".into(),
-        model: "v1".into(),
-        sampler: "ddim".into(),
-        nets: vec!["edges".into()],
-        controlnet_conditioning_scale: None,
-        control_guidance_start: None,
-        control_guidance_end: None,
-        guess_mode: false,
-        guidance_scale: None,
-        strength: None,
-    };
-    let mut spec = run.spec(&HashMap::new());
+    let mut spec = Run::of_edges().spec(&HashMap::new());
     spec.controls[0].rule = ControlRule::Extension(rule);
     let large = hires.as_ref().map(|hires| painted(hires.size.width(), hires.size.height(), 2));
     spec.controls[0].hires_picture = large.map(Arc::new);

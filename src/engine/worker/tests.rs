@@ -35,6 +35,8 @@ struct RecordingModel {
     calls: Rc<RefCell<Vec<Call>>>,
     /// Rows for which there is memory.
     capacity: usize,
+    /// Bytes that are free.
+    free: Option<u64>,
     /// Time to encode a prompt.
     reading: Duration,
     /// One per image with files: reading them ends when the sender is dropped.
@@ -86,6 +88,10 @@ impl Model for RecordingModel {
         &self.info
     }
 
+    fn free_bytes(&self) -> Option<u64> {
+        self.free
+    }
+
     fn read_files(&self, spec: &Spec) -> Option<ReadFiles> {
         if spec.loras.is_empty() {
             return None;
@@ -110,6 +116,10 @@ impl Model for RecordingModel {
         let rows: usize = batch.iter().map(|member| member.rows()).sum();
         if rows > self.capacity || batch.iter().any(|member| member.spec.prompt == "too much") {
             return Err(Error::OutOfMemory(format!("{rows} rows")));
+        }
+        if batch.iter().any(|member| member.spec.prompt == "overflow") {
+            let reason = "is of a file whose numbers overflow".into();
+            return Err(Error::Spec { field: "loras", reason });
         }
         assert!(batch.iter().all(|member| member.size() == batch[0].size()), "one size a step");
         let specs = batch.iter().map(|member| member.spec.clone()).collect();
@@ -191,7 +201,8 @@ impl TestWorker {
         engine.shared.set_state(EngineState::Ready(Arc::new(info.clone())));
         let (capacity, reading) = (usize::MAX, Duration::ZERO);
         let (log, files, flags) = (Rc::clone(&calls), RefCell::default(), None);
-        let model = RecordingModel { info, calls: log, capacity, reading, files, flags };
+        let free = None;
+        let model = RecordingModel { info, calls: log, capacity, free, reading, files, flags };
         let worker = Worker::new(model, PanicGuard(Arc::clone(&engine.shared)));
         Self { engine, worker, calls }
     }

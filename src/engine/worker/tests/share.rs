@@ -188,3 +188,72 @@ async fn pictures_that_are_enlarged_take_turns_and_leave_others_theirs() {
     test.engine.abort();
     drop((enlarged, drawn));
 }
+
+/// What there is no memory for, or what a file cannot compute, says nothing of the batches of others.
+#[tokio::test]
+async fn an_image_that_fails_alone_leaves_the_batches_of_others_whole() {
+    let picture = Rgb { width: 32, height: 32, data: vec![0; 3 * 32 * 32] };
+    let upscaler = PictureUpscaler::Lanczos;
+    let enlarge = Enlarge { picture, scale: 2.0, canvas: None, upscaler, second: None };
+    let enlarge = Some(Arc::new(enlarge));
+    for (prompt, enlarge) in [("too much", enlarge), ("overflow", None)] {
+        let mut test = TestWorker::new(8, 8);
+        let failing = test.submit(0, vec![Spec { prompt: prompt.into(), enlarge, ..spec(0, 1) }]);
+        let drawn = test.submit(1, vec![spec(1, 4), spec(2, 4)]);
+        let mut steps = Vec::new();
+        while !test.idle() {
+            steps.push(stepped(&test.turn()));
+        }
+        assert!(test.worker.caps.is_empty(), "{prompt}");
+        let error = failing.wait().await.err();
+        match prompt {
+            "overflow" => assert!(matches!(error, Some(JobError::Spec { .. })), "{error:?}"),
+            _ => assert!(matches!(error, Some(JobError::OutOfMemory)), "{error:?}"),
+        }
+        assert_eq!(drawn.wait().await.map(|images| images.len()), Ok(2));
+        steps.retain(|seeds| !seeds.is_empty());
+        assert_eq!(steps, vec![vec![1, 2]; 4], "{prompt}");
+    }
+}
+
+/// As a device does that is out of memory for four rows, beside a picture that is enlarged.
+#[tokio::test]
+async fn a_batch_is_halved_beside_a_picture_that_is_enlarged() {
+    let mut test = TestWorker::new(8, 8);
+    test.worker.model.capacity = 2;
+    let picture = Rgb { width: 32, height: 32, data: vec![0; 3 * 32 * 32] };
+    let upscaler = PictureUpscaler::Lanczos;
+    let enlarge = Enlarge { picture, scale: 2.0, canvas: None, upscaler, second: None };
+    let enlarged = test.submit(0, vec![Spec { enlarge: Some(Arc::new(enlarge)), ..spec(0, 1) }]);
+    let drawn = test.submit(1, vec![spec(1, 2), spec(2, 2)]);
+    let mut steps = Vec::new();
+    while !test.idle() {
+        steps.push(stepped(&test.turn()));
+    }
+    for (ticket, images) in [(enlarged, 1), (drawn, 2)] {
+        assert_eq!(ticket.wait().await.map(|done| done.len()), Ok(images));
+    }
+    steps.retain(|seeds| !seeds.is_empty());
+    assert!(steps.iter().all(|seeds| seeds.len() == 1), "{steps:?}");
+    assert_eq!(steps.len(), 4 + TILES);
+}
+
+#[test]
+fn what_add_ons_may_take_is_left_out_of_the_budget() {
+    let mut test = TestWorker::new(1, 2);
+    let budget = |test: &TestWorker| start::budget(&test.worker.model, &test.engine.shared);
+    test.worker.model.free = Some(1000);
+    assert_eq!(budget(&test), 800);
+    let add_ons = &mut test.worker.model.info.add_ons;
+    add_ons.max_upscaler_bytes = 100;
+    add_ons.max_lora_bytes = 200;
+    add_ons.max_controlnet_bytes = 300;
+    assert_eq!(budget(&test), 800, "there are none");
+    let folder = || Some(std::path::PathBuf::from("/"));
+    test.worker.model.info.add_ons.upscalers.directory = folder();
+    assert_eq!(budget(&test), 720);
+    test.worker.model.info.add_ons.loras.directory = folder();
+    assert_eq!(budget(&test), 560);
+    test.worker.model.info.add_ons.controlnets.directory = folder();
+    assert_eq!(budget(&test), 400, "at most half");
+}
