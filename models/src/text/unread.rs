@@ -25,11 +25,14 @@ pub enum PromptRole {
 /// What a prompt has that is drawn as words; the sentence reads on from the field's name.
 pub fn unread(prompt: &str, role: PromptRole) -> Option<String> {
     let says = |what: &str, hint| format!("has {what:?}, which was drawn as words: {hint}");
+    let weights = |text: &str| {
+        let found = weighed(text, false).or_else(|| unbalanced(text));
+        let weight = || is_overweight(text).then(|| format!("{OVERWEIGHT} {MAX_WEIGHT}"));
+        found.map(|what| says(what, LOOSE)).or_else(weight)
+    };
     let loose = |part: &str| {
         let text = first_text(part);
-        let found = edited(&text).or_else(|| weighed(&text, false));
-        let weight = || is_overweight(&text).then(|| format!("{OVERWEIGHT} {MAX_WEIGHT}"));
-        found.map(|what| says(what, LOOSE)).or_else(weight)
+        edited(&text).map(|what| says(what, LOOSE)).or_else(|| weights(&text))
     };
     let foreign = |text: &str| foreign(text).map(|what| says(what, FOREIGN));
     match role {
@@ -59,7 +62,8 @@ pub fn unread(prompt: &str, role: PromptRole) -> Option<String> {
         PromptRole::A1111Second => {
             let and = || whole_words(prompt, AND).next().map(|_| AND);
             let found = tagged(prompt).or_else(|| edited(prompt)).or_else(and);
-            found.map(|what| says(what, SECOND))
+            let found = found.map(|what| says(what, SECOND));
+            found.or_else(|| weights(prompt)).or_else(|| foreign(prompt))
         }
     }
 }
@@ -141,6 +145,41 @@ fn weighed(prompt: &str, all: bool) -> Option<&str> {
         }
     }
     None
+}
+
+/// A weight, an edit or an alternation whose bracket is not closed, as AUTOMATIC1111 reads those to
+/// the end of the prompt, with the numbers and bars as words; or a weight whose bracket is not open.
+fn unbalanced(prompt: &str) -> Option<&str> {
+    let (mut round, mut square) = (Vec::new(), Vec::new());
+    let mut chars = prompt.char_indices();
+    while let Some((at, c)) = chars.next() {
+        match c {
+            '\\' => drop(chars.next()),
+            '(' => round.push(at),
+            '[' => square.push(at),
+            ']' => drop(square.pop()),
+            ')' if round.pop().is_none() => {
+                let colon = prompt[..at].rfind(':');
+                if let Some(colon) = colon.filter(|colon| is_meant(&prompt[colon + 1..at])) {
+                    return Some(&prompt[colon..=at]);
+                }
+            }
+            _ => {}
+        }
+    }
+    round.into_iter().chain(square).find_map(|at| {
+        let inside = &prompt[at..];
+        let mut colons = inside.match_indices(':').map(|(colon, _)| colon + 1);
+        let number = colons.find_map(|from| {
+            let rest = &inside[from..];
+            let length = rest.find([',', ')', ']', '|', '\n', ' ']).unwrap_or(rest.len());
+            // What another bracket closes is read.
+            let is_read = rest[length..].starts_with(')');
+            (!is_read && is_meant(&rest[..length])).then_some(from + length)
+        });
+        let bar = || inside.find('|').filter(|_| inside.starts_with('[')).map(|_| inside.len());
+        number.or_else(bar).map(|end| &inside[..end])
+    })
 }
 
 /// What was meant to be the weight of a whole prompt.
@@ -277,6 +316,28 @@ mod tests {
     }
 
     #[test]
+    fn brackets_without_their_partner_are_quoted_where_they_have_a_number() {
+        use PromptRole::{A1111, A1111Negative};
+        for (prompt, role, quoted) in [
+            ("b, (a:1.2 c", A1111, "(a:1.2"),
+            ("b, (a:1.2", A1111Negative, "(a:1.2"),
+            ("b, ((a:1.2) c:3", A1111Negative, "((a:1.2) c:3"),
+            ("(a:1.2, b", A1111, "(a:1.2"),
+            ("(a:1.2] b", A1111, "(a:1.2"),
+            ("a:1.2) b", A1111, ":1.2)"),
+            ("\\(a:1.2)", A1111Negative, ":1.2)"),
+            ("a [red:blue:0.5", A1111Negative, "[red:blue:0.5"),
+            ("a [cat|dog", A1111, "[cat|dog"),
+        ] {
+            let reason = unread(prompt, role).expect("a reason");
+            assert!(reason.starts_with(&format!("has {quoted:?}, which")), "{reason}");
+        }
+        for prompt in ["((a:1.2) b", "a (b: c, :( d", "\\(a:1.2\\)"] {
+            assert_eq!(unread(prompt, A1111), None, "{prompt}");
+        }
+    }
+
+    #[test]
     fn only_weights_are_read_of_the_second_encoders_prompts() {
         for (prompt, quoted) in [
             ("a <lora:sepia:1> house", "<lora:sepia:1>"),
@@ -288,5 +349,14 @@ mod tests {
             assert!(reason.starts_with(&format!("has {quoted:?}, which")), "{reason}");
         }
         assert_eq!(unread("a (red:1.2) [house] in SAND", PromptRole::A1111Second), None);
+        for (prompt, part) in [
+            ("a (red:1,2)", "\"(red:1,2)\", which was drawn as words: its brackets"),
+            ("a (red:1.2", "\"(red:1.2\", which was drawn as words: its brackets"),
+            ("(a:99999)", "has a weight that is out of bounds"),
+            ("a __hat__", "\"__hat__\", which was drawn as words: that syntax of other programs"),
+        ] {
+            let reason = unread(prompt, PromptRole::A1111Second).expect("a reason");
+            assert!(reason.contains(part), "{reason}");
+        }
     }
 }
