@@ -95,7 +95,9 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
         let path = numbered(&config.output, k, specs.len());
         let loras = hashes.of(&generated.loras);
         let (name, parameters) = (&model.name, &request.parameters);
-        let origin = Origin { model: name, loras: &loras, parameters, ..Origin::default() };
+        let controls = &request.control_maps.origins[..];
+        let origin =
+            Origin { model: name, loras: &loras, parameters, controls, ..Origin::default() };
         let infotext = image::infotext(spec, origin);
         let rgb = match &request.overlay {
             Some(overlay) => &overlay.over(&generated.rgb),
@@ -103,7 +105,8 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
         };
         let file = image::encode(rgb, config.format, None, &infotext)?;
         std::fs::write(&path, file).with_context(|| format!("cannot write {}", path.display()))?;
-        for warning in request.warnings.iter().chain(&generated.warnings) {
+        let own = generated.warnings.iter().map(|warning| request.names.told(warning));
+        for warning in request.warnings.iter().cloned().chain(own) {
             tracing::warn!("{warning}");
         }
         writeln!(out, "{} (seed {})", path.display(), spec.seed)?;

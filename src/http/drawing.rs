@@ -23,7 +23,7 @@ use crate::engine::{
 };
 use crate::image::{self, Format, Hashes, Origin, Overlay};
 use crate::registry::ModelLease;
-use crate::request::{ControlMaps, DrawRequest, Limits, ValidationError};
+use crate::request::{ControlMaps, DrawRequest, Limits, Names, ValidationError};
 
 /// Interval at which a job or JSON Lines record retries a full queue.
 const RETRY_INTERVAL: Duration = Duration::from_millis(200);
@@ -60,12 +60,14 @@ pub(crate) struct Drawing {
     overlay: Option<Overlay>,
     /// The room for it and for the input images.
     _room: Share,
-    /// The control pictures that the reply has.
+    /// What became of the control pictures.
     pub(crate) control_maps: ControlMaps,
     /// How the input files were prepared, for the generation parameters.
     pub(crate) parameters: Vec<(&'static str, String)>,
     /// What each image's warnings say of the request's fields.
     pub(crate) warnings: Vec<String>,
+    /// The client's names of these, where all images are of one request.
+    names: Names,
     /// The order among the client's own images.
     pub(crate) priority: Priority,
     /// Held until the response is encoded, even if the client has disconnected. None for work that
@@ -163,7 +165,7 @@ impl Drawing {
         let (engine, settings) = (state.engine.clone(), &state.settings);
         let (model, seed) = (engine.model()?, ids::seed()?);
         let (limits, own, reader) = (settings.limits, Arc::clone(&model), state.reader.clone());
-        let deadline = slot.deadline;
+        let (deadline, is_one) = (slot.deadline, requests.len() == 1);
         // Before their pictures are decoded.
         if requests.iter().any(|own| own.controlnets.is_some() || own.ip_adapter.is_some()) {
             requests = with_nets(state, slot, requests, Arc::clone(&model)).await?;
@@ -186,6 +188,7 @@ impl Drawing {
         let mut warnings = std::mem::take(&mut request.warnings);
         warnings.extend(slot.unread().iter().cloned());
         let parameters = std::mem::take(&mut request.parameters);
+        let names = if is_one { request.names.clone() } else { Names::default() };
         let (mut specs, mut request) = match specs.iter().any(Spec::has_files) {
             false => (specs, request),
             true => with_files(state, slot, (specs, request), Arc::clone(&model)).await?,
@@ -217,6 +220,7 @@ impl Drawing {
             control_maps: maps,
             parameters,
             warnings,
+            names,
             priority,
             slot,
             model,
@@ -270,6 +274,9 @@ impl Drawing {
     ) -> Result<T> {
         let span = info_span!(parent: tracing::Span::current(), "encode");
         for image in &mut images {
+            for warning in &mut image.warnings {
+                *warning = self.names.told(warning);
+            }
             image.warnings.splice(0..0, self.warnings.iter().cloned());
         }
         let work = move || {
@@ -291,7 +298,7 @@ impl Drawing {
     /// The files of the control pictures. Blocks.
     pub(crate) fn map_files(&self) -> Result<Vec<Vec<u8>>> {
         let file = |map: &Arc<Rgb>| image::encode(map, self.reply.format(), self.quality, "");
-        self.control_maps.iter().map(|map| file(map).map_err(unwritten)).collect()
+        self.control_maps.returned.iter().map(|map| file(map).map_err(unwritten)).collect()
     }
 
     /// The generation parameters of an image.
@@ -303,6 +310,7 @@ impl Drawing {
             vae: vae.as_ref().map(|(name, hash)| (*name, hash.as_str())),
             loras,
             parameters: &self.parameters,
+            controls: &self.control_maps.origins,
         };
         image::infotext(spec, origin)
     }

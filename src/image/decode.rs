@@ -61,7 +61,7 @@ fn open(file: &[u8], max_pixels: usize) -> Result<(impl ImageDecoder, &'static s
 }
 
 /// The name of a file's format, if files of it are read.
-fn format(file: &[u8], guessed: Option<ImageFormat>) -> Result<&'static str, String> {
+pub(super) fn format(file: &[u8], guessed: Option<ImageFormat>) -> Result<&'static str, String> {
     let other = match guessed {
         Some(ImageFormat::Png) => return Ok("PNG"),
         Some(ImageFormat::Jpeg) => return Ok("JPEG"),
@@ -109,12 +109,12 @@ fn is_whole_jpeg(file: &[u8]) -> bool {
     }
 }
 
-fn damaged(format: &str) -> String {
+pub(super) fn damaged(format: &str) -> String {
     format!("is a {format} file that is damaged or cut short")
 }
 
 /// Why a decoder refuses a file.
-fn unreadable(format: &str, error: &ImageError) -> String {
+pub(super) fn unreadable(format: &str, error: &ImageError) -> String {
     match error {
         ImageError::Unsupported(_) => format!("is a {format} file of a kind that is not read"),
         ImageError::Limits(_) => format!("is a {format} file that takes too much memory to read"),

@@ -15,6 +15,17 @@ pub enum Fit {
     Pad,
 }
 
+impl Fit {
+    /// The name of AUTOMATIC1111's extension for ControlNets.
+    pub(super) fn title(self) -> &'static str {
+        match self {
+            Self::Stretch => "Just Resize",
+            Self::Crop => "Crop and Resize",
+            Self::Pad => "Resize and Fill",
+        }
+    }
+}
+
 /// An image in this size, by a Lanczos filter.
 pub(super) fn fitted(image: &DynamicImage, (width, height): (u32, u32), fit: Fit) -> DynamicImage {
     let (w, h) = image.dimensions();

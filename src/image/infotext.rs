@@ -1,21 +1,15 @@
-//! Generation parameters as text (infotext), in AUTOMATIC1111's format: writes them, and reads them
-//! from files.
+//! Generation parameters as text (infotext), in AUTOMATIC1111's format: written and parsed. Files with
+//! them are read by [`super::embedded`].
 
-use std::io::Cursor;
-
-use anyhow::{Context as _, Result, bail};
-use exif::{Exif, In, Tag, Value};
-use image::{ImageDecoder as _, ImageFormat, ImageReader};
 use sd_models::{
     Control, ControlRule, Hires, IpAdapter, IpScale, LoraUse, Pass, Preprocessor, PromptSyntax,
     Sampler, SamplerOptions, Spec, Variation,
 };
 
+use super::fit::Fit;
+
 /// AUTOMATIC1111's name of the list of LoRAs with their hashes.
 pub(crate) const LORA_HASHES: &str = "Lora hashes";
-
-/// Maximum length of a text read from a file, in bytes: a small file can hold a large text.
-const MAX_TEXT_BYTES: usize = 1 << 20;
 
 /// Maximum number of lines read from a text.
 const MAX_LINES: usize = 1 << 12;
@@ -25,9 +19,6 @@ const MAX_PARAMETERS: usize = 256;
 
 /// What begins the negative prompt, at the beginning of a line.
 const NEGATIVE: &str = "Negative prompt:";
-
-/// The keyword of the text chunk in PNG files.
-const PARAMETERS: &str = "parameters";
 
 /// What an image was made with, beside its spec.
 #[derive(Debug, Clone, Copy, Default)]
@@ -42,6 +33,18 @@ pub struct Origin<'a> {
     pub loras: &'a str,
     /// AUTOMATIC1111's names and values of how the image's files were prepared.
     pub parameters: &'a [(&'static str, String)],
+    /// How its control pictures were.
+    pub controls: &'a [ControlOrigin],
+}
+
+/// How a control picture was prepared.
+#[derive(Debug, Clone, Copy)]
+pub struct ControlOrigin {
+    /// How it fills the size of the images.
+    pub fit: Fit,
+    /// Of a unit of AUTOMATIC1111's extension: length of the shorter side at which its preprocessor
+    /// works, and whether that is the images' instead.
+    pub resolution: Option<(usize, bool)>,
 }
 
 /// The part of a file's hash that AUTOMATIC1111 writes.
@@ -65,7 +68,7 @@ pub fn infotext(spec: &Spec, origin: Origin<'_>) -> String {
     if !spec.negative_prompt.is_empty() {
         text += &format!("\n{NEGATIVE} {}", clean(&spec.negative_prompt));
     }
-    let Origin { model, model_hash, vae, loras, parameters } = origin;
+    let Origin { model, model_hash, vae, loras, parameters, controls } = origin;
     let model_hash = model_hash.map(|hash| ("Model hash", short_hash(hash).to_owned()));
     let vae = vae.into_iter().flat_map(|(name, hash)| {
         [("VAE hash", short_hash(hash).to_owned()), ("VAE", name.to_owned())]
@@ -84,7 +87,7 @@ pub fn infotext(spec: &Spec, origin: Origin<'_>) -> String {
     let all = all.chain([("RNG", "CPU".to_owned())]).chain(extra_parameters(spec));
     let all = all.chain(parameters.iter().cloned());
     let all = all.map(|(name, value)| format!("{name}: {}, ", quoted(&value)));
-    let controls = control_parameters(spec).into_iter();
+    let controls = control_parameters(spec, controls).into_iter();
     let controls = controls.map(|(name, value)| format!("{name}: \"{value}\", "));
     let loras = (!loras.is_empty()).then(|| format!("{LORA_HASHES}: \"{loras}\", "));
     let version = format!("Version: sd-server {}", env!("CARGO_PKG_VERSION"));
@@ -121,7 +124,7 @@ pub(crate) fn extra_parameters(spec: &Spec) -> Vec<(&'static str, String)> {
 }
 
 /// The ControlNets and IP-Adapters, as AUTOMATIC1111's extension names and writes its units.
-pub(crate) fn control_parameters(spec: &Spec) -> Vec<(String, String)> {
+pub(crate) fn control_parameters(spec: &Spec, origins: &[ControlOrigin]) -> Vec<(String, String)> {
     let unit = |(k, control): (usize, &Control)| {
         let mode = match &control.rule {
             ControlRule::Extension(extension) => extension.mode.title(),
@@ -138,9 +141,17 @@ pub(crate) fn control_parameters(spec: &Spec) -> Vec<(String, String)> {
             Preprocessor::Threshold { above } => format!("Threshold A: {above}, "),
             Preprocessor::None | Preprocessor::Invert => String::new(),
         };
+        let origin = origins.get(k);
+        let resized = origin.map_or_else(String::new, |ControlOrigin { fit, resolution }| {
+            let side = resolution.map(|(side, _)| format!("Processor Res: {side}, "));
+            format!("Resize Mode: {}, {}", fit.title(), side.unwrap_or_default())
+        });
+        let perfect = origin.and_then(|origin| origin.resolution).map_or("", |(_, perfect)| {
+            if perfect { "Pixel Perfect: True, " } else { "Pixel Perfect: False, " }
+        });
         let value = format!(
-            "Module: {}, Model: {model}, Weight: {scale}, {thresholds}Guidance Start: {start}, \
-             Guidance End: {end}, Control Mode: {mode}",
+            "Module: {}, Model: {model}, Weight: {scale}, {resized}{thresholds}Guidance Start: \
+             {start}, Guidance End: {end}, {perfect}Control Mode: {mode}",
             preprocessor.name(),
         );
         (format!("ControlNet {k}"), value)
@@ -223,60 +234,6 @@ fn quoted(value: &str) -> String {
     }
 }
 
-/// The infotext of an image file, if it has one.
-pub(crate) fn find(file: &[u8]) -> Result<Option<String>> {
-    let reader = ImageReader::new(Cursor::new(file)).with_guessed_format()?;
-    match reader.format() {
-        Some(ImageFormat::Png) => in_png(file),
-        Some(ImageFormat::Jpeg | ImageFormat::WebP) => {
-            let exif = reader.into_decoder()?.exif_metadata()?;
-            Ok(exif
-                .and_then(|data| exif::Reader::new().read_raw(data).ok())
-                .as_ref()
-                .and_then(in_exif))
-        }
-        _ => bail!("is neither a PNG, nor a JPEG, nor a WebP file"),
-    }
-}
-
-fn in_png(file: &[u8]) -> Result<Option<String>> {
-    const TOO_LONG: &str = "holds a text that is too long";
-    let limits = png::Limits { bytes: MAX_TEXT_BYTES };
-    let mut reader = png::Decoder::new_with_limits(Cursor::new(file), limits).read_info();
-    let info = reader.as_mut().map_err(|error| anyhow::anyhow!("cannot be read: {error}"))?.info();
-    let latin = info.uncompressed_latin1_text.iter().find(|chunk| chunk.keyword == PARAMETERS);
-    if let Some(chunk) = latin {
-        return Ok(Some(chunk.text.clone()));
-    }
-    let international = info.utf8_text.iter().find(|chunk| chunk.keyword == PARAMETERS).cloned();
-    if let Some(mut chunk) = international {
-        chunk.decompress_text_with_limit(MAX_TEXT_BYTES).context(TOO_LONG)?;
-        return Ok(Some(chunk.get_text()?));
-    }
-    let mut compressed = info.compressed_latin1_text.iter();
-    let compressed = compressed.find(|chunk| chunk.keyword == PARAMETERS).cloned();
-    let Some(mut chunk) = compressed else { return Ok(None) };
-    chunk.decompress_text_with_limit(MAX_TEXT_BYTES).context(TOO_LONG)?;
-    Ok(Some(chunk.get_text()?))
-}
-
-/// The UserComment: eight bytes that name its encoding, then the text.
-fn in_exif(exif: &Exif) -> Option<String> {
-    let Value::Undefined(bytes, _) = &exif.get_field(Tag::UserComment, In::PRIMARY)?.value else {
-        return None;
-    };
-    let (encoding, text) = bytes.split_at_checked(8)?;
-    let text = &text[..text.len().min(MAX_TEXT_BYTES)];
-    if encoding != b"UNICODE\0" {
-        return Some(String::from_utf8_lossy(text).into_owned());
-    }
-    let (pairs, _) = text.as_chunks::<2>();
-    let big = !exif.little_endian() || pairs.first().is_some_and(|pair| pair[0] == 0);
-    let unit =
-        |pair: &[u8; 2]| if big { u16::from_be_bytes(*pair) } else { u16::from_le_bytes(*pair) };
-    Some(String::from_utf16_lossy(&pairs.iter().map(unit).collect::<Vec<_>>()))
-}
-
 /// Parses an infotext as AUTOMATIC1111 does: `Prompt`, `Negative prompt`, and by name the parameters
 /// of the last line that has at least three, then those of the lines that extensions add below it.
 pub(crate) fn parse(text: &str) -> Vec<(String, String)> {
@@ -297,15 +254,20 @@ pub(crate) fn parse(text: &str) -> Vec<(String, String)> {
         parameters.extend(pairs(line));
         add_lines(&mut parameters, added);
     }
-    if let Some((_, size)) = parameters.iter().find(|(name, _)| name == "Size")
-        && let Some((width, height)) = size.split_once('x')
-    {
-        // AUTOMATIC1111's names of the sides.
-        let sides = [("Size-1", width), ("Size-2", height)];
-        let sides = sides.map(|(name, side)| (name.to_owned(), side.to_owned()));
-        parameters.extend(sides);
-    }
+    // Not of the prompts.
+    let sides: Vec<_> = parameters[2..].iter().flat_map(sides).collect();
+    parameters.extend(sides);
     parameters
+}
+
+/// The sides of a size such as `512x768`, by AUTOMATIC1111's names.
+fn sides((name, value): &(String, String)) -> Vec<(String, String)> {
+    let Some((width, height)) = value.split_once('x') else { return Vec::new() };
+    let is_side = |side: &str| !side.is_empty() && side.bytes().all(|byte| byte.is_ascii_digit());
+    if !is_side(width) || !is_side(height) {
+        return Vec::new();
+    }
+    vec![(format!("{name}-1"), width.to_owned()), (format!("{name}-2"), height.to_owned())]
 }
 
 /// Whether lines below the parameters are those of extensions: the first names its value.
@@ -379,6 +341,7 @@ mod tests {
     use proptest::prelude::*;
     use sd_models::{SigmaSchedule, Size, XlOptions};
 
+    use super::super::embedded::MAX_TEXT_BYTES;
     use super::*;
 
     fn spec(prompt: &str, negative_prompt: &str, seed: u64, steps: usize, scale: f64) -> Spec {
@@ -435,6 +398,7 @@ mod tests {
                 vae: Some(("vae.safetensors", hash)),
                 loras: "style: 0123456789ab",
                 parameters: &parameters,
+                controls: &[],
             }));
             let value = |name: &str| {
                 let mut found = read.iter().filter(|(known, _)| known == name);

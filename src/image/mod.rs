@@ -5,6 +5,7 @@
 mod blur;
 mod control_map;
 mod decode;
+mod embedded;
 mod encode;
 mod fit;
 mod gaussian;
@@ -18,11 +19,12 @@ pub use control_map::{ControlMap, check_own_size, of_rgb, pixel_perfect, process
 pub use decode::{
     decode, decoded_bytes, dimensions, fit_mask, is_transparent, on_white, resize_to,
 };
+pub(crate) use embedded::Embedded;
 pub(crate) use encode::encode_png;
 pub use encode::{Format, encode};
 pub use fit::Fit;
 pub use hashes::Hashes;
-pub(crate) use infotext::{LORA_HASHES, control_parameters, extra_parameters, find, parse};
-pub use infotext::{Origin, infotext, short_hash};
+pub use infotext::{ControlOrigin, Origin, infotext, short_hash};
+pub(crate) use infotext::{LORA_HASHES, control_parameters, extra_parameters, parse};
 pub use inpaint::{InpaintOptions, Inpainting, Overlay};
 pub use mask::{inverted, opaque_mask, transparency_mask};

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use super::error::ValidationError;
 use super::images::ImageFile;
 use super::limits::Limits;
-use crate::image::{self, Fit};
+use crate::image::{self, ControlOrigin, Fit};
 
 /// Maximum of a preprocessor's threshold: the largest gradient of OpenCV's Sobel filter.
 const MAX_THRESHOLD: u32 = 2040;
@@ -59,6 +59,8 @@ pub(crate) struct Unit {
     pub(crate) fit: Fit,
     /// Length of the shorter side at which the preprocessor works.
     pub(crate) resolution: Resolution,
+    /// The same as the unit has it, even where another is taken.
+    pub(crate) processor_res: usize,
     /// The grey of a drawing that replaces the picture, where there is one.
     pub(crate) mask: Option<ImageFile>,
     /// Whether the picture is cropped to the masked area where only that is generated.
@@ -79,8 +81,14 @@ pub(crate) enum Resolution {
     PixelPerfect,
 }
 
-/// The control pictures of a reply.
-pub(crate) type ControlMaps = Vec<Arc<Rgb>>;
+/// The control pictures of a request, once they are in the size of the images.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct ControlMaps {
+    /// Those that the reply has.
+    pub(crate) returned: Vec<Arc<Rgb>>,
+    /// How each was prepared.
+    pub(crate) origins: Vec<ControlOrigin>,
+}
 
 /// Memory that a preprocessor takes for a picture of these sides, in bytes: in its own size, or at a
 /// resolution of the extension.

@@ -11,7 +11,7 @@ use super::error::{ValidationError, brief};
 use super::images::Transparency;
 use super::input::{Input, size_of};
 use super::limits::Limits;
-use crate::image::{self, ControlMap, Fit};
+use crate::image::{self, ControlMap, ControlOrigin, Fit};
 
 /// A control picture of a request, decoded.
 pub(super) struct DecodedControl {
@@ -190,9 +190,15 @@ impl DrawRequest {
         let (picture, hires_picture) = (Arc::new(picture), hires_picture.map(Arc::new));
         if unit.as_ref().is_some_and(|unit| unit.is_returned) {
             // As in the extension, the larger first.
-            self.control_maps.extend(hires_picture.clone());
-            self.control_maps.push(Arc::clone(&picture));
+            self.control_maps.returned.extend(hires_picture.clone());
+            self.control_maps.returned.push(Arc::clone(&picture));
         }
+        self.control_maps.origins.push(ControlOrigin {
+            fit: unit.as_ref().map_or(fit, |unit| unit.fit),
+            resolution: unit.as_ref().map(|unit| {
+                (unit.processor_res, matches!(unit.resolution, Resolution::PixelPerfect))
+            }),
+        });
         Ok(Control {
             model: decoded.model,
             preprocessor,

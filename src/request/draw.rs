@@ -203,7 +203,7 @@ pub struct DrawRequest {
     /// What is laid over the images, known with their specs.
     #[serde(skip)]
     pub(crate) overlay: Option<Overlay>,
-    /// The control pictures that the reply has, known with the specs.
+    /// What became of the control pictures, known with the specs.
     #[serde(skip)]
     pub(crate) control_maps: ControlMaps,
     /// What transparent pixels of the input image are.

@@ -31,6 +31,12 @@ impl Names {
     pub(crate) fn of<'a>(&'a self, name: &'a str) -> &'a str {
         self.0.get(name).map_or(name, String::as_str)
     }
+
+    /// A sentence that may begin with our name of a field, with the client's name of it.
+    pub(crate) fn told(&self, sentence: &str) -> String {
+        let (name, rest) = sentence.split_at(sentence.find([' ', ':']).unwrap_or(0));
+        format!("{}{rest}", self.of(name))
+    }
 }
 
 impl<const N: usize> From<[(&str, &str); N]> for Names {

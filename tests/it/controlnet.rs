@@ -104,7 +104,15 @@ fn every_dialect_and_the_command_line_draw_the_same() {
     assert_eq!(pixels(&file(&images[0])), pixels(&drawn));
     assert_eq!(pixels(&file(&images[1])), pixels(&picture));
     let text = infotext(&file(&images[0]));
-    assert!(text.contains(", ControlNet 0: \"Module: none, Model: edges, Weight: 0.7, "), "{text}");
+    let said = "Module: none, Model: edges, Weight: 0.7, Resize Mode: Just Resize, Processor Res: 512, \
+                Guidance Start: 0, Guidance End: 1, Pixel Perfect: False, Control Mode: Balanced";
+    assert!(text.contains(&format!(", ControlNet 0: \"{said}\", ")), "{text}");
+    let info: Value = serde_json::from_str(reply["info"].as_str().expect("text")).expect("JSON");
+    assert_eq!(info["extra_generation_params"]["ControlNet 0"], said);
+    let text = infotext(&drawn);
+    let said =
+        "Weight: 0.7, Resize Mode: Just Resize, Guidance Start: 0, Guidance End: 1, Control Mode";
+    assert!(text.contains(said), "{text}");
 
     let folder = tempfile::tempdir().expect("a directory");
     let [input, out] = ["control.png", "out.png"].map(|name| folder.path().join(name));
@@ -186,6 +194,10 @@ fn a_control_picture_gives_the_size_and_may_be_the_input_image() {
         (map.width(), map.height())
     };
     assert_eq!([sides(0), sides(1), sides(2)], [(96, 96), (96, 96), (64, 64)]);
+    let text = infotext(&file(&reply["images"][0]));
+    let said = "Resize Mode: Crop and Resize, Processor Res: 512, Threshold A: 100, Threshold B: 200, \
+                Guidance Start: 0, Guidance End: 1, Pixel Perfect: True, Control Mode: ControlNet is";
+    assert!(text.contains(said), "{text}");
 }
 
 #[test]
@@ -207,6 +219,7 @@ fn nets_and_preprocessors_are_listed() {
     assert_eq!(types["Canny"]["default_option"], "canny");
     assert_eq!(types["Shuffle"]["model_list"].as_array().map(Vec::len), Some(2));
     assert_eq!(get(&server, "/info")["limits"]["max_controlnets"], 3);
+    assert_eq!(get(&server, "/sdapi/v1/scripts")["img2img"], json!(["controlnet"]));
 }
 
 #[test]

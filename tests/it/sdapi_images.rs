@@ -30,6 +30,21 @@ fn a_pictures_parameters_are_read_out_of_its_file() {
             assert_eq!((&parameters["Seed"], &parameters["Size"]), (&"7".into(), &"64x72".into()));
         }
     }
+    let info = |file: &[u8]| {
+        let body = json!({ "image": BASE64_STANDARD.encode(file) }).to_string();
+        let request = server.client.post(server.url("/sdapi/v1/png-info")).body(body);
+        let reply = request.send().expect("an answer");
+        (reply.status().as_u16(), reply.json::<Value>().expect("JSON"))
+    };
+    let texts = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pictures/texts");
+    let novelai = std::fs::read(texts.join("novelai.png")).expect("a file");
+    let (status, reply) = info(&novelai);
+    assert_eq!((status, &reply["parameters"]["Sampler"]), (200, &"DPM++ 2M".into()), "{reply}");
+    assert_eq!(reply["items"]["Software"], "NovelAI");
+    assert_eq!(reply["items"]["parameters"], reply["info"]);
+    let (status, reply) = info(&novelai[..40]);
+    let said = "image is a PNG file that is damaged or cut short";
+    assert_eq!((status, &reply["detail"]), (400, &said.into()));
     let wrong =
         [json!({}), json!({ "image": "?" }), json!({ "image": "AAAA" }), json!({ "image": 1 })];
     for body in wrong {

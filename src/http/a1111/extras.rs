@@ -20,8 +20,11 @@ use crate::http::drawing::{base64, warnings};
 use crate::http::error::{ApiError, Result};
 use crate::http::state::AppState;
 use crate::http::store::InFlightRequest;
-use crate::image;
+use crate::image::{self, Embedded};
 use crate::request::{ImageFile, Limits, ValidationError};
+
+/// The keyword of what extras did, in the file.
+const DONE: &str = "postprocessing";
 
 /// A request for one picture.
 #[derive(JsonSchema)]
@@ -121,14 +124,17 @@ struct Upscaled {
 /// What is done with the pictures of a request.
 enum Work {
     Nothing(Vec<Picture>),
-    /// How each is enlarged, and the generation parameters of its file.
-    Enlarge(Vec<Spec>, Vec<Option<String>>),
+    /// How each is enlarged, and the texts of its file.
+    Enlarge(Vec<Spec>, Vec<Texts>),
 }
 
-/// A decoded picture, and the generation parameters of its file.
+/// Texts of a file by their keywords.
+type Texts = Vec<(String, String)>;
+
+/// A decoded picture, and the texts of its file.
 struct Picture {
     rgb: Rgb,
-    parameters: Option<String>,
+    texts: Texts,
 }
 
 impl Extras {
@@ -166,13 +172,13 @@ impl Extras {
         warnings.extend(slot.unread().iter().cloned());
         let pictures = match work {
             Work::Nothing(pictures) => pictures,
-            Work::Enlarge(specs, parameters) => {
+            Work::Enlarge(specs, texts) => {
                 let asked = specs.len();
                 let upscaled = submit(&state, &slot, client, specs).await?;
                 warnings.extend(of_images(&upscaled, asked));
                 let pair = |image: GeneratedImage| {
-                    let parameters = parameters.get(image.index).cloned().flatten();
-                    Picture { rgb: image.rgb, parameters }
+                    let texts = texts.get(image.index).cloned().unwrap_or_default();
+                    Picture { rgb: image.rgb, texts }
                 };
                 upscaled.into_iter().map(pair).collect()
             }
@@ -183,10 +189,11 @@ impl Extras {
         let encode = move || {
             let _held = held;
             let file = |picture: &Picture| {
-                let own = picture.parameters.as_deref().map(|text| ("parameters", text));
-                let done =
-                    (!postprocessing.is_empty()).then_some(("postprocessing", &*postprocessing));
-                let texts: Vec<_> = own.into_iter().chain(done).collect();
+                let done = (!postprocessing.is_empty()).then_some((DONE, &*postprocessing));
+                let own = picture.texts.iter().map(|(keyword, text)| (&**keyword, &**text));
+                // What was done before is replaced, as there.
+                let own = own.filter(|(keyword, _)| *keyword != DONE || done.is_none());
+                let texts: Vec<_> = own.chain(done).collect();
                 let file = image::encode_png(&picture.rgb, &texts);
                 file.map(|file| base64(&[file])).map_err(|_| ApiError::Encode)
             };
@@ -211,7 +218,7 @@ impl Extras {
         let (deadline, mut images) = (slot.deadline, images);
         let read = move || {
             let (mut pictures, mut warnings) = (Vec::new(), Vec::new());
-            let (mut specs, mut parameters) = (Vec::new(), Vec::new());
+            let (mut specs, mut texts) = (Vec::new(), Vec::new());
             for (name, image) in &mut images {
                 let _weighed = reader.weigh(deadline, image.weigh(limits.max_input_pixels))?;
                 let (picture, warning) = Picture::read(name, image, &limits)?;
@@ -221,20 +228,18 @@ impl Extras {
                     continue;
                 };
                 specs.push(self.spec(picture.rgb, upscaler, &limits, &own)?);
-                parameters.push(picture.parameters);
+                texts.push(picture.texts);
             }
             let work = match self.first() {
                 None => Work::Nothing(pictures),
-                Some(_) => Work::Enlarge(specs, parameters),
+                Some(_) => Work::Enlarge(specs, texts),
             };
             Ok((work, warnings))
         };
         let (work, warnings) = state.reader.run(deadline, slot.clone(), read).await?;
         slot.release_body();
-        let (specs, parameters) = match work {
-            Work::Enlarge(specs, parameters) if specs.iter().any(Spec::has_files) => {
-                (specs, parameters)
-            }
+        let (specs, texts) = match work {
+            Work::Enlarge(specs, texts) if specs.iter().any(Spec::has_files) => (specs, texts),
             work => return Ok((work, warnings)),
         };
         let own = Arc::clone(model);
@@ -243,7 +248,7 @@ impl Extras {
             Ok(specs)
         };
         let specs = state.reader.look_up(deadline, slot.clone(), check).await?;
-        Ok((Work::Enlarge(specs, parameters), warnings))
+        Ok((Work::Enlarge(specs, texts), warnings))
     }
 }
 
@@ -251,13 +256,15 @@ impl Picture {
     /// Decodes a file, with a warning of what is lost.
     fn read(name: &str, file: &ImageFile, limits: &Limits) -> Result<(Self, Option<String>)> {
         let decoded = file.decode(name, limits.max_input_pixels)?;
-        let parameters = image::find(&file.bytes(name)?).ok().flatten();
+        let Embedded { infotext, items } = Embedded::read(&file.bytes(name)?).unwrap_or_default();
+        let own = infotext.map(|text| ("parameters".to_owned(), text));
+        let texts = own.into_iter().chain(items).collect();
         let warning = image::is_transparent(&decoded)
             .then(|| format!("{name} is transparent in places: their hidden colours were used"));
         let pixels = decoded.into_rgb8();
         let (width, height) = (pixels.width() as usize, pixels.height() as usize);
         let rgb = Rgb { width, height, data: pixels.into_raw() };
-        Ok((Self { rgb, parameters }, warning))
+        Ok((Self { rgb, texts }, warning))
     }
 }
 

@@ -42,7 +42,7 @@ pub(crate) fn info(drawing: &Drawing, images: &[GeneratedImage], batches: Batche
         .into_iter()
         .chain(hashes)
         .map(|(name, value)| (name.to_owned(), value))
-        .chain(image::control_parameters(first))
+        .chain(image::control_parameters(first, &drawing.control_maps.origins))
         .map(|(name, value)| (name, value.into()))
         .collect();
     json!({

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::http::admission::Admitted;
 use crate::http::error::Result;
 use crate::http::state::AppState;
-use crate::image;
+use crate::image::{self, Embedded};
 use crate::request::{ImageFile, Object, ValidationError};
 
 /// A request for the parameters of an image.
@@ -20,7 +20,8 @@ pub(crate) struct PngInfo {
     image: Option<ImageFile>,
 }
 
-/// `POST /sdapi/v1/png-info`: the generation parameters in an image file, as text and parsed.
+/// `POST /sdapi/v1/png-info`: the generation parameters in an image file, as text and parsed, and its
+/// other texts.
 pub(crate) async fn png_info(
     State(state): State<AppState>,
     mut admitted: Admitted,
@@ -28,15 +29,21 @@ pub(crate) async fn png_info(
     let mut fields = admitted.json(&state).await?;
     let PngInfo { image } = fields.read(&state.settings.limits)?;
     let image = image.ok_or_else(|| ValidationError::malformed("image", "is required"))?;
-    let text = move || {
-        let text = image::find(&image.bytes("image")?);
-        let text = text.map_err(|reason| ValidationError::malformed("image", reason))?;
-        let text = text.unwrap_or_default();
-        let parameters = image::parse(&text);
-        Ok((text, parameters))
+    let read = move || {
+        let embedded = Embedded::read(&image.bytes("image")?);
+        let embedded = embedded.map_err(|reason| ValidationError::malformed("image", reason))?;
+        let parameters = image::parse(embedded.infotext.as_deref().unwrap_or_default());
+        Ok((embedded, parameters))
     };
-    let (text, parameters) = state.reader.run(admitted.slot.deadline, admitted.slot, text).await?;
-    let parameters: Object =
-        parameters.into_iter().map(|(name, value)| (name, value.into())).collect();
-    Ok(Json(json!({ "info": text, "items": { "parameters": text }, "parameters": parameters })))
+    let deadline = admitted.slot.deadline;
+    let (embedded, parameters) = state.reader.run(deadline, admitted.slot, read).await?;
+    let Embedded { infotext, items } = embedded;
+    let object = |texts: Vec<(String, String)>| -> Object {
+        texts.into_iter().map(|(name, text)| (name, text.into())).collect()
+    };
+    let text = infotext.unwrap_or_default();
+    let mut items = object(items);
+    // As in its versions before 1.7.
+    items.insert("parameters".into(), text.as_str().into());
+    Ok(Json(json!({ "info": text, "items": items, "parameters": object(parameters) })))
 }

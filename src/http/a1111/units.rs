@@ -160,11 +160,9 @@ fn net(
         &mut warnings,
     );
     let field = format!("{name}.processor_res");
-    let mut side = || within(&field, read.processor_res, RESOLUTION, &mut warnings);
-    let resolution = match read.pixel_perfect.unwrap_or(false) {
-        true => Resolution::PixelPerfect,
-        false => Resolution::Shorter(side() as usize),
-    };
+    let side = within(&field, read.processor_res, RESOLUTION, &mut warnings) as usize;
+    let is_perfect = read.pixel_perfect.unwrap_or(false);
+    let resolution = if is_perfect { Resolution::PixelPerfect } else { Resolution::Shorter(side) };
     Ok(ControlNet {
         model: Some(model),
         image,
@@ -179,6 +177,7 @@ fn net(
             name: name.to_owned(),
             fit,
             resolution,
+            processor_res: side,
             mask,
             is_cropped: read.inpaint_crop_input_image.unwrap_or(true),
             is_returned: read.save_detected_map.unwrap_or(true),

@@ -14,7 +14,7 @@ const FIELDS = {
 };
 
 /** Parameters that are read below, or say nothing that the form could take. */
-const READ = ["Prompt", "Sampler", "Schedule type", "Size", "Clip skip", "Denoising strength", "Hires upscale", "Hires steps", "Hires sampler", "Hires schedule type",
+const READ = ["Prompt", "Sampler", "Schedule type", "Size", "Clip skip", "Denoising strength", "Hires upscale", "Hires resize-1", "Hires resize-2", "Hires steps", "Hires sampler", "Hires schedule type",
   "Mask mode", "Masked content", "Inpaint area", "Lora hashes", "Version", "Model hash", "VAE", "VAE hash", "Prompt syntax", "Tiling", "RNG"];
 
 /** The sampler and schedule of a label such as `DPM++ 2M Karras`, by their names here. */
