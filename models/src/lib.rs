@@ -31,8 +31,9 @@ pub use pipeline::{
     Defaults, DeviceName, Enlarge, Enlargement, Extension, Hires, Img2Img, IpAdapter, IpAdapters,
     IpScale, LatentUpscaler, LoadOptions, MAX_CONTROL_SCALE, MAX_IP_SCALE, MAX_NOISE_SCALE,
     MAX_STEPS, MaskedStart, MemoryEstimate, ModelInfo, NamedFiles, Pass, PassLoras,
-    PictureUpscaler, Pipeline, PipelineParts, Precision, PromptSyntax, SafetyMode, SingleFiles,
-    Spec, TILE_WORK, Trajectory, Upscaler, Variation, XlOptions, check_pipeline, parameters,
+    PictureUpscaler, Pipeline, PipelineParts, Precision, PromptSyntax, REAL_ESRGAN, SafetyMode,
+    SingleFiles, Spec, TILE_WORK, Trajectory, Upscaler, Variation, XlOptions, check_pipeline,
+    parameters,
 };
 pub use sampling::{Churn, Sampler, SamplerName, SamplerOptions, SigmaSchedule};
 pub use text::{Embeddings, LoraUse, Loras, PlaceholderToken, PromptRole, unread};

@@ -13,6 +13,7 @@ use crate::engine::EngineConfig;
 use crate::http::HttpConfig;
 use crate::options::{millis, min, size};
 use crate::registry::RegistryConfig;
+use crate::request::{sampler, schedule};
 use crate::telemetry::{LogFormat, log_filter};
 
 use super::bench::device::TimingConfig;
@@ -277,18 +278,22 @@ pub(super) struct GenerateArgs {
     #[serde(rename = "num_inference_steps")]
     pub(super) steps: Option<u64>,
     /// Guidance scale (CFG): how closely to follow the prompt. 1 or less disables guidance, which
-    /// is twice as fast and ignores --negative-prompt. Default: the model's own
+    /// is twice as fast and ignores --negative-prompt; in the syntax a1111 only 1 does. Default: the
+    /// model's own
     #[arg(long, value_parser = finite)]
     pub(super) guidance_scale: Option<f64>,
     #[arg(
         long,
-        value_parser = |name: &str| name.parse().map(|name: SamplerName| name.to_string()),
+        value_parser = |name: &str| sampler(name, "--schedule").map(|name| name.to_string()),
         help = format!("Sampler: {}. Default: the model's own", SamplerName::list()),
     )]
     pub(super) scheduler: Option<String>,
     #[arg(
         long,
-        value_parser = |name: &str| name.parse().map(|name: SigmaSchedule| name.to_string()),
+        value_parser = |name: &str| match name.trim().eq_ignore_ascii_case("automatic") {
+            true => Ok(name.to_owned()),
+            false => schedule(name, "--scheduler").map(|name| name.to_string()),
+        },
         help = format!(
             "Schedule, the spacing of the noise levels: {}. Default: the model's own",
             SigmaSchedule::list()

@@ -17,7 +17,7 @@ use std::time::Duration;
 use clap::parser::ValueSource::DefaultValue;
 use clap::{ArgMatches, FromArgMatches as _};
 use sd_models::files::IpAdapterFile;
-use sd_models::{AddOns, AssetDir, DeviceName, Precision, SafetyMode};
+use sd_models::{AddOns, AssetDir, DeviceName, Precision, REAL_ESRGAN, SafetyMode, Upscaler};
 use serde_json::{Value, json};
 
 use crate::engine::Safety;
@@ -190,12 +190,25 @@ impl ServeArgs {
 }
 
 impl GenerateArgs {
-    /// The file of the upscaler, if one was typed, which is then selected by its name.
-    fn upscaler_file(&mut self) -> Option<PathBuf> {
-        let typed = self.hires_upscaler.as_mut()?;
-        let file = PathBuf::from(&*typed).canonicalize().ok().filter(|path| path.is_file())?;
-        *typed = file.file_name()?.to_str()?.to_owned();
-        Some(file)
+    /// The file of the upscaler, if one was typed, which is then selected by its name. A built-in
+    /// name is none of a file that happens to be in the current directory.
+    fn upscaler_file(&mut self) -> Result<Option<PathBuf>, clap::Error> {
+        let is_built_in =
+            |name: &str| Upscaler::built_in().any(|own| own.eq_ignore_ascii_case(name.trim()));
+        let typed = self.hires_upscaler.as_mut().filter(|typed| !is_built_in(typed));
+        let file = typed.as_ref().and_then(|typed| std::path::absolute(&**typed).ok());
+        let (Some(typed), Some(file)) = (typed, file.filter(|file| file.is_file())) else {
+            return Ok(None);
+        };
+        let Some(name) = file.file_name().and_then(|name| name.to_str()) else { return Ok(None) };
+        if is_built_in(name) {
+            return Err(usage(format!(
+                "--hires-upscaler {typed}: the file is called like an upscaler that is built in; \
+                 give it an ending, such as .safetensors"
+            )));
+        }
+        name.clone_into(typed);
+        Ok(Some(file))
     }
 
     fn resolve(mut self) -> Result<Generate, clap::Error> {
@@ -221,7 +234,7 @@ impl GenerateArgs {
         }
         let nets = self.nets()?;
         let adapters = self.adapters()?;
-        let upscaler = self.upscaler_file();
+        let upscaler = self.upscaler_file()?;
         let mut fields = json!(self);
         fields["loras"] = loras.into();
         fields["controlnets"] = nets.fields.into();
@@ -277,11 +290,10 @@ impl ModelArgs {
                     )?
                 },
                 max_ip_adapter_bytes: self.max_ip_adapter_bytes as u64,
-                upscalers: assets(
-                    "--upscalers-dir",
-                    self.upscalers_dir,
-                    &["safetensors", "pth", "pt"],
-                )?,
+                upscalers: AssetDir {
+                    titles: REAL_ESRGAN,
+                    ..assets("--upscalers-dir", self.upscalers_dir, &["safetensors", "pth", "pt"])?
+                },
                 max_upscaler_bytes: self.max_upscaler_bytes as u64,
                 embeddings: assets(
                     "--embeddings-dir",

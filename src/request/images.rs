@@ -5,7 +5,7 @@ use std::borrow::Cow;
 
 use ::image::DynamicImage;
 use base64::Engine as _;
-use base64::alphabet::STANDARD;
+use base64::alphabet::{STANDARD, URL_SAFE};
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 use bytes::Bytes;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
@@ -18,6 +18,12 @@ use crate::image;
 /// Base64 with or without padding: clients differ.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
+
+/// The same with the letters that may stand in addresses.
+const OF_ADDRESSES: GeneralPurpose = GeneralPurpose::new(
+    &URL_SAFE,
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
@@ -60,10 +66,15 @@ impl ImageFile {
             text.to_mut().retain(|byte| !byte.is_ascii_whitespace());
         }
         let broken = |_| {
-            let reason = "must be an image file in base64, bare or as a data URL";
+            let is_address = text.starts_with(b"http:") || text.starts_with(b"https:");
+            let reason = match is_address {
+                true => "is an address: nothing is fetched, send the file in base64",
+                false => "must be an image file in base64, bare or as a data URL",
+            };
             ValidationError::malformed(name, reason)
         };
-        BASE64.decode(text).map(Into::into).map_err(broken)
+        let decoded = BASE64.decode(&text).or_else(|_| OF_ADDRESSES.decode(&text));
+        decoded.map(Into::into).map_err(broken)
     }
 
     /// Memory that decoding the image takes, in bytes; 0 for a file that will not be decoded. If

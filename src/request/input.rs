@@ -65,6 +65,15 @@ impl DrawRequest {
         }
         let name = self.names.of("mask");
         let mask = self.mask.as_ref().map(|mask| mask.decode(name, max_pixels)).transpose()?;
+        // As in OpenAI's API.
+        if let (MaskArea::Transparent, Some(mask)) = (self.mask_area, &mask)
+            && (mask.width(), mask.height()) != (image.width(), image.height())
+        {
+            let (width, height) = (mask.width(), mask.height());
+            let (w, h) = (image.width(), image.height());
+            let reason = format!("is {width}x{height}; it must be {w}x{h} as the image is");
+            return Err(self.range("mask", reason));
+        }
         if self.inpaint.is_none()
             && matches!(self.mask_area, MaskArea::White)
             && mask.as_ref().is_some_and(image::is_transparent)

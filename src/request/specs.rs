@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use sd_models::{
-    Defaults, LoraUse, ModelInfo, Pass, PromptRole, PromptSyntax, SamplerName, SamplerOptions,
-    SigmaSchedule, Spec, Variation, unread,
+    Defaults, LoraUse, ModelInfo, PromptRole, PromptSyntax, SamplerName, SamplerOptions, Spec,
+    Variation, unread,
 };
 
 use super::controls::own_size;
@@ -62,8 +62,8 @@ impl DrawRequest {
         };
         let count = self.num_images_per_prompt.unwrap_or(1);
         self.within("num_images_per_prompt", count, 1..=limits.max_images)?;
-        let guidance_scale = self.guidance_scale.unwrap_or(defaults.guidance_scale);
-        let guided = guidance_scale > 1.0 && !model.embeds_guidance;
+        let guidance_scale = self.scale(defaults.guidance_scale, syntax, model);
+        let guided = syntax.guides_at(guidance_scale) && !model.embeds_guidance;
         let own_eta = defaults.eta.filter(|_| sampler == defaults.sampler);
         let hires = self.hires((size, steps, name), limits, model, &mut warnings)?;
         let img2img = input.map(|input| Arc::new(self.img2img(input, size, takes_all)));
@@ -100,7 +100,6 @@ impl DrawRequest {
             img2img,
         };
         model.check(&spec).map_err(|error| self.refused(error))?;
-        self.warn_of_low_guidance(&spec, defaults.guidance_scale);
         self.check_loras(&spec, limits)?;
         Ok(numbered(&spec, count))
     }
@@ -153,17 +152,6 @@ impl DrawRequest {
                 Err(self.range(name, reason))
             }
             None => Ok(()),
-        }
-    }
-
-    /// Warns of a guidance scale below 1 where AUTOMATIC1111, unlike diffusers, guides by it.
-    fn warn_of_low_guidance(&mut self, spec: &Spec, usual: f64) {
-        let asked = self.guidance_scale.filter(|scale| *scale < 1.0 && *scale != usual);
-        let is_off = !spec.embeds_guidance && !spec.passes().next().is_some_and(Pass::is_guided);
-        if let (Some(scale), PromptSyntax::A1111, true) = (asked, spec.prompt_syntax, is_off) {
-            let name = self.names.of("guidance_scale");
-            let why = "there is no guidance at 1 or less";
-            self.warnings.push(format!("{name} {scale} was drawn as 1: {why}"));
         }
     }
 
@@ -244,26 +232,12 @@ impl DrawRequest {
         }
     }
 
-    /// The sampler and its schedule, by two fields, where they name any. A name that has a schedule
-    /// allows no other.
-    pub(super) fn sampler_of(
-        &self,
-        [sampler, schedule]: [(&str, &Option<String>); 2],
-        default: SamplerName,
-    ) -> Result<SamplerName, ValidationError> {
-        let named = self.choice::<SamplerName>(sampler.0, sampler.1.as_ref())?;
-        let asked = schedule.1.as_ref().filter(|name| !name.eq_ignore_ascii_case("automatic"));
-        let asked = self.choice::<SigmaSchedule>(schedule.0, asked)?;
-        let Some(named) = named else {
-            return Ok(SamplerName { schedule: asked.unwrap_or(default.schedule), ..default });
-        };
-        let field = schedule.0;
-        let schedule = asked.unwrap_or(named.schedule);
-        if ![schedule, SigmaSchedule::Model].contains(&named.schedule) {
-            let reason = format!("{schedule} is another than that of the sampler {named}");
-            return Err(self.range(field, reason));
-        }
-        Ok(SamplerName { schedule, ..named })
+    /// The guidance scale. A default below 1, such as 0, switches guidance off, which is 1 in
+    /// AUTOMATIC1111's syntax.
+    fn scale(&self, usual: f64, syntax: PromptSyntax, model: &ModelInfo) -> f64 {
+        let scale = self.guidance_scale.unwrap_or(usual);
+        let is_off = scale == usual && usual < 1.0 && !model.embeds_guidance;
+        if is_off && syntax == PromptSyntax::A1111 { 1.0 } else { scale }
     }
 
     /// The guidance rescale. Without guidance there is nothing that the default could scale back.

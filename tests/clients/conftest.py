@@ -37,6 +37,21 @@ def furnished(binary, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def steered(binary, tmp_path_factory):
+    """A server that has ControlNets, with a small random model that they fit, and an upscaler of a known name."""
+    fixtures = Path(__file__).parents[2] / "models" / "tests" / "fixtures"
+    model, upscalers = tmp_path_factory.mktemp("v1"), tmp_path_factory.mktemp("upscalers")
+    shutil.copytree(fixtures / "v1", model, dirs_exist_ok=True)
+    shutil.rmtree(model / "unet")
+    shutil.copytree(fixtures / "control" / "v1", model, dirs_exist_ok=True)
+    shutil.copy(fixtures / "upscalers" / "old-4x.pth", upscalers / "RealESRGAN_x4plus.pth")
+    folders = ["--controlnets-dir", str(fixtures / "control" / "nets"), "--upscalers-dir", str(upscalers)]
+    log = tmp_path_factory.mktemp("log") / "steered.log"
+    with serving(binary, log, *folders, model=("--model", str(model))) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
 def browser():
     """One browser for all tests; each test has its own profile."""
     with sync_playwright() as playwright:

@@ -1,5 +1,7 @@
 """A client that was written for AUTOMATIC1111, before the real server."""
 
+import base64
+import io
 import re
 import threading
 import time
@@ -69,6 +71,79 @@ def test_what_is_asked_first(client):
 def test_png_info(client):
     image = client.txt2img(prompt="a car", steps=1, seed=5, width=64, height=64).image
     assert client.png_info(image).info.startswith("a car\nSteps: 1")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+def test_png_info_of_files_that_were_saved_again(client, kind):
+    """The client sends PNG files, with the text chunks that Pillow knows of."""
+    image = client.txt2img(prompt="a car", steps=1, seed=5, width=64, height=64).image
+    text = image.info["parameters"]
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + text.encode("utf-16-be")
+    saved = io.BytesIO()
+    image.save(saved, kind, exif=exif.tobytes())
+    body = {"image": base64.b64encode(saved.getvalue()).decode()}
+    reply = client.session.post(f"{client.baseurl}/png-info", json=body).json()
+    assert reply["info"] == text and reply["parameters"]["Seed"] == "5"
+    image.info["workflow"] = "{}"
+    assert client.png_info(image).json["items"] == {"parameters": text, "workflow": "{}"}
+
+
+def test_pictures_are_upscaled(client):
+    picture = Image.linear_gradient("L").resize((40, 24)).convert("RGB")
+    reply = client.extra_single_image(picture, upscaler_1=webuiapi.Upscaler.Lanczos, upscaling_resize=2)
+    assert reply.image.size == (80, 48)
+    assert reply.info == "<p>Postprocess upscale by: 2.0, Postprocess upscaler: Lanczos</p>"
+    fitted = {"resize_mode": 1, "upscaling_resize_w": 64, "upscaling_resize_h": 64}
+    reply = client.extra_batch_images([picture, picture.transpose(2)], upscaler_1="Nearest", **fitted)
+    assert [image.size for image in reply.images] == [(64, 64)] * 2
+    # As the client asks where it is told nothing.
+    assert client.extra_single_image(picture).image.tobytes() == picture.tobytes()
+
+
+def test_real_esrgan_by_its_name_there(steered):
+    client = webuiapi.WebUIApi(baseurl=f"{steered}/sdapi/v1")
+    assert client.get_realesrgan_models() == [
+        {"name": "R-ESRGAN 4x+", "path": "RealESRGAN_x4plus.pth", "scale": 4}
+    ]
+    assert "R-ESRGAN 4x+" in [upscaler["name"] for upscaler in client.get_upscalers()]
+    picture = Image.linear_gradient("L").resize((24, 24)).convert("RGB")
+    reply = client.extra_single_image(picture, upscaler_1=webuiapi.Upscaler.ESRGAN_4x, upscaling_resize=4)
+    assert reply.image.size == (96, 96)
+    reply = client.txt2img(
+        prompt="a car", steps=1, width=64, height=64, enable_hr=True, hr_upscaler=webuiapi.HiResUpscaler.ESRGAN_4x,
+    )
+    assert reply.image.size == (128, 128)
+    assert reply.info["extra_generation_params"]["Hires upscaler"] == "R-ESRGAN 4x+"
+
+
+def test_controlnet_units(steered):
+    client = webuiapi.WebUIApi(baseurl=f"{steered}/sdapi/v1")
+    assert client.controlnet_version() == 3
+    net = client.controlnet_model_list()[0]
+    assert "canny" in client.controlnet_module_list()
+    picture = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    asked = {"prompt": "a car", "seed": 3, "steps": 2, "width": 64, "height": 64}
+    plain = client.txt2img(**asked)
+    # Its thresholds of 64 are out of the range of a module without any.
+    unit = webuiapi.ControlNetUnit(image=picture, module="none", model=net)
+    # The client writes units into the default of this argument, and into all later requests.
+    steered = client.txt2img(**asked, controlnet_units=[unit], alwayson_scripts={})
+    assert len(steered.images) == 2 and steered.image.tobytes() != plain.image.tobytes()
+    name = net.split(" [")[0]
+    said = steered.info["extra_generation_params"]["ControlNet 0"]
+    assert said == (
+        f"Module: none, Model: {name}, Weight: 1, Resize Mode: Resize and Fill, Processor Res: 512, "
+        "Guidance Start: 0, Guidance End: 1, Pixel Perfect: False, Control Mode: Balanced"
+    )
+    edges = webuiapi.ControlNetUnit(image=picture, module="canny", model=net, control_mode=2, pixel_perfect=True)
+    off = webuiapi.ControlNetUnit(model="None", enabled=False)
+    reply = client.img2img(
+        images=[picture], denoising_strength=0.5, controlnet_units=[edges, off], alwayson_scripts={}, **asked,
+    )
+    said = reply.info["extra_generation_params"]["ControlNet 0"]
+    assert "Threshold A: 64, Threshold B: 64" in said and "Pixel Perfect: True" in said
+    assert reply.info["warnings"] == [] and len(reply.images) == 2
 
 
 def test_progress_and_interrupt(client):

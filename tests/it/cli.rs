@@ -501,6 +501,8 @@ fn numbers_are_refused_in_words_and_a_seed_may_be_random() {
         (["--seed", "x"], "must be a whole number"),
         (["--width", "2.0"], "must be a whole number"),
         (["--height", "-5"], "must be a whole number"),
+        (["--scheduler", "karras"], "is a schedule and no sampler: it belongs in --schedule"),
+        (["--schedule", "euler"], "is a sampler and no schedule: it belongs in --scheduler"),
         (["--width", "99999999999999999999999"], "is too large"),
     ] {
         let refused = generate(&args);

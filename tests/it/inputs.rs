@@ -3,7 +3,7 @@
 use std::io::Cursor;
 
 use base64::Engine as _;
-use base64::prelude::{BASE64_STANDARD, BASE64_STANDARD_NO_PAD};
+use base64::prelude::{BASE64_STANDARD, BASE64_STANDARD_NO_PAD, BASE64_URL_SAFE};
 use image::codecs::jpeg::JpegEncoder;
 use image::{DynamicImage, ImageEncoder as _, ImageFormat, RgbImage};
 use serde_json::{Value, json};
@@ -57,6 +57,7 @@ fn a_picture_is_understood_in_every_format_and_size() {
         format!("data:image/png;base64,{png}"),
         format!("{}\r\n{}", &png[..76], &png[76..]),
         BASE64_STANDARD_NO_PAD.encode(file(&picture, ImageFormat::Png)),
+        BASE64_URL_SAFE.encode(&webp),
         BASE64_STANDARD.encode(webp),
         BASE64_STANDARD.encode(bmp),
         BASE64_STANDARD.encode(file(&picture.to_rgba8().into(), ImageFormat::Png)),
@@ -125,6 +126,7 @@ fn a_picture_that_cannot_be_used_is_refused_by_name() {
     let table = [
         (400, "image", json!({ "image": 5 })),
         (400, "image", json!({ "image": "no base64!" })),
+        (400, "image", json!({ "image": "https://example.org/cat.png" })),
         (422, "image", json!({ "image": "" })),
         (422, "image", json!({ "image": BASE64_STANDARD.encode("GIF89a but not really") })),
         (422, "image", json!({ "image": BASE64_STANDARD.encode(cut) })),

@@ -251,6 +251,11 @@ fn a_schedule_is_chosen_beside_the_sampler_or_with_it() {
         ),
         (json!({ "scheduler": "tcd", "eta": 0.5 }), "Sampler: TCD, CFG scale: 1, "),
         (json!({ "scheduler": "tcd", "eta": 0.5 }), ", Eta: 0.5, "),
+        // What has no effect is not written.
+        (
+            json!({ "scheduler": "euler", "eta": 0.5, "s_noise": 0.5, "eta_noise_seed_delta": 7 }),
+            "Model: demo, RNG: CPU, Prompt syntax: plain, Version",
+        ),
     ] {
         let reply = draw(fields.clone());
         assert_eq!(reply.status, 200, "{fields} {}", String::from_utf8_lossy(&reply.body));

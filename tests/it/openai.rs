@@ -400,3 +400,31 @@ fn an_edit_paints_where_the_mask_is_transparent() -> Result<()> {
     );
     Ok(())
 }
+
+#[test]
+fn a_mask_has_the_size_of_the_image_and_transparent_pixels() {
+    let server = harness::Server::ready(&["--max-input-pixels", "1000000"]);
+    let picture = png(&gradient(64, 72), ImageFormat::Png);
+    let clear =
+        |width, height| png(&image::DynamicImage::new_rgba8(width, height), ImageFormat::Png);
+    let opaque = png(&gradient(64, 72), ImageFormat::Jpeg);
+    let sentence = |mask: &[u8]| {
+        let parts: [Part<'_>; 4] =
+            [("prompt", b"a"), ("steps", b"1"), ("image", &picture), ("mask", mask)];
+        let request = server.client.post(server.url("/v1/images/edits"));
+        let request = request.header("content-type", "multipart/form-data; boundary=frontier");
+        let reply: Value =
+            request.body(form(&parts)).send().expect("an answer").json().expect("JSON");
+        let error = &reply["error"];
+        let kind = (&error["param"], &error["type"]);
+        assert_eq!(kind, (&"mask".into(), &"invalid_request_error".into()), "{reply}");
+        error["message"].as_str().expect("a sentence").to_owned()
+    };
+    // Stretched it would be another mask.
+    assert_eq!(sentence(&clear(32, 36)), "mask is 32x36; it must be 64x72 as the image is");
+    assert!(sentence(&clear(1100, 1000)).starts_with("mask is 1100x1000; at most 1000000 pixels"));
+    let none = "mask has no transparent pixels, which mark the area to inpaint";
+    assert_eq!(sentence(&opaque), none);
+    assert!(sentence(b"no picture").starts_with("mask is in no known format"));
+    assert_eq!(sentence(&clear(64, 72)[..40]), "mask is a PNG file that is damaged or cut short");
+}

@@ -59,6 +59,55 @@ fn a_prompt_changes_on_the_way() {
 }
 
 #[test]
+fn a_schedule_alone_is_that_of_a_sampler_that_is_on_it() {
+    let server = Server::ready(&[]);
+    let of = |fields: Value| drawn(&server, &fields).1;
+    let info = of(json!({ "sampler_name": "", "scheduler": "Karras" }));
+    let said = "scheduler karras is none of the model's sampler pndm: euler was taken, the default of \
+                AUTOMATIC1111";
+    assert_eq!(
+        (&info["sampler_name"], &info["warnings"]),
+        (&"Euler Karras".into(), &json!([said]))
+    );
+    let info = of(json!({ "sampler_name": null, "scheduler": "Automatic" }));
+    assert_eq!((&info["sampler_name"], &info["warnings"]), (&"PLMS".into(), &json!([])));
+}
+
+/// As in AUTOMATIC1111: `u + scale (c - u)` at every scale, where diffusers has no guidance.
+#[test]
+fn a_guidance_scale_below_1_weakens_the_prompt() {
+    let server = Server::ready(&["--dtype", "f32"]);
+    let of = |prompt: &str, negative: &str, scale: f64| {
+        drawn(
+            &server,
+            &json!({ "prompt": prompt, "negative_prompt": negative, "cfg_scale": scale }),
+        )
+    };
+    let (none, info) = of("a cat", "a dog", 0.0);
+    assert_eq!((&info["cfg_scale"], &info["warnings"]), (&json!(0.0), &json!([])));
+    assert!(none == of("a dog", "", 1.0).0, "what it is of at 0 is the negative prompt");
+    let half = of("a cat", "a dog", 0.5).0;
+    assert!(half == of("a dog", "a cat", 0.5).0, "half of each");
+    assert!(half != none && half != of("a cat", "a dog", 1.0).0);
+    let hires = |scale: Value| {
+        let body = json!({ "enable_hr": true, "hr_scale": 1.5, "hr_cfg": scale, "cfg_scale": 4 });
+        drawn(&server, &body).0
+    };
+    assert!(hires(json!(0.5)) != hires(json!(1)) && hires(json!(0)) == hires(json!(4)));
+    // As in diffusers.
+    let plain = [0.0, 0.5, 1.0].map(|scale| {
+        let body = json!({ "prompt": "a cat", "steps": 2, "seed": 3, "guidance_scale": scale });
+        server.json(&body).json()["data"].clone()
+    });
+    let pixels = |data: &Value| {
+        let file = BASE64_STANDARD.decode(data.as_str().expect("text")).expect("base64");
+        image::load_from_memory(&file).expect("a picture").into_rgb8().into_raw()
+    };
+    let plain = plain.each_ref().map(pixels);
+    assert!(plain[0] == plain[2] && plain[1] == plain[2]);
+}
+
+#[test]
 fn what_is_not_read_is_told_and_what_is_too_much_refused() {
     let server = Server::ready(&[]);
     let warned = |fields: Value| drawn(&server, &fields).1["warnings"].to_string();
@@ -66,6 +115,19 @@ fn what_is_not_read_is_told_and_what_is_too_much_refused() {
     assert!(loose.contains("prompt has \\\"[cat:dog:3]\\\", which was drawn as words"), "{loose}");
     let joined = warned(json!({ "negative_prompt": "cats AND dogs", "steps": 1 }));
     assert!(joined.contains("negative_prompt has \\\"AND\\\""), "{joined}");
+    for (field, text, part) in [
+        ("hr_prompt", "a (cat:1,2)", "(cat:1,2)"),
+        ("hr_prompt", "a (cat:1.2, b", "(cat:1.2"),
+        ("hr_negative_prompt", "a [cat|dog", "[cat|dog"),
+        ("hr_negative_prompt", "<lora:x:1>", "<lora:x:1>"),
+        ("hr_prompt", "a __hat__", "__hat__"),
+    ] {
+        let body = json!({ "enable_hr": true, "hr_scale": 1.5, "steps": 1, field: text });
+        let warnings = warned(body);
+        assert!(warnings.contains(&format!("{field} has \\\"{part}\\\", which was")), "{warnings}");
+    }
+    let weighed = warned(json!({ "enable_hr": true, "steps": 1, "hr_prompt": "a (cat:1.2" }));
+    assert!(weighed.contains("hr_prompt is weighed by 1.2"), "{weighed}");
     let plain = server.json(&json!({ "prompt": "a [cat|dog]", "steps": 1 })).json();
     let plain = plain["warnings"].to_string();
     assert!(plain.contains("[cat|dog]") && plain.contains("prompt_syntax a1111"), "{plain}");

@@ -101,6 +101,17 @@ async fn what_nothing_reads_is_warned_of() -> Result<()> {
     let reply = request.body(json!({ "live_previews_enable": true }).to_string()).send().await?;
     let warnings = reply.headers().get("x-sd-warnings").context("a header")?.to_str()?.to_owned();
     assert_eq!((reply.status().as_u16(), warnings), (200, said("live_previews_enable")));
+    for options in [
+        json!({ "samples_format": "PNG", "sd_vae": "automatic", "randn_source": " cpu " }),
+        json!({ "eta_noise_seed_delta": "0", "CLIP_stop_at_last_layers": "1.0" }),
+    ] {
+        let reply = post(&server.url, "/sdapi/v1/options", &options).await?;
+        assert_eq!(reply, (200, Value::Null), "{options}");
+    }
+    let (status, error) =
+        post(&server.url, "/sdapi/v1/options", &json!({ "samples_format": "avif" })).await?;
+    let said = "samples_format cannot be set to \"avif\"; it is \"png\"";
+    assert_eq!((status, &error["detail"]), (422, &said.into()));
     for (name, value) in [
         ("disable_extra_networks", json!(true)),
         ("firstpass_image", json!("x")),

@@ -7,7 +7,7 @@ use base64::prelude::BASE64_STANDARD;
 use image::{ImageFormat, RgbImage};
 use serde_json::{Value, json};
 
-use crate::harness::Server;
+use crate::harness::{Server, sd_server};
 use crate::loras::{file, pixels};
 
 fn server(more: &[&str]) -> Server {
@@ -56,6 +56,91 @@ fn upscalers_are_listed() {
     assert!(listed.contains(&"old-4x".into()) && listed.contains(&"compact-3x".into()));
     assert_eq!(names("/sdapi/v1/latent-upscale-modes").len(), 6);
     assert!(names("/sdapi/v1/realesrgan-models").is_empty());
+}
+
+#[test]
+fn files_of_real_esrgan_have_their_names_of_automatic1111() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tests/fixtures/upscalers");
+    for (from, to) in [("old-4x.pth", "RealESRGAN_x4plus.pth"), ("new-2x.pth", "other.pth")] {
+        std::fs::copy(fixtures.join(from), folder.path().join(to)).expect("a copy");
+    }
+    let server = Server::ready(&["--upscalers-dir", folder.path().to_str().expect("UTF-8")]);
+    let listed = get(&server, "/sdapi/v1/realesrgan-models");
+    let wanted = json!([{ "name": "R-ESRGAN 4x+", "path": "RealESRGAN_x4plus.pth", "scale": 4 }]);
+    assert_eq!(listed, wanted);
+    let upscalers = get(&server, "/sdapi/v1/upscalers");
+    assert_eq!([&upscalers[3]["name"], &upscalers[4]["name"]], ["R-ESRGAN 4x+", "other"]);
+    let upscaled = |name: &str| {
+        let body = json!({ "image": waves(16, 16), "upscaler_1": name, "upscaling_resize": 4 });
+        post(&server, "/sdapi/v1/extra-single-image", &body)
+    };
+    let drawn = ["R-ESRGAN 4x+", "r-esrgan 4X+", "RealESRGAN_x4plus", "RealESRGAN_x4plus.pth"];
+    let drawn = drawn.map(|name| pixels(&file(&upscaled(name).1["image"])));
+    assert!(drawn.iter().all(|other| *other == drawn[0]));
+    let (status, reply) = upscaled("R-ESRGAN 2x+");
+    let why = "the upscaler \"R-ESRGAN 2x+\", whose file RealESRGAN_x2plus is missing; known are";
+    let said = reply["detail"].as_str().is_some_and(|text| text.contains(why));
+    assert!(status == 422 && said, "{reply}");
+}
+
+#[test]
+fn on_the_command_line_a_name_that_is_built_in_is_no_file() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tests/fixtures/upscalers");
+    for name in ["Lanczos", "Lanczos.pth", "mine.bin"] {
+        std::fs::copy(fixtures.join("new-2x.pth"), folder.path().join(name)).expect("a copy");
+    }
+    let generate = |upscaler: &str| {
+        let mut command = sd_server(&["generate", "a cat", "--model", "demo", "-o", "out.png"]);
+        command.args(["--steps", "1", "--seed", "3", "--device", "cpu", "--dtype", "f32"]);
+        command.args(["-W", "64", "-H", "64", "--hires-width", "128", "--hires-steps", "2"]);
+        command.current_dir(folder.path()).args(["--hires-upscaler", upscaler]);
+        command.output().expect("it runs")
+    };
+    let mut drawn = Vec::new();
+    for (upscaler, title) in [
+        ("Lanczos", "Lanczos,"),
+        ("lanczos", "Lanczos,"),
+        ("Lanczos.pth", "Lanczos.pth,"),
+        ("./mine.bin", "mine.bin,"),
+    ] {
+        let done = generate(upscaler);
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        let file = std::fs::read(folder.path().join("out.png")).expect("a picture");
+        let text = crate::invocations::infotext(&file);
+        assert!(text.contains(&format!("Hires upscaler: {title}")), "{text}");
+        drawn.push(pixels(&file));
+    }
+    assert!(drawn[0] == drawn[1] && drawn[2] == drawn[3] && drawn[0] != drawn[2]);
+    let refused = generate("./Lanczos");
+    let words = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(64), "{words}");
+    assert!(words.contains("--hires-upscaler ./Lanczos: the file is called like"), "{words}");
+}
+
+#[test]
+fn the_texts_of_a_file_are_kept() {
+    let server = server(&[]);
+    let texts = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/pictures/texts");
+    let read = |file: &[u8]| {
+        let body = json!({ "image": BASE64_STANDARD.encode(file) });
+        post(&server, "/sdapi/v1/png-info", &body).1
+    };
+    for name in ["zTXt.png", "unicode.jpg", "comfyui.png"] {
+        let before = std::fs::read(texts.join(name)).expect("a file");
+        let body = json!({ "image": BASE64_STANDARD.encode(&before), "upscaler_1": "Nearest" });
+        let (_, reply) = post(&server, "/sdapi/v1/extra-single-image", &body);
+        let after = read(&file(&reply["image"]));
+        let mut wanted = read(&before);
+        wanted["items"]["postprocessing"] =
+            "Postprocess upscale by: 2.0, Postprocess upscaler: Nearest".into();
+        assert_eq!(after, wanted, "{name}");
+        let body = json!({ "image": reply["image"], "upscaler_1": "Lanczos" });
+        let (_, reply) = post(&server, "/sdapi/v1/extra-single-image", &body);
+        let again = read(&file(&reply["image"]))["items"]["postprocessing"].to_string();
+        assert_eq!(again.matches("Postprocess upscale by").count(), 1, "{again}");
+    }
 }
 
 #[test]

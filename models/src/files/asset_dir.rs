@@ -28,6 +28,8 @@ pub struct AssetDir {
     pub skipped: &'static [&'static str],
     /// The names in the headers of the files.
     pub aliases: Aliases,
+    /// Names that AUTOMATIC1111 gives to files of known names: its own, and the file's.
+    pub titles: &'static [(&'static str, &'static str)],
 }
 
 /// What a directory of one network in the Diffusers format has.
@@ -92,7 +94,8 @@ impl AssetDir {
             return Ok(files.swap_remove(place));
         }
         let is_named = |path: &Path| {
-            path.file_stem().is_some_and(|stem| stem == name)
+            let own = [path.file_stem(), path.file_name()];
+            own.into_iter().flatten().any(|own| own == name)
                 || self.alias(path).as_deref() == Some(name)
         };
         let named = files.iter().filter(|(_, path)| is_named(path));
@@ -116,11 +119,21 @@ impl AssetDir {
                 return Err(format!("{name:?}, which {first} and {second} are in other letters"));
             }
         }
+        let title = self.titles.iter().find(|(title, _)| title.eq_ignore_ascii_case(name.trim()));
+        let is_titled =
+            |known: &str| title.is_some_and(|(_, titled)| titled.eq_ignore_ascii_case(known));
+        if let Some(file) = files.iter().find(|(known, _)| is_titled(known)) {
+            return Ok(file.clone());
+        }
+        let why = title.map_or_else(
+            || "which is unknown".to_owned(),
+            |(_, titled)| format!("whose file {titled} is missing"),
+        );
         if files.is_empty() {
-            return Err(format!("{name:?}, which is unknown; there are none"));
+            return Err(format!("{name:?}, {why}; there are none"));
         }
         let names: Vec<_> = files.into_iter().map(|(name, _)| name).collect();
-        Err(format!("{name:?}, which is unknown; known are {}", names.join(", ")))
+        Err(format!("{name:?}, {why}; known are {}", names.join(", ")))
     }
 
     /// A name without one of the extensions, if it ends with one.

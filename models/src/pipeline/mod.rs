@@ -67,7 +67,7 @@ pub use self::spec::{Hires, Img2Img, MAX_STEPS, MaskedStart, PromptSyntax, Spec}
 pub use self::text_encoders::encode_chunks;
 use self::trajectory::StepResult;
 pub use self::trajectory::Trajectory;
-pub use self::upscaler::{LatentUpscaler, PictureUpscaler, TILE_WORK, Upscaler};
+pub use self::upscaler::{LatentUpscaler, PictureUpscaler, REAL_ESRGAN, TILE_WORK, Upscaler};
 pub use self::variation::Variation;
 pub use self::xl::XlOptions;
 use crate::error::{Error, Result};

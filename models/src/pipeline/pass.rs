@@ -154,7 +154,8 @@ impl<'a> Pass<'a> {
     /// Whether there is an unconditional row. Prompts that are joined or weighed need one at every
     /// scale, as in AUTOMATIC1111.
     pub fn is_guided(self) -> bool {
-        let by_scale = self.guidance_scale() > 1.0 || self.sampler().sampler.needs_unguided();
+        let by_scale = self.spec.prompt_syntax.guides_at(self.guidance_scale());
+        let by_scale = by_scale || self.sampler().sampler.needs_unguided();
         by_scale && !self.spec.embeds_guidance
             || self.parts().is_ok_and(|parts| is_composed(&parts))
     }

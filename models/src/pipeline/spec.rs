@@ -200,6 +200,12 @@ pub enum PromptSyntax {
 }
 
 impl PromptSyntax {
+    /// Whether a guidance scale guides: in diffusers one above 1, in AUTOMATIC1111 any but 1, so that
+    /// one below weakens the prompt.
+    pub fn guides_at(self, scale: f64) -> bool {
+        scale > 1.0 || self == Self::A1111 && scale < 1.0
+    }
+
     /// A prompt without its `<lora:...>` tags, and the LoRAs of these.
     pub fn text(self, prompt: &str) -> Result<(Cow<'_, str>, Loras)> {
         match self {

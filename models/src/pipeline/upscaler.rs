@@ -99,6 +99,16 @@ impl fmt::Display for PictureUpscaler {
     }
 }
 
+/// AUTOMATIC1111's names of Real-ESRGAN's networks, and those of their files.
+pub const REAL_ESRGAN: &[(&str, &str)] = &[
+    ("R-ESRGAN General 4xV3", "realesr-general-x4v3"),
+    ("R-ESRGAN General WDN 4xV3", "realesr-general-wdn-x4v3"),
+    ("R-ESRGAN AnimeVideo", "realesr-animevideov3"),
+    ("R-ESRGAN 4x+", "RealESRGAN_x4plus"),
+    ("R-ESRGAN 4x+ Anime6B", "RealESRGAN_x4plus_anime_6B"),
+    ("R-ESRGAN 2x+", "RealESRGAN_x2plus"),
+];
+
 /// How latents are upscaled: the modes of torch's `interpolate`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum LatentUpscaler {

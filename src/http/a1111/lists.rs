@@ -7,7 +7,8 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use sd_models::{
-    AddOns, LatentUpscaler, ModelInfo, PictureUpscaler, Sampler, SigmaSchedule, Upscaler,
+    AddOns, LatentUpscaler, ModelInfo, PictureUpscaler, REAL_ESRGAN, Sampler, SigmaSchedule,
+    Upscaler,
 };
 use serde_json::{Map, Value, json};
 use tokio::time::Instant;
@@ -124,11 +125,30 @@ pub(crate) async fn upscalers(State(state): State<AppState>) -> Result<Json<Vec<
             // A file of a built-in name is selected by its name with the ending.
             let is_built_in = Upscaler::built_in().any(|own| own.eq_ignore_ascii_case(&name));
             let name = file.clone().filter(|_| is_built_in).unwrap_or(name);
-            item(&name, file)
+            item(title(&name).unwrap_or(&name), file)
         });
         built_in.chain(files).collect()
     };
     look_up(&state, list).await
+}
+
+/// `GET /sdapi/v1/realesrgan-models`: the files of Real-ESRGAN's own networks, by their names there.
+pub(crate) async fn realesrgan_models(State(state): State<AppState>) -> Result<Json<Vec<Value>>> {
+    let list = |add_ons: &AddOns| {
+        let item = |(name, path): (String, PathBuf)| {
+            let (title, file) = (title(&name)?, path.file_name().map(file_text));
+            let scale = if title == "R-ESRGAN 2x+" { 2 } else { 4 };
+            Some(json!({ "name": title, "path": file, "scale": scale }))
+        };
+        add_ons.upscalers.list().into_iter().filter_map(item).collect()
+    };
+    look_up(&state, list).await
+}
+
+/// AUTOMATIC1111's name of a file of Real-ESRGAN.
+fn title(file: &str) -> Option<&'static str> {
+    let known = REAL_ESRGAN.iter().find(|(_, known)| known.eq_ignore_ascii_case(file));
+    known.map(|(title, _)| *title)
 }
 
 fn file_text(name: &OsStr) -> String {
@@ -174,7 +194,11 @@ pub(crate) async fn embeddings(State(state): State<AppState>) -> Result<Json<Val
     Ok(Json(json!({ "loaded": loaded, "skipped": skipped })))
 }
 
-/// `GET /sdapi/v1/scripts`.
-pub(crate) async fn scripts() -> Json<Value> {
-    Json(json!({ "txt2img": [], "img2img": [] }))
+/// `GET /sdapi/v1/scripts`: by it clients know whether there is the extension for ControlNets.
+pub(crate) async fn scripts(State(state): State<AppState>) -> Result<Json<Value>> {
+    let model = current_model(&state)?;
+    let add_ons = model.map_or_else(|| state.models.add_ons(), |model| model.add_ons.clone());
+    let has_nets = add_ons.controlnets.directory.is_some();
+    let names: Vec<_> = has_nets.then_some("controlnet").into_iter().collect();
+    Ok(Json(json!({ "txt2img": names, "img2img": names })))
 }

@@ -7,6 +7,7 @@ mod extras;
 mod extras_fields;
 mod hires;
 mod info;
+mod infotext;
 mod init_image;
 mod lists;
 mod nothing;
@@ -83,7 +84,6 @@ fn add_lists(mut routes: ApiRouter<AppState>) -> ApiRouter<AppState> {
     for (path, summary) in [
         ("/sdapi/v1/hypernetworks", "Hypernetworks: none"),
         ("/sdapi/v1/face-restorers", "Face restorers: none"),
-        ("/sdapi/v1/realesrgan-models", "RealESRGAN models"),
         ("/sdapi/v1/prompt-styles", "Styles: none"),
         ("/sdapi/v1/script-info", "Scripts in detail: none"),
         ("/sdapi/v1/extensions", "Extensions: none"),
@@ -102,6 +102,10 @@ fn add_lists(mut routes: ApiRouter<AppState>) -> ApiRouter<AppState> {
         .api_route("/sdapi/v1/schedulers", get_with(lists::schedulers, list("Schedules")))
         .api_route("/sdapi/v1/sd-models", get_with(lists::models, list("Models")))
         .api_route("/sdapi/v1/sd-vae", get_with(lists::vaes, list("VAEs")))
+        .api_route(
+            "/sdapi/v1/realesrgan-models",
+            get_with(lists::realesrgan_models, list("Upscalers of Real-ESRGAN")),
+        )
         .api_route("/sdapi/v1/upscalers", get_with(lists::upscalers, list("Upscalers")))
         .api_route(
             "/sdapi/v1/latent-upscale-modes",

@@ -16,14 +16,13 @@ use crate::request::{
 };
 
 /// Fields that would change the image. Clients send most of them with values that have no effect.
-const REJECTED: [&str; 11] = [
+const REJECTED: [&str; 10] = [
     "restore_faces",
     "seed_resize_from_w",
     "seed_resize_from_h",
     "styles",
     "script_name",
     "refiner_checkpoint",
-    "infotext",
     "s_min_uncond",
     "disable_extra_networks",
     "firstpass_image",
@@ -113,6 +112,9 @@ pub(crate) struct Common {
     pub(crate) force_task_id: Option<String>,
     /// Whether the response holds the images. Default: true.
     pub(crate) send_images: Option<bool>,
+    /// Generation parameters as text, for fields that the request does not have.
+    #[expect(dead_code, reason = "it has become fields before")]
+    infotext: Option<String>,
 }
 
 /// Options of one request.

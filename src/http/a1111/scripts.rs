@@ -42,7 +42,7 @@ pub(super) fn read(fields: &mut Fields, limits: &Limits) -> Result<Units, Valida
     }
     let on = |(name, settings): &(&String, &Value)| {
         let name = name.trim().to_ascii_lowercase();
-        !ONLY_OF_THE_PAGE.contains(&name.as_str()) && !is_idle(settings)
+        !ONLY_OF_THE_PAGE.contains(&name.as_str()) && !is_idle(&name, settings)
     };
     match scripts.iter().find(on) {
         None => Ok(units),
@@ -88,7 +88,7 @@ impl Units {
 }
 
 /// Whether a script with these settings does nothing: `{"args": [...]}`, or the arguments alone.
-fn is_idle(settings: &Value) -> bool {
+fn is_idle(name: &str, settings: &Value) -> bool {
     let args = match settings {
         Value::Object(members) => members.get("args").unwrap_or(settings),
         args => args,
@@ -101,15 +101,18 @@ fn is_idle(settings: &Value) -> bool {
                 value => *value == false,
             };
             args.first().is_some_and(is_false)
-                || args.iter().all(|unit| is_off(unit) || is_off_unit(unit))
+                || args.iter().all(|unit| is_off(unit) || is_off_unit(name, unit))
         }
-        other => is_off(other) || is_off_unit(other),
+        other => is_off(other) || is_off_unit(name, other),
     }
 }
 
-/// Whether a unit of a script, such as ControlNet's, is switched off.
-fn is_off_unit(unit: &Value) -> bool {
-    SWITCHES.into_iter().filter_map(|switch| unit.get(switch)).any(is_off)
+/// Whether a unit of a script, such as ControlNet's, is switched off: by one of the usual members, or
+/// by one that is called like the script.
+fn is_off_unit(name: &str, unit: &Value) -> bool {
+    let is_switch = |member: &str| SWITCHES.contains(&member) || member.eq_ignore_ascii_case(name);
+    let members = unit.as_object().into_iter().flatten();
+    members.filter(|(member, _)| is_switch(member)).any(|(_, value)| is_off(value))
 }
 
 #[cfg(test)]
@@ -166,6 +169,7 @@ mod tests {
             json!({ "ADetailer": { "args": [{ "ad_model": "None", "ad_confidence": 0.3 }] } }),
             json!({ "ControlNet": [{ "enabled": "false" }, { "enabled": 0 }] }),
             json!({ "AnimateDiff": { "args": [{ "enable": false, "model": "mm" }] } }),
+            json!({ "Soft inpainting": { "args": [{ "Soft inpainting": false, "Schedule bias": 1 }] } }),
         ] {
             assert_eq!(checked(&scripts), Ok(0), "{scripts}");
         }

@@ -13,8 +13,9 @@ use super::info::{Batches, info};
 use super::init_image::InitImage;
 use super::options::{check, model_of_title};
 use super::request::{Common, check_clip_skip};
+use super::sampler::take_euler;
 use super::scripts::{self, Units};
-use super::unread;
+use super::{infotext, unread};
 use crate::engine::Previews;
 use crate::http::admission::Admitted;
 use crate::http::deadline::Deadline;
@@ -68,6 +69,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     let began = SystemTime::now();
     let mut fields = admitted.json(&state).await?;
     let Admitted { client, mut slot, .. } = admitted;
+    let unread_of_infotext = infotext::apply(&mut fields, is_img2img)?;
     let mut parameters = fields.object();
     let limits = &state.settings.limits;
     let Units { nets, adapters } = scripts::read(&mut fields, limits)?;
@@ -98,9 +100,13 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
         take_own_checkpoint(&state, &mut fields, &parameters, &model).await?;
         HiresPass::read(&mut fields, &parameters, limits)?.add_to(&mut draw, &sampler, &model)?;
     }
+    if draw.scheduler.is_none() && draw.schedule.is_some() {
+        take_euler(&mut draw, &*state.engine.model()?);
+    }
     if draw.clip_skip.is_some() {
         check_clip_skip(&mut draw, &*state.engine.model()?)?;
     }
+    draw.warnings.extend(unread_of_infotext);
     draw.warnings.extend(unread::warnings(&fields, options.as_ref(), has_hires));
     // What is unknown may be large.
     drop(fields);
