@@ -84,11 +84,11 @@ impl EncoderFolder {
                 Ok(config) if features.fits(&config) => return Ok(Self { path, config }),
                 Ok(config) => format!(
                     "{} has embeddings of {} and hidden states of {}",
-                    path.display(),
+                    short(&path),
                     config.projection_dim,
                     config.transformer.hidden_size
                 ),
-                Err(error) => format!("{}: {error}", path.display()),
+                Err(error) => format!("{}: {error}", short(&path)),
             };
             others.push(what);
         }
@@ -108,6 +108,12 @@ impl EncoderFolder {
     pub fn side(&self) -> usize {
         self.config.image_size
     }
+}
+
+/// The end of a path: clients are told no more of it.
+fn short(path: &Path) -> String {
+    let names = path.components().rev().take(2).collect::<Vec<_>>();
+    names.into_iter().rev().collect::<PathBuf>().display().to_string()
 }
 
 /// The configuration of the image encoder in a folder.

@@ -93,7 +93,13 @@ impl IpAdapterCache {
         let most = self.cache.max_bytes();
         let place = (&self.device, self.dtype);
         let bytes = IpAdapterModel::file_bytes(&file, self.dtype)?;
-        let encoder = self.encoder(&EncoderFolder::find(&file)?, most.saturating_sub(bytes))?;
+        let left = most.checked_sub(bytes).ok_or_else(|| {
+            let reason = format!(
+                "takes {bytes} bytes of memory; at most {most} are allowed (--max-ip-adapter-bytes)"
+            );
+            Error::config(file.path.file_name().unwrap_or_default().to_string_lossy(), reason)
+        })?;
+        let encoder = self.encoder(&EncoderFolder::find(&file)?, left)?;
         IpAdapterModel::read(&file, encoder, &self.unet, place)
     }
 
@@ -225,7 +231,7 @@ impl ActiveImages {
             let IpAdapter { pictures, scale, start, end, unit, .. } = adapter;
             let factors = match scale.of(&cache.unet) {
                 Ok(factors) => factors,
-                Err(reason) => return refuse(format!("scale: {reason}")),
+                Err(reason) => return refuse(format!("{:?}: scale: {reason}", model.name())),
             };
             let is_in = adapter.is_in(pass.is_hires(), spec.hires.is_some());
             if !is_in || factors.iter().all(|factor| *factor == 0.0) {
