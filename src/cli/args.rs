@@ -213,8 +213,9 @@ pub(super) struct GenerateArgs {
     #[arg(long)]
     #[serde(skip)]
     pub(super) lora: Vec<String>,
-    /// ControlNet: a file, a directory in Diffusers format, or a name in --controlnets-dir. Can be
-    /// repeated; the k-th value of each of the following options is the k-th net's
+    /// ControlNet: a file, a directory in Diffusers format, a name in --controlnets-dir, or `canny`,
+    /// which the built-in model has. Can be repeated; the k-th value of each of the following options
+    /// is the k-th net's
     #[arg(long, value_name = "DIR_OR_FILE", requires = "control_image")]
     #[serde(skip)]
     pub(super) controlnet: Vec<PathBuf>,

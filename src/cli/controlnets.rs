@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use sd_models::Source;
 use serde_json::{Value, json};
 
 use super::args::GenerateArgs;
@@ -29,10 +30,14 @@ impl GenerateArgs {
         ];
         let pictures = ("--control-image", self.control_image.len());
         check_counts(("--controlnet", self.controlnet.len(), "nets"), pictures, &options)?;
+        let built_in = match self.model.model.as_deref() {
+            Some("demo" | "demo-lcm") => Source::Demo.controlnets(),
+            _ => &[],
+        };
         let mut files: Vec<PathBuf> = Vec::new();
         let mut fields = Vec::new();
         for (k, typed) in self.controlnet.iter().enumerate() {
-            let (file, name) = net(typed, self.model.controlnets_dir.is_some())?;
+            let (file, name) = net(typed, self.model.controlnets_dir.is_some(), built_in)?;
             check_unique("--controlnet", &files, file.as_deref(), &name)?;
             files.extend(file);
             fields.push(json!({
@@ -127,8 +132,12 @@ fn adapter(typed: &Path, has_directory: bool) -> Result<(Option<PathBuf>, String
     Err(usage(format!("--ip-adapter {name}: not a file{or_name}")))
 }
 
-/// The file or directory that was typed, and the name of the net.
-fn net(typed: &Path, has_directory: bool) -> Result<(Option<PathBuf>, String), clap::Error> {
+/// The file or directory that was typed, and the name of the net. `built_in` are those of the model.
+fn net(
+    typed: &Path,
+    has_directory: bool,
+    built_in: &[&str],
+) -> Result<(Option<PathBuf>, String), clap::Error> {
     if typed.is_file() || typed.join("config.json").is_file() {
         // That of the current directory is in its full path.
         let path = match typed.file_name() {
@@ -140,12 +149,17 @@ fn net(typed: &Path, has_directory: bool) -> Result<(Option<PathBuf>, String), c
         }
     }
     let name = typed.to_string_lossy();
-    if has_directory && !typed.exists() && !name.contains('/') {
+    let is_built_in = built_in.iter().any(|known| known.eq_ignore_ascii_case(&name));
+    if is_built_in || has_directory && !typed.exists() && !name.contains('/') {
         return Ok((None, name.into_owned()));
     }
-    let or_name = if has_directory { " nor a name in --controlnets-dir" } else { "" };
+    let or_name = if has_directory { ", nor a name in --controlnets-dir" } else { "" };
+    let or_own = match built_in {
+        [] => String::new(),
+        names => format!(", nor one of the model's own ({})", names.join(", ")),
+    };
     Err(usage(format!(
-        "--controlnet {name}: neither a file, nor a directory with config.json{or_name}"
+        "--controlnet {name}: neither a file, nor a directory with config.json{or_name}{or_own}"
     )))
 }
 

@@ -65,7 +65,11 @@ impl Package {
     /// Creates the package and returns its path.
     pub(crate) fn run(self, model: ModelConfig) -> Result<PathBuf> {
         let parts = model.parts();
-        ensure!(model.location != ModelLocation::Demo, "the built-in model needs no package");
+        let is_built_in = matches!(model.location, ModelLocation::Demo | ModelLocation::DemoLcm);
+        ensure!(
+            !is_built_in,
+            "the built-in model needs no package: the binary has all its files, its ControlNet too"
+        );
         let Source::Directory(root) = source::locate(model)?.source else {
             bail!("only a model in Diffusers format can be packaged");
         };

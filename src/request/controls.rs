@@ -53,7 +53,7 @@ impl DrawRequest {
                 }
                 *name = found;
             }
-            files.find(name).map_err(|reason| {
+            files.check(name).map_err(|reason| {
                 ValidationError::range(&field, format!("names the ControlNet {reason}"))
             })?;
         }

@@ -3,6 +3,7 @@
 
 mod access; // keys and CORS
 mod batching; // a picture does not depend on its neighbours
+mod built_in_net; // the ControlNet of the built-in model
 mod cli; // generate, healthcheck, exit codes
 mod controlnet; // ControlNets by name
 mod corpus; // the fuzz targets on what the fuzzer has found

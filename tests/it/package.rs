@@ -196,6 +196,10 @@ fn what_is_no_model_is_refused() {
     let done = package(&model, &output, &[]);
     assert_eq!(done.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&done.stderr).contains("vae has no safetensors"));
-    assert_eq!(package(Path::new("demo"), &output, &[]).status.code(), Some(1));
+    for built_in in ["demo", "demo-lcm"] {
+        let done = package(Path::new(built_in), &output, &[]);
+        let message = String::from_utf8_lossy(&done.stderr);
+        assert!(done.status.code() == Some(1) && message.contains("needs no package"), "{message}");
+    }
     assert!(!output.exists() && !folder.path().join("out.tar.gz.part").exists());
 }

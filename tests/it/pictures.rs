@@ -20,7 +20,7 @@ const CHANGED: &str = "a blue house in the snow at sunset";
 /// And of those that a model for inpainting makes.
 const PAINTED: &str = "a yellow balloon by the sea at night";
 
-fn repository(path: &str) -> std::path::PathBuf {
+pub(crate) fn repository(path: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
@@ -160,7 +160,7 @@ fn a_trained_lora_draws_in_sepia() {
 }
 
 /// The built-in model with a UNet for inpainting, of its own tensors and those that were trained.
-fn inpainting_model(root: &Path) {
+pub(crate) fn inpainting_model(root: &Path) {
     let demo = repository("models/demo");
     for folder in ["scheduler", "text_encoder", "tokenizer", "unet", "vae"] {
         std::fs::create_dir(root.join(folder)).expect("a directory");

@@ -30,6 +30,8 @@ pub struct AssetDir {
     pub aliases: Aliases,
     /// Names that AUTOMATIC1111 gives to files of known names: its own, and the file's.
     pub titles: &'static [(&'static str, &'static str)],
+    /// Names of those in the binary, which stand behind files of the same name.
+    pub built_in: &'static [&'static str],
 }
 
 /// What a directory of one network in the Diffusers format has.
@@ -61,13 +63,31 @@ impl AssetDir {
         files
     }
 
+    /// All names, sorted, with the files of those that are not in the binary.
+    pub fn names(&self) -> Vec<(String, Option<PathBuf>)> {
+        let files = self.list();
+        let is_new = |name: &&&str| files.iter().all(|(known, _)| known != **name);
+        let built_in = self.built_in.iter().filter(is_new).map(|name| ((*name).to_owned(), None));
+        let mut names: Vec<_> = built_in.collect();
+        names.extend(files.into_iter().map(|(name, path)| (name, Some(path))));
+        names.sort();
+        names
+    }
+
+    /// The one in the binary that a name is of, in any letters, where no file has the name. Blocks:
+    /// reads the directory.
+    pub(crate) fn built_in(&self, name: &str) -> Option<&'static str> {
+        let found = self.built_in.iter().find(|known| known.eq_ignore_ascii_case(name))?;
+        self.entry(name).is_err().then_some(*found)
+    }
+
     /// The name that AUTOMATIC1111's extension for ControlNets takes for another: the same without
     /// a hash in brackets, in other letters, or the shortest that has it as a part; and whether it is
     /// the same. Blocks: reads the directory.
     pub fn closest(&self, name: &str) -> Option<(String, bool)> {
         let bare = name.rsplit_once(" [").filter(|(_, hash)| hash.ends_with(']'));
         let bare = bare.map_or(name, |(bare, _)| bare).trim().to_lowercase();
-        let known = || self.list().into_iter().map(|(known, _)| known);
+        let known = || self.names().into_iter().map(|(known, _)| known);
         let same = known().find(|known| known.to_lowercase() == bare);
         let parts = || known().filter(|known| known.to_lowercase().contains(&bare));
         let shortest = || parts().min_by_key(String::len).filter(|_| !bare.is_empty());
@@ -79,15 +99,23 @@ impl AssetDir {
         self.aliases.of(path)
     }
 
-    /// The file of a name, or the only one that has this name in its header or this stem, or this
-    /// name in other letters or with a known ending. The error
-    /// reads on from the field's name. Blocks: reads the directory, and for an unknown name the
-    /// headers.
+    /// Whether there is one of a name. The error reads on from the field's name. Blocks: reads the
+    /// directory, and for an unknown name the headers.
+    pub fn check(&self, name: &str) -> std::result::Result<(), String> {
+        match self.built_in(name) {
+            Some(_) => Ok(()),
+            None => self.entry(name).map(drop),
+        }
+    }
+
+    /// The file of a name; one in the binary has none. The error reads on from the field's name.
+    /// Blocks, as [`Self::check`].
     pub fn find(&self, name: &str) -> std::result::Result<PathBuf, String> {
         Ok(self.entry(name)?.1)
     }
 
-    /// The same, with its name in the list.
+    /// The file of a name, or the only one that has this name in its header or this stem, or this
+    /// name in other letters or with a known ending; with its name in the list.
     fn entry(&self, name: &str) -> std::result::Result<(String, PathBuf), String> {
         let mut files = self.list();
         if let Some(place) = files.iter().position(|(known, _)| known == name) {
@@ -129,10 +157,10 @@ impl AssetDir {
             || "which is unknown".to_owned(),
             |(_, titled)| format!("whose file {titled} is missing"),
         );
-        if files.is_empty() {
+        let names: Vec<_> = self.names().into_iter().map(|(name, _)| name).collect();
+        if names.is_empty() {
             return Err(format!("{name:?}, {why}; there are none"));
         }
-        let names: Vec<_> = files.into_iter().map(|(name, _)| name).collect();
         Err(format!("{name:?}, {why}; known are {}", names.join(", ")))
     }
 
@@ -296,7 +324,7 @@ impl<T> AssetCache<T> {
         Self { assets, max_bytes, contents, reading: Mutex::default() }
     }
 
-    /// Bytes of all contents.
+    /// Maximum bytes of all contents.
     pub(crate) fn max_bytes(&self) -> u64 {
         self.max_bytes
     }
@@ -310,23 +338,33 @@ impl<T> AssetCache<T> {
         name: &str,
         read: impl Fn(&AssetFile) -> Result<(T, u64)>,
     ) -> Result<Arc<T>> {
-        let refuse = |reason| Error::Spec { field, reason };
-        let unknown = |reason| refuse(format!("names {reason}"));
+        let unknown = |reason| Error::Spec { field, reason: format!("names {reason}") };
         let (listed, path) = self.assets.entry(name).map_err(unknown)?;
+        self.get_at(field, (&listed, &path), read)
+    }
+
+    /// The same of a file that goes by this name.
+    pub(crate) fn get_at(
+        &self,
+        field: &'static str,
+        (listed, path): (&str, &Path),
+        read: impl Fn(&AssetFile) -> Result<(T, u64)>,
+    ) -> Result<Arc<T>> {
+        let refuse = |reason| Error::Spec { field, reason };
         // A file that cannot be used is an error of the request that names it.
         let of_request = |error| match error {
             Error::File { .. } | Error::Config { .. } | Error::Tensor { .. } => {
                 // A file of a directory does not tell which one it is of.
                 let reason = error.to_string();
-                let is_told = reason.contains(&listed);
+                let is_told = reason.contains(listed);
                 refuse(if is_told { reason } else { format!("{listed}: {reason}") })
             }
             other => other,
         };
-        let alone = self.reading_of(&path);
+        let alone = self.reading_of(path);
         let _reading = alone.lock().unwrap_or_else(PoisonError::into_inner);
         for _ in 0..MAX_READS {
-            let file = AssetFile::new(&listed, path.clone()).map_err(of_request)?;
+            let file = AssetFile::new(listed, path.to_owned()).map_err(of_request)?;
             if let Some(content) = lock(&self.contents).get(&file) {
                 return Ok(content);
             }
@@ -337,7 +375,7 @@ impl<T> AssetCache<T> {
                 return Ok(self.insert(file, content, bytes));
             }
         }
-        Err(refuse(format!("names {name:?}, whose file is being replaced; try again later")))
+        Err(refuse(format!("names {listed:?}, whose file is being replaced; try again later")))
     }
 
     fn insert(&self, file: AssetFile, content: T, bytes: u64) -> Arc<T> {
@@ -392,8 +430,26 @@ mod tests {
         }
         assert_eq!(assets.find("mod"), Ok(root.join("ops/mod.rs")), "files come first");
         for name in ["../Cargo", "sampling/euler", "json", "euler.pt", "", "/etc/passwd"] {
-            assert!(assets.find(name).is_err_and(|reason| reason.contains("euler")), "{name}");
+            assert!(assets.check(name).is_err_and(|reason| reason.contains("euler")), "{name}");
         }
+    }
+
+    #[test]
+    fn those_in_the_binary_stand_behind_files() {
+        let folder = tempfile::tempdir().expect("a directory");
+        let directory = Some(folder.path().to_owned());
+        let built_in = &["canny", "lines"];
+        let assets = AssetDir { directory, endings: &["x"], built_in, ..AssetDir::default() };
+        let names = || assets.names().into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+        assert_eq!(names(), ["canny", "lines"]);
+        assert_eq!((assets.check("Canny"), assets.built_in("CANNY")), (Ok(()), Some("canny")));
+        assert_eq!(assets.closest("lin [0123abcd]"), Some(("lines".into(), false)));
+        let unknown = assets.check("depth").expect_err("none of them");
+        assert!(unknown.ends_with("known are canny, lines"), "{unknown}");
+        std::fs::write(folder.path().join("canny.x"), "").expect("a file");
+        assert_eq!(names(), ["canny", "lines"]);
+        assert_eq!((assets.check("canny"), assets.built_in("canny")), (Ok(()), None));
+        assert_eq!(assets.find("canny"), Ok(folder.path().join("canny.x")));
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! The files of a ControlNet: a directory in the Diffusers format, or a file with its tensors in the
-//! names of the original code (`control_model.`) or of diffusers.
+//! The files of a ControlNet: a directory in the Diffusers format, a file with its tensors in the
+//! names of the original code (`control_model.`) or of diffusers, or one in the binary.
 //!
 //! Reference: diffusers 0.42 `loaders/single_file_utils.py`, `convert_controlnet_checkpoint`.
 
@@ -15,6 +15,9 @@ use crate::error::{Error, Result};
 
 /// Folder of the network in a directory of the Diffusers format, and the stem of its weights.
 const FOLDER: (&str, &str) = ("controlnet", "diffusion_pytorch_model");
+
+/// Folder of the built-in model's nets.
+const BUILT_IN: &str = "controlnets";
 
 /// Prefixes of the names in single files; some have none.
 const ORIGINAL_PREFIXES: [&str; 2] = ["control_model.", ""];
@@ -39,20 +42,26 @@ const OTHERS: [(&str, &str); 13] = [
 
 /// Where a ControlNet is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ControlNetFile {
+pub enum ControlNetFile {
     /// A file or a directory.
-    pub path: PathBuf,
+    Path(PathBuf),
+    /// One of the built-in model's, by its name.
+    BuiltIn(&'static str),
 }
 
 impl ControlNetFile {
     /// Its name: that of the directory, or the file's stem; a file of diffusers' usual stem has that of
     /// its folder.
     pub(crate) fn name(&self) -> String {
-        let stem = self.path.file_stem().unwrap_or_default();
-        let end = if self.path.is_dir() {
-            self.path.file_name()
+        let path = match self {
+            Self::Path(path) => path,
+            Self::BuiltIn(name) => return (*name).to_owned(),
+        };
+        let stem = path.file_stem().unwrap_or_default();
+        let end = if path.is_dir() {
+            path.file_name()
         } else if stem.as_encoded_bytes().starts_with(FOLDER.1.as_bytes()) {
-            self.path.parent().and_then(Path::file_name).or(Some(stem))
+            path.parent().and_then(Path::file_name).or(Some(stem))
         } else {
             Some(stem)
         };
@@ -61,14 +70,19 @@ impl ControlNetFile {
 
     /// Its configuration: in a directory, or beside the file of one.
     pub(crate) fn config(&self) -> Result<Option<Keys>> {
-        let stem = self.path.file_stem().unwrap_or_default().to_string_lossy();
-        let directory = match (self.path.is_dir(), self.path.parent()) {
-            (true, _) => self.path.clone(),
-            (false, Some(parent)) if stem.starts_with(FOLDER.1) => parent.to_owned(),
-            _ => return Ok(None),
+        let (source, folder) = match self {
+            Self::BuiltIn(name) => (Source::Demo, format!("{BUILT_IN}/{name}")),
+            Self::Path(path) => {
+                let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+                let directory = match (path.is_dir(), path.parent()) {
+                    (true, _) => path.clone(),
+                    (false, Some(parent)) if stem.starts_with(FOLDER.1) => parent.to_owned(),
+                    _ => return Ok(None),
+                };
+                (Source::Network(directory), FOLDER.0.to_owned())
+            }
         };
-        let source = Source::Network(directory);
-        let name = format!("{}/config.json", FOLDER.0);
+        let name = format!("{folder}/config.json");
         match source.read(&name)? {
             Some(_) => Ok(Some(Keys::read(&source, &name)?)),
             None => Ok(None),
@@ -83,9 +97,14 @@ impl ControlNetFile {
 
     /// Its tensors under diffusers' names.
     pub(crate) fn weights(&self, half: bool) -> Result<Weights> {
-        match self.path.is_dir() {
-            true => Source::Network(self.path.clone()).weights(FOLDER.0, FOLDER.1, half),
-            false => of_file(&self.path),
+        match self {
+            Self::BuiltIn(name) => {
+                Source::Demo.weights(&format!("{BUILT_IN}/{name}"), FOLDER.1, half)
+            }
+            Self::Path(path) if path.is_dir() => {
+                Source::Network(path.clone()).weights(FOLDER.0, FOLDER.1, half)
+            }
+            Self::Path(path) => of_file(path),
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The built-in models: the files of `models/demo/`, part of the binary. The second is the first
-//! with its LCM-LoRA added, and the scheduler of this.
+//! The built-in models: the files of `models/demo/`, part of the binary, and their ControlNet. The
+//! second is the first with its LCM-LoRA added, and the scheduler of this.
 
 use candle_core::{DType, Device, Tensor, safetensors};
 
@@ -13,6 +13,8 @@ macro_rules! files {
 
 /// Every file by its name, in the Diffusers format.
 const FILES: &[(&str, &[u8])] = files![
+    "controlnets/canny/config.json",
+    "controlnets/canny/diffusion_pytorch_model.safetensors",
     "lcm_scheduler.json",
     "loras/lcm.safetensors",
     "model_index.json",
@@ -31,6 +33,9 @@ const FILES: &[(&str, &[u8])] = files![
 const SCHEDULER: &str = "scheduler/scheduler_config.json";
 const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
 const LORA: &str = "loras/lcm.safetensors";
+
+/// The ControlNets, by the names of their folders in `controlnets/`.
+pub(super) const CONTROLNETS: &[&str] = &["canny"];
 
 /// The bytes of a file, if the model has it.
 pub(super) fn file(name: &str) -> Option<&'static [u8]> {

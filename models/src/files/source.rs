@@ -99,6 +99,14 @@ fn read(path: PathBuf) -> Result<Option<Cow<'static, [u8]>>> {
 }
 
 impl Source {
+    /// The ControlNets that come with the model.
+    pub fn controlnets(&self) -> &'static [&'static str] {
+        match self {
+            Self::Demo | Self::DemoLcm => demo::CONTROLNETS,
+            _ => &[],
+        }
+    }
+
     /// Reads a small file whole; `None` if the model has no such file.
     pub fn read(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
         match self {

@@ -4,24 +4,31 @@
 //! Reference: diffusers 0.42 `pipelines/controlnet/pipeline_controlnet.py`, and for
 //! [`ControlRule::Extension`] sd-webui-controlnet 1.1.455 `scripts/hook.py`.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
 
 use super::control_spec::{Control, ControlMode, ControlRule, Extension, MAX_CONTROL_SCALE};
 use super::options::AddOns;
 use crate::error::{Error, Result};
-use crate::files::{AssetCache, ControlNetFile};
+use crate::files::{AssetCache, AssetDir, ControlNetFile};
 use crate::networks::{Conditioning, ControlBatch, ControlNetModel, Residuals, UNetConfig};
 use crate::picture::{Rgb, Size};
 use crate::sampling::SamplerState;
+
+/// The field that names them.
+const FIELD: &str = "controlnets";
 
 /// Factor from layer to layer of the extension's soft modes, and the layer that has 1.
 const SOFT: (f64, i32) = (0.825, 12);
 
 /// The ControlNets that requests can name, with an LRU cache. Usable from any thread.
 pub(super) struct ControlNetCache {
+    assets: AssetDir,
     cache: AssetCache<ControlNetModel>,
+    /// Those of the binary that were named. They are small, and stay.
+    built_in: Mutex<HashMap<&'static str, Arc<ControlNetModel>>>,
     unet: UNetConfig,
     /// Pixels per latent pixel, along one side.
     scale: usize,
@@ -42,7 +49,9 @@ impl ControlNetCache {
     ) -> Self {
         let AddOns { controlnets, max_controlnet_bytes, .. } = add_ons;
         Self {
+            assets: controlnets.clone(),
             cache: AssetCache::new(controlnets.clone(), *max_controlnet_bytes),
+            built_in: Mutex::default(),
             unet: unet.clone(),
             scale,
             device: device.clone(),
@@ -52,16 +61,16 @@ impl ControlNetCache {
 
     /// The nets of controls, read if they are not cached. Blocks.
     pub(super) fn get(&self, names: &[String]) -> Result<ControlNets> {
-        const FIELD: &str = "controlnets";
         let (mut nets, mut bytes) = (Vec::<Arc<ControlNetModel>>::new(), 0_u64);
         for name in names {
-            let net = self.cache.get(FIELD, name, |file| {
-                let file = ControlNetFile { path: file.path.clone() };
-                let (model, place) = ((&self.unet, self.scale), (&self.device, self.dtype));
-                let net = ControlNetModel::read(&file, model, place, self.cache.max_bytes())?;
-                let bytes = net.bytes();
-                Ok((net, bytes))
-            })?;
+            let net = match self.assets.built_in(name) {
+                Some(name) => self.built_in(name)?,
+                None => self.cache.get(FIELD, name, |file| {
+                    let net = self.read(&ControlNetFile::Path(file.path.clone()))?;
+                    let bytes = net.bytes();
+                    Ok((net, bytes))
+                })?,
+            };
             if nets.iter().all(|other| other.id() != net.id()) {
                 bytes = bytes.saturating_add(net.bytes());
             }
@@ -76,6 +85,24 @@ impl ControlNetCache {
             nets.push(net);
         }
         Ok(ControlNets(nets))
+    }
+
+    fn read(&self, file: &ControlNetFile) -> Result<ControlNetModel> {
+        let (model, place) = ((&self.unet, self.scale), (&self.device, self.dtype));
+        ControlNetModel::read(file, model, place, self.cache.max_bytes())
+    }
+
+    /// One of the binary, read if it was not named before.
+    fn built_in(&self, name: &'static str) -> Result<Arc<ControlNetModel>> {
+        let mut known = self.built_in.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(net) = known.get(name) {
+            return Ok(Arc::clone(net));
+        }
+        // Of another UNet, if the model's own was replaced.
+        let refused = |error: Error| Error::Spec { field: FIELD, reason: error.to_string() };
+        let net = Arc::new(self.read(&ControlNetFile::BuiltIn(name)).map_err(refused)?);
+        known.insert(name, Arc::clone(&net));
+        Ok(net)
     }
 }
 
@@ -115,7 +142,7 @@ impl ActiveControl {
     ) -> Result<Vec<Self>> {
         if nets.len() != controls.len() {
             let reason = "were not read".into();
-            return Err(Error::Spec { field: "controlnets", reason });
+            return Err(Error::Spec { field: FIELD, reason });
         }
         let asks = |control: &Control| control.rule == ControlRule::Diffusers { guess: true };
         let pools = nets.first().is_some_and(|net| net.config().global_pool_conditions);
@@ -198,7 +225,7 @@ fn scales(
                 "names {:?}, which takes {count} advanced weights, not {found}",
                 net.name()
             );
-            return Err(Error::Spec { field: "controlnets", reason });
+            return Err(Error::Spec { field: FIELD, reason });
         }
         return Ok((layers.clone(), prompted_only));
     }
@@ -332,7 +359,7 @@ impl<'a> Call<'a> {
 
 /// Checks controls against the limits of every model.
 pub(super) fn check(controls: &[Control], size: Size, hires: Option<Size>) -> Result<()> {
-    let refuse = |reason: String| Err(Error::Spec { field: "controlnets", reason });
+    let refuse = |reason: String| Err(Error::Spec { field: FIELD, reason });
     for Control { model, picture, hires_picture, scale, start, end, rule, .. } in controls {
         if !(-MAX_CONTROL_SCALE..=MAX_CONTROL_SCALE).contains(scale) {
             let most = MAX_CONTROL_SCALE;

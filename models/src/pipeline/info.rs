@@ -289,7 +289,7 @@ impl ModelInfo {
             for (field, loras) in [("loras", &spec.loras), (pass.field("prompt"), &pass.text()?.1)]
             {
                 for LoraUse { name, .. } in loras {
-                    self.add_ons.loras.find(name).map_err(|reason| Error::Spec {
+                    self.add_ons.loras.check(name).map_err(|reason| Error::Spec {
                         field,
                         reason: format!("names the LoRA {reason}"),
                     })?;
@@ -297,20 +297,20 @@ impl ModelInfo {
             }
         }
         for Control { model, .. } in &spec.controls {
-            self.add_ons.controlnets.find(model).map_err(|reason| Error::Spec {
+            self.add_ons.controlnets.check(model).map_err(|reason| Error::Spec {
                 field: "controlnets",
                 reason: format!("names the ControlNet {reason}"),
             })?;
         }
         for IpAdapter { model, .. } in &spec.ip_adapters {
-            self.add_ons.ip_adapters.find(model).map_err(|reason| Error::Spec {
+            self.add_ons.ip_adapters.check(model).map_err(|reason| Error::Spec {
                 field: "ip_adapter",
                 reason: format!("names the IP-Adapter {reason}"),
             })?;
         }
         for (field, upscaler) in spec.upscalers() {
             let Some(name) = upscaler.file() else { continue };
-            self.add_ons.upscalers.find(name).map_err(|reason| {
+            self.add_ons.upscalers.check(name).map_err(|reason| {
                 let built_in: Vec<_> = match field {
                     "hires_upscaler" => Upscaler::built_in().collect(),
                     _ => PictureUpscaler::BUILT_IN.iter().map(PictureUpscaler::title).collect(),

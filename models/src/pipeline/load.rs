@@ -53,7 +53,7 @@ impl LoadedModel {
     /// Reads a model from its files. Takes seconds.
     pub(super) fn load(options: &LoadOptions) -> Result<Self> {
         set_threads(options.threads);
-        let LoadOptions { source, add_ons, .. } = options;
+        let (source, add_ons) = (&options.source, &options.add_ons.beside(&options.source));
         let device = options.device.open()?;
         let dtype = options.precision.resolve(&device)?;
         let index = PipelineIndex::read(source)?;

@@ -57,6 +57,14 @@ pub struct AddOns {
     pub max_embedding_bytes: u64,
 }
 
+impl AddOns {
+    /// The same, with the ControlNets that a model brings.
+    pub(super) fn beside(&self, model: &Source) -> Self {
+        let controlnets = AssetDir { built_in: model.controlnets(), ..self.controlnets.clone() };
+        Self { controlnets, ..self.clone() }
+    }
+}
+
 /// Whether to load a model's safety checker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SafetyMode {

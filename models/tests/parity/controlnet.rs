@@ -43,7 +43,7 @@ fn unet(name: &str) -> UNet2DConditionModel {
 }
 
 fn net(file: &str, unet: &UNet2DConditionModel) -> sd_models::Result<ControlNetModel> {
-    let file = ControlNetFile { path: path(&format!("control/{file}")) };
+    let file = ControlNetFile::Path(path(&format!("control/{file}")));
     ControlNetModel::read(&file, (unet.config(), 8), (CPU, DType::F32), u64::MAX)
 }
 
@@ -126,7 +126,7 @@ fn files_of_all_names_hold_the_same_net() {
     let lone = folder.path().join("edges.safetensors");
     std::fs::copy(from, &lone).unwrap();
     let read = |file: &Path| {
-        let file = ControlNetFile { path: file.to_owned() };
+        let file = ControlNetFile::Path(file.to_owned());
         ControlNetModel::read(&file, (unet.config(), 8), (CPU, DType::F32), u64::MAX)
     };
     let lone = read(&lone).unwrap();
@@ -146,7 +146,7 @@ fn files_of_all_names_hold_the_same_net() {
         assert!(error.contains(words), "{}: {error}", file.display());
     }
     let wider = UNetConfig::read(&Source::Directory(path("v1"))).unwrap();
-    let file = ControlNetFile { path: path("control/nets/edges") };
+    let file = ControlNetFile::Path(path("control/nets/edges"));
     let read = ControlNetModel::read(&file, (&wider, 8), (CPU, DType::F32), u64::MAX);
     let error = read.err().unwrap().to_string();
     assert!(error.contains("block_out_channels is [8, 16], the UNet's [8, 16, 24, 24]"), "{error}");

@@ -99,7 +99,7 @@ fn whole_runs_of_xl_are_those_of_diffusers() {
 fn nets_of_xl_and_of_others_are_told_apart() {
     let unet = |root: &str| UNetConfig::read(&Source::Directory(path(root))).unwrap();
     let read = |file: &str, unet: &UNetConfig| {
-        let file = ControlNetFile { path: path(file) };
+        let file = ControlNetFile::Path(path(file));
         ControlNetModel::read(&file, (unet, 8), (&Device::Cpu, DType::F32), u64::MAX)
     };
     let xl = unet("xl");
@@ -110,7 +110,7 @@ fn nets_of_xl_and_of_others_are_told_apart() {
         let lone = folder.path().join("net.safetensors");
         let weights = format!("control/nets-xl/{name}/diffusion_pytorch_model.safetensors");
         std::fs::copy(path(&weights), &lone).unwrap();
-        let file = ControlNetFile { path: lone };
+        let file = ControlNetFile::Path(lone);
         let place = (&Device::Cpu, DType::F32);
         let lone = ControlNetModel::read(&file, (&xl, 8), place, u64::MAX).unwrap();
         let shape = |net: &ControlNetModel| UNetConfig {

@@ -107,7 +107,7 @@ fn slider(name: &str, (value, [min, max]): (f64, [f64; 2]), step: f64) -> Value 
     json!({ "name": name, "value": value, "min": min, "max": max, "step": step })
 }
 
-/// `GET /controlnet/model_list`: the nets and IP-Adapters, with hashes as there.
+/// `GET /controlnet/model_list`: the nets and IP-Adapters, those that are files with hashes as there.
 pub(crate) async fn model_list(State(state): State<AppState>) -> Result<Json<Value>> {
     let Listed { nets, adapters } = names(&state).await?;
     let all = [nets, adapters].concat();
@@ -170,11 +170,12 @@ async fn names(state: &AppState) -> Result<Listed> {
     let most = state.settings.request_timeout;
     let deadline = Timeout::within(most, "--request-timeout-ms", most).after(Instant::now());
     let list = move || {
-        let named = |(name, path): (String, PathBuf)| match hash(&path) {
-            Some(hash) => format!("{name} [{hash}]"),
-            None => name,
-        };
-        let all = |files: &AssetDir| files.list().into_iter().map(named).collect();
+        let named =
+            |(name, path): (String, Option<PathBuf>)| match path.and_then(|path| hash(&path)) {
+                Some(hash) => format!("{name} [{hash}]"),
+                None => name,
+            };
+        let all = |files: &AssetDir| files.names().into_iter().map(named).collect();
         Ok(Listed { nets: all(&add_ons.controlnets), adapters: all(&add_ons.ip_adapters) })
     };
     state.reader.look_up(deadline, (), list).await
