@@ -24,6 +24,25 @@ def paint(page):
     page.mouse.click(box["x"] + box["width"] * 88 / 96, box["y"] + box["height"] / 8)
 
 
+def drop(page, target, path):
+    """Drops a file on one of the zones that show while it is dragged."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    transfer = page.evaluate_handle(
+        """([data, name]) => {
+            const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([bytes], name, { type: "image/png" }));
+            return transfer;
+        }""",
+        [data, path.name],
+    )
+    page.dispatch_event("body", "dragenter", {"dataTransfer": transfer})
+    expect(page.locator("#zones")).to_be_visible()
+    shoot(page, "zones")
+    page.dispatch_event(target, "drop", {"dataTransfer": transfer})
+    expect(page.locator("#zones")).to_be_hidden()
+
+
 def test_an_input_image_and_a_mask(browser, server, tmp_path):
     Image.new("RGB", (96, 64), "orange").save(tmp_path / "orange.png")
     with opened(browser, server) as page:
@@ -187,15 +206,50 @@ def test_a_controlnet_steers_by_a_picture(browser, binary, tmp_path):
             page.get_by_label("low").fill("50")
             page.get_by_label("scale", exact=True).fill("0.5")
             page.get_by_label("end", exact=True).fill("0.8")
+            page.get_by_label("Guess mode").check()
             shoot(page, "controlnet")
             body = sent(page, lambda: generate(page, "a house", width=64, height=64))
             [control] = body["controlnets"]
             assert Image.open(io.BytesIO(base64.b64decode(control.pop("image")))).size == (64, 64)
-            assert control == {"model": net, "preprocessor": "canny", "scale": 0.5, "end": 0.8, "low": 50}
+            assert control == {"model": net, "preprocessor": "canny", "scale": 0.5, "end": 0.8, "low": 50, "guess_mode": True}
             generated(page, 1)
             assert f"ControlNet {net}" in page.inner_text("#parameters")
             page.get_by_label(f"Remove {net}").click()
             assert "controlnets" not in sent(page, lambda: generate(page, "a house"))
+
+
+def test_the_net_of_the_built_in_model_and_what_it_sees(browser, server, tmp_path):
+    with opened(browser, server) as page:
+        assert page.locator("#control option").all_inner_texts() == ["canny"]
+        generate(page, "a red house by the sea", steps=12, seed="1")
+        generated(page, 1)
+        detect = sent(page, lambda: page.click("#steer"), "controlnet/detect")
+        image = detect.pop("controlnet_input_images")
+        assert len(image) == 1 and detect == {"controlnet_module": "canny", "controlnet_processor_res": 128}
+        map = page.get_by_alt_text("What canny sees")
+        expect(map).to_have_js_property("naturalWidth", 128)
+        first = map.get_attribute("src")
+        low = page.get_by_label("low")
+        assert low.get_attribute("placeholder") == "100"
+        detect = sent(page, lambda: low.fill("20"), "controlnet/detect")
+        assert detect["controlnet_threshold_a"] == 20
+        expect(map).not_to_have_attribute("src", first)
+        shoot(page, "control-canny")
+        body = sent(page, lambda: generate(page, "a blue house in the desert", steps=12, seed="2"))
+        [control] = body["controlnets"]
+        assert control == {"model": "canny", "preprocessor": "canny", "low": 20, "image": image[0]}
+        generated(page, 2)
+        shoot(page, "control-result")
+        page.get_by_label("preprocessor").select_option("none")
+        expect(map).to_be_hidden()
+        page.get_by_label("Remove canny").click()
+        page.click("#reuse")
+        expect(page.get_by_label("low")).to_have_value("20")
+        expect(page.get_by_alt_text("What canny sees")).to_have_js_property("naturalWidth", 128)
+        page.get_by_label("Remove canny").click()
+        Image.new("RGB", (40, 24), "orange").save(tmp_path / "small.png")
+        drop(page, "#zone-control", tmp_path / "small.png")
+        expect(page.get_by_alt_text("Picture of canny")).to_have_js_property("naturalWidth", 40)
 
 
 def test_a_picture_is_upscaled(browser, server):
@@ -308,23 +362,6 @@ def test_settings_are_read_from_an_image(browser, furnished, tmp_path):
 
 
 def test_an_image_that_is_dropped(browser, server, tmp_path):
-    def drop(page, target, path):
-        data = base64.b64encode(path.read_bytes()).decode()
-        transfer = page.evaluate_handle(
-            """([data, name]) => {
-                const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
-                const transfer = new DataTransfer();
-                transfer.items.add(new File([bytes], name, { type: "image/png" }));
-                return transfer;
-            }""",
-            [data, path.name],
-        )
-        page.dispatch_event("body", "dragenter", {"dataTransfer": transfer})
-        expect(page.locator("#zones")).to_be_visible()
-        shoot(page, "zones")
-        page.dispatch_event(target, "drop", {"dataTransfer": transfer})
-        expect(page.locator("#zones")).to_be_hidden()
-
     plain = tmp_path / "plain.png"
     Image.new("RGB", (64, 64), "orange").save(plain)
     with opened(browser, server) as page:

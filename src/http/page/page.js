@@ -106,10 +106,10 @@ async function generate() {
   localStorage.setItem("choices", JSON.stringify({ ...given, seed: "", loras: chosen }));
   stage.unpin();
   notice("");
-  const nets = await controls.encoded();
-  const body = bodyOf(given, chosen, nets, await input.encoded());
+  const nets = controls.chosen();
+  const body = bodyOf(given, chosen, await controls.encoded(nets), await input.encoded());
   const path = pathOf(given.model, first);
-  queue.submit({ begin: signal => events(path, body, signal), request: { ...given, loras: chosen, nets: nets.map(({ model }) => model) } });
+  queue.submit({ begin: signal => events(path, body, signal), request: { ...given, loras: chosen, nets } });
   announce("Added to the queue");
   if (matchMedia("(max-width: 46rem)").matches) $("stage").scrollIntoView();
 }
@@ -166,6 +166,7 @@ function reuse({ request, parameters, seed, variation_seed = "", ...old }) {
   const own = { steps, guidance_scale, width, height, scheduler, schedule, prompt: "", negative_prompt: "" };
   replace({ ...own, ...Object.fromEntries(asked), n: "", seed, variation_seed });
   loras.choose(request?.loras ?? []);
+  controls.choose((request?.nets ?? []).filter(({ blob }) => blob));
   setLock(true);
   $("prompt").focus();
 }
@@ -199,7 +200,8 @@ document.addEventListener("drop", event => {
   event.preventDefault();
   zones.hidden = true;
   const file = event.dataTransfer?.files[0];
-  if (file) (event.target.closest("#zone-input, #start") ? input.setInput : readSettings)(file);
+  const over = zone => event.target.closest(zone);
+  if (file) (over("#zone-input, #start") ? input.setInput : over("#zone-control, #controls") ? controls.add : readSettings)(file);
 });
 document.addEventListener("paste", event => {
   const file = [...event.clipboardData.files].find(({ type }) => type.startsWith("image/"));
@@ -216,6 +218,7 @@ $("cancel").onclick = () => queue.cancel(queue.oldest(stage.watching()));
 $("reuse").onclick = () => reuse(stage.current());
 $("reuse-seed").onclick = () => { put({ seed: stage.current().seed }); setLock(true); announce("Seed locked"); };
 $("begin").onclick = () => input.setInput(stage.current().blob);
+$("steer").onclick = () => controls.add(stage.current().blob);
 $("delete").onclick = async () => stage.deleted(await history.remove(stage.current()));
 $("upscale").onclick = () => $("upscale-dialog").showModal();
 $("upscale-dialog").onclose = () => { if ($("upscale-dialog").returnValue === "upscale") upscale(); };

@@ -75,6 +75,16 @@ export const parametersIn = async image => (await post("sdapi/v1/png-info", { im
 
 const named = list => list.map(({ name }) => name);
 
+/** What a preprocessor makes of an image whose shorter side has this length, as a data URL. */
+export async function detected(image, side, preprocessor, { low, high }, signal) {
+  const body = JSON.stringify({
+    controlnet_module: preprocessor, controlnet_input_images: [image], controlnet_processor_res: Math.min(2048, Math.max(64, side)),
+    controlnet_threshold_a: low, controlnet_threshold_b: high,
+  });
+  const { images: [map] } = await (await call("controlnet/detect", { method: "POST", body, signal })).json();
+  return `data:image/png;base64,${map}`;
+}
+
 /** Yields the result of upscaling an image as the one event of a generation. */
 export async function* upscaled(image, upscaler, scale, signal) {
   const body = JSON.stringify({ image, upscaler_1: upscaler, upscaling_resize: scale });

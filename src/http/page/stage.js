@@ -98,7 +98,7 @@ function describe(record) {
   const [steps, guidance] = [read.Steps ?? asked.steps, read["CFG scale"] ?? asked.guidance_scale];
   const parts = [
     model, `${width}×${height}`, steps && `${steps} steps`, read.Sampler ?? asked.scheduler, guidance && `guidance ${guidance}`,
-    ...(asked.nets ?? []).map(name => `ControlNet ${name}`), ...(record.loras ?? []).map(({ name, scale }) => `${name} ${scale}`),
+    ...(asked.nets ?? []).map(net => `ControlNet ${net.model ?? net}`), ...(record.loras ?? []).map(({ name, scale }) => `${name} ${scale}`),
     read["Hires upscaler"] && `hires ${read["Hires upscaler"]}`, read["Clip skip"] && `clip skip ${read["Clip skip"] - 1}`,
     varied && `variation ${read["Variation seed strength"]} of ${varied}`, `seed ${seed}`,
   ];
