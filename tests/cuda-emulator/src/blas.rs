@@ -2,7 +2,7 @@
 use crate::driver::api;
 use crate::memory;
 use crate::ptx::math::{bf16_bits, bf16_to32, f16_to32};
-use crate::{Status, code, report, unsupported};
+use crate::{Status, report, unsupported};
 use rayon::prelude::*;
 use std::ffi::{c_char, c_int, c_longlong, c_uint, c_void};
 use std::time::Instant;

@@ -2,7 +2,7 @@
 //! machine code for a GPU at start-up, which is ignored; launching it is not supported.
 use crate::driver::api;
 use crate::memory;
-use crate::{Status, code, unsupported};
+use crate::unsupported;
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
 static FATBIN: usize = 0;
@@ -65,11 +65,11 @@ api! {
         match unsafe { crate::driver::cuDeviceGetAttribute(value, attribute, dev) } { 0 => Ok(()), e => Err(e) }
     }
     fn cudaMalloc(p: *mut u64, size: usize) {
-        unsafe { *p = memory::alloc(size)? };
+        unsafe { *p = memory::alloc(0, size)? };
         Ok(())
     }
     fn cudaMallocAsync_ptsz(p: *mut u64, size: usize, _s: usize) {
-        unsafe { *p = memory::alloc(size)? };
+        unsafe { *p = memory::alloc(0, size)? };
         Ok(())
     }
     fn cudaFree(p: u64) { memory::free(p) }

@@ -1,5 +1,9 @@
-//! Device memory: host allocations with a table of what is allocated, so that every access of a
-//! kernel, a copy or a matrix product can be checked.
+//! Device memory: host allocations with a table a device of what is allocated, so that every access
+//! of a kernel, a copy or a matrix product can be checked.
+//!
+//! What is allocated comes out of the device's default pool, which has no fragments: it reserves
+//! what is used at the most, and gives back what is above its release threshold (0 at first) at
+//! every synchronisation.
 use crate::report;
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::VecDeque;
@@ -12,21 +16,65 @@ const ALIGN: usize = 256;
 /// Unallocated bytes kept behind an allocation, so that running over its end is noticed.
 const GAP: usize = 256;
 
-/// Allocated ranges, sorted by address.
-#[derive(Default)]
+/// Devices at the most.
+pub const DEVICES: usize = 8;
+
+/// Allocated ranges of a device, sorted by address.
 pub struct Table {
     ranges: Vec<(u64, u64)>,
     /// Freed lately, for messages.
     freed: VecDeque<(u64, u64)>,
     used: usize,
     peak: usize,
+    pool: Pool,
 }
 
-static TABLE: RwLock<Table> =
-    RwLock::new(Table { ranges: Vec::new(), freed: VecDeque::new(), used: 0, peak: 0 });
+/// Bytes of a device's pool.
+#[derive(Clone, Copy)]
+pub struct Pool {
+    /// Taken from the device: what is used, and what is kept for the next allocation.
+    pub reserved: usize,
+    pub threshold: u64,
+    /// Given back to the device at synchronisations, in all.
+    pub released: u64,
+}
 
-pub fn table() -> RwLockReadGuard<'static, Table> {
-    TABLE.read().unwrap()
+static TABLES: [RwLock<Table>; DEVICES] = [const {
+    RwLock::new(Table {
+        ranges: Vec::new(),
+        freed: VecDeque::new(),
+        used: 0,
+        peak: 0,
+        pool: Pool { reserved: 0, threshold: 0, released: 0 },
+    })
+}; DEVICES];
+
+/// The memory of a device.
+pub fn table(device: usize) -> RwLockReadGuard<'static, Table> {
+    TABLES[device].read().unwrap()
+}
+
+/// The device in whose memory an address lies.
+fn owner(addr: u64) -> Option<usize> {
+    (0..DEVICES).find(|device| table(*device).find(addr).is_some())
+}
+
+/// The pool's release threshold.
+pub fn keep(device: usize, bytes: u64) {
+    TABLES[device].write().unwrap().pool.threshold = bytes;
+}
+
+/// A synchronisation: the pool gives back what is above its threshold.
+pub fn synchronized(device: usize) {
+    let keep = table(device).pool.threshold;
+    if keep != u64::MAX {
+        TABLES[device].write().unwrap().shrink(usize::try_from(keep).unwrap_or(usize::MAX));
+    }
+}
+
+/// Gives back all of the pool but what is used and `keep` bytes.
+pub fn trim(device: usize, keep: usize) {
+    TABLES[device].write().unwrap().shrink(keep);
 }
 
 /// Memory the emulated device has: `EMUCUDA_MEMORY` bytes, by default 80 GiB.
@@ -44,6 +92,14 @@ impl Table {
     }
     pub fn used(&self) -> (usize, usize) {
         (self.used, self.peak)
+    }
+    pub fn pool(&self) -> Pool {
+        self.pool
+    }
+    fn shrink(&mut self, keep: usize) {
+        let left = self.pool.reserved.min(self.used.max(keep));
+        self.pool.released += (self.pool.reserved - left) as u64;
+        self.pool.reserved = left;
     }
     /// What is known about a bad address.
     pub fn describe(&self, addr: u64) -> String {
@@ -80,11 +136,11 @@ pub fn poisoned() -> bool {
 }
 
 /// Allocates device memory. It reads as zeros, or as NaNs if `EMUCUDA_POISON` is set.
-pub fn alloc(size: usize) -> Result<u64, i32> {
+pub fn alloc(device: usize, size: usize) -> Result<u64, i32> {
     if size == 0 || size > isize::MAX as usize / 2 {
         return Err(INVALID_VALUE);
     }
-    let mut t = TABLE.write().unwrap();
+    let mut t = TABLES[device].write().unwrap();
     if t.used + size > capacity() {
         return Err(OUT_OF_MEMORY);
     }
@@ -104,6 +160,7 @@ pub fn alloc(size: usize) -> Result<u64, i32> {
     t.insert(p as u64, size);
     t.used += size;
     t.peak = t.peak.max(t.used);
+    t.pool.reserved = t.pool.reserved.max(t.used);
     Ok(p as u64)
 }
 
@@ -111,7 +168,7 @@ pub fn free(addr: u64) -> Result<(), i32> {
     if addr == 0 {
         return Ok(());
     }
-    let mut t = TABLE.write().unwrap();
+    let mut t = TABLES[owner(addr).unwrap_or(0)].write().unwrap();
     let Ok(k) = t.ranges.binary_search_by_key(&addr, |r| r.0) else {
         eprintln!("emucuda: free of {addr:#x}: {}", t.describe(addr));
         return Err(INVALID_VALUE);
@@ -132,8 +189,8 @@ pub fn free(addr: u64) -> Result<(), i32> {
 }
 
 /// Forgets the peak so far.
-pub fn reset_peak() {
-    let mut t = TABLE.write().unwrap();
+pub fn reset_peak(device: usize) {
+    let mut t = TABLES[device].write().unwrap();
     t.peak = t.used;
 }
 
@@ -142,7 +199,7 @@ pub fn check(addr: u64, size: usize, what: &str) -> Result<(), i32> {
     if size == 0 {
         return Ok(());
     }
-    let t = table();
+    let t = table(owner(addr).unwrap_or(0));
     match t.find(addr) {
         Some(r) if addr + size as u64 <= r.1 => Ok(()),
         _ => {
@@ -169,15 +226,12 @@ pub unsafe fn copy(dst: u64, src: u64, size: usize, way: Way) -> Result<(), i32>
         return Ok(());
     }
     let way = match way {
-        Way::Unknown => {
-            let t = table();
-            match (t.find(dst).is_some(), t.find(src).is_some()) {
-                (true, true) => Way::OnDevice,
-                (true, false) => Way::ToDevice,
-                (false, true) => Way::ToHost,
-                _ => Way::Unknown,
-            }
-        }
+        Way::Unknown => match (owner(dst).is_some(), owner(src).is_some()) {
+            (true, true) => Way::OnDevice,
+            (true, false) => Way::ToDevice,
+            (false, true) => Way::ToHost,
+            _ => Way::Unknown,
+        },
         w => w,
     };
     if matches!(way, Way::ToDevice | Way::OnDevice) {
@@ -187,6 +241,10 @@ pub unsafe fn copy(dst: u64, src: u64, size: usize, way: Way) -> Result<(), i32>
         check(src, size, "copy from")?;
     }
     report::copied(way, size);
+    if report::dry() && way == Way::ToDevice {
+        // Untouched pages of the device take none of the host.
+        return Ok(());
+    }
     // SAFETY: device ranges were checked, the host range is the caller's promise.
     unsafe { std::ptr::copy(src as *const u8, dst as *mut u8, size) };
     Ok(())

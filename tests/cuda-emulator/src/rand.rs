@@ -1,8 +1,8 @@
 //! cuRAND: uniform and normal numbers from the counter-based generator Philox 4x32-10. The numbers
 //! depend on seed and offset only; they are not those of NVIDIA's library.
+use crate::Status;
 use crate::driver::api;
 use crate::memory;
-use crate::{Status, code};
 use rayon::prelude::*;
 use std::collections::HashMap;
 use std::ffi::{c_int, c_uint};

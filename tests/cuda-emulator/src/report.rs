@@ -18,10 +18,20 @@ pub struct Stats {
     pub to_device: u64,
     pub to_host: u64,
     pub on_device: u64,
+    /// Launches that were queued at the most and that the host did not know to be done.
+    pub ahead: u64,
+    /// Copies to pageable memory of the host behind which more was queued before the host waited.
+    pub unsynchronized: u64,
 }
 
-static STATS: Mutex<Stats> =
-    Mutex::new(Stats { kernels: BTreeMap::new(), to_device: 0, to_host: 0, on_device: 0 });
+static STATS: Mutex<Stats> = Mutex::new(Stats {
+    kernels: BTreeMap::new(),
+    to_device: 0,
+    to_host: 0,
+    on_device: 0,
+    ahead: 0,
+    unsynchronized: 0,
+});
 
 /// `EMUCUDA_DRY`: kernels and matrix products are counted but not run, so that launches and peak
 /// memory of a full-size network can be had in seconds.
@@ -53,20 +63,41 @@ pub fn launched(name: &str, lane_instructions: u64, nanoseconds: u64) {
     }
 }
 
+/// So much was queued that the host does not know to be done.
+pub fn ahead(queued: u64) {
+    let mut s = STATS.lock().unwrap();
+    s.ahead = s.ahead.max(queued);
+}
+
+pub fn unsynchronized() {
+    STATS.lock().unwrap().unsynchronized += 1;
+}
+
 /// The report as JSON.
 pub fn json() -> String {
     let s = STATS.lock().unwrap();
-    let (used, peak) = memory::table().used();
+    let devices = (0..crate::driver::count()).map(|device| {
+        let table = memory::table(device);
+        (table.used(), table.pool().released)
+    });
+    let (used, peak, released) = devices.fold((0, 0, 0), |sum, ((used, peak), released)| {
+        (sum.0 + used, sum.1 + peak, sum.2 + released)
+    });
     let sum = |f: fn(&Count) -> u64| s.kernels.values().map(f).sum::<u64>();
     let mut out = String::from("{\n");
     let _ = writeln!(out, "  \"launches\": {},", sum(|c| c.launches));
     let _ = writeln!(out, "  \"lane_instructions\": {},", sum(|c| c.lane_instructions));
     let _ = writeln!(out, "  \"emulation_ms\": {},", sum(|c| c.nanoseconds) / 1_000_000);
-    let _ = writeln!(out, "  \"bytes\": {{\"current\": {used}, \"peak\": {peak}}},");
     let _ = writeln!(
         out,
-        "  \"copied\": {{\"host_to_device\": {}, \"device_to_host\": {}, \"device_to_device\": {}}},",
-        s.to_device, s.to_host, s.on_device
+        "  \"bytes\": {{\"current\": {used}, \"peak\": {peak}, \"released\": {released}}},"
+    );
+    let _ = writeln!(out, "  \"ahead\": {},", s.ahead);
+    let _ = writeln!(
+        out,
+        "  \"copied\": {{\"host_to_device\": {}, \"device_to_host\": {}, \"device_to_device\": {}, \
+         \"unsynchronized\": {}}},",
+        s.to_device, s.to_host, s.on_device, s.unsynchronized
     );
     out.push_str("  \"kernels\": {");
     for (k, (name, c)) in s.kernels.iter().enumerate() {

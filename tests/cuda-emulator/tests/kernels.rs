@@ -13,6 +13,7 @@ fn module() -> usize {
     static M: OnceLock<usize> = OnceLock::new();
     *M.get_or_init(|| unsafe {
         std::env::set_var("EMUCUDA_RACECHECK", "1");
+        std::env::set_var("EMUCUDA_DEVICES", "4");
         ok(cuInit(0));
         let text = CString::new(include_str!("kernels.ptx")).unwrap();
         let mut m = 0;
@@ -47,14 +48,43 @@ impl Drop for Buf {
 
 /// Launches; arguments are given as bytes.
 fn launch(name: &str, grid: u32, block: u32, shared: u32, args: &[Vec<u8>]) -> i32 {
+    launch_on(0, name, grid, block, shared, args)
+}
+
+/// As `launch`, on some device.
+fn launch_on(dev: i32, name: &str, grid: u32, block: u32, shared: u32, args: &[Vec<u8>]) -> i32 {
     unsafe {
-        let mut ctx = 0;
-        ok(cuDevicePrimaryCtxRetain(&mut ctx, 0));
-        ok(cuCtxSetCurrent(ctx));
-        let (mut f, name) = (0, CString::new(name).unwrap());
-        ok(cuModuleGetFunction(&mut f, module(), name.as_ptr()));
+        enter(dev);
         let mut p: Vec<*mut c_void> = args.iter().map(|a| a.as_ptr() as *mut c_void).collect();
+        let f = function(name);
         cuLaunchKernel(f, grid, 1, 1, block, 1, 1, shared, 0, p.as_mut_ptr(), std::ptr::null_mut())
+    }
+}
+
+fn enter(dev: i32) {
+    module();
+    let mut ctx = 0;
+    unsafe {
+        ok(cuDevicePrimaryCtxRetain(&mut ctx, dev));
+        ok(cuCtxSetCurrent(ctx));
+    }
+}
+
+fn function(name: &str) -> usize {
+    let (mut f, name) = (0, CString::new(name).unwrap());
+    unsafe { ok(cuModuleGetFunction(&mut f, module(), name.as_ptr())) };
+    f
+}
+
+/// Fails a device and brings it back.
+fn lost(dev: i32, error: i32, name: &str, block: u32, args: &[Vec<u8>]) {
+    assert_eq!(launch_on(dev, name, 1, block, 0, args), error);
+    unsafe {
+        let (mut free, mut total) = (0, 0);
+        assert_eq!(cuMemGetInfo_v2(&mut free, &mut total), error, "the error stays");
+        assert_eq!(cuStreamSynchronize(0), error);
+        ok(cuDevicePrimaryCtxReset_v2(dev));
+        ok(cuStreamSynchronize(0));
     }
 }
 trait Arg {
@@ -429,24 +459,62 @@ fn calls_and_globals() {
 
 #[test]
 fn bad_addresses() {
+    enter(1);
     let a = Buf::new(&[0i32; 100]);
-    assert_eq!(launch("out_of_bounds", 1, 32, 0, args![a, 68]), 0);
-    assert_eq!(launch("out_of_bounds", 1, 32, 0, args![a, 69]), 700);
-    assert_eq!(launch("out_of_bounds", 1, 1, 0, args![a, -1]), 700);
+    ok(launch_on(1, "out_of_bounds", 1, 32, 0, args![a, 68]));
+    lost(1, 700, "out_of_bounds", 32, args![a, 69]);
+    lost(1, 700, "out_of_bounds", 1, args![a, -1]);
     let freed = a.arg();
     drop(a);
-    assert_eq!(launch("out_of_bounds", 1, 1, 0, &[freed.clone(), 0i32.arg()]), 700);
+    lost(1, 700, "out_of_bounds", 1, &[freed.clone(), 0i32.arg()]);
     let odd = u64::from_le_bytes(freed.try_into().unwrap()) + 2;
-    assert_eq!(launch("out_of_bounds", 1, 1, 0, &[odd.to_le_bytes().to_vec(), 0i32.arg()]), 716);
+    lost(1, 716, "out_of_bounds", 1, &[odd.to_le_bytes().to_vec(), 0i32.arg()]);
     assert_eq!(unsafe { cuMemFree_v2(0x1234) }, 1);
+    // Memory of another device.
+    enter(0);
+    let far = Buf::new(&[0i32; 100]);
+    lost(1, 700, "out_of_bounds", 1, args![far, 0]);
 }
 
 #[test]
 fn races() {
+    enter(2);
     let out = Buf::new(&[0i32; 64]);
-    assert_eq!(launch("race", 1, 64, 0, args![out, 1]), 0);
+    ok(launch_on(2, "race", 1, 64, 0, args![out, 1]));
     assert_eq!(out.get::<i32>()[3], 60);
-    assert_eq!(launch("race", 1, 64, 0, args![out, 0]), 719);
+    lost(2, 719, "race", 64, args![out, 0]);
+}
+
+#[test]
+fn the_pool_keeps_what_its_threshold_says() {
+    enter(3);
+    let free = || {
+        let (mut free, mut total) = (0, 0);
+        unsafe { ok(cuMemGetInfo_v2(&mut free, &mut total)) };
+        total - free
+    };
+    let taken = |size: usize| unsafe {
+        let mut p = 0;
+        ok(cuMemAllocAsync(&mut p, size, 0));
+        ok(cuMemFreeAsync(p, 0));
+    };
+    let (mut pool, mut keep) = (0, u64::MAX);
+    taken(1 << 20);
+    assert_eq!(free(), 1 << 20);
+    unsafe {
+        ok(cuStreamSynchronize(0));
+        assert_eq!(free(), 0, "a threshold of 0 keeps nothing");
+        ok(cuDeviceGetDefaultMemPool(&mut pool, 3));
+        ok(cuMemPoolSetAttribute(pool, 4, (&raw mut keep).cast()));
+        taken(1 << 20);
+        ok(cuStreamSynchronize(0));
+        let (mut reserved, mut used) = (0, 1);
+        ok(cuMemPoolGetAttribute(pool, 5, &mut reserved));
+        ok(cuMemPoolGetAttribute(pool, 7, &mut used));
+        assert_eq!((free(), reserved, used), (1 << 20, 1 << 20, 0));
+        ok(cuMemPoolTrimTo(pool, 4096));
+        assert_eq!(free(), 4096);
+    }
 }
 
 #[test]
@@ -495,7 +563,6 @@ fn wmma() {
 #[test]
 fn speed() {
     let out = Buf::new(&vec![0f32; 1 << 16]);
-    emucuda::report::reset();
     let start = std::time::Instant::now();
     ok(launch("spin", 256, 256, 0, args![out, 200]));
     let spent = start.elapsed().as_secs_f64();
