@@ -1,5 +1,6 @@
 //! Selects `libcuda`. The CUDA container image has NVIDIA's forward-compatibility package for hosts
-//! with an older driver; with a newer driver it does not work and must not be found. The dynamic
+//! with an older driver; with a newer driver it does not work and must not be found, nor with
+//! GeForce cards, which it does not support (error 804). The dynamic
 //! loader decides when a process starts, so the process re-executes itself once with another
 //! `LD_LIBRARY_PATH`, before anything else. Without a driver or the package nothing is done.
 
@@ -13,6 +14,8 @@ use std::process::Command;
 const COMPAT: &str = "usr/local/cuda/compat";
 /// The version of the kernel driver.
 const DRIVER: &str = "proc/driver/nvidia/version";
+/// A folder a card, with a file on it.
+const CARDS: &str = "proc/driver/nvidia/gpus";
 
 /// Re-executes the process with the compatibility package first in `LD_LIBRARY_PATH`, if the driver
 /// needs it. `library_path` is the current value. Returns if it is not needed; fails if the process
@@ -37,8 +40,23 @@ fn wanted(root: &Path, library_path: Option<&str>) -> Option<String> {
     let driver = driver.lines().next()?.split_whitespace().find_map(version)?;
     let library = fs::read_link(compat.join("libcuda.so.1")).ok()?;
     let library = version(library.file_name()?.to_str()?.strip_prefix("libcuda.so.")?)?;
+    if is_for_games(&root.join(CARDS)) {
+        return None;
+    }
     let path = if now.is_empty() { shown.to_owned() } else { format!("{shown}:{now}") };
     (driver < library).then_some(path)
+}
+
+/// Whether all cards are of the families that the package does not support; `false` if that is not
+/// known.
+fn is_for_games(cards: &Path) -> bool {
+    let model = |card: fs::DirEntry| -> Option<String> {
+        let text = fs::read_to_string(card.path().join("information")).ok()?;
+        text.lines().find_map(|line| line.strip_prefix("Model:")).map(str::to_owned)
+    };
+    let mut models = fs::read_dir(cards).into_iter().flatten().flatten().filter_map(model);
+    let game = |model: String| ["GeForce", "TITAN"].iter().any(|family| model.contains(family));
+    models.next().is_some_and(game) && models.all(game)
 }
 
 /// The parts of a version such as `535.129.03`, for comparison.
@@ -96,6 +114,25 @@ mod tests {
             let host = host(driver, library);
             let wanted = wanted(host.path(), Some("/lib"));
             assert_eq!(wanted.is_some(), expected, "{driver:?} {library:?}");
+        }
+    }
+
+    #[test]
+    fn cards_for_games_do_not_get_the_library() {
+        for (models, expected) in [
+            (&["Tesla T4"][..], true),
+            (&["NVIDIA GeForce RTX 3090"], false),
+            (&["NVIDIA GeForce RTX 3090", "NVIDIA A100"], true),
+            (&["NVIDIA TITAN RTX", "NVIDIA GeForce RTX 3090"], false),
+        ] {
+            let host = host(Some(OLD), Some("libcuda.so.550.54.15"));
+            for (number, model) in models.iter().enumerate() {
+                let card = host.path().join(CARDS).join(format!("0000:0{number}:00.0"));
+                fs::create_dir_all(&card).expect("a folder");
+                let text = format!("Model: \t\t {model}\nIRQ:   \t\t 35\n");
+                fs::write(card.join("information"), text).expect("a file");
+            }
+            assert_eq!(wanted(host.path(), None).is_some(), expected, "{models:?}");
         }
     }
 
