@@ -9,7 +9,7 @@ use std::process::Command;
 use std::thread;
 
 /// The files of `src/ops/cuda`.
-const KERNELS: [&str; 5] = ["attention", "combine", "layout", "norm", "product"];
+const KERNELS: [&str; 6] = ["attention", "combine", "elements", "layout", "norm", "product"];
 /// What the kernels are written for.
 const PTX: [u32; 2] = [75, 80];
 

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::ops::{DeviceFault, device_fault};
+
 /// What can fail between a model's files and an image.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -60,23 +62,16 @@ pub enum Error {
 pub type Result<T> = std::result::Result<T, Error>;
 
 impl From<candle_core::Error> for Error {
-    /// Device errors are classified by their text, because candle drops the driver's code.
     fn from(error: candle_core::Error) -> Self {
-        let text = error.to_string();
-        if text.contains("OUT_OF_MEMORY") || text.contains("out of memory") {
-            return Self::OutOfMemory(first_line(&text));
+        let fault = device_fault(&error);
+        let text = || first_line(&error.to_string());
+        match fault {
+            Some(DeviceFault::Lost) => Self::DeviceLost(text()),
+            Some(DeviceFault::OutOfMemory) => Self::OutOfMemory(text()),
+            // What candle wraps as a text.
+            None if text().contains("OUT_OF_MEMORY") => Self::OutOfMemory(text()),
+            None => Self::Compute(error),
         }
-        const LOST: [&str; 5] = [
-            "ILLEGAL_ADDRESS",
-            "LAUNCH_FAILED",
-            "ECC_UNCORRECTABLE",
-            "DEVICE_UNAVAILABLE",
-            "CUDA_ERROR_ASSERT",
-        ];
-        if LOST.iter().any(|code| text.contains(code)) {
-            return Self::DeviceLost(first_line(&text));
-        }
-        Self::Compute(error)
     }
 }
 

@@ -24,7 +24,9 @@ pub use error::{Error, Result};
 pub use files::{AssetDir, AssetFile, Checkpoint, FileVersion, Source};
 pub use layers::LoraStack;
 pub use networks::UNetPart;
-pub use ops::{KernelStats, cpu_isa, keep_freed_memory, return_freed_memory};
+pub use ops::{
+    KernelStats, cpu_isa, cuda_uuids, keep_freed_memory, return_freed_memory, return_host_memory,
+};
 pub use picture::{CANNY, Preprocessor, Rgb, Size, THRESHOLD};
 pub use pipeline::{
     AddOns, BlockScale, Chosen, Control, ControlMode, ControlNets, ControlPasses, ControlRule,

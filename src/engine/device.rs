@@ -75,6 +75,11 @@ impl DeviceScheduler {
         Lease { shared: Arc::clone(&self.shared), began: Instant::now(), time_used }
     }
 
+    /// Whether another model waits for the device.
+    pub(super) fn is_waited_for(&self) -> bool {
+        !self.shared.lock().waiting.is_empty()
+    }
+
     /// Memory budget of one UNet call or VAE decode, in bytes; the maximum of the type if there is
     /// no limit. `None` if it has to be measured.
     pub(super) fn budget_bytes(&self) -> Option<u64> {

@@ -40,6 +40,10 @@ pub trait Model: 'static {
     fn text_tokens(&self, _text: &str) -> usize {
         0
     }
+    /// Waits until what steps have queued on the device is done.
+    fn settle(&self) -> sd_models::Result<()> {
+        Ok(())
+    }
     /// Free memory of the device in bytes, if known.
     fn free_bytes(&self) -> Option<u64> {
         None
@@ -143,6 +147,10 @@ impl Model for sd_models::Pipeline {
             Running::Drawing(trajectory) => self.preview(trajectory).map(Some),
             Running::Enlarging(..) => Ok(None),
         }
+    }
+
+    fn settle(&self) -> sd_models::Result<()> {
+        self.synchronize()
     }
 
     fn free_bytes(&self) -> Option<u64> {

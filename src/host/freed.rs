@@ -33,7 +33,7 @@ impl FreedMemory {
             tokio::time::sleep(DELAY).await;
             freed.0.store(0, Ordering::Relaxed);
             // It takes the allocator's lock and milliseconds. A panic would be in the log.
-            let _ = tokio::task::spawn_blocking(sd_models::return_freed_memory).await;
+            let _ = tokio::task::spawn_blocking(sd_models::return_host_memory).await;
         });
     }
 }

@@ -6,8 +6,8 @@ use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use nvml_wrapper::Nvml;
 use nvml_wrapper::enum_wrappers::device::TemperatureSensor;
+use nvml_wrapper::{Device, Nvml};
 
 /// The name in every driver package; the name without a number is for developers.
 const LIBRARY: &str = "libnvidia-ml.so.1";
@@ -16,7 +16,7 @@ const LIBRARY: &str = "libnvidia-ml.so.1";
 const TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The metrics of one GPU.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct GpuReading {
     pub(crate) memory_used_bytes: Option<u64>,
     pub(crate) memory_bytes: Option<u64>,
@@ -26,13 +26,16 @@ pub(crate) struct GpuReading {
     pub(crate) temperature_celsius: Option<f64>,
 }
 
-/// All GPUs visible to this process, in NVML's order. Waits for milliseconds; if the driver takes
-/// longer than [`TIMEOUT`], the values are those of the last time.
+/// All GPUs visible to this process. Those that CUDA can use are in its order, so that `cuda:1` is
+/// the second; the library's own order is another, and knows nothing of `CUDA_VISIBLE_DEVICES`.
+/// Waits for milliseconds; if the driver takes longer than [`TIMEOUT`], the values are those of the
+/// last time.
 pub(crate) fn read() -> Vec<GpuReading> {
     static GPUS: LazyLock<Reader<Vec<GpuReading>>> = LazyLock::new(|| {
         Reader::start(|| {
             let nvml = Nvml::builder().lib_path(LIBRARY.as_ref()).init().ok();
-            move || nvml.as_ref().map(read_all).unwrap_or_default()
+            let uuids = sd_models::cuda_uuids();
+            move || nvml.as_ref().map(|nvml| read_all(nvml, &uuids)).unwrap_or_default()
         })
     });
     GPUS.read(TIMEOUT)
@@ -90,23 +93,29 @@ impl<T: Default + Clone + Send + 'static> Reader<T> {
     }
 }
 
-fn read_all(nvml: &Nvml) -> Vec<GpuReading> {
-    let gpus = 0..nvml.device_count().unwrap_or(0);
-    gpus.filter_map(|index| nvml.device_by_index(index).ok())
-        .map(|gpu| {
-            let memory = gpu.memory_info().ok();
-            let busy = gpu.utilization_rates().ok();
-            let milliwatts = gpu.power_usage().ok();
-            let celsius = gpu.temperature(TemperatureSensor::Gpu).ok();
-            GpuReading {
-                memory_used_bytes: memory.as_ref().map(|memory| memory.used),
-                memory_bytes: memory.as_ref().map(|memory| memory.total),
-                busy: busy.map(|busy| f64::from(busy.gpu) / 100.0),
-                power_watts: milliwatts.map(|milliwatts| f64::from(milliwatts) / 1000.0),
-                temperature_celsius: celsius.map(f64::from),
-            }
-        })
-        .collect()
+fn read_all(nvml: &Nvml, uuids: &[String]) -> Vec<GpuReading> {
+    if uuids.is_empty() {
+        let gpus = 0..nvml.device_count().unwrap_or(0);
+        let gpus = gpus.filter_map(|index| nvml.device_by_index(index).ok());
+        return gpus.map(|gpu| read_one(&gpu)).collect();
+    }
+    // One that the library does not know keeps its place.
+    let known = uuids.iter().map(|uuid| nvml.device_by_uuid(uuid.as_str()).ok());
+    known.map(|gpu| gpu.map(|gpu| read_one(&gpu)).unwrap_or_default()).collect()
+}
+
+fn read_one(gpu: &Device<'_>) -> GpuReading {
+    let memory = gpu.memory_info().ok();
+    let busy = gpu.utilization_rates().ok();
+    let milliwatts = gpu.power_usage().ok();
+    let celsius = gpu.temperature(TemperatureSensor::Gpu).ok();
+    GpuReading {
+        memory_used_bytes: memory.as_ref().map(|memory| memory.used),
+        memory_bytes: memory.as_ref().map(|memory| memory.total),
+        busy: busy.map(|busy| f64::from(busy.gpu) / 100.0),
+        power_watts: milliwatts.map(|milliwatts| f64::from(milliwatts) / 1000.0),
+        temperature_celsius: celsius.map(f64::from),
+    }
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use super::lora_names::Network;
 use super::placed_delta::PlacedDelta;
 use crate::error;
 use crate::files::{AssetFile, LoraTarget};
-use crate::ops::{ChannelConcat, Conv2d, Epilogue, Geometry, Linear};
+use crate::ops::{ChannelConcat, Conv2d, Epilogue, Geometry, Linear, add};
 
 /// A LoRA and its scales.
 #[derive(Clone)]
@@ -134,7 +134,10 @@ fn concat(pieces: Vec<(usize, Option<Tensor>)>, last: bool) -> Result<Option<Ten
 }
 
 fn plus(y: Tensor, delta: Option<Tensor>) -> Result<Tensor> {
-    delta.map_or(Ok(y.clone()), |delta| y + delta)
+    match delta {
+        None => Ok(y),
+        Some(delta) => add(&y, &delta),
+    }
 }
 
 impl LoraLayer<Linear> {

@@ -20,7 +20,9 @@ use super::unet::{
 use crate::error::{Error, Result};
 use crate::files::{ControlNetFile, Weights};
 use crate::layers::{LayerBuilder, LoraLayer, activation_dtype};
-use crate::ops::{Activation, Conv2d, Epilogue, Geometry, Linear, channels_last, in_pool};
+use crate::ops::{
+    Activation, Conv2d, Epilogue, Geometry, Linear, cast, cat_rows, channels_last, in_pool, scale,
+};
 use crate::picture::Rgb;
 
 /// A ControlNet.
@@ -167,7 +169,7 @@ impl ControlNetModel {
             values.chunks_exact_mut(3).for_each(<[f32]>::reverse);
         }
         let picture = Tensor::from_vec(values, (1, height, width, 3), &self.device)?;
-        let mut x = picture.to_dtype(self.dtype)?;
+        let mut x = cast(&picture, self.dtype)?;
         in_pool(&self.device, || {
             for (i, conv) in self.hint.iter().enumerate() {
                 let is_last = i + 1 == self.hint.len();
@@ -181,7 +183,7 @@ impl ControlNetModel {
     /// The conditioning of a batch row by its keys and values here.
     pub fn condition(&self, row: &Conditioning) -> Result<Conditioning> {
         let Inputs { context, added } = row.inputs()?;
-        let narrow = context.to_dtype(self.dtype)?.contiguous()?;
+        let narrow = cast(&context.contiguous()?, self.dtype)?;
         in_pool(&self.device, || {
             let kv = match &self.to_kv {
                 Some(to_kv) => to_kv.forward(&narrow, Epilogue::NONE, &[])?,
@@ -248,17 +250,16 @@ fn bytes_of(weights: &Weights, dtype: DType) -> u64 {
 /// x (B, H, W, C), each row times its k-th factor.
 fn scaled(x: &Tensor, scales: &[&[f64]], k: usize) -> Result<Tensor> {
     let factors: Vec<_> = scales.iter().map(|row| row.get(k).copied().unwrap_or(1.0)).collect();
+    let times =
+        |x: &Tensor, factor: f64| if factor == 1.0 { Ok(x.clone()) } else { scale(x, factor) };
     let first = factors.first().copied().unwrap_or(1.0);
-    if factors.iter().any(|factor| *factor != first) {
-        let factors: Vec<f32> = factors.iter().map(|factor| *factor as f32).collect();
-        let factors = Tensor::from_vec(factors, (scales.len(), 1, 1, 1), x.device())?;
-        return Ok(x.broadcast_mul(&factors.to_dtype(x.dtype())?)?);
+    if factors.iter().all(|factor| *factor == first) {
+        return Ok(times(x, first)?);
     }
-    if first == 1.0 {
-        return Ok(x.clone());
-    }
-    let factor = Tensor::new(first as f32, x.device())?.to_dtype(x.dtype())?;
-    Ok(x.broadcast_mul(&factor)?)
+    // Row by row, so that a row is the same whatever its neighbours' factors are.
+    let row = |(row, factor): (usize, &f64)| times(&x.narrow(0, row, 1)?, *factor);
+    let rows = factors.iter().enumerate().map(row).collect::<candle_core::Result<Vec<_>>>()?;
+    Ok(cat_rows(&rows)?)
 }
 
 /// ControlNetConditioningEmbedding: at each level a convolution, and one that halves the sides.

@@ -12,7 +12,7 @@ use super::config::{ClipTextConfig, EndToken};
 use crate::error::Result;
 use crate::files::Weights;
 use crate::layers::{LayerBuilder, LoraLayer, LoraStack};
-use crate::ops::{Epilogue, LayerNorm, Linear, in_pool};
+use crate::ops::{Epilogue, LayerNorm, Linear, cast, embed, in_pool};
 
 /// The text encoder.
 pub struct ClipTextModel {
@@ -135,7 +135,7 @@ impl ClipTextModel {
         let x = self.embed(ids)?;
         in_pool(&self.device, || {
             let x = self.transformer.forward(x, skip, &rows)?;
-            Ok(self.final_layer_norm.forward(&x)?.to_dtype(DType::F32)?)
+            Ok(cast(&self.final_layer_norm.forward(&x)?, DType::F32)?)
         })
     }
 
@@ -159,20 +159,18 @@ impl ClipTextModel {
                 });
                 let ends = ends.collect::<candle_core::Result<Vec<_>>>()?;
                 let ends = self.final_layer_norm.forward(&Tensor::cat(&ends, 0)?)?;
-                Ok(projection.forward(&ends, Epilogue::NONE, &rows)?.to_dtype(DType::F32)?)
+                Ok(cast(&projection.forward(&ends, Epilogue::NONE, &rows)?, DType::F32)?)
             };
             let pooled = self.projection.as_ref().map(pool).transpose()?;
-            Ok(PooledStates { states: states.to_dtype(DType::F32)?, pooled })
+            Ok(PooledStates { states: cast(&states, DType::F32)?, pooled })
         })
     }
 
     /// Token ids -> their embeddings (B, L, hidden).
     fn embed(&self, ids: &[Vec<u32>]) -> Result<Tensor> {
-        let (batch, length) = (ids.len(), ids.first().map_or(0, Vec::len));
-        let ids = Tensor::from_vec(ids.concat(), batch * length, &self.device)?;
-        let tokens = self.token_embedding.index_select(&ids, 0)?;
-        let tokens = tokens.reshape((batch, length, self.config.transformer.hidden_size))?;
-        Ok(tokens.broadcast_add(&self.position_embedding.narrow(0, 0, length)?)?)
+        let length = ids.first().map_or(0, Vec::len);
+        let positions = self.position_embedding.narrow(0, 0, length)?;
+        Ok(embed(&self.token_embedding, &positions, ids)?)
     }
 
     /// The place of the token whose state is pooled; 0 if it is not among them, as in the reference.

@@ -10,8 +10,8 @@ use crate::error::Result;
 use crate::files::Weights;
 use crate::layers::{LayerBuilder, activation_dtype};
 use crate::ops::{
-    Attention, Conv2d, Epilogue, Geometry, GroupNorm, Linear, channels_last, in_pool,
-    self_attention,
+    Attention, Conv2d, Epilogue, Geometry, GroupNorm, Linear, cast, channels_last, in_pool,
+    linear_combination, self_attention,
 };
 
 /// 3x3, stride 2, zero padding at the bottom and right only.
@@ -22,7 +22,7 @@ impl VaeConfig {
     /// Latents (B, C, h, w) f32 of the encoder -> those that the UNet is trained on.
     pub(crate) fn scaled(&self, latents: &Tensor) -> Result<Tensor> {
         match &self.latents {
-            None => Ok((latents * self.scaling_factor)?),
+            None => Ok(linear_combination(&[(self.scaling_factor, latents)])?),
             Some(known) => {
                 let [means, deviations] = by_channel(known, latents.device())?;
                 let centred = latents.broadcast_sub(&means)?;
@@ -34,7 +34,7 @@ impl VaeConfig {
     /// Latents (B, C, h, w) f32 of the UNet -> those that the decoder takes.
     pub(crate) fn unscaled(&self, latents: &Tensor) -> Result<Tensor> {
         match &self.latents {
-            None => Ok((latents / self.scaling_factor)?),
+            None => Ok(linear_combination(&[(1.0 / self.scaling_factor, latents)])?),
             Some(known) => {
                 let [means, deviations] = by_channel(known, latents.device())?;
                 let spread = latents.broadcast_mul(&deviations)?;
@@ -137,7 +137,7 @@ impl Decoder {
             }
         }
         let x = self.conv_out.forward(&self.norm_out.forward_silu(&x)?, Epilogue::NONE)?;
-        Ok(x.to_dtype(DType::F32)?)
+        Ok(cast(&x, DType::F32)?)
     }
 }
 
@@ -210,7 +210,7 @@ impl Encoder {
     }
 
     fn read(&self, pictures: &Tensor) -> Result<(Tensor, Tensor)> {
-        let mut x = pictures.to_dtype(self.dtype)?.contiguous()?;
+        let mut x = cast(&pictures.contiguous()?, self.dtype)?;
         x = self.conv_in.forward(&x, Epilogue::NONE)?;
         for (resnets, downsample) in &self.down {
             for resnet in resnets {
@@ -225,7 +225,7 @@ impl Encoder {
         if let Some(conv) = &self.quant_conv {
             x = conv.forward(&x, Epilogue::NONE)?;
         }
-        let moments = x.to_dtype(DType::F32)?.permute((0, 3, 1, 2))?;
+        let moments = cast(&x, DType::F32)?.permute((0, 3, 1, 2))?;
         let channels = self.config.latent_channels;
         let mean = moments.narrow(1, 0, channels)?.contiguous()?;
         let logvar = moments.narrow(1, channels, channels)?.contiguous()?.clamp(-30f32, 20f32)?;

@@ -17,8 +17,10 @@ mod cuda;
 #[cfg(not(feature = "cuda"))]
 #[path = "no_cuda.rs"]
 mod cuda;
+mod elements;
 mod filter;
 mod gated;
+mod host_copy;
 mod latents;
 mod linear;
 mod norm;
@@ -35,14 +37,17 @@ pub(crate) use conv::Conv2d;
 pub(crate) use cpu::{TensorData, Weight, has_bf16};
 pub use cpu::{cpu_isa, keep_freed_memory};
 pub(crate) use cuda::{
-    free_bytes as free_device_bytes, loaded_images as device_kernels, name as device_name,
-    open as open_cuda, stats as device_stats,
+    begin_step, device_fault, end_step, free_bytes as free_device_bytes,
+    loaded_images as device_kernels, name as device_name, open as open_cuda,
+    pool_bytes as device_pool_bytes, stats as device_stats,
 };
+pub(crate) use elements::{add, add_silu, cast, cat_rows, embed, scale};
+pub(crate) use host_copy::on_host;
 pub(crate) use latents::{channels_first, channels_last, lerp, linear_combination};
 pub(crate) use linear::Linear;
 pub(crate) use norm::{GroupNorm, LayerNorm};
 pub(crate) use runtime::in_pool;
-pub use runtime::return_freed_memory;
+pub use runtime::{cuda_uuids, return_freed_memory, return_host_memory};
 pub(crate) use tiling::tiling;
 pub use types::KernelStats;
-pub(crate) use types::{Activation, Attention, Epilogue, Geometry};
+pub(crate) use types::{Activation, Attention, DeviceFault, Epilogue, Geometry};

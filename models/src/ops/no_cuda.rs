@@ -1,10 +1,10 @@
 //! The CUDA backend of a build without the feature `cuda`: it opens no device, and no operation has
 //! a kernel.
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Error, Result, Tensor};
 
 use super::concat::ChannelConcat;
-use super::types::{Attention, Epilogue, Geometry, KernelStats};
+use super::types::{Attention, DeviceFault, Epilogue, Geometry, KernelStats};
 
 /// There are none.
 pub(super) enum CudaFilter {}
@@ -78,12 +78,37 @@ pub(super) fn channels_first(_: &Tensor) -> Result<Option<Tensor>> {
     Ok(None)
 }
 
+pub(super) fn convert(_: &Tensor, _: DType) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+pub(super) fn scaled_sum(
+    _: &Tensor,
+    _: f64,
+    _: Option<&Tensor>,
+    _: bool,
+) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+pub(super) fn cat_rows<T: AsRef<Tensor>>(_: &[T]) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
+pub(super) fn embed(_: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+    Ok(None)
+}
+
 /// Fails: candle says that it has no CUDA.
 pub(crate) fn open(number: usize) -> Result<Device> {
     Device::new_cuda(number)
 }
 
 pub(crate) fn free_bytes(_: &Device) -> Option<u64> {
+    None
+}
+
+pub(crate) fn pool_bytes(_: &Device) -> Option<u64> {
     None
 }
 
@@ -99,4 +124,20 @@ pub(crate) fn stats() -> Vec<(&'static str, KernelStats)> {
     Vec::new()
 }
 
-pub(super) fn unload_closed() {}
+pub(crate) fn uuids() -> Vec<String> {
+    Vec::new()
+}
+
+pub(crate) fn device_fault(_: &Error) -> Option<DeviceFault> {
+    None
+}
+
+pub(crate) fn begin_step(_: &Device) -> Result<()> {
+    Ok(())
+}
+
+pub(crate) fn end_step(_: &Device) -> Result<()> {
+    Ok(())
+}
+
+pub(super) fn return_memory() {}

@@ -14,14 +14,24 @@ pub(crate) fn in_pool<T: Send>(device: &Device, network: impl FnOnce() -> T + Se
     if device.is_cpu() { rayon::scope(|_| tiling(is_tiling, network)) } else { network() }
 }
 
-/// Returns to the kernel what [`keep_freed_memory`](super::keep_freed_memory) has kept, and unloads
-/// the CUDA modules of devices that are closed: after a model has been dropped, and before the room
-/// for the next one is measured.
+/// The UUIDs of all GPUs in CUDA's order, as NVIDIA's management library writes them; none without
+/// CUDA.
+pub fn cuda_uuids() -> Vec<String> {
+    cuda::uuids()
+}
+
+/// Returns to the kernel what [`keep_freed_memory`](super::keep_freed_memory) has kept.
 ///
 /// On other systems than Linux with glibc host memory stays as it is.
-pub fn return_freed_memory() {
-    cuda::unload_closed();
+pub fn return_host_memory() {
     cpu::trim_heap();
+}
+
+/// Returns the host's freed memory and that of GPUs, for which it waits: after a model has been
+/// dropped, before the room for the next one is measured, and when nothing is drawn.
+pub fn return_freed_memory() {
+    cuda::return_memory();
+    return_host_memory();
 }
 
 #[cfg(test)]

@@ -47,6 +47,16 @@ impl<'a> Epilogue<'a> {
     }
 }
 
+/// What an error says of the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "the CPU has no faults"))]
+pub(crate) enum DeviceFault {
+    /// It had no memory for this, and has for less.
+    OutOfMemory,
+    /// Nothing will run on it again.
+    Lost,
+}
+
 /// How the kernel of a convolution moves over an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Geometry {

@@ -14,6 +14,7 @@ use super::options::AddOns;
 use crate::error::{Error, Result};
 use crate::files::{AssetCache, AssetDir, ControlNetFile};
 use crate::networks::{Conditioning, ControlBatch, ControlNetModel, Residuals, UNetConfig};
+use crate::ops::cat_rows;
 use crate::picture::{Rgb, Size};
 use crate::sampling::SamplerState;
 
@@ -348,9 +349,9 @@ impl<'a> Call<'a> {
 
     fn run(&self) -> Result<Vec<Tensor>> {
         self.net.forward(&ControlBatch {
-            latents: &Tensor::cat(&self.latents, 0)?,
-            hints: &Tensor::cat(&self.hints, 0)?,
-            time_embeddings: &Tensor::cat(&self.time_embeddings, 0)?,
+            latents: &cat_rows(&self.latents)?,
+            hints: &cat_rows(&self.hints)?,
+            time_embeddings: &cat_rows(&self.time_embeddings)?,
             conditioning: &Conditioning::stack(&self.conditioning)?,
             scales: &self.scales,
         })

@@ -11,7 +11,8 @@ use crate::ops::{has_bf16, open_cuda};
 /// A device as the user names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceName {
-    /// The first CUDA device, if this build and this machine have one; else the CPU.
+    /// The first CUDA device, if this build and this machine have one; else the CPU, of which a build
+    /// with CUDA warns.
     Auto,
     /// The CPU.
     Cpu,
@@ -22,12 +23,30 @@ pub enum DeviceName {
 impl DeviceName {
     /// Opens the device.
     pub fn open(self) -> Result<Device> {
-        match self {
-            Self::Cpu => Ok(Device::Cpu),
-            Self::Auto if candle_core::utils::cuda_is_available() => {
-                Ok(open_cuda(0).unwrap_or(Device::Cpu))
+        self.choose().map(|(device, _)| device)
+    }
+
+    /// Opens the device; with a warning if it is the CPU in a build for GPUs that was left the choice.
+    pub(super) fn choose(self) -> Result<(Device, Option<String>)> {
+        if self != Self::Auto || !candle_core::utils::cuda_is_available() {
+            return Ok((self.named()?, None));
+        }
+        Ok(match open_cuda(0).map_err(Error::from) {
+            Ok(device) => (device, None),
+            Err(error) => {
+                let warning = format!(
+                    "no GPU can be used ({error}): the CPU draws, hundreds of times slower; \
+                     --device cuda refuses to start instead"
+                );
+                (Device::Cpu, Some(warning))
             }
-            Self::Auto => Ok(Device::Cpu),
+        })
+    }
+
+    /// The device of the name; the CPU if it names none.
+    fn named(self) -> Result<Device> {
+        match self {
+            Self::Cpu | Self::Auto => Ok(Device::Cpu),
             Self::Cuda(_) if !candle_core::utils::cuda_is_available() => Err(Error::Spec {
                 field: "device",
                 reason: "this build has no CUDA; choose cpu, or build with --features cuda".into(),

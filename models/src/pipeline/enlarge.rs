@@ -12,6 +12,7 @@ use candle_core::{Device, Tensor};
 use super::upscaler::{PictureUpscaler, TILE_WORK};
 use crate::error::{Error, Result};
 use crate::networks::UpscalerNetwork;
+use crate::ops::on_host;
 use crate::picture::{Canvas, Rgb, TILE, Tiles, blended, lanczos, nearest};
 
 /// How often a network enlarges a picture at most.
@@ -306,7 +307,7 @@ fn enlarged(
 ) -> Result<Rgb> {
     let values: Vec<f32> = picture.data.iter().map(|byte| f32::from(*byte) / 255.0).collect();
     let pixels = Tensor::from_vec(values, (1, picture.height, picture.width, 3), device)?;
-    let enlarged = network.forward(&pixels)?.to_device(&Device::Cpu)?;
+    let enlarged = on_host(&network.forward(&pixels)?)?;
     let (_, height, width, _) = enlarged.dims4()?;
     let values = enlarged.flatten_all()?.to_vec1::<f32>()?;
     if !values.iter().all(|value| value.is_finite()) {

@@ -8,7 +8,7 @@
 
 use std::ops::Range;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::control::ActiveControl;
 use super::enlarge::LoadedUpscaler;
@@ -18,6 +18,7 @@ use super::upscaler::LatentUpscaler;
 use super::variation::Variation;
 use crate::error::Result;
 use crate::layers::LoraStack;
+use crate::ops::on_host;
 use crate::picture::{CUBIC, Size, TRIANGLE, Taps, antialiased, cubic, interpolated};
 use crate::sampling::{Noise, SamplerState};
 
@@ -65,10 +66,11 @@ impl HiresUpscaler {
 }
 
 /// The latents with which the hires pass begins: upscaled (1, C, h, w) f32, the same under noise,
-/// and the state of the noise after the draw.
+/// and the sampler and the state of the noise after the draws.
 pub(crate) struct UpscaledLatents {
     pub(crate) clean: Tensor,
     pub(crate) latents: Tensor,
+    pub(crate) sampler: SamplerState,
     pub(crate) noise: Noise,
 }
 
@@ -98,8 +100,10 @@ impl HiresPass {
         if self.seed_delta != 0 {
             noise = noise.moved(self.seed_delta);
         }
-        let latents = self.sampler.begin(Some(&clean), &drawn, &mut noise)?;
-        Ok(UpscaledLatents { clean, latents, noise })
+        let mut sampler = self.sampler.clone();
+        let latents = sampler.begin(Some(&clean), &drawn, &mut noise)?;
+        sampler.draw_ahead(latents.shape(), &mut noise, latents.device())?;
+        Ok(UpscaledLatents { clean, latents, sampler, noise })
     }
 }
 
@@ -122,7 +126,7 @@ impl LatentUpscaler {
         };
         let across = self.line(w, covering.0 / scale, middle(covering.0, to.width()));
         let down = self.line(h, covering.1 / scale, middle(covering.1, to.height()));
-        let values = latents.to_device(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+        let values = on_host(latents)?.flatten_all()?.to_vec1::<f32>()?;
         let planes =
             values.chunks_exact(h * w).flat_map(|plane| resampled(plane, w, &across, &down));
         let shape = (batch, channels, down.len(), across.len());

@@ -54,7 +54,7 @@ impl LoadedModel {
     pub(super) fn load(options: &LoadOptions) -> Result<Self> {
         set_threads(options.threads);
         let (source, add_ons) = (&options.source, &options.add_ons.beside(&options.source));
-        let device = options.device.open()?;
+        let (device, warning) = options.device.choose()?;
         let dtype = options.precision.resolve(&device)?;
         let index = PipelineIndex::read(source)?;
         let half = dtype == DType::F16;
@@ -103,7 +103,7 @@ impl LoadedModel {
             memory,
             add_ons: add_ons.clone(),
             embeddings,
-            warnings: files.warnings,
+            warnings: warning.into_iter().chain(files.warnings).collect(),
         };
         let AddOns { loras, max_lora_bytes, .. } = add_ons.clone();
         let controlnets = ControlNetCache::new(add_ons, (unet.config(), scale), (&device, dtype));

@@ -74,8 +74,8 @@ use crate::error::{Error, Result};
 use crate::layers::LoraStack;
 use crate::networks::Conditioning;
 use crate::ops::{
-    KernelStats, device_kernels, device_name, device_stats, free_device_bytes, linear_combination,
-    tiling,
+    KernelStats, begin_step, cat_rows, device_kernels, device_name, device_pool_bytes,
+    device_stats, end_step, free_device_bytes, linear_combination, tiling,
 };
 use crate::picture::Rgb;
 use crate::sampling::{Noise, Run, SamplerName, SamplerState};
@@ -107,9 +107,15 @@ impl Pipeline {
         words.iter().map(Vec::len).sum()
     }
 
-    /// Free bytes on the GPU; `None` on the CPU, whose memory is the host's.
+    /// Free bytes on the GPU, with those that its pool keeps; `None` on the CPU, whose memory is the
+    /// host's.
     pub fn free_device_bytes(&self) -> Option<u64> {
         free_device_bytes(&self.model.device)
+    }
+
+    /// Bytes that the GPU's pool keeps of what earlier steps have freed; `None` on the CPU.
+    pub fn pool_bytes(&self) -> Option<u64> {
+        device_pool_bytes(&self.model.device)
     }
 
     /// The GPU's name; `None` on the CPU.
@@ -198,7 +204,7 @@ impl Pipeline {
         }
         let base = Pass::base(spec);
         warnings.extend(base.idle_options());
-        let sampler = self.sampler(base)?;
+        let mut sampler = self.sampler(base)?;
         let rows = self.rows(base, &loras, &mut warnings)?;
         let mut noise = Noise::new(spec.seed);
         let inpainting =
@@ -206,7 +212,7 @@ impl Pipeline {
         let init = LatentInit { vae: &self.model.vae, device: &self.model.device, inpainting };
         let InitialLatents { latents, blend, mask_condition, step_noise } =
             tiling(spec.tiling, || init.begin(spec, &sampler, &mut noise))?;
-        let noise = step_noise.unwrap_or(noise);
+        let mut noise = step_noise.unwrap_or(noise);
         let time_embeddings = self.time_embeddings(&sampler, base, &loras)?;
         let controls = controls(base, &nets, &sampler, &mut warnings)?;
         let images = self.images(base, &ip_adapters, &sampler, &mut warnings)?;
@@ -215,6 +221,7 @@ impl Pipeline {
         let of_hires = hires.iter().flat_map(|hires| &hires.controls);
         let mut nets: Vec<_> = controls.iter().chain(of_hires).map(ActiveControl::name).collect();
         nets.dedup();
+        sampler.draw_ahead(latents.shape(), &mut noise, &self.model.device)?;
         Ok(Trajectory {
             nets,
             size: spec.size,
@@ -386,7 +393,10 @@ impl Pipeline {
     /// One step of all trajectories that are not done; all must have one size. It is one UNet call,
     /// and for each whose picture is between two passes a step of that. After an error every
     /// trajectory is unchanged, so that the step can be repeated.
+    ///
+    /// On a GPU a step is queued, and the one before it is done.
     pub fn step(&self, batch: &mut [&mut Trajectory]) -> Result<()> {
+        begin_step(&self.model.device)?;
         let between = |t: &&mut Trajectory| match (&t.hires, &t.between) {
             (Some(hires), Some(between)) => {
                 let decode = || self.decode(t);
@@ -396,6 +406,7 @@ impl Pipeline {
         };
         let between = batch.iter().map(between).collect::<Result<Vec<_>>>()?;
         let sampled = [self.sample(batch, false)?, self.sample(batch, true)?];
+        end_step(&self.model.device)?;
         // Only now, when nothing can fail any more.
         for (trajectory, step) in batch.iter_mut().zip(between) {
             if let Some(step) = step {
@@ -448,7 +459,7 @@ impl Pipeline {
         if active.is_empty() {
             return Ok(Vec::new());
         }
-        let (latents, times) = (Tensor::cat(&latents, 0)?, Tensor::cat(&times, 0)?);
+        let (latents, times) = (cat_rows(&latents)?, cat_rows(&times)?);
         let rows: Vec<_> = conditioning.iter().map(Arc::as_ref).collect();
         let conditioning = Conditioning::stack_seeing(&rows, &seen)?;
         let mut nets: Vec<_> = active.iter_mut().map(|(_, image)| &mut image.controls).collect();

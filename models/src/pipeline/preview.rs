@@ -6,6 +6,7 @@ use candle_core::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::networks::VaeConfig;
+use crate::ops::on_host;
 use crate::picture::Rgb;
 use crate::sampling::Noise;
 
@@ -90,7 +91,7 @@ struct Patches {
 impl Patches {
     fn of(latents: &Tensor) -> Result<Self> {
         let (_, channels, height, width) = latents.dims4()?;
-        let values = latents.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?;
+        let values = on_host(latents)?.flatten_all()?.to_vec1()?;
         Ok(Self { values, channels, height, width })
     }
 

@@ -62,11 +62,11 @@ pub(super) struct StepResult {
 
 impl StepResult {
     /// The first of a hires pass.
-    pub(super) fn of_hires(hires: &HiresPass, upscaled: UpscaledLatents) -> Self {
-        let UpscaledLatents { clean, latents, noise } = upscaled;
+    pub(super) fn of_hires(upscaled: UpscaledLatents) -> Self {
+        let UpscaledLatents { clean, latents, sampler, noise } = upscaled;
         // Until there is an output, a preview shows the upscaled latents.
         let last_call = (clean.clone(), clean);
-        Self { latents, last_call, sampler: hires.sampler.clone(), noise, begins_hires: true }
+        Self { latents, last_call, sampler, noise, begins_hires: true }
     }
 }
 
@@ -150,8 +150,8 @@ impl Trajectory {
         }
         let hires = self.hires.as_ref().filter(|_| sampler.next().is_none());
         let upscaled = hires.map(|hires| hires.begin(&latents, self.size, scale)).transpose()?;
-        if let (Some(hires), Some(upscaled)) = (hires, upscaled.flatten()) {
-            return Ok(StepResult::of_hires(hires, upscaled));
+        if let Some(upscaled) = upscaled.flatten() {
+            return Ok(StepResult::of_hires(upscaled));
         }
         let last_call = (self.latents.clone(), output);
         Ok(StepResult { latents, last_call, sampler, noise, begins_hires: false })
@@ -192,11 +192,7 @@ impl Trajectory {
                     }
                 }
             }
-            BetweenStep::Encoded(upscaled) => {
-                if let Some(hires) = &self.hires {
-                    self.advance(StepResult::of_hires(hires, *upscaled));
-                }
-            }
+            BetweenStep::Encoded(upscaled) => self.advance(StepResult::of_hires(*upscaled)),
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::files::Weights;
 use crate::layers::activation_dtype;
 use crate::networks::{Decoder, Encoder, VaeConfig};
+use crate::ops::on_host;
 
 /// How the files of the VAE are opened again, if they are still those that were loaded.
 pub(super) type Reopen = Box<dyn Fn() -> Result<Weights> + Send + Sync>;
@@ -135,7 +136,7 @@ impl Vae {
             return Err(Error::NotFinite("the latents"));
         }
         let decode = |decoder: &Decoder| -> Result<(Tensor, bool)> {
-            let image = decoder.forward(latents)?.to_device(&Device::Cpu)?;
+            let image = on_host(&decoder.forward(latents)?)?;
             let finite = is_finite(&image)?;
             Ok((image, finite))
         };
@@ -152,7 +153,7 @@ impl Vae {
 }
 
 fn is_finite(x: &Tensor) -> Result<bool> {
-    let values = x.flatten_all()?.to_vec1::<f32>()?;
+    let values = on_host(x)?.flatten_all()?.to_vec1::<f32>()?;
     Ok(values.iter().all(|value| value.is_finite()))
 }
 

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use super::denoiser::linear_combination;
 use super::noise::Noise;
 use super::schedule::Step;
-use super::state::{Outputs, SamplerState, draw};
+use super::state::{Outputs, SamplerState};
 use crate::error::Result;
 
 /// Song et al. 2021, equation 12; and Zheng et al. 2024, "Trajectory Consistency Distillation",
@@ -56,5 +56,5 @@ pub(super) fn ddpm(
         return Ok(mean);
     }
     let variance = (to / from * beta).max(1e-20);
-    linear_combination(&[(1.0, &mean), (variance.sqrt(), &draw(x, noise)?)])
+    linear_combination(&[(1.0, &mean), (variance.sqrt(), &state.draw(x, noise)?)])
 }

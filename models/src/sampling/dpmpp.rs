@@ -148,8 +148,8 @@ pub(super) fn dpmpp_sde(
     let passed = |sigma: f64| f64::from((sigma as f32).ln().exp());
     let is_middle = step.at == step.from;
     let to = if is_middle { step.to.sigma } else { passed(step.to.sigma) };
-    let drawn = motion.between(passed(step.from.sigma), to);
-    state.with_noise(&below, step, &Tensor::from_vec(drawn, x.shape(), x.device())?)
+    let drawn = state.ahead.next(x, || motion.between(passed(step.from.sigma), to))?;
+    state.with_noise(&below, step, &drawn)
 }
 
 /// x0 halfway through a step in lambda, on the line through the last two predictions: D of

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use super::denoiser::linear_combination;
 use super::noise::Noise;
 use super::schedule::Step;
-use super::state::{Outputs, SamplerState, draw};
+use super::state::{Outputs, SamplerState};
 use crate::error::{Error, Result};
 
 /// Algorithm 3: the consistency function, then fresh noise up to the next level.
@@ -26,7 +26,7 @@ pub(super) fn lcm(
     if state.completed() + 1 == state.evaluations() {
         return Ok(denoised);
     }
-    linear_combination(&[(step.to.alpha, &denoised), (step.to.sigma, &draw(x, noise)?)])
+    linear_combination(&[(step.to.alpha, &denoised), (step.to.sigma, &state.draw(x, noise)?)])
 }
 
 /// `steps` timesteps, descending, evenly among the first `levels` timesteps of the distillation

@@ -8,6 +8,7 @@
 //! plan > config > names > samplers > table > algorithm > pndm, ddpm, euler, dpmpp, deis, unipc, lcm > state > denoiser > schedule
 //! ```
 
+mod ahead;
 mod algorithm;
 mod betas;
 mod brownian;
@@ -24,6 +25,7 @@ mod noise;
 mod options;
 mod plan;
 mod pndm;
+mod rehearsal;
 mod restart;
 mod samplers;
 mod schedule;

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use super::ahead::Ahead;
 use super::algorithm::{Algorithm, KarrasTimesteps, LevelGrid, Sampler, Stages, StepNoise};
 use super::betas::Betas;
 use super::config::SchedulerConfig;
@@ -85,6 +86,7 @@ impl SamplerState {
             s_noise: options.s_noise.filter(|_| row.s_noise || row.churns).unwrap_or(1.0),
             history: Vec::new(),
             anchor: None,
+            ahead: Ahead::default(),
         })
     }
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use super::ahead::Ahead;
 use super::denoiser::{Denoiser, linear_combination};
 use super::noise::Noise;
 use super::schedule::{Evaluation, NoiseLevel, Schedule, Step};
@@ -52,6 +53,8 @@ pub struct SamplerState {
     pub(super) history: Vec<Tensor>,
     /// The latents from which the current step began, while it is not complete.
     pub(super) anchor: Option<Tensor>,
+    /// Noise of later steps.
+    pub(super) ahead: Ahead,
 }
 
 impl SamplerState {
@@ -111,9 +114,9 @@ impl SamplerState {
         let sigma = raised_by.map_or(at.sigma, |by| (at.sigma.powi(2) - by * by).sqrt());
         let x = match x0 {
             Some(x0) => linear_combination(&[(at.alpha, x0), (sigma, drawn)])?,
-            None => (drawn * self.init_noise_sigma())?,
+            None => linear_combination(&[(self.init_noise_sigma(), drawn)])?,
         };
-        self.raised(x, noise)
+        self.clone().raised(x, noise)
     }
 
     /// The latents after an evaluation, from those before it and the UNet's outputs, all
@@ -134,11 +137,19 @@ impl SamplerState {
     }
 
     /// x with the noise that is added before the next evaluation.
-    fn raised(&self, x: Tensor, noise: &mut Noise) -> Result<Tensor> {
+    fn raised(&mut self, x: Tensor, noise: &mut Noise) -> Result<Tensor> {
         match self.schedule.steps.get(self.position).and_then(|step| step.raised_by) {
-            Some(by) => linear_combination(&[(1.0, &x), (by * self.s_noise, &draw(&x, noise)?)]),
+            Some(by) => {
+                let drawn = self.draw(&x, noise)?;
+                linear_combination(&[(1.0, &x), (by * self.s_noise, &drawn)])
+            }
             None => Ok(x),
         }
+    }
+
+    /// Noise of the shape of x: the next values of the image's stream.
+    pub(super) fn draw(&mut self, x: &Tensor, noise: &mut Noise) -> Result<Tensor> {
+        Ok(self.ahead.next(x, || noise.normal(x.elem_count()))?)
     }
 
     /// Puts a result in front of the history, of which the first `most` are kept.
@@ -153,11 +164,12 @@ impl SamplerState {
     }
 
     /// The end of a step from `x` below it: noise takes x up to the step's level.
-    pub(super) fn renoised(&self, x: Tensor, step: Step, noise: &mut Noise) -> Result<Tensor> {
+    pub(super) fn renoised(&mut self, x: Tensor, step: Step, noise: &mut Noise) -> Result<Tensor> {
         if step.noise() == 0.0 {
             return Ok(x);
         }
-        self.with_noise(&x, step, &draw(&x, noise)?)
+        let drawn = self.draw(&x, noise)?;
+        self.with_noise(&x, step, &drawn)
     }
 
     /// The same with noise of unit variance that is drawn already.
@@ -188,10 +200,4 @@ pub(super) fn first_order(
 ) -> Result<Tensor> {
     let scale = to.sigma / from.sigma;
     linear_combination(&[(scale, x), (to.alpha - from.alpha * scale, x0)])
-}
-
-/// Noise of the shape of x: the next values of the image's stream.
-pub(super) fn draw(x: &Tensor, noise: &mut Noise) -> Result<Tensor> {
-    let values = noise.normal(x.elem_count());
-    Ok(Tensor::from_vec(values, x.shape(), x.device())?)
 }

@@ -1,5 +1,5 @@
-//! `sd-server bench --verify`: compares the images of a device with those of the CPU, and times the
-//! device. Reports a table or JSON.
+//! `sd-server bench --verify`: times a device, and compares its images with those of the CPU. Reports
+//! a table or JSON; of two that fail the other is reported all the same.
 
 use std::fmt;
 use std::iter::successors;
@@ -26,12 +26,13 @@ const WARM_UP: usize = 2;
 /// GPUs with known limits: part of the name, f16 operations per second on tensor cores without
 /// sparsity and with f32 accumulation, memory bandwidth in bytes per second. From NVIDIA's data
 /// sheets.
-const GPUS: [(&str, f64, f64); 5] = [
+const GPUS: [(&str, f64, f64); 6] = [
     ("T4", 65e12, 320e9),
     ("A10G", 70e12, 600e9),
     ("L4", 121e12, 300e9),
     ("A100", 312e12, 1555e9),
     ("H100", 989e12, 3350e9),
+    ("H200", 989e12, 4800e9),
 ];
 
 /// What `bench --verify` times.
@@ -67,19 +68,34 @@ struct DeviceReport {
     dtype: String,
     size: String,
     load_seconds: f64,
-    /// Difference of the image's bytes from the CPU's in f32.
-    mean_difference: f64,
-    max_difference: u8,
-    /// Tolerance of mean and max.
-    allowed: (f64, u8),
+    #[serde(flatten)]
+    times: Option<Times>,
+    #[serde(flatten)]
+    difference: Option<Difference>,
+    /// What could not be timed or compared, and why.
+    failures: Vec<String>,
+}
+
+/// How long the device takes.
+#[derive(Debug, Serialize)]
+struct Times {
     decode_seconds: f64,
     rows: Vec<Timing>,
-    /// Free memory before and after the largest batch; the pool retains its memory.
-    free_bytes: (Option<u64>, Option<u64>),
     /// Work of the kernels in a step of two rows.
     step: Vec<(&'static str, KernelStats)>,
     /// Share of the roofline bound that a step of two rows reaches, if the GPU is known.
     roofline_share: Option<f64>,
+    /// What the pool of the GPU keeps after the largest batch, beyond the weights.
+    pool_bytes: Option<u64>,
+}
+
+/// Difference of an image's bytes from those of the CPU in f32.
+#[derive(Debug, Serialize)]
+struct Difference {
+    mean_difference: f64,
+    max_difference: u8,
+    /// Tolerance of mean and max.
+    allowed: (f64, u8),
 }
 
 #[derive(Debug, Serialize)]
@@ -110,53 +126,35 @@ pub(crate) fn run(model: ModelConfig, timing: &TimingConfig, json: bool) -> Resu
             info.precision
         );
     }
-    let free = pipeline.free_device_bytes();
     let size = timing.size.unwrap_or(info.defaults.size);
     let bench = DeviceBench { pipeline, size, evaluations: timing.evaluations };
-    let (mean, max) = bench.compare(options)?;
-    let allowed = if info.precision == "f32" { (0.5, 2) } else { (3.0, 64) };
-
-    let mut two = bench.begin(2)?;
-    let before = Pipeline::work();
-    bench.step(&mut two)?;
-    let mut step_work = Pipeline::work();
-    for ((_, work), (_, before)) in step_work.iter_mut().zip(before) {
-        work.launches -= before.launches;
-        work.flops -= before.flops;
-        work.bytes -= before.bytes;
-    }
-    bench.pipeline.decode(&two[0])?;
-    let began = Instant::now();
-    bench.pipeline.decode(&two[0])?;
-    let decode_seconds = began.elapsed().as_secs_f64();
-    let rows = bench.times(timing.max_rows, decode_seconds)?;
-
-    let name = bench.pipeline.device_name();
-    let share = name.as_deref().and_then(limits).and_then(|(flops, bandwidth)| {
-        let least = step_work
-            .iter()
-            .map(|(_, work)| (work.flops as f64 / flops).max(work.bytes as f64 / bandwidth));
-        Some(least.sum::<f64>() * rows.get(1)?.steps_per_second)
-    });
+    // What takes seconds before what may take an hour, where the CPU draws a large image.
+    let times = bench.all_times(timing.max_rows);
+    let difference = bench.compare(options);
+    let failures = [
+        times.as_ref().err().map(|error| format!("not timed: {error:#}")),
+        difference.as_ref().err().map(|error| format!("not compared: {error:#}")),
+    ];
     let report = DeviceReport {
         version: env!("CARGO_PKG_VERSION"),
         model: info.name,
         device: info.device,
-        name,
+        name: bench.pipeline.device_name(),
         kernels: bench.pipeline.device_kernels(),
         dtype: info.precision,
         size: size.to_string(),
         load_seconds,
-        mean_difference: mean,
-        max_difference: max,
-        allowed,
-        decode_seconds,
-        rows,
-        free_bytes: (free, bench.pipeline.free_device_bytes()),
-        step: step_work,
-        roofline_share: share,
+        times: times.ok(),
+        difference: difference.ok(),
+        failures: failures.into_iter().flatten().collect(),
     };
     print(&report, json)?;
+    ensure!(report.failures.is_empty(), "{}", report.failures.join("; "));
+    let Some(Difference { mean_difference: mean, max_difference: max, allowed }) =
+        report.difference
+    else {
+        return Ok(());
+    };
     ensure!(
         mean <= allowed.0 && max <= allowed.1,
         "the device's image differs from the CPU's: mean {mean:.3}/255, max {max}/255"
@@ -195,8 +193,7 @@ impl DeviceBench {
         }
     }
 
-    /// Mean and maximum difference between the device's image and the CPU's in f32.
-    fn compare(&self, options: LoadOptions) -> Result<(f64, u8)> {
+    fn compare(&self, options: LoadOptions) -> Result<Difference> {
         let cpu = LoadOptions { device: DeviceName::Cpu, precision: Precision::F32, ..options };
         let generate = |pipeline: &Pipeline| -> Result<Rgb> {
             let mut trajectory = pipeline.begin(&self.spec(2, 7, COMPARED_STEPS))?;
@@ -207,8 +204,39 @@ impl DeviceBench {
         };
         let (ours, theirs) = (generate(&self.pipeline)?, generate(&Pipeline::load(&cpu)?)?);
         let each = || ours.data.iter().zip(&theirs.data).map(|(a, b)| a.abs_diff(*b));
-        let mean = each().map(f64::from).sum::<f64>() / ours.data.len() as f64;
-        Ok((mean, each().max().unwrap_or_default()))
+        Ok(Difference {
+            mean_difference: each().map(f64::from).sum::<f64>() / ours.data.len() as f64,
+            max_difference: each().max().unwrap_or_default(),
+            allowed: if self.pipeline.info().precision == "f32" { (0.5, 2) } else { (3.0, 64) },
+        })
+    }
+
+    /// The work of a step of two rows, and the times of a decode and of steps.
+    fn all_times(&self, max_rows: usize) -> Result<Times> {
+        let mut two = self.begin(2)?;
+        let before = Pipeline::work();
+        self.step(&mut two)?;
+        let mut step = Pipeline::work();
+        for ((_, work), (_, before)) in step.iter_mut().zip(before) {
+            work.launches -= before.launches;
+            work.flops -= before.flops;
+            work.bytes -= before.bytes;
+        }
+        self.pipeline.decode(&two[0])?;
+        let began = Instant::now();
+        self.pipeline.decode(&two[0])?;
+        let decode_seconds = began.elapsed().as_secs_f64();
+        drop(two);
+        let rows = self.times(max_rows, decode_seconds)?;
+        let name = self.pipeline.device_name();
+        let roofline_share = name.as_deref().and_then(limits).and_then(|(flops, bandwidth)| {
+            let least = step
+                .iter()
+                .map(|(_, work)| (work.flops as f64 / flops).max(work.bytes as f64 / bandwidth));
+            Some(least.sum::<f64>() * rows.get(1)?.steps_per_second)
+        });
+        let pool_bytes = self.pipeline.pool_bytes();
+        Ok(Times { decode_seconds, rows, step, roofline_share, pool_bytes })
     }
 
     fn begin(&self, rows: usize) -> Result<Vec<Trajectory>> {
@@ -268,12 +296,24 @@ impl fmt::Display for DeviceReport {
         if let Some(kernels) = &self.kernels {
             writeln!(f, "kernels          {kernels}")?;
         }
-        let (mean, max) = self.allowed;
-        writeln!(
-            f,
-            "against the CPU  mean {:.3}/255, max {}/255 (allowed {mean} and {max})",
-            self.mean_difference, self.max_difference
-        )?;
+        if let Some(Difference { mean_difference, max_difference, allowed: (mean, max) }) =
+            self.difference
+        {
+            writeln!(
+                f,
+                "against the CPU  mean {mean_difference:.3}/255, max {max_difference}/255 (allowed \
+                 {mean} and {max})"
+            )?;
+        }
+        if let Some(times) = &self.times {
+            times.fmt(f)?;
+        }
+        self.failures.iter().try_for_each(|failure| writeln!(f, "{failure}"))
+    }
+}
+
+impl fmt::Display for Times {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "decode           {:.4} s", self.decode_seconds)?;
         writeln!(f, "rows  steps/s    images/s")?;
         for Timing { rows, steps_per_second, images_per_second } in &self.rows {
@@ -286,10 +326,10 @@ impl fmt::Display for DeviceReport {
                 "{kind:9}  {launches} launches a step of 2 rows, {gigaflops:.1} GFLOP, {megabytes:.1} MB"
             )?;
         }
-        if let (Some(before), Some(after)) = self.free_bytes {
-            let taken = before.saturating_sub(after) as f64 / f64::from(1 << 20);
+        if let Some(bytes) = self.pool_bytes {
+            let taken = bytes as f64 / f64::from(1 << 20);
             let rows = self.rows.last().map_or(0, |timing| timing.rows);
-            writeln!(f, "memory           {taken:.0} MiB more at {rows} rows than after loading")?;
+            writeln!(f, "memory           {taken:.0} MiB beyond the weights for {rows} rows")?;
         }
         match self.roofline_share {
             Some(share) => {
@@ -309,6 +349,7 @@ mod tests {
         assert_eq!(limits("NVIDIA A100-SXM4-80GB").map(|c| c.0), Some(312e12));
         assert_eq!(limits("NVIDIA A10G").map(|c| c.0), Some(70e12));
         assert_eq!(limits("Tesla T4").map(|c| c.0), Some(65e12));
+        assert_eq!(limits("NVIDIA H200"), Some((989e12, 4800e9)));
         assert_eq!(limits("NVIDIA L40S"), None);
     }
 }

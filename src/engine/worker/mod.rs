@@ -138,6 +138,10 @@ impl<M: Model> Worker<M> {
         self.caps.retain(|kind, _| loads.iter().any(|load| load.kind == *kind));
         let work = self.step();
         self.retire();
+        if device.is_waited_for() {
+            // What is queued is this model's time and memory. An error comes back at the next step.
+            let _ = self.model.settle();
+        }
         drop(turn);
         self.time_used = time_used;
         self.report(began.elapsed(), work);

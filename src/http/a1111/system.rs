@@ -13,16 +13,17 @@ use crate::http::headers::warnings_header;
 use crate::http::state::{AppState, model_of};
 use crate::request::ValidationError;
 
-/// `GET /sdapi/v1/memory`: of the host and of the first GPU, in bytes.
+/// `GET /sdapi/v1/memory`: of the host and of the model's GPU, in bytes.
 pub(crate) async fn memory_use(State(state): State<AppState>) -> Json<Value> {
     let used = memory::resident().unwrap_or(0);
     let total = memory::total().unwrap_or(used);
     let ram = json!({ "free": total.saturating_sub(used), "used": used, "total": total });
     // Reading takes milliseconds, and half a second where a driver hangs.
     let gpus = tokio::task::spawn_blocking(gpu::read).await.unwrap_or_default();
-    let on_gpu = model_of(&state.engine).ok().flatten().is_some_and(|model| model.device != "cpu");
-    let first = gpus.first().filter(|_| on_gpu);
-    let cuda = first.and_then(|gpu| Some((gpu.memory_used_bytes?, gpu.memory_bytes?)));
+    let model = model_of(&state.engine).ok().flatten();
+    let number = model.and_then(|model| model.device.strip_prefix("cuda:")?.parse::<usize>().ok());
+    let gpu = number.and_then(|number| gpus.get(number));
+    let cuda = gpu.and_then(|gpu| Some((gpu.memory_used_bytes?, gpu.memory_bytes?)));
     let cuda = match cuda {
         Some((used, total)) => json!({
             "system": { "free": total.saturating_sub(used), "used": used, "total": total },

@@ -14,6 +14,7 @@ use super::vision::VisionTower;
 use crate::error::{Error, Result};
 use crate::files::{Source, Weights};
 use crate::layers::LayerBuilder;
+use crate::ops::on_host;
 use crate::picture::{Rgb, clip_crop};
 
 /// Number of NSFW concepts.
@@ -118,7 +119,7 @@ impl ConceptEmbeds {
     }
 
     fn cosines(&self, embedding: &Tensor) -> Result<Vec<f32>> {
-        let embedding = unit(&embedding.to_device(&Device::Cpu)?)?;
+        let embedding = unit(&on_host(embedding)?)?;
         let cosines = embedding.matmul(&self.columns)?.flatten_all()?.to_vec1::<f32>()?;
         if cosines.iter().any(|cosine| cosine.is_nan()) {
             // NaN is not above any threshold, so the image would pass.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use crate::error::Result;
+use crate::ops::{add_silu, cat_rows};
 
 /// Numbers of the sizes that a UNet of Stable Diffusion XL is conditioned on.
 pub(crate) const SIZES: usize = 6;
@@ -60,8 +61,7 @@ impl Conditioning {
     pub(in crate::networks) fn added_to(times: &Tensor, conditioning: &[Self]) -> Result<Tensor> {
         let added: Option<Vec<_>> = conditioning.iter().map(|rows| rows.added.as_ref()).collect();
         let none = || candle_core::Error::msg("rows have no pooled prompt and sizes");
-        let added = Tensor::cat(&added.ok_or_else(none)?, 0)?;
-        Ok((times + added)?.silu()?)
+        Ok(add_silu(times, &cat_rows(&added.ok_or_else(none)?)?)?)
     }
 
     /// The conditioning of a batch from that of its rows: one entry for each run of rows that have
@@ -76,10 +76,10 @@ impl Conditioning {
         let stacked = |run: &[&Self]| {
             let kv: Vec<_> = run.iter().map(|row| &*row.kv).collect();
             let added: Option<Vec<_>> = run.iter().map(|row| row.added.as_ref()).collect();
-            let added = added.map(|added| Tensor::cat(&added, 0)).transpose()?;
+            let added = added.map(|added| cat_rows(&added)).transpose()?;
             let seen = Seen::stack(&seen[first..first + run.len()])?;
             first += run.len();
-            Ok(Self { kv: Arc::new(Tensor::cat(&kv, 0)?), added, inputs: None, seen })
+            Ok(Self { kv: Arc::new(cat_rows(&kv)?), added, inputs: None, seen })
         };
         rows.chunk_by(|a, b| a.kv.dims() == b.kv.dims()).map(stacked).collect()
     }
@@ -108,7 +108,7 @@ impl Seen {
             for run in rows.chunk_by(|a, b| tokens(a) == tokens(b)) {
                 let kv: Vec<_> = run.iter().filter_map(|row| row.get(k)).map(|kv| &**kv).collect();
                 if !kv.is_empty() {
-                    all.push(Self { first, rows: run.len(), kv: Tensor::cat(&kv, 0)? });
+                    all.push(Self { first, rows: run.len(), kv: cat_rows(&kv)? });
                 }
                 first += run.len();
             }

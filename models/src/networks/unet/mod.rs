@@ -33,8 +33,8 @@ use crate::layers::{LayerBuilder, LoraLayer, LoraStack, activation_dtype};
 use crate::networks::config::UNetConfig;
 use crate::networks::resnet::Stack;
 use crate::ops::{
-    ChannelConcat, Conv2d, Epilogue, Geometry, GroupNorm, Linear, channels_first, channels_last,
-    in_pool,
+    ChannelConcat, Conv2d, Epilogue, Geometry, GroupNorm, Linear, cast, channels_first,
+    channels_last, in_pool,
 };
 
 /// The denoising network.
@@ -126,14 +126,14 @@ impl UNet2DConditionModel {
     /// Keys and values of all cross attentions (B, M, kv_width), which are the same at every step,
     /// from the text encoders' hidden states (B, M, D) f32.
     pub(crate) fn keys_values(&self, context: &Tensor, loras: &[LoraStack]) -> Result<Tensor> {
-        let context = context.to_dtype(self.dtype)?.contiguous()?;
+        let context = cast(&context.contiguous()?, self.dtype)?;
         in_pool(&self.device, || Ok(self.to_kv.forward(&context, Epilogue::NONE, loras)?))
     }
 
     /// The conditioning on a prompt whose keys and values are known, with its hidden states
     /// (B, M, D) f32.
     pub(crate) fn on_prompt(&self, kv: Arc<Tensor>, context: &Tensor) -> Result<Conditioning> {
-        Ok(Conditioning::new(kv, context.to_dtype(self.dtype)?.contiguous()?))
+        Ok(Conditioning::new(kv, cast(&context.contiguous()?, self.dtype)?))
     }
 
     /// The conditioning for [`Self::forward`] from the text encoders' hidden states (B, M, D) f32.

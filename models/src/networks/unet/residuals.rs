@@ -4,6 +4,7 @@ use candle_core::Tensor;
 
 use super::descent::Descended;
 use crate::error::Result;
+use crate::ops::{add, cat_rows};
 
 /// What ControlNets add to the batch rows of a UNet call. A row that gets nothing is not touched.
 #[derive(Debug, Default)]
@@ -72,11 +73,12 @@ impl Residuals {
                 // A pooled one has a value for all pixels.
                 sum = sum.broadcast_add(&other)?;
             }
-            parts.push(own.broadcast_add(&sum)?);
+            let is_whole = own.dims() == sum.dims();
+            parts.push(if is_whole { add(&own, &sum)? } else { own.broadcast_add(&sum)? });
         }
         match &parts[..] {
             [one] => Ok(one.clone()),
-            several => Ok(Tensor::cat(several, 0)?),
+            several => Ok(cat_rows(several)?),
         }
     }
 }

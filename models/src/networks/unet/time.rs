@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::error::Result;
 use crate::layers::{LayerBuilder, LoraLayer, LoraStack};
 use crate::networks::config::{AddedConfig, UNetConfig};
-use crate::ops::{Activation, Epilogue, Linear};
+use crate::ops::{Activation, Epilogue, Linear, add, cast};
 
 /// A sinusoidal embedding and two linear layers.
 pub(in crate::networks) struct TimeEmbedding {
@@ -56,12 +56,12 @@ impl TimeEmbedding {
     ) -> Result<Tensor> {
         let shape = (timesteps.len(), self.sinusoids.width);
         let x = Tensor::from_vec(self.sinusoids.of(timesteps), shape, &self.device)?;
-        let mut x = x.to_dtype(self.dtype)?;
+        let mut x = cast(&x, self.dtype)?;
         if let Some((width, cond_proj)) = &self.guidance {
             let guidance = guidance_embedding(guidance_scale, *width).repeat(timesteps.len());
             let guidance = Tensor::from_vec(guidance, (timesteps.len(), *width), &self.device)?;
-            let guidance = guidance.to_dtype(self.dtype)?;
-            x = (x + cond_proj.forward(&guidance, Epilogue::NONE, loras)?)?;
+            let guidance = cast(&guidance, self.dtype)?;
+            x = add(&x, &cond_proj.forward(&guidance, Epilogue::NONE, loras)?)?;
         }
         let silu = Epilogue::activation(Activation::Silu);
         let x = self.linear[0].forward(&x, silu, loras)?;
@@ -138,7 +138,7 @@ impl AddedEmbedding {
         let embedded = self.sizes.of(sizes);
         let width = embedded.len();
         let embedded = Tensor::from_vec(embedded, (1, width), &self.device)?;
-        let x = Tensor::cat(&[pooled, &embedded], 1)?.to_dtype(self.dtype)?;
+        let x = cast(&Tensor::cat(&[pooled, &embedded], 1)?, self.dtype)?;
         let silu = Epilogue::activation(Activation::Silu);
         let x = self.linear[0].forward(&x, silu, loras)?;
         Ok(self.linear[1].forward(&x, Epilogue::NONE, loras)?)

@@ -1,6 +1,8 @@
 //! f32 tensors in host memory as slices.
 
-use candle_core::{CpuStorage, DType, Device, Result, Storage, StorageRef, Tensor, bail};
+use candle_core::{CpuStorage, DType, Result, Storage, StorageRef, Tensor, bail};
+
+use crate::ops::host_copy::on_host;
 
 /// A contiguous f32 tensor in host memory, locked while its data is read.
 pub(super) struct Host<'a> {
@@ -34,5 +36,5 @@ pub(super) fn host(tensor: &Tensor) -> Result<Host<'_>> {
 
 /// Parameters as f32 in host memory, whatever their type and device.
 pub(in crate::ops) fn to_host(tensor: &Tensor) -> Result<Vec<f32>> {
-    tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
+    on_host(tensor)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()
 }

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use super::buffers::fill_chunks;
 use super::host::host;
+use crate::ops::host_copy::on_host;
 
 /// Numbers that a thread converts at a time.
 const CHUNK: usize = 1 << 16;
@@ -148,7 +149,7 @@ impl Weight<'_> {
     /// As f32 in host memory.
     pub(in crate::ops) fn tensor(&self) -> Result<Tensor> {
         match self {
-            Self::Tensor(tensor) => tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32),
+            Self::Tensor(tensor) => on_host(tensor)?.to_dtype(DType::F32),
             Self::Data(numbers, shape) => Tensor::from_vec(numbers.floats(), *shape, &Device::Cpu),
         }
     }

@@ -2,30 +2,62 @@
 //! support.
 
 use std::collections::BTreeMap;
+use std::ffi::c_char;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use candle_core::cuda::WrapErr as _;
 use candle_core::cuda_backend::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaStream, sys,
+    CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys,
 };
 use candle_core::{DType, Device, Result, Tensor, bail};
 
 use super::images::KernelFile;
+use super::{driver, pool, steps};
 
 /// A device with one stream of its own.
+///
+/// # Errors
+/// Of the driver; and, as a message, that it is too old for this build.
 pub(crate) fn open(number: usize) -> Result<Device> {
+    driver::check()?;
     let device = Device::new_cuda_with_stream(number)?;
+    let cuda = device.as_cuda_device()?;
     // SAFETY: events order the work of several streams on one tensor, and every tensor stays on
     // the one stream of its device.
-    unsafe { device.as_cuda_device()?.disable_event_tracking() };
+    unsafe { cuda.disable_event_tracking() };
+    let stream = cuda.cuda_stream();
+    // A thread that waits sleeps, where a host may have four cores for the server and all else.
+    stream.context().set_blocking_synchronize().w()?;
+    pool::keep(stream.context())?;
     Ok(device)
 }
 
-/// Free memory of the device, in bytes.
+/// Free memory of the device, in bytes, with what its pool keeps.
 pub(crate) fn free_bytes(device: &Device) -> Option<u64> {
     let context = device.as_cuda_device().ok()?.cuda_stream().context().clone();
-    context.mem_get_info().ok().map(|(free, _)| free as u64)
+    let (free, _) = context.mem_get_info().ok()?;
+    Some(free as u64 + pool::kept_bytes(&context).unwrap_or(0))
+}
+
+/// Bytes that the device's pool keeps and nothing uses.
+pub(crate) fn pool_bytes(device: &Device) -> Option<u64> {
+    pool::kept_bytes(device.as_cuda_device().ok()?.cuda_stream().context())
+}
+
+/// The UUIDs of all cards as the management library writes them, in the order of their numbers here.
+pub(crate) fn uuids() -> Vec<String> {
+    let count = CudaContext::device_count().unwrap_or(0);
+    let uuid = |number| {
+        let device = result::device::get(number)?;
+        let bytes = result::device::get_uuid(device)?.bytes;
+        let hex =
+            |part: &[c_char]| part.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let parts = [&bytes[..4], &bytes[4..6], &bytes[6..8], &bytes[8..10], &bytes[10..]];
+        Ok(format!("GPU-{}", parts.map(hex).join("-")))
+    };
+    // All or none: a card's number is its place.
+    (0..count).map(uuid).collect::<std::result::Result<_, DriverError>>().unwrap_or_default()
 }
 
 /// The device's name.
@@ -139,15 +171,23 @@ impl Gpu {
         match refused {
             None => bail!("no {name} kernels for compute capability {}.{}", of / 10, of % 10),
             Some((image, error)) => {
-                bail!("the driver refuses the {name} kernels ({}): {error}", image.name())
+                let (image, driver) = (image.name(), driver::name());
+                bail!("{driver} refuses the {name} kernels ({image}): {error}")
             }
         }
     }
 }
 
-/// Unloads the kernels of devices that are closed, which take memory of the GPU.
-pub(in crate::ops) fn unload_closed() {
+/// Returns the memory of all cards that nothing uses: that which their pools keep, and the kernels of
+/// devices that are closed. Waits for the cards.
+pub(in crate::ops) fn return_memory() {
+    let known: Vec<_> = locked(&OPEN).iter().map(|(_, gpu)| Arc::clone(gpu)).collect();
+    steps::forget_closed();
     locked(&OPEN).retain(|(stream, _)| stream.strong_count() > 0);
+    for gpu in known {
+        // A card that cannot is lost, which the next step tells.
+        let _ = pool::trim(&gpu.context);
+    }
 }
 
 #[cfg(test)]
@@ -159,7 +199,18 @@ mod tests {
     fn a_refused_cubin_gives_way_to_ptx() {
         let Some(device) = crate::ops::cuda::tests::device() else { return };
         let gpu = Gpu::of(device.as_cuda_device().expect("a GPU")).expect("its properties");
-        const BROKEN: &[u8] = b"\x7fELF without any kernel\0";
+        // No sections, and room behind the header: a driver is not told where an image ends.
+        const BROKEN: &[u8] = &{
+            let mut image = [0; 4096];
+            let header = b"\x7fELF\x02\x01\x01\x33\x07\0\0\0\0\0\0\0\x02\0\xbe\0\x01";
+            let mut i = 0;
+            while i < header.len() {
+                image[i] = header[i];
+                i += 1;
+            }
+            image[52] = 64;
+            image
+        };
         const CUBINS: &[(i32, &[u8])] =
             &[(75, BROKEN), (80, BROKEN), (90, BROKEN), (100, BROKEN), (120, BROKEN)];
         let file = KernelFile::new("refused", LAYOUT.ptx, CUBINS);

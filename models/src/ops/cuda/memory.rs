@@ -25,6 +25,7 @@ impl<'a> Operand<'a> {
             CudaStorageSlice::F32(slice) => slice.device_ptr(&stream).0,
             CudaStorageSlice::F16(slice) => slice.device_ptr(&stream).0,
             CudaStorageSlice::BF16(slice) => slice.device_ptr(&stream).0,
+            CudaStorageSlice::U32(slice) => slice.device_ptr(&stream).0,
             _ => bail!("no kernel for {:?}", tensor.dtype()),
         };
         let bytes = layout.start_offset() * tensor.dtype().size_in_bytes();

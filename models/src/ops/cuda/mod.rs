@@ -8,20 +8,28 @@
 mod attention;
 mod combine;
 mod device;
+mod driver;
+mod elements;
+mod fault;
 mod images;
 mod launch;
 mod layout;
 mod memory;
 mod norm;
+mod pool;
 mod product;
+mod steps;
 #[cfg(test)]
 mod tests;
 
 pub(super) use attention::attention;
 pub(super) use combine::{lerp, linear_combination};
-pub(super) use device::unload_closed;
-pub(crate) use device::{free_bytes, loaded_images, name, open};
+pub(super) use device::return_memory;
+pub(crate) use device::{free_bytes, loaded_images, name, open, pool_bytes, uuids};
+pub(super) use elements::{cat_rows, convert, embed, scaled_sum};
+pub(crate) use fault::device_fault;
 pub(crate) use images::stats;
 pub(super) use layout::{channels_first, channels_last};
 pub(super) use norm::{group_norm, layer_norm};
 pub(super) use product::CudaFilter;
+pub(crate) use steps::{begin_step, end_step};

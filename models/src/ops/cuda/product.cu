@@ -195,15 +195,17 @@ __device__ void product(const Product<T> &p) {
     }
 }
 
-#define KERNEL(T, ROWS, COLUMNS, WARP_ROWS, THREADS, WHOLE, NAME)                                       \
-    extern "C" __global__ void __launch_bounds__(THREADS) product_##NAME##_##T(const Product<T> p) {    \
-        product<T, ROWS, COLUMNS, WARP_ROWS, WHOLE>(p);                                                 \
+// BLOCKS of them fit a processor, whatever the compiler: the large tile is at the limit.
+#define KERNEL(T, ROWS, COLUMNS, WARP_ROWS, THREADS, BLOCKS, WHOLE, NAME)    \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)            \
+        product_##NAME##_##T(const Product<T> p) {                           \
+        product<T, ROWS, COLUMNS, WARP_ROWS, WHOLE>(p);                      \
     }
-#define KERNELS(T)                                  \
-    KERNEL(T, 128, 128, 64, 256, true, large)       \
-    KERNEL(T, 128, 64, 32, 256, true, middle)       \
-    KERNEL(T, 64, 64, 32, 128, true, small)         \
-    KERNEL(T, 64, 64, 32, 128, false, ragged)
+#define KERNELS(T)                                     \
+    KERNEL(T, 128, 128, 64, 256, 2, true, large)       \
+    KERNEL(T, 128, 64, 32, 256, 1, true, middle)       \
+    KERNEL(T, 64, 64, 32, 128, 1, true, small)         \
+    KERNEL(T, 64, 64, 32, 128, 1, false, ragged)
 
 KERNELS(f16)
 #if __CUDA_ARCH__ >= 800

@@ -203,34 +203,74 @@ impl CudaFilter {
         // A chunk of 16 bytes is part of one pixel of one image.
         let aligned = args.a.iter().all(|address| address.is_multiple_of(16));
         let whole = aligned && c1.is_multiple_of(8) && c2.is_multiple_of(8);
-        let processors = Gpu::of(device)?.processors;
-        let (name, tile, threads) = Self::tile(processors, (m, n), whole);
+        let tile = Tile::of(Gpu::of(device)?.processors, (m, n), whole);
         // On the x axis, columns first: the others end at 65,535, less than a large image's rows.
-        let blocks = (n.div_ceil(tile.1) * m.div_ceil(tile.0), 1, 1);
-        let grid = Grid { blocks, threads, shared: 0 };
+        let blocks = (n.div_ceil(tile.columns) * m.div_ceil(tile.rows), 1, 1);
+        let grid = Grid { blocks, threads: tile.threads, shared: 0 };
         // SAFETY: the operands have the shapes that the arguments say.
-        unsafe { launch(device, &PRODUCT, (name, dtype), &grid, &args)? };
+        unsafe { launch(device, &PRODUCT, (tile.kernel, dtype), &grid, &args)? };
         let operands = [Some(&x.first), x.second.as_ref(), Some(&self.weight), epilogue.residual];
         let moved = bytes(&operands) + bytes(&[Some(&y)]);
         PRODUCT.count((2 * m * n * row) as u64, moved);
         Ok(y)
     }
+}
 
-    /// The kernel, its tile (rows, columns) and threads: the largest that fills the device.
-    fn tile(
-        processors: usize,
-        (m, n): (usize, usize),
-        whole: bool,
-    ) -> (&'static str, (usize, usize), usize) {
-        let fills = |rows, columns| m.div_ceil(rows) * n.div_ceil(columns) >= processors;
-        if !whole {
-            ("product_ragged", (64, 64), 128)
-        } else if n.div_ceil(64).is_multiple_of(2) && fills(128, 128) {
-            ("product_large", (128, 128), 256)
-        } else if fills(128, 64) {
-            ("product_middle", (128, 64), 256)
-        } else {
-            ("product_small", (64, 64), 128)
+/// What a block computes of a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Tile {
+    kernel: &'static str,
+    rows: usize,
+    columns: usize,
+    threads: usize,
+}
+
+impl Tile {
+    pub(super) const LARGE: Self =
+        Self { kernel: "product_large", rows: 128, columns: 128, threads: 256 };
+    pub(super) const MIDDLE: Self =
+        Self { kernel: "product_middle", rows: 128, columns: 64, threads: 256 };
+    pub(super) const SMALL: Self =
+        Self { kernel: "product_small", rows: 64, columns: 64, threads: 128 };
+    /// For operands that are not whole pieces of 16 bytes.
+    pub(super) const RAGGED: Self = Self { kernel: "product_ragged", ..Self::SMALL };
+
+    /// The largest that fills the device with a product (m, n).
+    fn of(processors: usize, (m, n): (usize, usize), whole: bool) -> Self {
+        #[cfg(test)]
+        if let Some(forced) = FORCED.get() {
+            return forced;
         }
+        let fills = |tile: Self| m.div_ceil(tile.rows) * n.div_ceil(tile.columns) >= processors;
+        if !whole {
+            Self::RAGGED
+        } else if n.div_ceil(64).is_multiple_of(2) && fills(Self::LARGE) {
+            Self::LARGE
+        } else if fills(Self::MIDDLE) {
+            Self::MIDDLE
+        } else {
+            Self::SMALL
+        }
+    }
+}
+
+#[cfg(test)]
+thread_local! {
+    /// The tile that a test takes.
+    pub(super) static FORCED: std::cell::Cell<Option<Tile>> = const { std::cell::Cell::new(None) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_largest_tile_that_fills_the_device_is_chosen() {
+        // 128 x 128 tiles of 4,096 pixels by 640 channels: 32 x 5, more than an H100 has processors.
+        assert_eq!(Tile::of(132, (4096, 640), true), Tile::LARGE);
+        // Five columns of 64 are odd.
+        assert_eq!(Tile::of(132, (8192, 320), true), Tile::MIDDLE);
+        assert_eq!(Tile::of(132, (128, 1280), true), Tile::SMALL);
+        assert_eq!(Tile::of(40, (128, 1280), false), Tile::RAGGED);
     }
 }

@@ -3,6 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use super::device::has_products;
+use super::product::{FORCED, Tile};
 use super::*;
 use crate::ops::tests::{difference, tensor};
 use crate::ops::{
@@ -110,6 +111,44 @@ fn combinations_are_those_of_the_cpu_to_the_bit() {
     assert_eq!(values(&got), values(&want), "guidance");
     // More terms than a launch takes are left to candle.
     assert!(linear_combination(&[(0.5, &ours[0]); 5]).unwrap().is_none());
+}
+
+#[test]
+fn elements_are_those_of_the_cpu() {
+    let Some(device) = device() else { return };
+    let values = |x: &Tensor| {
+        let x = x.to_device(&Device::Cpu).unwrap().to_dtype(DType::F32).unwrap();
+        x.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    for (dtype, allowed) in halves(&device).chain([(DType::F32, 1e-6)]) {
+        let (a, b) = (tensor(&[3, 5, 67], 1), tensor(&[3, 5, 67], 2));
+        let narrow = [&a, &b].map(|x| x.to_dtype(dtype).unwrap());
+        let placed = [0, 1].map(|i| narrow[i].to_device(&device).unwrap());
+        if dtype != DType::F32 {
+            let got = ops::cast(&a.to_device(&device).unwrap(), dtype).unwrap();
+            assert_eq!((got.dtype(), values(&got)), (dtype, values(&narrow[0])));
+            let got = ops::cast(&placed[0], DType::F32).unwrap();
+            assert_eq!((got.dtype(), values(&got)), (DType::F32, values(&narrow[0])));
+        }
+        let want = (&narrow[0] + &narrow[1]).unwrap();
+        assert_eq!(values(&ops::add(&placed[0], &placed[1]).unwrap()), values(&want), "{dtype:?}");
+        let silu = want.to_dtype(DType::F32).unwrap().silu().unwrap();
+        close(&ops::add_silu(&placed[0], &placed[1]).unwrap(), &silu, 3.0 * allowed, "silu");
+        let rows = [&placed[0], &placed[1], &placed[0]].map(|x| x.narrow(0, 1, 2).unwrap());
+        let of_cpu = [&narrow[0], &narrow[1], &narrow[0]].map(|x| x.narrow(0, 1, 2).unwrap());
+        let (got, want) = (ops::cat_rows(&rows).unwrap(), Tensor::cat(&of_cpu, 0).unwrap());
+        assert_eq!((got.dims(), values(&got)), (want.dims(), values(&want)), "{dtype:?}");
+        let wide = narrow[0].to_dtype(DType::F32).unwrap().affine(0.7, 0.0).unwrap();
+        close(&ops::scale(&placed[0], 0.7).unwrap(), &wide, allowed, "scaled");
+        let (table, places) = (tensor(&[11, 24], 3), tensor(&[4, 24], 4));
+        let [table, places] = [table, places].map(|x| x.to_dtype(dtype).unwrap());
+        let ids = [vec![10, 0, 3, 3], vec![1, 2, 9, 10]];
+        let want = ops::embed(&table, &places, &ids).unwrap();
+        let [table, places] = [table, places].map(|x| x.to_device(&device).unwrap());
+        let got = ops::embed(&table, &places, &ids).unwrap();
+        assert_eq!((got.dims(), values(&got)), (want.dims(), values(&want)), "{dtype:?}");
+        assert!(ops::embed(&table, &places, &[vec![11]]).is_err());
+    }
 }
 
 #[test]
@@ -244,6 +283,74 @@ fn convolutions_agree_with_the_cpu() {
     }
 }
 
+/// Stable Diffusion XL's heads of 64, 640 and 1,280 channels, 4,096 and 1,024 tokens. The queries are a
+/// block's; all blocks are alike.
+#[test]
+fn attention_of_xl_agrees_with_the_cpu() {
+    let Some(device) = device() else { return };
+    for (dtype, allowed) in halves(&device) {
+        for (channels, heads, tokens) in [(640, 10, 4096), (1280, 20, 1024), (1280, 20, 77)] {
+            let q = exact(&[1, 66, channels], 1, dtype).affine(4.0, 0.0).unwrap();
+            let kv = exact(&[1, tokens, 2 * channels], 2, dtype);
+            let kind = Attention { heads, causal: false, amx: false };
+            let halves =
+                |kv: &Tensor| [0, channels].map(|from| kv.narrow(2, from, channels).unwrap());
+            let [k, v] = halves(&place(&kv, dtype, &device));
+            let got = attention(&place(&q, dtype, &device), &k, &v, kind).unwrap();
+            let [k, v] = halves(&kv).map(|x| x.contiguous().unwrap());
+            let want = ops::attention(&q, &k, &v, kind).unwrap();
+            let what = format!("{dtype:?} {heads} heads, {tokens} tokens");
+            close(&got.expect("a kernel"), &want, allowed, &what);
+        }
+    }
+}
+
+/// Its layers at their width and depth, over few pixels.
+#[test]
+fn layers_of_xl_agree_with_the_cpu() {
+    let Some(device) = device() else { return };
+    let (dtype, allowed) = (DType::F16, 3e-3);
+    let weights = |shape: &[usize], seed| {
+        let depth: usize = shape[1..].iter().product();
+        let weight = tensor(shape, seed).affine((depth as f64).powf(-0.5), 0.0).unwrap();
+        weight.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap()
+    };
+    for channels in [640, 1280] {
+        let x = exact(&[1, 20, channels], 1, dtype);
+        let (weight, bias) = (weights(&[8 * channels, channels], 2), tensor(&[8 * channels], 3));
+        let gate = |device: &Device, dtype| Linear::geglu(&weight, &bias, device, dtype).unwrap();
+        let got = gate(&device, dtype).forward(&place(&x, dtype, &device), Epilogue::NONE).unwrap();
+        let want = gate(&Device::Cpu, DType::F32).forward(&x, Epilogue::NONE).unwrap();
+        close(&got, &want, allowed, &format!("geglu of {channels}"));
+        let (weight, bias) = (tensor(&[channels], 4), tensor(&[channels], 5));
+        let norm = |device| ops::LayerNorm::new(&weight, &bias, 1e-5, device).unwrap();
+        let got = norm(&device).forward(&place(&x, dtype, &device)).unwrap();
+        close(&got, &norm(&Device::Cpu).forward(&x).unwrap(), allowed, "layer norm");
+    }
+    // The resnets of the way up: all channels of two pictures.
+    for (c1, c2, outputs, side) in [(1280, 1280, 1280, 5), (640, 320, 320, 40)] {
+        let parts = [exact(&[1, side, side, c1], 6, dtype), exact(&[1, side, side, c2], 7, dtype)];
+        let cpu = ChannelConcat::from(&Tensor::cat(&parts, 3).unwrap());
+        let placed = [0, 1].map(|i| place(&parts[i], dtype, &device));
+        let ours = ChannelConcat::new(&placed[0], &placed[1]).unwrap();
+        let (weight, bias) = (tensor(&[c1 + c2], 8), tensor(&[c1 + c2], 9));
+        let norm = |device| ops::GroupNorm::new(&weight, &bias, 32, 1e-5, device).unwrap();
+        let got = norm(&device).forward_silu(&ours).unwrap();
+        let want = norm(&Device::Cpu).forward_silu(&cpu).unwrap();
+        close(&got, &want, allowed, &format!("group norm of {c1} and {c2}"));
+        let (weight, bias) = (weights(&[outputs, c1 + c2, 3, 3], 10), tensor(&[outputs], 11));
+        let conv = |device: &Device, dtype| {
+            Conv2d::new(&weight, &bias, Geometry::SAME, device, dtype).unwrap()
+        };
+        let few = |x: &Tensor| x.narrow(1, 0, 3).unwrap().contiguous().unwrap();
+        let want = want.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap();
+        let x = few(&want);
+        let got = conv(&device, dtype).forward(&place(&x, dtype, &device), Epilogue::NONE).unwrap();
+        let want = conv(&Device::Cpu, DType::F32).forward(&x, Epilogue::NONE).unwrap();
+        close(&got, &want, allowed, &format!("convolution of {}", c1 + c2));
+    }
+}
+
 #[test]
 fn two_pictures_are_read_as_one() {
     let Some(device) = device() else { return };
@@ -273,15 +380,24 @@ fn two_pictures_are_read_as_one() {
 #[test]
 fn every_tile_computes_the_same() {
     let Some(device) = device() else { return };
-    // Rows enough for the large tile on as many processors as an A100 has.
-    let (x, weight) =
-        (exact(&[1, 128 * 108 - 5, 32], 1, DType::F16), exact(&[128, 32], 2, DType::F16));
-    let linear = |device: &Device, dtype| Linear::new(&weight, None, device, dtype).unwrap();
-    let placed = place(&x, DType::F16, &device);
-    let ours = linear(&device, DType::F16);
-    let want = linear(&Device::Cpu, DType::F32).forward(&x, Epilogue::NONE).unwrap();
-    for rows in [128 * 108 - 5, 128 * 54 - 7, 100] {
-        let got = ours.forward(&placed.narrow(1, 0, rows).unwrap(), Epilogue::NONE).unwrap();
-        close(&got, &want.narrow(1, 0, rows).unwrap().contiguous().unwrap(), 3e-3, "tile");
+    for (dtype, allowed) in halves(&device) {
+        for tile in [Tile::LARGE, Tile::MIDDLE, Tile::SMALL, Tile::RAGGED] {
+            // Neither rows nor columns are whole tiles; the last depth is the network's deepest.
+            for (rows, outputs, depth) in [(300, 200, 64), (7, 5 * 64, 40), (3, 24, 23_040)] {
+                let what = format!("{dtype:?} {rows}x{depth}x{outputs} by {tile:?}");
+                let (x, weight) =
+                    (exact(&[1, rows, depth], 1, dtype), tensor(&[outputs, depth], 2));
+                let weight = weight.affine((depth as f64).powf(-0.5), 0.0).unwrap();
+                let weight = weight.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap();
+                let linear =
+                    |device: &Device, dtype| Linear::new(&weight, None, device, dtype).unwrap();
+                let want = linear(&Device::Cpu, DType::F32).forward(&x, Epilogue::NONE).unwrap();
+                let ours = linear(&device, dtype);
+                FORCED.set(Some(tile));
+                let got = ours.forward(&place(&x, dtype, &device), Epilogue::NONE).unwrap();
+                FORCED.set(None);
+                close(&got, &want, allowed, &what);
+            }
+        }
     }
 }
