@@ -104,6 +104,105 @@ fn models_that_go_leave_their_memory_to_those_that_come() {
     peak(alone + 4096, &["red", "blue", "red"]);
 }
 
+/// A server on a model of few channels, which an emulated device warms in a moment.
+fn small_model() -> Command {
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tests/fixtures/v1");
+    let mut command = sd_server(&["--device", "cuda", "--model"]);
+    command.arg(model);
+    command
+}
+
+/// What the emulator counts until a server that does something ends.
+fn counted(command: &mut Command, work: impl FnOnce(&Server)) -> Value {
+    let folder = tempfile::tempdir().expect("a directory");
+    let report = folder.path().join("report.json");
+    let server = patient(command.env("EMUCUDA_REPORT", &report));
+    server.wait_until_ready();
+    work(&server);
+    server.signal("TERM");
+    assert!(server.wait().success());
+    serde_json::from_slice(&std::fs::read(report).expect("a report")).expect("JSON")
+}
+
+#[test]
+fn whatever_loses_the_device_is_told_by_ping() {
+    if !small_device() {
+        return;
+    }
+    let warmed = counted(&mut small_model(), |_| {});
+    let launches = warmed["launches"].as_u64().expect("launches");
+    // A misaligned address, an illegal instruction, a time-out, an error of memory, any other.
+    for code in [716, 715, 702, 214, 999] {
+        let mut command = small_model();
+        command.env("EMUCUDA_FAIL", format!("{code}@{}", launches + 10));
+        let server = patient(&mut command);
+        server.wait_until_ready();
+        let body = json!({ "prompt": "a cat", "steps": 4, "width": 64, "height": 64 });
+        let lost = server.json(&body);
+        assert_eq!((lost.status, lost.error().0.as_str()), (500, "device_lost"), "{code}");
+        assert_eq!(server.ping(), 503, "{code}");
+    }
+}
+
+#[test]
+fn a_picture_of_many_kinds_of_work_waits_for_its_copies_and_keeps_its_pool() {
+    if !small_device() {
+        return;
+    }
+    let report = counted(&mut small_model(), |server| {
+        let hires = json!({
+            "prompt": "a cat", "steps": 4, "width": 64, "height": 64, "seed": 3,
+            "hires_width": 96, "hires_height": 96, "stream": true, "preview": true,
+        });
+        for body in [hires, json!({ "prompt": "a cat", "steps": 3, "width": 64, "height": 64 })] {
+            let reply = server.json(&body);
+            assert_eq!(reply.status, 200, "{}", String::from_utf8_lossy(&reply.body));
+        }
+    });
+    println!("{report}");
+    assert_eq!(report["copied"]["unsynchronized"], 0);
+    assert!(report["copied"]["device_to_host"].as_u64() > Some(0));
+}
+
+#[test]
+fn a_driver_that_is_older_than_the_kernels_is_named() {
+    if !small_device() {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a directory");
+    let draw = |device: &str| {
+        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tests/fixtures/v1");
+        let mut command = sd_server(&["generate", "x", "--device", device, "--steps", "1"]);
+        command.args(["-W", "64", "-H", "64", "--model"]).arg(model).arg("-o");
+        command.arg(folder.path().join("x.png")).env("EMUCUDA_DRIVER", "11080");
+        let done = command.output().expect("the binary starts");
+        (done.status.success(), String::from_utf8_lossy(&done.stderr).into_owned())
+    };
+    let (drawn, reason) = draw("cuda");
+    assert!(!drawn && reason.contains("the driver is for CUDA 11.8"), "{reason}");
+    assert!(reason.contains("kernels are PTX"), "{reason}");
+    let (drawn, reason) = draw("auto");
+    assert!(drawn && reason.contains("no GPU can be used"), "{reason}");
+    assert!(reason.contains("the driver is for CUDA 11.8"), "{reason}");
+}
+
+#[test]
+fn metrics_count_cards_as_the_device_option_does() {
+    if !small_device() {
+        return;
+    }
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/tests/fixtures/v1");
+    let mut command = sd_server(&["--device", "cuda:1", "--model"]);
+    let server = patient(command.arg(model).env("EMUCUDA_DEVICES", "3"));
+    server.wait_until_ready();
+    // The emulated management library counts from the last card.
+    for (card, used) in [(0, false), (1, true), (2, false)] {
+        let read = |name: &str| server.metric(&format!("{name}{{gpu=\"{card}\"}}"));
+        assert_eq!(read("sd_gpu_power_watts"), f64::from(card) + 1.0);
+        assert_eq!(read("sd_gpu_memory_used_bytes") > 0.0, used, "{card}");
+    }
+}
+
 /// Three scenes of six steps: an emulated device takes minutes for more, and with this sampler the
 /// rules hold for them as they do at 20 steps of the model's own.
 #[test]
