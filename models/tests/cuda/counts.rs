@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use sd_models::{
@@ -10,17 +10,18 @@ use sd_models::{
     Preprocessor, Rgb, SamplerName, Size, Source, Spec,
 };
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use crate::{fixture, options, spec};
 
 /// A model in its shapes: configurations, tokenizers, and f16 files of zeros that take no room on the
-/// disk.
-fn full_size(name: &str) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+/// disk. Of its own for each process, since several may count at a time.
+fn full_size(name: &str) -> TempDir {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let shapes = std::fs::read(fixture(&format!("{name}.json"))).unwrap();
     let shapes: Value = serde_json::from_slice(&shapes).unwrap();
     let create = |name: &str| {
-        let path = folder.join(name);
+        let path = folder.path().join(name);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         File::create(path).unwrap()
     };
@@ -57,9 +58,10 @@ fn draw(picture: &str) {
     let [model, side, sampler, steps, ..] = words[..] else { panic!("{picture}") };
     let side = side.parse().unwrap();
     let nets = words.get(4).map(|name| full_size(name));
-    let source = Source::Directory(full_size(model));
+    let model = full_size(model);
+    let source = Source::Directory(model.path().to_owned());
     let controlnets = AssetDir {
-        directory: nets.clone(),
+        directory: nets.as_ref().map(|folder| folder.path().to_owned()),
         endings: &["safetensors"],
         folders: true,
         ..AssetDir::default()
@@ -69,7 +71,7 @@ fn draw(picture: &str) {
     let pipeline = Pipeline::load(&options).unwrap();
     let SamplerName { sampler, .. } = sampler.parse().unwrap();
     let picture = Rgb { width: side, height: side, data: vec![0; 3 * side * side] };
-    let control = nets.map(|_| Control {
+    let control = nets.as_ref().map(|_| Control {
         model: "controlnet".into(),
         preprocessor: Preprocessor::None,
         picture: Arc::new(picture),
