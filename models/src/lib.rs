@@ -27,7 +27,7 @@ pub use networks::UNetPart;
 pub use ops::{
     KernelStats, cpu_isa, cuda_uuids, keep_freed_memory, return_freed_memory, return_host_memory,
 };
-pub use picture::{CANNY, Preprocessor, Rgb, Size, THRESHOLD};
+pub use picture::{CANNY, Interpolation, Preprocessor, Rgb, Size, THRESHOLD, otsu};
 pub use pipeline::{
     AddOns, BlockScale, Chosen, Control, ControlMode, ControlNets, ControlPasses, ControlRule,
     Defaults, DeviceName, Enlarge, Enlargement, Extension, Hires, Img2Img, IpAdapter, IpAdapters,

@@ -255,6 +255,36 @@ def canny():
     save(tensors, ROOT / "canny.safetensors")
 
 
+# Width and height of a picture, the size it gets, and how: longer and shorter, by whole numbers and
+# not, in one direction each, and down to a pixel.
+RESIZED = [
+    ((40, 30), (64, 48), "CUBIC"), ((40, 30), (57, 91), "CUBIC"), ((33, 17), (20, 40), "CUBIC"),
+    ((5, 4), (23, 11), "CUBIC"), ((200, 150), (207, 163), "CUBIC"), ((64, 48), (31, 64), "CUBIC"),
+    ((64, 48), (32, 24), "AREA"), ((66, 48), (22, 12), "AREA"), ((64, 48), (50, 37), "AREA"),
+    ((97, 61), (13, 20), "AREA"), ((40, 30), (64, 20), "AREA"), ((30, 40), (17, 57), "AREA"),
+    ((7, 5), (1, 1), "AREA"), ((40, 30), (40, 11), "AREA"),
+    ((40, 30), (64, 48), "NEAREST"), ((64, 48), (27, 50), "NEAREST"), ((10, 9), (33, 7), "NEAREST"),
+]
+
+
+def resized():
+    """Pictures resized by OpenCV."""
+    import cv2
+
+    tensors = {}
+    for i, (sides, size, how) in enumerate(RESIZED):
+        picture = torch.randint(0, 256, (*reversed(sides), 3), generator=generator(i), dtype=torch.uint8)
+        if i % 3 == 0:
+            # Black and white: what a filter makes of it has to be cut.
+            picture = picture // 128 * 255
+        made = cv2.resize(picture.numpy(), size, interpolation=getattr(cv2, f"INTER_{how}"))
+        tensors[f"{i}.{how}.picture"] = picture
+        tensors[f"{i}.{how}.resized"] = torch.from_numpy(made)
+        threshold, _ = cv2.threshold(made[:, :, 0].copy(), 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+        tensors[f"{i}.{how}.otsu"] = torch.tensor([int(threshold)], dtype=torch.uint8)
+    save(tensors, ROOT / "resized.safetensors")
+
+
 # Stable Diffusion XL ---------------------------------------------------------------------------
 
 # A net without attention is half as large, and published so.

@@ -2,8 +2,8 @@
 
     python make_fixtures.py --tokenizer ../demo/tokenizer [noise samplers samplers_2 tokenizer text
         unet vae start start_2 few_steps second emphasis hires single pickles safety lora
-        inversion knobs lcm forms quantized control control_xl canny
-        control_tiling upscalers tiling]
+         inversion knobs lcm forms quantized control control_xl canny resized
+         control_tiling upscalers tiling]
 
 The committed files were made with torch 2.15.0, diffusers 0.42.1 and transformers 5.23.0 on a
 CPU. Everything is seeded: the same versions write the same numbers.
@@ -1340,6 +1340,7 @@ def main():
         "control_xl": lambda _: controls("control_xl"),
         "canny": lambda _: controls("canny"),
         "control_tiling": lambda _: controls("control_tiling"),
+        "resized": lambda _: controls("resized"),
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="a directory")

@@ -1,13 +1,16 @@
 //! Control pictures as AUTOMATIC1111's extension makes them: the preprocessor works at a resolution
 //! of its own, and the map that it makes is fitted to the images by what it is.
 //!
-//! Reference: sd-webui-controlnet 1.1.455 `resize_image_with_pad` and `detectmap_proc`. Other than
-//! there, pictures are resized by a Lanczos filter, and lines of one pixel are not thinned.
+//! Reference: sd-webui-controlnet 1.1.455 `resize_image_with_pad` and `detectmap_proc`, with OpenCV's
+//! resizing. Other than there, lines of one pixel are not thinned, and the threshold of a cropped map
+//! of black and white is that of what is left of it.
+
+use std::ops::Range;
 
 use image::{DynamicImage, GenericImageView as _, RgbImage};
-use sd_models::{Preprocessor, Rgb, Size};
+use sd_models::{Interpolation, Preprocessor, Rgb, Size, otsu};
 
-use super::fit::{Fit, cropped, fitted};
+use super::fit::Fit;
 
 /// The preprocessors' pictures have sides that are multiples of this.
 const MULTIPLE: u32 = 64;
@@ -97,7 +100,12 @@ impl ControlMap {
                 "is {w}x{h} at the resolution of {name}; at most {most} pixels are processed"
             ));
         }
-        let resized = fitted(image, (width, height), Fit::Stretch).into_rgb8();
+        let how = match shorter > image.width().min(image.height()) as usize {
+            true => Interpolation::Cubic,
+            false => Interpolation::Area,
+        };
+        let resized = how.resize(&rgb(image), (width as usize, height as usize));
+        let resized = of_rgb(resized).into_rgb8();
         let continued = RgbImage::from_fn(padded.0, padded.1, |x, y| {
             *resized.get_pixel(x.min(width - 1), y.min(height - 1))
         });
@@ -113,36 +121,42 @@ impl ControlMap {
     /// The map in the size of the images.
     pub fn fitted(&self, size: Size, fit: Fit) -> Rgb {
         let Self(map) = self;
-        let (width, height) = (size.width() as u32, size.height() as u32);
-        match fit {
-            Fit::Stretch => return rgb(&self.resized(map, width, height).into()),
-            Fit::Crop => {
-                // Cropped first: what is cut off takes no memory.
-                let part = cropped(&map.clone().into(), (width, height)).into_rgb8();
-                return rgb(&self.resized(&part, width, height).into());
-            }
-            Fit::Pad => {}
-        }
+        let (width, height) = (size.width(), size.height());
         let (w, h) = (f64::from(map.width()), f64::from(map.height()));
-        let scale = (f64::from(width) / w).min(f64::from(height) / h);
-        let side = |side: f64| ((side * scale).round_ties_even() as u32).max(1);
-        let inner = self.resized(map, side(w), side(h));
-        let mut outer = RgbImage::from_pixel(width, height, self.border());
-        let middle = |outer: u32, inner: u32| (i64::from(outer) - i64::from(inner)) / 2;
-        let (left, top) = (middle(width, inner.width()), middle(height, inner.height()));
-        image::imageops::replace(&mut outer, &inner, left, top);
-        rgb(&outer.into())
+        let (across, down) = (width as f64 / w, height as f64 / h);
+        let scaled =
+            |scale: f64| [w, h].map(|side| ((side * scale).round_ties_even() as usize).max(1));
+        match fit {
+            Fit::Stretch => self.resized((width, height), [0..width, 0..height]),
+            Fit::Crop => {
+                let [wide, high] = scaled(across.max(down));
+                // Only what is left is computed: what is cut off takes no memory.
+                let middle = |whole: usize, side: usize| {
+                    let first = whole.saturating_sub(side) / 2;
+                    first..(first + side).min(whole)
+                };
+                self.resized((wide, high), [middle(wide, width), middle(high, height)])
+            }
+            Fit::Pad => {
+                let [wide, high] = scaled(across.min(down));
+                let inner = of_rgb(self.resized((wide, high), [0..wide, 0..high])).into_rgb8();
+                let mut outer = RgbImage::from_pixel(width as u32, height as u32, self.border());
+                let middle = |outer: u32, inner: u32| (i64::from(outer) - i64::from(inner)) / 2;
+                let left = middle(outer.width(), inner.width());
+                let top = middle(outer.height(), inner.height());
+                image::imageops::replace(&mut outer, &inner, left, top);
+                rgb(&outer.into())
+            }
+        }
     }
 
-    /// A part of the map in these sides: areas keep their colours, and a map of black and white
-    /// stays one.
-    fn resized(&self, part: &RgbImage, width: u32, height: u32) -> RgbImage {
-        let (w, h) = part.dimensions();
-        if (w, h) == (width, height) {
-            return part.clone();
-        }
+    /// The columns and rows of the map in this size: areas keep their colours, and a map of black and
+    /// white stays one.
+    fn resized(&self, size: (usize, usize), part: [Range<usize>; 2]) -> Rgb {
+        let Self(map) = self;
+        let own = area(map.dimensions());
         let mut colours: Vec<_> = Vec::new();
-        for pixel in self.0.pixels() {
+        for pixel in map.pixels() {
             if !colours.contains(pixel) {
                 colours.push(*pixel);
                 if colours.len() == FEW_COLOURS {
@@ -150,23 +164,22 @@ impl ControlMap {
                 }
             }
         }
-        if (3..FEW_COLOURS).contains(&colours.len()) {
-            // The nearest pixel. What the image library holds between the two directions may be large.
-            let place = |at: u32, side: u32, of: u32| {
-                let twice = (2 * u64::from(at) + 1) * u64::from(side) / (2 * u64::from(of));
-                (twice as u32).min(side - 1)
-            };
-            return RgbImage::from_fn(width, height, |x, y| {
-                *part.get_pixel(place(x, w, width), place(y, h, height))
-            });
-        }
-        let mut resized = fitted(&part.clone().into(), (width, height), Fit::Stretch).into_rgb8();
+        let how = match colours.len() {
+            3..FEW_COLOURS => Interpolation::Nearest,
+            _ if size.0.saturating_mul(size.1) < own => Interpolation::Area,
+            _ => Interpolation::Cubic,
+        };
+        let map = rgb(&map.clone().into());
+        let is_same = (map.width, map.height) == size;
+        let mut resized = how.resize_part(&map, size, part);
         let of = |value: fn(&u8) -> bool| colours.iter().any(|colour| colour.0.iter().any(value));
-        if colours.len() == 2 && of(|byte| *byte < 16) && of(|byte| *byte > 240) {
-            for pixel in resized.pixels_mut() {
-                let mean = pixel.0.iter().map(|byte| u16::from(*byte)).sum::<u16>() / 3;
-                pixel.0 = [if mean > 127 { 255 } else { 0 }; 3];
-            }
+        let is_binary = colours.len() == 2 && of(|byte| *byte < 16) && of(|byte| *byte > 240);
+        if is_binary && !is_same {
+            let mean = |pixel: &[u8]| pixel.iter().map(|byte| u16::from(*byte)).sum::<u16>() / 3;
+            let means: Vec<_> = resized.data.chunks_exact(3).map(|p| mean(p) as u8).collect();
+            let threshold = otsu(&means);
+            let cut = |mean: u8| [if mean > threshold { 255 } else { 0 }; 3];
+            resized.data = means.into_iter().flat_map(cut).collect();
         }
         resized
     }

@@ -53,7 +53,7 @@ pub(super) fn fitted(image: &DynamicImage, (width, height): (u32, u32), fit: Fit
 }
 
 /// The middle of an image that has the proportions of this size.
-pub(super) fn cropped(image: &DynamicImage, (width, height): (u32, u32)) -> DynamicImage {
+fn cropped(image: &DynamicImage, (width, height): (u32, u32)) -> DynamicImage {
     let (w, h) = image.dimensions();
     let part = (scaled(h, width, height).min(w), scaled(w, height, width).min(h));
     image.crop_imm((w - part.0) / 2, (h - part.1) / 2, part.0, part.1)
