@@ -23,9 +23,13 @@ const MAX_KNOWN: usize = 10_000;
 /// Cache of the hashes, each computed once per file version.
 #[derive(Debug, Clone, Default)]
 pub struct Hashes {
-    known: Arc<Mutex<HashMap<AssetFile, String>>>,
+    known: Known,
+    parts: Known,
     whole: Arc<Mutex<HashMap<AssetFile, Whole>>>,
 }
+
+/// Hashes that are read at once.
+type Known = Arc<Mutex<HashMap<AssetFile, String>>>;
 
 /// The hash of a whole file, once it is known; none if the file is gone or was replaced.
 type Whole = Arc<OnceLock<Option<String>>>;
@@ -81,32 +85,59 @@ impl Hashes {
     }
 
     fn get(&self, file: &AssetFile) -> Option<String> {
-        let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(hash) = known().get(file) {
-            return Some(hash.clone());
-        }
-        // Without the lock: a large file on a slow disk takes long.
-        let hash = short(&file.path).ok()?;
-        if !file.is_current() {
-            return None;
-        }
-        let mut known = known();
-        if known.len() >= MAX_KNOWN {
-            known.clear();
-        }
-        known.insert(file.clone(), hash.clone());
-        Some(hash)
+        cached(&self.known, file, short)
     }
+
+    /// AUTOMATIC1111's first kind of hash, which its extension for ControlNets has kept: of a part of
+    /// the file alone. Blocks: reads that part, once.
+    pub fn part(&self, file: &AssetFile) -> Option<String> {
+        cached(&self.parts, file, of_part)
+    }
+}
+
+/// A hash from a cache, else from the file.
+fn cached(
+    known: &Known,
+    file: &AssetFile,
+    read: fn(&Path) -> io::Result<String>,
+) -> Option<String> {
+    let known = || known.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(hash) = known().get(file) {
+        return Some(hash.clone());
+    }
+    // Without the lock: a large file on a slow disk takes long.
+    let hash = read(&file.path).ok()?;
+    if !file.is_current() {
+        return None;
+    }
+    let mut known = known();
+    if known.len() >= MAX_KNOWN {
+        known.clear();
+    }
+    known.insert(file.clone(), hash.clone());
+    Some(hash)
+}
+
+/// Opens a file. To open a pipe would wait for whoever writes to it.
+fn open(path: &Path) -> io::Result<File> {
+    match path.metadata()?.is_file() {
+        true => File::open(path),
+        false => Err(io::ErrorKind::InvalidInput.into()),
+    }
+}
+
+/// Reference: AUTOMATIC1111's `model_hash`.
+fn of_part(path: &Path) -> io::Result<String> {
+    const PART: (u64, u64) = (0x10_0000, 0x1_0000);
+    let mut file = open(path)?;
+    file.seek(SeekFrom::Start(PART.0))?;
+    Ok(hex(&sha256(&mut file.take(PART.1))?)[..8].to_owned())
 }
 
 /// Reference: AUTOMATIC1111's `NetworkOnDisk`: the hash written by kohya's trainer, else SHA-256 of
 /// the tensors, without the header, which tools change.
 fn short(path: &Path) -> io::Result<String> {
-    // To open a pipe would wait for whoever writes to it.
-    if !path.metadata()?.is_file() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    let mut file = File::open(path)?;
+    let mut file = open(path)?;
     if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("safetensors")) {
         let mut length = [0; 8];
         file.read_exact(&mut length)?;
@@ -122,7 +153,7 @@ fn short(path: &Path) -> io::Result<String> {
 }
 
 /// SHA-256 of the rest of a file.
-fn sha256(file: &mut File) -> io::Result<Vec<u8>> {
+fn sha256(file: &mut impl io::Read) -> io::Result<Vec<u8>> {
     let (mut sum, mut part) = (Context::new(&SHA256), vec![0; 1 << 20]);
     loop {
         match file.read(&mut part)? {
@@ -186,8 +217,12 @@ mod tests {
             (hashes.is_new(&file()), hashes.known(&file()).as_deref()),
             (false, Some(empty))
         );
+        // That of a part which the file does not reach.
+        assert_eq!(hashes.part(&file()).as_deref(), Some(&empty[..8]));
         let gone = file();
         std::fs::remove_file(&path).expect("it is there");
-        assert_eq!(unseen.of(&[gone]), "");
+        assert_eq!(unseen.of(std::slice::from_ref(&gone)), "");
+        assert_eq!(unseen.part(&gone), None);
+        assert_eq!(hashes.part(&gone).as_deref(), Some(&empty[..8]), "it is not read again");
     }
 }

@@ -2,15 +2,12 @@
 //!
 //! Reference: sd-webui-controlnet 1.1.455 `scripts/api.py`, `scripts/global_state.py`.
 
-use std::fs::File;
-use std::io::{Read as _, Seek as _, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use axum::Json;
 use axum::extract::State;
-use ring::digest::{SHA256, digest};
 use schemars::JsonSchema;
-use sd_models::{AssetDir, CANNY, Preprocessor, THRESHOLD};
+use sd_models::{AssetDir, AssetFile, CANNY, Preprocessor, THRESHOLD};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tokio::time::Instant;
@@ -169,30 +166,26 @@ async fn names(state: &AppState) -> Result<Listed> {
     let add_ons = model.map_or_else(|| state.models.add_ons(), |model| model.add_ons.clone());
     let most = state.settings.request_timeout;
     let deadline = Timeout::within(most, "--request-timeout-ms", most).after(Instant::now());
+    let hashes = state.hashes.clone();
     let list = move || {
-        let named =
-            |(name, path): (String, Option<PathBuf>)| match path.and_then(|path| hash(&path)) {
-                Some(hash) => format!("{name} [{hash}]"),
-                None => name,
+        let hash = |name: &str, path: PathBuf| {
+            // Of a directory that of its weights.
+            let path = match path.is_dir() {
+                true => path.join("diffusion_pytorch_model.safetensors"),
+                false => path,
             };
+            AssetFile::new(name, path).ok().and_then(|file| hashes.part(&file))
+        };
+        let named = |(name, path): (String, Option<PathBuf>)| match path
+            .and_then(|path| hash(&name, path))
+        {
+            Some(hash) => format!("{name} [{hash}]"),
+            None => name,
+        };
         let all = |files: &AssetDir| files.names().into_iter().map(named).collect();
         Ok(Listed { nets: all(&add_ons.controlnets), adapters: all(&add_ons.ip_adapters) })
     };
     state.reader.look_up(deadline, (), list).await
-}
-
-/// AUTOMATIC1111's short hash of a file: of a part of it alone. Of a directory that of its weights.
-fn hash(path: &Path) -> Option<String> {
-    let path = match path.is_dir() {
-        true => path.join("diffusion_pytorch_model.safetensors"),
-        false => path.to_owned(),
-    };
-    let mut file = File::open(path).ok()?;
-    file.seek(SeekFrom::Start(0x10_0000)).ok()?;
-    let mut part = Vec::new();
-    file.take(0x1_0000).read_to_end(&mut part).ok()?;
-    let digest = digest(&SHA256, &part);
-    Some(digest.as_ref()[..4].iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// `POST /controlnet/detect`: what a preprocessor makes of pictures.
