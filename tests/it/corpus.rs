@@ -16,9 +16,10 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// Its name and its function.
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 20] = [
+const TARGETS: [Target; 22] = [
     ("a1111", http::a1111),
     ("archive", files::archive),
+    ("controlnet", files::controlnet),
     ("data_url", http::data_url),
     ("embedding", files::embedding),
     ("form", http::form),
@@ -37,6 +38,7 @@ const TARGETS: [Target; 20] = [
     ("request", http::request),
     ("safetensors", files::safetensors),
     ("unet_file", files::unet_file),
+    ("upscaler", files::upscaler),
 ];
 
 /// The names in a folder, sorted.

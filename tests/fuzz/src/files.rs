@@ -5,15 +5,16 @@
 use std::io::{Cursor, Write as _};
 use std::os::unix::fs::symlink;
 use std::path::Path;
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 
 use sd_models::networks::{ClipTextConfig, UNetConfig, VaeConfig};
 use sd_models::sampling::SchedulerConfig;
 use sd_models::text::{ClipTokenizer, Counted, Part, Schedule, chunks, parts};
 use sd_models::{
-    AddOns, AssetDir, Checkpoint, DeviceName, LoadOptions, LoraUse, Pipeline, Precision,
-    PromptRole, PromptSyntax, SafetyMode, Source, Spec, unread,
+    AddOns, AssetDir, Checkpoint, Control, ControlRule, DeviceName, Enlarge, LoadOptions, LoraUse,
+    PictureUpscaler, Pipeline, Precision, Preprocessor, PromptRole, PromptSyntax, Rgb, SafetyMode,
+    Size, Source, Spec, unread,
 };
 use tempfile::TempDir;
 use zip::write::SimpleFileOptions;
@@ -298,6 +299,94 @@ pub fn peft(data: &[u8]) {
     // It goes by the name of its folder.
     WITH_LORAS.draw(&name);
     std::fs::remove_dir_all(folder).expect("it is removed");
+}
+
+/// A small model and the folder of its ControlNets, or of its upscalers.
+struct WithFiles {
+    folder: TempDir,
+    model: Pipeline,
+}
+
+static WITH_CONTROLNETS: LazyLock<WithFiles> = LazyLock::new(|| {
+    WithFiles::new(|controlnets| AddOns {
+        controlnets,
+        max_controlnet_bytes: 1 << 24,
+        ..AddOns::default()
+    })
+});
+
+static WITH_UPSCALERS: LazyLock<WithFiles> = LazyLock::new(|| {
+    WithFiles::new(|upscalers| AddOns {
+        upscalers,
+        max_upscaler_bytes: 1 << 24,
+        ..AddOns::default()
+    })
+});
+
+impl WithFiles {
+    fn new(add_ons: impl Fn(AssetDir) -> AddOns) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let directory = Some(folder.path().to_owned());
+        let endings = &["safetensors", "pt", "png", "gguf"];
+        let add_ons = add_ons(AssetDir { directory, endings, ..AssetDir::default() });
+        let fixtures = Path::new(ROOT).join("models/tests/fixtures");
+        // The UNet that the nets of the corpus steer.
+        let unet = Some(Source::Network(fixtures.join("control/v1/unet")));
+        let options = options(Source::Directory(fixtures.join("v1")), add_ons);
+        let model = Pipeline::load(&LoadOptions { unet, ..options }).expect("a model");
+        Self { folder, model }
+    }
+
+    /// Draws or enlarges with the file of these bytes, whose name `spec` takes.
+    fn draw(&self, data: &[u8], spec: impl FnOnce(String) -> Spec) {
+        let (name, (ending, bytes)) = (WithLoras::name(), tensor_file(data));
+        let path = self.folder.path().join(format!("{name}.{ending}"));
+        std::fs::write(&path, bytes).expect("it is written");
+        let (model, spec) = (&self.model, spec(name));
+        let read = model.read_files(&spec).expect("a file is named");
+        if let Some(files) = short(read()) {
+            if spec.enlarge.is_some() {
+                if let Some(mut enlargement) = short(model.begin_enlarging(&spec, files)) {
+                    while !enlargement.done() && short(model.enlarge(&mut enlargement)).is_some() {}
+                }
+            } else {
+                if let Some(mut trajectory) = short(model.begin_with(&spec, files)) {
+                    short(model.step(&mut [&mut trajectory]));
+                }
+            }
+        }
+        std::fs::remove_file(path).expect("it is removed");
+    }
+}
+
+/// A ControlNet of a small model.
+pub fn controlnet(data: &[u8]) {
+    let size = Size::new(16, 16).expect("multiples of 8");
+    let picture = Rgb { width: 16, height: 16, data: vec![90; 3 * 16 * 16] };
+    WITH_CONTROLNETS.draw(data, |model| {
+        let control = Control {
+            model,
+            preprocessor: Preprocessor::None,
+            picture: Arc::new(picture),
+            hires_picture: None,
+            scale: 1.0,
+            start: 0.0,
+            end: 1.0,
+            rule: ControlRule::Diffusers { guess: false },
+        };
+        Spec { size, controls: vec![control], ..spec(1, 1) }
+    });
+}
+
+/// An upscaler of pictures.
+pub fn upscaler(data: &[u8]) {
+    let picture = Rgb { width: 8, height: 8, data: vec![90; 3 * 8 * 8] };
+    WITH_UPSCALERS.draw(data, |name| {
+        let upscaler = PictureUpscaler::from(name.as_str());
+        let enlarge = Enlarge { picture, scale: 2.0, canvas: None, upscaler, second: None };
+        let size = Size::new(16, 16).expect("multiples of 8");
+        Spec { size, enlarge: Some(Arc::new(enlarge)), ..spec(1, 1) }
+    });
 }
 
 /// A textual inversion embedding in any form of file.

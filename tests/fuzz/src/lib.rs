@@ -8,7 +8,8 @@ mod files;
 mod http;
 
 pub use files::{
-    archive, embedding, gguf, lora, model_files, peft, pickle, prompt, safetensors, unet_file,
+    archive, controlnet, embedding, gguf, lora, model_files, peft, pickle, prompt, safetensors,
+    unet_file, upscaler,
 };
 pub use http::{a1111, data_url, form, infotext, json, lines, multipart, openai, picture, request};
 
