@@ -2,7 +2,7 @@
 //!
 //!     cargo bench --bench networks -- MODEL_DIR [SIZE] [f32|bf16] [RUNS] [--candle]
 //!
-//! Medians after two warm-up calls. `--candle` also times candle-transformers' UNet with the same
+//! Medians after two warm-up calls, one before a single run. `--candle` also times candle-transformers' UNet with the same
 //! weights; it supports the shapes of Stable Diffusion v1.x only.
 
 #![expect(clippy::print_stdout, reason = "a program that prints a table")]
@@ -13,7 +13,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_transformers::models::stable_diffusion::StableDiffusionConfig;
-use sd_models::networks::{Decoder, UNet2DConditionModel, UNetConfig, VaeConfig};
+use sd_models::networks::{Conditioning, Decoder, UNet2DConditionModel, UNetConfig, VaeConfig};
 use sd_models::{Precision, Source};
 
 const USAGE: &str =
@@ -58,7 +58,7 @@ fn main() -> Result<()> {
     let latents = Tensor::randn(0f32, 1f32, (2, unet.config().in_channels, side, side), &device)?;
     let context = Tensor::randn(0f32, 1f32, (2, 77, unet.config().cross_attention_dim), &device)?;
     // Computed once for all steps of an image, so not timed.
-    let conditioning = [unet.condition(&context, &[])?];
+    let conditioning = conditioning(&unet, &context, size)?;
     let times = unet.time_embeddings(&[TIMESTEP, TIMESTEP], &[])?;
     let (step, prediction) =
         median(runs, || Ok(unet.forward(&latents, &times, &conditioning, &[])?))?;
@@ -82,6 +82,25 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+/// The conditioning of two rows, for Stable Diffusion XL with a pooled prompt and the sizes of an image
+/// that is not cropped.
+fn conditioning(
+    unet: &UNet2DConditionModel,
+    context: &Tensor,
+    size: usize,
+) -> Result<Vec<Conditioning>> {
+    let row = |row: usize| -> Result<Conditioning> {
+        let own = unet.condition(&context.narrow(0, row, 1)?, &[])?;
+        let Some(added) = unet.config().added else { return Ok(own) };
+        let side = size as f64;
+        let sizes = [side, side, 0.0, 0.0, side, side];
+        let width = added.inputs - sizes.len() * added.size_width;
+        let pooled = Tensor::randn(0f32, 1f32, (1, width), context.device())?;
+        Ok(unet.add(own, &pooled, sizes, &[])?)
+    };
+    Ok(Conditioning::stack(&[&row(0)?, &row(1)?])?)
+}
+
 /// candle-transformers with the same weights: seconds and prediction.
 fn candle_unet(
     directory: &Path,
@@ -100,10 +119,12 @@ fn norm(x: &Tensor) -> Result<f32> {
     Ok(x.sqr()?.sum_all()?.to_scalar::<f32>()?.sqrt())
 }
 
-/// The median of `runs` calls after two warm-up calls, and the last result.
+/// The median of `runs` calls after those that warm up, and the last result.
 fn median(runs: usize, call: impl Fn() -> Result<Tensor>) -> Result<(f64, Tensor)> {
-    call()?;
     let mut result = call()?;
+    for _ in 1..runs.min(2) {
+        result = call()?;
+    }
     let mut seconds = Vec::new();
     for _ in 0..runs {
         let start = Instant::now();

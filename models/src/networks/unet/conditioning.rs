@@ -66,7 +66,7 @@ impl Conditioning {
 
     /// The conditioning of a batch from that of its rows: one entry for each run of rows that have
     /// equally many tokens.
-    pub(crate) fn stack(rows: &[&Self]) -> Result<Vec<Self>> {
+    pub fn stack(rows: &[&Self]) -> Result<Vec<Self>> {
         Self::stack_seeing(rows, &vec![Vec::new(); rows.len()])
     }
 
