@@ -62,6 +62,8 @@ mod tiling;
 mod tokenizer;
 #[path = "parity/upscalers.rs"]
 mod upscalers;
+#[path = "parity/vae_tiles.rs"]
+mod vae_tiles;
 #[path = "parity/xl.rs"]
 mod xl;
 

@@ -325,6 +325,11 @@ pub(super) struct GenerateArgs {
     /// Make the opposite edges of the image meet, so that it can be laid beside itself
     #[arg(long)]
     pub(super) tiling: bool,
+    /// Let the VAE encode and decode in tiles what is larger than one: less memory, and an image that
+    /// differs a little
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(super) vae_tiling: bool,
     /// Number of images; image k uses seed + k. Default: 1
     #[arg(short = 'n', long)]
     #[serde(rename = "num_images_per_prompt")]

@@ -68,6 +68,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
         max_batch_rows: MAX_BATCH_ROWS,
         // No memory budget except the device's own: the user's own machine.
         memory_budget_bytes: Some(u64::MAX),
+        vae_tiling: false,
         safety: config.safety,
     };
     let spinner = ProgressBar::new_spinner().with_message("loading the model");

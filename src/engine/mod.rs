@@ -215,6 +215,8 @@ impl Engine {
             failure
         };
         let budget = self.shared.budget();
+        let is_tiled = self.shared.settings.vae_tiling;
+        tasks.iter_mut().for_each(|task| model.choose_tiles(&mut task.spec, is_tiled, budget));
         if tasks.iter().any(|task| model.peak_bytes(&task.spec) > budget) {
             return Err(reject(tasks, JobError::OutOfMemory));
         }

@@ -26,8 +26,9 @@ pub trait Model: 'static {
     /// One UNet call for the batch, whose members have the same size, or one step of a picture that
     /// is enlarged.
     fn step(&self, batch: &mut [&mut Self::Trajectory]) -> sd_models::Result<()>;
-    /// Decodes the image of a trajectory; of an unfinished one, its predicted x0.
-    fn decode(&self, trajectory: &Self::Trajectory) -> sd_models::Result<Rgb>;
+    /// Decodes the image of a trajectory; of an unfinished one, its predicted x0. `None` if that was
+    /// a part of it, and the next call goes on.
+    fn decode(&self, trajectory: &mut Self::Trajectory) -> sd_models::Result<Option<Rgb>>;
     /// Whether the safety checker flags the image as NSFW; `None` without a checker.
     fn check_safety(&self, _image: &Rgb) -> sd_models::Result<Option<bool>> {
         Ok(None)
@@ -54,9 +55,13 @@ pub trait Model: 'static {
 pub trait Trajectory {
     /// Whether all steps are done and only decoding is left.
     fn done(&self) -> bool;
-    /// Whether the next step is one of a picture that is enlarged, and no UNet call.
+    /// Whether the next step is one of a picture that is enlarged or encoded, and no UNet call.
     fn enlarging(&self) -> bool {
         false
+    }
+    /// Whether there is something to show of it.
+    fn has_image(&self) -> bool {
+        self.done() || !self.enlarging() && self.progress().0 > 0
     }
     /// Steps completed, and in total.
     fn progress(&self) -> (usize, usize);
@@ -132,20 +137,25 @@ impl Model for sd_models::Pipeline {
         self.step(&mut drawing.collect::<Vec<_>>())
     }
 
-    fn decode(&self, running: &Running) -> sd_models::Result<Rgb> {
+    fn decode(&self, running: &mut Running) -> sd_models::Result<Option<Rgb>> {
         match running {
-            Running::Drawing(trajectory) => self.decode(trajectory),
-            Running::Enlarging(enlargement, _) => enlargement.picture().cloned().ok_or_else(|| {
-                let reason = "was interrupted before it was enlarged".into();
-                Error::Spec { field: "image", reason }
-            }),
+            Running::Drawing(trajectory) => self.decode_part(trajectory),
+            Running::Enlarging(enlargement, _) => match enlargement.picture() {
+                Some(picture) => Ok(Some(picture.clone())),
+                None => {
+                    let reason = "was interrupted before it was enlarged".into();
+                    Err(Error::Spec { field: "image", reason })
+                }
+            },
         }
     }
 
     fn preview(&self, running: &Running) -> sd_models::Result<Option<Rgb>> {
         match running {
-            Running::Drawing(trajectory) => self.preview(trajectory).map(Some),
-            Running::Enlarging(..) => Ok(None),
+            Running::Drawing(trajectory) if trajectory.has_image() => {
+                self.preview(trajectory).map(Some)
+            }
+            Running::Drawing(_) | Running::Enlarging(..) => Ok(None),
         }
     }
 
@@ -173,6 +183,13 @@ impl Trajectory for Running {
         match self {
             Self::Drawing(trajectory) => trajectory.enlarging(),
             Self::Enlarging(..) => true,
+        }
+    }
+
+    fn has_image(&self) -> bool {
+        match self {
+            Self::Drawing(trajectory) => trajectory.has_image(),
+            Self::Enlarging(enlargement, _) => enlargement.done(),
         }
     }
 

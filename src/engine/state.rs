@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use sd_models::ModelInfo;
 
-use crate::options::{bytes, millis, min};
+use crate::options::{bytes, millis, min, switch};
 
 /// The bounds of the engine, which are options of `serve`.
 #[derive(Debug, Clone, Copy, clap::Args)]
@@ -24,6 +24,11 @@ pub struct EngineConfig {
     /// after loading the model
     #[arg(long, env = "SD_MEMORY_BUDGET_BYTES", value_parser = bytes)]
     pub memory_budget_bytes: Option<u64>,
+    /// Let the VAE encode and decode in tiles what is larger than one, as diffusers' enable_tiling:
+    /// less memory, and images that differ a little. Requests can choose otherwise. Without it only
+    /// images whose whole would not fit the memory budget are in tiles, with a warning
+    #[arg(long, env = "SD_VAE_TILING", value_parser = switch, help_heading = "Model")]
+    pub vae_tiling: bool,
     /// Time after which a model that no request uses is unloaded, in milliseconds. The next request
     /// loads it again, and waits for that within its timeout. Default: never. With --multi-model
     /// only SageMaker unloads models

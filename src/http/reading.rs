@@ -225,6 +225,7 @@ mod tests {
             max_queue: 1,
             max_batch_rows: 2,
             memory_budget_bytes: None,
+            vae_tiling: false,
             safety: Safety::Blur,
         };
         let engine = Engine::absent(&DeviceScheduler::default(), engine);

@@ -369,6 +369,7 @@ mod tests {
             controls: Vec::new(),
             tiling: false,
             ip_adapters: Vec::new(),
+            vae_tiling: None,
             enlarge: None,
         }
     }

@@ -146,6 +146,10 @@ pub struct DrawRequest {
     /// Whether the opposite edges of the images meet, so that an image can be laid beside itself.
     /// Default: false.
     pub(crate) tiling: Option<bool>,
+    /// Whether the VAE encodes and decodes in tiles what is larger than one, which takes less memory
+    /// and changes the image a little. Default: the server's, and where the whole would not fit its
+    /// memory budget.
+    pub(crate) vae_tiling: Option<bool>,
     /// Width of the hires pass in pixels, which is the width of the images. Default: in the
     /// proportions of the base pass.
     #[schemars(extend("minimum" = MIN_SIDE, "maximum" = MAX_SIDE))]

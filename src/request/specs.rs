@@ -96,10 +96,12 @@ impl DrawRequest {
             hires,
             tiling: self.tiling.unwrap_or(false),
             ip_adapters,
+            vae_tiling: self.vae_tiling,
             enlarge: None,
             img2img,
         };
         model.check(&spec).map_err(|error| self.refused(error))?;
+        self.warn_of_no_tiles(&spec, model);
         self.check_loras(&spec, limits)?;
         Ok(numbered(&spec, count))
     }
@@ -152,6 +154,15 @@ impl DrawRequest {
                 Err(self.range(name, reason))
             }
             None => Ok(()),
+        }
+    }
+
+    /// Warns of tiles of the VAE that are asked for and that there are none of.
+    fn warn_of_no_tiles(&mut self, spec: &Spec, model: &ModelInfo) {
+        if self.vae_tiling == Some(true) && !model.has_tiles(spec) {
+            let (name, tile) = (self.names.of("vae_tiling"), model.memory.tile.unwrap_or_default());
+            let why = format!("the image is no larger than a tile of {tile} pixels");
+            self.warnings.push(format!("{name} has no effect: {why}"));
         }
     }
 

@@ -154,10 +154,10 @@ impl Model for Fake {
         text.split_whitespace().count()
     }
 
-    fn decode(&self, trajectory: &FakeTrajectory) -> Result<Rgb> {
+    fn decode(&self, trajectory: &mut FakeTrajectory) -> Result<Option<Rgb>> {
         let size = trajectory.spec.final_size();
         let data = vec![trajectory.spec.seed as u8; size.pixels() * 3];
-        Ok(Rgb { width: size.width(), height: size.height(), data })
+        Ok(Some(Rgb { width: size.width(), height: size.height(), data }))
     }
 }
 
@@ -210,6 +210,7 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
         controls: Vec::new(),
         tiling: false,
         ip_adapters: Vec::new(),
+        vae_tiling: None,
         enlarge: None,
     }
 }
@@ -218,6 +219,7 @@ pub(crate) const ENGINE: engine::EngineConfig = engine::EngineConfig {
     max_queue: 4,
     max_batch_rows: 4,
     memory_budget_bytes: None,
+    vae_tiling: false,
     unload_after: None,
     safety: engine::Safety::Blur,
 };

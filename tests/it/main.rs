@@ -49,3 +49,4 @@ mod shelf; // a loader of fake models
 mod soak; // many mixed requests: nothing is lost, miscounted or leaked
 mod supply; // the bill of materials of the image
 mod upscalers; // upscalers by name, in hires passes and alone
+mod vae_tiles; // of the VAE, by a field, by an option, and where the whole does not fit

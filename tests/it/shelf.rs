@@ -41,7 +41,7 @@ impl Model for Counted {
         self.fake.step(batch)
     }
 
-    fn decode(&self, trajectory: &FakeTrajectory) -> sd_models::Result<Rgb> {
+    fn decode(&self, trajectory: &mut FakeTrajectory) -> sd_models::Result<Option<Rgb>> {
         self.fake.decode(trajectory)
     }
 

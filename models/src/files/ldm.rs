@@ -347,6 +347,12 @@ impl<'a> LdmCheckpoint<'a> {
             "use_quant_conv": has("quant_conv.weight"),
             "use_post_quant_conv": has("post_quant_conv.weight"),
             "scaling_factor": scale,
+            // As in the configurations that diffusers takes for such files.
+            "sample_size": match whole && self.is_second() && self.prediction()? == "v_prediction" {
+                _ if whole && self.is_xl() => 1024,
+                true => 768,
+                false => 512,
+            },
             "block_out_channels": channels,
         }))
     }

@@ -16,6 +16,7 @@ mod text_encoder;
 mod unet;
 mod upscaler;
 mod vae;
+mod vae_tiles;
 mod vision;
 
 pub(crate) use self::config::CrossAttentionPlace;
@@ -32,3 +33,4 @@ pub(crate) use self::unet::SIZES;
 pub use self::unet::{Conditioning, Residuals, UNet2DConditionModel};
 pub use self::upscaler::UpscalerNetwork;
 pub use self::vae::{Decoder, Encoder};
+pub(crate) use self::vae_tiles::{OVERLAP, Part, Tiled, tiles};

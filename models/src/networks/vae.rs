@@ -42,6 +42,15 @@ impl VaeConfig {
             }
         }
     }
+
+    /// The encoder's output (B, h, w, 2 C) f32 -> mean and log variance of the latents, each
+    /// (B, C, h, w) f32.
+    pub(crate) fn distribution(&self, moments: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (moments, channels) = (moments.permute((0, 3, 1, 2))?, self.latent_channels);
+        let mean = moments.narrow(1, 0, channels)?.contiguous()?;
+        let logvar = moments.narrow(1, channels, channels)?.contiguous()?.clamp(-30f32, 20f32)?;
+        Ok((mean, logvar))
+    }
 }
 
 /// Means and deviations, each (1, C, 1, 1) f32.
@@ -206,10 +215,15 @@ impl Encoder {
     /// Images (B, H, W, 3) in -1..1 -> mean and log variance of the latents, each (B, C, h, w) f32
     /// and not yet multiplied by the scaling factor.
     pub fn forward(&self, pictures: &Tensor) -> Result<(Tensor, Tensor)> {
+        self.config.distribution(&self.moments(pictures)?)
+    }
+
+    /// Images (B, H, W, 3) in -1..1 -> what [`VaeConfig::distribution`] takes.
+    pub(crate) fn moments(&self, pictures: &Tensor) -> Result<Tensor> {
         in_pool(pictures.device(), || self.read(pictures))
     }
 
-    fn read(&self, pictures: &Tensor) -> Result<(Tensor, Tensor)> {
+    fn read(&self, pictures: &Tensor) -> Result<Tensor> {
         let mut x = cast(&pictures.contiguous()?, self.dtype)?;
         x = self.conv_in.forward(&x, Epilogue::NONE)?;
         for (resnets, downsample) in &self.down {
@@ -225,11 +239,7 @@ impl Encoder {
         if let Some(conv) = &self.quant_conv {
             x = conv.forward(&x, Epilogue::NONE)?;
         }
-        let moments = cast(&x, DType::F32)?.permute((0, 3, 1, 2))?;
-        let channels = self.config.latent_channels;
-        let mean = moments.narrow(1, 0, channels)?.contiguous()?;
-        let logvar = moments.narrow(1, channels, channels)?.contiguous()?.clamp(-30f32, 20f32)?;
-        Ok((mean, logvar))
+        Ok(cast(&x, DType::F32)?)
     }
 }
 

@@ -11,6 +11,7 @@ use candle_core::{DType, Device, Tensor};
 
 use super::control_spec::{Control, ControlMode, ControlRule, Extension, MAX_CONTROL_SCALE};
 use super::options::AddOns;
+use super::rows::Rows;
 use crate::error::{Error, Result};
 use crate::files::{AssetCache, AssetDir, ControlNetFile};
 use crate::networks::{Conditioning, ControlBatch, ControlNetModel, Residuals, UNetConfig};
@@ -198,6 +199,17 @@ impl ActiveControl {
     fn of(&self, row: &Arc<Conditioning>) -> Option<&Conditioning> {
         self.known.iter().find(|(known, _)| Arc::ptr_eq(known, row)).map(|(_, own)| own)
     }
+}
+
+/// The calls of rows that are left to nets after so many evaluations, as those of a UNet, of which a
+/// net is half.
+pub(super) fn row_calls(controls: &[ActiveControl], done: usize, rows: &Rows) -> usize {
+    let of_net = |control: &ActiveControl| {
+        let calls = control.active.iter().skip(done).filter(|active| **active).count();
+        let alone = usize::from(control.prompted_only && rows.unconditional.is_some());
+        calls * (rows.len() - alone)
+    };
+    controls.iter().map(of_net).sum::<usize>() / 2
 }
 
 /// The factor of each residual of a net, and whether the unconditional row is left alone.

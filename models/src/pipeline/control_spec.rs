@@ -132,6 +132,15 @@ impl Control {
             ControlPasses::Hires => hires || self.hires_picture.is_none(),
         }
     }
+
+    /// Whether by its rule the unconditional row is left alone; a net whose residuals are pooled
+    /// leaves it in any case.
+    pub(super) fn steers_prompt_alone(&self) -> bool {
+        match &self.rule {
+            ControlRule::Diffusers { guess } => *guess,
+            ControlRule::Extension(extension) => extension.mode == ControlMode::Control,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -42,8 +42,15 @@ pub(crate) struct HiresPass {
 /// How the image is upscaled.
 pub(crate) enum HiresUpscaler {
     Latent(LatentUpscaler),
-    /// In so many steps between the passes.
-    Picture(LoadedUpscaler, usize),
+    Picture {
+        upscaler: LoadedUpscaler,
+        /// Whether the picture becomes larger.
+        enlarges: bool,
+        /// Steps between the passes.
+        steps: usize,
+        /// The work of each, in pixels times rows times UNet calls.
+        step_work: usize,
+    },
 }
 
 impl HiresUpscaler {
@@ -51,16 +58,15 @@ impl HiresUpscaler {
     pub(crate) fn steps(&self) -> usize {
         match self {
             Self::Latent(_) => 0,
-            Self::Picture(_, steps) => *steps,
+            Self::Picture { steps, .. } => *steps,
         }
     }
 
     /// The work of a step between the passes, in pixels times rows times UNet calls.
-    pub(crate) fn step_work(&self, size: Size) -> usize {
+    pub(crate) fn step_work(&self) -> usize {
         match self {
-            // Decoding and encoding take about as long as a UNet call.
-            Self::Picture(upscaler, _) => upscaler.tile_work().max(size.pixels()),
             Self::Latent(_) => 0,
+            Self::Picture { step_work, .. } => *step_work,
         }
     }
 }

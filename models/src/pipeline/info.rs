@@ -17,7 +17,7 @@ use super::vae::Vae;
 use crate::error::{Error, Result};
 use crate::files::AssetFile;
 use crate::layers::activation_dtype;
-use crate::networks::UNet2DConditionModel;
+use crate::networks::{OVERLAP, UNet2DConditionModel};
 use crate::picture::{Rgb, Size};
 use crate::sampling::{Sampler, SamplerName, SamplerOptions, share_of};
 use crate::text::{Embeddings, LoraUse};
@@ -99,6 +99,10 @@ pub struct MemoryEstimate {
     pub score_bytes: u64,
     /// Bytes per image pixel of the VAE's decoder.
     pub decode_bytes: u64,
+    /// Bytes per pair of latent pixels of its attention scores, where they are stored.
+    pub decode_score_bytes: u64,
+    /// Side of the VAE's tiles in pixels, if it can work in tiles.
+    pub tile: Option<usize>,
     /// Pixels per latent pixel, along one side.
     pub scale: u64,
 }
@@ -115,7 +119,8 @@ impl MemoryEstimate {
         device: &Device,
         dtype: DType,
     ) -> Self {
-        let bytes_of_decoder = vae.widest_dtype().size_in_bytes();
+        let dtype_of_decoder = vae.widest_dtype();
+        let bytes_of_decoder = dtype_of_decoder.size_in_bytes();
         let vae = vae.config();
         let bytes = activation_dtype(device, dtype).size_in_bytes();
         let config = unet.config();
@@ -127,7 +132,9 @@ impl MemoryEstimate {
         let decode = 2 * wide + 3 * vae.block_out_channels[0];
         // Our kernels never store scores. candle's composition, used on GPUs in f32, stores them
         // twice.
-        let stored = !device.is_cpu() && dtype == DType::F32;
+        let is_stored = |dtype| !device.is_cpu() && dtype == DType::F32;
+        let stored = is_stored(dtype);
+        let attends = vae.mid_block_add_attention && is_stored(dtype_of_decoder);
         // Per pair of latent pixels: a level has a quarter of the pixels of the one before.
         let attention = (0..).zip(config.heads.iter().zip(&config.down_cross_attention));
         let scores = attention.filter(|(_, (_, attends))| stored && **attends);
@@ -141,8 +148,22 @@ impl MemoryEstimate {
             time_bytes: (unet.time_width() * bytes) as u64,
             score_bytes: scores.unwrap_or(0) as u64,
             decode_bytes: (decode * bytes_of_decoder) as u64,
+            decode_score_bytes: if attends { 8 } else { 0 },
+            tile: vae.tile().map(|tile| tile * vae.scale()),
             scale: vae.scale() as u64,
         }
+    }
+}
+
+impl MemoryEstimate {
+    /// Bytes of the decoder for an image in this size, in tiles with this side or as a whole. The
+    /// encoder takes less.
+    fn of_vae(&self, size: Size, tile: Option<usize>) -> u64 {
+        let side = |side: usize| tile.map_or(side, |tile| side.min(tile)) as u64;
+        let pixels = side(size.width()) * side(size.height());
+        let latent = pixels / self.scale.max(1).pow(2);
+        let joined = if tile.is_some() { 12 * size.pixels() as u64 } else { 0 };
+        joined + (pixels * self.decode_bytes).max(latent * latent * self.decode_score_bytes)
     }
 }
 
@@ -176,10 +197,43 @@ impl ModelInfo {
 
     /// An estimate of the peak memory of an image while it is stepped or decoded, in bytes.
     pub fn peak_bytes(&self, spec: &Spec) -> u64 {
-        let decode = |size: Size| size.pixels() as u64 * self.memory.decode_bytes;
-        let peak = |size| self.step_bytes(spec, size).max(decode(size));
+        let tile = self.memory.tile.filter(|_| spec.has_vae_tiles());
+        let peak = |size| self.step_bytes(spec, size).max(self.memory.of_vae(size, tile));
         let peaks = spec.passes().map(Pass::size).map(peak);
         peaks.max().unwrap_or_else(|| self.step_bytes(spec, spec.size))
+    }
+
+    /// Decides whether the VAE works in tiles where a request leaves it open: if that is the default
+    /// of all, or if the whole would not fit a budget of so many bytes and a tile takes less, which
+    /// is a warning. Not where the opposite edges of an image meet.
+    pub fn choose_tiles(&self, spec: &mut Spec, is_default: bool, budget: u64) {
+        let Some(tile) = self.memory.tile else { return };
+        if spec.vae_tiling.is_some() || spec.tiling || spec.enlarge.is_some() {
+            return;
+        }
+        let most = |tile| {
+            let bytes = spec.passes().map(|pass| self.memory.of_vae(pass.size(), tile));
+            bytes.max().unwrap_or_default()
+        };
+        let (whole, tiled) = (most(None), most(Some(tile)));
+        let is_needed = whole > budget && tiled < whole;
+        if is_needed && !is_default {
+            let mebibytes = |bytes: u64| bytes >> 20;
+            spec.warnings.push(format!(
+                "vae_tiling: the VAE works in tiles of {tile} pixels, since the whole of {} would \
+                 take {} MiB, more than the memory budget of {} MiB",
+                spec.final_size(),
+                mebibytes(whole),
+                mebibytes(budget)
+            ));
+        }
+        spec.vae_tiling = (is_needed || is_default).then_some(true);
+    }
+
+    /// Whether an image is larger than a tile of the VAE.
+    pub fn has_tiles(&self, spec: &Spec) -> bool {
+        let is_longer = |side: usize| self.memory.tile.is_some_and(|tile| side > tile);
+        spec.passes().map(Pass::size).any(|s| is_longer(s.width()) || is_longer(s.height()))
     }
 
     /// Whether image-to-image takes all steps, among the share of the noise levels that the strength
@@ -235,6 +289,7 @@ impl ModelInfo {
         if !(churn.amount.is_finite() && churn.amount >= 0.0) {
             return refuse("s_churn", "must be a finite number of at least 0".into());
         }
+        self.check_tiles(spec)?;
         for pass in spec.passes() {
             let prompt = pass.text()?.1;
             for (field, loras) in [("loras", &spec.loras), (pass.field("prompt"), &prompt)] {
@@ -256,6 +311,21 @@ impl ModelInfo {
         control::check(&spec.controls, size, spec.hires.as_ref().map(|hires| hires.size))?;
         ip_adapter::check(&spec.ip_adapters)?;
         spec.img2img.as_ref().map_or(Ok(()), |init| self.check_start(init, spec))
+    }
+
+    /// Checks that the VAE can work in tiles, if it is to.
+    fn check_tiles(&self, spec: &Spec) -> Result<()> {
+        let reason = match self.memory.tile {
+            _ if !spec.has_vae_tiles() => return Ok(()),
+            Some(_) if !spec.tiling => return Ok(()),
+            Some(_) => "does not go with tiling: the opposite edges of tiles would not meet".into(),
+            None => format!(
+                "is not possible: the sample_size of vae/config.json, the side of its tiles, must be a \
+                 multiple of {} pixels",
+                OVERLAP as u64 * self.memory.scale
+            ),
+        };
+        Err(Error::Spec { field: "vae_tiling", reason })
     }
 
     /// Checks an input image against the model's limits.

@@ -5,9 +5,11 @@
 //! trajectory with guidance takes two (unconditional, conditional) and more if its prompt joins
 //! several, one without takes one.
 
+mod before;
 mod between;
 mod control;
 mod control_spec;
+mod decode;
 mod defaults;
 mod device;
 mod enlarge;
@@ -39,11 +41,14 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::Tensor;
 
+use self::before::BeforeStep;
+use self::between::BetweenStep;
 pub use self::control::ControlNets;
 use self::control::{ActiveControl, ControlledRows, residuals};
 pub use self::control_spec::{
     Control, ControlMode, ControlPasses, ControlRule, Extension, MAX_CONTROL_SCALE,
 };
+use self::decode::VaeMode;
 pub use self::defaults::{Chosen, Defaults};
 pub use self::device::{DeviceName, Precision};
 use self::enlarge::LoadedUpscaler;
@@ -51,7 +56,7 @@ pub use self::enlarge::{Enlarge, Enlargement};
 use self::hires::HiresPass;
 pub use self::index::{PipelineParts, check_pipeline};
 pub use self::info::{MAX_NOISE_SCALE, MemoryEstimate, ModelInfo, SingleFiles};
-use self::init::{InitialLatents, LatentInit};
+use self::init::InitialLatents;
 use self::ip_adapter::ActiveImages;
 pub use self::ip_adapter::IpAdapters;
 pub use self::ip_adapter_spec::{BlockScale, IpAdapter, IpScale, MAX_IP_SCALE};
@@ -207,11 +212,8 @@ impl Pipeline {
         let mut sampler = self.sampler(base)?;
         let rows = self.rows(base, &loras, &mut warnings)?;
         let mut noise = Noise::new(spec.seed);
-        let inpainting =
-            self.model.unet.config().in_channels > self.model.unet.config().out_channels;
-        let init = LatentInit { vae: &self.model.vae, device: &self.model.device, inpainting };
-        let InitialLatents { latents, blend, mask_condition, step_noise } =
-            tiling(spec.tiling, || init.begin(spec, &sampler, &mut noise))?;
+        let (before, begun) = before::begin(&self.model, spec, &sampler, &mut noise)?;
+        let InitialLatents { latents, blend, mask_condition, step_noise } = begun;
         let mut noise = step_noise.unwrap_or(noise);
         let time_embeddings = self.time_embeddings(&sampler, base, &loras)?;
         let controls = controls(base, &nets, &sampler, &mut warnings)?;
@@ -221,7 +223,10 @@ impl Pipeline {
         let of_hires = hires.iter().flat_map(|hires| &hires.controls);
         let mut nets: Vec<_> = controls.iter().chain(of_hires).map(ActiveControl::name).collect();
         nets.dedup();
-        sampler.draw_ahead(latents.shape(), &mut noise, &self.model.device)?;
+        // Where the input image is encoded in tiles, its own noise comes first.
+        if before.is_none() {
+            sampler.draw_ahead(latents.shape(), &mut noise, &self.model.device)?;
+        }
         Ok(Trajectory {
             nets,
             size: spec.size,
@@ -239,9 +244,13 @@ impl Pipeline {
             last_call: None,
             hires,
             tiling: spec.tiling,
+            vae_mode: VaeMode { tiling: spec.tiling, tiles: spec.has_vae_tiles() },
+            before,
+            steps_before: 0,
             between: None,
             steps_between: 0,
             base_evaluations: 0,
+            decoding: None,
             warnings,
         })
     }
@@ -350,7 +359,7 @@ impl Pipeline {
             sampler,
             rows,
             loras,
-            upscaler: between::upscaler(hires, spec.size, upscalers)?,
+            upscaler: between::upscaler(spec, hires, upscalers, &self.model.vae)?,
             seed: spec.seed,
             seed_delta: pass.seed_delta(),
             variation: spec.variation,
@@ -391,26 +400,34 @@ impl Pipeline {
     }
 
     /// One step of all trajectories that are not done; all must have one size. It is one UNet call,
-    /// and for each whose picture is between two passes a step of that. After an error every
+    /// and for each whose picture is encoded in tiles or between two passes a step of that. After an error every
     /// trajectory is unchanged, so that the step can be repeated.
     ///
     /// On a GPU a step is queued, and the one before it is done.
     pub fn step(&self, batch: &mut [&mut Trajectory]) -> Result<()> {
         begin_step(&self.model.device)?;
-        let between = |t: &&mut Trajectory| match (&t.hires, &t.between) {
-            (Some(hires), Some(between)) => {
-                let decode = || self.decode(t);
-                between::step(&self.model, (t.size, t.tiling), (hires, between), decode).map(Some)
+        let aside = |t: &&mut Trajectory| match (&t.before, &t.hires, &t.between) {
+            (Some(before), ..) => {
+                before.step(&self.model.vae, &t.sampler, &t.noise).map(Aside::Before).map(Some)
+            }
+            (None, Some(hires), Some(between)) => {
+                let latents = || self.unscaled(t);
+                let step =
+                    between::step(&self.model, (t.size, t.vae_mode), (hires, between), latents);
+                let step = step.map_err(|error| decode::named(error, &t.nets));
+                step.map(Aside::Between).map(Some)
             }
             _ => Ok(None),
         };
-        let between = batch.iter().map(between).collect::<Result<Vec<_>>>()?;
+        let aside = batch.iter().map(aside).collect::<Result<Vec<_>>>()?;
         let sampled = [self.sample(batch, false)?, self.sample(batch, true)?];
         end_step(&self.model.device)?;
         // Only now, when nothing can fail any more.
-        for (trajectory, step) in batch.iter_mut().zip(between) {
-            if let Some(step) = step {
-                trajectory.advance_between(step);
+        for (trajectory, step) in batch.iter_mut().zip(aside) {
+            match step {
+                Some(Aside::Before(step)) => trajectory.advance_before(step),
+                Some(Aside::Between(step)) => trajectory.advance_between(step),
+                None => {}
             }
         }
         for (place, result) in sampled.into_iter().flatten() {
@@ -430,7 +447,8 @@ impl Pipeline {
         let (mut conditioning, mut seen, mut loras) = (Vec::new(), Vec::new(), Vec::new());
         let mut active: Vec<(usize, &mut Trajectory)> = Vec::new();
         let mut controlled = Vec::new();
-        let members = batch.iter_mut().enumerate().filter(|(_, t)| t.tiling == is_tiling);
+        let members = batch.iter_mut().enumerate();
+        let members = members.filter(|(_, t)| t.tiling == is_tiling && t.before.is_none());
         for (place, trajectory) in members {
             let Some(evaluation) = trajectory.sampler.next() else { continue };
             let input = linear_combination(&[(evaluation.input_scale, &trajectory.latents)])?;
@@ -488,9 +506,9 @@ impl Pipeline {
         let preview = match self.preview.get() {
             Some(preview) => preview,
             None => {
-                let decode =
-                    |latents: &Tensor| self.decode_latents(&latents.to_device(&self.model.device)?);
-                let fitted = Preview::fit(self.model.vae.config(), decode)?;
+                let LoadedModel { vae, device, .. } = &self.model;
+                let decode = |latents: &Tensor| vae.decode(&latents.to_device(device)?);
+                let fitted = Preview::fit(vae.config(), decode)?;
                 self.preview.get_or_init(|| fitted)
             }
         };
@@ -500,27 +518,32 @@ impl Pipeline {
     /// The image of a trajectory. If the trajectory is not done, the predicted x0 of the last UNet
     /// call is decoded, as AUTOMATIC1111 does when it is interrupted.
     pub fn decode(&self, trajectory: &Trajectory) -> Result<Rgb> {
-        let latents = self.model.vae.config().unscaled(&trajectory.predicted_x0()?)?;
-        let image = tiling(trajectory.tiling, || self.decode_latents(&latents));
-        let image = image.map_err(|error| match error {
-            // A model alone draws finite numbers: what was added to it is the request's.
-            Error::NotFinite(what) if !trajectory.nets.is_empty() => {
-                let nets = trajectory.nets.join(", ");
-                let reason = format!("{what}: NaN or infinite numbers, drawn with {nets}");
-                Error::Spec { field: "controlnets", reason }
-            }
-            other => other,
-        })?; // (1, H, W, 3)
-        let (_, height, width, _) = image.dims4()?;
-        let values = image.flatten_all()?.to_vec1::<f32>()?;
-        // Rounds half to even, as numpy.
-        let byte = |v: f32| ((v / 2.0 + 0.5).clamp(0.0, 1.0) * 255.0).round_ties_even() as u8;
-        Ok(Rgb { width, height, data: values.into_iter().map(byte).collect() })
+        let picture =
+            decode::picture(&self.model, &self.unscaled(trajectory)?, trajectory.vae_mode);
+        picture.map_err(|error| decode::named(error, &trajectory.nets))
     }
 
-    /// Latents (1, C, h, w), unscaled -> the image (1, H, W, 3) on the CPU.
-    fn decode_latents(&self, latents: &Tensor) -> Result<Tensor> {
-        self.model.vae.decode(latents)
+    /// [`Self::decode`] in parts: a call decodes one tile, and returns the image with the last. One
+    /// that is not in tiles has one part.
+    pub fn decode_part(&self, trajectory: &mut Trajectory) -> Result<Option<Rgb>> {
+        let model = &self.model;
+        let tiled = match trajectory.decoding.take() {
+            None => decode::tiles(model, &self.unscaled(trajectory)?, trajectory.vae_mode)?,
+            begun => begun,
+        };
+        let Some(mut tiled) = tiled else { return self.decode(trajectory).map(Some) };
+        let tile = decode::tile(model, &tiled);
+        tiled.lay(tile.map_err(|error| decode::named(error, &trajectory.nets))?);
+        if tiled.left() == 0 {
+            return decode::rgb(&tiled.joined()?).map(Some);
+        }
+        trajectory.decoding = Some(tiled);
+        Ok(None)
+    }
+
+    /// The latents (1, C, h, w) of what there is of an image, as the decoder takes them.
+    fn unscaled(&self, trajectory: &Trajectory) -> Result<Tensor> {
+        self.model.vae.config().unscaled(&trajectory.predicted_x0()?)
     }
 
     /// Whether the safety checker flags an image as NSFW; `None` without a safety checker.
@@ -528,6 +551,12 @@ impl Pipeline {
         let checker = self.model.safety_checker.as_ref();
         checker.map(|checker| Ok(checker.check(image)?.nsfw())).transpose()
     }
+}
+
+/// What a step computes that is no UNet call.
+enum Aside {
+    Before(BeforeStep),
+    Between(BetweenStep),
 }
 
 /// The files that an image names, as they were read.

@@ -3,6 +3,8 @@
 
 use std::borrow::Cow;
 
+use super::control;
+use super::control_spec::Control;
 use super::spec::{Hires, PromptSyntax, Spec};
 use super::xl::XlOptions;
 use crate::error::{Error, Result};
@@ -81,9 +83,18 @@ impl<'a> Pass<'a> {
         parts + usize::from(self.is_guided())
     }
 
-    /// Pixels times rows times UNet calls.
+    /// Pixels times rows times UNet calls, those of ControlNets in the same unit: a net is half a UNet.
     pub fn work(self) -> usize {
-        self.size().pixels() * self.rows() * self.calls()
+        let (rows, calls) = (self.rows(), self.calls());
+        let stages = self.sampler().sampler.evaluations_of_a_step();
+        let nets = self.spec.controls.iter().filter(|control| control.is_in(self.is_hires()));
+        let of_net = |control: &Control| {
+            let alone = usize::from(control.steers_prompt_alone() && self.is_guided());
+            let shares = (control.start, control.end);
+            let acts = control::active(shares, control.is_unit(), calls, stages);
+            (rows - alone) * acts.into_iter().filter(|acts| *acts).count()
+        };
+        self.size().pixels() * (rows * calls + nets.map(of_net).sum::<usize>() / 2)
     }
 
     /// Steps of the sampler as if from noise alone.

@@ -218,6 +218,7 @@ mod tests {
                 controls: Vec::new(),
                 tiling: false,
                 ip_adapters: Vec::new(),
+                vae_tiling: None,
                 enlarge: None,
             };
             let mut trajectory = pipeline.begin(&spec).expect("begun");

@@ -63,6 +63,10 @@ pub struct Spec {
     /// Whether the opposite edges of the image meet, so that it can be laid beside itself: the
     /// convolutions of UNet and VAE are padded with the other side.
     pub tiling: bool,
+    /// Whether the VAE encodes and decodes what is larger than one of its tiles in tiles, as by
+    /// diffusers' `enable_tiling`. `None`: where [`crate::ModelInfo::choose_tiles`] says so, and
+    /// without that as a whole.
+    pub vae_tiling: Option<bool>,
     /// What only Stable Diffusion XL takes.
     pub xl: XlOptions,
     /// What the reply warns of before the image is begun.
@@ -95,6 +99,11 @@ impl Spec {
             PromptSyntax::Plain => 0,
             PromptSyntax::A1111 => self.clip_skip,
         }
+    }
+
+    /// Whether the VAE works in tiles.
+    pub(super) fn has_vae_tiles(&self) -> bool {
+        self.vae_tiling == Some(true)
     }
 
     /// Sampler and schedule under one name.

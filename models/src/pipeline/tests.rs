@@ -64,6 +64,7 @@ fn spec(loras: Loras) -> Spec {
         controls: Vec::new(),
         tiling: false,
         ip_adapters: Vec::new(),
+        vae_tiling: None,
         enlarge: None,
     }
 }

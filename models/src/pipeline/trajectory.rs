@@ -2,15 +2,18 @@
 
 use candle_core::Tensor;
 
+use super::before::{Before, BeforeStep};
 use super::between::{Between, BetweenStep};
-use super::control::ActiveControl;
+use super::control::{self, ActiveControl};
+use super::decode::VaeMode;
 use super::hires::{HiresPass, UpscaledLatents};
-use super::init::InpaintBlend;
+use super::init::{InitialLatents, InpaintBlend};
 use super::ip_adapter::ActiveImages;
 use super::rows::{Combined, Rows};
 use crate::error::Result;
 use crate::files::AssetFile;
 use crate::layers::LoraStack;
+use crate::networks::Tiled;
 use crate::picture::Size;
 use crate::sampling::{Noise, Outputs, SamplerState};
 
@@ -41,12 +44,19 @@ pub struct Trajectory {
     pub(super) hires: Option<HiresPass>,
     /// Whether the opposite edges of the image meet.
     pub(super) tiling: bool,
+    pub(super) vae_mode: VaeMode,
+    /// The input image, while it is encoded in tiles; until then the latents are none.
+    pub(super) before: Option<Before>,
+    /// Steps of the input image that are done.
+    pub(super) steps_before: usize,
     /// The picture between the base pass and the hires pass, if it is what is upscaled.
     pub(super) between: Option<Between>,
     /// Steps of the picture between the passes that are done, until the hires pass runs.
     pub(super) steps_between: usize,
     /// Evaluations of the base pass and steps after it, once the hires pass runs.
     pub(super) base_evaluations: usize,
+    /// The image, while it is decoded in tiles.
+    pub(super) decoding: Option<Tiled>,
     pub(super) warnings: Vec<String>,
 }
 
@@ -76,9 +86,15 @@ impl Trajectory {
         self.sampler.next().is_none() && self.between.is_none()
     }
 
-    /// Whether its next step is one of the picture between two passes, and no UNet call.
+    /// Whether its next step is one of its picture, before the first pass or between two, and no
+    /// UNet call.
     pub fn enlarging(&self) -> bool {
-        self.between.is_some()
+        self.before.is_some() || self.between.is_some()
+    }
+
+    /// Whether there is something to show of it: a UNet call is done.
+    pub fn has_image(&self) -> bool {
+        self.before.is_none() && self.progress().0 > self.steps_before
     }
 
     /// The files of its LoRAs, in the versions that it uses.
@@ -86,24 +102,31 @@ impl Trajectory {
         self.lora_files.clone()
     }
 
-    /// Completed UNet evaluations and steps of a picture between two passes, and their total. Heun
-    /// takes two a step, PNDM one more than steps.
+    /// Completed UNet evaluations and steps of a picture before or between the passes, and their
+    /// total. Heun takes two a step, PNDM one more than steps.
     pub fn progress(&self) -> (usize, usize) {
         let left = |hires: &HiresPass| hires.sampler.evaluations() + hires.upscaler.steps();
         let left = self.hires.as_ref().map_or(0, left);
-        let total = self.base_evaluations + self.sampler.evaluations() + left;
-        (self.base_evaluations + self.sampler.completed() + self.steps_between, total)
+        let before = self.before.as_ref().map_or(0, Before::left);
+        let done = self.steps_before + self.base_evaluations;
+        let total = done + before + self.sampler.evaluations() + left;
+        (done + self.sampler.completed() + self.steps_between, total)
     }
 
-    /// Pixels times rows times evaluations that are left.
+    /// Pixels times rows times evaluations that are left, those of ControlNets and the steps of
+    /// pictures in the same unit.
     pub fn work_left(&self) -> usize {
-        let left = self.sampler.evaluations() - self.sampler.completed();
+        let (rows, done) = (&self.rows, self.sampler.completed());
+        let row_calls = rows.len() * (self.sampler.evaluations() - done)
+            + control::row_calls(&self.controls, done, rows);
         let work = |hires: &HiresPass| {
             let between = hires.upscaler.steps().saturating_sub(self.steps_between);
-            between * hires.upscaler.step_work(hires.size)
-                + hires.size.pixels() * hires.rows.len() * hires.sampler.evaluations()
+            let row_calls = hires.rows.len() * hires.sampler.evaluations()
+                + control::row_calls(&hires.controls, 0, &hires.rows);
+            between * hires.upscaler.step_work() + hires.size.pixels() * row_calls
         };
-        self.size.pixels() * self.rows() * left + self.hires.as_ref().map_or(0, work)
+        let before = self.before.as_ref().map_or(0, Before::work_left);
+        before + self.size.pixels() * row_calls + self.hires.as_ref().map_or(0, work)
     }
 
     /// Batch rows of a UNet call in the current pass ([`super::Pass::rows`]).
@@ -179,11 +202,36 @@ impl Trajectory {
         }
     }
 
-    /// Takes a step that was computed.
+    /// Takes a step of the input image that was computed.
+    pub(super) fn advance_before(&mut self, step: BeforeStep) {
+        self.steps_before += 1;
+        match step {
+            BeforeStep::Tile(tile) => {
+                if let Some(before) = &mut self.before {
+                    before.lay(tile);
+                }
+            }
+            BeforeStep::Begun(begun) => {
+                let (InitialLatents { latents, blend, mask_condition, step_noise }, noise) = *begun;
+                self.before = None;
+                (self.latents, self.blend, self.mask_condition) = (latents, blend, mask_condition);
+                self.noise = step_noise.unwrap_or(noise);
+            }
+        }
+    }
+
+    /// Takes a step of the picture between the passes that was computed.
     pub(super) fn advance_between(&mut self, step: BetweenStep) {
         self.steps_between += 1;
         match step {
-            BetweenStep::Decoded(next) => self.between = Some(next),
+            BetweenStep::Next(next) => self.between = Some(next),
+            BetweenStep::Tile(tile) => {
+                if let Some(Between::DecodeTiles(tiled) | Between::EncodeTiles(tiled)) =
+                    &mut self.between
+                {
+                    tiled.lay(tile);
+                }
+            }
             BetweenStep::Enlarged(step) => {
                 if let Some(Between::Enlarge(enlargement)) = &mut self.between {
                     enlargement.advance(step);

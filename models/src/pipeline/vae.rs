@@ -9,8 +9,9 @@ use super::preview::octaves;
 use crate::error::{Error, Result};
 use crate::files::Weights;
 use crate::layers::activation_dtype;
-use crate::networks::{Decoder, Encoder, VaeConfig};
+use crate::networks::{Decoder, Encoder, Tiled, VaeConfig, tiles};
 use crate::ops::on_host;
+use crate::picture::Size;
 
 /// How the files of the VAE are opened again, if they are still those that were loaded.
 pub(super) type Reopen = Box<dyn Fn() -> Result<Weights> + Send + Sync>;
@@ -115,19 +116,49 @@ impl Vae {
     /// Images (B, H, W, 3) in -1..1 -> mean and log variance of the latents, each (B, C, h, w) f32
     /// and not yet multiplied by the scaling factor.
     pub(super) fn encode(&self, pixels: &Tensor) -> Result<(Tensor, Tensor)> {
-        let encode = |encoder: &Encoder| -> Result<(Tensor, Tensor, bool)> {
-            let (mean, logvar) = encoder.forward(pixels)?;
-            let finite = is_finite(&mean)? && is_finite(&logvar)?;
-            Ok((mean, logvar, finite))
+        self.config().distribution(&self.moments(pixels)?)
+    }
+
+    /// Images (B, H, W, 3) in -1..1 -> what [`VaeConfig::distribution`] takes: (B, h, w, 2 C) f32.
+    pub(super) fn moments(&self, pixels: &Tensor) -> Result<Tensor> {
+        let encode = |encoder: &Encoder| -> Result<(Tensor, bool)> {
+            let moments = encoder.moments(pixels)?;
+            let finite = is_finite(&moments)?;
+            Ok((moments, finite))
         };
         let mut encoded = encode(&self.encoder)?;
-        if let (false, Some(wide)) = (encoded.2, &self.wide) {
+        if let (false, Some(wide)) = (encoded.1, &self.wide) {
             encoded = encode(wide.encoder()?)?;
         }
         match encoded {
-            (mean, logvar, true) => Ok((mean, logvar)),
+            (moments, true) => Ok(moments),
             _ => Err(Error::NotFinite("the latents of the input image")),
         }
+    }
+
+    /// Number of tiles of an image in this size; 0 if it is computed as a whole.
+    pub(super) fn tiles(&self, size: Size) -> usize {
+        let scale = self.config().scale();
+        let plane = [size.height() / scale, size.width() / scale];
+        self.config().tile().map_or(0, |tile| tiles(plane, tile))
+    }
+
+    /// The work of a tile, in pixels times rows times UNet calls.
+    pub(super) fn tile_work(&self) -> usize {
+        self.config().sample_size.saturating_pow(2)
+    }
+
+    /// An image (1, H, W, 3) in tiles for [`Self::moments`], if it is larger than one.
+    pub(super) fn tiles_to_encode(&self, pixels: &Tensor) -> Result<Option<Tiled>> {
+        let Some(tile) = self.config().tile() else { return Ok(None) };
+        let channels = 2 * self.config().latent_channels;
+        Tiled::encode(pixels, (tile, self.config().scale()), channels)
+    }
+
+    /// Latents (1, C, h, w) in tiles for [`Self::decode`], if they are larger than one.
+    pub(super) fn tiles_to_decode(&self, latents: &Tensor) -> Result<Option<Tiled>> {
+        let Some(tile) = self.config().tile() else { return Ok(None) };
+        Tiled::decode(latents, tile, self.config().scale())
     }
 
     /// Latents (1, C, h, w), divided by the scaling factor -> the image (1, H, W, 3) on the CPU.

@@ -69,6 +69,7 @@ fn spec(sampler: Sampler, steps: usize, guidance_scale: f64) -> Spec {
         hires: None,
         controls: Vec::new(),
         tiling: false,
+        vae_tiling: None,
         ip_adapters: Vec::new(),
         enlarge: None,
         prompt_syntax: PromptSyntax::Plain,

@@ -93,6 +93,7 @@ pub(crate) fn spec(start: Option<Img2Img>) -> Spec {
         controls: Vec::new(),
         tiling: false,
         ip_adapters: Vec::new(),
+        vae_tiling: None,
         enlarge: None,
     }
 }

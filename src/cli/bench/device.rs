@@ -189,6 +189,7 @@ impl DeviceBench {
             controls: Vec::new(),
             tiling: false,
             ip_adapters: Vec::new(),
+            vae_tiling: None,
             enlarge: None,
         }
     }

@@ -32,6 +32,7 @@ fn job(client: u64, id: JobId, images: usize) -> (Ticket, Vec<ImageTask>) {
         controls: Vec::new(),
         tiling: false,
         ip_adapters: Vec::new(),
+        vae_tiling: None,
         enlarge: None,
     };
     let client = Client::named(&client.to_string());
@@ -41,6 +42,7 @@ fn job(client: u64, id: JobId, images: usize) -> (Ticket, Vec<ImageTask>) {
         max_queue: 0,
         max_batch_rows: 2,
         memory_budget_bytes: None,
+        vae_tiling: false,
         safety: Safety::Blur,
     };
     let engine = Engine::absent(&DeviceScheduler::default(), settings).shared;

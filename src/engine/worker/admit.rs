@@ -29,13 +29,14 @@ impl<M: Model> Worker<M> {
         let round = Instant::now();
         let busy = !self.slots.is_empty();
         while !self.lost {
-            let Some((task, files)) = self.next_ready() else { return };
+            let Some((mut task, files)) = self.next_ready() else { return };
             let begun = Instant::now();
             let queued = begun.saturating_duration_since(task.submitted);
             self.engine.metrics.queue_duration.time([], queued);
             // The budget may have become smaller since the image was accepted.
-            let bytes = self.model.info().peak_bytes(&task.spec).max(files.upscaling_bytes());
-            if bytes > self.engine.budget() {
+            let (info, budget) = (self.model.info(), self.engine.budget());
+            info.choose_tiles(&mut task.spec, self.engine.settings.vae_tiling, budget);
+            if info.peak_bytes(&task.spec).max(files.upscaling_bytes()) > budget {
                 task.complete(Err(JobError::OutOfMemory));
                 continue;
             }

@@ -22,34 +22,37 @@ impl<M: Model> Worker<M> {
         for slot in &mut self.slots {
             slot.interrupted |= slot.task.interrupted() || skipped.contains(&slot.task.key().0);
         }
-        let empty = |slot: &mut Slot<M::Trajectory>| {
-            let enlarges = slot.task.spec.enlarge.is_some() && !slot.trajectory.done();
-            slot.interrupted && (enlarges || slot.trajectory.progress().0 == 0)
-        };
+        let empty =
+            |slot: &mut Slot<M::Trajectory>| slot.interrupted && !slot.trajectory.has_image();
         let empty = self.slots.extract_if(.., empty).map(|slot| slot.task);
         let unread = self.reading.extract_if(.., |reading| reading.task.interrupted());
         empty.chain(unread.map(|reading| reading.task)).for_each(ImageTask::skip);
     }
 
-    /// Decodes one finished image, or runs the safety check on one decoded image. Others wait for
-    /// the next round, so each step waits for at most one of them.
+    /// Decodes one finished image or a tile of one, or runs the safety check on one decoded image.
+    /// Others wait for the next round, so each step waits for at most one of them.
     pub(super) fn retire(&mut self) {
         let Some(place) = self.slots.iter().position(Slot::done) else { return };
         let mut slot = self.slots.remove(place);
         let began = Instant::now();
         let (stage, done) = match slot.decoded.take() {
-            None => ("decode", self.model.decode(&slot.trajectory).map(|rgb| (rgb, None))),
+            None => {
+                let decoded = self.model.decode(&mut slot.trajectory);
+                ("decode", decoded.map(|rgb| Some((rgb?, None))))
+            }
             Some(rgb) => {
-                ("safety_check", self.model.check_safety(&rgb).map(|nsfw| (rgb, Some(nsfw))))
+                let checked = self.model.check_safety(&rgb);
+                ("safety_check", checked.map(|nsfw| Some((rgb, Some(nsfw)))))
             }
         };
         self.engine.metrics.stage_duration.time([stage], began.elapsed());
         match done {
-            Ok((rgb, None)) if self.model.info().checked => {
+            Ok(None) => self.slots.insert(place, slot),
+            Ok(Some((rgb, None))) if self.model.info().checked => {
                 slot.decoded = Some(rgb);
                 self.slots.insert(place, slot);
             }
-            Ok((rgb, nsfw)) => self.finish(slot, rgb, nsfw.flatten()),
+            Ok(Some((rgb, nsfw))) => self.finish(slot, rgb, nsfw.flatten()),
             Err(error) => slot.task.complete(Err(self.failure(&error, stage))),
         }
     }

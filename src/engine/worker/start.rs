@@ -95,7 +95,12 @@ pub(super) fn warm_up<M: Model>(model: &M) -> anyhow::Result<()> {
             model.step(&mut [&mut trajectory])?;
         }
         model.preview(&trajectory)?;
-        model.check_safety(&model.decode(&trajectory)?)
+        let image = loop {
+            if let Some(image) = model.decode(&mut trajectory)? {
+                break image;
+            }
+        };
+        model.check_safety(&image)
     };
     generate().context("warm-up failed").map(drop)
 }
@@ -126,6 +131,7 @@ pub(super) fn warm_up_params(defaults: &Defaults, size: Size) -> Spec {
         controls: Vec::new(),
         tiling: false,
         ip_adapters: Vec::new(),
+        vae_tiling: None,
         enlarge: None,
     }
 }

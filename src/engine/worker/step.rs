@@ -38,6 +38,7 @@ impl<M: Model> Worker<M> {
                 first || !kind.enlarging && taken <= max_rows && bytes <= budget
             })
             .collect();
+        let left: Vec<_> = members.iter().map(|slot| slot.trajectory.work_left()).collect();
         let began = Instant::now();
         let mut batch: Vec<_> = members.iter_mut().map(|slot| &mut slot.trajectory).collect();
         let (stepped, len, is_short_of_memory) = step_with_fallback(&self.model, &mut batch);
@@ -50,9 +51,11 @@ impl<M: Model> Worker<M> {
         if !kind.enlarging {
             self.engine.metrics.batch_size.with([]).observe(rows as f64);
         }
+        let mut work = 0;
         match stepped {
             Ok(()) => {
-                for slot in members {
+                for (slot, left) in members.into_iter().zip(left) {
+                    work += left.saturating_sub(slot.trajectory.work_left());
                     preview(&self.model, slot, self.engine.settings.safety);
                     slot.task.advance(1, 0);
                 }
@@ -71,7 +74,7 @@ impl<M: Model> Worker<M> {
             self.engine.metrics.batch_oom_retries.with([]).inc();
             self.caps.insert(kind, rows);
         }
-        kind.cost(rows) as u64
+        work as u64
     }
 }
 

@@ -45,12 +45,14 @@ struct RecordingModel {
     flags: Option<bool>,
 }
 
-/// Steps of a picture that is enlarged.
+/// Steps of a picture that is enlarged, and tiles of one that is decoded in tiles.
 const TILES: usize = 3;
 
 struct FakeTrajectory {
     spec: Spec,
     made: usize,
+    /// Tiles of it that are decoded.
+    decoded: usize,
 }
 
 impl Trajectory for FakeTrajectory {
@@ -109,7 +111,7 @@ impl Model for RecordingModel {
         let began = Instant::now();
         while began.elapsed() < self.reading {}
         self.calls.borrow_mut().push(Call::Begin(spec.seed));
-        Ok(FakeTrajectory { spec: spec.clone(), made: 0 })
+        Ok(FakeTrajectory { spec: spec.clone(), made: 0, decoded: 0 })
     }
 
     fn step(&self, batch: &mut [&mut FakeTrajectory]) -> sd_models::Result<()> {
@@ -128,10 +130,13 @@ impl Model for RecordingModel {
         Ok(())
     }
 
-    fn decode(&self, trajectory: &FakeTrajectory) -> sd_models::Result<Rgb> {
+    fn decode(&self, trajectory: &mut FakeTrajectory) -> sd_models::Result<Option<Rgb>> {
         assert!(trajectory.made > 0);
         self.calls.borrow_mut().push(Call::Decode(trajectory.spec.seed));
-        Ok(Rgb { width: 16, height: 16, data: (0..16 * 16 * 3).map(|i| i as u8).collect() })
+        trajectory.decoded += 1;
+        let tiles = if trajectory.spec.vae_tiling == Some(true) { TILES } else { 1 };
+        let data = || (0..16 * 16 * 3).map(|i| i as u8).collect();
+        Ok((trajectory.decoded == tiles).then(|| Rgb { width: 16, height: 16, data: data() }))
     }
 
     fn check_safety(&self, _: &Rgb) -> sd_models::Result<Option<bool>> {
@@ -160,6 +165,7 @@ impl TestWorker {
             max_queue,
             max_batch_rows,
             memory_budget_bytes: None,
+            vae_tiling: false,
             unload_after: None,
             safety,
         };
@@ -276,6 +282,7 @@ fn spec(seed: u64, steps: usize) -> Spec {
         controls: Vec::new(),
         tiling: false,
         ip_adapters: Vec::new(),
+        vae_tiling: None,
         enlarge: None,
     }
 }

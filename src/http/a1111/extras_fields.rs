@@ -183,6 +183,7 @@ fn spec(enlarge: Enlarge, size: Size, model: &ModelInfo) -> Spec {
         warnings: Vec::new(),
         hires: None,
         tiling: false,
+        vae_tiling: None,
         xl: XlOptions::default(),
         enlarge: Some(Arc::new(enlarge)),
         controls: Vec::new(),

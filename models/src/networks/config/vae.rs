@@ -1,10 +1,11 @@
 //! `vae/config.json`.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::levels::check_levels;
 use crate::error::Result;
 use crate::files::{Keys, Source};
+use crate::networks::vae_tiles::OVERLAP;
 
 /// `vae/config.json` of an `AutoencoderKL`.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,6 +20,8 @@ pub struct VaeConfig {
     pub block_out_channels: Vec<usize>,
     /// Residual blocks of an encoder level; a decoder level has one more.
     pub layers_per_block: usize,
+    /// Side of the tiles in which it may be computed, in pixels; 0 if no side is known.
+    pub sample_size: usize,
     /// Groups of every group norm.
     pub norm_num_groups: usize,
     /// Factor of the latents after encoding.
@@ -68,6 +71,7 @@ impl VaeConfig {
         let latent_channels = keys.count("latent_channels", 1, 4)?;
         let config = Self {
             latents: latents(&mut keys, latent_channels)?,
+            sample_size: sample_size(&mut keys)?,
             force_upcast: keys.take("force_upcast", true)?,
             in_channels: keys.count("in_channels", 1, 3)?,
             out_channels: keys.count("out_channels", 1, 3)?,
@@ -91,15 +95,30 @@ impl VaeConfig {
         if config.out_channels != 3 || config.in_channels != 3 {
             return Err(keys.invalid("out_channels", "must be 3, the channels of an image"));
         }
-        keys.drop_idle(&["sample_size"]);
+        keys.drop_idle(&[]);
         keys.finish()?;
         Ok(config)
+    }
+
+    /// Side of its tiles in latent pixels; `None` if a quarter of that is no whole number, so that tiles
+    /// cannot be joined.
+    pub fn tile(&self) -> Option<usize> {
+        let side = self.sample_size / self.scale();
+        let is_whole = self.sample_size.is_multiple_of(OVERLAP * self.scale());
+        (side > 0 && is_whole).then_some(side)
     }
 
     /// Pixels per latent pixel, along one side.
     pub fn scale(&self) -> usize {
         1 << (self.block_out_channels.len() - 1)
     }
+}
+
+/// `sample_size`, as diffusers reads it: the number, or the first of a list.
+fn sample_size(keys: &mut Keys) -> Result<usize> {
+    let value: Value = keys.take("sample_size", json!(32))?;
+    let side = value.get(0).unwrap_or(&value).as_u64().unwrap_or_default();
+    Ok(usize::try_from(side).unwrap_or_default())
 }
 
 /// `latents_mean` and `latents_std`, of which diffusers uses both or none.

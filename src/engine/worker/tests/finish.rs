@@ -13,6 +13,67 @@ async fn pictures_are_decoded_one_at_a_time_between_steps() {
     }
 }
 
+#[tokio::test]
+async fn tiles_are_decoded_one_at_a_time_between_steps_as_long_as_they_are_wanted() {
+    let mut test = TestWorker::new(8, 12);
+    let _held = test.submit(0, vec![spec(9, 9)]);
+    let tiled = |seed| vec![Spec { vae_tiling: Some(true), ..spec(seed, 1) }];
+    let decodes = |calls: Vec<Call>| {
+        assert!(calls.iter().any(|call| matches!(call, Call::Step(_))), "{calls:?}");
+        calls.into_iter().filter(|call| matches!(call, Call::Decode(_))).collect::<Vec<_>>()
+    };
+    let whole = test.submit(1, tiled(1));
+    for _ in 0..TILES {
+        assert_eq!(decodes(test.turn()), [Call::Decode(1)]);
+    }
+    assert!(whole.wait().await.is_ok_and(|images| images.len() == 1));
+    let given_up = test.submit(1, tiled(2));
+    assert_eq!(decodes(test.turn()), [Call::Decode(2)]);
+    drop(given_up);
+    assert_eq!(decodes(test.turn()), []);
+}
+
+#[test]
+fn what_does_not_fit_as_a_whole_is_decoded_in_tiles_with_a_warning() {
+    let mut test = TestWorker::new(8, 12);
+    let memory = MemoryEstimate {
+        scale: 8,
+        decode_bytes: 1000,
+        tile: Some(128),
+        ..MemoryEstimate::default()
+    };
+    test.worker.model.info.memory = memory;
+    let info = test.worker.model.info.clone();
+    test.engine.shared.set_model(info.clone());
+    // A tile, and 12 bytes for each pixel of the whole.
+    let most = 1000 * 128 * 128 + 12 * 256 * 256;
+    let large = || Spec { size: square(256), ..spec(1, 1) };
+    let chosen = |spec: Spec, default: bool, budget: u64| {
+        let mut spec = spec;
+        info.choose_tiles(&mut spec, default, budget);
+        (spec.vae_tiling, spec.warnings.len(), info.peak_bytes(&spec) <= budget)
+    };
+    assert_eq!(chosen(large(), false, u64::MAX), (None, 0, true));
+    assert_eq!(chosen(large(), false, most), (Some(true), 1, true));
+    assert_eq!(chosen(large(), false, most - 1), (Some(true), 1, false));
+    assert_eq!(chosen(large(), true, most), (Some(true), 0, true));
+    let never = Spec { vae_tiling: Some(false), ..large() };
+    assert_eq!(chosen(never, true, most), (Some(false), 0, false));
+    let edgeless = Spec { tiling: true, ..large() };
+    assert_eq!(chosen(edgeless, true, most), (None, 0, false));
+    assert_eq!(chosen(spec(1, 1), false, 1), (None, 0, false), "no larger than a tile");
+
+    test.engine.shared.device.set_budget_bytes(most);
+    let ticket = test.submit(0, vec![large()]);
+    while !test.idle() {
+        test.turn();
+    }
+    assert!(ticket.wait().now_or_never().is_some_and(|images| images.is_ok()));
+    test.engine.shared.device.set_budget_bytes(most - 1);
+    let refused = test.try_submit(0, vec![large()], None).err();
+    assert_eq!(refused, Some(JobError::OutOfMemory));
+}
+
 /// The result of one image of a model with a safety checker, and its turns.
 fn checked(
     safety: Safety,
