@@ -96,7 +96,7 @@ fn conditioning(
         let sizes = [side, side, 0.0, 0.0, side, side];
         let width = added.inputs - sizes.len() * added.size_width;
         let pooled = Tensor::randn(0f32, 1f32, (1, width), context.device())?;
-        Ok(unet.add(own, &pooled, sizes, &[])?)
+        Ok(unet.add(own, &pooled, &sizes, &[])?)
     };
     Ok(Conditioning::stack(&[&row(0)?, &row(1)?])?)
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use axum::Router;
 use futures_util::future::OptionFuture;
-use sd_models::{AddOns, Checkpoint};
+use sd_models::{AddOns, Checkpoint, Source};
 use tokio::net::TcpListener;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -130,6 +130,11 @@ impl ModelLoader for DiskLoader {
         // The registry unloads it: then it has room for others.
         let engine = EngineConfig { unload_after: None, ..self.engine };
         start(&self.device, engine, self.at(path), self.limits)
+    }
+
+    fn source(&self, path: Option<&Path>) -> Result<Source> {
+        let model = path.map_or_else(|| self.model.clone(), |path| self.at(path));
+        Ok(source::locate(model)?.source)
     }
 
     fn is_model(&self, file: &Path) -> bool {

@@ -30,12 +30,12 @@ pub use ops::{
 pub use picture::{CANNY, Interpolation, Preprocessor, Rgb, Size, THRESHOLD, otsu};
 pub use pipeline::{
     AddOns, BlockScale, Chosen, Control, ControlMode, ControlNets, ControlPasses, ControlRule,
-    Defaults, DeviceName, Enlarge, Enlargement, Extension, Hires, Img2Img, IpAdapter, IpAdapters,
-    IpScale, LatentUpscaler, LoadOptions, MAX_CONTROL_SCALE, MAX_IP_SCALE, MAX_NOISE_SCALE,
-    MAX_STEPS, MaskedStart, MemoryEstimate, ModelInfo, NamedFiles, Pass, PassLoras,
-    PictureUpscaler, Pipeline, PipelineParts, Precision, PromptSyntax, REAL_ESRGAN, SafetyMode,
-    SingleFiles, Spec, TILE_WORK, Trajectory, Upscaler, Variation, XlOptions, check_pipeline,
-    parameters,
+    Defaults, DeviceName, Enlarge, Enlargement, Extension, FreeBytes, Hires, Img2Img, IpAdapter,
+    IpAdapters, IpScale, LatentUpscaler, LoadOptions, MAX_CONTROL_SCALE, MAX_IP_SCALE,
+    MAX_NOISE_SCALE, MAX_STEPS, MaskedStart, MemoryEstimate, ModelInfo, NamedFiles, Pass,
+    PassLoras, PictureUpscaler, Pipeline, PipelineParts, Precision, PromptSyntax, REAL_ESRGAN,
+    Refiner, SafetyMode, SingleFiles, Spec, TILE_WORK, Trajectory, Upscaler, Variation, XlOptions,
+    check_pipeline, parameters,
 };
-pub use sampling::{Churn, Sampler, SamplerName, SamplerOptions, SigmaSchedule};
+pub use sampling::{Churn, Sampler, SamplerName, SamplerOptions, SigmaSchedule, Span};
 pub use text::{Embeddings, LoraUse, Loras, PlaceholderToken, PromptRole, unread};

@@ -1339,8 +1339,8 @@ def main():
         "control": lambda _: controls("control"),
         "control_xl": lambda _: controls("control_xl"),
         "canny": lambda _: controls("canny"),
-        "control_tiling": lambda _: controls("control_tiling"),
         "resized": lambda _: controls("resized"),
+        "control_tiling": lambda _: controls("control_tiling"),
     }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, required=True, help="a directory")

@@ -46,6 +46,8 @@ mod noise;
 mod preprocess;
 #[path = "parity/quantized.rs"]
 mod quantized;
+#[path = "parity/refiner.rs"]
+mod refiner;
 #[path = "parity/safety.rs"]
 mod safety;
 #[path = "parity/sampler.rs"]

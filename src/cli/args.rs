@@ -133,6 +133,12 @@ pub(super) struct ModelArgs {
     /// is evicted, and read again on its next use. A file that would take more is refused
     #[arg(long, env = "SD_MAX_UPSCALER_BYTES", default_value = "536870912", value_parser = size::<0>)]
     pub(super) max_upscaler_bytes: usize,
+    /// Memory for the refiners of each model, in bytes: other models that take its images over. At the
+    /// limit, the least recently used one is evicted, and read again on its next use. One that would
+    /// take more is refused
+    #[arg(long, env = "SD_MAX_REFINER_BYTES", default_value = "17179869184")]
+    #[arg(value_parser = size::<0>)]
+    pub(super) max_refiner_bytes: usize,
     /// Directory of textual inversion embeddings (.safetensors, .pt, .bin in the AUTOMATIC1111 or
     /// diffusers format, .png pictures of AUTOMATIC1111), read with the model. The file name, or the
     /// placeholder token in the file, can be used in prompts
@@ -204,6 +210,20 @@ pub(super) struct GenerateArgs {
     /// Negative prompt of its second text encoder. Default: --negative-prompt
     #[arg(long)]
     pub(super) negative_prompt_2: Option<String>,
+    /// Model that takes the image over on its way, such as the refiner of Stable Diffusion XL: as
+    /// --model names one
+    #[arg(long, value_name = "MODEL")]
+    pub(super) refiner: Option<String>,
+    /// Share of the noise levels after which --refiner takes over, 0 to 1. Default: 0.8
+    #[arg(long, requires = "refiner", value_parser = finite)]
+    pub(super) refiner_switch_at: Option<f64>,
+    /// Share of the noise levels at which the image begins, from --image as if that were under noise
+    /// already
+    #[arg(long, requires = "image", value_parser = finite)]
+    pub(super) denoising_start: Option<f64>,
+    /// Share of the noise levels after which the image ends, with the noise that is left
+    #[arg(long, value_parser = finite)]
+    pub(super) denoising_end: Option<f64>,
     /// Prompt syntax: plain, or a1111 for (emphasis:1.3), [less], BREAK, <lora:name:0.8> and
     /// prompts of more than 77 tokens. Default: plain
     #[arg(long)]
@@ -356,7 +376,8 @@ pub(super) struct GenerateArgs {
     /// Inpaint the black areas of --mask and preserve the white ones
     #[arg(long, requires = "mask")]
     pub(super) mask_invert: bool,
-    /// Denoising strength for --image, 0 to 1; higher values change more. Default: 0.8
+    /// Denoising strength for --image, 0 to 1; higher values change more. Default: 0.8; of Stable
+    /// Diffusion XL 0.3, and 0.9999 with --mask
     #[arg(long, requires = "image", value_parser = finite)]
     pub(super) strength: Option<f64>,
     /// What is added to the seed for the noise that the sampler draws at its steps. Default: 0

@@ -36,6 +36,8 @@ const MAX_BATCH_ROWS: usize = 8;
 pub(crate) struct Generate {
     /// The model.
     pub(crate) model: ModelConfig,
+    /// The model that takes the images over, if one does.
+    pub(crate) refiner: Option<ModelConfig>,
     /// The action on flagged images.
     pub(crate) safety: Safety,
     /// The fields of the request, as a JSON object.
@@ -78,6 +80,10 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     spinner.finish_and_clear();
 
     let mut request = request(config.fields)?;
+    if let Some(refiner) = config.refiner {
+        let files = tokio::task::spawn_blocking(|| source::locate(refiner)).await?;
+        request.refiner_files = Some(files.context("--refiner")?.source);
+    }
     config.inputs.add_to(&mut request);
     request.find_ip_adapters(&model.add_ons.ip_adapters)?;
     let seed = getrandom::u32().map_err(|error| anyhow!("no random numbers: {error}"))?;
@@ -96,9 +102,17 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
         let path = numbered(&config.output, k, specs.len());
         let loras = hashes.of(&generated.loras);
         let (name, parameters) = (&model.name, &request.parameters);
+        let file = spec.refiner.as_ref().and_then(|refiner| refiner.file());
+        let refiner_hash = file.and_then(|file| hashes.whole(&file));
         let controls = &request.control_maps.origins[..];
-        let origin =
-            Origin { model: name, loras: &loras, parameters, controls, ..Origin::default() };
+        let origin = Origin {
+            model: name,
+            loras: &loras,
+            refiner_hash: refiner_hash.as_deref(),
+            parameters,
+            controls,
+            ..Origin::default()
+        };
         let infotext = image::infotext(spec, origin);
         let rgb = match &request.overlay {
             Some(overlay) => &overlay.over(&generated.rgb),

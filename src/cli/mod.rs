@@ -17,11 +17,13 @@ use std::time::Duration;
 use clap::parser::ValueSource::DefaultValue;
 use clap::{ArgMatches, FromArgMatches as _};
 use sd_models::files::IpAdapterFile;
-use sd_models::{AddOns, AssetDir, DeviceName, Precision, REAL_ESRGAN, SafetyMode, Upscaler};
+use sd_models::{
+    AddOns, AssetDir, DeviceName, FreeBytes, Precision, REAL_ESRGAN, SafetyMode, Upscaler,
+};
 use serde_json::{Value, json};
 
 use crate::engine::Safety;
-use crate::host::gpu;
+use crate::host::{gpu, memory};
 use crate::image::Format;
 use crate::server::{Serve, listen_and_serve};
 use crate::source::{
@@ -241,7 +243,13 @@ impl GenerateArgs {
         if !adapters.fields.is_empty() {
             fields["ip_adapter"] = adapters.fields.into();
         }
+        let revision = self.model.revision.clone();
         let (mut model, safety) = self.model.resolve()?;
+        let refiner = self.refiner.as_ref().map(|typed| named_refiner(typed, revision, &model));
+        let refiner = refiner.transpose()?;
+        if let Some((name, _)) = &refiner {
+            fields["refiner"] = name.as_str().into();
+        }
         model.add_ons.loras.files = files;
         model.add_ons.controlnets.files = nets.files;
         model.add_ons.ip_adapters.files = adapters.files;
@@ -249,8 +257,27 @@ impl GenerateArgs {
         let image = self.image.as_deref().map(read_file).transpose()?;
         let mask = self.mask.as_deref().map(read_file).transpose()?;
         let inputs = Inputs { image, mask, controls: nets.pictures, adapters: adapters.pictures };
-        Ok(Generate { model, safety, fields, inputs, output: self.output, format })
+        let refiner = refiner.map(|(_, refiner)| refiner);
+        Ok(Generate { model, refiner, safety, fields, inputs, output: self.output, format })
     }
+}
+
+/// A refiner and its name: that of its file or directory, or its id on the hub.
+fn named_refiner(
+    typed: &str,
+    revision: String,
+    model: &ModelConfig,
+) -> Result<(String, ModelConfig), clap::Error> {
+    let location = location_of("--refiner", typed.to_owned(), revision)?;
+    let path = Path::new(typed);
+    let name = match location {
+        ModelLocation::Directory(_) => path.file_name(),
+        ModelLocation::Checkpoint(_) => path.file_stem(),
+        _ => None,
+    };
+    let name = name.map_or(typed.into(), |name| name.to_string_lossy().into_owned());
+    let (unet, vae) = (None, None);
+    Ok((name, ModelConfig { location, unet, vae, ..model.clone() }))
 }
 
 impl ModelArgs {
@@ -295,6 +322,8 @@ impl ModelArgs {
                     ..assets("--upscalers-dir", self.upscalers_dir, &["safetensors", "pth", "pt"])?
                 },
                 max_upscaler_bytes: self.max_upscaler_bytes as u64,
+                max_refiner_bytes: self.max_refiner_bytes as u64,
+                free_host_bytes: (!is_gpu(self.device)).then_some(FreeBytes(memory::available)),
                 embeddings: assets(
                     "--embeddings-dir",
                     self.embeddings_dir,
@@ -353,6 +382,15 @@ fn location(typed: Option<String>, revision: String) -> Result<ModelLocation, cl
             ModelLocation::Hub { id: DEFAULT_MODEL.into(), revision }
         });
     };
+    location_of("--model", model, revision)
+}
+
+/// The location of a model that an option names.
+fn location_of(
+    option: &str,
+    model: String,
+    revision: String,
+) -> Result<ModelLocation, clap::Error> {
     match model.as_str() {
         "demo" => return Ok(ModelLocation::Demo),
         "demo-lcm" => return Ok(ModelLocation::DemoLcm),
@@ -368,7 +406,7 @@ fn location(typed: Option<String>, revision: String) -> Result<ModelLocation, cl
         return Ok(ModelLocation::Hub { id: model, revision });
     }
     Err(usage(format!(
-        "--model {model}: neither `demo`, `demo-lcm`, nor a directory, nor a .safetensors, .gguf or .ckpt file, nor an id on the hub"
+        "{option} {model}: neither `demo`, `demo-lcm`, nor a directory, nor a .safetensors, .gguf or .ckpt file, nor an id on the hub"
     )))
 }
 

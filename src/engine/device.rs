@@ -91,6 +91,16 @@ impl DeviceScheduler {
         *self.shared.budget() = Some(bytes);
     }
 
+    /// Takes from the budget what models need that came after it was measured, and gives back what
+    /// those had that went.
+    pub(super) fn change_budget(&self, taken: u64, given_back: u64) {
+        let mut budget = self.shared.budget();
+        let changed = budget.filter(|bytes| *bytes < u64::MAX);
+        if let Some(bytes) = changed {
+            *budget = Some(bytes.saturating_add(given_back).saturating_sub(taken));
+        }
+    }
+
     /// A model was unloaded, so the next model that has the device measures the budget.
     pub(super) fn forget_budget(&self) {
         *self.shared.budget() = None;
@@ -134,6 +144,21 @@ mod tests {
             places[next] = lock.wait(&mut time_used[next]);
             assert!(time_used[0].abs_diff(time_used[1]) <= steps[1], "{time_used:?}");
         }
+    }
+
+    #[test]
+    fn models_that_come_later_take_from_the_budget() {
+        let device = DeviceScheduler::default();
+        device.change_budget(1, 0);
+        assert_eq!(device.budget_bytes(), None, "it is not measured");
+        device.set_budget_bytes(1000);
+        for (taken, given_back, left) in [(200, 0, 800), (300, 200, 700), (0, 300, 1000)] {
+            device.change_budget(taken, given_back);
+            assert_eq!(device.budget_bytes(), Some(left));
+        }
+        device.set_budget_bytes(u64::MAX);
+        device.change_budget(200, 0);
+        assert_eq!(device.budget_bytes(), Some(u64::MAX), "there is no limit");
     }
 
     #[test]

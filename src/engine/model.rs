@@ -49,6 +49,10 @@ pub trait Model: 'static {
     fn free_bytes(&self) -> Option<u64> {
         None
     }
+    /// Memory of the models that were read for images of this one, in bytes.
+    fn refiner_bytes(&self) -> u64 {
+        0
+    }
 }
 
 /// The state of a running image, as far as the worker needs it.
@@ -74,6 +78,10 @@ pub trait Trajectory {
     fn work_left(&self) -> usize {
         let (made, all) = self.progress();
         self.size().pixels() * self.rows() * all.saturating_sub(made)
+    }
+    /// The model of its next step, where that is another than the worker's: a refiner.
+    fn model(&self) -> Option<&ModelInfo> {
+        None
     }
     /// Warnings for the client, such as a truncated prompt.
     fn warnings(&self) -> &[String];
@@ -107,6 +115,7 @@ impl Model for sd_models::Pipeline {
         fn info(&self) -> &ModelInfo;
         fn check_safety(&self, image: &Rgb) -> sd_models::Result<Option<bool>>;
         fn text_tokens(&self, text: &str) -> usize;
+        fn refiner_bytes(&self) -> u64;
     }
 
     fn read_files(&self, spec: &Spec) -> Option<ReadFiles> {
@@ -218,6 +227,13 @@ impl Trajectory for Running {
         match self {
             Self::Drawing(trajectory) => trajectory.work_left(),
             Self::Enlarging(enlargement, _) => enlargement.work_left(),
+        }
+    }
+
+    fn model(&self) -> Option<&ModelInfo> {
+        match self {
+            Self::Drawing(trajectory) => trajectory.refiner(),
+            Self::Enlarging(..) => None,
         }
     }
 

@@ -8,6 +8,7 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use sd_models::{Control, Img2Img, ModelInfo, Rgb, Spec};
 use tokio::sync::watch;
+use tokio::time::timeout_at;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::{error, info, info_span};
 
@@ -132,6 +133,25 @@ async fn with_nets(
     state.reader.look_up(slot.deadline, slot.clone(), find).await
 }
 
+/// Finds the files of the refiners that requests name.
+async fn find_refiners(
+    state: &AppState,
+    deadline: Deadline,
+    requests: &mut [DrawRequest],
+) -> Result<()> {
+    for request in requests.iter_mut().filter(|request| request.refiner_files.is_none()) {
+        let Some(name) = request.refiner.clone() else { continue };
+        if state.engine.model()?.name == name {
+            continue;
+        }
+        let find = timeout_at(deadline.at, state.models.source(&name));
+        let files = find.await.map_err(|_| deadline.missed())?;
+        let known = if matches!(files, Ok(None)) { state.model_names().await? } else { Vec::new() };
+        request.set_refiner(files.map_err(|error| error.to_string()), &known)?;
+    }
+    Ok(())
+}
+
 /// The images and their request, once the files that they name are there.
 async fn with_files(
     state: &AppState,
@@ -166,6 +186,7 @@ impl Drawing {
         let (model, seed) = (engine.model()?, ids::seed()?);
         let (limits, own, reader) = (settings.limits, Arc::clone(&model), state.reader.clone());
         let (deadline, is_one) = (slot.deadline, requests.len() == 1);
+        find_refiners(state, deadline, &mut requests).await?;
         // Before their pictures are decoded.
         if requests.iter().any(|own| own.controlnets.is_some() || own.ip_adapter.is_some()) {
             requests = with_nets(state, slot, requests, Arc::clone(&model)).await?;
@@ -208,6 +229,7 @@ impl Drawing {
         }
         let (quality, hashes) = (None, state.hashes.clone());
         hash_files(&hashes, &model);
+        hash_refiner(&hashes, specs.first());
         let (_accepted, slot) = (slot.accept(), Some(slot.clone()));
         let (priority, _lease) = (Priority::default(), state.lease.clone());
         Ok(Self {
@@ -304,15 +326,22 @@ impl Drawing {
     /// The generation parameters of an image.
     pub(crate) fn infotext(&self, spec: &Spec, loras: &str) -> String {
         let (model_hash, vae) = (self.model_hash(), self.vae_hash());
+        let refiner_hash = self.refiner_hash(spec);
         let origin = Origin {
             model: &self.model.name,
             model_hash: model_hash.as_deref(),
             vae: vae.as_ref().map(|(name, hash)| (*name, hash.as_str())),
             loras,
+            refiner_hash: refiner_hash.as_deref(),
             parameters: &self.parameters,
             controls: &self.control_maps.origins,
         };
         image::infotext(spec, origin)
+    }
+
+    /// SHA-256 of the refiner's file, once it is known. Looks at the file.
+    pub(crate) fn refiner_hash(&self, spec: &Spec) -> Option<String> {
+        self.hashes.known(&spec.refiner.as_ref()?.file()?)
     }
 
     /// SHA-256 of the model's file, once it is known: it is read beside the first images.
@@ -366,6 +395,17 @@ fn hash_files(hashes: &Hashes, model: &ModelInfo) {
         let (hashes, file) = (hashes.clone(), file.clone());
         tokio::task::spawn_blocking(move || hashes.whole(&file));
     }
+}
+
+/// The same of the file of a refiner.
+fn hash_refiner(hashes: &Hashes, spec: Option<&Spec>) {
+    let Some(refiner) = spec.and_then(|spec| spec.refiner.clone()) else { return };
+    let hashes = hashes.clone();
+    tokio::task::spawn_blocking(move || {
+        if let Some(file) = refiner.file().filter(|file| hashes.is_new(file)) {
+            hashes.whole(&file);
+        }
+    });
 }
 
 /// The error of an image that cannot be encoded.

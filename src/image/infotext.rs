@@ -31,6 +31,8 @@ pub struct Origin<'a> {
     pub vae: Option<(&'a str, &'a str)>,
     /// The result of `Hashes::of`.
     pub loras: &'a str,
+    /// SHA-256 of the refiner's file.
+    pub refiner_hash: Option<&'a str>,
     /// AUTOMATIC1111's names and values of how the image's files were prepared.
     pub parameters: &'a [(&'static str, String)],
     /// How its control pictures were.
@@ -68,7 +70,7 @@ pub fn infotext(spec: &Spec, origin: Origin<'_>) -> String {
     if !spec.negative_prompt.is_empty() {
         text += &format!("\n{NEGATIVE} {}", clean(&spec.negative_prompt));
     }
-    let Origin { model, model_hash, vae, loras, parameters, controls } = origin;
+    let Origin { model, model_hash, vae, loras, refiner_hash, parameters, controls } = origin;
     let model_hash = model_hash.map(|hash| ("Model hash", short_hash(hash).to_owned()));
     let vae = vae.into_iter().flat_map(|(name, hash)| {
         [("VAE hash", short_hash(hash).to_owned()), ("VAE", name.to_owned())]
@@ -85,7 +87,8 @@ pub fn infotext(spec: &Spec, origin: Origin<'_>) -> String {
     let all = all.chain(variation_parameters(spec)).chain(strength).chain(clip_skip(spec));
     // The noise of A1111's setting of this name.
     let all = all.chain([("RNG", "CPU".to_owned())]).chain(extra_parameters(spec));
-    let all = all.chain(parameters.iter().cloned());
+    let refiner = refiner_parameters(spec, refiner_hash);
+    let all = all.chain(refiner).chain(parameters.iter().cloned());
     let all = all.map(|(name, value)| format!("{name}: {}, ", quoted(&value)));
     let controls = control_parameters(spec, controls).into_iter();
     let controls = controls.map(|(name, value)| format!("{name}: \"{value}\", "));
@@ -94,6 +97,18 @@ pub fn infotext(spec: &Spec, origin: Origin<'_>) -> String {
     text += "\n";
     text.extend(all.chain(controls).chain(loras).chain([version]));
     text
+}
+
+/// AUTOMATIC1111's names and values of a refiner.
+pub(crate) fn refiner_parameters(spec: &Spec, hash: Option<&str>) -> Vec<(&'static str, String)> {
+    let parameters = spec.refiner.iter().flat_map(|refiner| {
+        let hash = hash.map_or_else(String::new, |hash| format!(" [{}]", short_hash(hash)));
+        [
+            ("Refiner", format!("{}{hash}", refiner.name)),
+            ("Refiner switch at", refiner.switch_at.to_string()),
+        ]
+    });
+    parameters.collect()
 }
 
 /// AUTOMATIC1111's names and values of a variation.
@@ -119,8 +134,24 @@ pub(crate) fn extra_parameters(spec: &Spec) -> Vec<(&'static str, String)> {
     // Theirs is the other, which needs no name.
     let syntax =
         (spec.prompt_syntax == PromptSyntax::Plain).then(|| ("Prompt syntax", "plain".to_owned()));
-    let others = rescale.into_iter().chain(syntax);
+    let others = rescale.into_iter().chain(syntax).chain(xl_parameters(spec));
     sampler_parameters(spec).into_iter().chain(tiling).chain(hires).chain(others).collect()
+}
+
+/// What only some models take, which AUTOMATIC1111 has no names for.
+fn xl_parameters(spec: &Spec) -> impl Iterator<Item = (&'static str, String)> {
+    let text = |text: &String| Some(text.clone()).filter(|text| !text.trim().is_empty());
+    let number = |number: Option<f64>| number.map(|number| number.to_string());
+    let (xl, span) = (&spec.xl, spec.span);
+    let all = [
+        ("Prompt 2", text(&xl.prompt_2)),
+        ("Negative prompt 2", text(&xl.negative_prompt_2)),
+        ("Aesthetic score", number(xl.aesthetic_score)),
+        ("Negative aesthetic score", number(xl.negative_aesthetic_score)),
+        ("Denoising start", number(span.start)),
+        ("Denoising end", number(span.end)),
+    ];
+    all.into_iter().filter_map(|(name, value)| Some((name, value?)))
 }
 
 /// The ControlNets and IP-Adapters, as AUTOMATIC1111's extension names and writes its units.
@@ -338,8 +369,10 @@ fn value(text: &str) -> (String, &str) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use proptest::prelude::*;
-    use sd_models::{SigmaSchedule, Size, XlOptions};
+    use sd_models::{Refiner, SigmaSchedule, Size, Span, XlOptions};
 
     use super::super::embedded::MAX_TEXT_BYTES;
     use super::*;
@@ -364,12 +397,14 @@ mod tests {
             variation: None,
             eta_noise_seed_delta: 0,
             xl: XlOptions::default(),
+            span: Span::default(),
+            refiner: None,
             warnings: Vec::new(),
             hires: None,
             controls: Vec::new(),
             tiling: false,
-            ip_adapters: Vec::new(),
             vae_tiling: None,
+            ip_adapters: Vec::new(),
             enlarge: None,
         }
     }
@@ -390,13 +425,21 @@ mod tests {
         ) {
             // The format marks the negative prompt by a line that begins with these words.
             prop_assume!(!prompt.lines().any(|line| line.trim_start().starts_with(NEGATIVE)));
-            let spec = spec(&prompt, &negative, seed, steps, scale);
+            let source = sd_models::Source::Demo;
+            let refiner = Refiner { name: "xl".into(), source, switch_at: 0.8 };
+            let prompt_2 = "a tree, \"large\"".to_owned();
+            let spec = Spec {
+                refiner: Some(Arc::new(refiner)),
+                xl: XlOptions { prompt_2: prompt_2.clone(), ..XlOptions::default() },
+                ..spec(&prompt, &negative, seed, steps, scale)
+            };
             let hash = "6ce0161689b3853acaa03779ec93eafe75a02f4ced659bee03f50797806fa2fa";
             let parameters = [("Mask blur", "4".to_owned()), ("Inpaint area", "Only masked".into())];
             let read = parse(&infotext(&spec, Origin {
                 model: "model",
                 model_hash: Some(hash),
                 vae: Some(("vae.safetensors", hash)),
+                refiner_hash: Some(hash),
                 loras: "style: 0123456789ab",
                 parameters: &parameters,
                 controls: &[],
@@ -418,6 +461,9 @@ mod tests {
             prop_assert_eq!(value("VAE hash"), "6ce0161689");
             prop_assert_eq!(value("VAE"), "vae.safetensors");
             prop_assert_eq!(value("RNG"), "CPU");
+            prop_assert_eq!(value("Refiner"), "xl [6ce0161689]");
+            prop_assert_eq!(value("Refiner switch at"), "0.8");
+            prop_assert_eq!(value("Prompt 2"), prompt_2);
             prop_assert_eq!(value("Mask blur"), "4");
             prop_assert_eq!(value("Inpaint area"), "Only masked");
             prop_assert_eq!(value(LORA_HASHES), "style: 0123456789ab");

@@ -25,6 +25,8 @@ pub use encode::{Format, encode};
 pub use fit::Fit;
 pub use hashes::Hashes;
 pub use infotext::{ControlOrigin, Origin, infotext, short_hash};
-pub(crate) use infotext::{LORA_HASHES, control_parameters, extra_parameters, parse};
+pub(crate) use infotext::{
+    LORA_HASHES, control_parameters, extra_parameters, parse, refiner_parameters,
+};
 pub use inpaint::{InpaintOptions, Inpainting, Overlay};
 pub use mask::{inverted, opaque_mask, transparency_mask};

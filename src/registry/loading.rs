@@ -20,13 +20,18 @@ impl RegistryShared {
     pub(super) async fn find(self: &Arc<Self>, name: &str) -> Result<Newcomer> {
         let name = name.to_owned();
         let find = move |shared: &Self| {
-            let folder = shared.settings.folder.as_deref();
-            let path = folder.and_then(|folder| folder::models(folder).remove(&name));
-            let path = path.ok_or_else(|| RegistryError::unknown(&name))?;
+            let path = shared.path(&name)?;
             shared.check_failures(&path)?;
             shared.newcomer(name, path)
         };
         self.read(find).await
+    }
+
+    /// Where the files of a model of the directory are. Blocks.
+    pub(super) fn path(&self, name: &str) -> Result<PathBuf> {
+        let folder = self.settings.folder.as_deref();
+        let path = folder.and_then(|folder| folder::models(folder).remove(name));
+        path.ok_or_else(|| RegistryError::unknown(name))
     }
 
     /// Measures a model. Blocks.

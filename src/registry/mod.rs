@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use sd_models::AddOns;
+use sd_models::{AddOns, Source};
 use tokio::time::{Instant, timeout_at};
 
 use crate::engine::{Engine, EngineState};
@@ -107,6 +107,27 @@ impl ModelRegistry {
         let Some(folder) = self.shared.settings.folder.clone() else { return Vec::new() };
         let names = self.shared.read(move |shared| Ok(shared.names(&folder)));
         names.await.unwrap_or_default()
+    }
+
+    /// The files of the default model or of one of the directory, which is not loaded; of a server
+    /// whose models SageMaker loads, of a loaded one. None of an unknown one.
+    pub async fn source(&self, name: &str) -> Result<Option<Source>> {
+        let is_default = self.default_engine().model().is_ok_and(|model| model.name == name);
+        let loaded = self.loaded().into_iter().find(|model| model.name == name);
+        let loaded = loaded.filter(|_| self.multi_model()).map(|model| model.path);
+        let name = name.to_owned();
+        let read = self.shared.read(move |shared| {
+            let path = match loaded {
+                _ if is_default => None,
+                Some(path) => Some(path),
+                None => Some(shared.path(&name)?),
+            };
+            shared.loader()?.source(path.as_deref()).map_err(RegistryError::damaged)
+        });
+        match read.await {
+            Err(RegistryError::Unknown(_)) => Ok(None),
+            read => read.map(Some),
+        }
     }
 
     /// A loaded model, which becomes the most recently used.

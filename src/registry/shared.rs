@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use sd_models::{AddOns, FileVersion};
+use sd_models::{AddOns, FileVersion, Source};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
@@ -33,6 +33,11 @@ pub trait ModelLoader: Send + Sync + 'static {
     fn estimate_bytes(&self, path: &Path) -> anyhow::Result<u64>;
     /// Starts loading the model.
     fn start(&self, path: &Path) -> io::Result<Engine>;
+    /// The files of a model, for another model that is to read them; `None` is the default one.
+    /// Blocks, and may download files that the model lacks.
+    fn source(&self, _path: Option<&Path>) -> anyhow::Result<Source> {
+        anyhow::bail!("it has no files")
+    }
     /// Memory available for weights on the device, in bytes, if known.
     fn free_bytes(&self) -> Option<u64>;
     /// Whether a file holds a model, as far as its header tells. Blocks.

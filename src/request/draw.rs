@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use schemars::JsonSchema;
-use sd_models::{Churn, MaskedStart};
+use sd_models::{Churn, MaskedStart, Source};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -35,6 +35,9 @@ const MAX_MASK_PADDING: u32 = 256;
 
 /// Maximum difference of seeds. Seeds are of 32 bits to torch's generator.
 pub(crate) const MAX_SEED_DELTA: i64 = 1 << 32;
+
+/// Maximum of the scores of a refiner, which was trained on scores up to 10.
+const MAX_SCORE: u32 = 100;
 
 /// Maximum scale of a LoRA. More only burns the image.
 const MAX_LORA_SCALE: i32 = 100;
@@ -65,6 +68,25 @@ pub struct DrawRequest {
     /// of the image.
     #[schemars(extend("maxItems" = 2))]
     pub(crate) target_size: Option<Vec<usize>>,
+    /// How beautiful a refiner of Stable Diffusion XL is to take the image for. Default: 6.
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_SCORE))]
+    pub(crate) aesthetic_score: Option<f64>,
+    /// The same of the negative prompt. Default: 2.5.
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_SCORE))]
+    pub(crate) negative_aesthetic_score: Option<f64>,
+    /// Another model of the server, such as the refiner of Stable Diffusion XL, that takes the image
+    /// over on its way. With a hires pass it does so in that.
+    pub(crate) refiner: Option<String>,
+    /// The share of the noise levels after which the refiner takes over. Default: 0.8.
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    pub(crate) refiner_switch_at: Option<f64>,
+    /// The share of the noise levels at which the image begins, from the input image as if that were
+    /// under noise already; the strength has no effect then.
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    pub(crate) denoising_start: Option<f64>,
+    /// The share of the noise levels after which the image ends, with the noise that is left.
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    pub(crate) denoising_end: Option<f64>,
     /// LoRAs of the server's directory.
     #[schemars(extend("maxItems" = Limits::LORAS))]
     pub(crate) loras: Option<Vec<Lora>>,
@@ -92,7 +114,8 @@ pub struct DrawRequest {
     pub(crate) mask_fill: Option<String>,
     /// Whether black areas are inpainted and white areas are preserved. Default: false.
     pub(crate) mask_invert: Option<bool>,
-    /// Denoising strength of image-to-image. Higher values change more. Default: 0.8.
+    /// Denoising strength of image-to-image. Higher values change more. Default: 0.8; of Stable
+    /// Diffusion XL 0.3, and 0.9999 with a mask.
     #[schemars(extend("minimum" = 0, "maximum" = 1))]
     pub(crate) strength: Option<f64>,
     /// Width in pixels, a multiple of 8.
@@ -213,6 +236,9 @@ pub struct DrawRequest {
     /// What transparent pixels of the input image are.
     #[serde(skip)]
     pub(crate) transparency: Transparency,
+    /// The files of the refiner, known before the specs.
+    #[serde(skip)]
+    pub(crate) refiner_files: Option<Source>,
     /// How the input files were prepared, by AUTOMATIC1111's names, known with the specs.
     #[serde(skip)]
     pub(crate) parameters: Vec<(&'static str, String)>,

@@ -9,8 +9,11 @@ use super::images::{MaskArea, Transparency};
 use super::limits::Limits;
 use crate::image::{self, InpaintOptions, Inpainting};
 
-/// Denoising strength of image-to-image, as in diffusers.
+/// Denoising strength of image-to-image, as in diffusers; there that of inpainting is 1.
 const DEFAULT_STRENGTH: f64 = 0.8;
+
+/// Those of image-to-image and of inpainting with Stable Diffusion XL.
+const XL_STRENGTHS: [f64; 2] = [0.3, 0.9999];
 
 /// The input image and mask of a request.
 pub(super) struct Input {
@@ -44,10 +47,18 @@ impl DrawRequest {
     }
 
     /// Decodes the input image and its mask.
-    pub(super) fn input(&mut self, limits: &Limits) -> Result<Option<Input>, ValidationError> {
+    pub(super) fn input(
+        &mut self,
+        limits: &Limits,
+        model: &ModelInfo,
+    ) -> Result<Option<Input>, ValidationError> {
         self.read_mask_options()?;
         let Some(image) = &self.image else {
-            let dependent = [("mask", self.mask.is_some()), ("strength", self.strength.is_some())];
+            let dependent = [
+                ("mask", self.mask.is_some()),
+                ("strength", self.strength.is_some()),
+                ("denoising_start", self.span().start.is_some()),
+            ];
             return self.reject_without("image", dependent);
         };
         let max_pixels = limits.max_input_pixels;
@@ -100,6 +111,7 @@ impl DrawRequest {
         let strength = match (self.mask_area, &mask) {
             // The pixels below transparency are no part of the image.
             (MaskArea::Transparent, Some(_)) => 1.0,
+            (_, mask) if model.is_xl => XL_STRENGTHS[usize::from(mask.is_some())],
             _ => DEFAULT_STRENGTH,
         };
         Ok(Some(Input { image, mask, strength: self.strength.unwrap_or(strength) }))
@@ -140,6 +152,20 @@ impl DrawRequest {
         Img2Img { picture, strength, takes_all_steps, mask, masked_start }
     }
 
+    /// Whether an input image leaves all steps to take, and the share of them that it leaves. With a
+    /// start its strength has no effect.
+    pub(super) fn share_of_steps(
+        &self,
+        input: Option<&Input>,
+        model: &ModelInfo,
+        sampler: Sampler,
+    ) -> (bool, f64) {
+        let Some(Input { mask, strength, .. }) = input else { return (false, 1.0) };
+        let takes_all = model.takes_all_steps(sampler, mask.is_some());
+        let all = takes_all || self.span().start.is_some();
+        (takes_all, if all { 1.0 } else { *strength })
+    }
+
     /// AUTOMATIC1111's names and values of how a mask is used.
     fn parameters_of(&self, options: InpaintOptions) -> Vec<(&'static str, String)> {
         let InpaintOptions { blur, only_masked, fill } = options;
@@ -160,18 +186,12 @@ impl DrawRequest {
     }
 }
 
-/// Whether an input image leaves all steps to take, and the share of them that it leaves.
-pub(super) fn share_of_steps(
-    input: Option<&Input>,
-    model: &ModelInfo,
-    sampler: Sampler,
-) -> (bool, f64) {
-    let Some(Input { mask, strength, .. }) = input else { return (false, 1.0) };
-    let takes_all = model.takes_all_steps(sampler, mask.is_some());
-    (takes_all, if takes_all { 1.0 } else { *strength })
-}
-
 impl Input {
+    /// Whether a part of the image is inpainted.
+    pub(super) fn has_mask(&self) -> bool {
+        self.mask.is_some()
+    }
+
     /// The warning that the image gives the images a size other than its own, as no image has sides
     /// that are no multiples of 8.
     pub(super) fn rounded(&self, name: &str, size: Size) -> Option<String> {

@@ -13,6 +13,7 @@ mod json;
 mod limits;
 mod mask;
 mod passes;
+mod refiner;
 mod sampler;
 mod schema;
 mod specs;

@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use sd_models::{
-    Defaults, LoraUse, ModelInfo, PromptRole, PromptSyntax, SamplerName, SamplerOptions, Spec,
-    Variation, unread,
+    Defaults, LoraUse, ModelInfo, PromptRole, PromptSyntax, SamplerName, SamplerOptions, Size,
+    Spec, Variation, unread,
 };
 
 use super::controls::own_size;
 use super::draw::{DrawRequest, Lora};
 use super::error::ValidationError;
-use super::input::share_of_steps;
+use super::input::Input;
 use super::limits::Limits;
 use super::xl::another;
 use crate::image::{Format, Overlay};
@@ -42,31 +42,29 @@ impl DrawRequest {
         let named = syntax.text(&prompt).map_or_else(|_| Vec::new(), |(_, named)| named);
         let (defaults, mut warnings) = self.defaults(model, loras.iter().chain(&named));
         self.warn_of_unread(syntax);
-        let input = self.input(limits)?;
+        let input = self.input(limits, model)?;
         let decoded = self.controls(limits)?;
         let ip_adapters = self.ip_adapters(limits)?;
-        let size = own_size(input.as_ref(), &decoded, limits, model).unwrap_or(defaults.size);
-        let sides = [self.width.unwrap_or(size.width()), self.height.unwrap_or(size.height())];
-        let size = self.sides(["width", "height"], sides, limits)?;
-        if let (None, None, Some(input)) = (self.width, self.height, &input) {
-            warnings.extend(input.rounded(self.names.of("image"), size));
-        }
+        let own = own_size(input.as_ref(), &decoded, limits, model).unwrap_or(defaults.size);
+        let size = self.size(own, input.as_ref(), limits, &mut warnings)?;
         let fields = [("scheduler", &self.scheduler), ("schedule", &self.schedule)];
         let name = self.sampler_of(fields, defaults.sampler_name())?;
         let SamplerName { sampler, schedule } = name;
         let most = limits.max_steps.min(model.most_steps(sampler));
-        let (takes_all, share) = share_of_steps(input.as_ref(), model, sampler);
+        let (takes_all, share) = self.share_of_steps(input.as_ref(), model, sampler);
         let steps = match self.num_inference_steps {
             Some(steps) => steps,
             None => self.raised(defaults.steps, ("strength", share), most, &mut warnings)?,
         };
         let count = self.num_images_per_prompt.unwrap_or(1);
         self.within("num_images_per_prompt", count, 1..=limits.max_images)?;
-        let guidance_scale = self.scale(defaults.guidance_scale, syntax, model);
+        let usual_guidance = defaults.guidance_scale(input.as_ref().is_some_and(Input::has_mask));
+        let guidance_scale = self.scale(usual_guidance, syntax, model);
         let guided = syntax.guides_at(guidance_scale) && !model.embeds_guidance;
         let own_eta = defaults.eta.filter(|_| sampler == defaults.sampler);
         let hires = self.hires((size, steps, name), limits, model, &mut warnings)?;
         let img2img = input.map(|input| Arc::new(self.img2img(input, size, takes_all)));
+        let refiner = self.refiner(model, &mut warnings)?;
         let hires_size = hires.as_ref().map(|hires| hires.size);
         let controls = self.sized(decoded, size, hires_size, limits)?;
         let spec = Spec {
@@ -92,11 +90,13 @@ impl DrawRequest {
             variation: self.variation(random_seed)?,
             eta_noise_seed_delta: self.eta_noise_seed_delta.unwrap_or(0),
             xl: self.xl()?,
+            span: self.span(),
+            refiner,
             warnings,
             hires,
             tiling: self.tiling.unwrap_or(false),
-            ip_adapters,
             vae_tiling: self.vae_tiling,
+            ip_adapters,
             enlarge: None,
             img2img,
         };
@@ -104,6 +104,22 @@ impl DrawRequest {
         self.warn_of_no_tiles(&spec, model);
         self.check_loras(&spec, limits)?;
         Ok(numbered(&spec, count))
+    }
+
+    /// The size of the images; without sides, the model's or an input's own.
+    fn size(
+        &self,
+        own: Size,
+        input: Option<&Input>,
+        limits: &Limits,
+        warnings: &mut Vec<String>,
+    ) -> Result<Size, ValidationError> {
+        let sides = [self.width.unwrap_or(own.width()), self.height.unwrap_or(own.height())];
+        let size = self.sides(["width", "height"], sides, limits)?;
+        if let (None, None, Some(input)) = (self.width, self.height, input) {
+            warnings.extend(input.rounded(self.names.of("image"), size));
+        }
+        Ok(size)
     }
 
     /// The prompt, once the lengths of all prompts are checked.

@@ -22,6 +22,8 @@ impl DrawRequest {
             original_size: self.pair("original_size", self.original_size.as_deref(), 1)?,
             crop: crop.unwrap_or_default(),
             target_size: self.pair("target_size", self.target_size.as_deref(), 1)?,
+            aesthetic_score: self.aesthetic_score,
+            negative_aesthetic_score: self.negative_aesthetic_score,
         })
     }
 

@@ -60,12 +60,13 @@ pub(crate) struct Parts {
 }
 
 impl Parts {
-    /// The folders of its networks, and the stem of their weights.
-    fn networks(self) -> impl Iterator<Item = (&'static str, &'static str)> {
+    /// The folders of its networks, and the stem of their weights. The refiner of Stable Diffusion XL
+    /// has no first text encoder.
+    fn networks(self, has_first: bool) -> impl Iterator<Item = (&'static str, &'static str)> {
         NETWORKS.into_iter().filter(move |(folder, _)| match *folder {
             "unet" => self.unet,
             "vae" => self.vae,
-            _ => true,
+            _ => has_first,
         })
     }
 }
@@ -78,7 +79,7 @@ pub(super) fn is_complete(model: &Path, parts: Parts) -> bool {
     let checked = parts.checking != SafetyMode::Never && named.safety_checker;
     model.join("model_index.json").is_file()
         && model.join("scheduler/scheduler_config.json").is_file()
-        && parts.networks().all(|(folder, _)| network(folder))
+        && parts.networks(named.text_encoder).all(|(folder, _)| network(folder))
         && (!named.second_text_encoder || network(SECOND_ENCODER.0))
         && (!checked || network(CHECKER.0) && model.join(PREPROCESSOR).is_file())
 }
@@ -154,7 +155,9 @@ pub(crate) fn files_to_fetch(files: &[String], parts: Parts) -> Result<Vec<Strin
         has(file) && (checked || !file.starts_with(CHECKER.0) && file != PREPROCESSOR)
     });
     let second = has("text_encoder_2/config.json").then_some(SECOND_ENCODER);
-    for (folder, stem) in parts.networks().chain(second).chain(checked.then_some(CHECKER)) {
+    let has_first = second.is_none() || has("text_encoder/config.json");
+    let networks = parts.networks(has_first).chain(second).chain(checked.then_some(CHECKER));
+    for (folder, stem) in networks {
         let weights = weights_to_fetch(files, &format!("{folder}/"), stem, half);
         let advice = match (folder, stem) == CHECKER {
             true => "; --safety-checker off omits it",

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use sd_models::{
     AddOns, Chosen, Defaults, Embeddings, Error, MemoryEstimate, ModelInfo, Pass, PromptSyntax,
-    Result, Rgb, Sampler, SamplerOptions, SigmaSchedule, SingleFiles, Size, Spec, XlOptions,
+    Result, Rgb, Sampler, SamplerOptions, SigmaSchedule, SingleFiles, Size, Span, Spec, XlOptions,
 };
 use sd_server::engine::{Model, Trajectory};
 use sd_server::request::Limits;
@@ -75,6 +75,7 @@ impl Fake {
             size: Size::new(64, 64).expect("multiples of 8"),
             steps: 4,
             guidance_scale: 7.5,
+            inpainting_guidance_scale: 7.5,
             sampler: Sampler::Euler,
             schedule: SigmaSchedule::Model,
             clip_skip: 0,
@@ -205,12 +206,14 @@ pub(crate) fn spec(seed: u64, steps: usize) -> Spec {
         variation: None,
         eta_noise_seed_delta: 0,
         xl: XlOptions::default(),
+        span: Span::default(),
+        refiner: None,
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),
         tiling: false,
-        ip_adapters: Vec::new(),
         vae_tiling: None,
+        ip_adapters: Vec::new(),
         enlarge: None,
     }
 }

@@ -192,13 +192,14 @@ fn messages_name_what_is_wrong_and_what_is_known() {
     let server = Server::ready(&["--max-body-bytes", "100K"]);
     let picture = BASE64_STANDARD.encode(file(&gradient(64, 64), ImageFormat::Png));
     let base64 = "image must be an image file in base64, bare or as a data URL";
+    let address = "image is an address: nothing is fetched, send the file in base64";
     let table = [
         (json!({ "scheduler": "x" }), "scheduler \"x\" is unknown; known are pndm"),
         (json!({ "output_format": "x" }), "output_format \"x\" is unknown; known are png"),
         (json!({ "prompt_syntax": "x" }), "prompt_syntax \"x\" is unknown; known are plain"),
         (json!({ "loras": [{ "name": "x" }] }), "loras names the LoRA \"x\", which is unknown;"),
         (json!({ "image": "abcd=a" }), base64),
-        (json!({ "image": "https://example.org/a.png" }), base64),
+        (json!({ "image": "https://example.org/a.png" }), address),
         (json!({ "preview": true }), "preview requires stream"),
         (
             json!({ "image": picture, "strength": 0.01, "steps": 4 }),

@@ -39,6 +39,7 @@ mod pictures; // against diffusers' pictures, and against their prompts
 mod progress; // events and jobs
 mod properties; // of the parsers of requests, on random input
 mod recorded; // requests of other clients, as recorded
+mod refiner; // a second model that takes images over, in every dialect
 mod registry; // which models are in memory: room, eviction, deadlines, one device for all
 mod safety; // the safety checker, in every dialect
 mod scheduling; // fairness, starvation, conservation, with a fake model and real threads

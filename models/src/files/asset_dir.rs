@@ -329,6 +329,11 @@ impl<T> AssetCache<T> {
         self.max_bytes
     }
 
+    /// Bytes of all contents that are there.
+    pub(crate) fn bytes(&self) -> u64 {
+        lock(&self.contents).bytes()
+    }
+
     /// The content of a file as it is now, read if it is not cached; `read` returns its bytes with
     /// it. The least recently used contents are evicted, and freed when no trajectory uses them any
     /// more. Blocks: reads directories and files.

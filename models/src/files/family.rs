@@ -65,6 +65,9 @@ const XL: &str = "Stable Diffusion XL";
 /// Of the second text encoder of Stable Diffusion XL.
 pub(super) const SECOND_TOWER: &str = "conditioner.embedders.1.model.";
 
+/// The same of the refiner, which has no first.
+pub(super) const REFINER_TOWER: &str = "conditioner.embedders.0.model.";
+
 /// The first layer of what Stable Diffusion XL adds to its time embedding.
 pub(super) const LABEL: &str = "label_emb.0.0.weight";
 
@@ -92,12 +95,18 @@ const PARTS: [(&str, &str); 5] = [
 /// the width of its prompts.
 pub(super) fn is_xl(weights: &Weights) -> bool {
     let conditioned = weights.shape(&format!("{UNET}{LABEL}")).is_some();
-    let second = weights.shape(&second_embedding()).is_some();
+    let second = [SECOND_TOWER, REFINER_TOWER].into_iter().any(|tower| has_tower(weights, tower));
     conditioned && (second || context_width(weights) == Some(XL_WIDTH))
 }
 
-fn second_embedding() -> String {
-    format!("{SECOND_TOWER}token_embedding.weight")
+/// Whether a checkpoint of Stable Diffusion XL is a refiner: its second text encoder is the only one.
+pub(super) fn is_refiner(weights: &Weights) -> bool {
+    has_tower(weights, REFINER_TOWER) && !has_tower(weights, SECOND_TOWER) && is_xl(weights)
+}
+
+/// Whether a checkpoint has a text encoder there in OpenCLIP's names.
+fn has_tower(weights: &Weights, tower: &str) -> bool {
+    weights.shape(&format!("{tower}token_embedding.weight")).is_some()
 }
 
 /// What a file is, a checkpoint of Stable Diffusion 1.x, 2.x or XL included, if its names tell.
@@ -155,10 +164,12 @@ pub(super) fn other(weights: &Weights) -> Option<String> {
         (7, ..) => "the upscaler, whose UNet of 7 input channels takes the image to enlarge".into(),
         _ if is_xl(weights) => return None,
         (.., Some(2816)) => format!("{XL} without its second text encoder"),
-        (.., None) if weights.shape(&second_embedding()).is_some() => {
+        (.., None) if has_tower(weights, SECOND_TOWER) => {
             format!("{XL} with a UNet that takes no sizes")
         }
-        (_, Some(1280), _) | (.., Some(2560)) => "the refiner of Stable Diffusion XL".into(),
+        (_, Some(1280), _) | (.., Some(2560)) => {
+            format!("the refiner of {XL} without its text encoder")
+        }
         (.., Some(_)) => "an unCLIP model, which takes images as prompts".into(),
         _ if weights.shape(&format!("{UNET}label_emb.weight")).is_some() => {
             "a model of classes, not of prompts".into()

@@ -133,6 +133,14 @@ impl<'a> LdmCheckpoint<'a> {
         family::is_xl(self.weights)
     }
 
+    /// Where the second text encoder of Stable Diffusion XL is.
+    fn second_tower(&self) -> &'static str {
+        match family::is_refiner(self.weights) {
+            true => family::REFINER_TOWER,
+            false => family::SECOND_TOWER,
+        }
+    }
+
     /// Whether the UNet is one of SD 2.x: by the width of its prompts, or in models of other widths
     /// by its linear projections. The names of the text encoder do not tell.
     fn is_second(&self) -> bool {
@@ -173,6 +181,11 @@ impl<'a> LdmCheckpoint<'a> {
     /// A configuration file of the Diffusers format; none if it is optional.
     pub(super) fn describe(&self, name: &str) -> Result<Option<Value>> {
         Ok(Some(match name {
+            // As that of stabilityai/stable-diffusion-xl-refiner-1.0.
+            "model_index.json" if family::is_refiner(self.weights) => json!({
+                "_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [null, null],
+                "force_zeros_for_empty_prompt": false, "requires_aesthetics_score": true,
+            }),
             "model_index.json" if self.is_xl() => {
                 json!({ "_class_name": "StableDiffusionXLPipeline" })
             }
@@ -181,7 +194,7 @@ impl<'a> LdmCheckpoint<'a> {
             "vae/config.json" => self.vae()?,
             "text_encoder/config.json" => self.text_encoder(self.text_tower().as_ref())?,
             "text_encoder_2/config.json" if self.is_xl() => {
-                let tower = family::SECOND_TOWER.to_owned();
+                let tower = self.second_tower().to_owned();
                 self.text_encoder(Some(&TextTower::OpenClip(tower)))?
             }
             "scheduler/scheduler_config.json" => self.scheduler()?,
@@ -290,12 +303,14 @@ impl<'a> LdmCheckpoint<'a> {
         shape.get(1).copied()
     }
 
-    /// Width of the embedding of each size: what the pooled prompt leaves to the six of them.
+    /// Width of the embedding of each size: what the pooled prompt leaves to the six of them, or to
+    /// the five of a refiner.
     fn size_width(&self) -> usize {
         const USUAL: usize = 256;
-        let pooled = self.projection(family::SECOND_TOWER);
+        let pooled = self.projection(self.second_tower());
         let left = pooled.and_then(|pooled| self.added_inputs()?.checked_sub(pooled));
-        left.map_or(USUAL, |left| left / 6)
+        let sizes = if family::is_refiner(self.weights) { 5 } else { 6 };
+        left.map_or(USUAL, |left| left / sizes)
     }
 
     /// Channels that the projection of an OpenCLIP tower gives, if it has one: a matrix (in, out), or
@@ -467,7 +482,7 @@ impl<'a> LdmCheckpoint<'a> {
     pub(super) fn renamer(&self, folder: &str) -> impl Fn(&str, &[usize]) -> Vec<Renamed> + use<> {
         let (folder, prefix) = (folder.to_owned(), self.vae_prefix().to_owned());
         let text = match folder.as_str() {
-            SECOND_ENCODER => Some(TextTower::OpenClip(family::SECOND_TOWER.to_owned())),
+            SECOND_ENCODER => Some(TextTower::OpenClip(self.second_tower().to_owned())),
             _ => self.text_tower(),
         };
         let layers = self.levels().layers;

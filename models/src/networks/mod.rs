@@ -29,7 +29,6 @@ pub use self::image_encoder::{EncoderFolder, ImageEncoder};
 pub use self::ip_adapter::IpAdapterModel;
 pub use self::safety::{SafetyChecker, SafetyResult};
 pub use self::text_encoder::{ClipTextModel, PooledStates, PooledToken};
-pub(crate) use self::unet::SIZES;
 pub use self::unet::{Conditioning, Residuals, UNet2DConditionModel};
 pub use self::upscaler::UpscalerNetwork;
 pub use self::vae::{Decoder, Encoder};

@@ -159,8 +159,7 @@ impl ActiveControl {
             if scales.iter().all(|scale| *scale == 0.0) {
                 continue;
             }
-            let (shares, is_unit) = ((control.start, control.end), control.is_unit());
-            let active = active(shares, is_unit, timesteps.len(), stages);
+            let active = control.active(timesteps.len(), stages);
             if !active.contains(&true) {
                 let Control { model, start, end, .. } = control;
                 let pass = if hires { " of the hires pass" } else { "" };
@@ -245,27 +244,6 @@ fn scales(
     let is_soft = *mode != ControlMode::Balanced || hires && *is_soft_in_hires;
     let factor = |i: usize| if is_soft { SOFT.0.powi(SOFT.1 - i as i32) } else { 1.0 };
     Ok(((0..count).map(|i| scale * factor(i)).collect(), prompted_only))
-}
-
-/// Whether what acts from a share of the steps to another takes part in each of `evaluations`, of which
-/// a step has `stages`; a unit of AUTOMATIC1111's extension counts them as there.
-pub(super) fn active(
-    (start, end): (f64, f64),
-    is_unit: bool,
-    evaluations: usize,
-    stages: usize,
-) -> Vec<bool> {
-    let of = |i: usize, n: usize| i as f64 / n as f64;
-    let takes_part = |i: usize| {
-        if !is_unit {
-            return start <= of(i, evaluations) && of(i + 1, evaluations) <= end;
-        }
-        // AUTOMATIC1111 counts a step when its first evaluation is done.
-        let (step, stage) = (i / stages, i % stages);
-        let counted = if stage > 0 { step } else { step.saturating_sub(1) };
-        (start..=end).contains(&of(counted, evaluations.div_ceil(stages)))
-    };
-    (0..evaluations).map(takes_part).collect()
 }
 
 /// The rows of an image in a step.

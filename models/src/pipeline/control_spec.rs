@@ -133,6 +133,11 @@ impl Control {
         }
     }
 
+    /// Whether it takes part in each of `evaluations`, of which a step has `stages`.
+    pub(super) fn active(&self, evaluations: usize, stages: usize) -> Vec<bool> {
+        active((self.start, self.end), self.is_unit(), evaluations, stages)
+    }
+
     /// Whether by its rule the unconditional row is left alone; a net whose residuals are pooled
     /// leaves it in any case.
     pub(super) fn steers_prompt_alone(&self) -> bool {
@@ -141,6 +146,27 @@ impl Control {
             ControlRule::Extension(extension) => extension.mode == ControlMode::Control,
         }
     }
+}
+
+/// Whether what acts from a share of the steps to another takes part in each of `evaluations`, of which
+/// a step has `stages`; a unit of AUTOMATIC1111's extension counts them as there.
+pub(super) fn active(
+    (start, end): (f64, f64),
+    is_unit: bool,
+    evaluations: usize,
+    stages: usize,
+) -> Vec<bool> {
+    let of = |i: usize, n: usize| i as f64 / n as f64;
+    let takes_part = |i: usize| {
+        if !is_unit {
+            return start <= of(i, evaluations) && of(i + 1, evaluations) <= end;
+        }
+        // AUTOMATIC1111 counts a step when its first evaluation is done.
+        let (step, stage) = (i / stages, i % stages);
+        let counted = if stage > 0 { step } else { step.saturating_sub(1) };
+        (start..=end).contains(&of(counted, evaluations.div_ceil(stages)))
+    };
+    (0..evaluations).map(takes_part).collect()
 }
 
 #[cfg(test)]

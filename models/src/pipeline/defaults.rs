@@ -8,7 +8,7 @@ use crate::files::{Keys, Source};
 use crate::networks::UNetConfig;
 use crate::picture::Size;
 use crate::sampling::{
-    Run, Sampler, SamplerName, SamplerOptions, SamplerState, SchedulerConfig, SigmaSchedule,
+    Run, Sampler, SamplerName, SamplerOptions, SamplerState, SchedulerConfig, SigmaSchedule, Span,
 };
 
 /// The file of the defaults that the owner of a model has chosen.
@@ -23,6 +23,8 @@ pub struct Defaults {
     pub steps: usize,
     /// Guidance scale; 7.5 as in diffusers, and 5 of Stable Diffusion XL, unless the model was distilled to do without.
     pub guidance_scale: f64,
+    /// The same of inpainting: 7.5 of Stable Diffusion XL, too.
+    pub inpainting_guidance_scale: f64,
     /// The sampler of the model's scheduler configuration, or of its kind.
     pub sampler: Sampler,
     /// The sigma schedule of that configuration.
@@ -56,6 +58,11 @@ impl Defaults {
         SamplerName { sampler: self.sampler, schedule: self.schedule }
     }
 
+    /// The guidance scale of inpainting, or of other images.
+    pub fn guidance_scale(&self, inpaints: bool) -> f64 {
+        if inpaints { self.inpainting_guidance_scale } else { self.guidance_scale }
+    }
+
     /// The defaults of a model, and what of them is only told by its name. `scale` is pixels per
     /// latent pixel, `layers` those of the text encoder.
     pub(super) fn read(
@@ -73,6 +80,7 @@ impl Defaults {
             size,
             steps: 50,
             guidance_scale: if unet.added.is_some() { 5.0 } else { 7.5 },
+            inpainting_guidance_scale: 7.5,
             sampler,
             schedule,
             clip_skip: 0,
@@ -85,11 +93,18 @@ impl Defaults {
         if let Some(few) = told.as_ref().or(named.as_ref()) {
             defaults.take(few);
         }
+        // The shapes of a single file do not tell its size, which is taken for that of its family.
+        const OF_FAMILY: usize = 128;
+        let is_open = matches!(source, Source::Checkpoint(_)) && unet.sample_size == OF_FAMILY;
+        let side = named.as_ref().and_then(|few| few.side).filter(|_| is_open);
+        let own_size = side.and_then(|side| Size::new(side, side));
+        defaults.size = own_size.unwrap_or(defaults.size);
         let warning = named.map(|few| {
             let FewSteps { title, steps, guidance_scale, .. } = few;
+            let size = own_size.map_or_else(String::new, |size| format!(", {size} pixels"));
             format!(
                 "the name {name:?} is of the kind {title}: its defaults are {steps} steps, guidance \
-                 scale {guidance_scale}, the sampler {}; {FILE} overrides them",
+                 scale {guidance_scale}, the sampler {}{size}; {FILE} overrides them",
                 defaults.sampler_name()
             )
         });
@@ -99,8 +114,8 @@ impl Defaults {
             defaults = defaults.overridden(keys, scale.max(8), layers)?;
             let SamplerName { sampler, schedule } = defaults.sampler_name();
             let (options, steps) = (SamplerOptions::default(), defaults.steps);
-            let run =
-                Run { sampler, schedule, options, steps, skipped: 0, share: 1.0, is_xl: false };
+            let (skipped, share, is_xl, span) = (0, 1.0, false, Span::default());
+            let run = Run { sampler, schedule, options, steps, skipped, share, is_xl, span };
             if let Err(Error::Spec { reason, .. }) = SamplerState::new(scheduler, run) {
                 return Err(Error::config(file, format!("steps: {reason}")));
             }
@@ -128,6 +143,7 @@ impl Defaults {
         }
         if !self.chosen.guidance_scale {
             self.guidance_scale = few.guidance_scale;
+            self.inpainting_guidance_scale = few.guidance_scale;
         }
         if let Some(SamplerName { sampler, schedule }) = few.sampler
             && !self.chosen.sampler
@@ -151,7 +167,10 @@ impl Defaults {
         if !(1..=MAX_STEPS).contains(&self.steps) {
             return Err(keys.invalid("steps", format!("must be from 1 to {MAX_STEPS}")));
         }
-        self.guidance_scale = keys.take("guidance_scale", self.guidance_scale)?;
+        if self.chosen.guidance_scale {
+            self.guidance_scale = keys.take("guidance_scale", self.guidance_scale)?;
+            self.inpainting_guidance_scale = self.guidance_scale;
+        }
         if !(0.0..=100.0).contains(&self.guidance_scale) {
             return Err(keys.invalid("guidance_scale", "must be from 0 to 100"));
         }

@@ -15,6 +15,8 @@ pub(super) struct FewSteps {
     pub(super) sampler: Option<SamplerName>,
     /// What the sampler draws anew at each step; none where it is the sampler's own default.
     pub(super) eta: Option<f64>,
+    /// Side in pixels of the images that it was distilled on, where those of its family are others.
+    pub(super) side: Option<usize>,
 }
 
 /// A kind, and what its authors draw with.
@@ -28,6 +30,8 @@ struct Kind {
     steps: usize,
     /// Sampler and schedule, as a request names them.
     sampler: &'static str,
+    /// Side of its images, where it is not that of the family.
+    side: Option<usize>,
 }
 
 /// The guidance scale of a LoRA that keeps guidance.
@@ -41,25 +45,17 @@ const MOST_STEPS: usize = 32;
 
 const HYPER_SD: &str = "Hyper-SD";
 /// Luo et al. 2023.
-const LCM: Kind = Kind { title: "LCM", words: &["lcm"], is_usual: false, steps: 4, sampler: "lcm" };
+const LCM: Kind = kind("LCM", &["lcm"], "lcm");
 /// Zheng et al. 2024, "Trajectory Consistency Distillation".
-const TCD: Kind = Kind { title: "TCD", words: &["tcd"], is_usual: false, steps: 4, sampler: "tcd" };
+const TCD: Kind = kind("TCD", &["tcd"], "tcd");
 /// Sauer et al. 2023; the published model is drawn in one step.
-const SD_TURBO: Kind = Kind {
-    title: "SD-Turbo",
-    words: &["sd", "turbo"],
-    is_usual: false,
-    steps: 1,
-    sampler: "euler_sgm_uniform",
-};
+const SD_TURBO: Kind = Kind { steps: 1, ..kind("SD-Turbo", &["sd", "turbo"], "euler_sgm_uniform") };
 
-/// The same of Stable Diffusion XL.
+/// The same of Stable Diffusion XL, on images of 512 pixels a side.
 const SDXL_TURBO: Kind = Kind {
-    title: "SDXL-Turbo",
-    words: &["sdxl", "turbo"],
-    is_usual: false,
     steps: 1,
-    sampler: "euler_a_sgm_uniform",
+    side: Some(512),
+    ..kind("SDXL-Turbo", &["sdxl", "turbo"], "euler_a_sgm_uniform")
 };
 
 /// The kinds that names tell, the longer names first.
@@ -67,39 +63,20 @@ const KINDS: [Kind; 9] = [
     LCM,
     TCD,
     // Ren et al. 2024.
-    Kind {
-        title: HYPER_SD,
-        words: &["hyper", "sd"],
-        is_usual: false,
-        steps: 4,
-        sampler: "ddim_sgm_uniform",
-    },
-    Kind {
-        title: HYPER_SD,
-        words: &["hypersd"],
-        is_usual: false,
-        steps: 4,
-        sampler: "ddim_sgm_uniform",
-    },
+    kind(HYPER_SD, &["hyper", "sd"], "ddim_sgm_uniform"),
+    kind(HYPER_SD, &["hypersd"], "ddim_sgm_uniform"),
     SD_TURBO,
     SDXL_TURBO,
     Kind { words: &["sd", "xl", "turbo"], ..SDXL_TURBO },
     // Lin et al. 2024, "SDXL-Lightning".
-    Kind {
-        title: "Lightning",
-        words: &["lightning"],
-        is_usual: true,
-        steps: 4,
-        sampler: "euler_sgm_uniform",
-    },
-    Kind {
-        title: "Turbo",
-        words: &["turbo"],
-        is_usual: true,
-        steps: 4,
-        sampler: "euler_sgm_uniform",
-    },
+    Kind { is_usual: true, ..kind("Lightning", &["lightning"], "euler_sgm_uniform") },
+    Kind { is_usual: true, ..kind("Turbo", &["turbo"], "euler_sgm_uniform") },
 ];
+
+/// A kind of four steps, whose words are no usual ones.
+const fn kind(title: &'static str, words: &'static [&'static str], sampler: &'static str) -> Kind {
+    Kind { title, words, is_usual: false, steps: 4, sampler, side: None }
+}
 
 impl FewSteps {
     /// The kind of a model with this UNet and scheduler, if they tell one.
@@ -150,8 +127,8 @@ impl FewSteps {
     }
 
     fn of(kind: &Kind, steps: usize) -> Self {
-        let Kind { title, sampler, .. } = *kind;
-        Self { title, steps, guidance_scale: 1.0, sampler: sampler.parse().ok(), eta: None }
+        let Kind { title, sampler, side, .. } = *kind;
+        Self { title, steps, guidance_scale: 1.0, sampler: sampler.parse().ok(), eta: None, side }
     }
 }
 

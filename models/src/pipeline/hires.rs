@@ -10,14 +10,11 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 
-use super::control::ActiveControl;
 use super::enlarge::LoadedUpscaler;
-use super::ip_adapter::ActiveImages;
-use super::rows::Rows;
+use super::run::PassRun;
 use super::upscaler::LatentUpscaler;
 use super::variation::Variation;
 use crate::error::Result;
-use crate::layers::LoraStack;
 use crate::ops::on_host;
 use crate::picture::{CUBIC, Size, TRIANGLE, Taps, antialiased, cubic, interpolated};
 use crate::sampling::{Noise, SamplerState};
@@ -25,13 +22,7 @@ use crate::sampling::{Noise, SamplerState};
 /// The hires pass of an image whose base pass runs.
 pub(crate) struct HiresPass {
     pub(crate) size: Size,
-    pub(crate) sampler: SamplerState,
-    /// Time embeddings of the sampler's timesteps (evaluations, time_width).
-    pub(crate) time_embeddings: Tensor,
-    pub(crate) rows: Rows,
-    pub(crate) loras: LoraStack,
-    pub(crate) controls: Vec<ActiveControl>,
-    pub(crate) images: ActiveImages,
+    pub(super) run: PassRun,
     pub(crate) upscaler: HiresUpscaler,
     pub(crate) seed: u64,
     /// What is added to the seed for the sampler's noise.
@@ -106,7 +97,7 @@ impl HiresPass {
         if self.seed_delta != 0 {
             noise = noise.moved(self.seed_delta);
         }
-        let mut sampler = self.sampler.clone();
+        let mut sampler = self.run.sampler.clone();
         let latents = sampler.begin(Some(&clean), &drawn, &mut noise)?;
         sampler.draw_ahead(latents.shape(), &mut noise, latents.device())?;
         Ok(UpscaledLatents { clean, latents, sampler, noise })

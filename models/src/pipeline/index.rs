@@ -15,6 +15,10 @@ pub(super) struct PipelineIndex {
     pub(super) scheduler: Option<String>,
     /// Whether an absent negative prompt is zeros, and not the encoding of an empty one.
     pub(super) zeros_for_absent: bool,
+    /// Whether there is a first text encoder: not in the refiner of Stable Diffusion XL.
+    pub(super) has_first: bool,
+    /// Whether the UNet is to take a score in the place of the target's size.
+    pub(super) requires_score: bool,
 }
 
 /// How the classes of Stable Diffusion XL begin.
@@ -45,11 +49,7 @@ impl PipelineIndex {
         let zeros_for_absent = keys.take("force_zeros_for_empty_prompt", true)? && is_xl;
         let mut part = |name| keys.take::<Part>(name, [None, None]).map(|[_, class]| class);
         let (checker, scheduler) = (part("safety_checker")?, part("scheduler")?);
-        if is_xl && names_first && part("text_encoder")?.is_none() {
-            let reason = "text_encoder: without the first text encoder this is the refiner of Stable \
-                          Diffusion XL, which draws no image alone and is not supported";
-            return Err(Error::config("model_index.json", reason));
-        }
+        let has_first = !is_xl || !names_first || part("text_encoder")?.is_some();
         let has_checker = match checker.as_deref() {
             None => false,
             Some("StableDiffusionSafetyChecker") => true,
@@ -58,7 +58,8 @@ impl PipelineIndex {
                 return Err(Error::config("model_index.json", reason));
             }
         };
-        Ok(Self { class, has_checker, scheduler, zeros_for_absent })
+        let requires_score = keys.take("requires_aesthetics_score", false)? && is_xl;
+        Ok(Self { class, has_checker, scheduler, zeros_for_absent, has_first, requires_score })
     }
 
     /// Whether it is of Stable Diffusion XL: with two text encoders, and a UNet that takes pooled
@@ -93,6 +94,8 @@ impl PipelineIndex {
 pub struct PipelineParts {
     /// A safety checker.
     pub safety_checker: bool,
+    /// A first text encoder, which only the refiner of Stable Diffusion XL has not.
+    pub text_encoder: bool,
     /// A second text encoder: it is of Stable Diffusion XL.
     pub second_text_encoder: bool,
 }
@@ -102,7 +105,7 @@ pub struct PipelineParts {
 pub fn check_pipeline(source: &Source) -> Result<PipelineParts> {
     let index = PipelineIndex::read(source)?;
     let (safety_checker, second_text_encoder) = (index.has_checker, index.is_xl());
-    Ok(PipelineParts { safety_checker, second_text_encoder })
+    Ok(PipelineParts { safety_checker, text_encoder: index.has_first, second_text_encoder })
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use crate::files::AssetFile;
 use crate::layers::activation_dtype;
 use crate::networks::{OVERLAP, UNet2DConditionModel};
 use crate::picture::{Rgb, Size};
-use crate::sampling::{Sampler, SamplerName, SamplerOptions, share_of};
+use crate::sampling::{Sampler, SamplerName, SamplerOptions, Span, share_of};
 use crate::text::{Embeddings, LoraUse};
 
 /// Maximum scale of the noise that a sampler draws. More only leaves noise.
@@ -262,6 +262,7 @@ impl ModelInfo {
             return refuse("width", reason);
         }
         self.check_steps("num_inference_steps", spec.steps, spec.sampler)?;
+        check_span(spec)?;
         if !spec.guidance_scale.is_finite() {
             return refuse("guidance_scale", "must be a finite number".into());
         }
@@ -342,6 +343,9 @@ impl ModelInfo {
             return refuse("strength", format!("must be from 0 to 1, not {}", init.strength));
         }
         let (strength, steps) = (init.strength, spec.steps);
+        if spec.span.start.is_some() {
+            return Ok(());
+        }
         if spec.skipped_steps() >= steps {
             return refuse("strength", less_than_a_step(strength, steps));
         }
@@ -444,6 +448,37 @@ impl ModelInfo {
         }
         Ok(())
     }
+}
+
+/// Checks where the steps of an image begin, where a refiner takes over and where they end.
+fn check_span(spec: &Spec) -> Result<()> {
+    let refuse = |field, reason: String| Err(Error::Spec { field, reason });
+    let Span { start, end } = spec.span;
+    if start.is_some_and(|start| !(start > 0.0 && start < 1.0)) {
+        return refuse("denoising_start", "must be above 0 and below 1".into());
+    }
+    if end.is_some_and(|end| !(end > 0.0 && end <= 1.0)) {
+        return refuse("denoising_end", "must be above 0, and at most 1".into());
+    }
+    if let (Some(start), Some(end)) = (start, end)
+        && start >= end
+    {
+        return refuse(
+            "denoising_start",
+            format!("must be below denoising_end {end}, not {start}"),
+        );
+    }
+    if start.is_some() && spec.img2img.is_none() {
+        return refuse("denoising_start", "requires an input image".into());
+    }
+    if spec.hires.is_some() && end.is_some() {
+        return refuse("denoising_end", "cannot be used with a hires pass".into());
+    }
+    let switch_at = spec.refiner.as_ref().map_or(0.0, |refiner| refiner.switch_at);
+    if !(0.0..=1.0).contains(&switch_at) {
+        return refuse("refiner_switch_at", format!("must be from 0 to 1, not {switch_at}"));
+    }
+    Ok(())
 }
 
 /// Checks a picture to enlarge.

@@ -95,6 +95,9 @@ pub(crate) struct Start {
     seed_delta: i64,
     /// Whether the UNet takes mask and masked image as input channels.
     inpainting: bool,
+    /// Whether the input image is the latents of a run that another began, as noisy as its first step
+    /// takes them.
+    is_under_noise: bool,
     vae: VaeConfig,
     device: Device,
 }
@@ -109,6 +112,7 @@ impl Start {
             variation: spec.variation,
             seed_delta: Pass::base(spec).seed_delta(),
             inpainting,
+            is_under_noise: spec.span.start.is_some(),
             vae: vae.clone(),
             device: device.clone(),
         }
@@ -116,8 +120,13 @@ impl Start {
 
     /// Whether the latents begin as noise alone.
     fn is_noise(&self) -> bool {
-        let painting = self.inpainting || self.mask().is_some();
-        self.input.as_ref().is_none_or(|input| painting && input.strength >= 1.0)
+        let from_noise = |input: &Arc<Img2Img>| self.is_painting() && input.strength >= 1.0;
+        !self.is_under_noise && self.input.as_ref().is_none_or(from_noise)
+    }
+
+    /// Whether an area is inpainted.
+    fn is_painting(&self) -> bool {
+        self.inpainting || self.mask().is_some()
     }
 
     fn mask(&self) -> Option<&[u8]> {
@@ -150,7 +159,11 @@ impl Start {
     ) -> Result<InitialLatents> {
         let Inputs { picture, rest } = encoded;
         let picture = picture.map(|encoded| self.sample(encoded, noise)).transpose()?;
-        let drawn = self.first_noise(noise)?;
+        let drawn = match &picture {
+            // There is none to add, and none is drawn.
+            Some(picture) if self.is_under_noise && !self.is_painting() => picture.zeros_like()?,
+            _ => self.first_noise(noise)?,
+        };
         let masked_start = self.input.as_ref().map(|input| input.masked_start);
         let picture = match (picture, masked_start) {
             (Some(picture), Some(start @ (MaskedStart::Noise | MaskedStart::Zero))) => {
@@ -164,7 +177,13 @@ impl Start {
         };
         let mut step_noise = (self.seed_delta != 0).then(|| noise.moved(self.seed_delta));
         let begun = picture.as_ref().filter(|_| !self.is_noise());
-        let latents = sampler.begin(begun, &drawn, step_noise.as_mut().unwrap_or(&mut *noise))?;
+        let of_steps = step_noise.as_mut().unwrap_or(&mut *noise);
+        let latents = match begun {
+            Some(begun) if self.is_under_noise => {
+                sampler.clone().raised(begun.clone(), of_steps)?
+            }
+            begun => sampler.begin(begun, &drawn, of_steps)?,
+        };
         let (mut blend, mut mask_condition) = (None, None);
         if let Some(rest) = rest {
             let rest = self.sample(rest, noise)?;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use candle_core::{DType, Device, Tensor};
 
-use super::control::active;
+use super::control_spec::active;
 use super::ip_adapter_spec::{IpAdapter, MAX_IP_SCALE};
 use super::options::AddOns;
 use super::pass::Pass;

@@ -10,17 +10,18 @@ use super::defaults::Defaults;
 use super::index::PipelineIndex;
 use super::info::{MemoryEstimate, ModelInfo, SingleFiles};
 use super::ip_adapter::IpAdapterCache;
-use super::options::{AddOns, LoadOptions, SafetyMode};
+use super::options::{LoadOptions, SafetyMode};
 use super::read_files::{ReadFiles, fingerprint_of, open_again, reopen};
 use super::text_encoders::{TextEncoder, TextEncoders};
 use super::upscaler_cache::UpscalerCache;
 use super::vae::Vae;
+use super::xl::{SCORED, SIZES, Taken};
 use crate::error::{Error, Result};
 use crate::files::{AssetCache, AssetFile, Checkpoint, LoraTargets, SAFETY_CHECKER, Source};
 use crate::layers::{LoraCache, TargetIndex};
 use crate::networks::{
-    AddedConfig, ClipTextConfig, ClipTextModel, SIZES, SafetyChecker, UNet2DConditionModel,
-    UNetConfig, VaeConfig,
+    AddedConfig, ClipTextConfig, ClipTextModel, SafetyChecker, UNet2DConditionModel, UNetConfig,
+    VaeConfig,
 };
 use crate::sampling::SchedulerConfig;
 use crate::text::{ClipTokenizer, Embeddings};
@@ -39,6 +40,8 @@ pub(super) struct LoadedModel {
     pub(super) texts: TextEncoders,
     /// Whether an absent negative prompt is zeros.
     pub(super) zeros_for_absent: bool,
+    /// Whether the UNet takes a score in the place of the target's size.
+    pub(super) is_scored: bool,
     pub(super) unet: UNet2DConditionModel,
     pub(super) vae: Vae,
     pub(super) safety_checker: Option<SafetyChecker>,
@@ -50,11 +53,10 @@ pub(super) struct LoadedModel {
 }
 
 impl LoadedModel {
-    /// Reads a model from its files. Takes seconds.
-    pub(super) fn load(options: &LoadOptions) -> Result<Self> {
+    /// Reads a model from its files onto a device, whatever the options say of that. Takes seconds.
+    pub(super) fn load(options: &LoadOptions, device: Device) -> Result<Self> {
         set_threads(options.threads);
-        let (source, add_ons) = (&options.source, &options.add_ons.beside(&options.source));
-        let (device, warning) = options.device.choose()?;
+        let source = &options.source;
         let dtype = options.precision.resolve(&device)?;
         let index = PipelineIndex::read(source)?;
         let half = dtype == DType::F16;
@@ -63,11 +65,10 @@ impl LoadedModel {
             read_texts(options, &index, (&device, dtype), &mut files)?;
         let unet_source = options.unet.as_ref().unwrap_or(source);
         let weights = unet_source.weights("unet", "diffusion_pytorch_model", half)?;
-        let described = unet_source.read("unet/config.json")?.is_some();
-        let unet = UNetConfig::read(if described { unet_source } else { source })?;
-        check_texts(&texts, &unet)?;
-        let unet = UNet2DConditionModel::load(unet, &weights, &device, dtype);
-        let unet = if described { unet? } else { unet.map_err(of_another_shape)? };
+        let (config, is_own) = unet_config([source, unet_source])?;
+        let is_scored = check_texts(&texts, &config, &index)?;
+        let unet = UNet2DConditionModel::load(config, &weights, &device, dtype);
+        let unet = if is_own { unet? } else { unet.map_err(of_another_shape)? };
         let unet_targets = (weights.lora_targets(), unet.config().layers_per_block);
         let (text_targets, text_prints): (Vec<_>, Vec<_>) = networks.into_iter().unzip();
         let base = reopen([source, unet_source], half, text_prints, files.note(&weights)?);
@@ -77,10 +78,11 @@ impl LoadedModel {
         let memory = MemoryEstimate::of(&unet, texts.max_length(), &vae, &device, dtype);
         check_latents(unet.config(), vae.config())?;
         let checked = options.safety.loads_checker(index.has_checker)?;
-        let checker = checked.then(|| read_checker(source, half, &device, dtype, &mut files));
+        let safety_checker = read_checker(source, checked, (&device, dtype), &mut files)?;
         let scheduler = read_scheduler(source, &index, &mut files)?;
         let scale = vae.config().scale();
         let name = options.name.clone().unwrap_or_else(|| name(source));
+        let add_ons = options.add_ons.beside(source);
         let sizes = (unet.config(), scale, texts.most_skipped());
         let (defaults, named) = Defaults::read(source, &name, sizes, &scheduler)?;
         files.warnings.extend(named);
@@ -103,25 +105,39 @@ impl LoadedModel {
             memory,
             add_ons: add_ons.clone(),
             embeddings,
-            warnings: warning.into_iter().chain(files.warnings).collect(),
+            warnings: files.warnings,
         };
-        let AddOns { loras, max_lora_bytes, .. } = add_ons.clone();
-        let controlnets = ControlNetCache::new(add_ons, (unet.config(), scale), (&device, dtype));
-        let ip_adapters = IpAdapterCache::new(add_ons, unet.config(), (&device, dtype));
+        let loras = AssetCache::new(add_ons.loras.clone(), add_ons.max_lora_bytes);
+        let controlnets = ControlNetCache::new(&add_ons, (unet.config(), scale), (&device, dtype));
+        let ip_adapters = IpAdapterCache::new(&add_ons, unet.config(), (&device, dtype));
         Ok(Self {
             info,
-            upscalers: Arc::new(UpscalerCache::new(add_ons, &device, dtype)),
+            upscalers: Arc::new(UpscalerCache::new(&add_ons, &device, dtype)),
             device,
             texts,
             zeros_for_absent: index.zeros_for_absent,
+            is_scored,
             unet,
             vae,
-            safety_checker: checker.transpose()?,
+            safety_checker,
             scheduler,
-            loras: Arc::new(LoraCache { cache: AssetCache::new(loras, max_lora_bytes), targets }),
+            loras: Arc::new(LoraCache { cache: loras, targets }),
             controlnets: Arc::new(controlnets),
             ip_adapters: Arc::new(ip_adapters),
         })
+    }
+}
+
+impl LoadedModel {
+    /// What it takes of that which only Stable Diffusion XL does.
+    pub(super) fn taken(&self) -> Taken {
+        let sizes = self.unet.config().added.is_some();
+        Taken {
+            second_prompt: self.texts.second.is_some(),
+            sizes,
+            target_size: sizes && !self.is_scored,
+            score: self.is_scored,
+        }
     }
 }
 
@@ -206,18 +222,21 @@ fn read_scheduler(
     Ok(scheduler)
 }
 
-/// The safety checker.
+/// The safety checker, if images are checked.
 fn read_checker(
     source: &Source,
-    half: bool,
-    device: &Device,
-    dtype: DType,
+    checked: bool,
+    (device, dtype): (&Device, DType),
     files: &mut ReadFiles,
-) -> Result<SafetyChecker> {
+) -> Result<Option<SafetyChecker>> {
+    if !checked {
+        return Ok(None);
+    }
+    let half = dtype == DType::F16;
     let weights = advise(source.weights(SAFETY_CHECKER, "model", half), WITHOUT_CHECKER)?;
     let checker = advise(SafetyChecker::load(source, &weights, device, dtype), WITHOUT_CHECKER)?;
     files.note(&weights)?;
-    Ok(checker)
+    Ok(Some(checker))
 }
 
 /// The type of the VAE of a model in this type: that of Stable Diffusion XL overflows in f16, and says
@@ -266,6 +285,13 @@ fn read_vae(
     Ok(vae)
 }
 
+/// What describes a UNet, in the source of its weights or else in that of the model; and whether it is
+/// its own.
+fn unet_config([model, own]: [&Source; 2]) -> Result<(UNetConfig, bool)> {
+    let is_own = own.read("unet/config.json")?.is_some();
+    Ok((UNetConfig::read(if is_own { own } else { model })?, is_own))
+}
+
 /// The text encoders, the textual inversion embeddings that were added to them, and by encoder what
 /// LoRAs may add to and the fingerprint of its files.
 struct ReadTexts {
@@ -295,8 +321,16 @@ fn read_texts(
         networks.push((weights.lora_targets(), files.note(&weights)?));
         Ok(TextEncoder { tokenizer, model })
     };
-    let mut first = read("text_encoder", "tokenizer")?;
-    let mut second = index.is_xl().then(|| read(SECOND, "tokenizer_2")).transpose()?;
+    let mut first = match index.has_first {
+        true => read("text_encoder", "tokenizer")?,
+        false => read(SECOND, "tokenizer_2")?,
+    };
+    let has_second = index.is_xl() && index.has_first;
+    let mut second = has_second.then(|| read(SECOND, "tokenizer_2")).transpose()?;
+    if !index.has_first {
+        // LoRAs know it as the second.
+        networks.insert(0, (LoraTargets::default(), String::new()));
+    }
     let length = first.tokenizer.max_length();
     if let Some(other) = second.as_ref().map(|second| second.tokenizer.max_length())
         && other != length
@@ -305,7 +339,10 @@ fn read_texts(
         return Err(Error::config("tokenizer_2/tokenizer_config.json", reason));
     }
     let width = |encoder: &TextEncoder| encoder.model.config().transformer.hidden_size;
-    let widths = (width(&first), second.as_ref().map(width));
+    let widths = match index.has_first {
+        true => [Some(width(&first)), second.as_ref().map(width)],
+        false => [None, Some(width(&first))],
+    };
     let most = add_ons.max_embedding_bytes;
     let (embeddings, vectors) = Embeddings::read(&add_ons.embeddings, most, widths, length - 2)?;
     let encoders = std::iter::once(&mut first).chain(second.as_mut());
@@ -317,8 +354,9 @@ fn read_texts(
     Ok(ReadTexts { texts: TextEncoders { first, second }, embeddings, networks })
 }
 
-/// Checks that the text encoders are those that the UNet was trained with.
-fn check_texts(texts: &TextEncoders, unet: &UNetConfig) -> Result<()> {
+/// Checks that the text encoders are those that the UNet was trained with. Returns whether it takes a
+/// score in the place of the target's size.
+fn check_texts(texts: &TextEncoders, unet: &UNetConfig, index: &PipelineIndex) -> Result<bool> {
     let refuse = |reason: String| Err(Error::config("unet/config.json", reason));
     let (found, wanted) = (unet.cross_attention_dim, texts.width());
     if found != wanted {
@@ -328,8 +366,8 @@ fn check_texts(texts: &TextEncoders, unet: &UNetConfig) -> Result<()> {
         };
         return refuse(format!("cross_attention_dim: {found}, but {of} {wanted}"));
     }
-    match (unet.added, &texts.second) {
-        (None, None) => Ok(()),
+    match (unet.added, texts.pooled_width()) {
+        (None, None) => Ok(false),
         (Some(_), None) => refuse(
             "addition_embed_type: text_time is of Stable Diffusion XL, which model_index.json does \
              not name"
@@ -338,20 +376,21 @@ fn check_texts(texts: &TextEncoders, unet: &UNetConfig) -> Result<()> {
         (None, Some(_)) => refuse(
             "addition_embed_type: must be text_time in a model of Stable Diffusion XL".into(),
         ),
-        (Some(AddedConfig { size_width, inputs }), Some(second)) => {
-            let pooled = second.model.config().projection_dim;
-            let wanted = pooled + SIZES * size_width;
-            if inputs == wanted {
-                return Ok(());
+        (Some(AddedConfig { size_width, inputs }), Some(pooled)) => {
+            let [sizes, scored] = [SIZES, SCORED].map(|count| pooled + count * size_width);
+            match inputs {
+                _ if inputs == scored => Ok(true),
+                _ if inputs == sizes && !index.requires_score => Ok(false),
+                _ if inputs == sizes => refuse(format!(
+                    "projection_class_embeddings_input_dim: {inputs} is of {SIZES} sizes, but \
+                     requires_aesthetics_score of model_index.json asks for a score in the place of \
+                     two of them"
+                )),
+                _ => refuse(format!(
+                    "projection_class_embeddings_input_dim: {inputs}; it must be {sizes}, the \
+                     projection_dim of text_encoder_2 and {SIZES} sizes, or {scored} of a refiner"
+                )),
             }
-            let what = match inputs == wanted - size_width {
-                true => ", as that of the refiner, which is not supported",
-                false => "",
-            };
-            refuse(format!(
-                "projection_class_embeddings_input_dim: {inputs}{what}; it must be {wanted}: the \
-                 projection_dim of text_encoder_2 and {SIZES} sizes"
-            ))
         }
     }
 }
@@ -388,11 +427,13 @@ fn name(source: &Source) -> String {
 pub fn parameters(options: &LoadOptions, half: bool) -> Result<u64> {
     let LoadOptions { source, unet, vae, safety, .. } = options;
     let mut networks = vec![
-        (source, "text_encoder", "model"),
         (unet.as_ref().unwrap_or(source), "unet", "diffusion_pytorch_model"),
         (vae.as_ref().unwrap_or(source), "vae", "diffusion_pytorch_model"),
     ];
     let index = PipelineIndex::read(source)?;
+    if index.has_first {
+        networks.push((source, "text_encoder", "model"));
+    }
     if index.is_xl() {
         networks.push((source, SECOND, "model"));
     }

@@ -51,11 +51,28 @@ pub struct AddOns {
     /// Maximum bytes of cached upscalers; at the limit, the least recently used are evicted. One
     /// that would take more is refused.
     pub max_upscaler_bytes: u64,
+    /// Maximum bytes of the weights of cached refiners; at the limit, the least recently used are
+    /// evicted. One that would take more is refused.
+    pub max_refiner_bytes: u64,
+    /// The free memory of the host in bytes, where weights are in it.
+    pub free_host_bytes: Option<FreeBytes>,
     /// Textual inversion embeddings, read with the model.
     pub embeddings: AssetDir,
     /// Maximum bytes of embeddings; files beyond it are skipped.
     pub max_embedding_bytes: u64,
 }
+
+/// Tells the free memory in bytes, if that is known.
+#[derive(Debug, Clone, Copy)]
+pub struct FreeBytes(pub fn() -> Option<u64>);
+
+impl PartialEq for FreeBytes {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::fn_addr_eq(self.0, other.0)
+    }
+}
+
+impl Eq for FreeBytes {}
 
 impl AddOns {
     /// The same, with the ControlNets that a model brings.

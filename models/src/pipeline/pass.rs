@@ -3,13 +3,13 @@
 
 use std::borrow::Cow;
 
-use super::control;
 use super::control_spec::Control;
+use super::refiner_spec::Refiner;
 use super::spec::{Hires, PromptSyntax, Spec};
 use super::xl::XlOptions;
 use crate::error::{Error, Result};
 use crate::picture::Size;
-use crate::sampling::{SamplerName, SamplerOptions};
+use crate::sampling::{SamplerName, SamplerOptions, Span, share_of};
 use crate::text::{
     Counted, LORA_TAGS, Loras, MAX_PARTS, MAX_TEXTS, Part, Schedule, max_chunks, most_texts, parts,
 };
@@ -73,7 +73,9 @@ impl<'a> Pass<'a> {
     /// The UNet calls; `pndm` takes one more.
     pub fn calls(self) -> usize {
         let SamplerName { sampler, schedule } = self.sampler();
-        sampler.evaluations(schedule, self.steps().saturating_sub(self.skipped_steps()))
+        let end = self.span().end.map_or(self.steps(), |end| share_of(self.steps(), end));
+        let taken = end.saturating_sub(self.skipped_steps()).max(1);
+        sampler.evaluations(schedule, taken)
     }
 
     /// Batch rows of one UNet call: with guidance an unconditional row, and one for each prompt
@@ -90,11 +92,20 @@ impl<'a> Pass<'a> {
         let nets = self.spec.controls.iter().filter(|control| control.is_in(self.is_hires()));
         let of_net = |control: &Control| {
             let alone = usize::from(control.steers_prompt_alone() && self.is_guided());
-            let shares = (control.start, control.end);
-            let acts = control::active(shares, control.is_unit(), calls, stages);
-            (rows - alone) * acts.into_iter().filter(|acts| *acts).count()
+            (rows - alone) * control.active(calls, stages).into_iter().filter(|on| *on).count()
         };
         self.size().pixels() * (rows * calls + nets.map(of_net).sum::<usize>() / 2)
+    }
+
+    /// The part of the training's timesteps in which it is.
+    pub(super) fn span(self) -> Span {
+        self.hires.map_or(self.spec.span, |_| Span::default())
+    }
+
+    /// The model that takes it over on its way, if one does.
+    pub(super) fn refiner(self) -> Option<&'a Refiner> {
+        let is_last = self.is_hires() == self.spec.hires.is_some();
+        self.spec.refiner.as_deref().filter(|_| is_last)
     }
 
     /// Steps of the sampler as if from noise alone.

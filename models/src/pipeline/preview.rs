@@ -165,7 +165,7 @@ mod tests {
     use crate::pipeline::spec::Spec;
     use crate::pipeline::tests::demo;
     use crate::pipeline::xl::XlOptions;
-    use crate::sampling::{Sampler, SamplerOptions, SigmaSchedule};
+    use crate::sampling::{Sampler, SamplerOptions, SigmaSchedule, Span};
 
     /// The correlation of a preview with an image whose squares of pixels are averaged.
     fn likeness(preview: &Rgb, picture: &Rgb) -> f64 {
@@ -213,12 +213,14 @@ mod tests {
                 variation: None,
                 eta_noise_seed_delta: 0,
                 xl: XlOptions::default(),
+                span: Span::default(),
+                refiner: None,
                 warnings: Vec::new(),
                 hires: None,
                 controls: Vec::new(),
                 tiling: false,
-                ip_adapters: Vec::new(),
                 vae_tiling: None,
+                ip_adapters: Vec::new(),
                 enlarge: None,
             };
             let mut trajectory = pipeline.begin(&spec).expect("begun");

@@ -12,7 +12,7 @@ use super::spec::PromptSyntax;
 use super::text_encoders::{EncodedText, Text};
 use crate::error::Result;
 use crate::layers::LoraStack;
-use crate::networks::{Conditioning, SIZES};
+use crate::networks::Conditioning;
 use crate::text::Schedule;
 
 /// Chunks of tokens whose encoding is cached: the empty negative prompt, and the texts of a series of
@@ -76,7 +76,7 @@ pub(super) struct Encoding<'a> {
     /// Layers that are skipped.
     pub(super) skip: usize,
     /// Sizes, of Stable Diffusion XL.
-    pub(super) sizes: [f64; SIZES],
+    pub(super) sizes: Vec<f64>,
     pub(super) loras: &'a LoraStack,
     /// What is odd about the prompt; the sentences read on from the field's name.
     pub(super) warnings: Vec<String>,
@@ -182,7 +182,7 @@ impl Encoding<'_> {
         let of_prompt = unet.on_prompt(kv, &encoded.context)?;
         let conditioning = match &encoded.pooled {
             None => of_prompt,
-            Some(pooled) => unet.add(of_prompt, pooled, self.sizes, loras)?,
+            Some(pooled) => unet.add(of_prompt, pooled, &self.sizes, loras)?,
         };
         let tokens = encoded.context.dim(1)?;
         let chunks = |(_, encoded): (&PromptKey, &EncodedPrompt)| {

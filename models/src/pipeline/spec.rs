@@ -9,12 +9,13 @@ use std::sync::Arc;
 use super::control_spec::Control;
 use super::enlarge::Enlarge;
 use super::ip_adapter_spec::IpAdapter;
+use super::refiner_spec::Refiner;
 use super::upscaler::{PictureUpscaler, TILE_WORK, Upscaler};
 use super::variation::Variation;
 use super::xl::XlOptions;
 use crate::error::{Error, Result};
 use crate::picture::{Rgb, Size};
-use crate::sampling::{Sampler, SamplerName, SamplerOptions, SigmaSchedule, share_of};
+use crate::sampling::{Sampler, SamplerName, SamplerOptions, SigmaSchedule, Span, share_of};
 use crate::text::{Loras, without_loras};
 
 /// Maximum number of sampler steps: those of the training schedule.
@@ -69,6 +70,11 @@ pub struct Spec {
     pub vae_tiling: Option<bool>,
     /// What only Stable Diffusion XL takes.
     pub xl: XlOptions,
+    /// The part of the training's timesteps in which the image is drawn; most images take the whole.
+    /// With a start the input image is taken as if it were under noise, whatever the strength.
+    pub span: Span,
+    /// A model that takes the image over on its way, in the last pass.
+    pub refiner: Option<Arc<Refiner>>,
     /// What the reply warns of before the image is begun.
     pub warnings: Vec<String>,
     /// Input image of image-to-image and inpainting; none for text-to-image.
@@ -115,18 +121,24 @@ impl Spec {
     pub fn has_files(&self) -> bool {
         let has_upscaler = || self.upscalers().any(|(_, upscaler)| upscaler.file().is_some());
         let has_nets = !self.controls.is_empty() || !self.ip_adapters.is_empty();
-        has_nets || self.has_loras() || has_upscaler()
+        let has_models = has_nets || self.refiner.is_some();
+        has_models || self.has_loras() || has_upscaler()
     }
 
     /// Steps skipped because the latents begin as an input image.
     pub fn skipped_steps(&self) -> usize {
+        if let Some(start) = self.span.start {
+            // About: which steps are before it is known with their timesteps.
+            return share_of(self.steps, start).min(self.steps.saturating_sub(1));
+        }
         let init = self.img2img.as_ref().filter(|init| !init.takes_all_steps);
         skipped(self.steps, init.map_or(1.0, |init| init.strength))
     }
 
     /// The share of the noise levels among which the steps are.
     pub fn share_of_levels(&self) -> f64 {
-        let init = self.img2img.as_ref().filter(|init| init.takes_all_steps);
+        let has_start = self.span.start.is_some();
+        let init = self.img2img.as_ref().filter(|init| init.takes_all_steps && !has_start);
         init.map_or(1.0, |init| init.strength)
     }
 
@@ -151,7 +163,8 @@ impl Spec {
 
     /// Denoising strength of image-to-image or of the hires pass, if there is one.
     pub fn strength(&self) -> Option<f64> {
-        let strength = self.img2img.as_ref().map(|init| init.strength);
+        let init = self.img2img.as_ref().filter(|_| self.span.start.is_none());
+        let strength = init.map(|init| init.strength);
         strength.or(self.hires.as_ref().map(|hires| hires.strength))
     }
 

@@ -7,6 +7,7 @@ use super::prompts::CACHED_CHUNKS;
 use super::*;
 use crate::files::{AssetDir, Source};
 use crate::picture::Size;
+use crate::sampling::Span;
 use crate::text::{LoraUse, Loras};
 
 /// The built-in model in f32 on the CPU.
@@ -36,7 +37,7 @@ fn load(source: Source, add_ons: AddOns) -> Pipeline {
 fn encoded(pipeline: &Pipeline, prompt: &str) -> Arc<Conditioning> {
     let spec = Spec { prompt: prompt.into(), guidance_scale: 1.0, ..spec(vec![]) };
     let begun = pipeline.begin(&spec).expect("begun");
-    Arc::clone(begun.rows.at(0).next().expect("a row"))
+    Arc::clone(begun.run.rows.at(0).next().expect("a row"))
 }
 
 fn spec(loras: Loras) -> Spec {
@@ -59,12 +60,14 @@ fn spec(loras: Loras) -> Spec {
         variation: None,
         eta_noise_seed_delta: 0,
         xl: XlOptions::default(),
+        span: Span::default(),
+        refiner: None,
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),
         tiling: false,
-        ip_adapters: Vec::new(),
         vae_tiling: None,
+        ip_adapters: Vec::new(),
         enlarge: None,
     }
 }
@@ -109,7 +112,7 @@ fn a_prompt_is_encoded_once_and_not_kept_for_ever() {
     let pipeline = demo();
     let encode = |prompt: &str| encoded(&pipeline, prompt);
     let contexts = || -> Vec<_> {
-        let kept = pipeline.prompts.encoded.lock().expect("unpoisoned");
+        let kept = pipeline.own.prompts.encoded.lock().expect("unpoisoned");
         let id = |encoded: &prompts::EncodedPrompt| encoded.context.id();
         kept.iter().map(|(key, encoded)| (key.text.clone(), id(encoded))).collect()
     };
@@ -164,7 +167,7 @@ fn loras_are_read_before_a_picture_begins() {
     assert_eq!(bytes(&adapted) - bytes(&plain), 2 * 64 * memory.lora_bytes);
     assert_eq!((bytes(&lyco), lyco.has_loras(), plain.has_loras()), (bytes(&named), true, false));
     let bytes_of_times =
-        4 * pipeline.begin(&plain).expect("begun").time_embeddings.elem_count() as u64;
+        4 * pipeline.begin(&plain).expect("begun").run.time_embeddings.elem_count() as u64;
     assert_eq!(memory.time_bytes, bytes_of_times, "one step of DDIM");
     let longer = Spec { steps: 4, ..plain.clone() };
     assert_eq!(bytes(&longer) - bytes(&plain), 3 * memory.time_bytes);
@@ -215,7 +218,7 @@ fn keys_and_values_are_there_while_a_picture_needs_them() {
     let (first, second) = (encode(), encode());
     assert!(first.has_prompt_of(&second), "two pictures share them");
     drop((first, second));
-    let kept = pipeline.prompts.encoded.lock().expect("unpoisoned");
+    let kept = pipeline.own.prompts.encoded.lock().expect("unpoisoned");
     assert!(kept.iter().all(|(_, encoded)| encoded.kv.upgrade().is_none()));
 }
 
@@ -231,7 +234,7 @@ fn texts_of_a_prompt_are_encoded_once_shared_and_estimated() {
     };
     let kept = |begun: &Trajectory| {
         let mut all: Vec<Arc<Conditioning>> = Vec::new();
-        for row in (0..=12).flat_map(|evaluation| begun.rows.at(evaluation)) {
+        for row in (0..=12).flat_map(|evaluation| begun.run.rows.at(evaluation)) {
             if !all.iter().any(|known| known.has_prompt_of(row)) {
                 all.push(Arc::clone(row));
             }

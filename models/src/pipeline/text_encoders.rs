@@ -1,5 +1,6 @@
 //! The text encoders of a model, each with its tokenizer: one in Stable Diffusion 1.x and 2.x, two in
-//! XL. Of these the hidden states are joined, and the pooled state of the second is used too.
+//! XL. Of these the hidden states are joined, and the pooled state of the second is used too. The
+//! refiner of XL has the second alone.
 //!
 //! Reference: diffusers 0.42 `encode_prompt` of `StableDiffusionPipeline` and
 //! `StableDiffusionXLPipeline`; stable-diffusion-webui 1.10 `modules/sd_hijack_clip.py`,
@@ -15,6 +16,7 @@ use crate::text::{ClipTokenizer, PromptChunk, chunks};
 
 /// The text encoders of a model.
 pub(super) struct TextEncoders {
+    /// The only one of a refiner, too.
     pub(super) first: TextEncoder,
     /// Of Stable Diffusion XL.
     pub(super) second: Option<TextEncoder>,
@@ -37,6 +39,13 @@ pub(super) struct Text<'a> {
     pub(super) skip: usize,
 }
 
+impl<'a> Text<'a> {
+    /// The texts of the first and of the second encoder.
+    fn of_encoders(self) -> [&'a str; 2] {
+        [self.text, self.second.unwrap_or(self.text)]
+    }
+}
+
 /// What a text is to the UNet.
 pub(super) struct EncodedText {
     /// Hidden states (1, L, D) f32.
@@ -55,27 +64,36 @@ impl TextEncoders {
         self.first.tokenizer.max_length()
     }
 
+    fn all(&self) -> impl Iterator<Item = &TextEncoder> {
+        std::iter::once(&self.first).chain(&self.second)
+    }
+
     /// Channels of the hidden states.
     pub(super) fn width(&self) -> usize {
-        let width = |encoder: &TextEncoder| encoder.model.config().transformer.hidden_size;
-        width(&self.first) + self.second.as_ref().map_or(0, width)
+        self.all().map(|encoder| encoder.model.config().transformer.hidden_size).sum()
+    }
+
+    /// Channels of the pooled state, of Stable Diffusion XL.
+    pub(super) fn pooled_width(&self) -> Option<usize> {
+        let last = self.all().last()?.model.config().projection_dim;
+        (last > 0).then_some(last)
     }
 
     /// The most layers that can be skipped: at least the first hidden state is left.
     pub(super) fn most_skipped(&self) -> usize {
         let layers = |encoder: &TextEncoder| encoder.model.config().transformer.num_hidden_layers;
-        match &self.second {
-            None => layers(&self.first),
-            Some(second) => layers(&self.first).min(layers(second)).saturating_sub(1),
-        }
+        let fewest = self.all().map(layers).min().unwrap_or_default();
+        // The last one is always skipped where there is a pooled state.
+        fewest.saturating_sub(usize::from(self.pooled_width().is_some()))
     }
 
     /// Encodes a text.
     pub(super) fn encode(&self, text: Text<'_>, loras: &LoraStack) -> Result<EncodedText> {
-        let Some(second) = &self.second else { return self.first.encode(text, loras) };
+        let encoders: Vec<_> = self.all().collect();
         match text.syntax {
-            PromptSyntax::Plain => plain_xl([&self.first, second], text, loras),
-            PromptSyntax::A1111 => weighted_xl([&self.first, second], text, loras),
+            _ if self.pooled_width().is_none() => self.first.encode(text, loras),
+            PromptSyntax::Plain => plain_xl(&encoders, text, loras),
+            PromptSyntax::A1111 => weighted_xl(&encoders, text, loras),
         }
     }
 
@@ -83,10 +101,9 @@ impl TextEncoders {
     pub(super) fn zeros(&self) -> Result<EncodedText> {
         let device = self.first.model.device();
         let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, device);
-        let pooled = self.second.as_ref().map(|second| second.model.config().projection_dim);
         Ok(EncodedText {
             context: zeros(&[1, self.max_length(), self.width()])?,
-            pooled: pooled.map(|width| zeros(&[1, width])).transpose()?,
+            pooled: self.pooled_width().map(|width| zeros(&[1, width])).transpose()?,
             warning: None,
             second_warning: None,
         })
@@ -131,53 +148,51 @@ impl TextEncoder {
 }
 
 /// As diffusers: a chunk of each encoder, side by side.
-fn plain_xl(encoders: [&TextEncoder; 2], text: Text<'_>, loras: &LoraStack) -> Result<EncodedText> {
-    let [first, second] = encoders;
-    let (ids, warning) = first.tokens(text.text)?;
-    let (ids_2, warning_2) = second.tokens(text.second.unwrap_or(text.text))?;
-    let token = PooledToken::Configured;
-    let first = first.model.forward_pooled(text.skip, &[ids], token, loras)?;
-    let second = second.model.forward_pooled(text.skip, &[ids_2], token, loras)?;
-    Ok(EncodedText {
-        context: Tensor::cat(&[first.states, second.states], 2)?,
-        pooled: second.pooled,
-        warning,
-        second_warning: warning_2.filter(|_| text.second.is_some()),
-    })
+fn plain_xl(encoders: &[&TextEncoder], text: Text<'_>, loras: &LoraStack) -> Result<EncodedText> {
+    let encode = |(encoder, own): (&&TextEncoder, &str)| {
+        let (ids, warning) = encoder.tokens(own)?;
+        let token = PooledToken::Configured;
+        Ok((encoder.model.forward_pooled(text.skip, &[ids], token, loras)?, warning))
+    };
+    let encoded = encoders.iter().zip(text.of_encoders()).map(encode);
+    joined(encoded.collect::<Result<Vec<_>>>()?, text)
 }
 
 /// As AUTOMATIC1111: chunks of each encoder, side by side, each with its weights. The pooled state
 /// is that of the first chunk, without weights. There is no other text for the second encoder there:
 /// the shorter of two is filled up with empty chunks, as the shorter prompt of a batch is.
 fn weighted_xl(
-    encoders: [&TextEncoder; 2],
+    encoders: &[&TextEncoder],
     text: Text<'_>,
     loras: &LoraStack,
 ) -> Result<EncodedText> {
-    let (mut all, warning) = encoders[0].chunks(text.text)?;
-    let (mut all_2, warning_2) = encoders[1].chunks(text.second.unwrap_or(text.text))?;
-    let count = all.len().max(all_2.len());
-    for (encoder, all) in encoders.into_iter().zip([&mut all, &mut all_2]) {
-        while all.len() < count {
-            all.extend(encoder.chunks("")?.0);
+    let all = encoders.iter().zip(text.of_encoders()).map(|(encoder, own)| encoder.chunks(own));
+    let all = all.collect::<Result<Vec<_>>>()?;
+    let count = all.iter().map(|(chunks, _)| chunks.len()).max().unwrap_or_default();
+    let encode = |(encoder, (mut chunks, warning)): (&&TextEncoder, (Vec<PromptChunk>, _))| {
+        while chunks.len() < count {
+            chunks.extend(encoder.chunks("")?.0);
         }
-    }
-    let encode = |encoder: &TextEncoder, chunks: Vec<PromptChunk>| -> Result<PooledStates> {
         let (ids, weights): (Vec<_>, Vec<_>) =
             chunks.into_iter().map(|chunk| (chunk.ids, chunk.weights)).unzip();
         let token = PooledToken::Id(encoder.tokenizer.end());
         let PooledStates { states, pooled } =
             encoder.model.forward_pooled(text.skip, &ids, token, loras)?;
         let pooled = pooled.map(|pooled| pooled.narrow(0, 0, 1)).transpose()?;
-        Ok(PooledStates { states: weighed(states, weights.concat())?, pooled })
+        Ok((PooledStates { states: weighed(states, weights.concat())?, pooled }, warning))
     };
-    let (first, second) = (encode(encoders[0], all)?, encode(encoders[1], all_2)?);
-    Ok(EncodedText {
-        context: Tensor::cat(&[first.states, second.states], 2)?,
-        pooled: second.pooled,
-        warning,
-        second_warning: warning_2.filter(|_| text.second.is_some()),
-    })
+    joined(encoders.iter().zip(all).map(encode).collect::<Result<Vec<_>>>()?, text)
+}
+
+/// The states of all encoders side by side, the pooled one of the last, and the warnings of each.
+fn joined(encoded: Vec<(PooledStates, Option<String>)>, text: Text<'_>) -> Result<EncodedText> {
+    let states: Vec<_> = encoded.iter().map(|(states, _)| &states.states).collect();
+    let context = Tensor::cat(&states, 2)?;
+    let pooled = encoded.last().and_then(|(states, _)| states.pooled.clone());
+    let mut warnings = encoded.into_iter().map(|(_, warning)| warning);
+    let warning = warnings.next().flatten();
+    let second_warning = warnings.next().flatten().filter(|_| text.second.is_some());
+    Ok(EncodedText { context, pooled, warning, second_warning })
 }
 
 /// Chunks -> the context (1, chunks x tokens, D) f32: the hidden states times their weights, with

@@ -4,15 +4,14 @@ use candle_core::Tensor;
 
 use super::before::{Before, BeforeStep};
 use super::between::{Between, BetweenStep};
-use super::control::{self, ActiveControl};
 use super::decode::VaeMode;
 use super::hires::{HiresPass, UpscaledLatents};
+use super::info::ModelInfo;
 use super::init::{InitialLatents, InpaintBlend};
-use super::ip_adapter::ActiveImages;
-use super::rows::{Combined, Rows};
+use super::rows::Combined;
+use super::run::PassRun;
 use crate::error::Result;
 use crate::files::AssetFile;
-use crate::layers::LoraStack;
 use crate::networks::Tiled;
 use crate::picture::Size;
 use crate::sampling::{Noise, Outputs, SamplerState};
@@ -22,21 +21,15 @@ pub struct Trajectory {
     pub(super) size: Size,
     /// (1, C, h, w) f32
     pub(super) latents: Tensor,
-    pub(super) rows: Rows,
-    pub(super) loras: LoraStack,
+    /// The current pass.
+    pub(super) run: PassRun,
     /// The files of the LoRAs of all passes.
     pub(super) lora_files: Vec<AssetFile>,
-    pub(super) controls: Vec<ActiveControl>,
-    /// The pictures of IP-Adapters that its rows see.
-    pub(super) images: ActiveImages,
     /// The names of the nets of its passes.
     pub(super) nets: Vec<String>,
     pub(super) blend: Option<InpaintBlend>,
     /// Mask and masked image (1, 1 + C, h, w), concatenated to the latents of an inpainting UNet.
     pub(super) mask_condition: Option<Tensor>,
-    pub(super) sampler: SamplerState,
-    /// Time embeddings of the sampler's timesteps (evaluations, time_width).
-    pub(super) time_embeddings: Tensor,
     pub(super) noise: Noise,
     /// The latents and the guided output of the last UNet call, both (1, C, h, w) f32.
     pub(super) last_call: Option<(Tensor, Tensor)>,
@@ -53,7 +46,8 @@ pub struct Trajectory {
     pub(super) between: Option<Between>,
     /// Steps of the picture between the passes that are done, until the hires pass runs.
     pub(super) steps_between: usize,
-    /// Evaluations of the base pass and steps after it, once the hires pass runs.
+    /// Evaluations and steps of the runs before the current one: of the base pass and after it, and
+    /// of the model from which a refiner took over.
     pub(super) base_evaluations: usize,
     /// The image, while it is decoded in tiles.
     pub(super) decoding: Option<Tiled>,
@@ -66,8 +60,16 @@ pub(super) struct StepResult {
     pub(super) last_call: (Tensor, Tensor),
     pub(super) sampler: SamplerState,
     pub(super) noise: Noise,
-    /// Whether the hires pass begins.
-    pub(super) begins_hires: bool,
+    /// What begins with it.
+    pub(super) begins: Option<Begins>,
+}
+
+/// What begins with a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Begins {
+    HiresPass,
+    /// The refiner's part of a pass.
+    Refiner,
 }
 
 impl StepResult {
@@ -76,14 +78,14 @@ impl StepResult {
         let UpscaledLatents { clean, latents, sampler, noise } = upscaled;
         // Until there is an output, a preview shows the upscaled latents.
         let last_call = (clean.clone(), clean);
-        Self { latents, last_call, sampler, noise, begins_hires: true }
+        Self { latents, last_call, sampler, noise, begins: Some(Begins::HiresPass) }
     }
 }
 
 impl Trajectory {
     /// Whether nothing but decoding is left to do.
     pub fn done(&self) -> bool {
-        self.sampler.next().is_none() && self.between.is_none()
+        self.run.sampler.next().is_none() && self.between.is_none()
     }
 
     /// Whether its next step is one of its picture, before the first pass or between two, and no
@@ -105,38 +107,40 @@ impl Trajectory {
     /// Completed UNet evaluations and steps of a picture before or between the passes, and their
     /// total. Heun takes two a step, PNDM one more than steps.
     pub fn progress(&self) -> (usize, usize) {
-        let left = |hires: &HiresPass| hires.sampler.evaluations() + hires.upscaler.steps();
+        let left = |hires: &HiresPass| hires.run.evaluations() + hires.upscaler.steps();
         let left = self.hires.as_ref().map_or(0, left);
         let before = self.before.as_ref().map_or(0, Before::left);
         let done = self.steps_before + self.base_evaluations;
-        let total = done + before + self.sampler.evaluations() + left;
-        (done + self.sampler.completed() + self.steps_between, total)
+        let total = done + before + self.run.evaluations() + left;
+        (done + self.run.sampler.completed() + self.steps_between, total)
     }
 
     /// Pixels times rows times evaluations that are left, those of ControlNets and the steps of
     /// pictures in the same unit.
     pub fn work_left(&self) -> usize {
-        let (rows, done) = (&self.rows, self.sampler.completed());
-        let row_calls = rows.len() * (self.sampler.evaluations() - done)
-            + control::row_calls(&self.controls, done, rows);
         let work = |hires: &HiresPass| {
             let between = hires.upscaler.steps().saturating_sub(self.steps_between);
-            let row_calls = hires.rows.len() * hires.sampler.evaluations()
-                + control::row_calls(&hires.controls, 0, &hires.rows);
-            between * hires.upscaler.step_work() + hires.size.pixels() * row_calls
+            between * hires.upscaler.step_work() + hires.size.pixels() * hires.run.row_calls(0)
         };
         let before = self.before.as_ref().map_or(0, Before::work_left);
-        before + self.size.pixels() * row_calls + self.hires.as_ref().map_or(0, work)
+        before
+            + self.size.pixels() * self.run.row_calls(self.run.sampler.completed())
+            + self.hires.as_ref().map_or(0, work)
     }
 
     /// Batch rows of a UNet call in the current pass ([`super::Pass::rows`]).
     pub fn rows(&self) -> usize {
-        self.rows.len()
+        self.run.rows.len()
     }
 
     /// The size of the image in the current pass.
     pub fn size(&self) -> Size {
         self.size
+    }
+
+    /// The refiner, if it takes the next step.
+    pub fn refiner(&self) -> Option<&ModelInfo> {
+        self.run.model.as_ref().map(|refiner| &refiner.model.info)
     }
 
     /// Warnings for the user; the image is generated all the same.
@@ -153,8 +157,8 @@ impl Trajectory {
     /// if they are finished: (1, C, h, w) f32.
     pub(super) fn predicted_x0(&self) -> Result<Tensor> {
         match &self.last_call {
-            Some((x, output)) if self.sampler.next().is_some() => {
-                let x0 = self.sampler.predicted_x0(x, output)?;
+            Some((x, output)) if self.run.sampler.next().is_some() => {
+                let x0 = self.run.sampler.predicted_x0(x, output)?;
                 self.blend.as_ref().map_or(Ok(x0.clone()), |blend| blend.without_noise(&x0))
             }
             _ => Ok(self.latents.clone()),
@@ -164,10 +168,23 @@ impl Trajectory {
     /// The result of a step, from the UNet's output for the rows (rows, C, h, w) f32; `scale` is
     /// pixels per latent pixel. The trajectory stays as it is, so that a step can be repeated.
     pub(super) fn step(&self, output: &Tensor, scale: usize) -> Result<StepResult> {
-        let Combined { guided: output, unguided } = self.rows.combine(output)?;
-        let (mut sampler, mut noise) = (self.sampler.clone(), self.noise.clone());
+        let Combined { guided: output, unguided } = self.run.rows.combine(output)?;
+        let (mut sampler, mut noise) = (self.run.sampler.clone(), self.noise.clone());
         let outputs = Outputs { guided: &output, unguided: &unguided };
         let mut latents = sampler.advance(&self.latents, outputs, &mut noise)?;
+        let mut last_call = (self.latents.clone(), output);
+        let refiner = self.run.refiner.as_ref().filter(|_| sampler.next().is_none());
+        if let Some(refiner) = refiner {
+            if refiner.goes_on {
+                sampler = sampler.resumed(&refiner.run.sampler);
+            } else {
+                // Until there is an output, a preview shows what there was last.
+                let x0 = sampler.predicted_x0(&last_call.0, &last_call.1)?;
+                last_call = (x0.clone(), x0);
+                sampler = refiner.run.sampler.clone();
+            }
+            latents = sampler.raised(latents, &mut noise)?;
+        }
         if let Some(blend) = &self.blend {
             latents = blend.apply(&latents, &sampler)?;
         }
@@ -176,28 +193,37 @@ impl Trajectory {
         if let Some(upscaled) = upscaled.flatten() {
             return Ok(StepResult::of_hires(upscaled));
         }
-        let last_call = (self.latents.clone(), output);
-        Ok(StepResult { latents, last_call, sampler, noise, begins_hires: false })
+        let begins = refiner.map(|_| Begins::Refiner);
+        Ok(StepResult { latents, last_call, sampler, noise, begins })
     }
 
     pub(super) fn advance(&mut self, result: StepResult) {
-        let StepResult { latents, last_call, sampler, noise, begins_hires } = result;
-        if begins_hires && let Some(hires) = self.hires.take() {
-            self.base_evaluations = self.sampler.evaluations() + self.steps_between;
-            self.steps_between = 0;
-            self.between = None;
-            self.size = hires.size;
-            self.time_embeddings = hires.time_embeddings;
-            self.rows = hires.rows;
-            self.loras = hires.loras;
-            self.controls = hires.controls;
-            self.images = hires.images;
+        let StepResult { latents, last_call, sampler, noise, begins } = result;
+        match begins {
+            Some(Begins::HiresPass) => {
+                if let Some(hires) = self.hires.take() {
+                    self.base_evaluations += self.run.evaluations() + self.steps_between;
+                    self.steps_between = 0;
+                    self.between = None;
+                    self.size = hires.size;
+                    self.run = hires.run;
+                }
+            }
+            Some(Begins::Refiner) => {
+                if let Some(refiner) = self.run.refiner.take() {
+                    if !refiner.goes_on {
+                        self.base_evaluations += self.run.evaluations();
+                    }
+                    self.run = refiner.run;
+                }
+            }
+            None => {}
         }
         self.latents = latents;
         self.last_call = Some(last_call);
-        self.sampler = sampler;
+        self.run.sampler = sampler;
         self.noise = noise;
-        if !begins_hires && self.hires.is_some() && self.sampler.next().is_none() {
+        if begins.is_none() && self.hires.is_some() && self.run.sampler.next().is_none() {
             self.between = Some(Between::Decode);
         }
     }

@@ -23,7 +23,7 @@ pub(super) fn lcm(
     let (c_skip, c_out) = ((SIGMA_DATA / norm).powi(2), t / norm);
     let x0 = state.denoiser.predicted_x0(x, outputs.guided, step.at)?;
     let denoised = linear_combination(&[(c_out, &x0), (c_skip, x)])?;
-    if state.completed() + 1 == state.evaluations() {
+    if state.is_last() {
         return Ok(denoised);
     }
     linear_combination(&[(step.to.alpha, &denoised), (step.to.sigma, &state.draw(x, noise)?)])

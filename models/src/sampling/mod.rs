@@ -5,7 +5,7 @@
 //! a function in `sigmas.rs`. `plan.rs` makes a run of them:
 //!
 //! ```text
-//! plan > config > names > samplers > table > algorithm > pndm, ddpm, euler, dpmpp, deis, unipc, lcm > state > denoiser > schedule
+//! takeover > plan > config > names > samplers > table > algorithm > pndm, ddpm, euler, dpmpp, deis, unipc, lcm > state > denoiser > schedule
 //! ```
 
 mod ahead;
@@ -34,6 +34,7 @@ mod spacing;
 mod spelling;
 mod state;
 mod table;
+mod takeover;
 mod unipc;
 
 pub use self::algorithm::Sampler;
@@ -42,8 +43,8 @@ pub use self::denoiser::{guide, rescale};
 pub use self::names::SamplerName;
 pub use self::noise::Noise;
 pub use self::options::{Churn, SamplerOptions};
-pub use self::plan::Run;
 pub(crate) use self::plan::share_of;
+pub use self::plan::{Run, Span};
 pub use self::schedule::Evaluation;
 pub use self::sigmas::SigmaSchedule;
 pub use self::state::{Outputs, SamplerState};

@@ -36,6 +36,26 @@ pub struct Run {
     pub share: f64,
     /// Whether the model is Stable Diffusion XL, which has steps of its own in `align_your_steps`.
     pub is_xl: bool,
+    /// The part of the training's timesteps in which the run is.
+    pub span: Span,
+}
+
+/// A part of the training's timesteps, as shares from the last one down; the whole where there is
+/// none.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Span {
+    /// Where it begins: diffusers' `denoising_start`. Then no steps are left out but these.
+    pub start: Option<f64>,
+    /// Where it ends: diffusers' `denoising_end`.
+    pub end: Option<f64>,
+}
+
+impl Span {
+    /// The timestep at a share of `train`, as diffusers rounds it.
+    fn cutoff(share: f64, train: usize) -> f64 {
+        let train = train as f64;
+        (train - share * train).round_ties_even()
+    }
 }
 
 impl SamplerState {
@@ -45,7 +65,7 @@ impl SamplerState {
     /// [`Error::Spec`] if the sampler does not run on the schedule or in so many steps;
     /// [`Error::Config`] if the configuration asks the sampler for what is not supported.
     pub fn new(config: &SchedulerConfig, run: Run) -> Result<Self> {
-        let Run { sampler, schedule, options, steps, skipped, share, is_xl } = run;
+        let Run { sampler, schedule, options, steps, skipped, share, is_xl, span } = run;
         sampler.check(schedule)?;
         let row = sampler.algorithm();
         config.check(row)?;
@@ -59,7 +79,7 @@ impl SamplerState {
             _ => config.spacing(row)?,
         };
         let eta = options.eta.or(row.eta).unwrap_or(0.0);
-        let plan = Plan {
+        let mut plan = Plan {
             row,
             schedule,
             options,
@@ -72,14 +92,18 @@ impl SamplerState {
             spacing,
             alphas_cumprod,
         };
-        let schedule = match row.grid {
-            LevelGrid::Timesteps => plan.on_timesteps()?,
-            LevelGrid::Sigmas => plan.on_sigmas(false)?,
-            LevelGrid::ScaledSigmas => plan.on_sigmas(true)?,
-        };
+        if let Some(start) = span.start {
+            plan.skipped = 0;
+            plan.skipped = plan.before(start, &plan.table()?)?;
+        }
+        let mut schedule = plan.table()?;
+        if let Some(end) = span.end {
+            schedule.end = plan.end(end, &schedule);
+        }
         Ok(Self {
             advance: row.advance,
             position: schedule.skipped,
+            end: schedule.end,
             schedule: Arc::new(schedule),
             denoiser: config.denoiser(row)?,
             timestep_scaling: config.timestep_scaling.unwrap_or(10.0),
@@ -108,6 +132,43 @@ struct Plan<'a> {
 }
 
 impl Plan<'_> {
+    fn table(&self) -> Result<Schedule> {
+        match self.row.grid {
+            LevelGrid::Timesteps => self.on_timesteps(),
+            LevelGrid::Sigmas => self.on_sigmas(false),
+            LevelGrid::ScaledSigmas => self.on_sigmas(true),
+        }
+    }
+
+    /// The steps before a share of the timesteps, of a whole run: diffusers' `get_timesteps`. A step of
+    /// two evaluations is taken whole.
+    fn before(&self, share: f64, whole: &Schedule) -> Result<usize> {
+        let cutoff = Span::cutoff(share, self.alphas_cumprod.len());
+        let stages = if self.row.stages == Stages::One { 1 } else { 2 };
+        let below = whole.steps.iter().filter(|step| step.evaluation.timestep < cutoff).count();
+        if below == 0 {
+            let reason = format!("of {share} is after the last of {} steps", self.steps);
+            return Err(Error::Spec { field: "denoising_start", reason });
+        }
+        if self.row.stages == Stages::Restarting {
+            // It goes back to more noise only further below.
+            let first = whole.steps.iter().position(|step| step.evaluation.timestep < cutoff);
+            return Ok(first.unwrap_or_default() / stages);
+        }
+        // The last step has one evaluation.
+        let taken = if stages == 2 && below % 2 == 0 { below + 1 } else { below };
+        Ok(whole.steps.len().saturating_sub(taken) / stages)
+    }
+
+    /// The index of the first step of a run that is below a share of the timesteps, which may be that
+    /// with which it begins.
+    fn end(&self, share: f64, schedule: &Schedule) -> usize {
+        let cutoff = Span::cutoff(share, self.alphas_cumprod.len());
+        let steps = &schedule.steps[schedule.skipped..];
+        let taken = steps.iter().position(|step| step.evaluation.timestep < cutoff);
+        schedule.skipped + taken.unwrap_or(steps.len())
+    }
+
     /// The table of a sampler on timesteps; a timestep below 0 is after the last.
     fn on_timesteps(&self) -> Result<Schedule> {
         let train = self.alphas_cumprod.len();
@@ -151,7 +212,7 @@ impl Plan<'_> {
                 if is_tcd { level(below)? } else { self.row.noise.below(self.eta, from, to) };
             steps.push(Step { evaluation, at, from, to, below, raised_by: None, order: 1 });
         }
-        Ok(Schedule { steps, skipped: 0, init_noise_sigma: 1.0 })
+        Ok(Schedule { end: steps.len(), steps, skipped: 0, init_noise_sigma: 1.0 })
     }
 
     /// The table of a sampler on sigmas, with x scaled to unit variance or not.
@@ -196,7 +257,8 @@ impl Plan<'_> {
             Spacing::Leading => first.norm(),
             Spacing::Trailing | Spacing::Linspace => first.sigma,
         };
-        Ok(Schedule { steps: table_of_run, skipped: skipped_steps, init_noise_sigma })
+        let (end, steps) = (table_of_run.len(), table_of_run);
+        Ok(Schedule { steps, skipped: skipped_steps, end, init_noise_sigma })
     }
 
     /// A way in a run of `steps` steps, from the sigma to which added noise takes its begin.

@@ -61,7 +61,7 @@ impl SamplerState {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sampling::{Run, Sampler, SamplerOptions, SchedulerConfig, SigmaSchedule};
+    use crate::sampling::{Run, Sampler, SamplerOptions, SchedulerConfig, SigmaSchedule, Span};
 
     /// The latents after a run whose outputs are some constant, if so many values are drawn ahead.
     fn run(sampler: Sampler, most: Option<usize>) -> (Vec<f32>, bool) {
@@ -73,6 +73,7 @@ mod tests {
             skipped: 0,
             share: 1.0,
             is_xl: false,
+            span: Span::default(),
         };
         let mut state = SamplerState::new(&SchedulerConfig::default(), run).expect("a run");
         let (shape, mut noise) = (Shape::from((1, 2, 3, 4)), Noise::new(7));

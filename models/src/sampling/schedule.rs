@@ -78,6 +78,8 @@ pub(super) struct Schedule {
     pub(super) steps: Vec<Step>,
     /// The number of steps that are left out at the begin.
     pub(super) skipped: usize,
+    /// The number of steps after which the run ends.
+    pub(super) end: usize,
     /// Standard deviation of the initial latents.
     pub(super) init_noise_sigma: f64,
 }

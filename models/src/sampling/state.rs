@@ -49,6 +49,8 @@ pub struct SamplerState {
     pub(super) s_noise: f64,
     /// The index of the next step.
     pub(super) position: usize,
+    /// The index of the step before which it ends, or another model takes over.
+    pub(super) end: usize,
     /// Results of earlier evaluations, the newest first: outputs, predicted x0 or slopes.
     pub(super) history: Vec<Tensor>,
     /// The latents from which the current step began, while it is not complete.
@@ -65,7 +67,7 @@ impl SamplerState {
 
     /// Number of evaluations of the whole run.
     pub fn evaluations(&self) -> usize {
-        self.schedule.steps.len() - self.schedule.skipped
+        self.end - self.schedule.skipped
     }
 
     /// Number of completed evaluations.
@@ -73,15 +75,24 @@ impl SamplerState {
         self.position - self.schedule.skipped
     }
 
-    /// The timesteps of the whole run's evaluations.
+    /// The timesteps of the whole run's evaluations, whichever model takes them.
     pub(crate) fn timesteps(&self) -> impl Iterator<Item = f64> {
-        let steps = self.schedule.steps.iter().skip(self.schedule.skipped);
-        steps.map(|step| step.evaluation.timestep)
+        let steps = &self.schedule.steps[self.schedule.skipped..self.schedule.end];
+        steps.iter().map(|step| step.evaluation.timestep)
     }
 
     /// The next evaluation of the UNet; none when the latents are finished.
     pub fn next(&self) -> Option<Evaluation> {
-        self.schedule.steps.get(self.position).map(|step| step.evaluation)
+        self.next_step().map(|step| step.evaluation)
+    }
+
+    fn next_step(&self) -> Option<&Step> {
+        self.schedule.steps[..self.end].get(self.position)
+    }
+
+    /// Whether the next evaluation is the last of a run to the end.
+    pub(super) fn is_last(&self) -> bool {
+        self.position + 1 == self.schedule.steps.len()
     }
 
     /// The predicted x0 of the last evaluation, from the latents `x` given to it and its output
@@ -99,7 +110,7 @@ impl SamplerState {
     /// x0 under as much noise as the latents of the next evaluation have; x0 itself when the
     /// latents are finished. Both (B, C, H, W).
     pub fn noised(&self, x0: &Tensor, noise: &Tensor) -> Result<Tensor> {
-        match self.schedule.steps.get(self.position) {
+        match self.next_step() {
             Some(Step { at, .. }) => linear_combination(&[(at.alpha, x0), (at.sigma, noise)]),
             None => Ok(x0.clone()),
         }
@@ -108,7 +119,7 @@ impl SamplerState {
     /// The first latents of a run: `drawn` noise, or x0 under it, and what the sampler adds before
     /// its first evaluation. All (B, C, H, W).
     pub fn begin(&self, x0: Option<&Tensor>, drawn: &Tensor, noise: &mut Noise) -> Result<Tensor> {
-        let Some(&Step { at, raised_by, .. }) = self.schedule.steps.get(self.position) else {
+        let Some(&Step { at, raised_by, .. }) = self.next_step() else {
             return Ok(x0.unwrap_or(drawn).clone());
         };
         let sigma = raised_by.map_or(at.sigma, |by| (at.sigma.powi(2) - by * by).sqrt());
@@ -136,15 +147,22 @@ impl SamplerState {
         self.raised(next, noise)
     }
 
-    /// x with the noise that is added before the next evaluation.
-    fn raised(&mut self, x: Tensor, noise: &mut Noise) -> Result<Tensor> {
-        match self.schedule.steps.get(self.position).and_then(|step| step.raised_by) {
+    /// The first latents of a run that goes on from those of another, or from x0 as if it were under
+    /// noise: themselves, with the noise that is added before the next evaluation. (B, C, H, W).
+    pub fn raised(&mut self, x: Tensor, noise: &mut Noise) -> Result<Tensor> {
+        match self.next_step().and_then(|step| step.raised_by) {
             Some(by) => {
                 let drawn = self.draw(&x, noise)?;
                 linear_combination(&[(1.0, &x), (by * self.s_noise, &drawn)])
             }
             None => Ok(x),
         }
+    }
+
+    /// The same run from here to its end, of a model with the outputs of another run.
+    pub fn resumed(&self, other: &Self) -> Self {
+        let (denoiser, timestep_scaling) = (other.denoiser, other.timestep_scaling);
+        Self { end: self.schedule.end, denoiser, timestep_scaling, ..self.clone() }
     }
 
     /// Noise of the shape of x: the next values of the image's stream.

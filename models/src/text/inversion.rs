@@ -29,6 +29,9 @@ pub struct Embeddings {
     pub width: usize,
 }
 
+/// Widths of the first and of the second text encoder, where there are such.
+pub(crate) type Widths = [Option<usize>; 2];
+
 /// A placeholder token and the position of its vectors among all.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlaceholderToken {
@@ -41,25 +44,25 @@ pub struct PlaceholderToken {
 }
 
 impl Embeddings {
-    /// Reads the embeddings for a text encoder of this width, or for a first and a second one, whose
-    /// chunks have room for `room` tokens: the placeholder tokens, and the vectors (n, width) f32 of
-    /// each encoder, or `None` if there are none.
+    /// Reads the embeddings for the first and the second text encoder of these widths, whose chunks
+    /// have room for `room` tokens: the placeholder tokens, and the vectors (n, width) f32 of each
+    /// encoder, or `None` if there are none.
     pub(crate) fn read(
         folder: &AssetDir,
         max_bytes: u64,
-        widths: (usize, Option<usize>),
+        widths: Widths,
         room: usize,
     ) -> Result<(Self, Option<Vec<Tensor>>)> {
-        let width = widths.0 + widths.1.unwrap_or_default();
+        let width = widths.iter().flatten().sum();
         let mut embeddings = Self { width, ..Self::default() };
         let (mut vectors, mut count) = (Vec::new(), 0);
         for (stem, path) in folder.list() {
             let read = match widths {
-                (width, None) => {
+                [Some(width), None] => {
                     let read = read(&path, width).transpose();
                     read.map(|read| read.map(|(word, vectors)| (word, vec![vectors])))
                 }
-                (first, Some(second)) => read_pair(&path, [first, second]).transpose(),
+                widths => read_pair(&path, widths).transpose(),
             };
             let Some(read) = read else { continue };
             let read = read.and_then(|(word, vectors)| {
@@ -88,7 +91,7 @@ impl Embeddings {
         if vectors.is_empty() {
             return Ok((embeddings, None));
         }
-        let encoders = 0..=usize::from(widths.1.is_some());
+        let encoders = 0..widths.iter().flatten().count();
         let of = |encoder: usize| {
             let own: Vec<_> = vectors.iter().filter_map(|vectors| vectors.get(encoder)).collect();
             Ok(Tensor::cat(&own, 0)?)
@@ -178,16 +181,17 @@ const PAIRS: [[&str; 2]; 2] = [["clip_l", "clip_g"], ["text_encoders_0", "text_e
 /// The token that a file names, if it does, and its vectors (n, width) f32 of each text encoder.
 type Learned = (Option<String>, Vec<Tensor>);
 
-/// A file of Stable Diffusion XL: no token, and the vectors (n, width) f32 of both text encoders; none
-/// if the file is a picture without any.
-fn read_pair(path: &Path, widths: [usize; 2]) -> std::result::Result<Option<Learned>, String> {
+/// A file of Stable Diffusion XL: no token, and the vectors (n, width) f32 of the text encoders that
+/// there are; none if the file is a picture without any.
+fn read_pair(path: &Path, widths: Widths) -> std::result::Result<Option<Learned>, String> {
     let file = path.file_name().unwrap_or_default().to_string_lossy();
     let is_picture = path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("png"));
     let none = || {
-        let [first, second] = widths;
+        let numbers = |width: Option<usize>| width.map(|width| format!(" of {width} numbers"));
+        let [first, second] = widths.map(|width| numbers(width).unwrap_or_default());
         format!(
-            "{file}: is no embedding of Stable Diffusion XL, which holds clip_l of {first} numbers \
-             and clip_g of {second}"
+            "{file}: is no embedding of Stable Diffusion XL, which holds clip_l{first} and \
+             clip_g{second}"
         )
     };
     if is_picture {
@@ -197,12 +201,13 @@ fn read_pair(path: &Path, widths: [usize; 2]) -> std::result::Result<Option<Lear
     let weights = Weights::copied(path).map_err(|error| error.to_string())?;
     let has = |names: &&[&str; 2]| names.iter().all(|name| weights.shape(name).is_some());
     let names = PAIRS.iter().find(has).ok_or_else(none)?;
-    let read = |(name, width): (&&str, usize)| {
+    let read = |(name, width): (&&str, Option<usize>)| {
         let shape = weights.shape(name).unwrap_or_default();
-        fitting(shape, || weights.widened(name), width, &format!("{file}: {name}"))
+        let what = format!("{file}: {name}");
+        width.map(|width| fitting(shape, || weights.widened(name), width, &what))
     };
     let vectors: Vec<_> =
-        names.iter().zip(widths).map(read).collect::<std::result::Result<_, _>>()?;
+        names.iter().zip(widths).filter_map(read).collect::<std::result::Result<_, _>>()?;
     let rows: Vec<_> = vectors.iter().map(|vectors| vectors.dims()[0]).collect();
     if rows.windows(2).any(|pair| pair[0] != pair[1]) {
         let [first, second] = names;
@@ -268,7 +273,8 @@ mod tests {
     fn read(folder: &Path) -> Embeddings {
         let directory = Some(folder.to_owned());
         let files = AssetDir { directory, endings: &["safetensors", "png"], ..AssetDir::default() };
-        let (embeddings, vectors) = Embeddings::read(&files, 1 << 20, (WIDTH, None), 75).unwrap();
+        let (embeddings, vectors) =
+            Embeddings::read(&files, 1 << 20, [Some(WIDTH), None], 75).unwrap();
         let count = embeddings.words.iter().map(|word| word.first + word.count).max();
         assert_eq!(vectors.map(|all| all[0].dims()[0]), count);
         embeddings

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use sd_models::{
     AddOns, DeviceName, LoadOptions, Pipeline, Precision, PromptSyntax, Rgb, SafetyMode, Sampler,
-    SamplerOptions, SigmaSchedule, Size, Source, Spec, Trajectory, XlOptions,
+    SamplerOptions, SigmaSchedule, Size, Source, Span, Spec, Trajectory, XlOptions,
 };
 
 /// Whether there is a device, or a message why the test is skipped.
@@ -65,6 +65,8 @@ fn spec(sampler: Sampler, steps: usize, guidance_scale: f64) -> Spec {
         variation: None,
         eta_noise_seed_delta: 0,
         xl: XlOptions::default(),
+        span: Span::default(),
+        refiner: None,
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),

@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 use sd_models::{
     AddOns, DeviceName, Error, Img2Img, LoadOptions, MaskedStart, Pipeline, Precision,
     PromptSyntax, Rgb, SafetyMode, Sampler, SamplerName, SamplerOptions, SigmaSchedule, Size,
-    Source, Spec, Trajectory, XlOptions,
+    Source, Span, Spec, Trajectory, XlOptions,
 };
 
 use crate::{fixture, path, relative_error};
@@ -88,12 +88,14 @@ pub(crate) fn spec(start: Option<Img2Img>) -> Spec {
         variation: None,
         eta_noise_seed_delta: 0,
         xl: XlOptions::default(),
+        span: Span::default(),
+        refiner: None,
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),
         tiling: false,
-        ip_adapters: Vec::new(),
         vae_tiling: None,
+        ip_adapters: Vec::new(),
         enlarge: None,
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
-use sd_models::sampling::{Noise, Run, SamplerState, SchedulerConfig};
+use sd_models::sampling::{Noise, Run, SamplerState, SchedulerConfig, Span};
 use sd_models::{Error, Result, Sampler, SamplerName, SamplerOptions, SigmaSchedule};
 use serde_json::{Value, json};
 
@@ -35,7 +35,8 @@ fn fixtures() -> Fixtures {
 fn begin(name: &str, config: &SchedulerConfig, steps: usize) -> Result<SamplerState> {
     let SamplerName { sampler, schedule } = name.parse().unwrap();
     let options = SamplerOptions::default();
-    let run = Run { sampler, schedule, options, steps, skipped: 0, share: 1.0, is_xl: false };
+    let span = Span::default();
+    let run = Run { sampler, schedule, options, steps, skipped: 0, share: 1.0, is_xl: false, span };
     SamplerState::new(config, run)
 }
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
-use sd_models::sampling::{Noise, Outputs, Run, SamplerState, SchedulerConfig, guide};
+use sd_models::sampling::{Noise, Outputs, Run, SamplerState, SchedulerConfig, Span, guide};
 use sd_models::{Churn, SamplerName, SamplerOptions};
 
 use crate::{fixture, floats, read, relative_error};
@@ -51,7 +51,8 @@ fn run(case: &Case, config: &SchedulerConfig, inputs: &Tensor, times: &[f32]) ->
         Churn { amount: case.s_churn, from: case.s_tmin, to: case.s_tmax.unwrap_or(f64::INFINITY) };
     let options = SamplerOptions { eta: case.eta, s_noise: case.s_noise, churn };
     let (schedule, steps, skipped) = (case.schedule.parse().unwrap(), case.steps, case.skipped);
-    let run = Run { sampler, schedule, options, steps, skipped, share: 1.0, is_xl: false };
+    let span = Span::default();
+    let run = Run { sampler, schedule, options, steps, skipped, share: 1.0, is_xl: false, span };
     let mut state = SamplerState::new(config, run).unwrap();
     let mut noise = Noise::new(7);
     let shape = (1, 4, 2, 2);

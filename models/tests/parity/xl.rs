@@ -70,7 +70,7 @@ fn unet(name: &str, root: &str) {
     let condition = |row: usize| {
         let prompt = model.condition(&one(of("context"), row), &[]).unwrap();
         let pooled = one(of("pooled"), row);
-        model.add(prompt, &pooled, sizes[row].clone().try_into().unwrap(), &[]).unwrap()
+        model.add(prompt, &pooled, &sizes[row], &[]).unwrap()
     };
     let rows = [condition(0), condition(1)];
     let times = model.time_embeddings(&timesteps, &[]).unwrap();
@@ -323,14 +323,15 @@ fn parts_that_do_not_fit_are_refused_by_name() {
     let json = |text: &str| serde_json::from_str(text).unwrap();
     let index = "model_index.json";
     for (test, file, changes, words) in [
-        ("refiner", index, r#"{"text_encoder":[null,null]}"#, "refiner of Stable Diffusion XL"),
+        ("refiner", index, r#"{"text_encoder":[null,null]}"#, "cross_attention_dim: 40"),
         ("first", index, r#"{"_class_name":"StableDiffusionPipeline"}"#, "cross_attention_dim: 40"),
         (
             "ids",
             "unet/config.json",
-            r#"{"projection_class_embeddings_input_dim":60}"#,
-            "the refiner, which is not supported; it must be 68",
+            r#"{"projection_class_embeddings_input_dim":61}"#,
+            "projection_class_embeddings_input_dim: 61; it must be 68",
         ),
+        ("scored", index, r#"{"requires_aesthetics_score":true}"#, "asks for a score in the place"),
         ("plain", "unet/config.json", r#"{"addition_embed_type":null}"#, "addition_time_embed_dim"),
         ("mean-1", "vae/config.json", r#"{"latents_mean":[1]}"#, "latents_mean: must have 4"),
         (
@@ -430,6 +431,22 @@ fn a_single_file_is_the_model() {
     let whole = path("single/v1.safetensors");
     let error = crate::img2img::open(file(), Some(checkpoint(whole))).err().unwrap().to_string();
     assert!(error.contains("has no VAE"), "{error}");
+}
+
+#[test]
+fn a_turbo_model_in_a_single_file_has_its_own_size() {
+    for (name, side) in [("sd_xl_turbo_1.0_fp16", 512), ("sd_xl_base_1.0", 1024)] {
+        let root = single(name);
+        let file = root.join(name).with_extension("safetensors");
+        std::fs::rename(root.join("a.safetensors"), &file).unwrap();
+        let vae = checkpoint(path("xl/vae.safetensors"));
+        let model = crate::img2img::open(checkpoint(file), Some(vae)).unwrap();
+        let defaults = model.info().defaults;
+        assert_eq!((defaults.size.width(), defaults.size.height()), (side, side), "{name}");
+        let is_turbo = side == 512;
+        assert_eq!(defaults.steps == 1, is_turbo);
+        assert_eq!(defaults.guidance_scale(true), if is_turbo { 1.0 } else { 7.5 });
+    }
 }
 
 /// A file with more tensors, which hold nothing.

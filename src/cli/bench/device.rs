@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use sd_models::{
     DeviceName, KernelStats, LoadOptions, Pipeline, Precision, Rgb, Sampler, SamplerOptions,
-    SigmaSchedule, Size, Spec, Trajectory, XlOptions,
+    SigmaSchedule, Size, Span, Spec, Trajectory, XlOptions,
 };
 use serde::Serialize;
 use tracing::warn;
@@ -184,12 +184,14 @@ impl DeviceBench {
             variation: None,
             eta_noise_seed_delta: 0,
             xl: XlOptions::default(),
+            span: Span::default(),
+            refiner: None,
             warnings: Vec::new(),
             hires: None,
             controls: Vec::new(),
             tiling: false,
-            ip_adapters: Vec::new(),
             vae_tiling: None,
+            ip_adapters: Vec::new(),
             enlarge: None,
         }
     }

@@ -1,6 +1,8 @@
 //! The order of the queue, and who makes room in it.
 
-use sd_models::{PromptSyntax, Sampler, SamplerOptions, SigmaSchedule, Size, Spec, XlOptions};
+use sd_models::{
+    PromptSyntax, Sampler, SamplerOptions, SigmaSchedule, Size, Span, Spec, XlOptions,
+};
 
 use super::*;
 use crate::engine::job::{self, Job, Ticket};
@@ -27,12 +29,14 @@ fn job(client: u64, id: JobId, images: usize) -> (Ticket, Vec<ImageTask>) {
         variation: None,
         eta_noise_seed_delta: 0,
         xl: XlOptions::default(),
+        span: Span::default(),
+        refiner: None,
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),
         tiling: false,
-        ip_adapters: Vec::new(),
         vae_tiling: None,
+        ip_adapters: Vec::new(),
         enlarge: None,
     };
     let client = Client::named(&client.to_string());

@@ -109,6 +109,8 @@ pub(super) struct Worker<M: Model> {
     pub(super) time_used: Duration,
     /// Duration of the last step, which limits the duration of one admission round.
     pub(super) last_step: Duration,
+    /// Memory of the refiners that the budget does not count as free.
+    pub(super) refiner_bytes: u64,
     /// Whether steps may have freed memory that the allocator keeps.
     pub(super) keeps_memory: bool,
     /// Whether the device is lost.
@@ -128,6 +130,7 @@ impl<M: Model> Worker<M> {
             caps: HashMap::new(),
             time_used: Duration::ZERO,
             last_step: Duration::ZERO,
+            refiner_bytes: 0,
             // The warm-up has, too.
             keeps_memory: true,
             lost: false,

@@ -23,7 +23,7 @@ use super::shared::EngineShared;
 use super::state::EngineState;
 use files::PendingFiles;
 use images::{PanicGuard, Slot, Worker};
-use start::{budget, open};
+use start::{budget, open, share_of};
 
 /// Time without work after which the memory that steps have freed goes back to the system. The next
 /// image takes it again, in less time than one of its steps.
@@ -127,9 +127,14 @@ impl<M: Model> Worker<M> {
         self.keeps_memory = true;
         let (device, mut time_used) = (self.engine.device.clone(), self.time_used);
         let turn = device.acquire(&mut time_used);
+        let refiner_bytes = self.model.refiner_bytes();
         if device.budget_bytes().is_none() {
             device.set_budget_bytes(budget(&self.model, &self.engine));
+        } else if self.engine.settings.memory_budget_bytes.is_none() {
+            let [taken, given_back] = [refiner_bytes, self.refiner_bytes].map(share_of);
+            device.change_budget(taken, given_back);
         }
+        self.refiner_bytes = refiner_bytes;
         self.slots.retain(|slot| slot.task.is_wanted());
         self.reading.retain(|reading| reading.task.is_wanted());
         self.stop_interrupted();

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use sd_models::{Defaults, PromptSyntax, SamplerOptions, Size, Spec, XlOptions};
+use sd_models::{Defaults, PromptSyntax, SamplerOptions, Size, Span, Spec, XlOptions};
 use tracing::{info, warn};
 
 use crate::engine::model::{Model, Trajectory as _};
@@ -62,8 +62,13 @@ pub(super) fn open<M: Model>(
 pub(super) fn budget<M: Model>(model: &M, engine: &EngineShared) -> u64 {
     // Memory retained by the allocator is free, too.
     sd_models::return_freed_memory();
-    let share = |free: u64| (free - reserved(model, free)) / 100 * BUDGET_PERCENT;
+    let share = |free: u64| share_of(free - reserved(model, free));
     engine.settings.memory_budget_bytes.or(model.free_bytes().map(share)).unwrap_or(u64::MAX)
+}
+
+/// The part of so many free bytes that the budget is.
+pub(super) fn share_of(bytes: u64) -> u64 {
+    bytes / 100 * BUDGET_PERCENT
 }
 
 /// What of the free memory is kept for the ControlNets, IP-Adapters, LoRAs and upscalers that requests
@@ -126,12 +131,14 @@ pub(super) fn warm_up_params(defaults: &Defaults, size: Size) -> Spec {
         variation: None,
         eta_noise_seed_delta: 0,
         xl: XlOptions::default(),
+        span: Span::default(),
+        refiner: None,
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),
         tiling: false,
-        ip_adapters: Vec::new(),
         vae_tiling: None,
+        ip_adapters: Vec::new(),
         enlarge: None,
     }
 }

@@ -34,7 +34,8 @@ impl<M: Model> Worker<M> {
             .take_while(|slot| {
                 let first = taken == 0;
                 taken += slot.trajectory.rows();
-                bytes += info.step_bytes(&slot.task.spec, kind.size);
+                let model = slot.trajectory.model().unwrap_or(info);
+                bytes += model.step_bytes(&slot.task.spec, kind.size);
                 first || !kind.enlarging && taken <= max_rows && bytes <= budget
             })
             .collect();

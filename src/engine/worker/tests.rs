@@ -10,7 +10,7 @@ use futures_util::FutureExt as _;
 use sd_models::{
     AddOns, Chosen, Defaults, Embeddings, Enlarge, Error, Hires, LoraUse, MemoryEstimate,
     ModelInfo, NamedFiles, Pass, PictureUpscaler, PromptSyntax, Rgb, Sampler, SamplerOptions,
-    SigmaSchedule, SingleFiles, Size, Spec, Upscaler, XlOptions,
+    SigmaSchedule, SingleFiles, Size, Span, Spec, Upscaler, XlOptions,
 };
 use tokio::time::{Instant as Clock, advance};
 
@@ -176,6 +176,7 @@ impl TestWorker {
             size: square(64),
             steps: 4,
             guidance_scale: 7.5,
+            inpainting_guidance_scale: 7.5,
             sampler: Sampler::Euler,
             schedule: SigmaSchedule::Model,
             clip_skip: 0,
@@ -277,12 +278,14 @@ fn spec(seed: u64, steps: usize) -> Spec {
         variation: None,
         eta_noise_seed_delta: 0,
         xl: XlOptions::default(),
+        span: Span::default(),
+        refiner: None,
         warnings: Vec::new(),
         hires: None,
         controls: Vec::new(),
         tiling: false,
-        ip_adapters: Vec::new(),
         vae_tiling: None,
+        ip_adapters: Vec::new(),
         enlarge: None,
     }
 }

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use schemars::JsonSchema;
 use sd_models::{
-    Enlarge, ModelInfo, PictureUpscaler, PromptSyntax, Rgb, SamplerOptions, Size, Spec, XlOptions,
+    Enlarge, ModelInfo, PictureUpscaler, PromptSyntax, Rgb, SamplerOptions, Size, Span, Spec,
+    XlOptions,
 };
 use serde::Deserialize;
 use serde_json::Value;
@@ -185,6 +186,8 @@ fn spec(enlarge: Enlarge, size: Size, model: &ModelInfo) -> Spec {
         tiling: false,
         vae_tiling: None,
         xl: XlOptions::default(),
+        span: Span::default(),
+        refiner: None,
         enlarge: Some(Arc::new(enlarge)),
         controls: Vec::new(),
         ip_adapters: Vec::new(),

@@ -36,6 +36,8 @@ pub(crate) fn info(drawing: &Drawing, images: &[GeneratedImage], batches: Batche
     let nsfw: Option<Vec<bool>> = images.iter().map(|image| image.nsfw).collect();
     let (model_hash, vae) = (drawing.model_hash(), drawing.vae_hash());
     let mut parameters = image::extra_parameters(first);
+    let refiner_hash = drawing.refiner_hash(first);
+    parameters.extend(image::refiner_parameters(first, refiner_hash.as_deref()));
     parameters.extend(drawing.parameters.iter().cloned());
     let hashes = (!loras.is_empty()).then_some((image::LORA_HASHES, loras));
     let parameters: Map<String, Value> = parameters

@@ -16,13 +16,12 @@ use crate::request::{
 };
 
 /// Fields that would change the image. Clients send most of them with values that have no effect.
-const REJECTED: [&str; 10] = [
+const REJECTED: [&str; 9] = [
     "restore_faces",
     "seed_resize_from_w",
     "seed_resize_from_h",
     "styles",
     "script_name",
-    "refiner_checkpoint",
     "s_min_uncond",
     "disable_extra_networks",
     "firstpass_image",
@@ -103,6 +102,12 @@ pub(crate) struct Common {
     /// Number of images, multiplied by `batch_size`.
     #[schemars(extend("minimum" = 1, "maximum" = Limits::IMAGES))]
     pub(crate) n_iter: Option<usize>,
+    /// Title of the model that takes the image over on its way.
+    #[schemars(extend("maxLength" = 512))]
+    pub(super) refiner_checkpoint: Option<String>,
+    /// Share of the noise levels after which it does. Default: from the first step on.
+    #[schemars(extend("minimum" = 0, "maximum" = 1))]
+    refiner_switch_at: Option<f64>,
     /// Whether there is a hires pass. Only for txt2img.
     enable_hr: Option<Value>,
     /// Options of this request only.
@@ -131,6 +136,12 @@ pub(crate) struct Overrides {
     /// What is added to the seed for the noise that the sampler draws at its steps. Default: 0.
     #[schemars(extend("minimum" = -MAX_SEED_DELTA, "maximum" = MAX_SEED_DELTA))]
     eta_noise_seed_delta: Option<i64>,
+    /// How beautiful a refiner is to take the image for. Default: 6.
+    #[schemars(extend("minimum" = 0, "maximum" = 100))]
+    sdxl_refiner_high_aesthetic_score: Option<f64>,
+    /// The same of the negative prompt. Default: 2.5.
+    #[schemars(extend("minimum" = 0, "maximum" = 100))]
+    sdxl_refiner_low_aesthetic_score: Option<f64>,
     /// Options that must be as they are.
     #[serde(flatten)]
     pub(crate) others: Object,
@@ -170,6 +181,7 @@ impl Common {
             Value::String(text) => text.trim().parse().ok(),
             other => other.as_f64(),
         };
+        fields.drop_if("refiner_checkpoint", is_off);
         fields.drop_if("initial_noise_multiplier", |value| number(value) == Some(1.0));
         if let Some((name, _)) = fields.take(&["initial_noise_multiplier"])? {
             return Err(ValidationError::range(&name, "is not supported: it may be 1"));
@@ -202,11 +214,19 @@ impl Common {
         };
         let options = self.override_settings.as_ref();
         let delta = options.and_then(|options| options.eta_noise_seed_delta);
+        // Clients that send all options have the defaults, whatever the model is.
+        let of_options = |of: fn(&Overrides) -> Option<f64>, usual| {
+            options.and_then(of).filter(|score| *score != usual)
+        };
+        let aesthetic_score = of_options(|all| all.sdxl_refiner_high_aesthetic_score, 6.0);
+        let negative_aesthetic_score = of_options(|all| all.sdxl_refiner_low_aesthetic_score, 2.5);
         let mut warnings = Vec::new();
         let [width, height] = [("width", self.width), ("height", self.height)]
             .map(|(name, side)| side.map(|side| rounded(name, side, &mut warnings)));
         Ok(DrawRequest {
             warnings,
+            aesthetic_score,
+            negative_aesthetic_score,
             eta_noise_seed_delta: delta.or(self.eta_noise_seed_delta),
             prompt: Some(self.prompt.unwrap_or_default()),
             prompt_syntax: Some("a1111".into()),
@@ -224,6 +244,12 @@ impl Common {
             variation_seed: self.subseed.filter(|_| self.subseed_strength.is_some()),
             variation_strength: self.subseed_strength,
             tiling: self.tiling,
+            // Clients send it whether there is a refiner or not.
+            refiner_switch_at: self
+                .refiner_checkpoint
+                .as_ref()
+                .map(|_| self.refiner_switch_at.unwrap_or(0.0)),
+            refiner: self.refiner_checkpoint,
             scheduler,
             schedule,
             eta: self.eta,
@@ -234,29 +260,7 @@ impl Common {
                 to: self.s_tmax.filter(|to| *to > 0.0).unwrap_or(f64::INFINITY),
             },
             output_format: self.override_settings.and_then(|options| options.samples_format),
-            names: Names::from([
-                ("num_inference_steps", "steps"),
-                ("guidance_scale", "cfg_scale"),
-                ("num_images_per_prompt", "batch_size x n_iter"),
-                ("clip_skip", name),
-                ("variation_strength", "subseed_strength"),
-                ("scheduler", "sampler_name"),
-                ("schedule", "scheduler"),
-                ("output_format", "override_settings.samples_format"),
-                ("image", "init_images"),
-                ("mask_padding", "inpaint_full_res"),
-                ("strength", "denoising_strength"),
-                ("hires_strength", "denoising_strength"),
-                ("hires_steps", "hr_second_pass_steps"),
-                ("hires_upscaler", "hr_upscaler"),
-                ("controlnets", "alwayson_scripts.controlnet.args"),
-                ("ip_adapter", "alwayson_scripts.controlnet.args"),
-                ("hires_prompt", "hr_prompt"),
-                ("hires_negative_prompt", "hr_negative_prompt"),
-                ("hires_guidance_scale", "hr_cfg"),
-                ("hires_scheduler", "hr_sampler_name"),
-                ("hires_schedule", "hr_scheduler"),
-            ]),
+            names: names(name),
             ..DrawRequest::default()
         })
     }
@@ -274,6 +278,34 @@ impl Common {
         };
         SamplerFields { sampler, scheduler: self.scheduler.as_ref().filter(is_named).cloned() }
     }
+}
+
+/// This API's names of the native fields; that of the skipped layers depends on where they are given.
+fn names(clip_skip: &str) -> Names {
+    Names::from([
+        ("num_inference_steps", "steps"),
+        ("guidance_scale", "cfg_scale"),
+        ("num_images_per_prompt", "batch_size x n_iter"),
+        ("clip_skip", clip_skip),
+        ("variation_strength", "subseed_strength"),
+        ("scheduler", "sampler_name"),
+        ("schedule", "scheduler"),
+        ("refiner", "refiner_checkpoint"),
+        ("output_format", "override_settings.samples_format"),
+        ("image", "init_images"),
+        ("mask_padding", "inpaint_full_res"),
+        ("strength", "denoising_strength"),
+        ("hires_strength", "denoising_strength"),
+        ("hires_steps", "hr_second_pass_steps"),
+        ("hires_upscaler", "hr_upscaler"),
+        ("controlnets", "alwayson_scripts.controlnet.args"),
+        ("ip_adapter", "alwayson_scripts.controlnet.args"),
+        ("hires_prompt", "hr_prompt"),
+        ("hires_negative_prompt", "hr_negative_prompt"),
+        ("hires_guidance_scale", "hr_cfg"),
+        ("hires_scheduler", "hr_sampler_name"),
+        ("hires_schedule", "hr_scheduler"),
+    ])
 }
 
 /// A side that AUTOMATIC1111 draws: a whole number of latents. Its page asks for no less than

@@ -1,6 +1,7 @@
 //! `alwayson_scripts`: the settings of AUTOMATIC1111's extensions. Clients that copy what its page
-//! sends have them for every extension, switched off. ControlNet's is read ([`units`]); of the others
-//! none is supported, and those that are off ask for nothing.
+//! sends have them for every extension, switched off. ControlNet's is read ([`units`]), and the
+//! refiner's, which its API passes over; of the others none is supported, and those that are off ask
+//! for nothing.
 
 use serde_json::Value;
 
@@ -10,6 +11,9 @@ use crate::request::{ControlNet, Fields, IpAdapterFields, Limits, ValidationErro
 
 /// The extension for ControlNets, in small letters.
 const CONTROLNET: &str = "controlnet";
+
+/// The script of the refiner, in small letters.
+const REFINER: &str = "refiner";
 
 /// Scripts that AUTOMATIC1111 itself runs for its page only: their values are fields of the API.
 const ONLY_OF_THE_PAGE: [&str; 2] = ["seed", "sampler"];
@@ -40,6 +44,12 @@ pub(super) fn read(fields: &mut Fields, limits: &Limits) -> Result<Units, Valida
         let settings = scripts.remove(&name).unwrap_or_default();
         units.read(&format!("{field}.{}", brief(&name)), settings, limits)?;
     }
+    for (name, settings) in scripts.iter().filter(|(name, settings)| !is_idle(name, settings)) {
+        if name.trim().eq_ignore_ascii_case(REFINER) {
+            add_refiner(fields, &format!("{field}.{}", brief(name)), settings)?;
+        }
+    }
+    scripts.retain(|name, _| !name.trim().eq_ignore_ascii_case(REFINER));
     let on = |(name, settings): &(&String, &Value)| {
         let name = name.trim().to_ascii_lowercase();
         !ONLY_OF_THE_PAGE.contains(&name.as_str()) && !is_idle(&name, settings)
@@ -51,6 +61,29 @@ pub(super) fn read(fields: &mut Fields, limits: &Limits) -> Result<Units, Valida
             Err(ValidationError::range(&field, reason))
         }
     }
+}
+
+/// Makes the settings of the refiner's script the fields of the API: `{"args": [true, TITLE, SHARE]}`,
+/// or the arguments alone.
+fn add_refiner(fields: &mut Fields, name: &str, settings: &Value) -> Result<(), ValidationError> {
+    let args = settings.get("args").unwrap_or(settings);
+    let (title, share) = match args.as_array().map(Vec::as_slice) {
+        Some([_, title @ Value::String(_), share, ..]) => (title, share),
+        _ => {
+            let reason = "must have args of true, a checkpoint and a share of the steps";
+            return Err(ValidationError::malformed(name, reason));
+        }
+    };
+    if is_off(title) {
+        return Ok(());
+    }
+    for (field, value) in [("refiner_checkpoint", title), ("refiner_switch_at", share)] {
+        // The page sends its default share beside no checkpoint.
+        let is_default = field == "refiner_switch_at";
+        fields.drop_if(field, |value| is_default || is_off(value));
+        fields.add(field, name.to_owned(), value.clone());
+    }
+    Ok(())
 }
 
 impl Units {
@@ -122,8 +155,11 @@ mod tests {
     use super::*;
 
     fn checked(scripts: &Value) -> Result<usize, String> {
-        let body = json!({ "alwayson_scripts": scripts }).to_string();
-        let mut fields = Fields::json(&body).expect("an object");
+        read_fields(&json!({ "alwayson_scripts": scripts })).map(|(nets, _)| nets)
+    }
+
+    fn read_fields(body: &Value) -> Result<(usize, Fields), String> {
+        let mut fields = Fields::json(&body.to_string()).expect("an object");
         let limits = crate::request::Limits {
             max_pixels: 1 << 20,
             max_steps: 50,
@@ -134,7 +170,20 @@ mod tests {
             max_controlnets: 3,
         };
         let units = read(&mut fields, &limits).map_err(|error| error.to_string())?;
-        Ok(units.nets.len() + units.adapters.len())
+        Ok((units.nets.len() + units.adapters.len(), fields))
+    }
+
+    #[test]
+    fn the_refiner_of_the_page_is_that_of_the_api() {
+        let body = json!({
+            "alwayson_scripts": { "Refiner": { "args": [true, "other [0123]", 0.7] } },
+            "refiner_checkpoint": "", "refiner_switch_at": 0.8,
+        });
+        let (_, fields) = read_fields(&body).expect("read");
+        assert_eq!(fields.get("refiner_checkpoint"), Some(&json!("other [0123]")));
+        assert_eq!(fields.get("refiner_switch_at"), Some(&json!(0.7)));
+        let off = json!({ "alwayson_scripts": { "refiner": { "args": [true, "None", 0.8] } } });
+        assert_eq!(read_fields(&off).expect("read").1.get("refiner_checkpoint"), None);
     }
 
     #[test]
@@ -178,17 +227,19 @@ mod tests {
     #[test]
     fn a_script_that_is_on_is_named() {
         for scripts in [
-            json!({ "Refiner": { "args": [true, "other", 0.8] } }),
-            json!({ "Comments": {}, "Refiner": { "args": [{ "enabled": true }] } }),
-            json!({ "Refiner": { "args": [{ "module": "canny" }] } }),
-            json!({ "Refiner": { "args": [0.5, 2] } }),
-            json!({ "Refiner": { "args": ["", true, "0"] } }),
-            json!({ "Refiner": "on" }),
+            json!({ "Hypertile": { "args": [true, "other", 0.8] } }),
+            json!({ "Comments": {}, "Hypertile": { "args": [{ "enabled": true }] } }),
+            json!({ "Hypertile": { "args": [{ "module": "canny" }] } }),
+            json!({ "Hypertile": { "args": [0.5, 2] } }),
+            json!({ "Hypertile": { "args": ["", true, "0"] } }),
+            json!({ "Hypertile": "on" }),
         ] {
             let message =
-                "alwayson_scripts asks for the script \"Refiner\", which is not supported";
+                "alwayson_scripts asks for the script \"Hypertile\", which is not supported";
             assert_eq!(checked(&scripts), Err(message.into()), "{scripts}");
         }
+        let error = checked(&json!({ "Refiner": { "args": [0.5, 2] } })).expect_err("refused");
+        assert!(error.starts_with("alwayson_scripts.Refiner must have args of true"), "{error}");
         assert_eq!(checked(&json!("on")), Err("alwayson_scripts must be an object".into()));
     }
 }

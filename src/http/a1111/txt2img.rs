@@ -16,7 +16,7 @@ use super::request::{Common, check_clip_skip};
 use super::sampler::take_euler;
 use super::scripts::{self, Units};
 use super::{infotext, unread};
-use crate::engine::Previews;
+use crate::engine::{GeneratedImage, Previews};
 use crate::http::admission::Admitted;
 use crate::http::deadline::Deadline;
 use crate::http::drawing::{Drawing, ReplyFormat, base64};
@@ -82,6 +82,9 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     let options = common.override_settings.as_mut();
     let options = options.map(|options| std::mem::take(&mut options.others));
     let options = options.map(|options| check(&state, options)).transpose()?;
+    if let Some(title) = common.refiner_checkpoint.take() {
+        common.refiner_checkpoint = Some(model_of_title(&state, title).await?);
+    }
     let (task, send_images) = (common.force_task_id.take(), common.send_images.unwrap_or(true));
     let (has_hires, sampler) = (common.has_hires(), common.sampler());
     let mut draw = common.into_draw()?;
@@ -118,14 +121,7 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     let request = InFlightRequest::new(&state.engine, &ticket, client, task, known, &drawing.specs);
     let _in_flight = state.in_flight.insert(request);
     let images = ticket.wait().await.map_err(|error| slot.deadline.name(error))?;
-    // As there, an interrupted request returns its images, and 200 even if there are none: clients
-    // take any other status for a failure of the server.
-    if images.is_empty() {
-        drawing.warnings.push("interrupted before the first step was finished".into());
-        drawing.specs.truncate(1);
-    } else {
-        drawing.specs = images.iter().map(|image| drawing.specs[image.index].clone()).collect();
-    }
+    keep_drawn(&mut drawing, &images);
     let response = drawing.encode(images, move |drawing, images, files| -> Result<_> {
         let mut images_of_reply = if send_images { base64(&files) } else { Vec::new() };
         if send_images {
@@ -138,4 +134,15 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
         }))
     });
     Ok(Json(response.await??).into_response())
+}
+
+/// Leaves the specs of the images that were drawn. As there, an interrupted request returns its images,
+/// and 200 even if there are none: clients take any other status for a failure of the server.
+fn keep_drawn(drawing: &mut Drawing, images: &[GeneratedImage]) {
+    if images.is_empty() {
+        drawing.warnings.push("interrupted before the first step was finished".into());
+        drawing.specs.truncate(1);
+    } else {
+        drawing.specs = images.iter().map(|image| drawing.specs[image.index].clone()).collect();
+    }
 }

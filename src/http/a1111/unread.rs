@@ -11,11 +11,10 @@ const MAX: usize = 16;
 
 /// Fields that change no image: how AUTOMATIC1111 stores them, and the parts of what is refused or
 /// switched off elsewhere.
-const SILENT: [&str; 12] = [
+const SILENT: [&str; 11] = [
     "do_not_save_samples",
     "do_not_save_grid",
     "override_settings_restore_afterwards",
-    "refiner_switch_at",
     "comments",
     "script_args",
     "image_cfg_scale",
@@ -29,7 +28,7 @@ const SILENT: [&str; 12] = [
 ];
 
 /// Options that are on by default, whose other values ask for something even where they are off.
-const ON: [(&str, &str); 9] = [
+const ON: [(&str, &str); 10] = [
     ("emphasis", "original"),
     ("enable_emphasis", "true"),
     ("enable_batch_seeds", "true"),
@@ -39,6 +38,7 @@ const ON: [(&str, &str); 9] = [
     ("initial_noise_multiplier", "1"),
     ("extra_networks_default_multiplier", "1"),
     ("uni_pc_lower_order_final", "true"),
+    ("hires_fix_refiner_pass", "second pass"),
 ];
 
 /// Whether an option has no effect there, either.

@@ -6,7 +6,7 @@ use axum::http::StatusCode;
 use sd_models::{ModelInfo, Preprocessor, Sampler, SigmaSchedule};
 use serde_json::{Value, json};
 
-use crate::engine::EngineState;
+use crate::engine::{Engine, EngineState};
 use crate::http::state::AppState;
 
 /// Readiness probe: 200 if images can be generated or models loaded, else 503. It never waits.
@@ -24,6 +24,30 @@ fn warnings(model: &ModelInfo) -> Vec<String> {
     model.warnings.iter().cloned().chain(skipped).collect()
 }
 
+/// A model and its defaults.
+fn of_model(model: &ModelInfo, engine: &Engine) -> Value {
+    let defaults = &model.defaults;
+    json!({
+        "name": model.name,
+        "device": model.device,
+        "dtype": model.precision,
+        "is_xl": model.is_xl,
+        "loaded": engine.is_loaded(),
+        "safety_checker": model.checked.then(|| engine.safety().name()),
+        "defaults": {
+            "width": defaults.size.width(),
+            "height": defaults.size.height(),
+            "num_inference_steps": defaults.steps,
+            "guidance_scale": defaults.guidance_scale,
+            "scheduler": defaults.sampler.name(),
+            "schedule": defaults.schedule.name(),
+            "clip_skip": defaults.clip_skip,
+            "guidance_rescale": defaults.guidance_rescale,
+        },
+        "warnings": warnings(model),
+    })
+}
+
 /// The server, its model and its limits.
 pub(crate) async fn info(State(state): State<AppState>) -> Json<Value> {
     let (phase, model) = match state.engine.state() {
@@ -39,27 +63,7 @@ pub(crate) async fn info(State(state): State<AppState>) -> Json<Value> {
             model.as_ref().is_none_or(|model| model.unsuited_to(*sampler).is_none())
         }
     };
-    let model = model.map(|model| {
-        let defaults = &model.defaults;
-        json!({
-            "name": model.name,
-            "device": model.device,
-            "dtype": model.precision,
-            "loaded": state.engine.is_loaded(),
-            "safety_checker": model.checked.then(|| state.engine.safety().name()),
-            "defaults": {
-                "width": defaults.size.width(),
-                "height": defaults.size.height(),
-                "num_inference_steps": defaults.steps,
-                "guidance_scale": defaults.guidance_scale,
-                "scheduler": defaults.sampler.name(),
-                "schedule": defaults.schedule.name(),
-                "clip_skip": defaults.clip_skip,
-                "guidance_rescale": defaults.guidance_rescale,
-            },
-            "warnings": warnings(&model),
-        })
-    });
+    let model = model.map(|model| of_model(&model, &state.engine));
     let schedulers = Sampler::all().filter(runs).map(|sampler| {
         let schedules: Vec<_> = sampler.schedules().map(SigmaSchedule::name).collect();
         json!({ "name": sampler.name(), "title": sampler.title(), "schedules": schedules })

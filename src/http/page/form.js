@@ -45,7 +45,7 @@ export function replace(given) {
 }
 
 const shared = ["prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "scheduler", "schedule", "n", "seed",
-  "prompt_syntax", "clip_skip", "eta", "s_noise", "guidance_rescale", "eta_noise_seed_delta", "tiling"];
+  "prompt_syntax", "prompt_2", "negative_prompt_2", "refiner", "clip_skip", "eta", "s_noise", "guidance_rescale", "eta_noise_seed_delta", "tiling"];
 const ofInput = ["strength"];
 const ofMask = ["mask_blur", "mask_fill", "mask_invert"];
 const ofHires = ["hires_upscaler", "hires_strength", "hires_steps", "hires_prompt", "hires_negative_prompt", "hires_guidance_scale",
@@ -59,6 +59,7 @@ export function bodyOf(given, loras, controlnets, { image, mask }) {
   if (mask) names.push(...ofMask, ...given.only_masked ? ["mask_padding"] : []);
   if (given.hires) names.push(...ofHires);
   if (given.variation_strength) names.push(...ofVariation);
+  if (given.refiner) names.push("refiner_switch_at");
   const asked = ([name, value]) => names.includes(name) && (name === "prompt" || (value !== "" && value !== false));
   const body = Object.fromEntries(Object.entries(given).filter(asked));
   if (given.hires) [body.hires_width, body.hires_height] = hiresSize(given);

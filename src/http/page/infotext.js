@@ -10,12 +10,13 @@ const FIELDS = {
   "Variation seed strength": "variation_strength", "CFG Rescale phi": "guidance_rescale", Eta: "eta",
   "Eta DDIM": "eta", "Sigma noise": "s_noise", "Hires upscaler": "hires_upscaler", "Mask blur": "mask_blur", ENSD: "eta_noise_seed_delta",
   "Masked area padding": "mask_padding", "Hires prompt": "hires_prompt", "Hires negative prompt": "hires_negative_prompt",
-  "Hires CFG Scale": "hires_guidance_scale",
+  "Hires CFG Scale": "hires_guidance_scale", "Prompt 2": "prompt_2", "Negative prompt 2": "negative_prompt_2",
+  "Refiner switch at": "refiner_switch_at",
 };
 
 /** Parameters that are read below, or say nothing that the form could take. */
 const READ = ["Prompt", "Sampler", "Schedule type", "Size", "Clip skip", "Denoising strength", "Hires upscale", "Hires resize-1", "Hires resize-2", "Hires steps", "Hires sampler", "Hires schedule type",
-  "Mask mode", "Masked content", "Inpaint area", "Lora hashes", "Version", "Model hash", "VAE", "VAE hash", "Prompt syntax", "Tiling", "RNG"];
+  "Mask mode", "Masked content", "Inpaint area", "Refiner", "Lora hashes", "Version", "Model hash", "VAE", "VAE hash", "Prompt syntax", "Tiling", "RNG"];
 
 /** The sampler and schedule of a label such as `DPM++ 2M Karras`, by their names here. */
 function samplerOf(label = "", type = "", { schedulers, schedules }) {
@@ -69,6 +70,8 @@ export function valuesOf(parameters, info) {
   values.prompt = prompt.replace(TAG, "").trim();
   values.negative_prompt ??= "";
   Object.assign(values, samplerOf(parameters.Sampler, parameters["Schedule type"], info), hiresOf(parameters, values, info), maskOf(parameters));
+  // Its name may be followed by a hash.
+  if (parameters.Refiner) values.refiner = parameters.Refiner.replace(/ \[[0-9a-f]+\]$/, "");
   if (parameters["Clip skip"]) values.clip_skip = Math.max(0, Number(parameters["Clip skip"]) - 1);
   values.prompt_syntax = parameters["Prompt syntax"] ?? "a1111";
   values.tiling = parameters.Tiling === "True";

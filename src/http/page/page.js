@@ -63,6 +63,8 @@ function tellDefaults() {
   offer("schedule", own.schedule === "model" ? "Default" : called(schedules, own.schedule), schedules);
   offer("hires-sampler", "as above", schedulers);
   offer("hires-schedule", "as above", schedules);
+  // Of other models than the first it is not known.
+  $("second").hidden = own.width !== undefined && !model.is_xl;
 }
 
 /** Fills a list and keeps what was chosen; its first line is blank in a request. */
@@ -88,6 +90,8 @@ async function list() {
   $("models").hidden = offered.models.length < 2 && first !== null;
   put({ model: chosen });
   tellDefaults();
+  $("refiners").hidden = offered.models.length < 2;
+  offer("refiner", "none", offered.models.map(name => ({ name, title: name })));
   const { latent, upscalers } = offered;
   const modes = [...latent, ...upscalers].map(name => ({ name, title: name }));
   offer("hires-upscaler", latent.length ? `Default: ${latent[0]}` : "Default", modes);

@@ -7,9 +7,6 @@ use candle_core::Tensor;
 use crate::error::Result;
 use crate::ops::{add_silu, cat_rows};
 
-/// Numbers of the sizes that a UNet of Stable Diffusion XL is conditioned on.
-pub(crate) const SIZES: usize = 6;
-
 /// What batch rows are conditioned on, beside the timestep.
 #[derive(Debug, Clone)]
 pub struct Conditioning {
@@ -40,7 +37,7 @@ pub(in crate::networks) struct Inputs {
     /// The text encoders' hidden states (1, M, D).
     pub(in crate::networks) context: Tensor,
     /// The pooled prompt (1, P) f32, and the sizes.
-    pub(in crate::networks) added: Option<(Tensor, [f64; SIZES])>,
+    pub(in crate::networks) added: Option<(Tensor, Vec<f64>)>,
 }
 
 impl Conditioning {

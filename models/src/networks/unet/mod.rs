@@ -23,7 +23,6 @@ use self::blocks::UpBlock;
 pub(super) use self::blocks::{BlockBuilder, DOWN};
 pub use self::conditioning::Conditioning;
 pub(super) use self::conditioning::Inputs;
-pub(crate) use self::conditioning::SIZES;
 pub(super) use self::descent::{Descended, Descent};
 pub use self::residuals::Residuals;
 pub(super) use self::time::{AddedEmbedding, TimeEmbedding};
@@ -143,20 +142,20 @@ impl UNet2DConditionModel {
     }
 
     /// The conditioning of one row with a pooled prompt (1, P) f32 and its sizes in pixels: height
-    /// and width of the original, top and left of the crop, height and width of the target. A UNet
-    /// that takes none is given none.
+    /// and width of the original, top and left of the crop, height and width of the target, or in
+    /// their place the score of a refiner. A UNet that takes none is given none.
     pub fn add(
         &self,
         mut conditioning: Conditioning,
         pooled: &Tensor,
-        sizes: [f64; SIZES],
+        sizes: &[f64],
         loras: &[LoraStack],
     ) -> Result<Conditioning> {
         let embed =
-            |added: &AddedEmbedding| in_pool(&self.device, || added.forward(pooled, &sizes, loras));
+            |added: &AddedEmbedding| in_pool(&self.device, || added.forward(pooled, sizes, loras));
         conditioning.added = self.added.as_ref().map(embed).transpose()?;
         if let Some(inputs) = &mut conditioning.inputs {
-            inputs.added = Some((pooled.clone(), sizes));
+            inputs.added = Some((pooled.clone(), sizes.to_vec()));
         }
         Ok(conditioning)
     }
