@@ -93,9 +93,10 @@ impl IpAdapterFile {
         let folder = folder.unwrap_or(Path::new(".")).to_owned();
         let above = folder.canonicalize().ok().and_then(|full| Some(full.parent()?.to_owned()));
         let mut found = encoders_in(&folder);
-        let above = above.unwrap_or_default();
-        found.extend(encoders_in(&above));
-        SIBLINGS.iter().for_each(|name| found.extend(encoders_in(&above.join(name))));
+        if let Some(above) = above {
+            found.extend(encoders_in(&above));
+            SIBLINGS.iter().for_each(|name| found.extend(encoders_in(&above.join(name))));
+        }
         let mut seen = Vec::new();
         found.retain(|path| {
             let full = path.canonicalize().unwrap_or_else(|_| path.clone());

@@ -76,8 +76,11 @@ fn header(bytes: &Bytes) -> Result<(usize, Metadata), String> {
     let data = length.and_then(|length| length.checked_add(PREFIX));
     let data = data.filter(|data| *data <= bytes.len()).ok_or_else(cut)?;
     let text = read(PREFIX..data)?;
-    let metadata = serde_json::from_slice(&text);
-    Ok((data, metadata.map_err(|error| format!("not a safetensors file: {error}"))?))
+    let metadata = serde_json::from_slice(&text).map_err(|error: serde_json::Error| {
+        let what = if error.is_data() { "does not describe tensors" } else { "is no JSON" };
+        format!("not a safetensors file: its header {what}")
+    });
+    Ok((data, metadata?))
 }
 
 #[cfg(test)]
@@ -130,6 +133,20 @@ mod tests {
             let _ = weights.tensor(name, shape);
         }
         Ok(read)
+    }
+
+    #[test]
+    fn headers_that_are_no_list_of_tensors_are_told_so() {
+        let file = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
+        let told = |text: &str| read(&file(text)).map(drop).expect_err(text).to_string();
+        let damaged = r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,2]}}"#;
+        for text in [r#"{"a":1}"#, r#"{"a":{"dtype":"X","shape":[]}}"#, "[]", damaged] {
+            let told = told(text);
+            assert!(told.ends_with("its header does not describe tensors"), "{told}");
+        }
+        for text in ["{", "text", ""] {
+            assert!(told(text).ends_with("its header is no JSON"), "{}", told(text));
+        }
     }
 
     proptest! {

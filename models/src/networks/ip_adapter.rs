@@ -21,7 +21,7 @@ use super::vision::Normalization;
 use crate::error::{Error, Result};
 use crate::files::{IpAdapterFile, Weights};
 use crate::layers::{LayerBuilder, activation_dtype};
-use crate::ops::{Activation, Epilogue, LayerNorm, Linear, in_pool};
+use crate::ops::{Activation, Epilogue, LayerNorm, Linear, cast, in_pool};
 use crate::picture::{Rgb, clip_crop, lanczos};
 
 /// An IP-Adapter.
@@ -161,7 +161,7 @@ impl IpAdapterModel {
 
     /// Features of a picture, (1, E) or (1, L, E) f32, -> its tokens (1, N, D).
     fn project(&self, features: &Tensor) -> Result<Tensor> {
-        let features = features.to_dtype(self.dtype)?.contiguous()?;
+        let features = cast(&features.contiguous()?, self.dtype)?;
         in_pool(&self.device, || match &self.projection {
             Projection::Embedding { proj, norm, tokens } => {
                 let x = proj.forward(&features, Epilogue::NONE)?; // (1, N D)
@@ -190,7 +190,7 @@ impl IpAdapterModel {
         }
         let width = factors.len();
         let factors = Tensor::from_vec(factors, (1, 1, width), kv.device())?;
-        Ok(kv.broadcast_mul(&factors.to_dtype(kv.dtype())?)?)
+        Ok(kv.broadcast_mul(&cast(&factors, kv.dtype())?)?)
     }
 }
 

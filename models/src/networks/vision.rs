@@ -10,7 +10,7 @@ use super::config::VisionConfig;
 use crate::error::Result;
 use crate::files::Weights;
 use crate::layers::LayerBuilder;
-use crate::ops::{Epilogue, LayerNorm, Linear, in_pool};
+use crate::ops::{Epilogue, LayerNorm, Linear, cast, in_pool};
 use crate::picture::Rgb;
 
 /// Prefixes of its names but for the projection's: transformers 5 writes one less than older files of
@@ -79,7 +79,7 @@ impl VisionTower {
         let x = in_pool(&self.device, || self.transformer.forward(x, 0, &[]))?;
         let pooled = self.post_layernorm.forward(&x.narrow(1, 0, 1)?.contiguous()?)?;
         let embedding =
-            self.visual_projection.forward(&pooled, Epilogue::NONE)?.to_dtype(DType::F32)?;
+            cast(&self.visual_projection.forward(&pooled, Epilogue::NONE)?, DType::F32)?;
         Ok(embedding.reshape((1, self.config.projection_dim))?)
     }
 
@@ -88,7 +88,7 @@ impl VisionTower {
     pub(super) fn states(&self, pixels: &Tensor) -> Result<Tensor> {
         let x = self.begin(pixels)?;
         let x = in_pool(&self.device, || self.transformer.forward(x, 1, &[]))?;
-        Ok(x.to_dtype(DType::F32)?)
+        Ok(cast(&x, DType::F32)?)
     }
 
     /// (3, S, S) f32 -> what the layers begin with (1, 1 + n n, hidden)
@@ -99,7 +99,7 @@ impl VisionTower {
         let patches = pixels.reshape((3, n, p, n, p))?.permute((1, 3, 0, 2, 4))?;
         let patches = patches.contiguous()?.reshape((1, n * n, 3 * p * p))?;
         let dtype = self.position_embedding.dtype();
-        let patches = patches.to_device(&self.device)?.to_dtype(dtype)?;
+        let patches = cast(&patches.to_device(&self.device)?, dtype)?;
         let patches = self.patch_embedding.forward(&patches, Epilogue::NONE)?;
         let class = self.class_embedding.reshape((1, 1, width))?;
         let tokens = Tensor::cat(&[&class, &patches], 1)?; // (1, 1 + n n, hidden)

@@ -20,7 +20,7 @@ pub(super) struct Before {
 /// What such a step computes.
 pub(super) enum BeforeStep {
     Tile(Part),
-    Begun(Box<(InitialLatents, Noise)>),
+    Begun(Box<(InitialLatents, SamplerState, Noise)>),
 }
 
 /// The first latents of an image. Where its pictures are encoded in tiles, what is before them, and
@@ -72,8 +72,11 @@ impl Before {
         }
         let encoded = self.tiles.each().map(|tiled| vae.config().distribution(&tiled.joined()?))?;
         let mut noise = noise.clone();
-        let begun = self.start.begin(encoded, sampler, &mut noise)?;
-        Ok(BeforeStep::Begun(Box::new((begun, noise))))
+        let mut begun = self.start.begin(encoded, sampler, &mut noise)?;
+        let (mut sampler, latents) = (sampler.clone(), &begun.latents);
+        let of_steps = begun.step_noise.as_mut().unwrap_or(&mut noise);
+        sampler.draw_ahead(latents.shape(), of_steps, latents.device())?;
+        Ok(BeforeStep::Begun(Box::new((begun, sampler, noise))))
     }
 
     /// Takes a tile that was computed.

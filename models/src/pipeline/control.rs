@@ -5,6 +5,7 @@
 //! [`ControlRule::Extension`] sd-webui-controlnet 1.1.455 `scripts/hook.py`.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
@@ -159,7 +160,9 @@ impl ActiveControl {
             if scales.iter().all(|scale| *scale == 0.0) {
                 continue;
             }
-            let active = control.active(timesteps.len(), stages);
+            // Shares are of the whole run, also where another model takes it over.
+            let mut active = control.active(sampler.whole(), stages);
+            active.truncate(timesteps.len());
             if !active.contains(&true) {
                 let Control { model, start, end, .. } = control;
                 let pass = if hires { " of the hires pass" } else { "" };
@@ -200,11 +203,16 @@ impl ActiveControl {
     }
 }
 
-/// The calls of rows that are left to nets after so many evaluations, as those of a UNet, of which a
+/// The calls of rows of nets in these evaluations, as those of a UNet, of which a
 /// net is half.
-pub(super) fn row_calls(controls: &[ActiveControl], done: usize, rows: &Rows) -> usize {
+pub(super) fn row_calls(
+    controls: &[ActiveControl],
+    evaluations: Range<usize>,
+    rows: &Rows,
+) -> usize {
     let of_net = |control: &ActiveControl| {
-        let calls = control.active.iter().skip(done).filter(|active| **active).count();
+        let active = control.active.iter().take(evaluations.end).skip(evaluations.start);
+        let calls = active.filter(|active| **active).count();
         let alone = usize::from(control.prompted_only && rows.unconditional.is_some());
         calls * (rows.len() - alone)
     };

@@ -237,8 +237,9 @@ impl ActiveImages {
             if !is_in || factors.iter().all(|factor| *factor == 0.0) {
                 continue;
             }
-            let evaluations = sampler.timesteps().count();
-            let active = active((*start, *end), unit.is_some(), evaluations, stages);
+            // Shares are of the whole run, also where another model takes it over.
+            let mut active = active((*start, *end), unit.is_some(), sampler.whole(), stages);
+            active.truncate(sampler.evaluations());
             if !active.contains(&true) {
                 let of = if pass.is_hires() { " of the hires pass" } else { "" };
                 warnings.push(format!(

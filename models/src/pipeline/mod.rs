@@ -224,6 +224,7 @@ impl Pipeline {
         let PassLoras { base: loras, hires: of_hires } = loras;
         let mut warnings: Vec<_> = spec.warnings.iter().cloned().chain(loras.warnings()).collect();
         warnings.extend(nets.warnings().chain(ip_adapters.warnings()));
+        warnings.extend(refiner.iter().flat_map(LoadedRefiner::warnings));
         let taken = refiner.iter().map(|refiner| refiner.model.model.taken());
         let taken = taken.fold(self.own.model.taken(), Taken::or);
         let prompts = [&spec.prompt, &spec.negative_prompt].map(String::as_str);
@@ -255,7 +256,6 @@ impl Pipeline {
             noise,
             last_call: None,
             hires,
-            tiling: spec.tiling,
             vae_mode: VaeMode { tiling: spec.tiling, tiles: spec.has_vae_tiles() },
             before,
             steps_before: 0,
@@ -294,8 +294,8 @@ impl Pipeline {
     }
 
     /// One step of all trajectories that are not done; all must have one size. It is one UNet call,
-    /// and for each whose picture is encoded in tiles or between two passes a step of that. After an error every
-    /// trajectory is unchanged, so that the step can be repeated.
+    /// and for each whose picture is encoded in tiles or between two passes a step of that. After an
+    /// error every trajectory is unchanged, so that the step can be repeated.
     ///
     /// On a GPU a step is queued, and the one before it is done.
     pub fn step(&self, batch: &mut [&mut Trajectory]) -> Result<()> {
@@ -438,8 +438,14 @@ impl Pipeline {
             begun => begun,
         };
         let Some(mut tiled) = tiled else { return self.decode(trajectory).map(Some) };
-        let tile = decode::tile(&self.drawing(trajectory).model, &tiled);
-        tiled.lay(tile.map_err(|error| decode::named(error, &trajectory.nets))?);
+        match decode::tile(&self.drawing(trajectory).model, &tiled) {
+            Ok(tile) => tiled.lay(tile),
+            Err(error) => {
+                // Those that are done stay.
+                trajectory.decoding = Some(tiled);
+                return Err(decode::named(error, &trajectory.nets));
+            }
+        }
         if tiled.left() == 0 {
             return decode::rgb(&tiled.joined()?).map(Some);
         }
@@ -475,7 +481,7 @@ struct CallKind {
 
 impl CallKind {
     fn of(trajectory: &Trajectory) -> Self {
-        Self { is_tiling: trajectory.tiling, refiner: trajectory.run.model.clone() }
+        Self { is_tiling: trajectory.vae_mode.tiling, refiner: trajectory.run.model.clone() }
     }
 }
 
@@ -506,6 +512,7 @@ pub struct NamedFiles {
     pub ip_adapters: IpAdapters,
     /// Those of [`Spec::upscalers`].
     pub(crate) upscalers: Vec<LoadedUpscaler>,
+    /// Its refiner, with the LoRAs that it has there.
     pub(crate) refiner: Option<LoadedRefiner>,
 }
 

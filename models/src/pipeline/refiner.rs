@@ -43,6 +43,14 @@ pub(crate) struct LoadedRefiner {
     pub(super) loras: LoraStack,
 }
 
+impl LoadedRefiner {
+    /// What is odd about its files.
+    pub(super) fn warnings(&self) -> impl Iterator<Item = String> {
+        let info = &self.model.model.info;
+        info.warnings.iter().map(|warning| format!("refiner {:?}: {warning}", info.name))
+    }
+}
+
 impl RefinerCache {
     /// An empty cache for a model that was loaded with these options.
     pub(super) fn new(options: &LoadOptions, model: &LoadedModel) -> Result<Self> {

@@ -54,7 +54,7 @@ impl PassRun {
     /// in the same unit.
     pub(super) fn row_calls(&self, done: usize) -> usize {
         self.rows.len() * (self.evaluations() - done)
-            + control::row_calls(&self.controls, done, &self.rows)
+            + control::row_calls(&self.controls, done..self.sampler.evaluations(), &self.rows)
     }
 }
 
@@ -92,12 +92,12 @@ impl DrawingModel {
         }
         let of_refiner = refiner.run(pass, (&own, &whole), warnings)?;
         for (field, is_idle) in [
-            ("loras", loras.key().len() > of_refiner.run.loras.key().len()),
-            ("controlnets", !pass.spec.controls.is_empty()),
-            ("ip_adapter", !pass.spec.ip_adapters.is_empty()),
+            ("loras have", loras.key().len() > of_refiner.run.loras.key().len()),
+            ("controlnets have", !pass.spec.controls.is_empty()),
+            ("ip_adapter has", !pass.spec.ip_adapters.is_empty()),
         ] {
             if is_idle {
-                warnings.push(format!("{field} have no effect on the refiner {:?}", asked.name));
+                warnings.push(format!("{field} no effect on the refiner {:?}", asked.name));
             }
         }
         if own.evaluations() == 0 {

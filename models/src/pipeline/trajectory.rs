@@ -35,8 +35,6 @@ pub struct Trajectory {
     pub(super) last_call: Option<(Tensor, Tensor)>,
     /// The hires pass, while the base pass runs.
     pub(super) hires: Option<HiresPass>,
-    /// Whether the opposite edges of the image meet.
-    pub(super) tiling: bool,
     pub(super) vae_mode: VaeMode,
     /// The input image, while it is encoded in tiles; until then the latents are none.
     pub(super) before: Option<Before>,
@@ -184,6 +182,7 @@ impl Trajectory {
                 sampler = refiner.run.sampler.clone();
             }
             latents = sampler.raised(latents, &mut noise)?;
+            sampler.draw_ahead(latents.shape(), &mut noise, latents.device())?;
         }
         if let Some(blend) = &self.blend {
             latents = blend.apply(&latents, &sampler)?;
@@ -238,7 +237,9 @@ impl Trajectory {
                 }
             }
             BeforeStep::Begun(begun) => {
-                let (InitialLatents { latents, blend, mask_condition, step_noise }, noise) = *begun;
+                let (begun, sampler, noise) = *begun;
+                let InitialLatents { latents, blend, mask_condition, step_noise } = begun;
+                self.run.sampler = sampler;
                 self.before = None;
                 (self.latents, self.blend, self.mask_condition) = (latents, blend, mask_condition);
                 self.noise = step_noise.unwrap_or(noise);

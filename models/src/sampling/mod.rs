@@ -5,7 +5,8 @@
 //! a function in `sigmas.rs`. `plan.rs` makes a run of them:
 //!
 //! ```text
-//! takeover > plan > config > names > samplers > table > algorithm > pndm, ddpm, euler, dpmpp, deis, unipc, lcm > state > denoiser > schedule
+//! rehearsal, takeover > plan > config > names > samplers > table > algorithm
+//!     > pndm, ddpm, euler, dpmpp, deis, unipc, lcm > state > ahead, denoiser > schedule
 //! ```
 
 mod ahead;

@@ -11,7 +11,7 @@ use crate::error::Result;
 
 /// Noise that is on the device before it is needed, in bytes at the most; the steps of a longer run
 /// upload the rest.
-const MOST_BYTES: usize = 256 << 20;
+const MOST_BYTES: usize = 32 << 20;
 
 impl SamplerState {
     /// Draws the noise of all evaluations that are left, for latents of a shape (B, C, H, W), and

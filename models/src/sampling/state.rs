@@ -70,6 +70,11 @@ impl SamplerState {
         self.end - self.schedule.skipped
     }
 
+    /// The same, with those that are left out at its end or are another model's.
+    pub(crate) fn whole(&self) -> usize {
+        self.schedule.steps.len() - self.schedule.skipped
+    }
+
     /// Number of completed evaluations.
     pub fn completed(&self) -> usize {
         self.position - self.schedule.skipped

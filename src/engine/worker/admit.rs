@@ -36,6 +36,10 @@ impl<M: Model> Worker<M> {
             // The budget may have become smaller since the image was accepted.
             let (info, budget) = (self.model.info(), self.engine.budget());
             info.choose_tiles(&mut task.spec, self.engine.settings.vae_tiling, budget);
+            // The VAE of a refiner may be the larger one.
+            if let Some(refiner) = files.refiner().filter(|_| info.memory.tile.is_some()) {
+                refiner.choose_tiles(&mut task.spec, false, budget);
+            }
             let models = files.refiner().into_iter().chain([info]);
             let peak = models.map(|model| model.peak_bytes(&task.spec)).max().unwrap_or_default();
             if peak.max(files.upscaling_bytes()) > budget {

@@ -105,6 +105,10 @@ impl VisionConfig {
         };
         // As many patches along each side, and one token for the whole.
         let across = tokens.saturating_sub(1).isqrt();
+        if patch_size == 0 || across == 0 {
+            let reason = "has no patches of pixels, or no place for one".into();
+            return Err(Error::Tensor { file: weights.file_names(), tensor: patches, reason });
+        }
         Ok(Self {
             transformer: ClipConfig {
                 hidden_size,

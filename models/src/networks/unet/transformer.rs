@@ -7,7 +7,9 @@ use crate::error::Result;
 use crate::layers::{LayerBuilder, LoraLayer, LoraStack};
 use crate::networks::config::UNetConfig;
 use crate::networks::resnet::{Stack, StackSlice};
-use crate::ops::{Attention, Epilogue, GroupNorm, LayerNorm, Linear, attention, self_attention};
+use crate::ops::{
+    Attention, Epilogue, GroupNorm, LayerNorm, Linear, add, attention, cat_rows, self_attention,
+};
 
 /// Transformer2DModel.
 pub(super) struct Transformer {
@@ -185,11 +187,11 @@ impl CrossAttention {
         let added = attention(&q.narrow(0, *first, *rows)?, &k, &v, kind)?;
         let (all, end) = (y.dim(0)?, first + rows);
         if *rows == all {
-            return Ok((y + added)?);
+            return Ok(add(y, &added)?);
         }
-        let sum = (y.narrow(0, *first, *rows)? + added)?;
+        let sum = add(&y.narrow(0, *first, *rows)?, &added)?;
         let parts = [y.narrow(0, 0, *first)?, sum, y.narrow(0, end, all - end)?];
         let parts: Vec<_> = parts.iter().filter(|part| part.elem_count() > 0).collect();
-        Ok(Tensor::cat(&parts, 0)?)
+        Ok(cat_rows(&parts)?)
     }
 }
