@@ -113,10 +113,10 @@ pub(super) struct ModelArgs {
     #[arg(long, env = "SD_MAX_CONTROLNET_BYTES", default_value = "4294967296")]
     #[arg(value_parser = size::<0>)]
     pub(super) max_controlnet_bytes: usize,
-    /// Directory of IP-Adapters (.safetensors, .bin: plain, Plus and full ones) that requests can select
-    /// by file name. A file is read when it is first requested, with the image encoder beside it: a
-    /// folder image_encoder with config.json and model.safetensors in the file's folder, in the one
-    /// above, or in models or sdxl_models there
+    /// Directory of IP-Adapters (.safetensors, .bin, .pth, .pt: plain, Plus and full-face ones) that
+    /// requests can select by file name. A file is read when it is first requested, with the image
+    /// encoder beside it: a folder whose name begins with image_encoder or clip_vision in the file's
+    /// folder, in the one above, or in models or sdxl_models there
     #[arg(long, env = "SD_IP_ADAPTERS_DIR")]
     pub(super) ip_adapters_dir: Option<PathBuf>,
     /// Memory for the IP-Adapters of each model and their image encoders, in bytes. At the limit, the

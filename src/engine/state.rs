@@ -21,7 +21,7 @@ pub struct EngineConfig {
     pub max_batch_rows: usize,
     /// Maximum memory for one UNet call or VAE decode, in bytes. A batch has fewer rows to stay
     /// below it; images that never fit get 507. Default: 80 % of the memory free on the device
-    /// after loading the model
+    /// after loading the model, without what ControlNets, IP-Adapters, LoRAs and upscalers may take
     #[arg(long, env = "SD_MEMORY_BUDGET_BYTES", value_parser = bytes)]
     pub memory_budget_bytes: Option<u64>,
     /// Let the VAE encode and decode in tiles what is larger than one, as diffusers' enable_tiling:

@@ -1,4 +1,5 @@
-//! Threads that read LoRAs, ControlNets, IP-Adapters and upscalers for the images that wait for them.
+//! Threads that read LoRAs, ControlNets, IP-Adapters, upscalers and refiners for the images that wait
+//! for them.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
