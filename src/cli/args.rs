@@ -461,7 +461,7 @@ pub(super) struct PackageArgs {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct BenchArgs {
-    /// Without a server: compare images of a device with those of the CPU, then time the device
+    /// Without a server: time a device, then compare its images with those of the CPU
     #[arg(long)]
     pub(super) verify: bool,
     #[command(flatten)]
