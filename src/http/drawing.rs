@@ -95,10 +95,12 @@ fn most_input_bytes(requests: &[DrawRequest], limits: &Limits) -> usize {
 /// Memory of the input images of specs, of which several may have one.
 fn input_bytes(specs: &[Spec]) -> usize {
     let mut inputs: Vec<_> = specs.iter().filter_map(|spec| spec.img2img.as_ref()).collect();
+    inputs.sort_by_key(|input| Arc::as_ptr(input));
     inputs.dedup_by(|a, b| Arc::ptr_eq(a, b));
     let bytes =
         |input: &Img2Img| input.picture.data.len() + input.mask.as_ref().map_or(0, Vec::len);
     let mut controls: Vec<_> = specs.iter().flat_map(|spec| &spec.controls).collect();
+    controls.sort_by_key(|control| Arc::as_ptr(&control.picture));
     controls.dedup_by(|a, b| Arc::ptr_eq(&a.picture, &b.picture));
     let of_control = |control: &Control| {
         let hires = control.hires_picture.as_ref().map_or(0, |picture| picture.data.len());
@@ -107,6 +109,7 @@ fn input_bytes(specs: &[Spec]) -> usize {
     let controls: usize = controls.into_iter().map(of_control).sum();
     let adapters = specs.iter().flat_map(|spec| &spec.ip_adapters);
     let mut seen: Vec<_> = adapters.flat_map(|adapter| &adapter.pictures).collect();
+    seen.sort_by_key(|picture| Arc::as_ptr(picture));
     seen.dedup_by(|a, b| Arc::ptr_eq(a, b));
     let adapters: usize = seen.into_iter().map(|picture| picture.data.len()).sum();
     inputs.into_iter().map(|input| bytes(input)).sum::<usize>() + controls + adapters
@@ -136,13 +139,19 @@ async fn with_nets(
 /// Finds the files of the refiners that requests name.
 async fn find_refiners(
     state: &AppState,
-    deadline: Deadline,
+    slot: &RequestSlot,
     requests: &mut [DrawRequest],
 ) -> Result<()> {
+    let deadline = slot.deadline;
     for request in requests.iter_mut().filter(|request| request.refiner_files.is_none()) {
         let Some(name) = request.refiner.clone() else { continue };
         if state.engine.model()?.name == name {
             continue;
+        }
+        // As the model itself.
+        if !slot.may_choose() {
+            let reason = "needs an API key: send the request to /v1/invocations";
+            return Err(ValidationError::range("refiner", reason).into());
         }
         let find = timeout_at(deadline.at, state.models.source(&name));
         let files = find.await.map_err(|_| deadline.missed())?;
@@ -186,7 +195,7 @@ impl Drawing {
         let (model, seed) = (engine.model()?, ids::seed()?);
         let (limits, own, reader) = (settings.limits, Arc::clone(&model), state.reader.clone());
         let (deadline, is_one) = (slot.deadline, requests.len() == 1);
-        find_refiners(state, deadline, &mut requests).await?;
+        find_refiners(state, slot, &mut requests).await?;
         // Before their pictures are decoded.
         if requests.iter().any(|own| own.controlnets.is_some() || own.ip_adapter.is_some()) {
             requests = with_nets(state, slot, requests, Arc::clone(&model)).await?;

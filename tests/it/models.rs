@@ -260,12 +260,18 @@ fn a_body_may_name_a_model_of_the_directory() {
 fn a_model_is_chosen_with_a_key_only() {
     let mut command = sd_server(&["--device", "cpu", "--threads", "1", "--api-key", "sesame"]);
     let folder = demo().parent().expect("a directory").to_owned();
-    let server = Server::spawn(command.arg("--models-dir").arg(folder));
+    let command = command.args(["--model", "demo", "--models-dir"]).arg(folder);
+    let server = Server::spawn(command);
     let body = json!({ "prompt": "x", "steps": 1, "width": 64, "height": 64, "model": "demo" });
-    let post = |path: &str, key: &str| {
+    let send = |path: &str, key: &str, body: &Value| {
         let request = server.client.post(server.url(path)).body(body.to_string());
         Reply::from(request.header("x-api-key", key).send().expect("an answer"))
     };
+    let post = |path: &str, key: &str| send(path, key, &body);
+    let refiner = json!({ "prompt": "x", "steps": 1, "refiner": "any" });
+    let refused = send("/invocations", "sesame", &refiner);
+    assert_eq!((refused.status, refused.error()), (422, ("out_of_range".into(), "refiner".into())));
+    assert!(refused.json()["error"]["message"].to_string().contains("needs an API key"));
     let refused = post("/invocations", "sesame");
     assert_eq!((refused.status, refused.error()), (422, ("out_of_range".into(), "model".into())));
     assert_eq!(post("/v1/invocations", "").status, 401);
