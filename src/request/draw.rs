@@ -37,7 +37,7 @@ const MAX_MASK_PADDING: u32 = 256;
 pub(crate) const MAX_SEED_DELTA: i64 = 1 << 32;
 
 /// Maximum of the scores of a refiner, which was trained on scores up to 10.
-const MAX_SCORE: u32 = 100;
+pub(crate) const MAX_SCORE: u32 = 100;
 
 /// Maximum scale of a LoRA. More only burns the image.
 const MAX_LORA_SCALE: i32 = 100;

@@ -22,7 +22,7 @@ mod xl;
 
 pub(crate) use controlnet::{ControlMaps, ControlNet, Resolution, Unit, processed};
 pub use draw::DrawRequest;
-pub(crate) use draw::{MAX_GUIDANCE, MAX_SEED_DELTA, MAX_SIDE};
+pub(crate) use draw::{MAX_GUIDANCE, MAX_SCORE, MAX_SEED_DELTA, MAX_SIDE};
 pub use error::ValidationError;
 pub(crate) use error::{brief, shortened};
 pub use fields::Fields;
@@ -33,3 +33,4 @@ pub(crate) use json::{MAX_FIELDS, Object, object};
 pub use limits::Limits;
 pub(crate) use sampler::{sampler, schedule};
 pub(crate) use schema::publish;
+pub(crate) use values::found;

@@ -188,7 +188,7 @@ fn whole(number: &Number) -> bool {
 }
 
 /// A value in error messages.
-fn found(value: &Value) -> String {
+pub(crate) fn found(value: &Value) -> String {
     match value {
         Value::String(_) => "a string".into(),
         Value::Array(_) => "a list".into(),

@@ -7,10 +7,10 @@ use serde_json::Value;
 
 use super::nothing::is_off;
 use crate::image;
-use crate::request::{Fields, ValidationError, brief};
+use crate::request::{Fields, ValidationError, brief, found};
 
 /// Parameters and their fields.
-const FIELDS: [(&str, &str); 30] = [
+const FIELDS: [(&str, &str); 31] = [
     ("Prompt", "prompt"),
     ("Negative prompt", "negative_prompt"),
     ("Steps", "steps"),
@@ -31,6 +31,7 @@ const FIELDS: [(&str, &str); 30] = [
     ("Tiling", "tiling"),
     ("Face restoration", "restore_faces"),
     ("Refiner", "refiner_checkpoint"),
+    ("Refiner switch at", "refiner_switch_at"),
     ("Hires upscale", "hr_scale"),
     ("Hires resize-1", "hr_resize_x"),
     ("Hires resize-2", "hr_resize_y"),
@@ -64,17 +65,8 @@ const OF_MASK: [(&str, &str, Words); 5] = [
 ];
 
 /// Parameters that say what an image was made by, and no more.
-const SILENT: [&str; 9] = [
-    "Size",
-    "Hires resize",
-    "Model",
-    "Model hash",
-    "VAE",
-    "VAE hash",
-    "Lora hashes",
-    "Version",
-    "RNG",
-];
+const SILENT: [&str; 8] =
+    ["Size", "Hires resize", "Model", "Model hash", "VAE", "VAE hash", "Lora hashes", "Version"];
 
 /// Takes the infotext out, and adds the fields that the request does not have. Returns warnings of what
 /// has no effect.
@@ -84,7 +76,8 @@ pub(super) fn apply(fields: &mut Fields, is_img2img: bool) -> Result<Vec<String>
         return Ok(Vec::new());
     }
     let Value::String(text) = value else {
-        return Err(ValidationError::malformed(&name, "must be a string"));
+        let reason = format!("must be a string, not {}", found(&value));
+        return Err(ValidationError::malformed(&name, reason));
     };
     let (mut warnings, parameters) = (Vec::new(), image::parse(&text));
     let is_hires = |(parameter, _): &(String, _)| {
@@ -94,7 +87,8 @@ pub(super) fn apply(fields: &mut Fields, is_img2img: bool) -> Result<Vec<String>
         fields.add("enable_hr", name.clone(), true.into());
     }
     for (parameter, value) in parameters {
-        if SILENT.contains(&parameter.as_str()) {
+        // Noise is that of the CPU.
+        if SILENT.contains(&parameter.as_str()) || (parameter == "RNG" && value == "CPU") {
             continue;
         }
         let known = FIELDS.iter().find(|(known, _)| *known == parameter);
@@ -153,5 +147,22 @@ mod tests {
         });
         assert_eq!((warnings, fields), (vec![], wanted));
         assert_eq!(applied(&json!({ "infotext": " " }), false), (vec![], json!({})));
+        let mut number = Fields::json(r#"{"infotext":5}"#).expect("an object");
+        let error = apply(&mut number, false).expect_err("refused").to_string();
+        assert_eq!(error, "infotext must be a string, not 5");
+    }
+
+    #[test]
+    fn what_it_says_of_no_field_is_told() {
+        let text = "Steps: 20, Sampler: Euler, Refiner: xl, Refiner switch at: 0.5, RNG: NV, \
+                    ControlNet 0: \"Module: canny, Model: canny, Weight: 1\"";
+        let (warnings, fields) = applied(&json!({ "infotext": text }), false);
+        let wanted = (&json!("xl"), &json!("0.5"));
+        assert_eq!((&fields["refiner_checkpoint"], &fields["refiner_switch_at"]), wanted);
+        let said = ["RNG", "ControlNet 0"];
+        let said = said.map(|name| format!("infotext has {name:?}, which has no effect here"));
+        assert_eq!(warnings, said);
+        let (warnings, _) = applied(&json!({ "infotext": text.replace("NV", "CPU") }), false);
+        assert_eq!(warnings, said[1..]);
     }
 }

@@ -11,7 +11,7 @@ use super::init_image::InitImage;
 use super::nothing::is_off;
 use super::sampler::SamplerFields;
 use crate::request::{
-    DrawRequest, Fields, Limits, MAX_GUIDANCE, MAX_SEED_DELTA, MAX_SIDE, Names, Object,
+    DrawRequest, Fields, Limits, MAX_GUIDANCE, MAX_SCORE, MAX_SEED_DELTA, MAX_SIDE, Names, Object,
     ValidationError,
 };
 
@@ -137,10 +137,10 @@ pub(crate) struct Overrides {
     #[schemars(extend("minimum" = -MAX_SEED_DELTA, "maximum" = MAX_SEED_DELTA))]
     eta_noise_seed_delta: Option<i64>,
     /// How beautiful a refiner is to take the image for. Default: 6.
-    #[schemars(extend("minimum" = 0, "maximum" = 100))]
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_SCORE))]
     sdxl_refiner_high_aesthetic_score: Option<f64>,
     /// The same of the negative prompt. Default: 2.5.
-    #[schemars(extend("minimum" = 0, "maximum" = 100))]
+    #[schemars(extend("minimum" = 0, "maximum" = MAX_SCORE))]
     sdxl_refiner_low_aesthetic_score: Option<f64>,
     /// Options that must be as they are.
     #[serde(flatten)]
@@ -291,6 +291,8 @@ fn names(clip_skip: &str) -> Names {
         ("scheduler", "sampler_name"),
         ("schedule", "scheduler"),
         ("refiner", "refiner_checkpoint"),
+        ("aesthetic_score", "override_settings.sdxl_refiner_high_aesthetic_score"),
+        ("negative_aesthetic_score", "override_settings.sdxl_refiner_low_aesthetic_score"),
         ("output_format", "override_settings.samples_format"),
         ("image", "init_images"),
         ("mask_padding", "inpaint_full_res"),

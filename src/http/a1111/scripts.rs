@@ -77,10 +77,14 @@ fn add_refiner(fields: &mut Fields, name: &str, settings: &Value) -> Result<(), 
     if is_off(title) {
         return Ok(());
     }
+    fields.drop_if("refiner_checkpoint", is_off);
+    if let Some((other, _)) = fields.take(&["refiner_checkpoint"])? {
+        let reason = format!("names a refiner, and so does {other}: one of them may");
+        return Err(ValidationError::malformed(name, reason));
+    }
+    // The page sends its default share beside no checkpoint.
+    fields.drop_if("refiner_switch_at", |_| true);
     for (field, value) in [("refiner_checkpoint", title), ("refiner_switch_at", share)] {
-        // The page sends its default share beside no checkpoint.
-        let is_default = field == "refiner_switch_at";
-        fields.drop_if(field, |value| is_default || is_off(value));
         fields.add(field, name.to_owned(), value.clone());
     }
     Ok(())
