@@ -61,6 +61,10 @@ impl DrawRequest {
             ];
             return self.reject_without("image", dependent);
         };
+        if self.strength.is_some() && self.span().start.is_some() {
+            let [strength, start] = ["strength", "denoising_start"].map(|name| self.names.of(name));
+            self.warnings.push(format!("{strength} has no effect with {start}"));
+        }
         let max_pixels = limits.max_input_pixels;
         let image = image.decode(self.names.of("image"), max_pixels)?;
         if let Some(InpaintOptions { only_masked: Some(_), .. }) = self.inpaint

@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use hf_hub::Repo;
 use sd_models::{Checkpoint, SafetyMode, Source};
+use tracing::warn;
 
 use super::hub::{Download, Hub};
 use super::repository::Parts;
@@ -41,8 +42,10 @@ fn vocabulary(file: &Path, hub: &Hub) -> Result<Option<PathBuf>> {
         let checking = SafetyMode::Never;
         let parts = Parts { half: false, checking, unet: false, vae: false };
         let download = Download { hub, id, revision, parts };
-        download.fetch(|_| Ok(VOCABULARY_FILES.map(String::from).into())).with_context(|| {
-            format!(
+        download.fetch(|_| Ok(VOCABULARY_FILES.map(String::from).into())).map_err(|error| {
+            // Clients are told what is missing; why it was not fetched is for the operator.
+            warn!("cannot fetch {VOCABULARY}: {error:#}");
+            anyhow!(
                 "{} holds no vocabulary: put tokenizer/vocab.json and tokenizer/merges.txt beside it",
                 file.display()
             )

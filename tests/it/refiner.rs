@@ -21,6 +21,9 @@ fn server() -> (tempfile::TempDir, Server) {
     for (name, from) in [("base", "xl"), ("refiner", "xl/refiner"), ("old", "v1")] {
         std::os::unix::fs::symlink(fixture(from), folder.path().join(name)).expect("a link");
     }
+    // One file, with no vocabulary beside it.
+    let file = fixture("single/v1.safetensors");
+    std::os::unix::fs::symlink(file, folder.path().join("single.safetensors")).expect("a link");
     let mut command = sd_server(&["--device", "cpu", "--threads", "1", "--dtype", "f32"]);
     let server = Server::spawn(command.arg("--models-dir").arg(folder.path()));
     (folder, server)
@@ -93,6 +96,10 @@ fn a_second_model_takes_images_over_and_is_named_in_them() {
         std::thread::sleep(Duration::from_millis(20));
     };
     assert_eq!(file(&result["data"]), refined);
+    let begun = draw(json!({
+        "image": BASE64_STANDARD.encode(&plain), "denoising_start": 0.5, "strength": 0.5,
+    }));
+    assert_eq!(begun["warnings"], json!(["strength has no effect with denoising_start"]));
     // The model itself, and a share at which nothing is left.
     for (more, words) in [
         (json!({ "refiner": "base" }), "refiner \"base\" has no effect: it is the model itself"),
@@ -112,8 +119,8 @@ fn a_second_model_takes_images_over_and_is_named_in_them() {
 fn what_cannot_take_over_is_refused_by_name() {
     let (_folder, server) = server();
     for (more, status, param, words) in [
-        (json!({ "refiner": "none" }), 422, "refiner", "known are base, old, refiner"),
-        (json!({ "refiner": "old" }), 422, "refiner", "old has other latents than the model"),
+        (json!({ "refiner": "none" }), 422, "refiner", "known are base, old, refiner, single"),
+        (json!({ "refiner": "old" }), 422, "refiner", "refiner \"old\" has other latents"),
         (json!({ "refiner_switch_at": 0.5 }), 400, "refiner_switch_at", "requires refiner"),
         (
             json!({ "refiner": "refiner", "refiner_switch_at": 2 }),
@@ -121,14 +128,23 @@ fn what_cannot_take_over_is_refused_by_name() {
             "refiner_switch_at",
             "from 0",
         ),
+        (json!({ "refiner": "single" }), 422, "refiner", "single.safetensors holds no vocabulary"),
+        (
+            json!({ "denoising_end": 0.01 }),
+            422,
+            "denoising_end",
+            "denoising_end 0.01 is before the first step of the image",
+        ),
         (json!({ "denoising_start": 0.5 }), 400, "denoising_start", "requires image"),
         (json!({ "denoising_end": 0 }), 422, "denoising_end", "must be above 0"),
         (json!({ "denoising_end": 0.5, "hires_width": 96 }), 422, "denoising_end", "hires pass"),
     ] {
         let reply = post(&server, "/models/base", &body(&more));
-        let message = reply.json()["error"]["message"].to_string();
+        let message = reply.json()["error"]["message"].as_str().expect("words").to_owned();
         assert_eq!((reply.status, reply.error().1.as_str()), (status, param), "{more}: {message}");
         assert!(message.contains(words), "{message}");
+        // Nothing of the hub, to which no client can go.
+        assert!(!message.contains("--model") && !message.contains("http"), "{message}");
     }
 }
 
@@ -163,6 +179,24 @@ fn in_automatic1111_it_is_a_checkpoint() {
     }));
     let drawn = |reply: &Reply| pixels(&file(&reply.json()["images"][0]));
     assert_eq!(drawn(&script), drawn(&refined));
+    let infotext = draw(json!({
+        "infotext": "a cat\nSteps: 5, Sampler: Euler, Refiner: refiner, Refiner switch at: 0.5",
+    }));
+    assert_eq!(info(&infotext)["extra_generation_params"]["Refiner switch at"], "0.5");
+    assert_eq!(info(&infotext)["warnings"], json!([]));
+    let twice = draw(json!({
+        "alwayson_scripts": { "Refiner": { "args": [true, "refiner", 0.5] } },
+        "refiner_checkpoint": "refiner",
+    }));
+    let errors = twice.json()["errors"].to_string();
+    let both = "alwayson_scripts.Refiner names a refiner, and so does refiner_checkpoint";
+    assert!(twice.status == 400 && errors.contains(both), "{errors}");
+    let scored = draw(json!({ "override_settings": {
+        "sd_model_checkpoint": "base", "sdxl_refiner_high_aesthetic_score": 3,
+    } }));
+    let told = info(&scored)["warnings"][0].to_string();
+    let field = "override_settings.sdxl_refiner_high_aesthetic_score has no effect";
+    assert!(told.contains(field), "{told}");
     // What clients send where they ask for none.
     let plain = draw(json!({}));
     let off = draw(json!({ "refiner_checkpoint": "None", "refiner_switch_at": 0.8 }));

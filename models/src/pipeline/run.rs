@@ -76,8 +76,7 @@ impl DrawingModel {
     ) -> Result<PassRun> {
         let whole = self.sampler(pass, pass.span())?;
         if whole.evaluations() == 0 {
-            let reason = "is before the first step of the image".into();
-            return Err(Error::Spec { field: "denoising_end", reason });
+            return Err(no_step(pass.span()));
         }
         let Some((refiner, asked)) = named.refiner.zip(pass.refiner()) else {
             return self.controlled_run(pass, (loras, named, whole), warnings);
@@ -295,9 +294,23 @@ impl LoadedRefiner {
             error @ Error::Config { .. } => error.to_string(),
             other => return other,
         };
-        let reason = format!("{}: {reason}", self.model.model.info.name);
+        let reason = format!("refiner {:?}: {reason}", self.model.model.info.name);
         Error::Spec { field: "refiner", reason }
     }
+}
+
+/// The error of a part of the noise levels in which there is no step.
+fn no_step(span: Span) -> Error {
+    let (field, reason) = match (span.start, span.end) {
+        (_, Some(end)) => {
+            ("denoising_end", format!("denoising_end {end} is before the first step of the image"))
+        }
+        (start, None) => {
+            let start = start.unwrap_or_default();
+            ("denoising_start", format!("denoising_start {start} is after the last step"))
+        }
+    };
+    Error::Spec { field, reason }
 }
 
 /// Whether the sampler of a pass goes on where a refiner takes over, as in AUTOMATIC1111: diffusers
