@@ -25,6 +25,8 @@ fn server() -> (tempfile::TempDir, Server) {
     let file = fixture("single/v1.safetensors");
     std::os::unix::fs::symlink(file, folder.path().join("single.safetensors")).expect("a link");
     let mut command = sd_server(&["--device", "cpu", "--threads", "1", "--dtype", "f32"]);
+    // No hub, and nothing in its cache.
+    command.env("HF_ENDPOINT", "http://127.0.0.1:9").env("HF_HOME", folder.path().join(".hub"));
     let server = Server::spawn(command.arg("--models-dir").arg(folder.path()));
     (folder, server)
 }

@@ -241,7 +241,7 @@ fn refiners_that_do_not_fit_are_refused_by_name() {
         let other = Refiner { name: "other".into(), source, switch_at: 0.8 };
         let spec = Spec { refiner: Some(Arc::new(other)), ..drawing("euler") };
         let error = model.begin(&spec).map(drop).unwrap_err().to_string();
-        let words = words.replacen("other: ", "other ", 1);
+        let words = words.replacen("other: ", "\"other\" ", 1);
         assert!(error.starts_with("refiner: ") && error.contains(&words), "{error}");
         assert_eq!(error.lines().count(), 1);
     }
