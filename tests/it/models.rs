@@ -262,6 +262,7 @@ fn a_model_is_chosen_with_a_key_only() {
     let folder = demo().parent().expect("a directory").to_owned();
     let command = command.args(["--model", "demo", "--models-dir"]).arg(folder);
     let server = Server::spawn(command);
+    server.wait_until_ready();
     let body = json!({ "prompt": "x", "steps": 1, "width": 64, "height": 64, "model": "demo" });
     let send = |path: &str, key: &str, body: &Value| {
         let request = server.client.post(server.url(path)).body(body.to_string());

@@ -427,4 +427,5 @@ fn a_mask_has_the_size_of_the_image_and_transparent_pixels() {
     assert_eq!(sentence(&opaque), none);
     assert!(sentence(b"no picture").starts_with("mask is in no known format"));
     assert_eq!(sentence(&clear(64, 72)[..40]), "mask is a PNG file that is damaged or cut short");
+    assert_eq!(sentence(b""), "mask is an empty file: the client could not read it");
 }

@@ -140,11 +140,11 @@ mod tests {
         let file = |text: &str| [&(text.len() as u64).to_le_bytes()[..], text.as_bytes()].concat();
         let told = |text: &str| read(&file(text)).map(drop).expect_err(text).to_string();
         let damaged = r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,2]}}"#;
-        for text in [r#"{"a":1}"#, r#"{"a":{"dtype":"X","shape":[]}}"#, "[]", damaged] {
+        for text in [r#"{"a":1}"#, r#"{"a":{"dtype":"X","shape":[]}}"#, damaged] {
             let told = told(text);
             assert!(told.ends_with("its header does not describe tensors"), "{told}");
         }
-        for text in ["{", "text", ""] {
+        for text in ["{", "{a"] {
             assert!(told(text).ends_with("its header is no JSON"), "{}", told(text));
         }
     }

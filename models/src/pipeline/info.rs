@@ -455,7 +455,7 @@ fn check_span(spec: &Spec) -> Result<()> {
     let refuse = |field, reason: String| Err(Error::Spec { field, reason });
     let Span { start, end } = spec.span;
     if start.is_some_and(|start| !(start > 0.0 && start < 1.0)) {
-        return refuse("denoising_start", "must be above 0 and below 1".into());
+        return refuse("denoising_start", "must be at least 0 and below 1".into());
     }
     if end.is_some_and(|end| !(end > 0.0 && end <= 1.0)) {
         return refuse("denoising_end", "must be above 0, and at most 1".into());

@@ -133,8 +133,8 @@ fn a_run_may_begin_late_and_end_early() {
     for (bad, field) in [
         (span(None, Some(0.0)), "denoising_end: must be above 0"),
         (span(Some(0.5), None), "denoising_start: requires an input image"),
-        (span(Some(1.0), None), "denoising_start: must be above 0 and below 1"),
-        (span(None, Some(0.01)), "denoising_end: is before the first step"),
+        (span(Some(1.0), None), "denoising_start: must be at least 0 and below 1"),
+        (span(None, Some(0.01)), "denoising_end: denoising_end 0.01 is before the first step"),
     ] {
         let error = model.begin(&Spec { span: bad, ..ends.clone() }).map(drop).unwrap_err();
         assert!(error.to_string().starts_with(field), "{error}");
@@ -255,7 +255,10 @@ fn refiners_that_do_not_fit_are_refused_by_name() {
         let model = with_add_ons(path("xl"), add_ons);
         let spec = Spec { refiner: refiner(0.8), ..drawing("euler") };
         let error = model.begin(&spec).map(drop).unwrap_err().to_string();
-        assert!(error.starts_with("refiner: refiner takes ") && error.ends_with(words), "{error}");
+        assert!(
+            error.starts_with("refiner: refiner \"refiner\" takes ") && error.ends_with(words),
+            "{error}"
+        );
     }
 }
 

@@ -113,9 +113,14 @@ impl Parts {
         let mut form = Self::default();
         while let Some(part) = parts.next_field().await.map_err(broken)? {
             let name = plain(part.name().unwrap_or_default()).to_owned();
+            let is_named = part.file_name().is_some_and(|file| !file.is_empty());
             let data = part.bytes().await.map_err(broken)?;
-            // Browsers send a part for a file that was not chosen.
             if data.is_empty() && ["image", "mask"].contains(&name.as_str()) {
+                if is_named {
+                    let reason = "is an empty file: the client could not read it";
+                    return Err(ValidationError::malformed(&name, reason).into());
+                }
+                // Browsers send a part for a file that was not chosen.
                 continue;
             }
             match name.as_str() {
