@@ -47,7 +47,7 @@ fn server(test: &str) -> Server {
 }
 
 /// A picture with edges, in a PNG file.
-fn shapes(width: u32, height: u32) -> Vec<u8> {
+pub(crate) fn shapes(width: u32, height: u32) -> Vec<u8> {
     let pixel = |x: u32, y: u32| {
         let inside = x > width / 4 && x < width / 2 && y > height / 3 && y < height / 2;
         image::Rgb(if inside { [230, 40, 90] } else { [20, (x % 50) as u8, 60] })
@@ -55,7 +55,7 @@ fn shapes(width: u32, height: u32) -> Vec<u8> {
     encoded(&DynamicImage::from(RgbImage::from_fn(width, height, pixel)), ImageFormat::Png)
 }
 
-fn base64(file: &[u8]) -> String {
+pub(crate) fn base64(file: &[u8]) -> String {
     BASE64_STANDARD.encode(file)
 }
 

@@ -2,14 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use base64::Engine as _;
-use base64::prelude::BASE64_STANDARD;
-use image::{DynamicImage, ImageFormat, RgbImage};
 use serde_json::{Value, json};
 
-use crate::controlnet::{copy, fixtures};
+use crate::controlnet::{base64, copy, fixtures, shapes};
 use crate::harness::{Server, sd_server};
-use crate::inputs::file as encoded;
 use crate::invocations::infotext;
 use crate::loras::{file, pixels};
 
@@ -31,19 +27,6 @@ fn server(test: &str) -> Server {
     let server = Server::spawn(&mut command);
     server.wait_until_ready();
     server
-}
-
-/// A picture in a PNG file.
-fn shapes(width: u32, height: u32) -> Vec<u8> {
-    let pixel = |x: u32, y: u32| {
-        let inside = x > width / 4 && x < width / 2 && y > height / 3 && y < height / 2;
-        image::Rgb(if inside { [230, 40, 90] } else { [20, (x % 50) as u8, 60] })
-    };
-    encoded(&DynamicImage::from(RgbImage::from_fn(width, height, pixel)), ImageFormat::Png)
-}
-
-fn base64(file: &[u8]) -> String {
-    BASE64_STANDARD.encode(file)
 }
 
 fn body(adapter: &Value) -> Value {
