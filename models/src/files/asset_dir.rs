@@ -309,6 +309,12 @@ impl<T> Contents<T> {
         self.evicted.push((file, bytes, Arc::downgrade(&content)));
     }
 
+    /// Evicts the least recently used content, if there is one.
+    fn evict_one(&mut self) -> bool {
+        let evicted = self.kept.pop_lru().map(|(file, entry)| self.evict(file, entry));
+        evicted.is_some()
+    }
+
     /// Bytes of all that is there.
     fn bytes(&mut self) -> u64 {
         self.evicted.retain(|(.., content)| content.strong_count() > 0);
@@ -394,10 +400,16 @@ impl<T> AssetCache<T> {
         }
         contents.kept.put(file, (bytes, Arc::clone(&content)));
         while contents.kept.len() > 1 && self.max_bytes < contents.bytes() {
-            let Some((file, entry)) = contents.kept.pop_lru() else { break };
-            contents.evict(file, entry);
+            contents.evict_one();
         }
         content
+    }
+
+    /// Evicts the least recently used contents until there is room by the bytes of the rest, or none
+    /// is left: before a content is read that memory has no room for beside them.
+    pub(crate) fn evict_until(&self, has_room: impl Fn(u64) -> bool) {
+        let mut contents = lock(&self.contents);
+        while !has_room(contents.bytes()) && contents.evict_one() {}
     }
 
     /// The lock of the readers of a file.
@@ -581,6 +593,10 @@ mod tests {
         drop(a);
         drop(get("b", 8));
         assert_eq!(count(), 2);
+        cache.evict_until(|bytes| bytes <= 8);
+        assert_eq!((count(), cache.bytes()), (1, 8), "c was used before b");
+        cache.evict_until(|_| false);
+        assert_eq!(cache.bytes(), 0);
     }
 
     #[test]

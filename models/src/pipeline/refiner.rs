@@ -108,15 +108,15 @@ impl RefinerCache {
         };
         let (half, bytes) = (self.dtype == DType::F16, self.dtype.size_in_bytes() as u64);
         let bytes = parameters(&options, half)?.saturating_mul(bytes);
-        self.check_room(refiner, bytes)?;
+        self.make_room(refiner, bytes)?;
         // A device that is opened once more would have a stream of its own.
         let model = DrawingModel::load(&options, self.device.clone())?;
         self.check(refiner, &model)?;
         Ok((model, bytes))
     }
 
-    /// Checks that there is memory for the weights of a refiner.
-    fn check_room(&self, refiner: &Refiner, bytes: u64) -> Result<()> {
+    /// Makes room for the weights of a refiner, whose memory those that are cached may have.
+    fn make_room(&self, refiner: &Refiner, bytes: u64) -> Result<()> {
         let AddOns { max_refiner_bytes: most, free_host_bytes, .. } = &self.options.add_ons;
         let refuse = |reason: String| {
             let reason =
@@ -126,7 +126,14 @@ impl RefinerCache {
         if bytes > *most {
             return refuse(format!("at most {most} are allowed (--max-refiner-bytes)"));
         }
-        match free_host_bytes.and_then(|FreeBytes(free)| free()) {
+        let free = || free_host_bytes.and_then(|FreeBytes(free)| free());
+        let has_room = |cached: u64| {
+            cached.saturating_add(bytes) <= *most && free().is_none_or(|free| bytes <= free)
+        };
+        // Of those that images still use the memory is not free yet; its limit holds all the same
+        // once they are drawn.
+        self.cache.evict_until(has_room);
+        match free() {
             Some(free) if bytes > free => refuse(format!("{free} are free")),
             _ => Ok(()),
         }
