@@ -254,7 +254,7 @@ impl Pipeline {
             blend,
             mask_condition,
             noise,
-            last_call: None,
+            shown: None,
             hires,
             vae_mode: VaeMode { tiling: spec.tiling, tiles: spec.has_vae_tiles() },
             before,

@@ -31,8 +31,7 @@ pub struct Trajectory {
     /// Mask and masked image (1, 1 + C, h, w), concatenated to the latents of an inpainting UNet.
     pub(super) mask_condition: Option<Tensor>,
     pub(super) noise: Noise,
-    /// The latents and the guided output of the last UNet call, both (1, C, h, w) f32.
-    pub(super) last_call: Option<(Tensor, Tensor)>,
+    pub(super) shown: Option<Shown>,
     /// The hires pass, while the base pass runs.
     pub(super) hires: Option<HiresPass>,
     pub(super) vae_mode: VaeMode,
@@ -52,10 +51,20 @@ pub struct Trajectory {
     pub(super) warnings: Vec<String>,
 }
 
+/// What a preview shows.
+pub(super) enum Shown {
+    /// The predicted x0 of the last UNet call, from its latents and guided output, both (1, C, h, w)
+    /// f32.
+    Call(Tensor, Tensor),
+    /// These latents without noise, (1, C, h, w) f32: until there is an output of the pass, or of the
+    /// model, that goes on from them.
+    Clean(Tensor),
+}
+
 /// What one step changes in a trajectory.
 pub(super) struct StepResult {
     pub(super) latents: Tensor,
-    pub(super) last_call: (Tensor, Tensor),
+    pub(super) shown: Shown,
     pub(super) sampler: SamplerState,
     pub(super) noise: Noise,
     /// What begins with it.
@@ -74,9 +83,8 @@ impl StepResult {
     /// The first of a hires pass.
     pub(super) fn of_hires(upscaled: UpscaledLatents) -> Self {
         let UpscaledLatents { clean, latents, sampler, noise } = upscaled;
-        // Until there is an output, a preview shows the upscaled latents.
-        let last_call = (clean.clone(), clean);
-        Self { latents, last_call, sampler, noise, begins: Some(Begins::HiresPass) }
+        let (shown, begins) = (Shown::Clean(clean), Some(Begins::HiresPass));
+        Self { latents, shown, sampler, noise, begins }
     }
 }
 
@@ -154,9 +162,12 @@ impl Trajectory {
     /// The predicted x0 of the last UNet call (diffusers' `pred_original_sample`), or the latents
     /// if they are finished: (1, C, h, w) f32.
     pub(super) fn predicted_x0(&self) -> Result<Tensor> {
-        match &self.last_call {
-            Some((x, output)) if self.run.sampler.next().is_some() => {
-                let x0 = self.run.sampler.predicted_x0(x, output)?;
+        match &self.shown {
+            Some(shown) if self.run.sampler.next().is_some() => {
+                let x0 = match shown {
+                    Shown::Call(x, output) => self.run.sampler.predicted_x0(x, output)?,
+                    Shown::Clean(x0) => x0.clone(),
+                };
                 self.blend.as_ref().map_or(Ok(x0.clone()), |blend| blend.without_noise(&x0))
             }
             _ => Ok(self.latents.clone()),
@@ -170,17 +181,16 @@ impl Trajectory {
         let (mut sampler, mut noise) = (self.run.sampler.clone(), self.noise.clone());
         let outputs = Outputs { guided: &output, unguided: &unguided };
         let mut latents = sampler.advance(&self.latents, outputs, &mut noise)?;
-        let mut last_call = (self.latents.clone(), output);
         let refiner = self.run.refiner.as_ref().filter(|_| sampler.next().is_none());
+        let shown = match refiner {
+            None => Shown::Call(self.latents.clone(), output),
+            Some(_) => Shown::Clean(sampler.predicted_x0(&self.latents, &output)?),
+        };
         if let Some(refiner) = refiner {
-            if refiner.goes_on {
-                sampler = sampler.resumed(&refiner.run.sampler);
-            } else {
-                // Until there is an output, a preview shows what there was last.
-                let x0 = sampler.predicted_x0(&last_call.0, &last_call.1)?;
-                last_call = (x0.clone(), x0);
-                sampler = refiner.run.sampler.clone();
-            }
+            sampler = match &refiner.run.sampler {
+                own if refiner.goes_on => sampler.resumed(own),
+                own => own.clone(),
+            };
             latents = sampler.raised(latents, &mut noise)?;
             sampler.draw_ahead(latents.shape(), &mut noise, latents.device())?;
         }
@@ -193,11 +203,11 @@ impl Trajectory {
             return Ok(StepResult::of_hires(upscaled));
         }
         let begins = refiner.map(|_| Begins::Refiner);
-        Ok(StepResult { latents, last_call, sampler, noise, begins })
+        Ok(StepResult { latents, shown, sampler, noise, begins })
     }
 
     pub(super) fn advance(&mut self, result: StepResult) {
-        let StepResult { latents, last_call, sampler, noise, begins } = result;
+        let StepResult { latents, shown, sampler, noise, begins } = result;
         match begins {
             Some(Begins::HiresPass) => {
                 if let Some(hires) = self.hires.take() {
@@ -219,7 +229,7 @@ impl Trajectory {
             None => {}
         }
         self.latents = latents;
-        self.last_call = Some(last_call);
+        self.shown = Some(shown);
         self.run.sampler = sampler;
         self.noise = noise;
         if begins.is_none() && self.hires.is_some() && self.run.sampler.next().is_none() {

@@ -208,6 +208,31 @@ fn in_automatic1111_the_sampler_goes_on() {
     assert!(relative_error(&drawn[0], &drawn[1]) > 1e-3);
 }
 
+/// What the last call of the first model predicted, whatever the second one predicts.
+#[test]
+fn a_preview_shows_what_there_is_when_a_refiner_takes_over() {
+    let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("refiner-velocity");
+    let _ = std::fs::remove_dir_all(&root);
+    copy(&path("xl"), &root);
+    let scheduler = root.join("scheduler/scheduler_config.json");
+    let config = std::fs::read_to_string(&scheduler).unwrap();
+    assert!(config.contains("\"epsilon\""));
+    std::fs::write(&scheduler, config.replace("\"epsilon\"", "\"v_prediction\"")).unwrap();
+    let other = Refiner { name: "v".into(), source: Source::Directory(root), switch_at: 0.5 };
+    let other = Some(Arc::new(other));
+    let model = base();
+    for prompt_syntax in [PromptSyntax::A1111, PromptSyntax::Plain] {
+        let plain = Spec { prompt_syntax, ..drawing("euler") };
+        let taken = Spec { refiner: other.clone(), ..plain.clone() };
+        let [mut taken, mut plain] = [taken, plain].map(|spec| model.begin(&spec).unwrap());
+        while taken.refiner().is_none() {
+            model.step(&mut [&mut taken, &mut plain]).unwrap();
+            assert_eq!(model.preview(&taken).unwrap(), model.preview(&plain).unwrap());
+        }
+        assert!(!taken.done());
+    }
+}
+
 #[test]
 fn a_refiner_that_takes_no_step_says_so() {
     let model = base();
