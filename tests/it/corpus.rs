@@ -16,7 +16,7 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// Its name and its function.
 type Target = (&'static str, fn(&[u8]));
 
-const TARGETS: [Target; 22] = [
+const TARGETS: [Target; 23] = [
     ("a1111", http::a1111),
     ("archive", files::archive),
     ("controlnet", files::controlnet),
@@ -25,6 +25,7 @@ const TARGETS: [Target; 22] = [
     ("form", http::form),
     ("gguf", files::gguf),
     ("infotext", http::infotext),
+    ("ip_adapter", files::ip_adapter),
     ("json", http::json),
     ("lines", http::lines),
     ("lora", files::lora),

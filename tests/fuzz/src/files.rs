@@ -8,13 +8,14 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 
+use sd_models::files::IpAdapterFile;
 use sd_models::networks::{ClipTextConfig, UNetConfig, VaeConfig};
 use sd_models::sampling::SchedulerConfig;
 use sd_models::text::{ClipTokenizer, Counted, Part, Schedule, chunks, parts};
 use sd_models::{
-    AddOns, AssetDir, Checkpoint, Control, ControlRule, DeviceName, Enlarge, LoadOptions, LoraUse,
-    PictureUpscaler, Pipeline, Precision, Preprocessor, PromptRole, PromptSyntax, Rgb, SafetyMode,
-    Size, Source, Spec, unread,
+    AddOns, AssetDir, Checkpoint, Control, ControlRule, DeviceName, Enlarge, IpAdapter,
+    LoadOptions, LoraUse, PictureUpscaler, Pipeline, Precision, Preprocessor, PromptRole,
+    PromptSyntax, Rgb, SafetyMode, Size, Source, Spec, unread,
 };
 use tempfile::TempDir;
 use zip::write::SimpleFileOptions;
@@ -24,7 +25,7 @@ use super::ROOT;
 use crate::fake::spec;
 
 /// Zeros that stand for the tensors' data.
-const DATA: usize = 64 << 10;
+const DATA: usize = 96 << 10;
 
 /// Hands over the path of a file with these bytes, in a folder that has nothing else.
 fn with_file(name: &str, bytes: &[u8], read: impl FnOnce(&Path)) {
@@ -301,7 +302,7 @@ pub fn peft(data: &[u8]) {
     std::fs::remove_dir_all(folder).expect("it is removed");
 }
 
-/// A small model and the folder of its ControlNets, or of its upscalers.
+/// A small model and the folder of its ControlNets, of its IP-Adapters, or of its upscalers.
 struct WithFiles {
     folder: TempDir,
     model: Pipeline,
@@ -313,6 +314,17 @@ static WITH_CONTROLNETS: LazyLock<WithFiles> = LazyLock::new(|| {
         max_controlnet_bytes: 1 << 24,
         ..AddOns::default()
     })
+});
+
+static WITH_IP_ADAPTERS: LazyLock<WithFiles> = LazyLock::new(|| {
+    let model = WithFiles::new(|ip_adapters| AddOns {
+        ip_adapters: AssetDir { skipped: IpAdapterFile::ENCODER_FOLDERS, ..ip_adapters },
+        max_ip_adapter_bytes: 1 << 24,
+        ..AddOns::default()
+    });
+    let encoder = Path::new(ROOT).join("models/tests/fixtures/ip/models/image_encoder");
+    symlink(encoder, model.folder.path().join("image_encoder")).expect("a link");
+    model
 });
 
 static WITH_UPSCALERS: LazyLock<WithFiles> = LazyLock::new(|| {
@@ -349,10 +361,8 @@ impl WithFiles {
                 if let Some(mut enlargement) = short(model.begin_enlarging(&spec, files)) {
                     while !enlargement.done() && short(model.enlarge(&mut enlargement)).is_some() {}
                 }
-            } else {
-                if let Some(mut trajectory) = short(model.begin_with(&spec, files)) {
-                    short(model.step(&mut [&mut trajectory]));
-                }
+            } else if let Some(mut trajectory) = short(model.begin_with(&spec, files)) {
+                short(model.step(&mut [&mut trajectory]));
             }
         }
         std::fs::remove_file(path).expect("it is removed");
@@ -375,6 +385,23 @@ pub fn controlnet(data: &[u8]) {
             rule: ControlRule::Diffusers { guess: false },
         };
         Spec { size, controls: vec![control], ..spec(1, 1) }
+    });
+}
+
+/// An IP-Adapter of a small model.
+pub fn ip_adapter(data: &[u8]) {
+    let size = Size::new(16, 16).expect("multiples of 8");
+    let picture = Rgb { width: 8, height: 8, data: vec![90; 3 * 8 * 8] };
+    WITH_IP_ADAPTERS.draw(data, |model| {
+        let adapter = IpAdapter {
+            model,
+            pictures: vec![Arc::new(picture)],
+            scale: 1.0.into(),
+            start: 0.0,
+            end: 1.0,
+            unit: None,
+        };
+        Spec { size, ip_adapters: vec![adapter], ..spec(1, 1) }
     });
 }
 
