@@ -79,7 +79,8 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     let model = engine.ready().await?;
     spinner.finish_and_clear();
 
-    let mut request = request(config.fields)?;
+    let named = |error: ValidationError| error.renamed(option_of_item);
+    let mut request = request(config.fields).map_err(named)?;
     if let Some(refiner) = config.refiner {
         let files = tokio::task::spawn_blocking(|| source::locate(refiner)).await?;
         request.refiner_files = Some(files.context("--refiner")?.source);
@@ -87,7 +88,7 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     config.inputs.add_to(&mut request);
     request.find_ip_adapters(&model.add_ons.ip_adapters)?;
     let seed = getrandom::u32().map_err(|error| anyhow!("no random numbers: {error}"))?;
-    let specs = request.specs(&LIMITS, &model, seed.into())?;
+    let specs = request.specs(&LIMITS, &model, seed.into()).map_err(named)?;
     specs.iter().try_for_each(|spec| request.check_format(spec, config.format))?;
     request.check_files(&specs, &model)?;
     let began = Instant::now();
@@ -169,6 +170,23 @@ fn option(field: &str) -> String {
         "controlnets" => "--controlnet".into(),
         other => format!("--{}", other.replace('_', "-")),
     }
+}
+
+/// The option of a field of a net, from its name in a list of options: of `--controlnet[1].scale` the
+/// second `--control-scale`.
+fn option_of_item(name: &str) -> Option<String> {
+    let (list, rest) = name.split_once('[')?;
+    let (place, field) = rest.split_once("].")?;
+    let kind = match list {
+        "--controlnet" => "control",
+        "--ip-adapter" => "ip",
+        _ => return None,
+    };
+    let option = format!("--{kind}-{}", field.replace('_', "-"));
+    Some(match place.parse().unwrap_or(0_usize) {
+        0 => option,
+        place => format!("{option} number {}", place + 1),
+    })
 }
 
 /// Shows progress on a terminal until the job ends.

@@ -41,7 +41,7 @@ pub enum JobError {
     #[error("the device failed and is no longer usable")]
     DeviceLost,
     /// The model does not support this spec.
-    #[error("{reason}")]
+    #[error("{field} {reason}")]
     Spec {
         /// The field of the spec.
         field: &'static str,

@@ -292,6 +292,16 @@ impl Drawing {
         }
     }
 
+    /// The error of its images, in the client's names of the fields and of the limit.
+    pub(crate) fn failed(&self, error: JobError, deadline: Deadline) -> ApiError {
+        match error {
+            JobError::Spec { field, reason } => {
+                ValidationError::range(self.names.of(field), reason).into()
+            }
+            other => deadline.name(other),
+        }
+    }
+
     /// A view of a job of this drawing.
     pub(crate) fn monitor(&self, ticket: &Ticket) -> JobMonitor {
         self.engine.monitor(ticket)

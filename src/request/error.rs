@@ -57,6 +57,19 @@ impl ValidationError {
         Self::OutOfRange { param: param.into(), message: message(param, reason) }
     }
 
+    /// The error of a field that goes by another name, if it does.
+    pub(crate) fn renamed(mut self, name: impl FnOnce(&str) -> Option<String>) -> Self {
+        if let Self::Malformed { param: Some(param), message }
+        | Self::OutOfRange { param, message } = &mut self
+        {
+            let (told, reason) = message.split_at(message.find(' ').unwrap_or(message.len()));
+            if let Some(other) = name(told) {
+                (*message, *param) = (format!("{other}{reason}"), other);
+            }
+        }
+        self
+    }
+
     /// The error with the name of the whole field, if it names an item of a list.
     pub(crate) fn of_field(mut self) -> Self {
         if let Self::Malformed { param: Some(param), .. } | Self::OutOfRange { param, .. } =

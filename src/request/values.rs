@@ -143,16 +143,22 @@ impl FieldSchema<'_> {
         match value {
             Value::Number(number) => {
                 let (low, high) = (bound("minimum"), bound("maximum"));
-                let value = number.as_f64();
+                let double = number.as_f64();
                 // A whole number beyond 64 bits is read as a double.
                 let fits = self.allows("number") || !number.is_f64();
-                let fits = fits && (low.is_null() || value >= low.as_f64());
-                if fits && (high.is_null() || value <= high.as_f64()) {
+                let fits = fits && (low.is_null() || double >= low.as_f64());
+                if fits && (high.is_null() || double <= high.as_f64()) {
                     return Ok(());
                 }
+                // Whole ones without a fraction, however they are spelt.
+                let told = |number: &Value| match number.as_f64() {
+                    Some(double) if number.is_f64() => double.to_string(),
+                    _ => number.to_string(),
+                };
+                let number = told(value);
                 Err(match high {
-                    Value::Null => format!("must be at least {low}, not {number}"),
-                    high => format!("must be from {low} to {high}, not {number}"),
+                    Value::Null => format!("must be at least {}, not {number}", told(&low)),
+                    high => format!("must be from {} to {}, not {number}", told(&low), told(&high)),
                 })
             }
             Value::String(text) => at_most("maxLength", "characters", &|| text.chars().count()),

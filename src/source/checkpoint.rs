@@ -30,9 +30,10 @@ pub(super) fn source(file: PathBuf, hub: &Hub) -> Result<Source> {
     Ok(Source::Checkpoint(Checkpoint { vocabulary, ..checkpoint }))
 }
 
-/// CLIP's vocabulary from the cache or the hub, for a checkpoint without a `tokenizer/`.
+/// CLIP's vocabulary from the cache or the hub, for a checkpoint without a `tokenizer/` or, as beside
+/// the refiner of Stable Diffusion XL, `tokenizer_2/`.
 fn vocabulary(file: &Path, hub: &Hub) -> Result<Option<PathBuf>> {
-    if file.with_file_name("tokenizer").is_dir() {
+    if ["tokenizer", "tokenizer_2"].iter().any(|name| file.with_file_name(name).is_dir()) {
         return Ok(None);
     }
     let cache = hub.cache.repo(Repo::model(VOCABULARY.into()));

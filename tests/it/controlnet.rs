@@ -261,18 +261,27 @@ fn what_cannot_be_done_is_refused_by_name() {
         (json!({ "enabled": true, "image": picture }), "controlnet.args[0].model must name"),
         (json!({ "model": "tile", "image": picture }), "names the ControlNet \"tile\""),
         (
+            json!({ "enabled": true, "module": "reference_only", "model": "None" }),
+            "args[0].module \"reference_only\" is not supported",
+        ),
+        (
             json!({ "model": "edges", "module": "depth", "image": picture }),
             "args[0].module \"depth\" is",
         ),
         (
             json!({ "model": "edges", "image": picture, "advanced_weighting": [1, 2] }),
-            "which takes 5 advanced weights, not 2",
+            "controlnet.args names \"edges\", which takes 5 advanced weights, not 2",
         ),
     ] {
         let (status, reply) = post(&server, "/sdapi/v1/txt2img", &sdapi(&unit));
         let message = reply["detail"].as_str().unwrap_or_default();
         assert!([400, 422].contains(&status) && message.contains(words), "{words}: {message}");
     }
+    let mut by_places = sdapi(&json!({}));
+    by_places["alwayson_scripts"]["controlnet"]["args"] =
+        json!({ "0": { "model": "tile", "image": picture } });
+    let (_, reply) = post(&server, "/sdapi/v1/txt2img", &by_places);
+    assert!(reply["detail"].as_str().is_some_and(|told| told.contains("\"tile\"")), "{reply}");
     // What is off asks for nothing.
     let nothing = json!({ "enabled": true, "model": "edges", "image": picture, "mask": null,
                           "mask_image": "", "input_image": null, "advanced_weighting": [] });
@@ -322,6 +331,25 @@ fn the_command_line_says_what_is_wrong_with_nets() {
         ),
     ] {
         let output = sd_server(&["generate", "a", "--model", "demo"]).args(args).output();
+        let output = output.expect("it runs");
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(64), "{message}");
+        assert!(message.contains(words), "{words}: {message}");
+    }
+    let canny = ["--controlnet", "canny", "--control-image", picture];
+    for (args, words) in [
+        (&["--control-scale", "100"][..], "--control-scale must be from -10 to 10, not 100"),
+        (&["--control-preprocessor", "depth"], "--control-preprocessor \"depth\" is"),
+        (&["--control-end", "2"], "--control-end must be from 0 to 1, not 2"),
+        (
+            &["--controlnet", net, "--control-image", "Cargo.toml"],
+            "--control-image number 2 is in no known format",
+        ),
+    ] {
+        let output = sd_server(&["generate", "a", "--model", "demo", "-W", "64", "-H", "64"])
+            .args(canny)
+            .args(args)
+            .output();
         let output = output.expect("it runs");
         let message = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(64), "{message}");

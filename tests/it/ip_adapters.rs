@@ -129,6 +129,10 @@ fn units_of_the_extension_ask_for_adapters() {
     // The same weight in each of the four transformers.
     let (_, each) = ask(&unit(json!({ "advanced_weighting": [0.7, 0.7, 0.7, 0.7] })));
     assert_eq!(pixels(&file(&each["images"][0])), pixels(&drawn), "{}", each["info"]);
+    let zeros = ask(&unit(json!({ "advanced_weighting": [0, 0, 0, 0] }))).1;
+    let none = ask(&unit(json!({ "weight": 0 }))).1;
+    assert_eq!(pixels(&file(&zeros["images"][0])), pixels(&file(&none["images"][0])));
+    assert_ne!(pixels(&file(&zeros["images"][0])), pixels(&drawn));
     let (_, late) = ask(&unit(json!({ "guidance_start": 0.6 })));
     assert_ne!(pixels(&file(&late["images"][0])), pixels(&drawn));
     // Without a picture of its own it sees the input image; beside a net.
@@ -143,7 +147,10 @@ fn units_of_the_extension_ask_for_adapters() {
         (json!({ "module": "ip-adapter_face_id" }), "args[0].module \"ip-adapter_face_id\" is not"),
         (json!({ "image": null }), "args[0].image is required"),
         (json!({ "mask": picture }), "args[0].mask is not supported"),
-        (json!({ "advanced_weighting": [1, 2] }), "takes 4 advanced weights, not 2"),
+        (
+            json!({ "advanced_weighting": [1, 2] }),
+            "controlnet.args \"ip-adapter-plus_sd15\" takes 4 advanced weights, not 2",
+        ),
     ] {
         let (status, reply) = ask(&unit(changes));
         let message = reply["detail"].as_str().unwrap_or_default();
@@ -190,7 +197,7 @@ fn what_cannot_be_done_is_refused_by_name() {
         (adapter(json!({ "scale": { "up": "x" } })), "ip_adapter.scale.up must be a number or"),
         (
             adapter(json!({ "scale": { "up": { "block_1": [1, 2, 3] } } })),
-            "scale: up.block_1 has 2 transformers, not 3",
+            "ip_adapter \"ip-adapter_sd15\" has 3 scales of up.block_1, which has 2 transformers",
         ),
         (adapter(json!({ "scale": { "down": 11 } })), "must have a scale from -10 to 10"),
         (adapter(json!({ "start": 0.5, "end": 0.5 })), "a start before its end"),

@@ -135,7 +135,7 @@ fn what_cannot_take_over_is_refused_by_name() {
             json!({ "denoising_end": 0.01 }),
             422,
             "denoising_end",
-            "denoising_end 0.01 is before the first step of the image",
+            "denoising_end of 0.01 is before the first step of the image",
         ),
         (json!({ "denoising_start": 0.5 }), 400, "denoising_start", "requires image"),
         (json!({ "denoising_end": 0 }), 422, "denoising_end", "must be above 0"),

@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::de::{DeserializeOwned, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::source::Source;
 use crate::error::{Error, Result};
@@ -56,7 +56,7 @@ impl Keys {
         match self.map.remove(key) {
             None | Some(Value::Null) => Ok(default),
             Some(value) => serde_json::from_value(value.clone())
-                .map_err(|e| Error::config(&self.file, format!("{key}: {value}: {e}"))),
+                .map_err(|_| self.invalid(key, format!("{value} must be {}", kinds::<T>()))),
         }
     }
 
@@ -126,6 +126,25 @@ impl Keys {
     }
 }
 
+/// What a key can be, in words: the kinds of values that are read as a `T`.
+fn kinds<T: DeserializeOwned>() -> String {
+    let is = |value: Value| serde_json::from_value::<T>(value).is_ok();
+    let kinds = [
+        (is(json!(0.5)), "a number"),
+        (is(json!(1)) && !is(json!(0.5)), "a whole number"),
+        (is(json!(true)), "true or false"),
+        (is(json!("")), "a text"),
+        (is(json!([0.5])), "a list of numbers"),
+        (is(json!([1])) && !is(json!([0.5])), "a list of whole numbers"),
+        (is(json!([""])), "a list of texts"),
+        (is(json!([0.5, 0.5, 0.5])) && !is(json!([0.5])), "a list of three numbers"),
+        (is(json!(["", ""])) && !is(json!([""])), "a list of two texts"),
+        (is(json!({})), "an object"),
+    ];
+    let kinds: Vec<_> = kinds.iter().filter(|(is, _)| *is).map(|(_, words)| *words).collect();
+    kinds.join(" or ")
+}
+
 /// The first key of an object that is given twice.
 struct Pairs(Option<String>);
 
@@ -162,8 +181,6 @@ impl<'de> Deserialize<'de> for Pairs {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn keys(value: &Value) -> Keys {
@@ -180,5 +197,18 @@ mod tests {
         );
         k.drop_idle(&[]);
         assert_eq!(k.finish().unwrap_err().to_string(), "unet/config.json: unknown key x (= 1)");
+    }
+
+    #[test]
+    fn values_of_another_kind_are_refused_in_words() {
+        let mut k = keys(&json!({"n": "x", "b": 1, "t": [2], "l": [1, -1], "m": [1, 2]}));
+        let told = |error: Error| error.to_string().replace("unet/config.json: ", "");
+        assert_eq!(told(k.take("n", 1_usize).unwrap_err()), "n: \"x\" must be a whole number");
+        assert_eq!(told(k.take("b", false).unwrap_err()), "b: 1 must be true or false");
+        assert_eq!(told(k.take("t", String::new()).unwrap_err()), "t: [2] must be a text");
+        let list = k.take("l", vec![1_usize]).unwrap_err();
+        assert_eq!(told(list), "l: [1,-1] must be a list of whole numbers");
+        let mean = k.take("m", [0_f64; 3]).unwrap_err();
+        assert_eq!(told(mean), "m: [1,2] must be a list of three numbers");
     }
 }

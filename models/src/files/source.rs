@@ -71,13 +71,15 @@ impl Checkpoint {
         let vocabulary = name.strip_prefix("tokenizer/").zip(self.vocabulary.as_ref());
         let vocabulary = vocabulary.map(|(name, directory)| directory.join(name));
         // The words of both tokenizers of Stable Diffusion XL are the same.
-        if let Some(words) = name.strip_prefix("tokenizer_2/").filter(|name| WORDS.contains(name)) {
+        let words = |folder| name.strip_prefix(folder).filter(|name| WORDS.contains(name));
+        if let Some(words) = words("tokenizer_2/") {
             return match read(self.beside(name))? {
                 Some(bytes) => Ok(Some(bytes)),
                 None => self.read(&format!("tokenizer/{words}")),
             };
         }
-        for path in [Some(self.beside(name)), vocabulary].into_iter().flatten() {
+        let second = words("tokenizer/").map(|words| self.beside(&format!("tokenizer_2/{words}")));
+        for path in [Some(self.beside(name)), vocabulary, second].into_iter().flatten() {
             if let Some(bytes) = read(path)? {
                 return Ok(Some(bytes));
             }
@@ -144,12 +146,20 @@ impl Source {
         })
     }
 
+    /// The name of a file as messages have it: that of a network alone lies in no folder of a model.
+    fn told<'n>(&self, name: &'n str) -> &'n str {
+        match (self, name.split_once('/')) {
+            (Self::Network(_), Some((_, name))) => name,
+            _ => name,
+        }
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         match self {
             Self::Demo => Path::new("demo").join(name),
             Self::DemoLcm => Path::new("demo-lcm").join(name),
             Self::Directory(root) => root.join(name),
-            Self::Network(root) => root.join(name.split_once('/').map_or(name, |(_, name)| name)),
+            Self::Network(root) => root.join(self.told(name)),
             Self::Checkpoint(checkpoint) => checkpoint.beside(name),
             // In diffusers' folder of the network.
             Self::UNet(file) => file.with_file_name(name.rsplit('/').next().unwrap_or(name)),
@@ -203,6 +213,7 @@ impl Source {
             let Some(files) = files else { continue };
             let mut weights = self.load(files)?;
             if is_twin && !half {
+                let name = self.told(&name);
                 weights.warn(format!(
                     "{name}: only the weights rounded to f16 are there: they were taken for all"
                 ));
@@ -225,7 +236,7 @@ impl Source {
                 path: self.path(&name),
                 reason: io::Error::new(io::ErrorKind::NotFound, "no such file"),
             })?;
-            weights.add(name, bytes)?;
+            weights.add(self.told(&name).to_owned(), bytes)?;
         }
         Ok(weights)
     }

@@ -176,8 +176,8 @@ fn sort<'i>(weights: &Weights, index: &'i TargetIndex) -> Result<Sorted<'i>> {
     let mut found: BTreeMap<_, BTreeMap<Role, String>> = BTreeMap::new();
     let (mut skipped, mut is_lora) = (Vec::new(), false);
     for tensor in weights.names() {
-        if let Some(kind) = index.names.refused(tensor) {
-            return refuse(tensor, format!("is of {kind}, which is not supported"));
+        if let Some(reason) = index.names.refused(tensor) {
+            return refuse(tensor, reason);
         }
         let role = split(tensor, weights);
         is_lora |= role.is_some();

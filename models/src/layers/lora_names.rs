@@ -129,7 +129,7 @@ const REFUSED: [(&str, &str); 13] = [
 ];
 
 /// Rejected only for models that have none.
-const SECOND_TEXT_ENCODER: &str = "Stable Diffusion XL (its second text encoder)";
+const SECOND_TEXT_ENCODER: &str = "the second text encoder of Stable Diffusion XL";
 
 /// The module and the role of a tensor, if its name has the form of one of a LoRA.
 pub(super) fn split<'t>(tensor: &'t str, weights: &Weights) -> Option<(&'t str, Role)> {
@@ -173,11 +173,16 @@ impl TargetNames {
         Self { unet: flat(unet), text, text_2, layers }
     }
 
-    /// The kind of a tensor that is rejected.
-    pub(super) fn refused(&self, tensor: &str) -> Option<&'static str> {
+    /// Why a tensor is rejected, if it is. The text reads on from its name.
+    pub(super) fn refused(&self, tensor: &str) -> Option<String> {
         let found = REFUSED.iter().find(|(mark, _)| tensor.contains(mark));
-        let kind = found.map(|(_, kind)| *kind);
-        kind.filter(|kind| *kind != SECOND_TEXT_ENCODER || self.text_2.is_none())
+        match found.map(|(_, kind)| *kind)? {
+            SECOND_TEXT_ENCODER if self.text_2.is_some() => None,
+            SECOND_TEXT_ENCODER => {
+                Some(format!("is of {SECOND_TEXT_ENCODER}, which the model does not have"))
+            }
+            kind => Some(format!("is of {kind}, which is not supported")),
+        }
     }
 
     /// The network and the name of a module's weight.

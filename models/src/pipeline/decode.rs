@@ -51,7 +51,7 @@ pub(super) fn named(error: Error, nets: &[String]) -> Error {
     match error {
         Error::NotFinite(what) if !nets.is_empty() => {
             let nets = nets.join(", ");
-            let reason = format!("{what}: NaN or infinite numbers, drawn with {nets}");
+            let reason = format!("{nets} make NaN or infinite numbers of {what}");
             Error::Spec { field: "controlnets", reason }
         }
         other => other,

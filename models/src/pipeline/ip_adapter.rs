@@ -231,7 +231,7 @@ impl ActiveImages {
             let IpAdapter { pictures, scale, start, end, unit, .. } = adapter;
             let factors = match scale.of(&cache.unet) {
                 Ok(factors) => factors,
-                Err(reason) => return refuse(format!("{:?}: scale: {reason}", model.name())),
+                Err(reason) => return refuse(format!("{:?} {reason}", model.name())),
             };
             let is_in = adapter.is_in(pass.is_hires(), spec.hires.is_some());
             if !is_in || factors.iter().all(|factor| *factor == 0.0) {

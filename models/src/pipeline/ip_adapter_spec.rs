@@ -69,7 +69,8 @@ impl IpScale {
     /// The factor in each cross attention of a UNet.
     ///
     /// # Errors
-    /// A block that has no cross attention, or another number of transformers.
+    /// A block that has no cross attention, or another number of transformers; the text reads on from
+    /// the adapter's name.
     pub(super) fn of(&self, unet: &UNetConfig) -> Result<Vec<f64>, String> {
         let places = unet.cross_attentions();
         let blocks = match self {
@@ -80,7 +81,7 @@ impl IpScale {
                 let count = transformers.clone().count();
                 if scales.len() != count {
                     let found = scales.len();
-                    return Err(format!("the UNet takes {count} advanced weights, not {found}"));
+                    return Err(format!("takes {count} advanced weights, not {found}"));
                 }
                 let each = transformers.zip(scales);
                 return Ok(each.flat_map(|(own, scale)| vec![*scale; own.len()]).collect());
@@ -106,12 +107,16 @@ impl IpScale {
                     each if each.len() == layers => each[place.layer],
                     each => {
                         let count = each.len();
-                        return Err(format!("{name} has {layers} transformers, not {count}"));
+                        return Err(format!(
+                            "has {count} scales of {name}, which has {layers} transformers"
+                        ));
                     }
                 };
             }
             if !is_any {
-                return Err(format!("{name} is no part of the UNet with attention to the prompt"));
+                return Err(format!(
+                    "has a scale of {name}, which is no part of the UNet with attention to the prompt"
+                ));
             }
         }
         Ok(factors)

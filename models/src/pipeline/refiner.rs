@@ -119,8 +119,7 @@ impl RefinerCache {
     fn make_room(&self, refiner: &Refiner, bytes: u64) -> Result<()> {
         let AddOns { max_refiner_bytes: most, free_host_bytes, .. } = &self.options.add_ons;
         let refuse = |reason: String| {
-            let reason =
-                format!("refiner {:?} takes {bytes} bytes of memory; {reason}", refiner.name);
+            let reason = format!("{:?} takes {bytes} bytes of memory; {reason}", refiner.name);
             Err(Error::Spec { field: FIELD, reason })
         };
         if bytes > *most {
@@ -142,10 +141,7 @@ impl RefinerCache {
     /// Checks that a refiner can take images of the model over.
     fn check(&self, refiner: &Refiner, model: &DrawingModel) -> Result<()> {
         let refuse = |reason: String| {
-            Err(Error::Spec {
-                field: FIELD,
-                reason: format!("refiner {:?} {reason}", refiner.name),
-            })
+            Err(Error::Spec { field: FIELD, reason: format!("{:?} {reason}", refiner.name) })
         };
         let (own, other) = (&self.vae, model.model.vae.config());
         let [own_scale, other_scale] = [own, other].map(|vae| vae.scaling_factor);

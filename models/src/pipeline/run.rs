@@ -294,7 +294,7 @@ impl LoadedRefiner {
             error @ Error::Config { .. } => error.to_string(),
             other => return other,
         };
-        let reason = format!("refiner {:?}: {reason}", self.model.model.info.name);
+        let reason = format!("{:?}: {reason}", self.model.model.info.name);
         Error::Spec { field: "refiner", reason }
     }
 }
@@ -303,11 +303,11 @@ impl LoadedRefiner {
 fn no_step(span: Span) -> Error {
     let (field, reason) = match (span.start, span.end) {
         (_, Some(end)) => {
-            ("denoising_end", format!("denoising_end {end} is before the first step of the image"))
+            ("denoising_end", format!("of {end} is before the first step of the image"))
         }
         (start, None) => {
             let start = start.unwrap_or_default();
-            ("denoising_start", format!("denoising_start {start} is after the last step"))
+            ("denoising_start", format!("of {start} is after the last step"))
         }
     };
     Error::Spec { field, reason }

@@ -325,9 +325,12 @@ fn what_an_adapter_cannot_do_is_refused_by_name() {
         (&|a| a.pictures = vec![Arc::new(painted(24, 24, 1))], "must have a picture of 28x28"),
         (
             &|a| a.scale = blocks(UNetPart::Up, Some(1), &[1.0; 3]),
-            "scale: up.block_1 has 2 transformers, not 3",
+            "has 3 scales of up.block_1, which has 2 transformers",
         ),
-        (&|a| a.scale = blocks(UNetPart::Down, Some(1), &[1.0]), "scale: down.block_1 is no part"),
+        (
+            &|a| a.scale = blocks(UNetPart::Down, Some(1), &[1.0]),
+            "a scale of down.block_1, which is no part",
+        ),
     ];
     for (change, words) in cases {
         let error = refusal(change);

@@ -134,7 +134,7 @@ fn a_run_may_begin_late_and_end_early() {
         (span(None, Some(0.0)), "denoising_end: must be above 0"),
         (span(Some(0.5), None), "denoising_start: requires an input image"),
         (span(Some(1.0), None), "denoising_start: must be at least 0 and below 1"),
-        (span(None, Some(0.01)), "denoising_end: denoising_end 0.01 is before the first step"),
+        (span(None, Some(0.01)), "denoising_end: of 0.01 is before the first step"),
     ] {
         let error = model.begin(&Spec { span: bad, ..ends.clone() }).map(drop).unwrap_err();
         assert!(error.to_string().starts_with(field), "{error}");
@@ -281,7 +281,7 @@ fn refiners_that_do_not_fit_are_refused_by_name() {
         let spec = Spec { refiner: refiner(0.8), ..drawing("euler") };
         let error = model.begin(&spec).map(drop).unwrap_err().to_string();
         assert!(
-            error.starts_with("refiner: refiner \"refiner\" takes ") && error.ends_with(words),
+            error.starts_with("refiner: \"refiner\" takes ") && error.ends_with(words),
             "{error}"
         );
     }
@@ -293,7 +293,7 @@ fn a_refiner_may_be_a_single_file() {
     let _ = std::fs::remove_dir_all(&root);
     let from = path("xl/refiner");
     let file: PathBuf = root.join("a.safetensors");
-    copy(&from.join("tokenizer_2"), &root.join("tokenizer"));
+    copy(&from.join("tokenizer_2"), &root.join("tokenizer_2"));
     std::fs::copy(from.join("single.safetensors"), &file).unwrap();
     let source = || Source::Checkpoint(Checkpoint { file: file.clone(), vocabulary: None });
     let theirs = UNetConfig::read(&Source::Directory(from.clone())).unwrap();

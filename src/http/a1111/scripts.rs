@@ -106,6 +106,10 @@ impl Units {
         };
         let args = match args {
             Value::Array(args) => args,
+            // By their places.
+            Value::Object(args) if args.keys().any(|key| key.parse::<usize>().is_ok()) => {
+                args.into_iter().map(|(_, unit)| unit).collect()
+            }
             one => vec![one],
         };
         for (k, unit) in args.into_iter().enumerate() {

@@ -120,7 +120,8 @@ async fn draw(state: AppState, mut admitted: Admitted, is_img2img: bool) -> Resu
     let known = (began, batches.count);
     let request = InFlightRequest::new(&state.engine, &ticket, client, task, known, &drawing.specs);
     let _in_flight = state.in_flight.insert(request);
-    let images = ticket.wait().await.map_err(|error| slot.deadline.name(error))?;
+    let images = ticket.wait().await;
+    let images = images.map_err(|error| drawing.failed(error, slot.deadline))?;
     keep_drawn(&mut drawing, &images);
     let response = drawing.encode(images, move |drawing, images, files| -> Result<_> {
         let mut images_of_reply = if send_images { base64(&files) } else { Vec::new() };

@@ -103,9 +103,12 @@ pub(super) fn read(
     for (key, value) in unit {
         fields.add(&key, format!("{name}.{key}"), value);
     }
-    for name in ["advanced_weighting", "image", "input_image", "mask", "mask_image"] {
+    for name in ["image", "input_image", "mask", "mask_image"] {
         fields.drop_if(name, is_off);
     }
+    // Zeros are weights.
+    let is_none = |value: &Value| is_off(value) && value.as_array().is_none_or(Vec::is_empty);
+    fields.drop_if("advanced_weighting", is_none);
     for (theirs, ours) in [("guidance", "guidance_end"), ("input_image", "image")] {
         fields.rename(theirs, ours);
     }
@@ -123,6 +126,11 @@ pub(super) fn read(
     let mode = choice(&mut fields, "control_mode", str::parse::<ControlMode>)?.unwrap_or_default();
     let mut read: UnitFields = fields.read(limits)?;
     let of = |field: &str| format!("{name}.{field}");
+    // Modules without a model, such as reference_only, are none that could be given one.
+    let is_of_adapter = is_of_adapter(&read, name)?;
+    if !is_of_adapter {
+        preprocessor(read.module.as_deref(), name)?;
+    }
     let model = read.model.take().filter(|model| !model.trim().eq_ignore_ascii_case("none"));
     let model = model.ok_or_else(|| {
         ValidationError::range(&of("model"), "must name a ControlNet: the unit is enabled")
@@ -138,7 +146,7 @@ pub(super) fn read(
         passes: passes.unwrap_or_default(),
         warnings: unread::warnings(&fields, None, true),
     };
-    if is_of_adapter(&read, name)? {
+    if is_of_adapter {
         return adapter(common, read, mode).map(|unit| Some(ReadUnit::Adapter(unit)));
     }
     let net = net(common, read, (fit, mode))?;

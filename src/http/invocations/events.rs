@@ -34,7 +34,11 @@ pub(crate) fn stream(
         // Progress that waits for the client has a place in the channel before the last event, so it
         // is dropped first.
         let result = {
-            let mut result = pin!(async { invocation.respond(ticket.wait().await?).await });
+            let mut result = pin!(async {
+                let images = ticket.wait().await;
+                let images = images.map_err(|error| invocation.drawing.failed(error, deadline))?;
+                invocation.respond(images).await
+            });
             let mut progress = pin!(send_progress(&mut monitor, &events));
             tokio::select! {
                 biased;

@@ -35,7 +35,7 @@ pub(crate) async fn invocations(
         return Ok(events::stream(invocation, ticket, stream_deadline, slot));
     }
     let images = invocation.drawing.submit(&client, slot.deadline)?.wait().await;
-    let images = images.map_err(|error| slot.deadline.name(error))?;
+    let images = images.map_err(|error| invocation.drawing.failed(error, slot.deadline))?;
     Ok(invocation.respond(images).await?.map(Body::from))
 }
 

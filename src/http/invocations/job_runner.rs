@@ -110,7 +110,7 @@ async fn generate(
                 state.jobs.watch(&job.id, None);
                 parsed = Some(invocation);
             }
-            Err(error) => return Err(deadline.name(error)),
+            Err(error) => return Err(invocation.drawing.failed(error, deadline)),
             Ok(images) => return invocation.respond(images).await,
         }
     }

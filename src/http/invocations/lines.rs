@@ -166,7 +166,9 @@ async fn generate(
         // A full queue delays a record but does not fail it.
         match invocation.drawing.submit_with_retry(client, deadline).await?.wait().await {
             Err(JobError::Full { .. }) => {}
-            images => break images.map_err(|error| deadline.name(error))?,
+            images => {
+                break images.map_err(|error| invocation.drawing.failed(error, deadline))?;
+            }
         }
     };
     let mut line = Vec::from(invocation.respond(images).await?.into_body());

@@ -108,7 +108,7 @@ async fn generate(
         return Ok(stream(state, drawing, ticket, options, response, (stream_deadline, slot)));
     }
     let images = drawing.submit(&client, slot.deadline)?.wait().await;
-    let images = images.map_err(|error| slot.deadline.name(error))?;
+    let images = images.map_err(|error| drawing.failed(error, slot.deadline))?;
     let (data, usage) = data(&state, drawing, images, options).await?;
     response["created"] = now().into();
     response["usage"] = usage.json(data.len());

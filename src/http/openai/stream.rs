@@ -33,7 +33,10 @@ pub(crate) fn stream(
         let send =
             async |end: &str, data| send(&events, &format!("{kind}.{end}"), data, &common).await;
         // A task, because the images are finished and encoded while the client takes nothing.
-        let result = async move { data(&state, drawing, ticket.wait().await?, options).await };
+        let result = async move {
+            let images = ticket.wait().await.map_err(|error| drawing.failed(error, deadline))?;
+            data(&state, drawing, images, options).await
+        };
         let mut result = AbortOnDropHandle::new(tokio::spawn(result.in_current_span()));
         let mut sent = 0;
         let mut send_parts = async |parts: Vec<Preview>| {

@@ -148,11 +148,20 @@ impl ControlNetConfig {
             return same(key, &own.cross_attention_dim, &unet.cross_attention_dim);
         }
         if own.added != unet.added {
+            if let (Some(own), Some(unet)) = (own.added, unet.added) {
+                return match own.inputs == unet.inputs {
+                    true => same("addition_time_embed_dim", &own.size_width, &unet.size_width),
+                    false => {
+                        let key = "projection_class_embeddings_input_dim";
+                        same(key, &own.inputs, &unet.inputs)
+                    }
+                };
+            }
             let words = |xl| if xl { "takes" } else { "does not take" };
             let (own, model) = (words(own.added.is_some()), words(unet.added.is_some()));
             return Err(format!(
                 "is no ControlNet of this model: it {own} the pooled prompts and sizes of Stable \
-                 Diffusion XL in its form, the UNet {model} them"
+                 Diffusion XL, the UNet {model} them"
             ));
         }
         if own.in_channels != unet.out_channels {
