@@ -81,4 +81,4 @@ class Fleet:
         await_that(lambda: status(url) == 200, 20, f"{name}:\n{self.processes.tail(name)}")
 
     def connect(self):
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=250)
