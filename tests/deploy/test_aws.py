@@ -1,6 +1,7 @@
 """deploy/aws: moto makes the stacks, Packer makes an image at moto, and the image's unit runs under systemd."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,18 @@ UNMADE = {
     "AWS::CloudWatch::Alarm",
     "AWS::CloudWatch::Dashboard",
 }
+
+
+@pytest.mark.parametrize("tasks", range(1, 6))
+def test_a_deployment_may_stop_a_task_or_start_one(tasks):
+    """ECS rounds the lower bound up and the upper one down; between them must be room for one task."""
+    given = {"Image": "i", "VpcId": "v", "SubnetIds": "a", "LoadBalancerSubnetIds": "b"}
+    made = cfn.resources(AWS / "ecs.yaml", **given, CertificateArn="arn:x", MinTasks=tasks)
+    service = made["Service"]["Properties"]
+    bounds = service["DeploymentConfiguration"]
+    lower = math.ceil(tasks * bounds["MinimumHealthyPercent"] / 100)
+    assert math.floor(tasks * bounds["MaximumPercent"] / 100) > lower
+    assert "DesiredCount" not in service
 
 
 def test_a_task_has_a_share_of_a_gpu_where_it_is_asked_for():
