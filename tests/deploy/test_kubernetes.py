@@ -162,6 +162,41 @@ def test_nothing_runs_as_root_or_writes_where_it_should_not():
                 assert context["capabilities"] == {"drop": ["ALL"]}
 
 
+@pytest.mark.parametrize("overlay", ["keda", "gateway"])
+def test_prometheus_is_let_in_where_it_is_asked(overlay):
+    made = render(overlay)
+    assert find(made, "ServiceMonitor")
+    (rule,) = find(made, "NetworkPolicy")["spec"]["ingress"]
+    admitted = [
+        peer["namespaceSelector"]["matchLabels"]
+        for peer in rule["from"]
+        if "namespaceSelector" in peer
+    ]
+    for trigger in find(made, "ScaledObject")["spec"]["triggers"]:
+        namespace = trigger["metadata"]["serverAddress"].split("//")[1].split(":")[0].split(".")[1]
+        assert {"kubernetes.io/metadata.name": namespace} in admitted
+
+
+def test_a_pod_without_its_device_is_restarted_and_one_that_drains_is_not():
+    spec = find(render(), "Deployment")["spec"]["template"]["spec"]
+    (server,) = spec["containers"]
+    probe = server["livenessProbe"]
+    # /health/live is 200 without a device.
+    assert probe["httpGet"]["path"] == "/ping" and server["startupProbe"]["httpGet"]["path"] == "/ping"
+    assert probe["failureThreshold"] * probe["periodSeconds"] > spec["terminationGracePeriodSeconds"]
+
+
+def test_envoy_finishes_the_longest_request():
+    made = render()
+    deployment = find(made, "Deployment", "sd-envoy")["spec"]
+    spec = deployment["template"]["spec"]
+    sleep = spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert spec["terminationGracePeriodSeconds"] > sleep > 480
+    budget = find(made, "PodDisruptionBudget", "sd-envoy")["spec"]
+    labels = deployment["template"]["metadata"]["labels"]
+    assert budget["maxUnavailable"] == 1 and budget["selector"]["matchLabels"] == labels
+
+
 def test_a_pod_has_the_time_that_it_takes_to_end():
     spec = find(render(), "Deployment")["spec"]["template"]["spec"]
     (server,) = spec["containers"]
@@ -171,7 +206,7 @@ def test_a_pod_has_the_time_that_it_takes_to_end():
 
 
 def test_the_server_takes_its_environment(binary):
-    """Every variable of every overlay; what is set wrongly ends with 64."""
+    """Every variable of every overlay is known: what ends it is the model that is not there."""
     for overlay in OVERLAYS:
         kind = "StatefulSet" if overlay == "jobs" else "Deployment"
         (server,) = find(render(overlay), kind)["spec"]["template"]["spec"]["containers"]
