@@ -82,9 +82,10 @@ def simulate(card, rate, seconds, *, steps=20, max_rows=8, replicas=1, most=None
         push(poll, "poll")
     while events:
         now, _, what, replica = heapq.heappop(events)
+        paid += len(pool) * max(0.0, min(now, seconds) - max(last, seconds / 2))
+        last = now
         if now > seconds:
             break
-        paid, last = paid + (len(pool) * (now - last) if now > seconds / 2 else 0), now
         if what == "arrival":
             push(now + chance.expovariate(rate), "arrival")
             arrived += now > seconds / 2

@@ -279,7 +279,10 @@ def test_a_picture_comes_through_sagemaker(state, aws, binary, tmp_path):
     settings = {"SD_MODEL": "demo", "SD_DEVICE": "cpu", "SD_THREADS": "1"}
     with Container(binary, settings, tmp_path / "log") as container:
         fake = FakeSageMaker(aws)
-        fake.endpoints["sd"] = Endpoint(container)
+        # moto gives the endpoint a name of its own.
+        found = boto3.client("cloudformation").describe_stacks(StackName="sd-realtime")["Stacks"][0]
+        (name,) = [o["OutputValue"] for o in found["Outputs"] if o["OutputKey"] == "Endpoint"]
+        fake.endpoints[name] = Endpoint(container)
         runtime = {"AWS_ENDPOINT_URL_SAGEMAKER_RUNTIME": fake.url}
         done = step("smoke", **environment(state), **runtime)
         assert done.returncode == 0, done.stderr
