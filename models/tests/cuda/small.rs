@@ -156,10 +156,9 @@ fn pictures_of_xl_with_a_refiner_are_close() {
         Spec { refiner, ..base }
     };
     let specs = [
-        spec(Sampler::Euler, 4, 5.0),
-        refined(0.5, spec(Sampler::Euler, 4, 5.0)),
+        spec(Sampler::Euler, 3, 5.0),
+        refined(0.5, spec(Sampler::Euler, 3, 5.0)),
         refined(0.75, spec(Sampler::EulerAncestral, 4, 1.0)),
     ];
-    // Four steps: the small random weights make more of what f16 rounds than in three.
-    assert_close(&models, &specs, (5.0, 64));
+    assert_close(&models, &specs, (2.5, 32));
 }
