@@ -1,4 +1,4 @@
-"""Fixtures: the binary and servers around it."""
+"""Fixtures: servers around the binary, and a browser."""
 
 import os
 import shutil
@@ -10,14 +10,7 @@ from playwright.sync_api import sync_playwright
 from browser import FLAGS
 from server import serving
 
-
-@pytest.fixture(scope="session")
-def binary(tmp_path_factory):
-    """A copy of the server's binary, since a build may replace it meanwhile."""
-    given = os.environ.get("SD_SERVER")
-    if not given or not Path(given).is_file():
-        pytest.fail("SD_SERVER must name the sd-server binary", pytrace=False)
-    return shutil.copy(given, tmp_path_factory.mktemp("bin") / "sd-server")
+pytest_plugins = ["server_binary"]
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
-"""Fixtures: the server's binary, an AWS account of moto's, SageMaker before both."""
+"""Fixtures: SageMaker before the server's binary and an AWS account of moto's."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,31 +9,16 @@ import boto3
 import pytest
 from botocore.config import Config
 
-import moto_account
 from container import Container
 from fake_sagemaker import Endpoint, FakeSageMaker
+
+pytest_plugins = ["server_binary", "moto_account"]
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "sagemaker"
 DEMO = ROOT / "models" / "demo"
 # As on an instance, except that the demo model on one CPU thread stands for the real one on a GPU.
 ENVIRONMENT = {"SD_MODEL": "demo", "SD_DEVICE": "cpu", "SD_THREADS": "1", "SD_LOG_FORMAT": "json"}
-
-
-@pytest.fixture(scope="session")
-def binary(tmp_path_factory):
-    """A copy of the server's binary, since a build may replace it meanwhile."""
-    given = os.environ.get("SD_SERVER")
-    if not given or not Path(given).is_file():
-        pytest.fail("SD_SERVER must name the sd-server binary", pytrace=False)
-    return shutil.copy(given, tmp_path_factory.mktemp("bin") / "sd-server")
-
-
-@pytest.fixture(scope="module")
-def aws():
-    """The address of an AWS account that is empty at the beginning of each module."""
-    with moto_account.opened() as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
-"""An AWS account for tests: moto on a port of this machine, made more like the real one."""
+"""An AWS account for tests, a fixture: moto on a port of this machine, made more like the real one."""
 
 import os
-from contextlib import contextmanager
 from urllib.request import Request, urlopen
 
 import boto3
+import pytest
 from moto.cloudformation.models import CloudFormationBackend
 from moto.cloudformation.responses import CloudFormationResponse
 from moto.server import ThreadedMotoServer
@@ -39,9 +39,10 @@ def _execute_change_set(self, change_set_name, stack_name=None):
     stack.status = f"{change_set.change_set_type}_COMPLETE"
 
 
-@contextmanager
-def opened():
-    """Starts moto; the environment makes boto3 and the aws command line talk to it."""
+@pytest.fixture(scope="module")
+def aws():
+    """The address of an account that is empty at the beginning of each module: moto, started, to which the environment
+    makes boto3 and the aws command line talk."""
     CloudFormationBackend.execute_change_set = _execute_change_set
     # AWS makes a failed change set of an update without changes, where moto refuses the call.
     CloudFormationResponse._validate_different_update = lambda *_: None
