@@ -12,7 +12,7 @@ use sd_models::MAX_STEPS;
 use serde_json::Value;
 use tokio::sync::watch;
 
-use crate::engine::{Engine, EngineConfig, Progress, Safety};
+use crate::engine::{Engine, EngineConfig, JobError, Progress, Safety};
 use crate::image::{self, Format, Origin};
 use crate::request::{DrawRequest, Fields, ImageFile, Limits, Names, OneOrMany, ValidationError};
 use crate::source::{self, ModelConfig};
@@ -94,7 +94,10 @@ pub(crate) async fn run(config: Generate) -> Result<()> {
     let began = Instant::now();
     let ticket = engine.submit(specs.clone())?;
     let bar = tokio::spawn(show(ticket.progress()));
-    let images = ticket.wait().await;
+    let images = ticket.wait().await.map_err(|error| match error {
+        JobError::Spec { field, reason } => anyhow!("{} {reason}", request.names.of(field)),
+        other => other.into(),
+    });
     // The sender of progress is dropped with the tasks, so the bar ends.
     let _ = bar.await;
 

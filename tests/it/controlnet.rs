@@ -336,6 +336,15 @@ fn the_command_line_says_what_is_wrong_with_nets() {
         assert_eq!(output.status.code(), Some(64), "{message}");
         assert!(message.contains(words), "{words}: {message}");
     }
+    // What the model refuses as it begins goes by the option, too.
+    let output = sd_server(&["generate", "a", "--model", "demo", "-W", "64", "-H", "64"])
+        .args(["--controlnet", net, "--control-image", picture])
+        .output();
+    let message = String::from_utf8_lossy(&output.expect("it runs").stderr).into_owned();
+    assert!(
+        message.contains("--controlnet edges: ") && !message.contains("controlnets"),
+        "{message}"
+    );
     let canny = ["--controlnet", "canny", "--control-image", picture];
     for (args, words) in [
         (&["--control-scale", "100"][..], "--control-scale must be from -10 to 10, not 100"),

@@ -23,14 +23,11 @@ impl Keys {
     /// Reads a file of the model.
     pub fn read(source: &Source, file: &str) -> Result<Self> {
         let text = source.require(file)?;
-        let value = serde_json::from_slice(&text).map_err(|error: serde_json::Error| {
-            let (line, column) = (error.line(), error.column());
-            Error::config(file, format!("not JSON, from line {line}, column {column} on"))
-        })?;
+        let map = object(file, &text)?;
         if let Ok(Pairs(Some(key))) = serde_json::from_slice(&text) {
             return Err(Error::config(file, format!("{key}: is given twice")));
         }
-        Self::new(file, value)
+        Ok(Self { file: file.into(), map })
     }
 
     pub(crate) fn new(file: impl Into<String>, value: Value) -> Result<Self> {
@@ -126,6 +123,20 @@ impl Keys {
     }
 }
 
+/// The object of a file that is in JSON.
+pub(crate) fn object(file: &str, text: &[u8]) -> Result<Map<String, Value>> {
+    let value = serde_json::from_slice(text).map_err(|e| Error::config(file, not_json(&e)))?;
+    match value {
+        Value::Object(map) => Ok(map),
+        _ => Err(Error::config(file, "not a JSON object")),
+    }
+}
+
+/// Where a text ceases to be JSON.
+pub(crate) fn not_json(error: &serde_json::Error) -> String {
+    format!("not JSON, from line {}, column {} on", error.line(), error.column())
+}
+
 /// What a key can be, in words: the kinds of values that are read as a `T`.
 fn kinds<T: DeserializeOwned>() -> String {
     let is = |value: Value| serde_json::from_value::<T>(value).is_ok();
@@ -197,6 +208,13 @@ mod tests {
         );
         k.drop_idle(&[]);
         assert_eq!(k.finish().unwrap_err().to_string(), "unet/config.json: unknown key x (= 1)");
+    }
+
+    #[test]
+    fn what_is_no_object_is_told_by_its_place() {
+        let told = |text: &str| object("a.json", text.as_bytes()).unwrap_err().to_string();
+        assert_eq!(told("{\n\"a\": }"), "a.json: not JSON, from line 2, column 6 on");
+        assert_eq!(told("[]"), "a.json: not a JSON object");
     }
 
     #[test]

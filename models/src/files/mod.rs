@@ -35,6 +35,7 @@ pub(crate) use self::fingerprint::Fingerprint;
 pub use self::ip_adapter::IpAdapterFile;
 pub(crate) use self::ip_adapter::{encoder_source, encoder_weights};
 pub use self::json::Keys;
+pub(crate) use self::json::{not_json, object};
 pub(crate) use self::source::SAFETY_CHECKER;
 pub use self::source::{Checkpoint, Source};
 pub(crate) use self::stored::StoredTensor;

@@ -262,7 +262,7 @@ fn shards(name: &str, index: &[u8], folder: &str) -> Result<Vec<String>> {
         weight_map: BTreeMap<String, String>,
     }
     let index: Index = serde_json::from_slice(index)
-        .map_err(|e| Error::config(name, format!("weight_map: {e}")))?;
+        .map_err(|_| Error::config(name, "not JSON with a weight_map of names of files"))?;
     if index.weight_map.is_empty() {
         return Err(Error::config(name, "weight_map: names no file"));
     }

@@ -13,7 +13,7 @@ use serde_json::Value;
 use super::builder::SECOND_ENCODER;
 use super::lora_names::Network;
 use crate::error::{Error, Result};
-use crate::files::{PEFT_SETTINGS, Weights, open, peft_settings};
+use crate::files::{PEFT_SETTINGS, Weights, not_json, open, peft_settings};
 
 /// Maximum bytes of a file of settings; that of 1000 weights with an alpha each is 100 KB.
 const MAX_BYTES: u64 = 4 << 20;
@@ -136,7 +136,8 @@ fn beside(path: &Path) -> Result<Option<String>> {
 }
 
 fn parse(text: &str) -> std::result::Result<Value, String> {
-    let settings: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
+    let settings: Value =
+        serde_json::from_str(text).map_err(|error| format!("is {}", not_json(&error)))?;
     if settings.is_object() { Ok(settings) } else { Err("is not a JSON object".into()) }
 }
 

@@ -51,7 +51,10 @@ impl SchedulerConfig {
     /// [`Error::Config`] names the key whose value no sampler could run with.
     pub fn from_json(text: &str) -> Result<Self> {
         let file: Map<String, Value> = serde_json::from_str(&text.replace("-Infinity", "null"))
-            .map_err(|error| unsupported(format!("is not an object in JSON: {error}")))?;
+            .map_err(|error| {
+                let (line, column) = (error.line(), error.column());
+                unsupported(format!("is no object in JSON, from line {line}, column {column} on"))
+            })?;
         for (key, value) in &file {
             let alone = Map::from_iter([(key.clone(), value.clone())]);
             if serde_json::from_value::<Self>(Value::Object(alone)).is_err() {
@@ -59,7 +62,7 @@ impl SchedulerConfig {
             }
         }
         let config: Self = serde_json::from_value(Value::Object(file))
-            .map_err(|error| unsupported(error.to_string()))?;
+            .map_err(|_| unsupported("has values that do not go together".into()))?;
         config.check_numbers()?;
         Ok(config)
     }

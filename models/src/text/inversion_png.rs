@@ -13,6 +13,8 @@ use flate2::read::ZlibDecoder;
 use png::{ColorType, Decoder, Info, Limits, Transformations};
 use serde::Deserialize;
 
+use crate::files::not_json;
+
 /// The keyword of the text chunk.
 const KEYWORD: &str = "sd-ti-embedding";
 
@@ -84,7 +86,10 @@ pub(super) fn read(path: &Path) -> Result<Option<PngEmbedding>, String> {
 }
 
 fn parse(json: &[u8]) -> Result<PngEmbedding, String> {
-    serde_json::from_slice(json).map_err(|error| format!("{KEYWORD}: {error}"))
+    serde_json::from_slice(json).map_err(|error| match error.is_data() {
+        true => format!("{KEYWORD}: holds no embedding"),
+        false => format!("{KEYWORD}: {}", not_json(&error)),
+    })
 }
 
 /// The text of the keyword's chunk.

@@ -10,7 +10,7 @@ use tokenizers::Tokenizer;
 
 use super::inversion::PlaceholderToken;
 use crate::error::{Error, Result};
-use crate::files::Source;
+use crate::files::{Source, object};
 
 /// How CLIP splits text into words before byte pairs are merged.
 const WORDS: &str =
@@ -58,10 +58,10 @@ impl ClipTokenizer {
     pub fn load_in(source: &Source, folder: &str, positions: usize) -> Result<Self> {
         let file = |name: &str| format!("{folder}/{name}");
         let config_file = file("tokenizer_config.json");
-        let mut config = object(source, &config_file)?;
+        let mut config = optional(source, &config_file)?;
         // As transformers: the map wins, and is not read beside a config that lists all tokens.
         if !config.contains_key("added_tokens_decoder") {
-            config.extend(object(source, &file("special_tokens_map.json"))?);
+            config.extend(optional(source, &file("special_tokens_map.json"))?);
         }
         let special = |key: &str, default: &str| special_token(&config, key, default);
         let begin = special("bos_token", "<|startoftext|>");
@@ -70,7 +70,7 @@ impl ClipTokenizer {
         let pad = special("pad_token", &end);
         let whole = file("tokenizer.json");
         let mut tokenizer = match source.read(&whole)? {
-            Some(bytes) => parse(&bytes).map_err(|reason| Error::config(whole, reason))?,
+            Some(bytes) => parse(&whole, &bytes)?,
             None => assemble((source, folder), &config, &unknown, [&begin, &end, &pad])?,
         };
         tokenizer.with_padding(None);
@@ -235,22 +235,20 @@ impl ClipTokenizer {
 
 /// The tokenizer of a `tokenizer.json`, without the parts that CLIP does not need and on whose
 /// errors the library panics.
-fn parse(bytes: &[u8]) -> std::result::Result<Tokenizer, String> {
-    let parts = serde_json::from_slice(bytes);
-    let mut parts: Map<String, Value> = parts.map_err(|e| format!("not a JSON object: {e}"))?;
+fn parse(file: &str, bytes: &[u8]) -> Result<Tokenizer> {
+    let mut parts = object(file, bytes)?;
     parts.remove("decoder");
     let normalizer = parts.get("normalizer").map(Value::to_string).unwrap_or_default();
     if normalizer.contains("\"Precompiled\"") {
-        return Err("normalizer: Precompiled is not supported".into());
+        return Err(Error::config(file, "normalizer: Precompiled is not supported"));
     }
-    serde_json::from_value(Value::Object(parts)).map_err(|error| error.to_string())
+    serde_json::from_value(Value::Object(parts))
+        .map_err(|_| Error::config(file, "its parts make no tokenizer of a kind that is known"))
 }
 
 /// An optional JSON file; empty if there is none.
-fn object(source: &Source, file: &str) -> Result<Map<String, Value>> {
-    let Some(bytes) = source.read(file)? else { return Ok(Map::new()) };
-    serde_json::from_slice(&bytes)
-        .map_err(|e| Error::config(file, format!("not a JSON object: {e}")))
+fn optional(source: &Source, file: &str) -> Result<Map<String, Value>> {
+    source.read(file)?.map_or_else(|| Ok(Map::new()), |bytes| object(file, &bytes))
 }
 
 /// A token's text, given as a string or as an object with `content`.
@@ -265,7 +263,7 @@ fn more_tokens(
     (source, folder): (&Source, &str),
     config: &Map<String, Value>,
 ) -> Result<Vec<(u64, String)>> {
-    let by_text = object(source, &format!("{folder}/added_tokens.json"))?;
+    let by_text = optional(source, &format!("{folder}/added_tokens.json"))?;
     let by_text = by_text.into_iter().filter_map(|(token, id)| Some((id.as_u64()?, token)));
     let by_id = config.get("added_tokens_decoder").and_then(Value::as_object);
     let by_id = by_id.into_iter().flatten().filter_map(|(id, token)| {
@@ -283,11 +281,10 @@ fn assemble(
 ) -> Result<Tokenizer> {
     let file = |name: &str| format!("{folder}/{name}");
     let (vocab_file, merges_file) = (file("vocab.json"), file("merges.txt"));
-    let vocab: Map<String, Value> = serde_json::from_slice(&source.require(&vocab_file)?)
-        .map_err(|e| Error::config(vocab_file, format!("not a JSON object: {e}")))?;
+    let vocab = object(&vocab_file, &source.require(&vocab_file)?)?;
     let merges = source.require(&merges_file)?;
-    let merges = std::str::from_utf8(&merges)
-        .map_err(|e| Error::config(&merges_file, format!("not UTF-8: {e}")))?;
+    let merges =
+        std::str::from_utf8(&merges).map_err(|_| Error::config(&merges_file, "not UTF-8"))?;
     let merges: Vec<&str> =
         merges.lines().filter(|line| !line.starts_with("#version") && !line.is_empty()).collect();
     let mut added: Vec<Value> = Vec::new();
@@ -329,7 +326,8 @@ fn assemble(
                   "continuing_subword_prefix": "", "fuse_unk": false,
                   "vocab": vocab, "merges": merges},
     });
-    serde_json::from_value(description).map_err(|e| Error::config(merges_file, e.to_string()))
+    let reason = "its lines are not two tokens of the vocabulary each, as merges are";
+    serde_json::from_value(description).map_err(|_| Error::config(merges_file, reason))
 }
 
 #[cfg(test)]
@@ -362,6 +360,19 @@ mod tests {
         let long = tokenizer.encode(&format!("{} <cat> red", "red ".repeat(73))).unwrap();
         assert_eq!(long.ids[74..], [5001, 5002, long.ids[76]], "a plain prompt is cut anywhere");
         assert_eq!(long.cut.as_deref(), Some("<cat> red"));
+    }
+
+    #[test]
+    fn files_of_no_tokenizer_are_refused_in_words() {
+        let told = |text: &str| parse("tokenizer.json", text.as_bytes()).map(drop).unwrap_err();
+        for (text, words) in [
+            ("{", "not JSON, from line 1, column 1 on"),
+            ("{}", "its parts make no tokenizer of a kind that is known"),
+            ("{\"normalizer\": {\"type\": \"Precompiled\"}}", "normalizer: Precompiled is not"),
+        ] {
+            let error = told(text).to_string();
+            assert!(error.starts_with(&format!("tokenizer.json: {words}")), "{error}");
+        }
     }
 
     #[test]

@@ -123,6 +123,7 @@ fn settings_of_peft_are_read_anew_and_refused_if_they_cannot_be() {
         (r#"{"peft_type": "VERA"}"#.to_owned(), "peft_type: \"VERA\" is not supported"),
         (format!("{{}}{}", " ".repeat(5 << 20)), "is larger than"),
         ("[]".into(), "is not a JSON object"),
+        ("{\"r\": }".into(), "is not JSON, from line 1, column 7 on"),
     ] {
         std::fs::write(&settings, text).unwrap();
         let error = model.begin(&spec).map(drop).unwrap_err().to_string();
